@@ -1,0 +1,35 @@
+"""What one real network does: ``nn.Module`` in, tensors out; no Lightning."""
+
+from torch_eft.measure.initialization import NotAnMLPError, ReadEnsemble, read_ensemble
+from torch_eft.measure.learning_rates import LearningRates, read_learning_rates
+from torch_eft.measure.ntk import as_matrix, as_trace, kernel_distance, ntk, ntk_trace, relative_change, top_eigenvalue
+from torch_eft.measure.output import output
+from torch_eft.measure.probe import Probe
+from torch_eft.measure.representation import hidden_kernels, linear_cka
+from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
+from torch_eft.measure.training import SquaredError, UnrecognisedLossError, recognise_squared_error
+
+__all__ = [
+    "LearningRates",
+    "NotAnMLPError",
+    "Plan",
+    "Probe",
+    "ReadEnsemble",
+    "Snapshot",
+    "SquaredError",
+    "UnrecognisedLossError",
+    "as_matrix",
+    "as_trace",
+    "hidden_kernels",
+    "kernel_distance",
+    "linear_cka",
+    "ntk",
+    "ntk_trace",
+    "output",
+    "read_ensemble",
+    "read_learning_rates",
+    "recognise_squared_error",
+    "relative_change",
+    "take_snapshot",
+    "top_eigenvalue",
+]

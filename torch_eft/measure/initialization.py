@@ -1,0 +1,216 @@
+"""Reading the ensemble off a network: is it an MLP, which activation, which C_b, C_W, lambda.
+
+Nothing is taken from names or class hierarchies on trust: the network is run once, and it
+is an MLP only if every linear layer's input is the activation of the one before, to rounding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_eft.measure.isolation import IsolatedModel, isolated
+from torch_eft.measure.learning_rates import read_learning_rates
+from torch_eft.measure.output import checked_output
+from torch_eft.measure.probe import OutputFn, Probe, as_probe
+from torch_eft.theory.activations import (
+    Activation,
+    ActivationLike,
+    available_activations,
+    get_activation,
+    leaky_relu,
+)
+from torch_eft.theory.ensemble import MLPEnsemble
+
+
+class NotAnMLPError(ValueError):
+    """The network is no multilayer perceptron of the kind that the theory covers; the message says why."""
+
+
+@dataclass(frozen=True)
+class ReadEnsemble:
+    """An ensemble estimated from the weights of one network.
+
+    Args:
+        ensemble: Widths, activation, and per layer C_b = mean(b^2), C_W = n_in mean(W^2), lambda_b, lambda_W.
+        C_b_error: Standard error of C_b, one a layer.
+        C_W_error: Standard error of C_W, one a layer.
+        excess_kurtosis: Of the weights, one a layer: 0 for Gaussian, -1.2 for uniform.
+    """
+
+    ensemble: MLPEnsemble
+    C_b_error: tuple[float, ...]
+    C_W_error: tuple[float, ...]
+    excess_kurtosis: tuple[float, ...]
+
+
+def read_ensemble(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    x: Any = None,
+    activation: ActivationLike | None = None,
+    output_fn: OutputFn | None = None,
+) -> ReadEnsemble:
+    """Read an ``MLPEnsemble`` off a freshly initialised network and its optimizer.
+
+    The second moments are those of the weights as they are: for a trained or pretrained
+    network they do not describe its initialisation.
+
+    Args:
+        model: A network whose forward is linear layers with one elementwise activation between them.
+        optimizer: Gives lambda (a parameter group's learning rate relative to the first group's); None means 1.
+        x: Inputs of the forward; None draws a few standard normal ones.
+        activation: The activation, where it is none of the registered ones.
+        output_fn: Turns what the model returns into (N, C).
+
+    Returns:
+        The ensemble with standard errors.
+
+    Raises:
+        NotAnMLPError: If the network is not such an MLP, with the reason.
+        ValueError: If the forward rejects ``x``.
+    """
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    with isolated(model, output_fn) as network:
+        layers = _linear_layers(network, model)
+        if x is None:
+            first = next(iter(layers.values()))
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(8, first.in_features, generator=generator)
+        probe = as_probe(x)
+        found = _verified_activation(network, probe, layers, activation)
+    rates = read_learning_rates(model, optimizers).lambdas if optimizers else None
+    moments = [_moments(name, layer) for name, layer in found.layers.items()]
+    lambda_b, lambda_W = [], []
+    for name, layer in found.layers.items():
+        lambda_W.append(_lambda(rates, name, "weight", layer.weight) * layer.in_features)
+        lambda_b.append(0.0 if layer.bias is None else _lambda(rates, name, "bias", layer.bias))
+    linear = list(found.layers.values())
+    ensemble = MLPEnsemble(
+        widths=[linear[0].in_features, *(layer.out_features for layer in linear)],
+        activation=found.activation,
+        C_b=[m.C_b for m in moments],
+        C_W=[m.C_W for m in moments],
+        lambda_b=lambda_b,
+        lambda_W=lambda_W,
+    )
+    return ReadEnsemble(
+        ensemble,
+        tuple(m.C_b_error for m in moments),
+        tuple(m.C_W_error for m in moments),
+        tuple(m.excess_kurtosis for m in moments),
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    layers: dict[str, nn.Linear]
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class _Moments:
+    C_b: float
+    C_b_error: float
+    C_W: float
+    C_W_error: float
+    excess_kurtosis: float
+
+
+def _linear_layers(network: IsolatedModel, model: nn.Module) -> dict[str, nn.Linear]:
+    layers = {name: module for name, module in network.shadow.named_modules() if isinstance(module, nn.Linear)}
+    if not layers:
+        raise NotAnMLPError(f"not an MLP: {type(model).__name__} has no nn.Linear")
+    covered = {id(parameter) for layer in layers.values() for parameter in (layer.weight, layer.bias)}
+    owners = dict(network.shadow.named_modules())
+    for name, parameter in network.shadow.named_parameters():
+        if id(parameter) not in covered:
+            owner = owners[name.rpartition(".")[0]]
+            raise NotAnMLPError(f"not an MLP: the parameter {name!r} ({type(owner).__name__}) belongs to no nn.Linear")
+    return layers
+
+
+def _verified_activation(
+    network: IsolatedModel, probe: Probe, layers: dict[str, nn.Linear], given: ActivationLike | None
+) -> _Found:
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    handles = [
+        layer.register_forward_hook(
+            lambda module, args, value, name=name: calls.append((name, args[0].detach(), value.detach()))
+        )
+        for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            output = checked_output(network, probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [name for name, _, _ in calls]
+    if sorted(names) != sorted(layers):
+        odd = next(name for name in layers if names.count(name) != 1)
+        raise NotAnMLPError(f"not an MLP: the layer {odd!r} is used {names.count(odd)} times in one forward")
+    inputs = network.place(probe)
+    if not isinstance(inputs, Tensor):
+        raise NotAnMLPError("not an MLP: its forward takes several inputs")
+    if not _same(calls[0][1], inputs.flatten(1)):
+        raise NotAnMLPError(f"not an MLP: {names[0]!r} does not act on the flattened inputs, they are processed before")
+    if not _same(calls[-1][2], output):
+        raise NotAnMLPError(f"not an MLP: the output is not that of its last layer {names[-1]!r}")
+    pairs = [(before[2], after[1]) for before, after in zip(calls[:-1], calls[1:], strict=True)]
+    activation = get_activation("linear") if not pairs and given is None else _matching_activation(pairs, given)
+    return _Found({name: layers[name] for name in names}, activation)
+
+
+def _matching_activation(pairs: list[tuple[Tensor, Tensor]], given: ActivationLike | None) -> Activation:
+    candidates = [get_activation(name) for name in available_activations()] if given is None else [get_activation(given)]
+    if given is None:
+        candidates += _leaky_candidates(*pairs[0])
+    for candidate in candidates:
+        if all(z.shape == s.shape and _same(candidate(z), s) for z, s in pairs):
+            return candidate
+    raise NotAnMLPError(
+        "not an MLP: what enters a layer is not the same elementwise activation of the previous layer everywhere "
+        f"(tried {', '.join(candidate.name for candidate in candidates)}); pass activation= if it is another one"
+    )
+
+
+def _leaky_candidates(z: Tensor, s: Tensor) -> list[Activation]:
+    if z.shape != s.shape or not bool((z < 0).any()):
+        return []
+    slope = float((s[z < 0] / z[z < 0]).median())
+    return [leaky_relu(slope)] if 0 < slope < 1 else []
+
+
+def _same(value: Tensor, reference: Tensor) -> bool:
+    if value.shape != reference.shape:
+        return False
+    tolerance = 32 * torch.finfo(reference.dtype).eps
+    return bool(torch.allclose(value, reference, rtol=tolerance, atol=tolerance * float(reference.abs().max())))
+
+
+def _moments(name: str, layer: nn.Linear) -> _Moments:
+    weight = layer.weight.detach().double()
+    C_W = layer.in_features * float(weight.square().mean())
+    if C_W == 0 or not math.isfinite(C_W):
+        raise NotAnMLPError(f"not a random MLP: the weights of {name!r} are {'all zero' if C_W == 0 else 'not finite'}")
+    C_b, C_b_error = 0.0, 0.0
+    if layer.bias is not None:
+        squares = layer.bias.detach().double().square()
+        C_b = float(squares.mean())
+        C_b_error = float(squares.std() / math.sqrt(squares.numel())) if squares.numel() > 1 else C_b * math.sqrt(2)
+    squares = weight.square()
+    excess_kurtosis = float((squares.square().mean() / squares.mean().square()) - 3)
+    # With the excess kurtosis k, Var(W^2) = (k + 2) E[W^2]^2; a single weight is taken as Gaussian.
+    spread = excess_kurtosis + 2 if squares.numel() > 1 else 2.0
+    return _Moments(C_b, C_b_error, C_W, C_W * math.sqrt(spread / squares.numel()), excess_kurtosis)
+
+
+def _lambda(rates: dict[str, float] | None, layer: str, kind: str, parameter: nn.Parameter) -> float:
+    if not parameter.requires_grad:
+        return 0.0
+    return 1.0 if rates is None else rates[f"{layer}.{kind}" if layer else kind]

@@ -1,0 +1,121 @@
+"""Activations as the theory sees them: a scalar function, its derivatives, its symmetries.
+
+The registry holds the activations with a name; ``register_activation`` adds to it, and
+every place that takes an activation also takes a callable.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise activation sigma(z).
+
+    Args:
+        name: The name under which it is known, e.g. in reports.
+        function: sigma, elementwise on a tensor of any shape and floating dtype.
+        slopes: ``(negative, positive)`` for sigma(z) = slope * z on either side of zero
+            (linear, ReLU, leaky ReLU, absolute value), the scale-invariant class of
+            PDLT 2.2; Gaussian expectations then have closed forms. None otherwise.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    slopes: tuple[float, float] | None = None
+
+    @property
+    def kinked(self) -> bool:
+        """Whether sigma is known to have a kink at zero, so that sigma'' is no function."""
+        return self.slopes is not None and self.slopes[0] != self.slopes[1]
+
+    def __call__(self, z: Tensor, order: int = 0) -> Tensor:
+        """The derivative of the given order at every entry of ``z``, same shape and dtype.
+
+        Derivatives come from automatic differentiation. At a kink that is a one-sided or
+        averaged slope, and derivatives of order >= 2 are those almost everywhere.
+        """
+        if order == 0:
+            with torch.no_grad():
+                return self.function(z)
+        with torch.inference_mode(False), torch.enable_grad():
+            point = z.detach().clone().requires_grad_()
+            value = self.function(point)
+            for _ in range(order):
+                if not value.requires_grad:  # the previous derivative is a constant
+                    return torch.zeros_like(z)
+                (value,) = torch.autograd.grad(value.sum(), point, create_graph=True, materialize_grads=True)
+        return value.detach()
+
+
+ActivationLike: TypeAlias = str | Activation | Callable[[Tensor], Tensor]
+
+
+def leaky_relu(negative_slope: float) -> Activation:
+    """Leaky ReLU of any slope: sigma(z) = z for z > 0, ``negative_slope * z`` otherwise."""
+    return Activation(
+        f"leaky_relu({negative_slope:g})",
+        lambda z: F.leaky_relu(z, negative_slope),
+        slopes=(float(negative_slope), 1.0),
+    )
+
+
+_REGISTRY: dict[str, Activation] = {
+    activation.name: activation
+    for activation in (
+        Activation("linear", lambda z: z * 1.0, slopes=(1.0, 1.0)),
+        Activation("relu", torch.relu, slopes=(0.0, 1.0)),
+        Activation("leaky_relu", leaky_relu(0.01).function, slopes=(0.01, 1.0)),
+        Activation("tanh", torch.tanh),
+        Activation("erf", torch.erf),
+        Activation("sin", torch.sin),
+        Activation("gelu", lambda z: 0.5 * z * (1.0 + torch.erf(z / math.sqrt(2.0)))),
+        Activation("gelu_tanh", lambda z: F.gelu(z, approximate="tanh")),
+        Activation("silu", F.silu),
+        Activation("softplus", lambda z: torch.logaddexp(z, torch.zeros_like(z))),
+        Activation("sigmoid", torch.sigmoid),
+    )
+}
+
+
+def available_activations() -> tuple[str, ...]:
+    """The names that ``get_activation`` knows, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def register_activation(activation: Activation) -> None:
+    """Make ``activation`` available under its name.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    if activation.name in _REGISTRY:
+        raise ValueError(f"activation: the name {activation.name!r} is taken; choose another one")
+    _REGISTRY[activation.name] = activation
+
+
+def get_activation(activation: ActivationLike) -> Activation:
+    """The ``Activation`` for a registered name, an ``Activation`` or any elementwise callable.
+
+    Raises:
+        ValueError: If the name is unknown.
+        TypeError: If it is neither a name nor callable.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    if isinstance(activation, str):
+        if activation not in _REGISTRY:
+            raise ValueError(
+                f"activation: {activation!r} is unknown; give one of {', '.join(available_activations())}, "
+                "or an elementwise function of a tensor"
+            )
+        return _REGISTRY[activation]
+    if callable(activation):
+        return Activation(getattr(activation, "__name__", type(activation).__name__), activation)
+    raise TypeError(f"activation: expected a name or an elementwise function, got {type(activation).__name__}")

@@ -1,0 +1,93 @@
+"""The ensemble of networks that the theory speaks about: an MLP drawn at random."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch_eft.theory.activations import Activation, ActivationLike, get_activation
+
+
+@dataclass(frozen=True, init=False)
+class MLPEnsemble:
+    """Multilayer perceptrons with Gaussian initialisation (PDLT 2.1-2.3, 8.0).
+
+    ``z^(1) = b + W x``, ``z^(l+1) = b + W sigma(z^(l))``, l = 1 .. L-1, all entries independent,
+    ``b ~ N(0, C_b)``, ``W ~ N(0, C_W / n_{l-1})``; the learning-rate tensor is ``lambda_b`` for
+    biases and ``lambda_W / n_{l-1}`` for weights. One torch learning rate for every
+    parameter is ``lambda_b = 1``, ``lambda_W = n_{l-1}``.
+
+    Args:
+        widths: n_0 (inputs), hidden widths, n_L (outputs); L = len(widths) - 1.
+        activation: A name, an ``Activation`` or an elementwise function.
+        C_b: Bias variance >= 0; one value, or one a layer (l = 1 .. L).
+        C_W: Rescaled weight variance > 0; likewise.
+        lambda_b: Learning-rate tensor of the biases >= 0; likewise.
+        lambda_W: Learning-rate tensor of the weights, times n_{l-1}, >= 0; likewise.
+
+    Raises:
+        ValueError: If a value is out of range or the number of values is not 1 or L.
+        TypeError: If the activation is neither a name nor callable.
+    """
+
+    widths: tuple[int, ...]
+    activation: Activation
+    C_b: tuple[float, ...]
+    C_W: tuple[float, ...]
+    lambda_b: tuple[float, ...]
+    lambda_W: tuple[float, ...]
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        activation: ActivationLike,
+        C_b: float | Sequence[float] = 0.0,
+        C_W: float | Sequence[float] = 1.0,
+        lambda_b: float | Sequence[float] = 1.0,
+        lambda_W: float | Sequence[float] = 1.0,
+    ) -> None:
+        widths = tuple(widths)
+        if len(widths) < 2 or any(not isinstance(n, int) or n < 1 for n in widths):
+            raise ValueError(f"widths: {widths} given; give at least two positive integers n_0, ..., n_L")
+        depth = len(widths) - 1
+        fields = {
+            "widths": widths,
+            "activation": get_activation(activation),
+            "C_b": _per_layer("C_b", C_b, depth),
+            "C_W": _per_layer("C_W", C_W, depth, positive=True),
+            "lambda_b": _per_layer("lambda_b", lambda_b, depth),
+            "lambda_W": _per_layer("lambda_W", lambda_W, depth),
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def depth(self) -> int:
+        """L, the number of weight matrices."""
+        return len(self.widths) - 1
+
+    @property
+    def hidden_widths(self) -> tuple[int, ...]:
+        """n_1 .. n_{L-1}."""
+        return self.widths[1:-1]
+
+    @property
+    def aspect_ratio(self) -> float:
+        """r = L / n (PDLT 3.4), n the harmonic mean of the hidden widths; 0 without a hidden layer."""
+        if not self.hidden_widths:
+            return 0.0
+        return self.depth * sum(1 / n for n in self.hidden_widths) / len(self.hidden_widths)
+
+    def __str__(self) -> str:
+        return f"MLP {'-'.join(map(str, self.widths))}, {self.activation.name}"
+
+
+def _per_layer(name: str, value: float | Sequence[float], depth: int, positive: bool = False) -> tuple[float, ...]:
+    values = (value,) * depth if isinstance(value, int | float) else tuple(value)
+    if len(values) != depth:
+        raise ValueError(f"{name}: {len(values)} values given for {depth} layers; give one value or one a layer")
+    for number in values:
+        if not math.isfinite(number) or number < 0 or (positive and number == 0):
+            raise ValueError(
+                f"{name}: {number:g} given; {'a variance must be positive' if positive else 'it must be >= 0'} and finite"
+            )
+    return tuple(float(number) for number in values)
