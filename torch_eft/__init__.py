@@ -12,13 +12,13 @@ Source of the theory: Roberts, Yaida, Hanin, *The Principles of Deep Learning Th
 from importlib import import_module
 from typing import Any
 
-from torch_eft import theory
-
+from torch_eft import measure, theory
+from torch_eft.diagnosis import Diagnosis, diagnose
 from torch_eft.trajectory import Trajectory, Validity
 
 __version__ = "0.1.0"
 
-__all__ = ["Trajectory", "Validity", "callbacks", "diagnose", "measure", "tensorboard", "theory"]
+__all__ = ["Diagnosis", "Trajectory", "Validity", "callbacks", "diagnose", "measure", "tensorboard", "theory"]
 
 
 def __getattr__(name: str) -> Any:

@@ -46,12 +46,12 @@ def output_fluctuation(ensemble: MLPEnsemble, x: Tensor | None = None) -> float:
 def regime(epsilon: float) -> str:
     """The regime in words; the cut-offs are tolerances of ours, at first-order errors of 0.5, 9 and 42 %."""
     if epsilon < 0.01:
-        return "kernel regime (r -> 0): practically infinite width"
+        return "r -> 0: at initialisation practically infinitely wide"
     if epsilon < 0.2:
-        return "effectively deep (0 < r << 1): finite-width corrections are small and predictable"
+        return "0 < r << 1: effectively deep, finite-width corrections small and predictable"
     if epsilon < 1.0:
-        return "edge: finite-width corrections are large, order 1/n is rough"
-    return "chaotic (r >~ 1): too deep for its width, networks differ from one another by order one"
+        return "edge: finite-width corrections large, order 1/n is rough"
+    return "r >~ 1, chaotic: too deep for its width, networks differ from one another by order one"
 
 
 def infinite_width_validity(ensemble: MLPEnsemble, x: Tensor | None = None) -> Validity:
@@ -60,5 +60,8 @@ def infinite_width_validity(ensemble: MLPEnsemble, x: Tensor | None = None) -> V
     size = f"r = L/n = {ensemble.aspect_ratio:.3g}, epsilon = Var G/E[G]^2 = {epsilon:.3g}; {regime(epsilon)}"
     if epsilon >= 1.0:
         return Validity("invalid", f"infinite width does not describe this network: {size}. Use fewer or wider layers")
-    remark = "order 0 has no NTK drift and no representation change; a real network has both, of order r"
+    remark = (
+        "In training the NTK and the representations of a real network move by order r, more for larger targets; "
+        "order 0 has neither: read it against the measured NTK drift"
+    )
     return Validity("valid" if epsilon < 0.2 else "caution", f"infinite width (order 0): {size}. {remark}")

@@ -95,6 +95,10 @@ class InfiniteWidthTraining:
         J = torch.cat([identity, response], 2)
         return mean, J @ self.K @ J.mT
 
+    def first_direction(self) -> Tensor:
+        """Theta_PA y, (N_p, n_L): the direction in which the mean output starts to move."""
+        return self._coupling @ (self._U.T @ self.y_train)
+
     def _phi(self, steps: Tensor) -> Tensor:
         """(1 - g^t) / lambda, (T, N), accurate also where eta lambda t is tiny."""
         t, x = steps[:, None], self.rate * self.eigenvalues

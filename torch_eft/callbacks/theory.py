@@ -1,0 +1,237 @@
+"""Measured against theory: infinite width (order 0) beside the running training."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_eft.callbacks.applicability import learning_rates, outside_the_theory
+from torch_eft.callbacks.monitor import Monitor, on_device_of
+from torch_eft.callbacks.part import History, Part
+from torch_eft.callbacks.schedule import Every
+from torch_eft.comparison import InfiniteWidthComparison
+from torch_eft.diagnosis import diagnose
+from torch_eft.measure.initialization import NotAnMLPError, read_ensemble
+from torch_eft.measure.learning_rates import read_learning_rates
+from torch_eft.measure.probe import OutputFn
+from torch_eft.measure.snapshot import Plan, Snapshot
+from torch_eft.measure.training import (
+    UnrecognisedLossError,
+    batch_fingerprint,
+    recognise_squared_error,
+    same_batch,
+)
+from torch_eft.tensorboard.figures import comparison_figure
+from torch_eft.tensorboard.tags import TITLES, compared_scalars, tag
+from torch_eft.theory.activations import ActivationLike
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.expectations import QuadratureError
+from torch_eft.trajectory import Validity
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from matplotlib.figure import Figure
+
+
+class TheoryPart(Part):
+    """Order 0 of the theory, as long as the training is what it covers.
+
+    Args:
+        ensemble: The ensemble, if known; None reads it off the network at theta_0.
+        activation: The activation to look for, where it is none of the registered ones.
+        output_fn: Turns what the model returns into (N, C).
+    """
+
+    def __init__(
+        self,
+        ensemble: MLPEnsemble | None = None,
+        activation: ActivationLike | None = None,
+        output_fn: OutputFn | None = None,
+    ) -> None:
+        self.given = ensemble
+        self.activation = activation
+        self.output_fn = output_fn
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what belongs to an earlier run."""
+        self.validity: Validity | None = None
+        self._pages: dict[str, str] = {}
+        self._comparison: InfiniteWidthComparison | None = None
+        self._network: nn.Module | None = None
+        self._probe: Any = None
+        self._waiting: dict[int, tuple[Snapshot, Snapshot]] = {}
+        self._ensemble: MLPEnsemble | None = None
+        self._batch: tuple[Tensor, Tensor] | None = None
+        self._loss: Tensor | None = None
+        self._fingerprint: Tensor | None = None
+        self._rates: list[float] = []
+
+    @property
+    def _undecided(self) -> bool:
+        return self._comparison is None and self.validity is None
+
+    def plan(self, outputs: int, samples: int) -> Plan:
+        """Outputs (always there) and the NTK."""
+        return Plan(ntk=True)
+
+    def begin(
+        self, trainer: "Trainer", pl_module: "LightningModule", network: nn.Module, probe: Any, fresh: bool
+    ) -> dict[str, str]:
+        """Read the ensemble off the network; rule out what the Trainer already shows to be outside."""
+        if not fresh and self._comparison is not None:
+            return {}  # a second fit of the same trainer goes on where the first one stopped
+        self.forget()
+        pages: dict[str, str] = {}
+        try:
+            read = read_ensemble(network, trainer.optimizers, probe, self.activation, self.output_fn)
+            self._ensemble = self.given or read.ensemble
+            pages["diagnosis"] = str(diagnose(self.given or read, probe))
+        except (NotAnMLPError, QuadratureError) as error:
+            pages["diagnosis"] = f"No diagnosis: {error}."
+            return pages | self._stop(str(error))
+        if not fresh:
+            return pages | self._stop(f"training goes on from step {trainer.global_step}; order 0 starts at initialisation")
+        reason = outside_the_theory(trainer, pl_module)
+        if reason is not None:
+            return pages | self._stop(reason)
+        self._network, self._probe = network, probe
+        return pages
+
+    def observe(self, step: int, snapshot: Snapshot, reference: Snapshot) -> dict[str, float]:
+        """Theory beside measurement, or nothing where the theory does not apply."""
+        if self._comparison is None:
+            if self.validity is None:
+                self._waiting[step] = (snapshot, reference)
+            return {}
+        if snapshot.ntk is None or reference.ntk is None:
+            return {}
+        ntk_0 = on_device_of(reference.ntk, snapshot.ntk)
+        scalars = compared_scalars(self._comparison.compare(step, snapshot.output, snapshot.ntk, ntk_0))
+        if snapshot.hidden:
+            scalars[tag("representation_change", "theory")] = 0.0  # order 0: representations are frozen
+        return scalars
+
+    def on_batch(self, batch: Any) -> None:
+        """Keep the first batch; see that the others hold the same samples."""
+        if self.validity is not None and self._comparison is None:
+            return
+        pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)
+        self._batch = (batch[0], batch[1]) if pair else None
+        if self._fingerprint is not None and (
+            self._batch is None or not same_batch(batch_fingerprint(*self._batch), self._fingerprint)
+        ):
+            self._comparison = None
+            self._pages = self._stop("a later batch holds other samples than the first: not full-batch training")
+
+    def on_loss(self, loss: Tensor) -> None:
+        """Keep the first loss."""
+        if self._undecided:
+            self._loss = loss
+
+    def on_gradient(self, step: int, optimizer: Optimizer) -> tuple[History, dict[str, str]]:
+        """Decide, before the first step is taken; later, see that learning rates stay."""
+        if self._comparison is not None and learning_rates(optimizer) != self._rates:
+            self._comparison = None
+            return {}, self._stop(f"the learning rate changed at step {step}: order 0 is derived for a constant one")
+        if not self._undecided or self._network is None:
+            pages, self._pages = self._pages, {}
+            return {}, pages
+        try:
+            pages = self._decide(optimizer)
+        except Exception as error:
+            self._stop(f"{type(error).__name__}: {error}")
+            raise
+        late: History = {}
+        for at_step, (snapshot, reference) in self._waiting.items():
+            late[at_step] = self.observe(at_step, snapshot, reference)
+        self._waiting, self._network, self._loss, self._batch = {}, None, None, None
+        return late, pages
+
+    def _decide(self, optimizer: Optimizer) -> dict[str, str]:
+        assert self._network is not None and self._ensemble is not None
+        if self._batch is None or self._loss is None:
+            return self._stop("the batch is not a pair (inputs, targets) of tensors")
+        x, y = self._batch
+        gradients = {name: p.grad for name, p in self._network.named_parameters() if p.grad is not None}
+        rate = read_learning_rates(self._network, [optimizer]).learning_rate
+        try:
+            loss = recognise_squared_error(self._network, x, y, self._loss, gradients, self.output_fn)
+            comparison = InfiniteWidthComparison(
+                self._ensemble,
+                x.flatten(1),
+                loss.targets,
+                self._probe.flatten(1).to(x.device),
+                rate * loss.rate_factor,
+            )
+        except UnrecognisedLossError as error:
+            return self._stop(str(error))
+        except ValueError as error:  # the learning rate is unstable, or inputs do not fit the ensemble
+            return self._stop(str(error))
+        self._comparison, self.validity = comparison, comparison.validity
+        self._fingerprint, self._rates = batch_fingerprint(x, y), learning_rates(optimizer)
+        text = f"Full-batch gradient descent on squared error ({loss.name}), learning rate {rate:g}. {self.validity}"
+        rank_zero_info(f"torch_eft: {text}")
+        return {"validity": f"{text}\n\nPredicted for the {self._ensemble} ensemble."}
+
+    def _stop(self, reason: str) -> dict[str, str]:
+        """From here on measurements only, and why."""
+        self.validity = Validity("invalid", reason)
+        self._network = None
+        text = f"No theory for this run, measurements only: {reason}."
+        rank_zero_info(f"torch_eft: {text}")
+        return {"validity": text}
+
+    def figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
+        """Measured against theory, a panel a quantity."""
+        quantities = [q for q in TITLES if any(tag(q, "theory") in scalars for scalars in history.values())]
+        if not quantities:
+            return {}
+        return {f"theory/{quantity}": comparison_figure(history, [quantity]) for quantity in quantities}
+
+
+class TheoryComparison(Monitor):
+    """Compare a training with the infinite-width theory, predicted before its first step.
+
+    The ensemble (widths, activation, C_b, C_W) is read off the network at theta_0, lambda and the learning
+    rate off the optimizer, data and loss off the first batch; its value and gradient must be those of squared
+    error. Where the training is not what order 0 covers (no MLP, mini-batches, another loss or optimizer), it
+    says so in words, in the log and on the page ``eft/validity``, and logs measurements only.
+
+    Logs ``eft/<quantity>/measured``, ``/theory`` and ``/theory_minus_sigma``, ``/theory_plus_sigma`` for the
+    quantities of ``torch_eft.comparison``: ``ntk_drift``, ``ntk_trace``, ``output_projection``,
+    ``output_chi_squared``; and the page ``eft/diagnosis``.
+
+    Args:
+        probe: Fixed inputs, a tensor (N, ...).
+        every: ``"epoch"``, a number of optimizer steps, or a function of the step that says whether to measure.
+        ensemble: The ensemble, if known.
+        activation: The activation, where it is none of the registered ones.
+        output_fn: Turns what the model returns into (N, C).
+        module: Name of the submodule to measure; empty means the LightningModule itself.
+        on_error: ``"warn"`` or ``"raise"``.
+        name: Tells several monitors of this class apart in checkpoints.
+
+    Raises:
+        ValueError: Here or in ``setup``, if an argument or the model is not usable.
+    """
+
+    def __init__(
+        self,
+        probe: Any,
+        every: Every = "epoch",
+        ensemble: MLPEnsemble | None = None,
+        activation: ActivationLike | None = None,
+        output_fn: OutputFn | None = None,
+        module: str = "",
+        on_error: Literal["warn", "raise"] = "warn",
+        name: str = "",
+    ) -> None:
+        self.theory = TheoryPart(ensemble, activation, output_fn)
+        super().__init__(probe, [self.theory], every, output_fn, module, on_error, name)
+
+    @property
+    def validity(self) -> Validity | None:
+        """Where the theory holds for this run, or why it does not apply; None before the first step."""
+        return self.theory.validity

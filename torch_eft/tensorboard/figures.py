@@ -1,0 +1,104 @@
+"""Figures from plain results. matplotlib is imported when the first one is drawn.
+
+Colours are those of Okabe & Ito (2008), told apart by colour-blind readers: measured in
+vermilion, theory in blue.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from torch_eft.tensorboard.tags import BAND, TITLES, tag
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MEASURED, THEORY = "#D55E00", "#0072B2"
+History = Mapping[int, Mapping[str, float]]
+
+
+def figure(columns: int = 1, rows: int = 1) -> "tuple[Figure, list[Axes]]":
+    """An empty figure that belongs to no window, sized to stay readable as a thumbnail."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(5.6 * columns, 4.2 * rows), layout="constrained")
+    FigureCanvasAgg(drawing)
+    axes = [drawing.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
+    return drawing, axes
+
+
+def kernel_figure(H: Tensor, title: str, limit: float | None = None) -> "Figure":
+    """A kernel matrix (N, N) with its scale.
+
+    Args:
+        H: The kernel.
+        title: The title.
+        limit: Colours run from -limit to limit, so that figures with one limit compare; None takes the largest entry.
+    """
+    drawing, (axes,) = figure()
+    H = H.detach().double().cpu()
+    limit = limit or float(H.abs().max()) or 1.0
+    image = axes.imshow(H, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    drawing.colorbar(image, ax=axes).ax.tick_params(labelsize=13)
+    axes.set_title(title, fontsize=16)
+    axes.set_xlabel("probe sample", fontsize=14)
+    axes.set_ylabel("probe sample", fontsize=14)
+    axes.tick_params(labelsize=13)
+    return drawing
+
+
+def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
+    """Measured line over the theory's line and band, for one quantity."""
+    measured = _series(history, tag(quantity, "measured"))
+    theory = _series(history, tag(quantity, "theory"))
+    lower, upper = (_series(history, tag(quantity, series)) for series in BAND)
+    if lower:
+        axes.fill_between(
+            list(lower), list(lower.values()), list(upper.values()), color=THEORY, alpha=0.2, lw=0, label="theory ± σ"
+        )
+    if theory:
+        axes.plot(list(theory), list(theory.values()), color=THEORY, ls="--", lw=2, label="theory (infinite width)")
+    axes.plot(list(measured), list(measured.values()), color=MEASURED, lw=2, label="measured")
+    axes.set_title(TITLES.get(quantity, quantity), fontsize=12)
+    axes.set_xlabel("optimizer step", fontsize=12)
+    axes.margins(x=0.01)
+    axes.legend(fontsize=11, frameon=False)
+    axes.grid(alpha=0.2)
+
+
+def comparison_figure(history: History, quantities: list[str], title: str = "") -> "Figure":
+    """One panel a quantity, two to a row."""
+    columns = min(2, len(quantities))
+    drawing, panels = figure(columns, -(-len(quantities) // columns))
+    for axes, quantity in zip(panels, quantities, strict=False):
+        draw_comparison(axes, history, quantity)
+    for axes in panels[len(quantities) :]:
+        axes.set_visible(False)
+    if title:
+        drawing.suptitle(title, fontsize=14)
+    return drawing
+
+
+def layers_figure(histories: Mapping[str, Mapping[int, float]], title: str) -> "Figure":
+    """One line a hidden layer, from first (dark) to last (light)."""
+    from matplotlib import colormaps
+
+    drawing, (axes,) = figure()
+    shades = colormaps["viridis"]
+    for index, (layer, series) in enumerate(histories.items()):
+        colour = shades(0.85 * index / max(1, len(histories) - 1))
+        axes.plot(list(series), list(series.values()), color=colour, lw=2, label=layer if len(histories) <= 8 else None)
+    axes.set_title(title, fontsize=14)
+    axes.set_xlabel("optimizer step", fontsize=13)
+    axes.margins(x=0.01)
+    axes.grid(alpha=0.2)
+    if len(histories) <= 8:
+        axes.legend(title="layer", fontsize=11, frameon=False)
+    return drawing
+
+
+def _series(history: History, name: str) -> dict[int, float]:
+    return {step: values[name] for step, values in sorted(history.items()) if name in values}
