@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from torch_eft.callbacks import EFTMonitor
 from torch_eft.diagnosis import diagnose
-from torch_eft.tensorboard import TITLES, comparison_figure, tag
+from torch_eft.tensorboard import TITLES, compared_quantities, comparison_figure, tag
 from torch_eft.tensorboard.tags import BAND
 from torch_eft.theory import MLPEnsemble, criticality, get_activation, initial_statistics
 
@@ -134,7 +134,9 @@ def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | 
 
     pl.seed_everything(seed, verbose=False)
     model = CriticalMLP(ensemble, learning_rate)
-    monitor = EFTMonitor(probe=x_probe, every=max(1, steps // MEASUREMENTS))
+    spacing = max(1, steps // MEASUREMENTS)
+    # The largest modes of Theta are learned within ten steps.
+    monitor = EFTMonitor(probe=x_probe, every=lambda step: step <= 10 or step % spacing == 0)
     logger = TensorBoardLogger(logdir, name=f"{activation}-{width}x{depth}")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
@@ -158,9 +160,9 @@ def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | 
     print(f"theory {monitor.validity}")
     print(monitor.overhead())
     picture = Path(logger.log_dir) / "measured_against_theory.png"
-    quantities = [q for q in TITLES if any(tag(q, "measured") in s for s in monitor.history.values())]
-    quantities = [q for q in quantities if not q.startswith("overhead")]
-    comparison_figure(monitor.history, quantities, title=f"{ensemble}, digits, full batch").savefig(picture, dpi=110)
+    title = f"{ensemble}, {len(x_train)} digits, full batch"
+    drawing = comparison_figure(monitor.history, compared_quantities(monitor.history), title)
+    drawing.savefig(picture, dpi=100)
     print(f"picture:     {picture}")
     print(f"TensorBoard: tensorboard --logdir {logdir}")
     return monitor

@@ -106,7 +106,8 @@ class Diagnosis:
         if self.critical is not None:
             point = self.critical
             place = "any K" if point.K_star is None else f"K* = {point.K_star:.4g}"
-            lines.append(f"| critical ({point.universality_class}) | {point.C_b:.4g} | {point.C_W:.4g} | {place} | 1 | 1 |")
+            cells = [f"critical ({point.universality_class})", f"{point.C_b:.4g}", f"{point.C_W:.4g}", place, "1", "1"]
+            lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 
 
@@ -182,14 +183,15 @@ def _criticality_verdict(ensemble: MLPEnsemble) -> tuple[CriticalPoint | None, s
     except QuadratureError as error:
         return None, f"criticality unknown: {error}", None, []
     if critical is None:
-        return None, f"{name} has no critical initialisation: signals or gradients change exponentially with depth", None, []
+        verdict = f"{name} has no critical initialisation: signals or gradients change exponentially with depth"
+        return None, verdict, None, []
     growth = math.prod(C_W / critical.C_W for C_W in ensemble.C_W[1:])
-    drift = f"signal gain over the depth {growth:.3g} times the critical one (prod C_W / {critical.C_W:.4g}, layers 2..L)"
+    drift = f"prod C_W / C_W(critical) = {growth:.3g} over layers 2..L, C_W(critical) = {critical.C_W:.4g}"
     advice = []
     if 0.5 <= growth <= 2:
         verdict = f"critical within a factor of 2: {drift}"
     else:
-        side = "subcritical (ordered): signals and gradients vanish" if growth < 1 else "supercritical (chaotic): they explode"
+        side = "subcritical (ordered), gradients vanish" if growth < 1 else "supercritical (chaotic), gradients explode"
         verdict = f"{side} with depth: {drift}"
         advice.append(f"initialise weights with variance {critical.C_W:.4g} / n_in and biases with {critical.C_b:.4g}")
     excess = [C_b for C_b in ensemble.C_b[1:] if abs(C_b - critical.C_b) > 0.1]

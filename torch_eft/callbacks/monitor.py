@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,7 +27,7 @@ from torch_eft.measure.output import output
 from torch_eft.measure.probe import OutputFn, as_probe
 from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.tensorboard.layout import comparison_layout
-from torch_eft.tensorboard.tags import BAND, TITLES, tag
+from torch_eft.tensorboard.tags import BAND, PREFIX, TITLES, tag
 
 
 class MeasurementWarning(UserWarning):
@@ -43,8 +43,8 @@ class Monitor(Callback):
         origin: Where theta_0 was taken, in words.
         seconds: Time spent measuring.
 
-    Logged besides the parts' own scalars: ``eft/overhead_seconds/measured`` (s) and
-    ``eft/overhead_percent/measured`` (% of the training's own time).
+    Logged besides the parts' own scalars: ``eft/overhead_percent/measured``, the time spent measuring in % of the
+    training's own time.
     """
 
     def __init__(
@@ -123,12 +123,12 @@ class Monitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Show the batch to the parts."""
         if trainer.is_global_zero and self._reference is not None:
-            self._attempt(trainer, lambda: [part.on_batch(batch) for part in self.parts])
+            self._attempt(trainer, lambda: self._each(lambda part: part.on_batch(batch)))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Show the loss to the parts."""
         if trainer.is_global_zero and self._reference is not None:
-            self._attempt(trainer, lambda: [part.on_loss(loss.detach()) for part in self.parts])
+            self._attempt(trainer, lambda: self._each(lambda part: part.on_loss(loss.detach())))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Show the gradient, and the learning rates in force, to the parts."""
@@ -188,6 +188,10 @@ class Monitor(Callback):
         finally:
             self.seconds += time.perf_counter() - begun
 
+    def _each(self, action: Callable[[Part], None]) -> None:
+        for part in self.parts:
+            action(part)
+
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network, step = self._network(pl_module), trainer.global_step
         parameters = [f"{name} {tuple(p.shape)}" for name, p in network.named_parameters()]
@@ -205,6 +209,9 @@ class Monitor(Callback):
         self._write_pages(trainer, pages, step)
         if step not in self.history:
             self._measure(trainer, pl_module)
+        reference = self._reference
+        if reference is not None and not goes_on:
+            self._write_figures(trainer, step, lambda part: part.first_figures(reference))
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         begun, spent = time.perf_counter(), self.seconds
@@ -222,7 +229,6 @@ class Monitor(Callback):
         for part in self.parts:
             scalars |= part.observe(step, snapshot, self._reference)
         self.seconds = spent + time.perf_counter() - begun
-        scalars[tag("overhead_seconds", "measured")] = self.seconds
         scalars[tag("overhead_percent", "measured")] = self._percent()
         self.seconds = spent  # _attempt adds the whole
         self._record(trainer, step, scalars)
@@ -250,7 +256,7 @@ class Monitor(Callback):
     def _write_pages(self, trainer: Trainer, pages: dict[str, str], step: int) -> None:
         for writer in self._writers(trainer):
             for name, text in pages.items():
-                writer.add_text(tag(name, "text"), text, step)
+                writer.add_text(f"{PREFIX}/{name}", text, step)
 
     def _write_layout(self, trainer: Trainer) -> None:
         """Once theory and first measurement are known: a chart for every quantity there is."""
@@ -263,21 +269,30 @@ class Monitor(Callback):
             writer.file_writer.add_summary(summary)
 
     def _finish(self, trainer: Trainer) -> None:
-        writers = self._writers(trainer)
-        if not writers or self._reference is None or self._last is None:
-            return
+        reference, last = self._reference, self._last
         if self.skipped:
-            lines = "\n".join(f"- step {step}: {reason}" for step, reason in self.skipped)
-            self._write_pages(trainer, {"skipped": f"Measurements that failed and were skipped:\n\n{lines}"}, trainer.global_step)
+            lines = ["Measurements that failed and were skipped:", ""]
+            lines += [f"- step {step}: {reason}" for step, reason in self.skipped]
+            self._write_pages(trainer, {"skipped": "\n".join(lines)}, trainer.global_step)
+        if reference is not None and last is not None:
+            self._write_figures(
+                trainer, trainer.global_step, lambda part: part.last_figures(self.history, reference, last)
+            )
+        for writer in self._writers(trainer):
+            writer.flush()
+
+    def _write_figures(self, trainer: Trainer, step: int, draw: Callable[[Part], dict[str, Any]]) -> None:
+        writers = self._writers(trainer)
+        if not writers:
+            return
         try:
-            figures = {k: v for part in self.parts for k, v in part.figures(self.history, self._reference, self._last).items()}
+            figures = {name: drawing for part in self.parts for name, drawing in draw(part).items()}
         except ImportError:
             rank_zero_info("torch_eft: no figures, matplotlib is not installed (pip install 'torch-eft[demo]')")
             return
         for writer in writers:
             for name, drawing in figures.items():
-                writer.add_figure(f"eft/{name}", drawing, trainer.global_step, close=False)
-            writer.flush()
+                writer.add_figure(f"{PREFIX}/{name}", drawing, step, close=False)
 
     # ---- state: plain types and tensors, so that it loads with weights_only=True
 

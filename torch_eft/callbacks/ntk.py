@@ -49,18 +49,22 @@ class NTKPart(Part):
             tag("ntk_trace", "measured"): float(ntk_trace(H)),
         }
 
-    def figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
-        """The kernel matrix at start and end, and its change, on scales that say how large."""
+    def first_figures(self, reference: Snapshot) -> "dict[str, Figure]":
+        """The kernel matrix at theta_0."""
+        if reference.ntk is None:
+            return {}
+        return {"ntk_matrix/start": kernel_figure(as_trace(reference.ntk), "NTK at theta_0 (mean over outputs)")}
+
+    def last_figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
+        """The kernel matrix at the end, on the scale of the first, and its change."""
         if reference.ntk is None or last.ntk is None:
             return {}
         end = as_trace(last.ntk)
         start = on_device_of(as_trace(reference.ntk), end)
-        limit = float(max(start.abs().max(), end.abs().max()))
-        first, final = min(history), max(history)
+        step = max(history)
         return {
-            "ntk_matrix/start": kernel_figure(start, f"NTK, step {first} (mean over outputs)", limit),
-            "ntk_matrix/end": kernel_figure(end, f"NTK, step {final} (mean over outputs)", limit),
-            "ntk_matrix/change": kernel_figure(end - start, f"Change of the NTK, step {first} to {final}"),
+            "ntk_matrix/end": kernel_figure(end, f"NTK, step {step} (mean over outputs)", float(start.abs().max())),
+            "ntk_matrix/change": kernel_figure(end - start, f"Change of the NTK, theta_0 to step {step}"),
         }
 
 

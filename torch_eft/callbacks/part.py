@@ -44,6 +44,10 @@ class Part:
         """Its gradient was computed; returns late scalars by step, and pages."""
         return {}, {}
 
-    def figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
+    def first_figures(self, reference: Snapshot) -> "dict[str, Figure]":
+        """Figures of theta_0, before training."""
+        return {}
+
+    def last_figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
         """Figures at the end of training."""
         return {}

@@ -53,7 +53,7 @@ class RepresentationPart(Part):
                 scalars |= {tag(f"{quantity}_{layer}", "measured"): value for layer, value in finite.items()}
         return scalars
 
-    def figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
+    def last_figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
         """Relative change of every layer's kernel over training."""
         if not self.changes:
             return {}

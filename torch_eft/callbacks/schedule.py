@@ -14,7 +14,9 @@ def checked_every(every: Every) -> Every:
     """
     if every == "epoch" or callable(every) or (isinstance(every, int) and not isinstance(every, bool) and every > 0):
         return every
-    raise ValueError(f"every: {every!r} given; give 'epoch', a positive number of optimizer steps, or a function of the step")
+    raise ValueError(
+        f"every: {every!r} given; give 'epoch', a positive number of optimizer steps, or a function of the step"
+    )
 
 
 def due(every: Every, step: int) -> bool:

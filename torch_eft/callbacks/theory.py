@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,7 +23,7 @@ from torch_eft.measure.training import (
     same_batch,
 )
 from torch_eft.tensorboard.figures import comparison_figure
-from torch_eft.tensorboard.tags import TITLES, compared_scalars, tag
+from torch_eft.tensorboard.tags import compared_quantities, compared_scalars, tag
 from torch_eft.theory.activations import ActivationLike
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.expectations import QuadratureError
@@ -92,7 +92,7 @@ class TheoryPart(Part):
             pages["diagnosis"] = f"No diagnosis: {error}."
             return pages | self._stop(str(error))
         if not fresh:
-            return pages | self._stop(f"training goes on from step {trainer.global_step}; order 0 starts at initialisation")
+            return pages | self._stop(f"training starts at step {trainer.global_step}, the theory at initialisation")
         reason = outside_the_theory(trainer, pl_module)
         if reason is not None:
             return pages | self._stop(reason)
@@ -183,12 +183,10 @@ class TheoryPart(Part):
         rank_zero_info(f"torch_eft: {text}")
         return {"validity": text}
 
-    def figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
+    def last_figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
         """Measured against theory, a panel a quantity."""
-        quantities = [q for q in TITLES if any(tag(q, "theory") in scalars for scalars in history.values())]
-        if not quantities:
-            return {}
-        return {f"theory/{quantity}": comparison_figure(history, [quantity]) for quantity in quantities}
+        quantities = compared_quantities(history)
+        return {"measured_against_theory": comparison_figure(history, quantities)} if quantities else {}
 
 
 class TheoryComparison(Monitor):

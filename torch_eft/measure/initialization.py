@@ -7,6 +7,7 @@ is an MLP only if every linear layer's input is the activation of the one before
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -161,15 +162,16 @@ def _verified_activation(
         raise NotAnMLPError(f"not an MLP: {names[0]!r} does not act on the flattened inputs, they are processed before")
     if not _same(calls[-1][2], output):
         raise NotAnMLPError(f"not an MLP: the output is not that of its last layer {names[-1]!r}")
-    pairs = [(before[2], after[1]) for before, after in zip(calls[:-1], calls[1:], strict=True)]
+    pairs = [(before[2], after[1]) for before, after in pairwise(calls)]
     activation = get_activation("linear") if not pairs and given is None else _matching_activation(pairs, given)
     return _Found({name: layers[name] for name in names}, activation)
 
 
 def _matching_activation(pairs: list[tuple[Tensor, Tensor]], given: ActivationLike | None) -> Activation:
-    candidates = [get_activation(name) for name in available_activations()] if given is None else [get_activation(given)]
     if given is None:
-        candidates += _leaky_candidates(*pairs[0])
+        candidates = [get_activation(name) for name in available_activations()] + _leaky_candidates(*pairs[0])
+    else:
+        candidates = [get_activation(given)]
     for candidate in candidates:
         if all(z.shape == s.shape and _same(candidate(z), s) for z, s in pairs):
             return candidate
@@ -210,7 +212,7 @@ def _moments(name: str, layer: nn.Linear) -> _Moments:
     return _Moments(C_b, C_b_error, C_W, C_W * math.sqrt(spread / squares.numel()), excess_kurtosis)
 
 
-def _lambda(rates: dict[str, float] | None, layer: str, kind: str, parameter: nn.Parameter) -> float:
+def _lambda(rates: dict[str, float] | None, layer: str, kind: str, parameter: Tensor) -> float:
     if not parameter.requires_grad:
         return 0.0
     return 1.0 if rates is None else rates[f"{layer}.{kind}" if layer else kind]

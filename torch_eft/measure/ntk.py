@@ -78,7 +78,8 @@ def isolated_ntk(
             columns = rows if second == first else _jacobian(network, _slice(inputs, second, block), scales)[0]
             part = _gram(rows, columns, trace)
             H[first : first + block, second : second + block] = part
-            H[second : second + block, first : first + block] = part.transpose(0, 1).transpose(-1, -2) if not trace else part.T
+            mirror = part.T if trace else part.permute(1, 0, 3, 2)  # H_{ji;ba} = H_{ij;ab}
+            H[second : second + block, first : first + block] = mirror
     if not bool(torch.isfinite(H).all()):
         raise ValueError("model: the NTK is not finite; parameters or outputs contain NaN or infinite values")
     return H
@@ -155,10 +156,9 @@ def _check_independence(alone: Tensor, together: Tensor) -> None:
 
 
 def _gram(rows: list[Tensor], columns: list[Tensor], trace: bool) -> Tensor:
-    if trace:
-        channels = rows[0].shape[1]
-        return sum(torch.einsum("aip,bip->ab", row, column) for row, column in zip(rows, columns, strict=True)) / channels
-    return sum(torch.einsum("aip,bjp->abij", row, column) for row, column in zip(rows, columns, strict=True))
+    pattern, share = ("aip,bip->ab", 1 / rows[0].shape[1]) if trace else ("aip,bjp->abij", 1.0)
+    parts = [torch.einsum(pattern, row, column) for row, column in zip(rows, columns, strict=True)]
+    return torch.stack(parts).sum(0) * share
 
 
 def ntk_trace(H: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def checked_output(network: IsolatedModel, probe: Probe) -> Tensor:
     if not isinstance(result, Tensor) or result.ndim != 2 or len(result) != probe.size or result.shape[1] == 0:
         given = f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(
-            f"output_fn: the output for {probe.size} samples is {given}; it must be a tensor ({probe.size}, C), C >= 1: "
+            f"output_fn: the output for {probe.size} samples is {given}, not a tensor ({probe.size}, C) with C >= 1; "
             "give an output_fn that turns it into one"
         )
     return result

@@ -79,9 +79,8 @@ def recognise_squared_error(
     missing = [name for name in mine if name not in gradients and bool(mine[name].any())]
     if missing:
         raise UnrecognisedLossError(f"the step has no gradient for {missing[0]!r}")
-    difference = sum((gradients[name].to(g) - g).square().sum() for name, g in mine.items() if name in gradients)
-    size = sum(g.square().sum() for g in mine.values())
-    relative = float((difference / size).sqrt())
+    differences = [(gradients[name].to(g) - g).norm() for name, g in mine.items() if name in gradients]
+    relative = float(torch.stack(differences).norm() / torch.stack([g.norm() for g in mine.values()]).norm())
     if not relative <= LOSS_TOLERANCE:
         raise UnrecognisedLossError(
             f"the step's gradient differs from that of squared error on the batch by {relative:.2g} (dropout, batch "
@@ -97,10 +96,10 @@ def _as_targets(y: Any, z: Tensor) -> Tensor:
         if y.shape == z.shape[:1]:
             if y.is_floating_point() and z.shape[1] == 1:
                 return y[:, None].to(z)
-            if not y.is_floating_point() and 0 <= int(y.min()) and int(y.max()) < z.shape[1]:
+            if not y.is_floating_point() and y.min() >= 0 and y.max() < z.shape[1]:
                 return F.one_hot(y.long(), z.shape[1]).to(z)
     given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-    raise UnrecognisedLossError(f"the batch's targets ({given}) cannot be laid beside outputs of shape {tuple(z.shape)}")
+    raise UnrecognisedLossError(f"targets {given} cannot be laid beside outputs of shape {tuple(z.shape)}")
 
 
 def _matching_constant(total: Tensor, loss: Tensor, count: int, channels: int) -> tuple[float, str]:

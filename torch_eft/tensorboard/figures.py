@@ -64,14 +64,16 @@ def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
     axes.plot(list(measured), list(measured.values()), color=MEASURED, lw=2, label="measured")
     axes.set_title(TITLES.get(quantity, quantity), fontsize=12)
     axes.set_xlabel("optimizer step", fontsize=12)
+    if max(measured, default=0) >= 100:  # most of the motion is early
+        axes.set_xscale("symlog", linthresh=1)
     axes.margins(x=0.01)
     axes.legend(fontsize=11, frameon=False)
     axes.grid(alpha=0.2)
 
 
 def comparison_figure(history: History, quantities: list[str], title: str = "") -> "Figure":
-    """One panel a quantity, two to a row."""
-    columns = min(2, len(quantities))
+    """One panel a quantity, three to a row."""
+    columns = min(3, len(quantities))
     drawing, panels = figure(columns, -(-len(quantities) // columns))
     for axes, quantity in zip(panels, quantities, strict=False):
         draw_comparison(axes, history, quantity)

@@ -31,9 +31,7 @@ def comparison_layout(with_band: list[str], without_band: list[str]) -> Summary:
     # The plugin's own helper for this needs TensorFlow.
     plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME)
     tensor = TensorProto(dtype="DT_STRING", string_val=[layout], tensor_shape=TensorShapeProto())
-    value = Summary.Value(
-        tag=metadata.CONFIG_SUMMARY_TAG, tensor=tensor, metadata=SummaryMetadata(plugin_data=plugin)
-    )
+    value = Summary.Value(tag=metadata.CONFIG_SUMMARY_TAG, tensor=tensor, metadata=SummaryMetadata(plugin_data=plugin))
     return Summary(value=[value])
 
 

@@ -16,7 +16,7 @@ from torch_eft.trajectory import Validity
 
 
 def output_fluctuation(ensemble: MLPEnsemble, x: Tensor | None = None) -> float:
-    """epsilon = V / (n_{L-1} K^2) at the output, to order 1/n, the mean over the inputs.
+    """The fluctuation epsilon = V / (n_{L-1} K^2) at the output, to order 1/n, the mean over the inputs.
 
     Args:
         ensemble: The ensemble.

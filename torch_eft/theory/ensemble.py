@@ -72,7 +72,7 @@ class MLPEnsemble:
 
     @property
     def aspect_ratio(self) -> float:
-        """r = L / n (PDLT 3.4), n the harmonic mean of the hidden widths; 0 without a hidden layer."""
+        """The ratio r = L / n (PDLT 3.4), n the harmonic mean of the hidden widths; 0 without a hidden layer."""
         if not self.hidden_widths:
             return 0.0
         return self.depth * sum(1 / n for n in self.hidden_widths) / len(self.hidden_widths)
@@ -87,7 +87,5 @@ def _per_layer(name: str, value: float | Sequence[float], depth: int, positive: 
         raise ValueError(f"{name}: {len(values)} values given for {depth} layers; give one value or one a layer")
     for number in values:
         if not math.isfinite(number) or number < 0 or (positive and number == 0):
-            raise ValueError(
-                f"{name}: {number:g} given; {'a variance must be positive' if positive else 'it must be >= 0'} and finite"
-            )
+            raise ValueError(f"{name}: {number:g} given; it must be finite and {'> 0' if positive else '>= 0'}")
     return tuple(float(number) for number in values)

@@ -31,7 +31,7 @@ class InfiniteWidthTraining:
         y_train: Targets, (N, n_L).
         x_probe: Probe inputs, (N_p, n_0).
         learning_rate: eta > 0, multiplying the learning-rate tensor of the ensemble.
-        reduction: ``"sum"``: L = (1/2) sum (z - y)^2 (PDLT); ``"mean"``: torch's ``MSELoss``, the mean over N n_L entries.
+        reduction: ``"sum"``: L = (1/2) sum (z - y)^2 (PDLT); ``"mean"``: torch's ``MSELoss``.
         dynamics: ``"gradient_descent"`` or ``"gradient_flow"`` (time t = step, in units of the learning rate).
 
     Raises:
@@ -151,6 +151,7 @@ def predict_training(
     if steps < 0 or len(wanted) == 0 or min(wanted) < 0 or max(wanted) > steps:
         raise ValueError(f"steps: {steps}, at_steps: {at_steps} given; need 0 <= at_steps <= steps")
     training = InfiniteWidthTraining(ensemble, x_train, y_train, x_probe, learning_rate, reduction, dynamics)
+    dynamics_name = dynamics.replace("_", " ")
     times = torch.tensor(list(wanted)).to(training.K.device)
     mean, covariance = training.output(times)
     outputs = torch.eye(ensemble.widths[-1]).to(training.K)
@@ -161,6 +162,6 @@ def predict_training(
         output_covariance=torch.einsum("tab,ij->tabij", covariance, outputs),
         ntk_mean=Theta,
         ntk_drift=torch.zeros(1).to(Theta).expand(Theta.shape),
-        provenance=f"order 0 (infinite width), {ensemble}, full-batch {dynamics.replace('_', ' ')}, reduction {reduction}",
+        provenance=f"order 0 (infinite width), {ensemble}, full-batch {dynamics_name}, reduction {reduction}",
         validity=training.validity,
     )
