@@ -29,7 +29,7 @@ def test_critical_points(name, universality_class, C_b, C_W, K_star, nu, digits)
     point = criticality(name)
     assert point.universality_class == universality_class
     assert point.C_b == pytest.approx(C_b, rel=digits, abs=1e-14)
-    assert point.C_W == pytest.approx(C_W, rel=digits)
+    assert pytest.approx(C_W, rel=digits) == point.C_W
     assert point.K_star == (None if K_star is None else pytest.approx(K_star, rel=digits))
     assert point.nu == pytest.approx(nu, rel=max(digits, 1e-6) if digits > 1e-10 else digits)
 
@@ -39,7 +39,9 @@ def test_half_stable_points_are_fixed_and_critical(name):
     """The definition itself: K* is a fixed point, and both susceptibilities are 1 there."""
     point, sigma = criticality(name), get_activation(name)
     K = torch.tensor(point.K_star, dtype=torch.float64)
-    assert point.C_b + point.C_W * float(expectation(lambda z: sigma(z) ** 2, K)) == pytest.approx(point.K_star, rel=1e-11)
+    assert point.C_b + point.C_W * float(expectation(lambda z: sigma(z) ** 2, K)) == pytest.approx(
+        point.K_star, rel=1e-11
+    )
     assert point.C_W * float(slope_of_variance(sigma, K)) == pytest.approx(1, abs=1e-9)
     assert point.C_W * float(slope_squared(sigma, K)) == pytest.approx(1, abs=1e-11)
 
@@ -53,7 +55,9 @@ def test_slope_of_variance_is_the_derivative():
     for name in ("tanh", "gelu"):
         sigma, h = get_activation(name), 1e-4
         K = torch.tensor([0.5, 2.0], dtype=torch.float64)
-        difference = (expectation(lambda z: sigma(z) ** 2, K + h) - expectation(lambda z: sigma(z) ** 2, K - h)) / (2 * h)  # noqa: B023
+        difference = (expectation(lambda z: sigma(z) ** 2, K + h) - expectation(lambda z: sigma(z) ** 2, K - h)) / (
+            2 * h
+        )
         torch.testing.assert_close(slope_of_variance(sigma, K), difference, rtol=1e-7, atol=1e-8)
 
 

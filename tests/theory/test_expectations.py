@@ -32,7 +32,9 @@ CASES = [(0.3, 1.0, 1.0), (-0.7, 0.4, 2.5), (0.95, 1.5, 0.2), (0.0, 0.6, 0.6)]
 @pytest.mark.parametrize("order", [0, 1])
 def test_relu_is_the_arc_cosine_kernel(case, order):
     K = kernel(*case)
-    assert float(moment_matrix(get_activation("relu"), K, order)[0, 1]) == pytest.approx(polar_relu(K, order), abs=1e-12)
+    assert float(moment_matrix(get_activation("relu"), K, order)[0, 1]) == pytest.approx(
+        polar_relu(K, order), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -55,10 +57,14 @@ def test_linear_moments_are_the_kernel_and_one():
 def test_erf_is_the_arc_sine_kernel_of_williams(case):
     K = kernel(*case).numpy()
     expected = 2 / math.pi * math.asin(2 * K[0, 1] / math.sqrt((1 + 2 * K[0, 0]) * (1 + 2 * K[1, 1])))
-    assert float(moment_matrix(get_activation("erf"), torch.from_numpy(K), 0)[0, 1]) == pytest.approx(expected, abs=1e-12)
+    assert float(moment_matrix(get_activation("erf"), torch.from_numpy(K), 0)[0, 1]) == pytest.approx(
+        expected, abs=1e-12
+    )
     # <erf' erf'> = (4/pi) / sqrt(det(1 + 2K)): a Gaussian integral.
     expected = 4 / math.pi / math.sqrt(numpy.linalg.det(numpy.eye(2) + 2 * K))
-    assert float(moment_matrix(get_activation("erf"), torch.from_numpy(K), 1)[0, 1]) == pytest.approx(expected, abs=1e-12)
+    assert float(moment_matrix(get_activation("erf"), torch.from_numpy(K), 1)[0, 1]) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,7 +83,9 @@ def integrate_pair(function, K):
     weight = lambda u: math.exp(-u * u / 2) / math.sqrt(2 * math.pi)  # noqa: E731
 
     def inner(u):
-        return integrate.quad(lambda v: function(slope * u + rest * v) * weight(v), -9.5, 9.5, epsabs=1e-13, limit=200)[0]
+        return integrate.quad(lambda v: function(slope * u + rest * v) * weight(v), -9.5, 9.5, epsabs=1e-13, limit=200)[
+            0
+        ]
 
     return integrate.quad(lambda u: function(sd * u) * inner(u) * weight(u), -9.5, 9.5, epsabs=1e-12, limit=200)[0]
 

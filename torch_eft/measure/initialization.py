@@ -126,7 +126,10 @@ def _linear_layers(network: IsolatedModel, model: nn.Module) -> dict[str, nn.Lin
     layers = {name: module for name, module in network.shadow.named_modules() if isinstance(module, nn.Linear)}
     if not layers:
         raise NotAnMLPError(f"not an MLP: {type(model).__name__} has no nn.Linear")
-    covered = {id(parameter) for layer in layers.values() for parameter in (layer.weight, layer.bias)}
+    used = [id(p) for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None]
+    covered = set(used)
+    if len(covered) < len(used):
+        raise NotAnMLPError("not an MLP: layers share a parameter, so their weights are not independent")
     owners = dict(network.shadow.named_modules())
     for name, parameter in network.shadow.named_parameters():
         if id(parameter) not in covered:

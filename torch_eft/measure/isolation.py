@@ -70,6 +70,9 @@ def isolated(model: nn.Module, output_fn: OutputFn | None = None) -> Iterator[Is
 
     Yields:
         The network as a pure function.
+
+    Raises:
+        ValueError: If a lazy module has not seen a batch yet.
     """
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
@@ -88,6 +91,11 @@ def isolated(model: nn.Module, output_fn: OutputFn | None = None) -> Iterator[Is
 
 
 def _shadow_of(model: nn.Module, output_fn: OutputFn | None) -> IsolatedModel:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"model: the parameter {name!r} is not initialised yet (a lazy module); run a batch through it first"
+            )
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for module in model.modules():
         # A forward may have cached an activation: deepcopy refuses non-leaf tensors.

@@ -31,14 +31,6 @@ def checked_output(network: IsolatedModel, probe: Probe) -> Tensor:
     Raises:
         ValueError: As ``output``.
     """
-    uninitialised = [
-        name for name, p in network.shadow.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)
-    ]
-    if uninitialised:
-        raise ValueError(
-            f"model: the parameter {uninitialised[0]!r} is not initialised yet (a lazy module); "
-            "run one batch through the model first"
-        )
     try:
         result = network(network.params, network.place(probe))
     except Exception as error:

@@ -26,7 +26,7 @@ def output_fluctuation(ensemble: MLPEnsemble, x: Tensor | None = None) -> float:
         epsilon >= 0; 0 without a hidden layer.
     """
     size = (
-        torch.ones(1, dtype=torch.float64)
+        torch.ones(1, dtype=torch.float64, device="cpu")
         if x is None
         else x.to(torch.float64).square().sum(1).unique() / ensemble.widths[0]
     )

@@ -85,7 +85,7 @@ def criticality(activation: ActivationLike) -> CriticalPoint | None:
     if activation.slopes is not None:
         A_2, A_4 = mean_power(activation.slopes, 2), mean_power(activation.slopes, 4)
         return CriticalPoint("scale-invariant", 0.0, 1 / A_2, None, 3 * A_4 / A_2**2 - 1)
-    origin = torch.zeros((), dtype=torch.float64)
+    origin = torch.zeros((), dtype=torch.float64, device="cpu")
     s_0, s_1, s_2, s_3 = (float(activation(origin, order)) for order in range(4))
     if abs(s_0) < 1e-12 and abs(s_1) > 1e-12 and s_3 / s_1 + 0.75 * (s_2 / s_1) ** 2 < 0:
         return CriticalPoint("K*=0", 0.0, 1 / s_1**2, 0.0, 2 / 3)
@@ -96,7 +96,7 @@ def _half_stable(activation: Activation) -> CriticalPoint | None:
     def imbalance(K: Tensor) -> Tensor:
         return expectation(lambda z: activation(z) * activation(z, 2), K)
 
-    grid = torch.logspace(math.log10(_K_RANGE[0]), math.log10(_K_RANGE[1]), 41, dtype=torch.float64)
+    grid = torch.logspace(math.log10(_K_RANGE[0]), math.log10(_K_RANGE[1]), 41, dtype=torch.float64, device="cpu")
     signs = imbalance(grid).sign()
     for index in (signs[1:] * signs[:-1] < 0).nonzero().flatten().tolist():
         low, high = grid[index], grid[index + 1]

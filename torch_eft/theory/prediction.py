@@ -91,7 +91,7 @@ class InfiniteWidthTraining:
         phi = self._phi(steps.to(self.eigenvalues))
         mean = torch.einsum("xm,tm,mi->txi", self._coupling, phi, self._U.T @ self.y_train)
         response = -torch.einsum("xm,tm,am->txa", self._coupling, phi, self._U)
-        identity = torch.eye(len(self.Theta_probe)).to(self.K).expand(len(steps), -1, -1)
+        identity = torch.eye(len(self.Theta_probe), dtype=self.K.dtype, device=self.K.device).expand(len(steps), -1, -1)
         J = torch.cat([identity, response], 2)
         return mean, J @ self.K @ J.mT
 
@@ -152,16 +152,16 @@ def predict_training(
         raise ValueError(f"steps: {steps}, at_steps: {at_steps} given; need 0 <= at_steps <= steps")
     training = InfiniteWidthTraining(ensemble, x_train, y_train, x_probe, learning_rate, reduction, dynamics)
     dynamics_name = dynamics.replace("_", " ")
-    times = torch.tensor(list(wanted)).to(training.K.device)
+    times = torch.tensor(list(wanted), device=training.K.device)
     mean, covariance = training.output(times)
-    outputs = torch.eye(ensemble.widths[-1]).to(training.K)
+    outputs = torch.eye(ensemble.widths[-1], dtype=training.K.dtype, device=training.K.device)
     Theta = torch.einsum("ab,ij->abij", training.Theta_probe, outputs).expand(len(times), -1, -1, -1, -1)
     return Trajectory(
         steps=times,
         output_mean=mean,
         output_covariance=torch.einsum("tab,ij->tabij", covariance, outputs),
         ntk_mean=Theta,
-        ntk_drift=torch.zeros(1).to(Theta).expand(Theta.shape),
+        ntk_drift=Theta.new_zeros(1).expand(Theta.shape),
         provenance=f"order 0 (infinite width), {ensemble}, full-batch {dynamics_name}, reduction {reduction}",
         validity=training.validity,
     )

@@ -49,8 +49,8 @@ def _ntk_of_one_network(ensemble: MLPEnsemble, x: Tensor, generator: torch.Gener
         slopes.append(ensemble.activation(z, 1))
         signal = ensemble.activation(z)
     count, outputs = len(x), ensemble.widths[-1]
-    B = torch.eye(outputs).to(x).expand(count, -1, -1)
-    H = torch.zeros(count, count, outputs, outputs).to(x)
+    B = torch.eye(outputs, dtype=x.dtype, device=x.device).expand(count, -1, -1)
+    H = x.new_zeros(count, count, outputs, outputs)
     for index in reversed(range(ensemble.depth)):
         flat = B.reshape(count * outputs, -1)
         gram = (flat @ flat.T).reshape(count, outputs, count, outputs).permute(0, 2, 1, 3)
