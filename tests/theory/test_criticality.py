@@ -70,7 +70,7 @@ def test_relu_fluctuation_is_the_first_order_of_the_exact_product(widths):
 
 @pytest.mark.parametrize("name", ["tanh", "gelu"])
 def test_fluctuation_agrees_with_sampled_networks(name):
-    """Var(G)/E[G]^2 with G = C_W |s|^2 / n the output variance given the last hidden layer; two widths, extrapolated."""
+    """Var(G)/E[G]^2, G = C_W |s|^2 / n the output variance given the last hidden layer; two widths, extrapolated."""
     x = torch.tensor([[1.0, -0.5, 0.7]], dtype=torch.float64)
     scaled, errors = [], []
     for width, count in ((40, 40_000), (80, 40_000)):

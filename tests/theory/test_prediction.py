@@ -69,7 +69,7 @@ def test_small_step_descent_tends_to_gradient_flow_linearly():
 
 def test_conflicting_training_points_are_fitted_in_the_mean():
     """Twice the same input with two targets: a null mode of Theta, no division by it."""
-    x, y, x_probe = data()
+    x, y, _ = data()
     x = torch.cat([x, x[:1]])
     y = torch.cat([y, -y[:1]])
     prediction = predict_training(ENSEMBLE, x, y, x[:1], 0.1, 50_000, "sum", at_steps=[50_000])
