@@ -134,10 +134,8 @@ def diagnose(model_or_ensemble: nn.Module | MLPEnsemble | ReadEnsemble, x: Tenso
     layers = _layers(ensemble, read if isinstance(read, ReadEnsemble) else None, inputs)
     critical, verdict, growth, advice = _criticality_verdict(ensemble)
     epsilon = output_fluctuation(ensemble, inputs)
-    if epsilon >= 0.2:
-        advice.append(
-            f"epsilon = {epsilon:.3g} grows with L/n: halve the depth or double the hidden widths to about halve it"
-        )
+    if max(epsilon, ensemble.aspect_ratio) >= 0.2:
+        advice.append("too deep for its width: half the depth or twice the hidden widths about halve r and epsilon")
     hidden = ensemble.hidden_widths
     return Diagnosis(
         network=str(ensemble),
@@ -145,7 +143,7 @@ def diagnose(model_or_ensemble: nn.Module | MLPEnsemble | ReadEnsemble, x: Tenso
         width=len(hidden) / sum(1 / n for n in hidden) if hidden else None,
         aspect_ratio=ensemble.aspect_ratio,
         epsilon=epsilon,
-        regime=regime(epsilon),
+        regime=regime(ensemble.aspect_ratio, epsilon),
         critical=critical,
         layers=layers,
         growth=growth,

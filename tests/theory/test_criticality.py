@@ -93,10 +93,11 @@ def test_fluctuation_agrees_with_sampled_networks(name):
 
 
 def test_regimes_are_ordered():
-    assert "practically infinitely wide" in regime(0.001)
-    assert "effectively deep" in regime(0.1)
-    assert "edge" in regime(0.5)
-    assert "too deep" in regime(1.5)
+    assert "practically infinitely wide" in regime(0.001, 0.001)
+    assert "effectively deep" in regime(0.02, 0.1)
+    assert "edge" in regime(0.1, 0.5)
+    assert "too deep" in regime(0.3, 1.5)
+    assert "too deep" in regime(3.0, 0.01)  # the ordered phase: biases keep epsilon small
 
 
 def test_kinked_user_function_is_refused_by_name():

@@ -7,6 +7,8 @@ single-input form):
     V^(l+1) = C_W^2 { <s^4> - <s^2>^2 + (n_l / n_{l-1}) (d<s^2>/dK)^2 V^(l) },    V^(1) = 0.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -43,25 +45,31 @@ def output_fluctuation(ensemble: MLPEnsemble, x: Tensor | None = None) -> float:
     return float(epsilon.mean())
 
 
-def regime(epsilon: float) -> str:
-    """The regime in words; the cut-offs are tolerances of ours, at first-order errors of 0.5, 9 and 42 %."""
-    if epsilon < 0.01:
+def regime(r: float, epsilon: float) -> str:
+    """The regime in words, by the larger of r and epsilon.
+
+    Off criticality one of them alone misleads: in the ordered phase biases keep epsilon small at any depth.
+    The cut-offs 0.01, 0.2 and 1 are tolerances of ours: first-order errors in epsilon of 0.5, 9 and 42 %.
+    """
+    size = max(r, epsilon)
+    if size < 0.01:
         return "r -> 0: at initialisation practically infinitely wide"
-    if epsilon < 0.2:
+    if size < 0.2:
         return "0 < r << 1: effectively deep, finite-width corrections small and predictable"
-    if epsilon < 1.0:
+    if size < 1.0:
         return "edge: finite-width corrections large, order 1/n is rough"
     return "r >~ 1, chaotic: too deep for its width, networks differ from one another by order one"
 
 
 def infinite_width_validity(ensemble: MLPEnsemble, x: Tensor | None = None) -> Validity:
-    """Where the infinite-width theory (order 0) holds for this ensemble, judged by epsilon."""
-    epsilon = output_fluctuation(ensemble, x)
-    size = f"r = L/n = {ensemble.aspect_ratio:.3g}, epsilon = Var G/E[G]^2 = {epsilon:.3g}; {regime(epsilon)}"
-    if epsilon >= 1.0:
+    """Where the infinite-width theory (order 0) holds for this ensemble, judged by the larger of r and epsilon."""
+    r, epsilon = ensemble.aspect_ratio, output_fluctuation(ensemble, x)
+    size = f"r = L/n = {r:.3g}, epsilon = Var G/E[G]^2 = {epsilon:.3g}; {regime(r, epsilon)}"
+    if max(r, epsilon) >= 1.0:
         return Validity("invalid", f"infinite width does not describe this network: {size}. Use fewer or wider layers")
     remark = (
         "In training the NTK and the representations of a real network move by order r, more for larger targets; "
         "order 0 has neither: read it against the measured NTK drift"
     )
-    return Validity("valid" if epsilon < 0.2 else "caution", f"infinite width (order 0): {size}. {remark}")
+    flag: Literal["valid", "caution"] = "valid" if max(r, epsilon) < 0.2 else "caution"
+    return Validity(flag, f"infinite width (order 0): {size}. {remark}")

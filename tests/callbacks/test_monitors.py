@@ -1,0 +1,318 @@
+"""What the monitors record, when, and what they do when something fails."""
+
+import logging
+import math
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from tests.callbacks.trainings import PROBE, Training, digest, normed_net, run, sgd, simple_mlp
+from torch_eft import measure
+from torch_eft.callbacks import EFTMonitor, MeasurementWarning, NTKMonitor, RepresentationMonitor, TheoryComparison
+from torch_eft.measure import Probe
+
+
+class _Keep(pl.Callback):
+    """Keeps the weights at every step, before (step 0) and after."""
+
+    def __init__(self):
+        self.weights = {}
+
+    def on_train_start(self, trainer, module):
+        self.keep(trainer, module)
+
+    def on_train_batch_end(self, trainer, module, *unused):
+        self.keep(trainer, module)
+
+    def keep(self, trainer, module):
+        self.weights[trainer.global_step] = {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def replay(weights, net=normed_net):
+    module = Training(net(), sgd)
+    module.load_state_dict(weights)
+    return module
+
+
+def test_values_are_those_of_the_weights_at_that_step():
+    keep, ntk, hidden = _Keep(), NTKMonitor(PROBE, every=4), RepresentationMonitor(PROBE, every=4, per_layer=True)
+    run([keep, ntk, hidden])
+    assert list(ntk.history) == list(hidden.history) == [0, 4, 8, 9]
+    H_0, K_0 = (f(replay(keep.weights[0]), PROBE) for f in (measure.ntk, measure.hidden_kernels))
+    for step in (0, 4, 9):
+        module = replay(keep.weights[step])
+        H, K = measure.ntk(module, PROBE), measure.hidden_kernels(module, PROBE)
+        scalars = ntk.history[step]
+        assert scalars["eft/ntk_drift/measured"] == pytest.approx(float((H - H_0).norm() / H_0.norm()), abs=1e-6)
+        cosine = float((H * H_0).sum() / (H.norm() * H_0.norm()))
+        assert scalars["eft/ntk_kernel_distance/measured"] == pytest.approx(1 - cosine, abs=1e-5)
+        matrix = measure.as_matrix(H)
+        assert scalars["eft/ntk_trace/measured"] == pytest.approx(float(matrix.trace()) / 12, rel=1e-5)
+        assert scalars["eft/ntk_top_eigenvalue/measured"] == pytest.approx(
+            float(torch.linalg.matrix_norm(matrix, 2)), rel=1e-4
+        )
+        changes = [float((K[layer] - K_0[layer]).norm() / K_0[layer].norm()) for layer in K]
+        assert hidden.history[step]["eft/representation_change/measured"] == pytest.approx(
+            sum(changes) / len(changes), abs=1e-6
+        )
+        assert hidden.history[step]["eft/representation_change_net.2/measured"] == pytest.approx(changes[0], abs=1e-6)
+    assert ntk.history[9]["eft/ntk_drift/measured"] > 0.01
+
+
+def test_schedules():
+    by_epoch, by_steps = NTKMonitor(PROBE), NTKMonitor(PROBE, every=2, name="steps")
+    by_function = NTKMonitor(PROBE, every=lambda step: step in (1, 5), name="function")
+    run([by_epoch, by_steps, by_function])
+    assert list(by_epoch.history) == [0, 3, 6, 9]
+    assert list(by_steps.history) == [0, 2, 4, 6, 8, 9]
+    assert list(by_function.history) == [0, 1, 5, 9]
+
+
+def test_with_accumulation_each_optimizer_step_is_measured_once():
+    monitor = NTKMonitor(PROBE, every=1)
+    run([monitor], accumulate_grad_batches=3, batch_size=4)
+    assert list(monitor.history) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_learning_rates_of_parameter_groups_weigh_the_kernel():
+    def groups(parameters):
+        parameters = list(parameters)
+        return torch.optim.SGD([{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:], "lr": 0.02}])
+
+    keep, monitor = _Keep(), NTKMonitor(PROBE)
+    run([keep, monitor], net=simple_mlp, optimizer=groups, epochs=1)
+    module = replay(keep.weights[0], simple_mlp)
+    names = [name for name, _ in module.named_parameters()]
+    H = measure.ntk(module, PROBE, {name: 1.0 if index < 2 else 0.2 for index, name in enumerate(names)})
+    assert monitor.history[0]["eft/ntk_trace/measured"] == pytest.approx(float(measure.ntk_trace(H)), rel=1e-5)
+
+
+def test_the_kernel_of_a_submodule_and_of_chosen_outputs():
+    keep = _Keep()
+    monitor = NTKMonitor(PROBE, module="net", output_fn=lambda z: z[:, :1], outputs="trace")
+    run([keep, monitor], epochs=1)
+    H = measure.ntk(replay(keep.weights[0]).net, PROBE, output_fn=lambda z: z[:, :1])
+    assert monitor.history[0]["eft/ntk_trace/measured"] == pytest.approx(float(measure.ntk_trace(H)), rel=1e-5)
+
+
+def test_large_kernels_are_averaged_over_outputs():
+    from torch_eft.callbacks.ntk import NTKPart
+
+    assert not NTKPart().plan(outputs=10, samples=100).ntk_trace
+    assert NTKPart().plan(outputs=1000, samples=16).ntk_trace
+    assert not NTKPart("full").plan(outputs=1000, samples=16).ntk_trace
+
+
+def test_cost_is_counted_logged_and_printed(caplog):
+    monitor = EFTMonitor(PROBE)
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+        logging.getLogger("lightning.pytorch").propagate = True
+        run([monitor])
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    assert monitor.seconds > 0
+    assert f"4 measurements took {monitor.seconds:.2f} s" in caplog.text
+    assert "% on top of the training's own time" in caplog.text
+    assert monitor.history[9]["eft/overhead_percent/measured"] > 0
+
+
+class _FailingNet(nn.Module):
+    """Fails, but only while it is measured (evaluation mode) and only when told to."""
+
+    fail = False
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        if _FailingNet.fail and not self.training:
+            raise RuntimeError("no such luck")
+        return self.layer(x)
+
+
+class _FailFrom(pl.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *unused):
+        _FailingNet.fail = trainer.global_step >= self.step
+
+
+@pytest.fixture(autouse=True)
+def _healed():
+    yield
+    _FailingNet.fail = False
+
+
+def test_a_failing_measurement_warns_once_and_training_goes_on():
+    reference = digest(*run(net=_FailingNet))
+    monitor = EFTMonitor(PROBE, every=1)
+    with pytest.warns(MeasurementWarning, match=r"EFTMonitor could not measure at step 5.*no such luck") as caught:
+        trainer, module = run([_FailFrom(5), monitor], net=_FailingNet)
+    _FailingNet.fail = False
+    assert digest(trainer, module) == reference
+    assert sum(isinstance(w.message, MeasurementWarning) for w in caught) == 1
+    assert list(monitor.history) == [0, 1, 2, 3, 4]
+    assert [step for step, _ in monitor.skipped] == [5, 6, 7, 8, 9]
+    assert "5 measurements, 5 skipped" in monitor.overhead()
+
+
+def test_on_error_raise_stops_for_debugging():
+    with pytest.raises(ValueError, match="no such luck"):
+        run([_FailFrom(5), EFTMonitor(PROBE, every=1, on_error="raise")], net=_FailingNet)
+
+
+def test_diverged_weights_are_skipped_in_words():
+    monitor = NTKMonitor(PROBE, every=1)
+    with pytest.warns(MeasurementWarning, match="NaN or infinite"):
+        run([monitor], net=simple_mlp, optimizer=lambda p: torch.optim.SGD(p, lr=1e30))
+    assert 0 in monitor.history
+
+
+@pytest.mark.parametrize("monitor_class", [NTKMonitor, RepresentationMonitor, TheoryComparison, EFTMonitor])
+@pytest.mark.parametrize(
+    ("probe", "message"),
+    [
+        (torch.randn(4, 7), r"probe: \(4, 7\) float32 given, which the forward of Training .* rejects"),
+        (torch.ones(4, 5, dtype=torch.long), r"probe: \(4, 5\) int64 given, which the forward"),
+    ],
+)
+def test_a_probe_that_does_not_fit_stops_before_training(monitor_class, probe, message):
+    with pytest.raises(ValueError, match=message):
+        run([monitor_class(probe)])
+
+
+def test_a_float64_probe_is_simply_converted():
+    monitor = NTKMonitor(PROBE.double())
+    run([monitor], epochs=1)
+    assert not monitor.skipped
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(probe=torch.ones(0, 5)), r"probe: 0 samples given"),
+        (dict(every=0), r"every: 0 given; give 'epoch', a positive number"),
+        (dict(every="step"), r"every: 'step' given"),
+        (dict(on_error="ignore"), r"on_error: 'ignore' given; give 'warn' or 'raise'"),
+    ],
+)
+def test_unusable_arguments_stop_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EFTMonitor(**{"probe": PROBE} | arguments)
+
+
+def test_unknown_names_and_outputs_stop_before_training():
+    with pytest.raises(ValueError, match=r"module: 'body' is no submodule; the top level has net"):
+        run([NTKMonitor(PROBE, module="body")])
+    with pytest.raises(ValueError, match=r"outputs: 'some' given"):
+        NTKMonitor(PROBE, outputs="some")
+    with pytest.raises(ValueError, match=r"output_fn: the output for 4 samples is a tensor \(4,\)"):
+        run([NTKMonitor(PROBE, output_fn=lambda z: z[:, 0])])
+
+
+def test_misnamed_layers_are_skipped_in_words():
+    with pytest.warns(MeasurementWarning, match=r"layers: 'nope' is no submodule"):
+        run([RepresentationMonitor(PROBE, layers=["nope"])])
+
+
+def test_a_model_built_late_is_checked_and_measured():
+    class Late(Training):
+        def __init__(self):
+            pl.LightningModule.__init__(self)
+            self.loss, self.make_optimizer, self.net = nn.functional.mse_loss, sgd, None
+
+        def configure_model(self):
+            if self.net is None:
+                self.net = simple_mlp()
+
+    from tests.callbacks import trainings
+
+    monitor = NTKMonitor(PROBE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            max_epochs=1, callbacks=[monitor], logger=False, enable_progress_bar=False, enable_checkpointing=False
+        )
+        trainer.fit(Late(), torch.utils.data.DataLoader(trainings.dataset(), batch_size=8))
+    assert list(monitor.history) == [0, 3]
+
+
+def test_state_loads_as_plain_types_and_resumes_from_theta_0(tmp_path):
+    whole = EFTMonitor(PROBE, every=1)
+    run([whole], epochs=4)
+    first = EFTMonitor(PROBE, every=1)
+    trainer, _ = run([first], epochs=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    torch.load(tmp_path / "half.ckpt", weights_only=True)  # tensors and builtins only
+
+    second = EFTMonitor(PROBE, every=1)
+    pl.seed_everything(0, verbose=False)
+    module = Training(normed_net(), sgd)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resumed = pl.Trainer(
+            max_epochs=4, callbacks=[second], logger=False, enable_progress_bar=False, enable_checkpointing=False
+        )
+        from tests.callbacks import trainings
+
+        loader = torch.utils.data.DataLoader(trainings.dataset(), batch_size=8, shuffle=True)
+        resumed.fit(module, loader, ckpt_path=tmp_path / "half.ckpt")
+    assert list(second.history) == list(range(13))
+    for step in range(7):
+        assert second.history[step] == first.history[step]
+    # Other batches after the resume (shuffling), but the drift still counts from the first theta_0.
+    assert second.history[12]["eft/ntk_drift/measured"] > second.history[1]["eft/ntk_drift/measured"]
+    assert second.origin == "initialisation"
+
+
+def test_a_callback_used_again_starts_afresh():
+    monitor = NTKMonitor(PROBE)
+    run([monitor], epochs=2)
+    run([monitor], net=simple_mlp, epochs=1)
+    assert list(monitor.history) == [0, 3]
+    assert monitor.history[0]["eft/ntk_drift/measured"] == 0
+
+
+def test_a_second_fit_of_the_same_trainer_goes_on():
+    monitor = NTKMonitor(PROBE)
+    trainer, module = run([monitor], epochs=2)
+    trainer.fit_loop.max_epochs = 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tests.callbacks import trainings
+
+        trainer.fit(module, torch.utils.data.DataLoader(trainings.dataset(), batch_size=8))
+    assert list(monitor.history) == [0, 3, 6, 9]
+    assert all(math.isfinite(value) for value in monitor.history[9].values())
+
+
+def test_layers_unfrozen_during_training_join_the_kernel():
+    class Unfreeze(pl.Callback):
+        def on_train_start(self, trainer, module):
+            module.net[0].requires_grad_(False)
+
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                module.net[0].requires_grad_(True)
+
+    monitor = NTKMonitor(PROBE)
+    run([Unfreeze(), monitor], net=simple_mlp, epochs=2)
+    assert not monitor.skipped
+    assert list(monitor.history) == [0, 3, 6]
+
+
+def test_fast_dev_run_and_zero_steps_are_survived():
+    run([EFTMonitor(PROBE)], fast_dev_run=True)
+    run([EFTMonitor(PROBE)], max_steps=0)
+    run([EFTMonitor(PROBE)], epochs=0)
+
+
+def test_a_probe_of_several_arguments_is_kept_as_given():
+    assert Probe((torch.ones(2, 3), torch.ones(2, 4))).size == 2
+    assert Probe({"a": torch.ones(5, 3)}).size == 5

@@ -1,0 +1,158 @@
+"""The comparison beside a running training: right numbers where it applies, words where it does not."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.callbacks.trainings import PROBE, adamw, dataset, normed_net, plain_sgd, run, sgd, simple_mlp
+from torch_eft import measure
+from torch_eft.callbacks import EFTMonitor, TheoryComparison
+from torch_eft.theory import MLPEnsemble, predict_training
+
+FULL = {"net": simple_mlp, "optimizer": plain_sgd, "batch_size": 24, "epochs": 6}
+
+
+def test_theory_is_that_of_the_ensemble_read_off_the_network():
+    """The logged numbers against predict_training, called by hand."""
+    monitor = EFTMonitor(PROBE, every=2, on_error="raise")
+    run([monitor], **FULL)
+    assert monitor.validity.flag in ("valid", "caution")
+    pl.seed_everything(0, verbose=False)
+    ensemble = measure.read_ensemble(simple_mlp(), x=PROBE).ensemble
+    x, y = dataset().tensors
+    prediction = predict_training(ensemble, x, y, PROBE, learning_rate=0.05, steps=6)
+    first = prediction.output_mean[1] - prediction.output_mean[0]
+    # The direction of the first step, up to rounding in the difference of two means.
+    direction = first / first.norm()
+    assert list(monitor.history) == [0, 2, 4, 6]
+    for step, scalars in monitor.history.items():
+        mean, covariance = prediction.output_mean[step], prediction.output_covariance[step, ..., 0, 0]
+        sigma = math.sqrt(float(torch.einsum("ai,ab,bi->", direction, covariance, direction)))
+        assert scalars["eft/output_projection/theory"] == pytest.approx(float((direction * mean).sum()), abs=1e-6)
+        upper = scalars["eft/output_projection/theory_plus_sigma"]
+        assert upper - scalars["eft/output_projection/theory"] == pytest.approx(sigma, rel=1e-5)
+        trace = float(prediction.ntk_mean[0].diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1).mean())
+        assert scalars["eft/ntk_trace/theory"] == pytest.approx(trace, rel=1e-6)
+        assert scalars["eft/ntk_drift/theory"] == 0
+        assert scalars["eft/representation_change/theory"] == 0
+
+
+def test_a_wide_network_follows_its_forecast():
+    """Width 1024 at unit scale: outputs within the band, by the chi squared of 12 correlated deviates."""
+
+    def wide():
+        net = simple_mlp_of(1024)
+        for layer in net[::2]:
+            nn.init.normal_(layer.weight, std=math.sqrt(1.5 / layer.in_features))
+            nn.init.zeros_(layer.bias)
+        return net
+
+    def slow_sgd(parameters):
+        return torch.optim.SGD(parameters, lr=0.01)
+
+    monitor = EFTMonitor(PROBE, every=10, on_error="raise")
+    run([monitor], net=wide, optimizer=slow_sgd, batch_size=24, epochs=60)
+    assert monitor.validity.flag == "valid"
+    last = monitor.history[60]
+    moved = abs(last["eft/output_projection/theory"] - monitor.history[0]["eft/output_projection/theory"])
+    for quantity in ("output_projection", "output_chi_squared"):
+        theory = last[f"eft/{quantity}/theory"]
+        sigma = last[f"eft/{quantity}/theory_plus_sigma"] - theory
+        assert abs(last[f"eft/{quantity}/measured"] - theory) < 4 * sigma
+        if quantity == "output_projection":
+            assert moved > 0.5 * sigma  # the training moved what is compared
+    assert last["eft/ntk_drift/measured"] < 0.1
+
+
+def simple_mlp_of(width):
+    from tests.models import mlp
+
+    return mlp((5, width, width, 3))
+
+
+def clipped(**options):
+    return FULL | options
+
+
+OUTSIDE = {
+    "mini-batches": (FULL | {"batch_size": 8}, r"mini-batches \(3 an epoch\)"),
+    "momentum": (FULL | {"optimizer": sgd}, r"SGD with momentum=0.9"),
+    "weight decay": (FULL | {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1)}, r"weight_decay=0.1"),
+    "Adam": (FULL | {"optimizer": adamw}, r"AdamW: order 0 is derived for plain gradient descent"),
+    "clipping": (FULL | {"gradient_clip_val": 0.1}, r"gradient clipping at 0.1"),
+    "accumulation": (FULL | {"accumulate_grad_batches": 2}, r"gradient accumulation over 2 batches"),
+    "no MLP": (FULL | {"net": normed_net}, r"not an MLP: .*BatchNorm1d"),
+    "another loss": (FULL | {"loss": F.l1_loss}, r"no usual multiple of the squared error"),
+    "too large a learning rate": (
+        FULL | {"optimizer": lambda p: torch.optim.SGD(p, lr=30.0)},
+        r"beyond the linear stability bound",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_outside_the_theory_it_says_so_and_measures_on(name):
+    options, message = OUTSIDE[name]
+    monitor = EFTMonitor(PROBE, on_error="raise")
+    run([monitor], **options)
+    assert monitor.validity.flag == "invalid"
+    import re
+
+    assert re.search(message, monitor.validity.reason), monitor.validity.reason
+    assert len(monitor.history) > 2
+    for scalars in monitor.history.values():
+        assert "eft/ntk_drift/measured" in scalars
+        assert not any("theory" in tag for tag in scalars)
+
+
+def test_a_learning_rate_schedule_ends_the_comparison_when_it_acts():
+    class Scheduled(pl.Callback):
+        def on_train_batch_end(self, trainer, *unused):
+            if trainer.global_step == 3:
+                trainer.optimizers[0].param_groups[0]["lr"] = 0.01
+
+    monitor = EFTMonitor(PROBE, every=1, on_error="raise")
+    run([monitor, Scheduled()], **FULL)
+    assert "learning rate changed at step 3" in monitor.validity.reason
+    with_theory = [step for step, scalars in monitor.history.items() if "eft/ntk_trace/theory" in scalars]
+    assert with_theory == [0, 1, 2, 3]
+    assert list(monitor.history) == list(range(7))
+
+
+def test_a_batch_with_other_samples_ends_the_comparison():
+    """limit_train_batches=1 with shuffling looks like one batch an epoch, but each holds other samples."""
+    monitor = EFTMonitor(PROBE, every=1, on_error="raise")
+    run([monitor], **FULL | {"batch_size": 8, "limit_train_batches": 1})
+    assert "other samples than the first" in monitor.validity.reason
+    with_theory = [step for step, scalars in monitor.history.items() if "eft/ntk_trace/theory" in scalars]
+    assert with_theory == [0, 1]
+
+
+def test_shuffling_the_full_batch_is_still_full_batch():
+    monitor = EFTMonitor(PROBE, every=1, on_error="raise")
+    run([monitor], **FULL)  # shuffle=True
+    assert "eft/ntk_trace/theory" in monitor.history[6]
+
+
+def test_a_known_ensemble_can_be_given():
+    ensemble = MLPEnsemble([5, 16, 16, 3], "tanh", C_b=0.03, C_W=1 / 3, lambda_W=[5.0, 16.0, 16.0])
+    monitor = TheoryComparison(PROBE, ensemble=ensemble, on_error="raise")
+    run([monitor], **FULL)
+    assert monitor.validity.flag == "valid"
+    assert "eft/output_projection/theory" in monitor.history[6]
+
+
+def test_a_deep_narrow_network_is_flagged_before_training():
+    def deep():
+        from tests.models import mlp
+
+        return mlp((5, *[4] * 12, 3), nn.ReLU)
+
+    monitor = EFTMonitor(PROBE, on_error="raise")
+    run([monitor], **FULL | {"net": deep})
+    assert monitor.validity.flag == "invalid"
+    assert "too deep for its width" in monitor.validity.reason
