@@ -1,7 +1,9 @@
 """What the monitors record, when, and what they do when something fails."""
 
+import csv
 import logging
 import math
+import sys
 import warnings
 
 import lightning.pytorch as pl
@@ -311,6 +313,50 @@ def test_fast_dev_run_and_zero_steps_are_survived():
     run([EFTMonitor(PROBE)], fast_dev_run=True)
     run([EFTMonitor(PROBE)], max_steps=0)
     run([EFTMonitor(PROBE)], epochs=0)
+
+
+def test_without_matplotlib_there_are_scalars_and_pages_but_no_figures(tmp_path, monkeypatch):
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    logger = TensorBoardLogger(tmp_path)
+    monitor = EFTMonitor(PROBE, on_error="raise")
+    run([monitor], logger=logger)
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()
+    assert "eft/ntk_drift/measured" in tags["scalars"]
+    assert "eft/diagnosis/text_summary" in tags["tensors"]
+    assert tags["images"] == []
+
+
+def test_other_loggers_get_the_scalars(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path)
+    run([NTKMonitor(PROBE, on_error="raise")], logger=logger)
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    measured = {int(row["step"]): float(row["eft/ntk_drift/measured"]) for row in rows}
+    assert list(measured) == [0, 3, 6, 9]
+    assert measured[0] == 0 < measured[9]
+
+
+def test_a_logger_that_raises_costs_the_point_and_nothing_else():
+    from lightning.pytorch.loggers import Logger
+
+    class Broken(Logger):
+        name, version = "broken", 0
+
+        def log_metrics(self, metrics, step=None):
+            if any(name.startswith("eft/") for name in metrics):
+                raise OSError("disk full")
+
+        def log_hyperparams(self, *unused):
+            pass
+
+    reference = digest(*run())
+    with pytest.warns(MeasurementWarning, match="disk full"):
+        assert digest(*run([NTKMonitor(PROBE)], logger=Broken())) == reference
 
 
 def test_a_probe_of_several_arguments_is_kept_as_given():

@@ -238,7 +238,8 @@ class Monitor(Callback):
         for part in self.parts:
             late, pages = part.on_gradient(step, optimizer)
             for at_step, scalars in late.items():
-                self._record(trainer, at_step, scalars)
+                known = self.history.get(at_step, {})
+                self._record(trainer, at_step, {name: value for name, value in scalars.items() if name not in known})
             self._write_pages(trainer, pages, step)
         if not self._layout_written:
             self._write_layout(trainer)

@@ -39,9 +39,9 @@ def kernel_figure(H: Tensor, title: str, limit: float | None = None) -> "Figure"
         limit: Colours run from -limit to limit, so that figures with one limit compare; None takes the largest entry.
     """
     drawing, (axes,) = figure()
-    H = H.detach().double().cpu()
-    limit = limit or float(H.abs().max()) or 1.0
-    image = axes.imshow(H, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    entries = H.detach().double().cpu().numpy()
+    limit = limit or float(abs(entries).max()) or 1.0
+    image = axes.imshow(entries, cmap="RdBu_r", vmin=-limit, vmax=limit)
     drawing.colorbar(image, ax=axes).ax.tick_params(labelsize=13)
     axes.set_title(title, fontsize=16)
     axes.set_xlabel("probe sample", fontsize=14)

@@ -1,0 +1,132 @@
+"""The demo, end to end, and its TensorBoard files through TensorBoard's own event reader."""
+
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.util import tensor_util
+
+from torch_eft.cli import main
+from torch_eft.demo import demo_ensemble, load_digits_split
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One short demo run: its printed text and its directory."""
+    import contextlib
+    import io
+
+    logdir = tmp_path_factory.mktemp("demo")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["demo", "--width", "32", "--steps", "12", "--logdir", str(logdir)]) == 0
+    (run,) = (logdir / "tanh-32x3").iterdir()
+    return printed.getvalue(), run
+
+
+@pytest.fixture(scope="module")
+def events(demo):
+    accumulator = EventAccumulator(str(demo[1]), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
+    return accumulator.Reload()
+
+
+def test_data_are_centred_images_of_unit_scale():
+    x_train, y_train, x_probe = load_digits_split()
+    assert x_train.shape == (64, 64)
+    assert y_train.shape == (64, 10)
+    assert x_probe.shape == (16, 64)
+    torch.testing.assert_close(torch.cat([x_train, x_probe]).square().mean(1), torch.ones(80))
+    assert (y_train.sum(1) == 1).all()
+    assert not (x_train[:, None] == x_probe).all(-1).any()  # the probe was held out
+
+
+def test_ensemble_is_critical_and_has_one_torch_learning_rate():
+    ensemble = demo_ensemble(32, 4, "relu", 64)
+    assert ensemble.widths == (64, 32, 32, 32, 10)
+    assert ensemble.C_W == (2.0,) * 4
+    assert ensemble.lambda_W == (64.0, 32.0, 32.0, 32.0)
+
+
+def test_it_prints_diagnosis_table_cost_and_the_tensorboard_line(demo):
+    text, run = demo
+    assert "### MLP 64-32-32-10, tanh" in text
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line[:3] in ("ntk", "out", "rep")}
+    assert float(rows["ntk_drift"][2]) == 0  # the theory's column
+    measured, theory, sigma = map(float, rows["output_projection"][1:4])
+    assert rows["output_projection"][4] == f"{(measured - theory) / sigma:+.1f}"
+    assert "measurements took" in text
+    assert f"tensorboard --logdir {run.parent.parent}" in text
+    assert "theory valid" in text
+
+
+def test_it_draws_a_picture(demo):
+    picture = demo[1] / "measured_against_theory.png"
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.stat().st_size > 20_000
+
+
+BANDED = ["ntk_trace", "output_chi_squared", "output_projection"]
+EXPECTED_SCALARS = sorted(
+    [f"eft/{q}/{s}" for q in BANDED for s in ("measured", "theory", "theory_minus_sigma", "theory_plus_sigma")]
+    + [f"eft/{q}/{s}" for q in ("ntk_drift", "representation_change") for s in ("measured", "theory")]
+    + [
+        f"eft/{q}/measured"
+        for q in ("ntk_kernel_distance", "ntk_top_eigenvalue", "representation_cka_distance", "overhead_percent")
+    ]
+)
+
+
+def test_tags_are_these_and_no_others(events):
+    tags = events.Tags()
+    ours = sorted(tag for tag in tags["scalars"] if tag.startswith("eft/"))
+    assert ours == EXPECTED_SCALARS
+    assert sorted(tags["images"]) == [
+        "eft/measured_against_theory",
+        "eft/ntk_matrix/change",
+        "eft/ntk_matrix/end",
+        "eft/ntk_matrix/start",
+        "eft/representation_change",
+    ]
+    assert {"eft/diagnosis/text_summary", "eft/validity/text_summary"} <= set(tags["tensors"])
+
+
+def test_every_measured_step_has_its_theory_and_all_are_finite(events):
+    steps = [event.step for event in events.Scalars("eft/ntk_trace/measured")]
+    assert steps == list(range(13))
+    for tag in EXPECTED_SCALARS:
+        values = events.Scalars(tag)
+        assert [event.step for event in values] == steps
+        assert all(math.isfinite(event.value) for event in values)
+    for lower, upper in zip(
+        events.Scalars("eft/ntk_trace/theory_minus_sigma"),
+        events.Scalars("eft/ntk_trace/theory_plus_sigma"),
+        strict=True,
+    ):
+        assert lower.value < upper.value
+
+
+def test_layout_has_a_margin_chart_for_every_band(events):
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(tensor_util.make_ndarray(event.tensor_proto).item())
+    (category,) = layout.category
+    margins = {chart.margin.series[0].value: chart.margin for chart in category.chart if chart.HasField("margin")}
+    assert sorted(margins) == [f"eft/{quantity}/theory" for quantity in BANDED]
+    for quantity in BANDED:
+        band, line = margins[f"eft/{quantity}/theory"].series
+        assert (band.lower, band.upper) == (f"eft/{quantity}/theory_minus_sigma", f"eft/{quantity}/theory_plus_sigma")
+        assert line.value == f"eft/{quantity}/measured"
+    lines = [tag for chart in category.chart for tag in chart.multiline.tag]
+    assert "^eft/ntk_drift/measured$" in lines
+
+
+def test_pages_hold_the_diagnosis_and_the_validity(events):
+    def page(name):
+        (event,) = events.Tensors(f"eft/{name}/text_summary")
+        return tensor_util.make_ndarray(event.tensor_proto).item().decode()
+
+    assert "| critical (K*=0) | 0 | 1 | K* = 0 | 1 | 1 |" in page("diagnosis")
+    assert "mean over samples and outputs (torch's MSELoss)" in page("validity")
+    assert "valid: infinite width" in page("validity")
