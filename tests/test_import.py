@@ -16,12 +16,6 @@ def test_importing_the_package_loads_neither_lightning_nor_tensorboard_nor_matpl
     assert printed.stdout.strip() == "[]"
 
 
-def test_the_callbacks_import_without_matplotlib():
-    program = "import sys; sys.modules['matplotlib'] = None; import torch_eft.callbacks; print('imported')"
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert printed.stdout.strip().splitlines()[-1] == "imported"
-
-
 def test_public_names_exist_and_are_documented():
     for package in (torch_eft, torch_eft.theory, torch_eft.measure, torch_eft.callbacks, torch_eft.tensorboard):
         for name in package.__all__:
