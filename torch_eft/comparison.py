@@ -19,7 +19,7 @@ from torch import Tensor
 from torch_eft.measure.ntk import ntk_trace, relative_change
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.prediction import InfiniteWidthTraining
-from torch_eft.theory.sampling import sample_ntk
+from torch_eft.theory.sampling import ntk_trace_spread
 from torch_eft.trajectory import Validity
 
 
@@ -57,9 +57,8 @@ class InfiniteWidthComparison:
         ntk_samples: int = 64,
     ) -> None:
         self.training = InfiniteWidthTraining(ensemble, x_train, y_train, x_probe, learning_rate, reduction="sum")
-        traces = torch.stack([ntk_trace(H) for H in sample_ntk(ensemble, x_probe, ntk_samples)])
         self._ntk_trace = float(self.training.Theta_probe.diagonal().mean())
-        self._ntk_trace_sigma = float(traces.std())
+        self._ntk_trace_sigma = ntk_trace_spread(ensemble, x_probe, ntk_samples)
         direction = self.training.first_direction()
         self._direction = direction / direction.norm()
 

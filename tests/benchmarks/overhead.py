@@ -49,9 +49,8 @@ def main(rounds=5, epochs=10):
     without, with_, own = (statistics.median(times) for times in (bare, attached, reported))
     print(f"{rounds} rounds of {epochs} epochs, torch {torch.__version__}, {torch.get_num_threads()} threads; medians")
     print(f"without the callback {without:.2f} s, with it {with_:.2f} s: {100 * (with_ / without - 1):.1f} % more")
-    print(
-        f"its own account {own:.2f} s, outside {with_ - without:.2f} s; {1000 * own / (epochs + 1):.0f} ms a measurement"
-    )
+    each = 1000 * own / (epochs + 1)
+    print(f"its own account {own:.2f} s, outside {with_ - without:.2f} s, {each:.0f} ms a measurement")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,12 @@ def test_the_stability_bound_is_where_descent_starts_to_grow():
         InfiniteWidthTraining(ENSEMBLE, x, y, x_probe, 2.001 / largest, reduction="sum")
 
 
+def test_too_many_points_say_what_they_would_need():
+    x, y, x_probe = data()
+    with pytest.raises(ValueError, match=r"x_train: 4 points need about 0.0 GiB, memory allows 0.0 GiB; give fewer"):
+        InfiniteWidthTraining(ENSEMBLE, x, y, x_probe, 0.1, memory=1000)
+
+
 def test_prediction_lives_where_the_data_live():
     x, y, x_probe = data()
     expected = predict_training(ENSEMBLE, x, y, x_probe, 0.1, 5).output_mean

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from torch_eft.theory import MLPEnsemble, sample_ntk
+from torch_eft.theory import MLPEnsemble, ntk_trace_spread, sample_ntk
 
 
 def test_layer_form_of_the_ntk_equals_autograd():
@@ -44,6 +44,16 @@ def test_spread_of_the_trace_falls_as_one_over_sqrt_n():
         spread.append(float(traces.std()))
     # Each standard deviation has relative error 1/sqrt(1200) = 3 %; a factor sqrt(4) = 2 within 4 errors and O(1/n).
     assert abs(spread[0] / spread[1] - 2) < 4 * 2 * math.sqrt(2 / 1200) + 2 / 32
+
+
+def test_wide_spreads_from_narrow_samples():
+    """Width 400-200 sampled directly and scaled down from 100-50, with 600 networks each."""
+    ensemble = MLPEnsemble([3, 400, 200, 2], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    direct, scaled = (ntk_trace_spread(ensemble, x, 600, widest=widest) for widest in (400, 100))
+    # Independent draws with relative error 1/sqrt(1200) each, and the 1/n correction of a few over 100.
+    assert abs(scaled / direct - 1) < 4 * math.sqrt(2 / 1200) + 3 / 100
+    assert ntk_trace_spread(MLPEnsemble([3, 2], "tanh"), x) == 0
 
 
 def test_global_random_state_is_left_alone():

@@ -12,7 +12,7 @@ from torch_eft.theory.criticality import CriticalPoint, criticality
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.expectations import QuadratureError
 from torch_eft.theory.prediction import InfiniteWidthTraining, predict_training
-from torch_eft.theory.sampling import sample_ntk
+from torch_eft.theory.sampling import ntk_trace_spread, sample_ntk
 from torch_eft.theory.statistics import LayerStatistics, initial_statistics
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "infinite_width_validity",
     "initial_statistics",
     "leaky_relu",
+    "ntk_trace_spread",
     "output_fluctuation",
     "predict_training",
     "regime",

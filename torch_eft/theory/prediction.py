@@ -22,6 +22,10 @@ Dynamics = Literal["gradient_descent", "gradient_flow"]
 Reduction = Literal["sum", "mean"]
 
 
+_MATRICES = 8
+"""Float64 matrices over all points that are alive at once, at the peak of the recursion."""
+
+
 class InfiniteWidthTraining:
     """The order-0 forecast in closed form, at any step, without integrating up to it.
 
@@ -33,9 +37,11 @@ class InfiniteWidthTraining:
         learning_rate: eta > 0, multiplying the learning-rate tensor of the ensemble.
         reduction: ``"sum"``: L = (1/2) sum (z - y)^2 (PDLT); ``"mean"``: torch's ``MSELoss``.
         dynamics: ``"gradient_descent"`` or ``"gradient_flow"`` (time t = step, in units of the learning rate).
+        memory: Bytes allowed for kernel matrices over all points.
 
     Raises:
-        ValueError: If shapes do not fit, or the learning rate is beyond 2 / lambda_max for gradient descent.
+        ValueError: If shapes do not fit, the learning rate is beyond 2 / lambda_max for gradient descent, or the
+            points do not fit into ``memory``.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class InfiniteWidthTraining:
         learning_rate: float,
         reduction: Reduction = "mean",
         dynamics: Dynamics = "gradient_descent",
+        memory: int = 4 * 2**30,
     ) -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction: {reduction!r} given; give 'sum' or 'mean'")
@@ -59,6 +66,12 @@ class InfiniteWidthTraining:
         shape = (len(x_train), ensemble.widths[-1])
         if tuple(y_train.shape) != shape:
             raise ValueError(f"y_train: shape {tuple(y_train.shape)} given; x_train and widths ask for {shape}")
+        points = len(x_train) + len(x_probe)
+        if _MATRICES * 8 * points**2 > memory:
+            raise ValueError(
+                f"x_train: {len(x_train)} points need about {_MATRICES * 8 * points**2 / 2**30:.1f} GiB, memory allows "
+                f"{memory / 2**30:.1f} GiB; give fewer points or more memory"
+            )
         self.ensemble = ensemble
         self.dynamics = dynamics
         self.y_train = y_train.to(x_train)
