@@ -15,6 +15,7 @@ from tests.callbacks.trainings import PROBE, Training, digest, normed_net, run, 
 from torch_eft import measure
 from torch_eft.callbacks import EFTMonitor, MeasurementWarning, NTKMonitor, RepresentationMonitor, TheoryComparison
 from torch_eft.measure import Probe
+from torch_eft.measure.ntk import too_large as measure_too_large
 
 
 class _Keep(pl.Callback):
@@ -218,9 +219,20 @@ def test_unknown_names_and_outputs_stop_before_training():
         run([NTKMonitor(PROBE, output_fn=lambda z: z[:, 0])])
 
 
-def test_misnamed_layers_are_skipped_in_words():
-    with pytest.warns(MeasurementWarning, match=r"layers: 'nope' is no submodule"):
+def test_misnamed_layers_stop_before_training():
+    with pytest.raises(ValueError, match=r"layers: 'nope' is no submodule; there are net, net.0"):
         run([RepresentationMonitor(PROBE, layers=["nope"])])
+
+
+def test_a_kernel_too_large_is_left_out_in_words_and_the_rest_is_measured(monkeypatch):
+    from torch_eft.callbacks import monitor as module
+
+    monkeypatch.setattr(module, "too_large", lambda network, outputs: measure_too_large(network, outputs, memory=100))
+    monitor = EFTMonitor(PROBE, on_error="raise")
+    with pytest.warns(MeasurementWarning, match=r"will not measure the NTK: .* 3 outputs by 419 parameters, takes"):
+        run([monitor], net=simple_mlp)
+    assert "eft/representation_change/measured" in monitor.history[9]
+    assert "eft/ntk_drift/measured" not in monitor.history[9]
 
 
 def test_a_model_built_late_is_checked_and_measured():

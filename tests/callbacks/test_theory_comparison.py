@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.callbacks.trainings import PROBE, adamw, dataset, normed_net, plain_sgd, run, sgd, simple_mlp
 from torch_eft import measure
 from torch_eft.callbacks import EFTMonitor, TheoryComparison
-from torch_eft.theory import MLPEnsemble, predict_training
+from torch_eft.theory import MLPEnsemble, initial_statistics, predict_training
 
 FULL = {"net": simple_mlp, "optimizer": plain_sgd, "batch_size": 24, "epochs": 6}
 
@@ -139,11 +139,18 @@ def test_shuffling_the_full_batch_is_still_full_batch():
 
 
 def test_a_known_ensemble_can_be_given():
-    ensemble = MLPEnsemble([5, 16, 16, 3], "tanh", C_b=0.03, C_W=1 / 3, lambda_W=[5.0, 16.0, 16.0])
-    monitor = TheoryComparison(PROBE, ensemble=ensemble, on_error="raise")
+    monitor = TheoryComparison(PROBE, ensemble=MLPEnsemble([5, 16, 16, 3], "tanh", 0.03, 1 / 3), on_error="raise")
     run([monitor], **FULL)
     assert monitor.validity.flag == "valid"
-    assert "eft/output_projection/theory" in monitor.history[6]
+    # Its lambda is the optimizer's, one torch learning rate for all, not the default of MLPEnsemble.
+    with_lambda = MLPEnsemble([5, 16, 16, 3], "tanh", 0.03, 1 / 3, lambda_W=[5.0, 16.0, 16.0])
+    Theta = initial_statistics(with_lambda, PROBE)[-1].Theta
+    assert monitor.history[6]["eft/ntk_trace/theory"] == pytest.approx(float(Theta.diagonal().mean()))
+
+
+def test_a_given_ensemble_of_other_widths_stops_before_training():
+    with pytest.raises(ValueError, match=r"ensemble: widths \(5, 16, 3\) given, the network has \(5, 16, 16, 3\)"):
+        run([EFTMonitor(PROBE, ensemble=MLPEnsemble([5, 16, 3], "tanh"))], **FULL)
 
 
 def test_a_deep_narrow_network_is_flagged_before_training():

@@ -186,6 +186,7 @@ class BatchCoupled(nn.Module):
         ),
         (nn.Conv2d(1, 2, 3), torch.ones(2, 1, 5, 5), {}, r"output_fn: .* a tensor \(2, 2, 3, 3\)"),
         (nn.LazyLinear(3), torch.ones(2, 5), {}, r"model: the parameter 'weight' is not initialised yet"),
+        (mlp(), torch.ones(3, 5), dict(memory=100), r"the Jacobian of one sample, 3 outputs by 219 parameters, takes"),
         (BatchCoupled(), torch.arange(6.0).reshape(2, 3), {}, r"depends on the other samples"),
     ],
 )

@@ -22,7 +22,7 @@ class EFTMonitor(Monitor):
     Args:
         probe: Fixed inputs: a tensor (N, ...), a tuple of arguments or a dict of keyword arguments of the forward.
         every: ``"epoch"``, a number of optimizer steps, or a function of the step that says whether to measure.
-        ensemble: The ensemble, if known; None reads it off the network.
+        ensemble: C_b and C_W, if known (lambda is the optimizer's in any case); None estimates them.
         activation: The activation, where it is none of the registered ones.
         output_fn: Turns what the model returns into (N, C).
         module: Name of the submodule to measure; empty means the LightningModule itself.
@@ -45,7 +45,7 @@ class EFTMonitor(Monitor):
         name: str = "",
     ) -> None:
         self.theory = TheoryPart(ensemble, activation, output_fn)
-        parts = [NTKPart(), RepresentationPart(), self.theory]
+        parts = [NTKPart(), RepresentationPart(output_fn=output_fn), self.theory]
         super().__init__(probe, parts, every, output_fn, module, on_error, name)
 
     @property

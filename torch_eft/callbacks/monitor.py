@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch_eft.callbacks.part import History, Part
 from torch_eft.callbacks.schedule import Every, checked_every, due
 from torch_eft.measure.learning_rates import read_learning_rates
+from torch_eft.measure.ntk import too_large
 from torch_eft.measure.output import output
 from torch_eft.measure.probe import OutputFn, as_probe
 from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
@@ -93,10 +94,19 @@ class Monitor(Callback):
             self._check(pl_module)
 
     def _check(self, pl_module: LightningModule) -> None:
-        samples, outputs = output(self._network(pl_module), self.probe, self.output_fn).shape
+        network = self._network(pl_module)
+        samples, outputs = output(network, self.probe, self.output_fn).shape
+        for part in self.parts:
+            part.check(network, self.probe, outputs)
         plans = [part.plan(outputs, samples) for part in self.parts]
+        ntk = any(plan.ntk for plan in plans)
+        refusal = too_large(network, outputs) if ntk else None
+        if refusal is not None:
+            warnings.warn(
+                f"{type(self).__name__} will not measure the NTK: {refusal}", MeasurementWarning, stacklevel=2
+            )
         self._plan = Plan(
-            ntk=any(plan.ntk for plan in plans),
+            ntk=ntk and refusal is None,
             ntk_trace=any(plan.ntk_trace for plan in plans),
             hidden=any(plan.hidden for plan in plans),
             layers=next((plan.layers for plan in plans if plan.layers is not None), None),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torch_eft.measure.probe import Probe
 from torch_eft.measure.snapshot import Plan, Snapshot
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ class Part:
     def plan(self, outputs: int, samples: int) -> Plan:
         """What it needs measured, for ``outputs`` = C and ``samples`` = N."""
         return Plan()
+
+    def check(self, network: nn.Module, probe: Probe, outputs: int) -> None:
+        """Before training: raise ``ValueError`` if its arguments do not fit the network."""
 
     def begin(
         self, trainer: "Trainer", pl_module: "LightningModule", network: nn.Module, probe: Any, fresh: bool

@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
+
 from torch_eft.callbacks.monitor import Monitor, on_device_of
 from torch_eft.callbacks.part import History, Part
 from torch_eft.callbacks.schedule import Every
 from torch_eft.measure.ntk import relative_change
-from torch_eft.measure.probe import OutputFn
-from torch_eft.measure.representation import linear_cka
+from torch_eft.measure.probe import OutputFn, Probe
+from torch_eft.measure.representation import hidden_kernels, linear_cka
 from torch_eft.measure.snapshot import Plan, Snapshot
 from torch_eft.tensorboard.figures import layers_figure
 from torch_eft.tensorboard.tags import tag
@@ -24,16 +26,25 @@ class RepresentationPart(Part):
     Args:
         layers: Names of submodules; None picks them.
         per_layer: Log every layer's scalars, too, not only the mean over layers.
+        output_fn: Turns what the model returns into (N, C).
     """
 
-    def __init__(self, layers: Sequence[str] | None = None, per_layer: bool = False) -> None:
+    def __init__(
+        self, layers: Sequence[str] | None = None, per_layer: bool = False, output_fn: OutputFn | None = None
+    ) -> None:
         self.layers = layers
         self.per_layer = per_layer
+        self.output_fn = output_fn
         self.changes: dict[str, dict[int, float]] = {}
 
     def plan(self, outputs: int, samples: int) -> Plan:
         """The hidden kernels."""
         return Plan(hidden=True, layers=self.layers)
+
+    def check(self, network: nn.Module, probe: Probe, outputs: int) -> None:
+        """The layers asked for must exist."""
+        if self.layers is not None:
+            hidden_kernels(network, probe, self.layers, self.output_fn)
 
     def observe(self, step: int, snapshot: Snapshot, reference: Snapshot) -> dict[str, float]:
         """Relative change and 1 - CKA, the mean over layers and perhaps each."""
@@ -95,4 +106,6 @@ class RepresentationMonitor(Monitor):
         on_error: Literal["warn", "raise"] = "warn",
         name: str = "",
     ) -> None:
-        super().__init__(probe, [RepresentationPart(layers, per_layer)], every, output_fn, module, on_error, name)
+        super().__init__(
+            probe, [RepresentationPart(layers, per_layer, output_fn)], every, output_fn, module, on_error, name
+        )

@@ -14,7 +14,7 @@ from torch_eft.comparison import InfiniteWidthComparison
 from torch_eft.diagnosis import diagnose
 from torch_eft.measure.initialization import NotAnMLPError, read_ensemble
 from torch_eft.measure.learning_rates import read_learning_rates
-from torch_eft.measure.probe import OutputFn
+from torch_eft.measure.probe import OutputFn, Probe
 from torch_eft.measure.snapshot import Plan, Snapshot
 from torch_eft.measure.training import (
     UnrecognisedLossError,
@@ -38,7 +38,8 @@ class TheoryPart(Part):
     """Order 0 of the theory, as long as the training is what it covers.
 
     Args:
-        ensemble: The ensemble, if known; None reads it off the network at theta_0.
+        ensemble: C_b and C_W, if known, with the network's widths and activation; None reads them off the network
+            at theta_0. lambda is the optimizer's in any case.
         activation: The activation to look for, where it is none of the registered ones.
         output_fn: Turns what the model returns into (N, C).
     """
@@ -76,6 +77,17 @@ class TheoryPart(Part):
         """Outputs (always there) and the NTK."""
         return Plan(ntk=True)
 
+    def check(self, network: nn.Module, probe: Probe, outputs: int) -> None:
+        """A given ensemble must have the network's widths."""
+        if self.given is None:
+            return
+        try:
+            widths = read_ensemble(network, None, probe, self.activation or self.given.activation, self.output_fn)
+        except NotAnMLPError:
+            return  # said in words when training begins
+        if widths.ensemble.widths != self.given.widths:
+            raise ValueError(f"ensemble: widths {self.given.widths} given, the network has {widths.ensemble.widths}")
+
     def begin(
         self, trainer: "Trainer", pl_module: "LightningModule", network: nn.Module, probe: Any, fresh: bool
     ) -> dict[str, str]:
@@ -85,9 +97,10 @@ class TheoryPart(Part):
         self.forget()
         pages: dict[str, str] = {}
         try:
-            read = read_ensemble(network, trainer.optimizers, probe, self.activation, self.output_fn)
-            self._ensemble = self.given or read.ensemble
-            pages["diagnosis"] = str(diagnose(self.given or read, probe))
+            activation = self.activation or (self.given.activation if self.given else None)
+            read = read_ensemble(network, trainer.optimizers, probe, activation, self.output_fn)
+            self._ensemble = read.ensemble if self.given is None else _with_lambda_of(self.given, read.ensemble)
+            pages["diagnosis"] = str(diagnose(read if self.given is None else self.given, probe))
         except (NotAnMLPError, QuadratureError) as error:
             pages["diagnosis"] = f"No diagnosis: {error}."
             return pages | self._stop(str(error))
@@ -189,6 +202,10 @@ class TheoryPart(Part):
         return {"measured_against_theory": comparison_figure(history, quantities)} if quantities else {}
 
 
+def _with_lambda_of(ensemble: MLPEnsemble, other: MLPEnsemble) -> MLPEnsemble:
+    return MLPEnsemble(ensemble.widths, ensemble.activation, ensemble.C_b, ensemble.C_W, other.lambda_b, other.lambda_W)
+
+
 class TheoryComparison(Monitor):
     """Compare a training with the infinite-width theory, predicted before its first step.
 
@@ -204,7 +221,7 @@ class TheoryComparison(Monitor):
     Args:
         probe: Fixed inputs, a tensor (N, ...).
         every: ``"epoch"``, a number of optimizer steps, or a function of the step that says whether to measure.
-        ensemble: The ensemble, if known.
+        ensemble: C_b and C_W, if known (lambda is the optimizer's in any case); None estimates them.
         activation: The activation, where it is none of the registered ones.
         output_fn: Turns what the model returns into (N, C).
         module: Name of the submodule to measure; empty means the LightningModule itself.

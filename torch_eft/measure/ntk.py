@@ -47,7 +47,8 @@ def ntk(
 
     Raises:
         ValueError: If the forward rejects ``x``, the output is not (N, C), ``lambdas`` does not name
-            the trainable parameters or is negative, there are none, or the kernel is not finite.
+            the trainable parameters or is negative, there are none, the Jacobian of one sample does not fit into
+            ``memory``, or the kernel is not finite.
     """
     with isolated(model, output_fn) as network:
         return isolated_ntk(network, as_probe(x), lambdas, trace, memory)
@@ -66,6 +67,9 @@ def isolated_ntk(
         outputs = checked_output(network, probe)
     count, channels = outputs.shape
     inputs = network.place(probe)
+    refusal = too_large(network.shadow, channels, memory)
+    if refusal is not None:
+        raise ValueError(refusal)
     per_sample = channels * sum(network.params[name].numel() * outputs.element_size() for name in scales)
     block = max(1, min(count, memory // max(1, 2 * per_sample)))
     starts = range(0, count, block)
@@ -83,6 +87,19 @@ def isolated_ntk(
     if not bool(torch.isfinite(H).all()):
         raise ValueError("model: the NTK is not finite; parameters or outputs contain NaN or infinite values")
     return H
+
+
+def too_large(model: nn.Module, outputs: int, memory: int = DEFAULT_MEMORY) -> str | None:
+    """Why the NTK of ``model`` with ``outputs`` = C does not fit into ``memory`` bytes, or None if it does."""
+    sizes = [(p.numel(), max(4, p.element_size())) for p in model.parameters() if p.requires_grad]
+    parameters = sum(count for count, _ in sizes)
+    needed = outputs * sum(count * size for count, size in sizes)
+    if needed <= memory:
+        return None
+    return (
+        f"model: the Jacobian of one sample, {outputs} outputs by {parameters} parameters, takes "
+        f"{needed / 2**30:.1f} GiB, memory allows {memory / 2**30:.1f} GiB; choose fewer outputs with output_fn"
+    )
 
 
 def _scales(network: IsolatedModel, lambdas: Mapping[str, float] | float | None) -> dict[str, float]:
