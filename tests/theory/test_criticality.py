@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from torch_eft.theory import MLPEnsemble, QuadratureError, criticality, get_activation, output_fluctuation, regime
+from torch_eft.theory import (
+    MLPEnsemble,
+    QuadratureError,
+    block,
+    criticality,
+    get_activation,
+    initial_statistics,
+    output_fluctuation,
+    regime,
+)
 from torch_eft.theory.criticality import slope_of_variance, slope_squared
 from torch_eft.theory.expectations import expectation
 
@@ -66,6 +75,16 @@ def test_relu_fluctuation_is_the_first_order_of_the_exact_product(widths):
     """Exactly E[G^2]/E[G]^2 = prod_l (1 + 5 / n_l), so to order 1/n epsilon = 5 sum_l 1 / n_l."""
     epsilon = output_fluctuation(MLPEnsemble(widths, "relu", C_W=2.0))
     assert epsilon == pytest.approx(5 * sum(1 / n for n in widths[1:-1]), rel=1e-13)
+
+
+@pytest.mark.parametrize("name", ["tanh", "gelu", "relu"])
+def test_fluctuation_is_the_four_point_vertex_of_one_label(name):
+    """The one-label recursion against V(aaaa) / (n K^2) of the general one."""
+    ensemble = MLPEnsemble([3, 20, 30, 10, 1], name, C_b=0.1, C_W=1.4)
+    x = torch.tensor([[1.0, -0.5, 0.7], [0.2, 0.1, 2.0]], dtype=torch.float64)
+    V, _ = block(ensemble, x, "V", "aaaa", {"a": torch.arange(2)})
+    K = initial_statistics(ensemble, x)[-1].K.diagonal()
+    assert output_fluctuation(ensemble, x) == pytest.approx(float((V / K.square()).mean()) / 10, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["tanh", "gelu"])

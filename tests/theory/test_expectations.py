@@ -8,7 +8,12 @@ import torch
 from scipy import integrate, special
 
 from torch_eft.theory import Activation, QuadratureError, get_activation
-from torch_eft.theory.expectations import expectation, moment_matrix
+from torch_eft.theory.expectations import expectation
+from torch_eft.theory.pair_moments import PairMoments
+
+
+def moment_matrix(activation, K, order):
+    return PairMoments(activation, K)(order, order)
 
 
 def kernel(correlation: float, variance_a: float, variance_b: float) -> torch.Tensor:

@@ -8,14 +8,16 @@ from torch_eft.theory.activations import (
     register_activation,
 )
 from torch_eft.theory.aspect_ratio import infinite_width_validity, output_fluctuation, regime
+from torch_eft.theory.blocks import block, tiles
 from torch_eft.theory.criticality import CriticalPoint, criticality
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.expectations import QuadratureError
 from torch_eft.theory.prediction import InfiniteWidthTraining, predict_training
 from torch_eft.theory.sampling import ntk_trace_spread, sample_ntk
-from torch_eft.theory.statistics import LayerStatistics, initial_statistics
+from torch_eft.theory.statistics import QUANTITIES, LayerStatistics, initial_statistics
 
 __all__ = [
+    "QUANTITIES",
     "Activation",
     "CriticalPoint",
     "InfiniteWidthTraining",
@@ -23,6 +25,7 @@ __all__ = [
     "MLPEnsemble",
     "QuadratureError",
     "available_activations",
+    "block",
     "criticality",
     "get_activation",
     "infinite_width_validity",
@@ -34,4 +37,5 @@ __all__ = [
     "regime",
     "register_activation",
     "sample_ntk",
+    "tiles",
 ]

@@ -1,14 +1,14 @@
 """Recursions of the dNTK (P, Q) and ddNTK (R, S, T, U) statistics at leading order, 1/n.
 
-PDLT 11.2-11.3 and chapter infinity (the ddNTK), for any number of inputs and any widths;
-conventions as in ``kernel``, index structure:
+PDLT 11.2-11.3 and chapter infinity (the ddNTK), for any number of inputs and any widths; conventions as in
+``kernel``, index structure:
 
     E[dH_{i0 i1 i2;012} z_{i3;3}] = (1/n) [ d_03 d_12 P_0123 + d_01 d_23 Q_0123 + d_02 d_13 Q_0213 ]
     E[ddI_{i0 i1 i2 i3;0123}]     = (1/n) [ d_01 d_23 R_0123 + d_02 d_31 R_0231 + d_03 d_12 R_0312 ]
     E[ddII_{i1 i2 i3 i4;1234}]    = (1/n) [ d_12 d_34 S_1234 + d_13 d_24 T_1324 + d_14 d_23 U_1423 ].
 
-``v.curved`` is false for a kinked sigma under automatic differentiation, where sigma'' = 0 almost everywhere: every term
-with an explicit sigma'' (one that multiplies H's in the network's derivatives) is then absent. The second
+``v.curved`` is false for a kinked sigma, whose sigma'' automatic differentiation sees as 0 almost everywhere: every
+term with an explicit sigma'' (one that multiplies H's in the network's derivatives) is then absent. The second
 derivatives inside responses (M_20, ...) are derivatives of Gaussian expectations, and stay.
 """
 
@@ -88,9 +88,7 @@ def T(v: Vertices, layer: int, letters: str) -> Tensor:
         return v.M(m, p, q, a, b) * same + v.M(m, q + 1, q + 1, a, b) * other
 
     slope = r * M_13 * M_24 * v.array("T", m, letters)
-    mixed = r * (
-        M_24 * bracket(2, 0, one, three, Q_2411, Q_2413) + M_13 * bracket(2, 0, two, four, Q_1322, Q_1324)
-    )
+    mixed = r * (M_24 * bracket(2, 0, one, three, Q_2411, Q_2413) + M_13 * bracket(2, 0, two, four, Q_1322, Q_1324))
     if v.curved:
         slope = slope + v.four(m, (2, 2, 1, 1), one + two + three + four) * T_12 * T_13 * T_24
         slope = slope + r * T_13 * T_24 * contraction(v, m, 2, 2, one, three, two, four)

@@ -2,9 +2,9 @@
 
 Both routes are a weighted set of points z and one matrix product a moment:
 
-* ``quadrature_points``: a product trapezoid rule in the eigenbasis of K, for at most four distinct inputs and smooth
-  sigma. The step in each direction resolves the wider of sigma (its distance to the nearest singularity) and
-  the Gaussian, so that directions of small variance cost little; K may be singular.
+* ``quadrature_points``: a product trapezoid rule in the eigenbasis of K, for at most four inputs and smooth sigma.
+  The spacing in each direction resolves the wider of sigma (its distance to the nearest singularity) and the
+  Gaussian, so that directions of small variance cost little; K may be singular.
 * ``sample_points``: one common sample of N(0, K) for all labels, whitened so that its covariance is K exactly, for
   many inputs. Pair features are taken about their exact means M_pq, so that only the connected part is
   sampled. Its error is estimated from independent replicas (see ``Vertices``).
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from torch_eft.theory.activations import Activation
 from torch_eft.theory.expectations import QuadratureError
-from torch_eft.theory.pair_moments import Orders, PairMoments
+from torch_eft.theory.pair_moments import PairMoments
+from torch_eft.theory.two_slope import Orders
 
 MOST_QUADRATURE_LABELS = 4
-_MOST_NODES = 12_000_000
+_MOST_NODES = 3_000_000
 _CHUNK = 2**25
-_HALF_RANGE = 8.5
+_HALF_RANGE = 8.0
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,8 @@ class FourLabelMoments:
 
     def _feature(self, orders: Orders) -> Tensor:
         if orders not in self._features:
-            if len(orders) == 1:
-                self._features[orders] = self.activation(self.points.z, orders[0])
-            else:
-                self._features[orders] = math.prod(self._feature((order,)) for order in orders)
+            factors = [self.activation(self.points.z, order) for order in orders]
+            self._features[orders] = torch.stack(factors).prod(0)
         return self._features[orders]
 
     def _mean(self, factors: list) -> Tensor:
@@ -144,7 +143,7 @@ def sample_points(K: Tensor, samples: int, seed: int, dtype: torch.dtype = torch
     return Points((u @ factor.T).to(dtype), None)
 
 
-def quadrature_step(activation: Activation, K: Tensor, tolerance: float = 1e-11) -> float:
+def quadrature_step(activation: Activation, K: Tensor, tolerance: float = 1e-10) -> float:
     """The coarsest step, in units of z, that integrates products of derivatives at one label to ``tolerance``.
 
     All labels share sigma's singularities, and the nearest one, seen from any direction, is as near as for the single
@@ -172,32 +171,33 @@ def quadrature_step(activation: Activation, K: Tensor, tolerance: float = 1e-11)
     raise QuadratureError(f"{activation.name}: products of derivatives up to the third need a step below 1/16; sample")
 
 
-def quadrature_points(activation: Activation, K: Tensor, step: float) -> Points:
-    """A trapezoid rule for N(0, K) with at most four labels.
-
-    Args:
-        activation: sigma, for messages.
-        K: (N, N), N <= 4.
-        step: In units of z, small against the distance of sigma's singularities from the real axis.
+def quadrature_spacings(activation: Activation, K: Tensor) -> list[float] | None:
+    """Spacings of the rule in each eigendirection of K, or None if it would need too many nodes or labels.
 
     Raises:
-        QuadratureError: If there are more than four labels, or more nodes would be needed than fit.
+        QuadratureError: If no step resolves the activation.
     """
     if len(K) > MOST_QUADRATURE_LABELS:
-        raise QuadratureError(f"{len(K)} inputs given; quadrature is for at most {MOST_QUADRATURE_LABELS}, sample instead")
-    values, factor = _factor(K)
-    axes, nodes = [], 1
-    for value in values.tolist():
-        spacing = min(0.75, step / math.sqrt(value))
-        count = math.ceil(_HALF_RANGE / spacing)
-        nodes *= 2 * count + 1
+        return None
+    step = quadrature_step(activation, K)
+    spacings = [min(0.75, step / math.sqrt(value)) for value in _factor(K)[0].tolist()]
+    ball = math.pi ** (len(spacings) / 2) / math.gamma(len(spacings) / 2 + 1) * _HALF_RANGE ** len(spacings)
+    return spacings if ball / math.prod(spacings) <= _MOST_NODES else None
+
+
+def quadrature_points(K: Tensor, spacings: list[float]) -> Points:
+    """A trapezoid rule for N(0, K) with the given spacing in each eigendirection."""
+    _, factor = _factor(K)
+    axes = []
+    for spacing in spacings:
+        count = math.floor(_HALF_RANGE / spacing)
         axes.append(torch.arange(-count, count + 1, dtype=torch.float64, device=K.device) * spacing)
-    if nodes > 4 * _MOST_NODES:
-        raise QuadratureError(
-            f"{activation.name}: {nodes:.1e} quadrature nodes needed (variances up to {float(values[-1]):.3g}); "
-            "scale the inputs so that K is of order 1, or sample"
-        )
-    u = torch.cartesian_prod(*axes).reshape(-1, len(axes))
-    u = u[u.square().sum(1) <= _HALF_RANGE**2]
+    rest = torch.cartesian_prod(*axes[1:]).reshape(-1, len(axes) - 1) if len(axes) > 1 else axes[0].new_zeros(1, 0)
+    radius = rest.square().sum(1)
+    slices = []
+    for first in axes[0]:  # slice by slice: the ball fills a third of its cube in four dimensions
+        inside = rest[radius <= _HALF_RANGE**2 - first**2]
+        slices.append(torch.cat([first.expand(len(inside), 1), inside], 1))
+    u = torch.cat(slices)
     weights = torch.exp(-u.square().sum(1) / 2)
     return Points(u @ factor.T, weights / weights.sum())

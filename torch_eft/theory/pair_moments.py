@@ -1,22 +1,28 @@
-"""All one- and two-label moments of one layer: <f(z_a) g(z_b)> with f, g products of derivatives of sigma.
+"""All two-label moments of one layer: <f(z_a) g(z_b)> with f, g products of derivatives of sigma.
 
-``M_pq(ab) = <sigma^(p)_a sigma^(q)_b>_K`` and, where one label carries several factors, e.g.
-``<sigma''_a sigma'_a sigma_b^2>``. Smooth activations: Mehler's series (see ``expectations``), one set of Hermite
-coefficients for every product of derivatives, shared by all pairs. Two-slope activations: closed forms,
-derived by differentiating the arc-cosine kernel with respect to K, so that M_20, M_22, ... are RESPONSES, finite
-and distributional whatever automatic differentiation makes of sigma'' at the kink.
+``M_pq(ab) = <sigma^(p)_a sigma^(q)_b>_K`` (PDLT 4.2) and, where one label carries several factors, e.g.
+``<sigma''_a sigma'_a sigma_b^2>``. Three routes, chosen by the activation:
+
+* two slopes (linear, ReLU, leaky ReLU): closed forms (``two_slope``);
+* erf (Williams 1996) and sin, M_00 and M_11: closed forms;
+* every other smooth function: Mehler's expansion in Hermite polynomials (Mehler 1866)
+
+      <f(z_a) g(z_b)> = sum_k f_k(K_aa) g_k(K_bb) rho^k,    f_k(K) = <f(sqrt(K) u) he_k(u)>_{u ~ N(0,1)},
+
+  he_k orthonormal, rho = K_ab / sqrt(K_aa K_bb). By Cauchy-Schwarz the tail for any pair is at most
+  sqrt(tail_a tail_b), where tail_a = <f(z_a)^2> - sum_{k kept} f_k(K_aa)^2 is known: the truncation error is bounded,
+  not guessed. K is never inverted, so repeated and parallel inputs are ordinary.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from torch_eft.theory.activations import Activation
-from torch_eft.theory.expectations import RELATIVE_ERROR, QuadratureError, _correlation, _resolved_grid
-
-Orders = tuple[int, ...]
-"""Derivatives multiplied at one label: (2, 1) is sigma'' sigma'."""
+from torch_eft.theory.expectations import RELATIVE_ERROR, QuadratureError, resolved_grid
+from torch_eft.theory.two_slope import Orders, correlation, two_slope_moment
 
 _MAX_TERMS = 20000
 
@@ -34,7 +40,7 @@ class PairMoments:
         self.K = K
         self._moments: dict[tuple[Orders, Orders], Tensor] = {}
         self._coefficients: dict[Orders, Tensor] = {}
-        self._rho, self._sine, self._scale = _correlation(K)
+        self._rho, self._sine, self._scale = correlation(K)
 
     def __call__(self, p: int, q: int) -> Tensor:
         """M_pq, (N, N)."""
@@ -49,6 +55,9 @@ class PairMoments:
         return self._moments[key]
 
     def _compute(self, first: Orders, second: Orders) -> Tensor:
+        closed_form = _CLOSED_FORMS.get((self.activation.name, first, second))
+        if closed_form is not None:
+            return closed_form(self.K)
         if self.activation.slopes is not None:
             return two_slope_moment(self.activation.slopes, self.K, first, second)
         columns_a, columns_b = self._both(first, second)
@@ -75,7 +84,7 @@ class PairMoments:
 
         deviation = self.K.diagonal()[:, None].sqrt()
         name = f"{self.activation.name}, derivatives {orders}"
-        u, weight = _resolved_grid([function, lambda z: function(z).square()], deviation, name)
+        u, weight = resolved_grid([function, lambda z: function(z).square()], deviation, name)
         values = function(deviation * u) * weight.sqrt()
         total = values.square().sum(1)
         before, current = torch.zeros_like(weight), weight.sqrt()
@@ -89,40 +98,35 @@ class PairMoments:
                 return self._coefficients[orders]
             before, current = current, (u * current - math.sqrt(k) * before) / math.sqrt(k + 1)
         raise QuadratureError(
-            f"activation: the Hermite series of {name} does not converge to {RELATIVE_ERROR:g}; it must be smooth"
+            f"activation: the Hermite series of {name} does not converge to {RELATIVE_ERROR:g} within {_MAX_TERMS} "
+            f"terms (variance up to {float(self.K.diagonal().max()):.3g}); the function must be smooth, and inputs "
+            "scaled so that the variance is not far above 1"
         )
 
 
-def two_slope_moment(slopes: tuple[float, float], K: Tensor, first: Orders, second: Orders) -> Tensor:
-    """Closed forms for two slopes; entries with parallel inputs are those of one merged label.
+def _erf_moment(K: Tensor) -> Tensor:
+    root = (1 + 2 * K.diagonal()).sqrt()
+    return (2 / math.pi) * (2 * K / torch.outer(root, root)).asin()
 
-    Raises:
-        ValueError: If the moment has no closed form here.
-    """
-    rho, sine, scale = _correlation(K)
-    even, odd = (slopes[1] - slopes[0]) / 2, (slopes[1] + slopes[0]) / 2
-    c, g = even**2 * 2 / math.pi, odd**2
-    if (first, second) == ((0,), (0,)):
-        return g * K + c * scale * (sine + rho * rho.asin())
-    if (first, second) == ((1,), (1,)):
-        return g + c * rho.asin()
-    if len(first) != 1 or len(second) != 1:
-        raise ValueError(f"orders {first}, {second}: no closed form for two-slope activations")
-    K_aa, K_bb = K.diagonal()[:, None].expand_as(K), K.diagonal()[None, :].expand_as(K)
-    merged = (sine == 0) | (scale == 0)
-    root = torch.where(merged, 1.0, scale * sine)  # sqrt(D), D = K_aa K_bb - K_ab^2
-    forms = {
-        (2, 0): lambda: c * root / K_aa,
-        (2, 2): lambda: c / root,
-        (3, 1): lambda: -c * K / (K_aa * root),
-        (4, 0): lambda: c * (K_bb / (K_aa * root) - 2 * root / K_aa**2),
-        (5, 1): lambda: c * K * (2 / (K_aa**2 * root) + K_bb / (K_aa * root**3)),
-        (4, 2): lambda: -c * K_bb / root**3,
-        (3, 3): lambda: c * K / root**3,
-    }
-    orders = (first[0], second[0])
-    if orders in forms:
-        return torch.where(merged, 0.0, forms[orders]())
-    if orders[::-1] in forms:
-        return two_slope_moment(slopes, K, second, first).T
-    raise ValueError(f"orders {first}, {second}: no closed form for two-slope activations")
+
+def _erf_slope_moment(K: Tensor) -> Tensor:
+    stretched = 1 + 2 * K.diagonal()
+    return (4 / math.pi) / (torch.outer(stretched, stretched) - 4 * K.square()).sqrt()
+
+
+def _sin_moment(K: Tensor) -> Tensor:
+    mean = (K.diagonal()[:, None] + K.diagonal()[None, :]) / 2
+    return ((K - mean).exp() - (-K - mean).exp()) / 2
+
+
+def _sin_slope_moment(K: Tensor) -> Tensor:
+    mean = (K.diagonal()[:, None] + K.diagonal()[None, :]) / 2
+    return ((K - mean).exp() + (-K - mean).exp()) / 2
+
+
+_CLOSED_FORMS: dict[tuple[str, Orders, Orders], Callable[[Tensor], Tensor]] = {
+    ("erf", (0,), (0,)): _erf_moment,
+    ("erf", (1,), (1,)): _erf_slope_moment,
+    ("sin", (0,), (0,)): _sin_moment,
+    ("sin", (1,), (1,)): _sin_slope_moment,
+}

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from torch_eft.theory.blocks import check_inputs
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.statistics import check_inputs
 
 
 def sample_ntk(ensemble: MLPEnsemble, x: Tensor, samples: int, seed: int = 0) -> Iterator[Tensor]:

@@ -8,16 +8,14 @@ and by exchanging letters of one set, computed once, and kept. The recursions th
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal
 
-import torch
 from torch import Tensor
 
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.four_label import FourLabelMoments, Points
-from torch_eft.theory.pair_moments import Orders, PairMoments
+from torch_eft.theory.pair_moments import PairMoments
+from torch_eft.theory.two_slope import Orders
 
-Kinks = Literal["autograd", "distributional"]
 Recursion = Callable[["Vertices", int, str], Tensor]
 
 SYMMETRIES: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -37,6 +35,7 @@ SYMMETRIES: dict[str, tuple[tuple[int, ...], ...]] = {
     "Theta1": ((1, 0),),
 }
 
+
 class Vertices:
     """Statistics at order 1/n on sets of labels; every vertex at layer l multiplies 1/n_{l-1}.
 
@@ -49,7 +48,6 @@ class Vertices:
         sets: ``{letter: index of inputs}``, the axes in their order; letters that share one tensor object
             stand for the same set.
         recursions: ``{name: recursion}``.
-        kinks: What sigma'' is where sigma has a kink.
     """
 
     def __init__(
@@ -61,13 +59,12 @@ class Vertices:
         points: Callable[[int], Points],
         sets: Mapping[str, Tensor],
         recursions: Mapping[str, Recursion],
-        kinks: Kinks = "autograd",
     ) -> None:
         self.ensemble = ensemble
         self.sets = dict(sets)
         self.axes = {letter: axis for axis, letter in enumerate(sets)}
-        # sigma'' and sigma''' that multiply H's: zero almost everywhere for a kinked sigma under autograd.
-        self.curved = not (ensemble.activation.kinked and kinks == "autograd")
+        # sigma'' and its derivative, which multiply H's, are zero almost everywhere for a kinked sigma.
+        self.curved = not ensemble.activation.kinked
         self._K, self._Theta, self._pairs = K, Theta, pairs
         self._points, self._recursions = points, recursions
         self._four: dict[int, FourLabelMoments] = {}
@@ -85,7 +82,7 @@ class Vertices:
         return self.ensemble.lambda_W[m]
 
     def width_ratio(self, m: int) -> float:
-        """r = n_m / n_{m-1}, which turns 1/n_{m-1} of layer m into 1/n_m of layer m + 1."""
+        """R = n_m / n_{m-1}, which turns 1/n_{m-1} of layer m into 1/n_m of layer m + 1."""
         return self.ensemble.widths[m] / self.ensemble.widths[m - 1]
 
     # ---- what recursions ask for
