@@ -109,6 +109,22 @@ def test_outside_the_theory_it_says_so_and_measures_on(name):
         assert not any("theory" in tag for tag in scalars)
 
 
+def test_a_failing_theory_does_not_cost_theta_0(monkeypatch):
+    from torch_eft.callbacks import theory
+    from torch_eft.callbacks.monitor import MeasurementWarning
+
+    def broken(*unused):
+        raise RuntimeError("no diagnosis today")
+
+    monkeypatch.setattr(theory, "diagnose", broken)
+    monitor = EFTMonitor(PROBE)
+    with pytest.warns(MeasurementWarning, match="no diagnosis today"):
+        run([monitor], **FULL)
+    assert list(monitor.history) == list(range(7))
+    assert monitor.history[0]["eft/ntk_drift/measured"] == 0
+    assert "no diagnosis today" in monitor.validity.reason
+
+
 def test_a_learning_rate_schedule_ends_the_comparison_when_it_acts():
     class Scheduled(pl.Callback):
         def on_train_batch_end(self, trainer, *unused):

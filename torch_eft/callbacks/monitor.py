@@ -72,6 +72,7 @@ class Monitor(Callback):
         self.origin = ""
         self.seconds = 0.0
         self._started = time.perf_counter()
+        self._first_step = 0
         self._plan = Plan()
         self._lambdas: dict[str, float] = {}
         self._reference: Snapshot | None = None
@@ -126,7 +127,7 @@ class Monitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take theta_0, or go on from a restored one."""
         self._started, self.seconds = time.perf_counter(), 0.0
-        self._layout_written = False
+        self._first_step, self._layout_written = trainer.global_step, False
         if trainer.is_global_zero:
             self._attempt(trainer, lambda: self._begin(trainer, pl_module))
 
@@ -184,19 +185,23 @@ class Monitor(Callback):
         try:
             action()
         except Exception as error:
-            if self.on_error == "raise":
-                raise
-            reason = f"{type(error).__name__}: {error}"
-            if not self.skipped:
-                warnings.warn(
-                    f"{type(self).__name__} could not measure at step {trainer.global_step} and goes on without "
-                    f"({reason}). Further failures are counted in .skipped, not shown",
-                    MeasurementWarning,
-                    stacklevel=2,
-                )
-            self.skipped.append((trainer.global_step, reason))
+            self._skip(trainer, error)
         finally:
             self.seconds += time.perf_counter() - begun
+
+    def _skip(self, trainer: Trainer, error: Exception) -> None:
+        """Go on without what failed; warn the first time."""
+        if self.on_error == "raise":
+            raise error
+        reason = f"{type(error).__name__}: {error}"
+        if not self.skipped:
+            warnings.warn(
+                f"{type(self).__name__} could not measure at step {trainer.global_step} and goes on without "
+                f"({reason}). Further failures are counted in .skipped, not shown",
+                MeasurementWarning,
+                stacklevel=3,
+            )
+        self.skipped.append((trainer.global_step, reason))
 
     def _each(self, action: Callable[[Part], None]) -> None:
         for part in self.parts:
@@ -215,7 +220,10 @@ class Monitor(Callback):
         self._parameters, self._restored = parameters, False
         pages: dict[str, str] = {}
         for part in self.parts:
-            pages |= part.begin(trainer, pl_module, network, self.probe.inputs, fresh=not goes_on and step == 0)
+            try:
+                pages |= part.begin(trainer, pl_module, network, self.probe.inputs, fresh=not goes_on and step == 0)
+            except Exception as error:  # theta_0 must be measured all the same
+                self._skip(trainer, error)
         self._write_pages(trainer, pages, step)
         if step not in self.history:
             self._measure(trainer, pl_module)
@@ -238,9 +246,10 @@ class Monitor(Callback):
         scalars: dict[str, float] = {}
         for part in self.parts:
             scalars |= part.observe(step, snapshot, self._reference)
-        self.seconds = spent + time.perf_counter() - begun
-        scalars[tag("overhead_percent", "measured")] = self._percent()
-        self.seconds = spent  # _attempt adds the whole
+        if step > self._first_step:  # before the first step there is no training time to compare with
+            self.seconds = spent + time.perf_counter() - begun
+            scalars[tag("overhead_percent", "measured")] = self._percent()
+            self.seconds = spent  # _attempt adds the whole
         self._record(trainer, step, scalars)
 
     def _gradient(self, trainer: Trainer, optimizer: Optimizer) -> None:

@@ -104,6 +104,9 @@ class TheoryPart(Part):
         except (NotAnMLPError, QuadratureError) as error:
             pages["diagnosis"] = f"No diagnosis: {error}."
             return pages | self._stop(str(error))
+        except Exception as error:
+            self._stop(f"{type(error).__name__}: {error}")
+            raise
         if not fresh:
             return pages | self._stop(f"training starts at step {trainer.global_step}, the theory at initialisation")
         reason = outside_the_theory(trainer, pl_module)
