@@ -83,7 +83,16 @@ def test_tags_are_these_and_no_others(events):
     ours = sorted(tag for tag in tags["scalars"] if tag.startswith("eft/"))
     assert ours == EXPECTED_SCALARS
     assert sorted(tags["images"]) == [
-        "eft/measured_against_theory",
+        *(
+            f"eft/measured_against_theory/{quantity}"
+            for quantity in (
+                "ntk_drift",
+                "ntk_trace",
+                "output_chi_squared",
+                "output_projection",
+                "representation_change",
+            )
+        ),
         "eft/ntk_matrix/change",
         "eft/ntk_matrix/end",
         "eft/ntk_matrix/start",

@@ -200,9 +200,11 @@ class TheoryPart(Part):
         return {"validity": text}
 
     def last_figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
-        """Measured against theory, a panel a quantity."""
-        quantities = compared_quantities(history)
-        return {"measured_against_theory": comparison_figure(history, quantities)} if quantities else {}
+        """Measured against theory, a figure a quantity: several panels are unreadable at thumbnail size."""
+        return {
+            f"measured_against_theory/{quantity}": comparison_figure(history, [quantity])
+            for quantity in compared_quantities(history)
+        }
 
 
 def _with_lambda_of(ensemble: MLPEnsemble, other: MLPEnsemble) -> MLPEnsemble:
