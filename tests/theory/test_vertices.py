@@ -137,11 +137,11 @@ def test_layer_3_tends_to_theory(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tanh", "gelu"])
 def test_layer_3_tends_to_theory_with_many_networks(name):
-    """As above with eight times the networks: P .. U to one or two percent."""
+    """As above with eight times the networks: an error of a tenth in any of B .. U would be seen."""
     for key, value, error, left in extrapolated(name, (16, 24), (32, 48), ((8000, 50), (5000, 20))):
         assert abs(value - 1) < 4 * error + left, f"{key}: {value:.3f} +- {error:.3f} (second order {left:.3f})"
         if key in "BFPQRSTU":
-            assert error < 0.02
+            assert 4 * error < 0.12
 
 
 @pytest.mark.slow
