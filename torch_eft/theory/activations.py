@@ -24,22 +24,40 @@ class Activation:
         slopes: ``(negative, positive)`` for sigma(z) = slope * z on either side of zero
             (linear, ReLU, leaky ReLU, absolute value), the scale-invariant class of
             PDLT 2.2; Gaussian expectations then have closed forms. None otherwise.
+        kinks: Where sigma or a derivative of it jumps, e.g. ``(0.0,)`` for ELU, whose second derivative does.
+            Between them sigma is smooth. Two different ``slopes`` imply ``(0.0,)``.
     """
 
     name: str
     function: Callable[[Tensor], Tensor]
     slopes: tuple[float, float] | None = None
+    kinks: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.slopes is not None:
+            object.__setattr__(self, "kinks", () if self.slopes[0] == self.slopes[1] else (0.0,))
 
     @property
     def kinked(self) -> bool:
-        """Whether sigma is known to have a kink at zero, so that sigma'' is no function."""
-        return self.slopes is not None and self.slopes[0] != self.slopes[1]
+        """Whether sigma or a derivative of it is known to jump somewhere."""
+        return bool(self.kinks)
+
+    def jump(self, order: int, kink: float = 0.0) -> float:
+        """The jump of the derivative of the given order at ``kink``: right limit minus left limit."""
+        step = 1e-15 * max(1.0, abs(kink))
+        sides = torch.tensor([kink - step, kink + step], dtype=torch.float64, device="cpu")
+        left, right = self(sides, order).tolist()
+        jump = right - left
+        return jump if abs(jump) > 1e-12 * (1.0 + abs(left) + abs(right)) else 0.0
 
     def __call__(self, z: Tensor, order: int = 0) -> Tensor:
         """The derivative of the given order at every entry of ``z``, same shape and dtype.
 
         Derivatives come from automatic differentiation. At a kink that is a one-sided or
         averaged slope, and derivatives of order >= 2 are those almost everywhere.
+
+        Raises:
+            ValueError: If automatic differentiation does not reach the order.
         """
         if order == 0:
             with torch.no_grad():
@@ -50,8 +68,14 @@ class Activation:
             for _ in range(order):
                 if not value.requires_grad:  # the previous derivative is a constant
                     return torch.zeros_like(z)
-                (value,) = torch.autograd.grad(value.sum(), point, create_graph=True, materialize_grads=True)
-        return value.detach()
+                try:
+                    (value,) = torch.autograd.grad(value.sum(), point, create_graph=True, materialize_grads=True)
+                except (RuntimeError, NotImplementedError) as error:
+                    raise ValueError(
+                        f"activation: {self.name} has no derivative of order {order} by automatic differentiation "
+                        f"({error}); write it in differentiable torch operations"
+                    ) from error
+        return torch.zeros_like(z) if value._is_zerotensor() else value.detach()
 
 
 ActivationLike: TypeAlias = str | Activation | Callable[[Tensor], Tensor]
@@ -65,6 +89,17 @@ def leaky_relu(negative_slope: float) -> Activation:
         slopes=(float(negative_slope), 1.0),
     )
 
+
+def _elu(z: Tensor) -> Tensor:
+    return torch.where(z > 0, z, torch.expm1(z.clamp_max(0.0)))
+
+
+def _selu(z: Tensor) -> Tensor:
+    return _SELU_SCALE * torch.where(z > 0, z, _SELU_ALPHA * torch.expm1(z.clamp_max(0.0)))
+
+
+_SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
+"""Klambauer et al. 2017, as torch has them."""
 
 _REGISTRY: dict[str, Activation] = {
     activation.name: activation
@@ -80,6 +115,14 @@ _REGISTRY: dict[str, Activation] = {
         Activation("silu", F.silu),
         Activation("softplus", lambda z: torch.logaddexp(z, torch.zeros_like(z))),
         Activation("sigmoid", torch.sigmoid),
+        Activation("abs", torch.abs, slopes=(-1.0, 1.0)),
+        Activation("arctan", torch.arctan),
+        Activation("cos", torch.cos),
+        Activation("mish", lambda z: z * torch.tanh(torch.logaddexp(z, torch.zeros_like(z)))),
+        Activation("elu", _elu, kinks=(0.0,)),
+        Activation("selu", _selu, kinks=(0.0,)),
+        Activation("softsign", lambda z: z / (1.0 + z.abs()), kinks=(0.0,)),
+        Activation("hardswish", lambda z: z * (z + 3.0).clamp(0.0, 6.0) / 6.0, kinks=(-3.0, 3.0)),
     )
 }
 

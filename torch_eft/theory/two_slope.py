@@ -6,9 +6,10 @@ expectations, finite and distributional, whatever automatic differentiation make
 
 import math
 
-import numpy
 import torch
 from torch import Tensor
+
+from torch_eft.theory.expectations import gauss_legendre
 
 Orders = tuple[int, ...]
 """Derivatives multiplied at one label: (2, 1) is sigma'' sigma'."""
@@ -77,7 +78,7 @@ def _two_slope_product(slopes: tuple[float, float], K: Tensor, first: Orders, se
     rho, sine, _ = correlation(K)
     theta = torch.atan2(sine, rho)
     powers = first.count(0), second.count(0)
-    nodes, weights = (torch.tensor(v, dtype=K.dtype, device=K.device) for v in _gauss_legendre(12))
+    nodes, weights = gauss_legendre(12, K)
     # Signs of z_a and z_b on the arcs that end where one of them vanishes.
     edges = [-math.pi / 2 + 0 * theta, theta - math.pi / 2, math.pi / 2 + 0 * theta, theta + math.pi / 2]
     edges.append(edges[0] + 2 * math.pi)
@@ -93,8 +94,3 @@ def _two_slope_product(slopes: tuple[float, float], K: Tensor, first: Orders, se
     radial = 2 ** (degree / 2) * math.gamma(degree / 2 + 1) / (2 * math.pi)
     root = K.diagonal().sqrt()
     return total * radial * torch.outer(root ** powers[0], root ** powers[1])
-
-
-def _gauss_legendre(count: int) -> tuple[list[float], list[float]]:
-    nodes, weights = numpy.polynomial.legendre.leggauss(count)
-    return nodes.tolist(), weights.tolist()
