@@ -42,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--logdir", default="torch_eft_demo", help="where TensorBoard files go (default %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the initialisation (default %(default)s)")
 
-    check = commands.add_parser("diagnose", help="criticality and depth-to-width ratio of an MLP")
+    check = commands.add_parser(
+        "diagnose",
+        help="criticality, depth-to-width ratio and learning rates of an MLP",
+        description="Diagnose an MLP trained by torch.optim.SGD with one learning rate eta for all parameters.",
+    )
     check.add_argument("--widths", type=int, nargs="+", required=True, help="n_0 n_1 ... n_L")
     check.add_argument("--activation", default="tanh", help=f"one of {names} (default %(default)s)")
     check.add_argument("--C_b", type=float, nargs="+", default=[0.0], help="bias variance, one value or one a layer")
@@ -71,6 +75,7 @@ def _diagnose(options: argparse.Namespace) -> int:
         options.activation,
         C_b=options.C_b if len(options.C_b) > 1 else options.C_b[0],
         C_W=options.C_W if len(options.C_W) > 1 else options.C_W[0],
+        lambda_W=options.widths[:-1],
     )
     diagnosis = diagnose(ensemble)
     print(json.dumps(diagnosis.to_dict(), indent=2) if options.json else diagnosis)

@@ -1,4 +1,4 @@
-"""The diagnosis of a network before training: critical or not, how deep for its width."""
+"""The diagnosis of a network before training: critical or not, how deep for its width, which learning rates."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -8,17 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from torch_eft.measure.initialization import ReadEnsemble, read_ensemble
-from torch_eft.theory.aspect_ratio import infinite_width_validity, output_fluctuation, regime
-from torch_eft.theory.criticality import CriticalPoint, criticality, slope_of_variance, slope_squared
+from torch_eft.theory.aspect_ratio import AspectRatio, aspect_ratio, infinite_width_validity
+from torch_eft.theory.criticality import slope_of_variance, slope_squared
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.expectations import QuadratureError
-from torch_eft.theory.statistics import initial_statistics
+from torch_eft.theory.learning_rates import (
+    LearningRateShares,
+    equivalence_learning_rates,
+    largest_learning_rate,
+    layer_gains,
+    layer_shares,
+)
 from torch_eft.trajectory import Validity
 
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
-    """One layer against criticality.
+    """One layer against criticality, and its part in training.
 
     Args:
         layer: l = 1 .. L.
@@ -29,6 +34,11 @@ class LayerDiagnosis:
         K: Mean diagonal of the kernel K^(l).
         chi_par: C_W d<s^2>/dK at the kernel of the layer before; None for the first layer.
         chi_perp: C_W <s'^2> there; None for the first layer.
+        share: The part of the NTK (mean diagonal) that comes from this layer's parameters, 0 .. 1; None where no
+            parameter has a learning rate.
+        lr_b: Torch learning rate of the bias, relative to eta, that gives all layers equal shares of the same NTK;
+            None where that does not exist.
+        lr_W: The same of the weight.
     """
 
     layer: int
@@ -39,6 +49,9 @@ class LayerDiagnosis:
     K: float
     chi_par: float | None
     chi_perp: float | None
+    share: float | None
+    lr_b: float | None
+    lr_W: float | None
 
 
 @dataclass(frozen=True)
@@ -47,31 +60,25 @@ class Diagnosis:
 
     Args:
         network: The ensemble in words.
-        depth: L.
-        width: n, harmonic mean of the hidden widths; None without a hidden layer.
-        aspect_ratio: r = L / n.
-        epsilon: Var G / E[G]^2 at the output, to order 1/n.
-        regime: In words.
-        critical: The critical point of the activation, or None.
+        aspect_ratio: Depth, width, r = L / n, epsilon and what follows from them, with the critical point.
         layers: Layer by layer.
-        growth: prod_{l >= 2} C_W^(l) / C_W(critical): signal gain over the depth relative to criticality; None
-            without a critical point.
         verdict: Critical or not, in words.
         advice: What to change; empty if nothing.
+        remarks: On the distribution of the weights; empty if there are none.
+        inputs: N, the number of inputs it was made for; None for one with |x|^2 = n_0.
+        largest_learning_rate: Below it gradient descent on ``MSELoss`` decreases the loss monotonically, at infinite
+            width, with these inputs as training set; None where no parameter has a learning rate.
         validity: Of the infinite-width theory.
     """
 
     network: str
-    depth: int
-    width: float | None
-    aspect_ratio: float
-    epsilon: float
-    regime: str
-    critical: CriticalPoint | None
+    aspect_ratio: AspectRatio
     layers: tuple[LayerDiagnosis, ...]
-    growth: float | None
     verdict: str
     advice: tuple[str, ...]
+    remarks: tuple[str, ...]
+    inputs: int | None
+    largest_learning_rate: float | None
     validity: Validity
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,15 +90,13 @@ class Diagnosis:
         lines = [
             f"### {self.network}",
             "",
-            f"- depth L = {self.depth}, width n = {'none' if self.width is None else f'{self.width:g}'}, "
-            f"aspect ratio r = L/n = {self.aspect_ratio:.4g}",
-            f"- epsilon = Var G/E[G]^2 = {self.epsilon:.4g} (order 1/n): {self.regime}",
-            f"- {self.verdict}",
-            f"- order 0 is {self.validity}",
+            *(f"- {sentence}" for sentence in (self.verdict, *self.aspect_ratio.lines(), *self._learning_rates())),
+            f"- infinite width (order 0) as a description: {self.validity.flag}",
+            *(f"- weights: {sentence}" for sentence in self.remarks),
             *(f"- advice: {sentence}" for sentence in self.advice),
             "",
-            "| layer | C_b | C_W | K | chi_par | chi_perp |",
-            "|---|---|---|---|---|---|",
+            "| layer | C_b | C_W | K | chi_par | chi_perp | NTK share | lr bias | lr weight |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in self.layers:
             cells = [
@@ -101,18 +106,41 @@ class Diagnosis:
                 f"{row.K:.4g}",
                 "-" if row.chi_par is None else f"{row.chi_par:.4f}",
                 "-" if row.chi_perp is None else f"{row.chi_perp:.4f}",
+                "-" if row.share is None else f"{100 * row.share:.3g} %",
+                "-" if row.lr_b is None else f"{row.lr_b:.3g}",
+                "-" if row.lr_W is None else f"{row.lr_W:.3g}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        if self.critical is not None:
-            point = self.critical
+        if (point := self.aspect_ratio.critical) is not None:
             place = "any K" if point.K_star is None else f"K* = {point.K_star:.4g}"
             cells = [f"critical ({point.universality_class})", f"{point.C_b:.4g}", f"{point.C_W:.4g}", place, "1", "1"]
-            lines.append(f"| {' | '.join(cells)} |")
+            equal = f"{100 / len(self.layers):.3g} %"
+            lines.append(f"| {' | '.join([*cells, equal, '-', '-'])} |")
         return "\n".join(lines)
+
+    def _learning_rates(self) -> list[str]:
+        if self.largest_learning_rate is None:
+            return []
+        of = "inputs with |x|^2 = n_0, any number" if self.inputs is None else f"these {self.inputs} inputs"
+        shares = [row.share for row in self.layers if row.share is not None]
+        if max(shares) < 1.1 * min(shares):
+            parts = "layers share the NTK equally within 10 %"
+        else:
+            parts = (
+                f"layers make {100 * min(shares):.2g} to {100 * max(shares):.2g} % of the NTK each; eta times the "
+                "table's lr makes them equal, same NTK"
+            )
+            if self.aspect_ratio.critical is not None and not self.aspect_ratio.at_criticality:
+                parts += "; first initialise closer to criticality"
+        return [
+            f"full-batch gradient descent on MSELoss is stable below eta = {self.largest_learning_rate:.3g} ({of}; "
+            "linearised model: finite networks can survive more)",
+            parts,
+        ]
 
 
 def diagnose(model_or_ensemble: nn.Module | MLPEnsemble | ReadEnsemble, x: Tensor | None = None) -> Diagnosis:
-    """Diagnose criticality and depth-to-width ratio of an MLP.
+    """Diagnose criticality, depth-to-width ratio and learning rates of an MLP.
 
     Args:
         model_or_ensemble: An ``MLPEnsemble``, what ``read_ensemble`` returned, or a freshly
@@ -131,71 +159,70 @@ def diagnose(model_or_ensemble: nn.Module | MLPEnsemble | ReadEnsemble, x: Tenso
         read = read_ensemble(read, x=x)
     ensemble = read.ensemble if isinstance(read, ReadEnsemble) else read
     inputs = torch.ones(1, ensemble.widths[0]) if x is None else x.detach().flatten(1)
-    layers = _layers(ensemble, read if isinstance(read, ReadEnsemble) else None, inputs)
-    critical, verdict, growth, advice = _criticality_verdict(ensemble)
-    epsilon = output_fluctuation(ensemble, inputs)
-    if max(epsilon, ensemble.aspect_ratio) >= 0.2:
+    ratio = aspect_ratio(ensemble, inputs)
+    verdict, advice = _criticality_verdict(ensemble, ratio)
+    if max(ratio.epsilon, ratio.r) >= 0.2:
         advice.append("too deep for its width: half the depth or twice the hidden widths about halve r and epsilon")
-    hidden = ensemble.hidden_widths
+    eta = largest_learning_rate(ensemble, inputs, "mean")
     return Diagnosis(
         network=str(ensemble),
-        depth=ensemble.depth,
-        width=len(hidden) / sum(1 / n for n in hidden) if hidden else None,
-        aspect_ratio=ensemble.aspect_ratio,
-        epsilon=epsilon,
-        regime=regime(ensemble.aspect_ratio, epsilon),
-        critical=critical,
-        layers=layers,
-        growth=growth,
+        aspect_ratio=ratio,
+        layers=_layers(ensemble, read if isinstance(read, ReadEnsemble) else None, inputs),
         verdict=verdict,
         advice=tuple(advice),
+        remarks=getattr(read, "remarks", ()),
+        inputs=None if x is None else len(inputs),
+        largest_learning_rate=eta if math.isfinite(eta) else None,
         validity=infinite_width_validity(ensemble, inputs),
     )
 
 
 def _layers(ensemble: MLPEnsemble, read: ReadEnsemble | None, x: Tensor) -> tuple[LayerDiagnosis, ...]:
+    K = layer_gains(ensemble, x).K
+    biases, weights = layer_shares(ensemble, x)
+    Theta = float((biases + weights).sum())
+    equal = _equal_shares(ensemble, x, float(biases.sum()), float(weights.sum()))
     rows = []
-    before = None
-    for index, statistics in enumerate(initial_statistics(ensemble, x)):
-        C_W, K = ensemble.C_W[index], statistics.K.diagonal()
+    for index, C_W in enumerate(ensemble.C_W):
+        before = K[index - 1] if index else None
         rows.append(
             LayerDiagnosis(
-                layer=statistics.layer,
+                layer=index + 1,
                 C_b=ensemble.C_b[index],
                 C_W=C_W,
                 C_b_error=None if read is None else read.C_b_error[index],
                 C_W_error=None if read is None else read.C_W_error[index],
-                K=float(K.mean()),
+                K=float(K[index].mean()),
                 chi_par=None if before is None else C_W * float(slope_of_variance(ensemble.activation, before).mean()),
                 chi_perp=None if before is None else C_W * float(slope_squared(ensemble.activation, before).mean()),
+                share=float(biases[index] + weights[index]) / Theta if Theta > 0 else None,
+                lr_b=None if equal is None else equal.lr_b[index],
+                lr_W=None if equal is None else equal.lr_W[index],
             )
         )
-        before = K
     return tuple(rows)
 
 
-def _criticality_verdict(ensemble: MLPEnsemble) -> tuple[CriticalPoint | None, str, float | None, list[str]]:
-    name = ensemble.activation.name
+def _equal_shares(ensemble: MLPEnsemble, x: Tensor, total_b: float, total_W: float) -> LearningRateShares | None:
+    if total_b + total_W == 0:
+        return None
     try:
-        critical = criticality(ensemble.activation)
-    except QuadratureError as error:
-        return None, f"criticality unknown: {error}", None, []
-    if critical is None:
-        verdict = f"{name} has no critical initialisation: signals or gradients change exponentially with depth"
-        return None, verdict, None, []
-    growth = math.prod(C_W / critical.C_W for C_W in ensemble.C_W[1:])
-    drift = f"prod C_W / C_W(critical) = {growth:.3g} over layers 2..L, C_W(critical) = {critical.C_W:.4g}"
-    advice = []
-    if 0.5 <= growth <= 2:
-        verdict = f"critical within a factor of 2: {drift}"
-    else:
-        side = "subcritical (ordered), gradients vanish" if growth < 1 else "supercritical (chaotic), gradients explode"
-        verdict = f"{side} with depth: {drift}"
-        advice.append(f"initialise weights with variance {critical.C_W:.4g} / n_in and biases with {critical.C_b:.4g}")
-    excess = [C_b for C_b in ensemble.C_b[1:] if abs(C_b - critical.C_b) > 0.1]
-    if excess:
-        verdict += f"; C_b up to {max(excess, key=lambda c: abs(c - critical.C_b)):.3g}, critical is {critical.C_b:.4g}"
-    return critical, verdict, growth, advice
+        return equivalence_learning_rates(ensemble, x, total_b, total_W)
+    except ValueError:  # far from criticality no gradient is left, in float64, in the first layers
+        return None
+
+
+def _criticality_verdict(ensemble: MLPEnsemble, ratio: AspectRatio) -> tuple[str, list[str]]:
+    point, gain = ratio.critical, ratio.gradient_gain
+    if point is None or gain is None:
+        return ratio.criticality_reason, []
+    at = f"C_b = {point.C_b:.4g}, C_W = {point.C_W:.4g}"
+    size = f"squared gradients at layer 1 are {gain:.3g} times the critical ones ({at})"
+    if ratio.at_criticality:
+        return f"critical within a factor of 2: {size}", []
+    side = "subcritical (ordered), gradients vanish" if gain < 1 else "supercritical (chaotic), gradients explode"
+    advice = f"initialise weights with variance {point.C_W:.4g} / n_in and biases with {point.C_b:.4g}"
+    return f"{side} with depth: {size}", [advice]
 
 
 def _with_error(value: float, error: float | None) -> str:
