@@ -24,9 +24,9 @@ def test_diagnose_json_is_machine_readable(capsys):
 
 def test_diagnose_speaks_of_plain_sgd(capsys):
     """Critical ReLU: g = 1, J = 1, so Theta = sum_l (1 + n_{l-1}) = 202, and MSELoss is stable below n_L / Theta."""
-    assert main(["diagnose", "--widths", "100", "100", "2", "--activation", "relu", "--C_W", "2", "--json"]) == 0
+    assert main(["diagnose", "--widths", "100", "100", "3", "--activation", "relu", "--C_W", "2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["largest_learning_rate"] == pytest.approx(2 / 202, rel=1e-12)
+    assert report["largest_learning_rate"] == pytest.approx(3 / 202, rel=1e-12)
     assert [layer["share"] for layer in report["layers"]] == pytest.approx([0.5, 0.5])
     assert [layer["lr_W"] for layer in report["layers"]] == pytest.approx([1, 1])
 
