@@ -129,7 +129,7 @@ def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | 
     ensemble = demo_ensemble(width, depth, activation, x_train.shape[1])
     print(diagnose(ensemble, x_train), end="\n\n")
     # MSELoss is the mean over N C entries: half of its bound 2 / lambda_max(2 Theta / (N C)).
-    Theta = initial_statistics(ensemble, x_train)[-1].Theta
+    Theta = initial_statistics(ensemble, x_train, ("K", "Theta"))[-1].Theta
     learning_rate = 0.5 * y_train.numel() / float(torch.linalg.eigvalsh(Theta)[-1])
 
     pl.seed_everything(seed, verbose=False)

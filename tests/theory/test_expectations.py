@@ -9,11 +9,11 @@ from scipy import integrate, special
 
 from torch_eft.theory import Activation, QuadratureError, get_activation
 from torch_eft.theory.expectations import expectation
-from torch_eft.theory.pair_moments import PairMoments
+from torch_eft.theory.pair_moments import pair_moments
 
 
 def moment_matrix(activation, K, order):
-    return PairMoments(activation, K)(order, order)
+    return pair_moments(activation, K).explicit((order,), (order,))
 
 
 def kernel(correlation: float, variance_a: float, variance_b: float) -> torch.Tensor:

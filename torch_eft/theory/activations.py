@@ -42,13 +42,16 @@ class Activation:
         """Whether sigma or a derivative of it is known to jump somewhere."""
         return bool(self.kinks)
 
-    def jump(self, order: int, kink: float = 0.0) -> float:
-        """The jump of the derivative of the given order at ``kink``: right limit minus left limit."""
+    def sides(self, order: int, kink: float = 0.0) -> tuple[float, float]:
+        """The derivative of the given order on the left and on the right of ``kink``."""
         step = 1e-15 * max(1.0, abs(kink))
-        sides = torch.tensor([kink - step, kink + step], dtype=torch.float64, device="cpu")
-        left, right = self(sides, order).tolist()
-        jump = right - left
-        return jump if abs(jump) > 1e-12 * (1.0 + abs(left) + abs(right)) else 0.0
+        left, right = self(torch.tensor([kink - step, kink + step], dtype=torch.float64, device="cpu"), order).tolist()
+        return left, right
+
+    def jump(self, order: int, kink: float = 0.0) -> float:
+        """The jump of the derivative of the given order at ``kink``, right minus left; 0 where it is rounding."""
+        left, right = self.sides(order, kink)
+        return right - left if abs(right - left) > 1e-12 * (1.0 + abs(left) + abs(right)) else 0.0
 
     def __call__(self, z: Tensor, order: int = 0) -> Tensor:
         """The derivative of the given order at every entry of ``z``, same shape and dtype.

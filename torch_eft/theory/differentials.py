@@ -7,14 +7,14 @@ PDLT 11.2-11.3 and chapter infinity (the ddNTK), for any number of inputs and an
     E[ddI_{i0 i1 i2 i3;0123}]     = (1/n) [ d_01 d_23 R_0123 + d_02 d_31 R_0231 + d_03 d_12 R_0312 ]
     E[ddII_{i1 i2 i3 i4;1234}]    = (1/n) [ d_12 d_34 S_1234 + d_13 d_24 T_1324 + d_14 d_23 U_1423 ].
 
-``v.curved`` is false for a kinked sigma, whose sigma'' automatic differentiation sees as 0 almost everywhere: every
-term with an explicit sigma'' (one that multiplies H's in the network's derivatives) is then absent. The second
-derivatives inside responses (M_20, ...) are derivatives of Gaussian expectations, and stay.
+``v.curved`` is false for two slopes whose kink automatic differentiation does not see: every term with an explicit
+sigma'' (one that multiplies H's in the network's derivatives) is then absent. The second derivatives inside responses
+are derivatives of Gaussian expectations, and stay.
 """
 
 from torch import Tensor
 
-from torch_eft.theory.responses import contraction
+from torch_eft.theory.responses import answer, contraction
 from torch_eft.theory.vertices import Vertices
 
 
@@ -25,7 +25,7 @@ def P(v: Vertices, layer: int, letters: str) -> Tensor:
     a, b, c, d = letters
     m = layer - 1
     joint = v.four(m, (2, 1, 1, 0), letters) * v.Theta(m, a, b) * v.Theta(m, a, c)
-    inner = v.M(m, 2, 0, a, d) * v.array("P", m, a + b + c + a) + v.M(m, 1, 1, a, d) * v.array("P", m, letters)
+    inner = answer(v, m, 1, a, d, v.array("P", m, a + b + c + a), v.array("P", m, letters))
     propagated = v.M(m, 1, 1, b, c) * (v.M(m, 2, 0, a, d) * v.array("B", m, a + a + b + c) + inner)
     return v.C_W(m) ** 2 * (joint + v.width_ratio(m) * propagated)
 
@@ -34,7 +34,7 @@ def Q(v: Vertices, layer: int, letters: str) -> Tensor:
     """Q_0123."""
     a, b, c, d = letters
     m, C_W, r = layer - 1, v.C_W(layer - 1), v.width_ratio(layer - 1)
-    inner = v.M(m, 2, 0, c, d) * v.array("Q", m, a + b + c + c) + v.M(m, 1, 1, c, d) * v.array("Q", m, letters)
+    inner = answer(v, m, 1, c, d, v.array("Q", m, a + b + c + c), v.array("Q", m, letters))
     slope = r * v.M(m, 1, 1, a, b) * inner
     if v.curved:
         slope = slope + v.four(m, (2, 1, 1, 0), letters) * v.Theta(m, a, b) * v.Theta(m, a, c)
@@ -52,12 +52,13 @@ def R(v: Vertices, layer: int, letters: str) -> Tensor:
     T_01, T_02, T_03 = v.Theta(m, a, b), v.Theta(m, a, c), v.Theta(m, a, d)
     M_23, B_0023 = v.M(m, 1, 1, c, d), v.array("B", m, a + a + c + d)
     P_0230, P_0231 = v.array("P", m, a + c + d + a), v.array("P", m, a + c + d + b)
-    M_20, M_11 = v.M(m, 2, 0, a, b), v.M(m, 1, 1, a, b)
-    M_31, M_22 = v.M(m, 3, 1, a, b), v.M(m, 2, 2, a, b)
     slope = v.four(m, (3, 1, 1, 1), letters) * T_01 * T_02 * T_03 + r * M_23 * (
-        T_01 * (M_31 * (B_0023 + P_0230) + M_22 * P_0231) + M_11 * v.array("R", m, letters)
+        T_01 * (v.M(m, 3, 1, a, b) * B_0023 + answer(v, m, 2, a, b, P_0230, P_0231))
+        + v.M(m, 1, 1, a, b) * v.array("R", m, letters)
     )
-    weight = v.four(m, (2, 0, 1, 1), letters) * T_02 * T_03 + r * M_23 * (M_20 * (B_0023 + P_0230) + M_11 * P_0231)
+    weight = v.four(m, (2, 0, 1, 1), letters) * T_02 * T_03 + r * M_23 * (
+        v.M(m, 2, 0, a, b) * B_0023 + answer(v, m, 1, a, b, P_0230, P_0231)
+    )
     return C_W**2 * slope + v.lambda_W(m) * C_W * weight
 
 
@@ -83,17 +84,14 @@ def T(v: Vertices, layer: int, letters: str) -> Tensor:
     M_13, M_24 = v.M(m, 1, 1, one, three), v.M(m, 1, 1, two, four)
     Q_2411, Q_2413 = v.array("Q", m, two + four + one + one), v.array("Q", m, two + four + one + three)
     Q_1322, Q_1324 = v.array("Q", m, one + three + two + two), v.array("Q", m, one + three + two + four)
-
-    def bracket(p: int, q: int, a: str, b: str, same: Tensor, other: Tensor) -> Tensor:
-        return v.M(m, p, q, a, b) * same + v.M(m, q + 1, q + 1, a, b) * other
-
     slope = r * M_13 * M_24 * v.array("T", m, letters)
-    mixed = r * (M_24 * bracket(2, 0, one, three, Q_2411, Q_2413) + M_13 * bracket(2, 0, two, four, Q_1322, Q_1324))
+    mixed = r * M_24 * answer(v, m, 1, one, three, Q_2411, Q_2413)
+    mixed = mixed + r * M_13 * answer(v, m, 1, two, four, Q_1322, Q_1324)
     if v.curved:
         slope = slope + v.four(m, (2, 2, 1, 1), one + two + three + four) * T_12 * T_13 * T_24
         slope = slope + r * T_13 * T_24 * contraction(v, m, 2, 2, one, three, two, four)
-        slope = slope + r * T_13 * M_24 * bracket(3, 1, one, three, Q_2411, Q_2413)
-        slope = slope + r * T_24 * M_13 * bracket(3, 1, two, four, Q_1322, Q_1324)
+        slope = slope + r * T_13 * M_24 * answer(v, m, 2, one, three, Q_2411, Q_2413)
+        slope = slope + r * T_24 * M_13 * answer(v, m, 2, two, four, Q_1322, Q_1324)
         mixed = mixed + v.four(m, (1, 2, 0, 1), one + two + three + four) * T_12 * T_24
         mixed = mixed + v.four(m, (2, 1, 1, 0), one + two + three + four) * T_12 * T_13
         mixed = mixed + r * T_24 * contraction(v, m, 1, 2, one, three, two, four)

@@ -1,9 +1,12 @@
-"""All two-label moments of one layer: <f(z_a) g(z_b)> with f, g products of derivatives of sigma.
+"""All two-label moments of one layer, <f(z_a) g(z_b)>, with f, g products of derivatives of sigma.
 
-``M_pq(ab) = <sigma^(p)_a sigma^(q)_b>_K`` (PDLT 4.2) and, where one label carries several factors, e.g.
-``<sigma''_a sigma'_a sigma_b^2>``. Three routes, chosen by the activation:
+``explicit(p.., q..)``: <prod sigma^(p)_a prod sigma^(q)_b>, e.g. M_pq(ab) = <sigma^(p)_a sigma^(q)_b>_K (PDLT 4.2),
+with derivatives as the network's own Taylor coefficients have them. ``response(p, q, i, j)``: the derivatives
+d_a^i d_b^j of sigma^(p)_a sigma^(q)_b that arise when an expectation answers to a change of K. For smooth sigma both
+are M_{p+i, q+j}; at a kink they are not (see ``two_slope``). Routes, chosen by the activation:
 
 * two slopes (linear, ReLU, leaky ReLU): closed forms (``two_slope``);
+* a kink at zero (ELU, SELU): integrals quadrant by quadrant and delta functions (``piecewise``);
 * erf (Williams 1996) and sin, M_00 and M_11: closed forms;
 * every other smooth function: Mehler's expansion in Hermite polynomials (Mehler 1866)
 
@@ -16,19 +19,64 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from torch_eft.theory.activations import Activation
 from torch_eft.theory.expectations import RELATIVE_ERROR, QuadratureError, resolved_grid
-from torch_eft.theory.two_slope import Orders, correlation, two_slope_moment
+from torch_eft.theory.piecewise import PiecewisePairs
+from torch_eft.theory.two_slope import Orders, TwoSlopePairs, correlation
+
+Kinks = Literal["autograd", "distributional"]
+"""Explicit second derivatives at a kink: 0 almost everywhere, as automatic differentiation of the network has
+them, or the delta functions of a smooth activation sharpened to the kink."""
 
 _MAX_TERMS = 20000
 
 
-class PairMoments:
-    """Two-label moments under N(0, K), each computed once when first asked for.
+class PairMoments(Protocol):
+    """Two-label moments under N(0, K)."""
+
+    def single(self, orders: Orders) -> Tensor:
+        """<prod sigma^(p)_a>, (N,)."""
+        ...
+
+    def explicit(self, first: Orders, second: Orders) -> Tensor:
+        """<prod sigma^(p)_a prod sigma^(q)_b>, (N, N), p over ``first`` and q over ``second``."""
+        ...
+
+    def response(self, p: int, q: int, i: int, j: int) -> Tensor:
+        """<d_a^i d_b^j sigma^(p)_a sigma^(q)_b>, (N, N)."""
+        ...
+
+
+def pair_moments(activation: Activation, K: Tensor, kinks: Kinks = "autograd") -> PairMoments:
+    """The two-label moments of an activation under N(0, K).
+
+    Args:
+        activation: sigma.
+        K: (N, N), float64.
+        kinks: What explicit derivatives are at a kink.
+
+    Raises:
+        ValueError: If sigma has kinks elsewhere than at zero.
+    """
+    if activation.slopes is not None:
+        return TwoSlopePairs(activation.slopes, K, kinks == "distributional")
+    if activation.kinks == (0.0,):
+        return PiecewisePairs(activation, K, kinks == "distributional")
+    if activation.kinks:
+        raise ValueError(
+            f"activation: {activation.name} has kinks at {', '.join(f'{k:g}' for k in activation.kinks)}; expectations "
+            "of two inputs are there for smooth functions and for a kink at 0. Use criticality() for one input"
+        )
+    return SmoothPairs(activation, K)
+
+
+class SmoothPairs:
+    """Two-label moments of a smooth sigma, each computed once when first asked for.
 
     Args:
         activation: sigma.
@@ -42,11 +90,12 @@ class PairMoments:
         self._coefficients: dict[Orders, Tensor] = {}
         self._rho, self._sine, self._scale = correlation(K)
 
-    def __call__(self, p: int, q: int) -> Tensor:
-        """M_pq, (N, N)."""
-        return self.product((p,), (q,))
+    def single(self, orders: Orders) -> Tensor:
+        """<prod sigma^(p)_a>, (N,)."""
+        half = len(orders) // 2
+        return self.explicit(orders[:half], orders[half:]).diagonal()
 
-    def product(self, first: Orders, second: Orders) -> Tensor:
+    def explicit(self, first: Orders, second: Orders) -> Tensor:
         """<prod sigma^(p)_a prod sigma^(q)_b>, (N, N), p over ``first`` and q over ``second``."""
         key = (tuple(sorted(first)), tuple(sorted(second)))
         if key not in self._moments:
@@ -54,12 +103,14 @@ class PairMoments:
             self._moments[key] = self._compute(*key) if mirror is None else mirror.T
         return self._moments[key]
 
+    def response(self, p: int, q: int, i: int, j: int) -> Tensor:
+        """<d_a^i d_b^j sigma^(p)_a sigma^(q)_b>, (N, N)."""
+        return self.explicit((p + i,), (q + j,))
+
     def _compute(self, first: Orders, second: Orders) -> Tensor:
         closed_form = _CLOSED_FORMS.get((self.activation.name, first, second))
         if closed_form is not None:
             return closed_form(self.K)
-        if self.activation.slopes is not None:
-            return two_slope_moment(self.activation.slopes, self.K, first, second)
         columns_a, columns_b = self._both(first, second)
         moment = torch.zeros_like(self.K)
         for a, b in zip(reversed(columns_a.unbind(1)), reversed(columns_b.unbind(1)), strict=True):

@@ -76,7 +76,7 @@ class InfiniteWidthTraining:
         self.ensemble = ensemble
         self.dynamics = dynamics
         self.y_train = y_train.to(x_train)
-        last = initial_statistics(ensemble, torch.cat([x_probe, x_train]))[-1]
+        last = initial_statistics(ensemble, torch.cat([x_probe, x_train]), ("K", "Theta"))[-1]
         probe = len(x_probe)
         self.K = last.K
         self.Theta_probe = last.Theta[:probe, :probe]

@@ -4,15 +4,15 @@ K and Theta at infinite width (``blocks``) and the vertices of order 1/n (``kern
 each of which multiplies 1/n_{l-1} at layer l.
 """
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from torch_eft.theory.blocks import check_inputs, evaluators, infinite_width
+from torch_eft.theory.blocks import Combined, check_inputs, check_statistics, evaluators, infinite_width
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.pair_moments import Kinks
 from torch_eft.theory.vertices import Vertices
 
 QUANTITIES = ("K", "G1", "V", "Theta", "Theta1", "A", "B", "D", "F", "P", "Q", "R", "S", "T", "U")
@@ -41,7 +41,7 @@ class LayerStatistics:
         T: T_1324: axes 1, 3, 2, 4.
         U: U_1423: axes 1, 4, 2, 3.
         error: ``{name: standard error}`` of the tensor's entries (rms) where moments were sampled; empty where they
-            were integrated.
+            are exact, or integrated by one rule.
     """
 
     layer: int
@@ -66,66 +66,79 @@ class LayerStatistics:
 def initial_statistics(
     ensemble: MLPEnsemble,
     x: Tensor,
-    quantities: Collection[str] = ("K", "Theta"),
+    quantities: Collection[str] = QUANTITIES,
     samples: int = 16384,
     replicas: int = 4,
     seed: int = 0,
     memory: int = 8 * 2**30,
+    kinks: Kinks = "autograd",
+    any_aspect_ratio: bool = False,
 ) -> list[LayerStatistics]:
     """The statistics at every layer, l = 1 .. L.
 
-    With at most four inputs and a smooth activation, three- and four-label moments are integrated; else they
-    are sampled, ``replicas`` times independently, and ``error`` tells how well. For a kinked activation (ReLU) P .. U
-    are those that automatic differentiation of the network sees, with sigma'' = 0 almost everywhere; they are not the
-    rates of change of its NTK.
+    Moments with three and four labels are exact for two slopes (linear, ReLU, leaky ReLU, |z|), integrated to about
+    1e-9 for at most four inputs, and sampled else, ``replicas`` times independently; ``error`` tells how well.
+
+    At a kink (ReLU, SELU) P .. U depend on what an explicit second derivative is. ``kinks="autograd"``: zero, as
+    automatic differentiation of the network sees it almost everywhere; such P .. U are what a measurement by autograd
+    gives, not the rates of change of the network's NTK. ``"distributional"``: the delta function, the limit of
+    smooth activations; R, S, T, U then diverge where sigma' jumps and are NaN, with a warning.
 
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, n_0), any real dtype.
-        quantities: Names out of ``QUANTITIES``; K and Theta are always there.
+        quantities: Names out of ``QUANTITIES``; K and Theta are always there, and cost least: all that is needed for
+            large N.
         samples: Sample size S in all, shared by the replicas.
         replicas: Independent samples to estimate the error from, at least 2.
         seed: Seed of the samples; the global random state is left alone.
-        memory: Bytes allowed for tensors with four labels.
+        memory: Bytes allowed for tensors with four labels, see ``statistics_memory``.
+        kinks: ``"autograd"`` or ``"distributional"``; they differ only where the activation has a kink.
+        any_aspect_ratio: Whether to give the coefficients of the 1/n expansion also where r >= 1.
 
     Returns:
         One ``LayerStatistics`` a layer, float64, on the device of ``x``.
 
     Raises:
-        ValueError: If ``x`` does not fit ``ensemble.widths[0]``, is empty or not finite, if a name is unknown, or if
-            the tensors do not fit into ``memory``.
+        ValueError: If ``x`` does not fit ``ensemble.widths[0]``, is empty or not finite, if a name is unknown, if
+            the tensors do not fit into ``memory``; and, where more than K and Theta is asked for, if r >= 1, if an
+            input vanishes with C_b = 0, or if two inputs coincide for a kinked activation.
         QuadratureError: If the activation is not smooth enough for quadrature.
     """
     x = check_inputs("x", x, ensemble)
     unknown = sorted(set(quantities) - set(QUANTITIES))
     if unknown:
         raise ValueError(f"quantities: {unknown[0]!r} is unknown; choose from {', '.join(QUANTITIES)}")
-    K, Theta, pairs = infinite_width(ensemble, x)
     wanted = [name for name in QUANTITIES if name in set(quantities) - {"K", "Theta"}]
-    found: dict[tuple[str, int], Tensor] = {}
-    errors: dict[tuple[str, int], float] = {}
     if wanted:
-        _check_memory(len(x), len(wanted), ensemble.depth, memory)
-        labels = torch.arange(len(x), device=x.device)
-        layers = range(1, ensemble.depth + 1)
-        tables = [
-            {(name, layer): _full(evaluator, name, layer, len(x)) for layer in layers for name in wanted}
-            for evaluator in evaluators(
-                ensemble, K, Theta, pairs, dict.fromkeys("abcd", labels), samples, replicas, seed
+        check_statistics(ensemble, x, kinks, any_aspect_ratio)
+        needed = statistics_memory(ensemble, len(x), wanted)
+        if needed > memory:
+            raise ValueError(
+                f"x: {len(x)} inputs need about {needed / 2**30:.1f} GiB for tensors with four labels, memory allows "
+                f"{memory / 2**30:.1f} GiB; give fewer inputs, ask for fewer quantities (K and Theta are cheap), or go "
+                "block by block with theory.block or theory.tiles"
             )
-        ]
-        for key in tables[0]:
-            stack = torch.stack([table[key] for table in tables])
-            found[key] = stack.mean(0)
-            if len(tables) > 1:
-                errors[key] = float(stack.var(0).mean().sqrt()) / math.sqrt(len(tables))
+    K, Theta, pairs = infinite_width(ensemble, x, kinks)
+    found: dict[tuple[str, int], Combined] = {}
+    if wanted:
+        labels = torch.arange(len(x), device=x.device)
+        refined, runs = evaluators(
+            ensemble, K, Theta, pairs, dict.fromkeys("abcd", labels), samples, replicas, seed, kinks
+        )
+        for evaluator in runs:
+            for layer in range(1, ensemble.depth + 1):
+                for name in wanted:
+                    value = _full(evaluator, name, layer, len(x))
+                    found.setdefault((name, layer), Combined(refined)).add(value)
+    results = {key: combined.result() for key, combined in found.items()}
     return [
         LayerStatistics(
             layer,
             K[layer - 1],
             Theta[layer - 1],
-            **{name: found[name, layer] for name in wanted},
-            error={name: errors[name, layer] for name in wanted if (name, layer) in errors},
+            **{name: results[name, layer][0] for name in wanted},
+            error={name: results[name, layer][1] for name in wanted if results[name, layer][1] > 0},
         )
         for layer in range(1, ensemble.depth + 1)
     ]
@@ -138,10 +151,15 @@ def _full(evaluator: Vertices, name: str, layer: int, count: int) -> Tensor:
     return array.expand([count] * len(letters)).clone()
 
 
-def _check_memory(count: int, tensors: int, depth: int, memory: int) -> None:
-    needed = 8 * count**4 * depth * (tensors + 8)
-    if needed > memory:
-        raise ValueError(
-            f"x: {count} inputs need about {needed / 2**30:.1f} GiB for tensors with four labels, memory allows "
-            f"{memory / 2**30:.1f} GiB; ask for fewer quantities or inputs"
-        )
+def statistics_memory(ensemble: MLPEnsemble, inputs: int, quantities: Collection[str] = QUANTITIES) -> int:
+    """Bytes that ``initial_statistics`` takes at its peak, estimated, for that many inputs.
+
+    Every tensor with four labels is held twice a layer (value and spread), beside about eight moments.
+
+    Args:
+        ensemble: The ensemble.
+        inputs: N.
+        quantities: What is asked for.
+    """
+    tensors = sum(name not in ("K", "Theta", "G1", "Theta1") for name in quantities)
+    return 8 * inputs**4 * ensemble.depth * (2 * tensors + 8)

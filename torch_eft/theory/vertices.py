@@ -7,13 +7,14 @@ and by exchanging letters of one set, computed once, and kept. The recursions th
 ``kernel``, ``ntk`` and ``differentials``: this file only knows labels, moments and memory.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.four_label import FourLabelMoments, Points
-from torch_eft.theory.pair_moments import PairMoments
+from torch_eft.theory.four_label import FourLabelMoments
+from torch_eft.theory.pair_moments import Kinks, PairMoments
 from torch_eft.theory.two_slope import Orders
 
 Recursion = Callable[["Vertices", int, str], Tensor]
@@ -36,6 +37,17 @@ SYMMETRIES: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 
 
+def divergent(ensemble: MLPEnsemble, kinks: Kinks) -> tuple[str, ...]:
+    """The vertices without a value: ddNTK statistics contain delta functions squared where sigma' jumps.
+
+    For sigma smoothed on a scale 1/beta they grow linearly with beta: the expansion of the ddNTK does not exist.
+    """
+    activation = ensemble.activation
+    if kinks == "autograd" or not activation.kinked or not any(activation.jump(1, kink) for kink in activation.kinks):
+        return ()
+    return ("R", "S", "T", "U")
+
+
 class Vertices:
     """Statistics at order 1/n on sets of labels; every vertex at layer l multiplies 1/n_{l-1}.
 
@@ -44,10 +56,11 @@ class Vertices:
         K: K^(1) .. K^(L) on all inputs, (N, N) each.
         Theta: Theta^(1) .. Theta^(L), likewise.
         pairs: Two-label moments at layers 1 .. L-1.
-        points: Points for three and four labels at layers 1 .. L-1.
+        moments: The moments with three and four labels at layers 1 .. L-1, made when first asked for.
         sets: ``{letter: index of inputs}``, the axes in their order; letters that share one tensor object
             stand for the same set.
         recursions: ``{name: recursion}``.
+        kinks: What explicit derivatives are at a kink of sigma.
     """
 
     def __init__(
@@ -56,17 +69,20 @@ class Vertices:
         K: list[Tensor],
         Theta: list[Tensor],
         pairs: list[PairMoments],
-        points: Callable[[int], Points],
+        moments: Callable[[int], FourLabelMoments],
         sets: Mapping[str, Tensor],
         recursions: Mapping[str, Recursion],
+        kinks: Kinks = "autograd",
     ) -> None:
         self.ensemble = ensemble
         self.sets = dict(sets)
         self.axes = {letter: axis for axis, letter in enumerate(sets)}
-        # sigma'' and its derivative, which multiply H's, are zero almost everywhere for a kinked sigma.
-        self.curved = not ensemble.activation.kinked
+        activation = ensemble.activation
+        # Whether explicit second derivatives, which multiply H's, are anything but zero almost everywhere.
+        self.curved = activation.slopes is None or (activation.kinked and kinks == "distributional")
+        self.divergent = divergent(ensemble, kinks)
         self._K, self._Theta, self._pairs = K, Theta, pairs
-        self._points, self._recursions = points, recursions
+        self._moments_of, self._recursions = moments, recursions
         self._four: dict[int, FourLabelMoments] = {}
         self._memo: dict[tuple[str, int, str], Tensor] = {}
         self._moments: dict[tuple, Tensor] = {}
@@ -91,6 +107,8 @@ class Vertices:
         """The vertex ``name`` at ``layer`` for the printed ``letters``; a broadcast array, one axis a letter."""
         if layer == 1:
             return self.zero()  # layer 1 is exactly Gaussian, its NTK is constant
+        if name in self.divergent:
+            return self.zero() + math.nan
         canonical, renaming = min(self._canonical(image) for image in self._images(name, letters))
         key = (name, layer, canonical)
         if key not in self._memo:
@@ -110,8 +128,12 @@ class Vertices:
         return self._placed(self._K[m - 1], a, b)
 
     def M(self, m: int, p: int, q: int, a: str, b: str) -> Tensor:
-        """M_pq(ab) at layer m."""
-        return self._placed(self._pairs[m - 1](p, q), a, b)
+        """M_pq(ab) at layer m, derivatives as the network's own Taylor coefficients have them."""
+        return self._placed(self._pairs[m - 1].explicit((p,), (q,)), a, b)
+
+    def response(self, m: int, p: int, q: int, i: int, j: int, a: str, b: str) -> Tensor:
+        """<d_a^i d_b^j sigma^(p)_a sigma^(q)_b> at layer m: M_{p+i, q+j} unless sigma has a kink."""
+        return self._placed(self._pairs[m - 1].response(p, q, i, j), a, b)
 
     def four(self, m: int, orders: tuple[int, int, int, int], letters: str) -> Tensor:
         """m_pquv(letters) = <sigma^(p) sigma^(q) sigma^(u) sigma^(v)> at layer m."""
@@ -129,12 +151,12 @@ class Vertices:
         pairs = self._pairs[m - 1]
         if len(factors) == 1:
             orders, index = factors[0]
-            return pairs.product(orders[:2], orders[2:]).diagonal()[index]
+            return pairs.single(orders)[index]
         if len(factors) == 2:
             (first, rows), (second, columns) = factors
-            return pairs.product(first, second)[rows][:, columns]
+            return pairs.explicit(first, second)[rows][:, columns]
         if m not in self._four:
-            self._four[m] = FourLabelMoments(self.ensemble.activation, self._points(m), pairs)
+            self._four[m] = self._moments_of(m)
         return self._four[m].moment(factors)
 
     # ---- labels
