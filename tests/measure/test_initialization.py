@@ -81,6 +81,54 @@ def test_any_leaky_slope_is_found():
     assert read.ensemble.activation.slopes == pytest.approx((0.2, 1.0), rel=1e-5)
 
 
+MODULES = {
+    "elu": nn.ELU,
+    "selu": nn.SELU,
+    "mish": nn.Mish,
+    "softsign": nn.Softsign,
+    "hardswish": nn.Hardswish,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "leaky_relu(0.2)": lambda: nn.LeakyReLU(0.2),
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "sigmoid": nn.Sigmoid,
+    "linear": nn.Identity,
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_activation_modules(name, dtype):
+    read = measure.read_ensemble(mlp((3, 6, 5, 2), MODULES[name]).to(dtype))
+    assert read.ensemble.activation.name == name
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "sin", "tanh"])
+def test_small_inputs_tell_activations_apart_too(name):
+    """GELU and its tanh form differ by 3e-4 z^4."""
+    torch.manual_seed(0)
+    read = measure.read_ensemble(Functional(get_activation(name).function), x=1e-2 * torch.randn(16, 4))
+    assert read.ensemble.activation.name == name
+
+
+def test_inputs_on_one_side_tell_activations_apart_too():
+    """All preactivations positive: ReLU, abs and linear look the same."""
+    model = mlp((2, 3, 2, 1), nn.ReLU)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+        model[-1].weight[0, 0] *= 2
+    assert measure.read_ensemble(model, x=torch.rand(8, 2)).ensemble.activation.name == "relu"
+
+
+def test_infinite_outputs_are_no_mlp():
+    model = mlp()
+    torch.nn.init.constant_(model[-1].weight, math.inf)
+    with pytest.raises(measure.NotAnMLPError, match=r"its outputs are not finite"):
+        measure.read_ensemble(model)
+
+
 def test_an_unregistered_activation_can_be_named():
     model = Functional(lambda z: z + 0.1 * z**3)
     with pytest.raises(measure.NotAnMLPError, match=r"pass activation= if it is another one"):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch_eft.measure.isolation import IsolatedModel, isolated
 from torch_eft.measure.learning_rates import read_learning_rates
 from torch_eft.measure.output import checked_output
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
+from torch_eft.measure.weights import WeightStatistics, remarks, weight_statistics
 from torch_eft.theory.activations import (
     Activation,
     ActivationLike,
@@ -26,6 +27,8 @@ from torch_eft.theory.activations import (
     leaky_relu,
 )
 from torch_eft.theory.ensemble import MLPEnsemble
+
+_ENLARGEMENTS = 3
 
 
 class NotAnMLPError(ValueError):
@@ -41,12 +44,17 @@ class ReadEnsemble:
         C_b_error: Standard error of C_b, one a layer.
         C_W_error: Standard error of C_W, one a layer.
         excess_kurtosis: Of the weights, one a layer: 0 for Gaussian, -1.2 for uniform.
+        distribution: Of the weights, one a layer, as ``measure.weights`` tells them apart: ``"gaussian"``,
+            ``"uniform"``, ``"orthogonal"``, ``"constant"``, ``"other"``, ``"too few to tell"``.
+        remarks: What weights and biases that are not Gaussian change in the theory, in words; empty if nothing.
     """
 
     ensemble: MLPEnsemble
     C_b_error: tuple[float, ...]
     C_W_error: tuple[float, ...]
     excess_kurtosis: tuple[float, ...]
+    distribution: tuple[str, ...]
+    remarks: tuple[str, ...]
 
 
 def read_ensemble(
@@ -85,7 +93,8 @@ def read_ensemble(
         probe = as_probe(x)
         found = _verified_activation(network, probe, layers, activation)
     rates = read_learning_rates(model, optimizers).lambdas if optimizers else None
-    moments = [_moments(name, layer) for name, layer in found.layers.items()]
+    weights = [_weight_statistics(name, layer) for name, layer in found.layers.items()]
+    biases = [None if layer.bias is None else weight_statistics(layer.bias) for layer in found.layers.values()]
     lambda_b, lambda_W = [], []
     for name, layer in found.layers.items():
         lambda_W.append(_lambda(rates, name, "weight", layer.weight) * layer.in_features)
@@ -94,16 +103,18 @@ def read_ensemble(
     ensemble = MLPEnsemble(
         widths=[linear[0].in_features, *(layer.out_features for layer in linear)],
         activation=found.activation,
-        C_b=[m.C_b for m in moments],
-        C_W=[m.C_W for m in moments],
+        C_b=[0.0 if bias is None else bias.variance for bias in biases],
+        C_W=[layer.in_features * weight.variance for layer, weight in zip(linear, weights, strict=True)],
         lambda_b=lambda_b,
         lambda_W=lambda_W,
     )
     return ReadEnsemble(
         ensemble,
-        tuple(m.C_b_error for m in moments),
-        tuple(m.C_W_error for m in moments),
-        tuple(m.excess_kurtosis for m in moments),
+        tuple(0.0 if bias is None else bias.variance_error for bias in biases),
+        tuple(layer.in_features * weight.variance_error for layer, weight in zip(linear, weights, strict=True)),
+        tuple(weight.excess_kurtosis for weight in weights),
+        tuple(weight.distribution for weight in weights),
+        remarks(weights, biases, found.K, found.inputs),
     )
 
 
@@ -111,15 +122,12 @@ def read_ensemble(
 class _Found:
     layers: dict[str, nn.Linear]
     activation: Activation
+    K: list[float]
+    inputs: Tensor
 
 
-@dataclass(frozen=True)
-class _Moments:
-    C_b: float
-    C_b_error: float
-    C_W: float
-    C_W_error: float
-    excess_kurtosis: float
+Call: TypeAlias = tuple[str, Tensor, Tensor]
+"""One use of a linear layer: its name, input and output."""
 
 
 def _linear_layers(network: IsolatedModel, model: nn.Module) -> dict[str, nn.Linear]:
@@ -141,7 +149,34 @@ def _linear_layers(network: IsolatedModel, model: nn.Module) -> dict[str, nn.Lin
 def _verified_activation(
     network: IsolatedModel, probe: Probe, layers: dict[str, nn.Linear], given: ActivationLike | None
 ) -> _Found:
-    calls: list[tuple[str, Tensor, Tensor]] = []
+    calls, output = _recorded(network, probe, layers)
+    names = [name for name, _, _ in calls]
+    if sorted(names) != sorted(layers):
+        odd = next(name for name in layers if names.count(name) != 1)
+        raise NotAnMLPError(f"not an MLP: the layer {odd!r} is used {names.count(odd)} times in one forward")
+    if not bool(output.isfinite().all()):
+        raise NotAnMLPError("not a random MLP: its outputs are not finite; some weights or inputs are too large")
+    inputs = network.place(probe)
+    if not isinstance(inputs, Tensor):
+        raise NotAnMLPError("not an MLP: its forward takes several inputs")
+    if not _same(calls[0][1], inputs.flatten(1)):
+        raise NotAnMLPError(f"not an MLP: {names[0]!r} does not act on the flattened inputs, they are processed before")
+    if not _same(calls[-1][2], output):
+        raise NotAnMLPError(f"not an MLP: the output is not that of its last layer {names[-1]!r}")
+    matching = _matching_activations(calls, given)
+    for _ in range(_ENLARGEMENTS):  # activations can be alike near 0, or on one side of it
+        if len(matching) == 1:
+            break
+        inputs = -10 * inputs
+        larger, _ = _recorded(network, Probe(inputs), layers)
+        matching = [candidate for candidate in matching if _agrees(candidate, larger)] or matching
+    K = [float(z.double().square().mean()) for _, _, z in calls]
+    return _Found({name: layers[name] for name in names}, matching[0], K, calls[0][1])
+
+
+def _recorded(network: IsolatedModel, probe: Probe, layers: dict[str, nn.Linear]) -> tuple[list[Call], Tensor]:
+    """What enters and leaves the linear layers in one forward, in order, and the output."""
+    calls: list[Call] = []
     handles = [
         layer.register_forward_hook(
             lambda module, args, value, name=name: calls.append((name, args[0].detach(), value.detach()))
@@ -150,38 +185,32 @@ def _verified_activation(
     ]
     try:
         with torch.no_grad():
-            output = checked_output(network, probe)
+            return calls, checked_output(network, probe)
     finally:
         for handle in handles:
             handle.remove()
-    names = [name for name, _, _ in calls]
-    if sorted(names) != sorted(layers):
-        odd = next(name for name in layers if names.count(name) != 1)
-        raise NotAnMLPError(f"not an MLP: the layer {odd!r} is used {names.count(odd)} times in one forward")
-    inputs = network.place(probe)
-    if not isinstance(inputs, Tensor):
-        raise NotAnMLPError("not an MLP: its forward takes several inputs")
-    if not _same(calls[0][1], inputs.flatten(1)):
-        raise NotAnMLPError(f"not an MLP: {names[0]!r} does not act on the flattened inputs, they are processed before")
-    if not _same(calls[-1][2], output):
-        raise NotAnMLPError(f"not an MLP: the output is not that of its last layer {names[-1]!r}")
-    pairs = [(before[2], after[1]) for before, after in pairwise(calls)]
-    activation = get_activation("linear") if not pairs and given is None else _matching_activation(pairs, given)
-    return _Found({name: layers[name] for name in names}, activation)
 
 
-def _matching_activation(pairs: list[tuple[Tensor, Tensor]], given: ActivationLike | None) -> Activation:
-    if given is None:
-        candidates = [get_activation(name) for name in available_activations()] + _leaky_candidates(*pairs[0])
-    else:
+def _matching_activations(calls: list[Call], given: ActivationLike | None) -> list[Activation]:
+    if given is not None:
         candidates = [get_activation(given)]
-    for candidate in candidates:
-        if all(z.shape == s.shape and _same(candidate(z), s) for z, s in pairs):
-            return candidate
+    elif len(calls) == 1:
+        candidates = [get_activation("linear")]
+    else:
+        candidates = [get_activation(name) for name in available_activations()]
+        candidates += _leaky_candidates(calls[0][2], calls[1][1])
+    matching = [candidate for candidate in candidates if _agrees(candidate, calls)]
+    if matching:
+        return matching
     raise NotAnMLPError(
         "not an MLP: what enters a layer is not the same elementwise activation of the previous layer everywhere "
         f"(tried {', '.join(candidate.name for candidate in candidates)}); pass activation= if it is another one"
     )
+
+
+def _agrees(candidate: Activation, calls: list[Call]) -> bool:
+    pairs = [(before[2], after[1]) for before, after in pairwise(calls)]
+    return all(z.shape == s.shape and _same(candidate(z), s) for z, s in pairs)
 
 
 def _leaky_candidates(z: Tensor, s: Tensor) -> list[Activation]:
@@ -198,21 +227,12 @@ def _same(value: Tensor, reference: Tensor) -> bool:
     return bool(torch.allclose(value, reference, rtol=tolerance, atol=tolerance * float(reference.abs().max())))
 
 
-def _moments(name: str, layer: nn.Linear) -> _Moments:
-    weight = layer.weight.detach().double()
-    C_W = layer.in_features * float(weight.square().mean())
-    if C_W == 0 or not math.isfinite(C_W):
-        raise NotAnMLPError(f"not a random MLP: the weights of {name!r} are {'all zero' if C_W == 0 else 'not finite'}")
-    C_b, C_b_error = 0.0, 0.0
-    if layer.bias is not None:
-        squares = layer.bias.detach().double().square()
-        C_b = float(squares.mean())
-        C_b_error = float(squares.std() / math.sqrt(squares.numel())) if squares.numel() > 1 else C_b * math.sqrt(2)
-    squares = weight.square()
-    excess_kurtosis = float((squares.square().mean() / squares.mean().square()) - 3)
-    # With the excess kurtosis k, Var(W^2) = (k + 2) E[W^2]^2; a single weight is taken as Gaussian.
-    spread = excess_kurtosis + 2 if squares.numel() > 1 else 2.0
-    return _Moments(C_b, C_b_error, C_W, C_W * math.sqrt(spread / squares.numel()), excess_kurtosis)
+def _weight_statistics(name: str, layer: nn.Linear) -> WeightStatistics:
+    found = weight_statistics(layer.weight)
+    if found.variance == 0 or not math.isfinite(found.variance):
+        state = "all zero" if found.variance == 0 else "not finite"
+        raise NotAnMLPError(f"not a random MLP: the weights of {name!r} are {state}")
+    return found
 
 
 def _lambda(rates: dict[str, float] | None, layer: str, kind: str, parameter: Tensor) -> float:

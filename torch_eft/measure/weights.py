@@ -1,0 +1,181 @@
+"""How the weights of a layer are distributed, and what that changes in the theory.
+
+The theory's vertices are those of independent Gaussian weights. Independent weights with another fourth moment, uniform
+ones above all, change single neurons only; orthogonal weights, which are dependent, change the vertices themselves
+(PDLT 2.3 and 4.1 use the Gaussian fourth moment; the statements below were checked against drawn networks).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SIGNIFICANCE = 1e-4
+"""Probability with which each test rejects a distribution that is the true one."""
+
+_DEVIATES = 3.8906
+"""Standard normal deviate that is exceeded in absolute value with probability ``SIGNIFICANCE``."""
+
+_FEWEST = 20
+"""Numbers from which the transformation of the kurtosis holds (Anscombe and Glynn 1983)."""
+
+
+@dataclass(frozen=True)
+class WeightStatistics:
+    """One layer's weights (n_out, n_in) or biases (n_out,).
+
+    Args:
+        variance: Mean square.
+        variance_error: Standard error of ``variance``, a single number taken as Gaussian; 0 for orthogonal weights,
+            whose sum of squares is fixed.
+        excess_kurtosis: <w^4> / <w^2>^2 - 3: 0 for Gaussian, -1.2 for uniform; 0 if all are zero.
+        distribution: ``"gaussian"``, ``"uniform"``, ``"orthogonal"``, ``"constant"`` (all equal), ``"other"``, or
+            ``"too few to tell"`` where Gaussian and uniform are both possible.
+    """
+
+    variance: float
+    variance_error: float
+    excess_kurtosis: float
+    distribution: str
+
+
+def weight_statistics(weight: Tensor) -> WeightStatistics:
+    """Second and fourth moment of a layer's weights or biases, and their distribution at level ``SIGNIFICANCE``.
+
+    Gaussian: the excess kurtosis, by the transformation to a normal deviate of Anscombe and Glynn 1983, whose leading
+    order is the standard error sqrt(24 / N), and a mean of zero. Uniform: the excess kurtosis is -1.2 within
+    1.147 / sqrt(N), and the largest |w| is the bound sqrt(3) sd within what N uniform numbers allow. Orthogonal:
+    W W^T or W^T W is a multiple of 1 to rounding, far below the 1/sqrt(n) of independent weights.
+    """
+    w = weight.detach().double()
+    count = w.numel()
+    squares = w.square()
+    variance = float(squares.mean())
+    if variance == 0 or not math.isfinite(variance):
+        return WeightStatistics(variance, 0.0, 0.0, "constant" if variance == 0 else "other")
+    excess = float(squares.square().mean()) / variance**2 - 3
+    # With the excess kurtosis k, Var(w^2) = (k + 2) <w^2>^2.
+    error = variance * math.sqrt(max(0.0, excess + 2 if count > 1 else 2.0) / count)
+    if _is_orthogonal(weight, variance):
+        return WeightStatistics(variance, 0.0, excess, "orthogonal")
+    if count > 1 and bool((w == w.flatten()[0]).all()):
+        return WeightStatistics(variance, error, excess, "constant")
+    if count < _FEWEST:
+        return WeightStatistics(variance, error, excess, "too few to tell")
+    centred = abs(float(w.mean())) < _DEVIATES * math.sqrt(variance / count)
+    gaussian = centred and _may_be_gaussian(excess, count)
+    uniform = centred and _may_be_uniform(excess, float(w.abs().max()) / math.sqrt(variance), count)
+    kind = {(True, False): "gaussian", (False, True): "uniform", (False, False): "other"}
+    return WeightStatistics(variance, error, excess, kind.get((gaussian, uniform), "too few to tell"))
+
+
+def _is_orthogonal(weight: Tensor, variance: float) -> bool:
+    if weight.ndim != 2 or min(weight.shape) < 2:
+        return False
+    w = weight.detach().double()
+    if w.shape[0] > w.shape[1]:
+        w = w.T
+    largest = w.shape[1]
+    gram = w @ w.T / (largest * variance)
+    deviation = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()
+    # To rounding, and never nearer than a tenth of how far independent weights are from it.
+    # Weights are usually drawn in float32, and may be wider now.
+    rounding = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
+    return float(deviation) < min(32 * rounding, 0.1 / math.sqrt(largest))
+
+
+def _may_be_gaussian(excess: float, n: int) -> bool:
+    mean, variance = 3 * (n - 1) / (n + 1), 24 * n * (n - 2) * (n - 3) / ((n + 1) ** 2 * (n + 3) * (n + 5))
+    x = (excess + 3 - mean) / math.sqrt(variance)
+    skewness = (
+        6 * (n * n - 5 * n + 2) / ((n + 7) * (n + 9)) * math.sqrt(6 * (n + 3) * (n + 5) / (n * (n - 2) * (n - 3)))
+    )
+    a = 6 + 8 / skewness * (2 / skewness + math.sqrt(1 + 4 / skewness**2))
+    shape = 1 + x * math.sqrt(2 / (a - 4))
+    if shape <= 0:  # below what the transformation reaches
+        return False
+    deviate = (1 - 2 / (9 * a) - ((1 - 2 / a) / shape) ** (1 / 3)) / math.sqrt(2 / (9 * a))
+    return abs(deviate) < _DEVIATES
+
+
+def _may_be_uniform(excess: float, largest: float, count: int) -> bool:
+    """Standard errors for uniform numbers: 1.147 / sqrt(N) of the kurtosis, sd sqrt(0.2 / N) of the sd."""
+    root = math.sqrt(count)
+    bound = largest / math.sqrt(3) - 1
+    shortfall = -math.log(SIGNIFICANCE) / count  # P(max |w| < (1 - e) bound) = (1 - e)^N
+    spread = _DEVIATES * math.sqrt(0.2) / root
+    return abs(excess + 1.2) < _DEVIATES * 1.147 / root and -spread - shortfall < bound < spread
+
+
+def remarks(
+    weights: Sequence[WeightStatistics], biases: Sequence[WeightStatistics | None], K: Sequence[float], x: Tensor
+) -> tuple[str, ...]:
+    """What the distributions of weights and biases change in the theory, in words.
+
+    Args:
+        weights: Layer by layer.
+        biases: Layer by layer; None without a bias.
+        K: Mean square of the preactivations, layer by layer.
+        x: Inputs, (N, n_0).
+    """
+    found = []
+    kinds = [w.distribution for w in weights]
+    for kind in ("uniform", "other", "constant"):
+        if kind in kinds:
+            found.append(f"{_layers(kinds, kind)}: {_independent(kind, weights, kinds, x)}")
+    if "orthogonal" in kinds:
+        found.append(
+            f"{_layers(kinds, 'orthogonal')}: orthogonal weights, which are not independent: the theory's Gaussian 1/n "
+            "vertices are wrong for them, K and Theta at infinite width are right; "
+            "V' = chi_par^2 V + C_W^2 (<s^4> - 3 <s^2>^2) with V = -2 K^2 at the first layer, so that V / K^2 stays of "
+            "order 1 for tanh and linear (nu = 0 instead of 2/3 and 2) and grows with nu = 3 instead of 5 for ReLU"
+        )
+    if "too few to tell" in kinds:
+        found.append(
+            f"{_layers(kinds, 'too few to tell')}: too few weights to tell Gaussian from uniform ones; the "
+            "theory takes them as Gaussian"
+        )
+    odd = [b is not None and b.distribution in ("uniform", "other") and b.variance > 0 for b in biases]
+    if any(odd):
+        kurtosis = max(
+            (
+                b.excess_kurtosis * (b.variance / k) ** 2
+                for b, k, o in zip(biases, K, odd, strict=True)
+                if o and b and k
+            ),
+            key=abs,
+            default=0.0,
+        )
+        found.append(
+            f"{_layers(odd, True)}: the biases are not Gaussian, which gives preactivations the excess kurtosis "
+            f"k4 (C_b / K)^2 at any width (k4 that of the biases), up to {kurtosis:.2g} here; the theory takes 0"
+        )
+    return tuple(found)
+
+
+def _independent(kind: str, weights: Sequence[WeightStatistics], kinds: Sequence[str], x: Tensor) -> str:
+    if kind == "constant":
+        return "all weights are equal: not a random layer, the theory does not apply"
+    k4 = [w.excess_kurtosis for w in weights if w.distribution == kind]
+    span = f"{k4[0]:.2g}" if max(k4) - min(k4) < 0.05 else f"{min(k4):.2g} to {max(k4):.2g}"
+    name = "uniform weights" if kind == "uniform" else "neither Gaussian nor uniform weights; if independent"
+    text = (
+        f"{name} (excess kurtosis k4 = {span}): nu and every vertex are right at leading order; k4 changes single "
+        "neurons only, the last layer's excess kurtosis by k4 C_W^2 <s^4> / (n K^2) and the variance of its H_ii by "
+        "k4 C_W^2 <s'^4> Theta^2 / n (Theta of the layer before), and V by a relative 1/n"
+    )
+    if kinds[0] == kind:
+        rows = x.detach().double().flatten(1)
+        share = rows.pow(4).sum(1) / rows.square().sum(1).square().clamp_min(1e-300)
+        text += (
+            "; the first layer's preactivations have the excess kurtosis k4 sum x^4 / (sum x^2)^2 = "
+            f"{weights[0].excess_kurtosis * float(share.max()):.2g} at most on these inputs (no biases)"
+        )
+    return text
+
+
+def _layers(kinds: Sequence[object], kind: object) -> str:
+    numbers = [str(index) for index, value in enumerate(kinds, 1) if value == kind]
+    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
