@@ -4,7 +4,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torch_eft.measure.initialization import ReadEnsemble, read_ensemble
@@ -158,7 +157,7 @@ def diagnose(model_or_ensemble: nn.Module | MLPEnsemble | ReadEnsemble, x: Tenso
     if isinstance(read, nn.Module):
         read = read_ensemble(read, x=x)
     ensemble = read.ensemble if isinstance(read, ReadEnsemble) else read
-    inputs = torch.ones(1, ensemble.widths[0]) if x is None else x.detach().flatten(1)
+    inputs = None if x is None else x.detach().flatten(1)
     ratio = aspect_ratio(ensemble, inputs)
     verdict, advice = _criticality_verdict(ensemble, ratio)
     if max(ratio.epsilon, ratio.r) >= 0.2:
@@ -171,13 +170,13 @@ def diagnose(model_or_ensemble: nn.Module | MLPEnsemble | ReadEnsemble, x: Tenso
         verdict=verdict,
         advice=tuple(advice),
         remarks=getattr(read, "remarks", ()),
-        inputs=None if x is None else len(inputs),
+        inputs=None if inputs is None else len(inputs),
         largest_learning_rate=eta if math.isfinite(eta) else None,
         validity=infinite_width_validity(ensemble, inputs),
     )
 
 
-def _layers(ensemble: MLPEnsemble, read: ReadEnsemble | None, x: Tensor) -> tuple[LayerDiagnosis, ...]:
+def _layers(ensemble: MLPEnsemble, read: ReadEnsemble | None, x: Tensor | None) -> tuple[LayerDiagnosis, ...]:
     K = layer_gains(ensemble, x).K
     biases, weights = layer_shares(ensemble, x)
     Theta = float((biases + weights).sum())
@@ -203,7 +202,7 @@ def _layers(ensemble: MLPEnsemble, read: ReadEnsemble | None, x: Tensor) -> tupl
     return tuple(rows)
 
 
-def _equal_shares(ensemble: MLPEnsemble, x: Tensor, total_b: float, total_W: float) -> LearningRateShares | None:
+def _equal_shares(ensemble: MLPEnsemble, x: Tensor | None, total_b: float, total_W: float) -> LearningRateShares | None:
     if total_b + total_W == 0:
         return None
     try:

@@ -217,6 +217,14 @@ def test_bound_without_inputs_is_safe_for_any_number():
     assert single == pytest.approx(largest_learning_rate(ensemble, x[:1].repeat(7, 1), "mean"), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["relu", "tanh"])
+def test_bound_of_one_input_is_two_over_theta(name):
+    """Without inputs Theta is summed over layers; with one of |x|^2 = n_0 it comes from the recursion."""
+    ensemble = ENSEMBLES[name]
+    Theta = float(initial_statistics(ensemble, torch.ones(1, 3), quantities=("K", "Theta"))[-1].Theta)
+    assert largest_learning_rate(ensemble) == pytest.approx(2 / Theta, rel=1e-11)
+
+
 def test_bound_of_nothing_that_trains_is_infinite():
     assert largest_learning_rate(MLPEnsemble([3, 5, 1], "tanh", lambda_b=0.0, lambda_W=0.0)) == math.inf
 

@@ -190,8 +190,11 @@ def largest_learning_rate(
     if isinstance(source, MLPEnsemble):
         if outputs is not None:
             raise ValueError(f"outputs: {outputs} given with an ensemble of {source.widths[-1]}; leave it out")
-        inputs = torch.ones(1, source.widths[0], dtype=torch.float64) if x is None else x
-        Theta, outputs = initial_statistics(source, inputs, quantities=("K", "Theta"))[-1].Theta, source.widths[-1]
+        outputs = source.widths[-1]
+        if x is None:
+            Theta = torch.stack(layer_shares(source)).sum().reshape(1, 1)  # needs no expectation of two inputs
+        else:
+            Theta = initial_statistics(source, x, quantities=("K", "Theta"))[-1].Theta
     else:
         Theta = source.detach().to(torch.float64)
         if x is not None:
