@@ -77,7 +77,11 @@ def test_where_no_gradient_is_left_no_rates_are_given():
 def test_remarks_on_the_weights_are_passed_on():
     torch.manual_seed(0)
     read = eft.measure.read_ensemble(mlp((64, 128, 10)))
-    assert eft.diagnose(read).remarks == getattr(read, "remarks", ())
+    assert len(read.remarks) > 0  # nn.Linear draws uniform weights
+    diagnosis = eft.diagnose(read)
+    assert diagnosis.remarks == read.remarks
+    assert all(f"- weights: {remark}" in str(diagnosis) for remark in read.remarks)
+    assert eft.diagnose(read.ensemble).remarks == ()
 
 
 def test_following_the_advice_cures():

@@ -169,7 +169,7 @@ def diagnose(model_or_ensemble: nn.Module | MLPEnsemble | ReadEnsemble, x: Tenso
         layers=_layers(ensemble, read if isinstance(read, ReadEnsemble) else None, inputs),
         verdict=verdict,
         advice=tuple(advice),
-        remarks=getattr(read, "remarks", ()),
+        remarks=read.remarks if isinstance(read, ReadEnsemble) else (),
         inputs=None if inputs is None else len(inputs),
         largest_learning_rate=eta if math.isfinite(eta) else None,
         validity=infinite_width_validity(ensemble, inputs),
