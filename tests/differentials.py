@@ -222,19 +222,32 @@ def ntk_sector_means(z, H, sigma, C_b, C_W, lambda_b, lambda_W):
     return G, h, {"B": c * e("sabkm,scdkm->sacbd", X, X), "F": c * e("sabkm,scdkm->sacbd", Y, X)}
 
 
-def last_layer_means(hidden, sigma, C_b, C_W, lambda_b, lambda_W):
+def last_layer_means(hidden, sigma, C_b, C_W, lambda_b, lambda_W, pairs=None, dropped=1.0):
     """Per network, averaged over the output layer: what estimates each statistic of that layer.
 
     Returns G (S, N, N) and h (S, N, N), the conditional means of z z and of the diagonal H, and a dictionary of the
     statistics times 1/n that are means (B, F, P, Q, R, S, T, U), in printed axis order.
+
+    Args:
+        hidden: ``Patterns`` of the last hidden layer.
+        sigma: The activation.
+        C_b: Of the output layer, as C_W, lambda_b, lambda_W.
+        pairs: (n, n), symmetric: weight of every pair of neurons in B .. U; None means 1.
+        dropped: Factor of the patterns whose k != m part the recursions drop as O(1 / n^2).
     """
     s, s1, s2, s3 = derivatives(sigma, hidden.z)
     n = hidden.z.shape[1]
     e = torch.einsum
     H, d_kmm, d_kkm, d_mkm = hidden.H, hidden.dH_kmm, hidden.dH_kkm, hidden.dH_mkm
+    ddI, ddII_kkmm, ddII_kmkm, ddII_kmmk = hidden.ddI_kkmm, hidden.ddII_kkmm, hidden.ddII_kmkm, hidden.ddII_kmmk
     Hd = e("skkab->skab", H)
     G = C_b + C_W / n * e("ska,skb->sab", s, s)
     h = lambda_b + lambda_W / n * e("ska,skb->sab", s, s) + C_W / n * e("ska,skb,skab->sab", s1, s1, Hd)
+    if pairs is not None:  # every pattern below is linear in one of these (or quadratic in H): 0/1 weights select pairs
+        H, d_kmm, d_kkm, d_mkm, ddI, ddII_kkmm, ddII_kmkm, ddII_kmmk = (
+            e("km,skm...->skm...", pairs, part)
+            for part in (H, d_kmm, d_kkm, d_mkm, ddI, ddII_kkmm, ddII_kmkm, ddII_kmmk)
+        )
     c, t, w = (C_W / n) ** 2, C_W * lambda_W / n**2, (lambda_W / n) ** 2
     means = {}
     # printed 1324 -> axes a c b d for labels 1=a, 2=b, 3=c, 4=d
@@ -252,9 +265,9 @@ def last_layer_means(hidden, sigma, C_b, C_W, lambda_b, lambda_W):
     means["R"] = c * (
         e("skb,smc,smd,ska,skab,skmac,skmad->sabcd", s1, s1, s1, s3, Hd, H, H)
         + e("skb,smc,smd,ska,skab,skmacd->sabcd", s1, s1, s1, s2, Hd, d_kmm)
-        + e("skb,smc,smd,ska,skmac,skmabd->sabcd", s1, s1, s1, s2, H, d_kkm)
-        + e("skb,smc,smd,ska,skmad,skmabc->sabcd", s1, s1, s1, s2, H, d_kkm)
-        + e("skb,smc,smd,ska,skmabcd->sabcd", s1, s1, s1, s1, hidden.ddI_kkmm)
+        + dropped * e("skb,smc,smd,ska,skmac,skmabd->sabcd", s1, s1, s1, s2, H, d_kkm)
+        + dropped * e("skb,smc,smd,ska,skmad,skmabc->sabcd", s1, s1, s1, s2, H, d_kkm)
+        + e("skb,smc,smd,ska,skmabcd->sabcd", s1, s1, s1, s1, ddI)
     ) + t * (
         e("skb,smc,smd,ska,skmac,skmad->sabcd", s, s1, s1, s2, H, H)
         + e("skb,smc,smd,ska,skmacd->sabcd", s, s1, s1, s1, d_kmm)
@@ -262,9 +275,9 @@ def last_layer_means(hidden, sigma, C_b, C_W, lambda_b, lambda_W):
     # labels 1=a, 2=b, 3=c, 4=d
     means["S"] = c * (
         e("smc,smd,ska,skb,skab,skmac,skmbd->sabcd", s1, s1, s2, s2, Hd, H, H)
-        + e("smc,smd,ska,skb,skmac,skmbad->sabcd", s1, s1, s2, s1, H, d_kkm)
-        + e("smc,smd,ska,skb,skmbd,skmabc->sabcd", s1, s1, s1, s2, H, d_kkm)
-        + e("smc,smd,ska,skb,skmabcd->sabcd", s1, s1, s1, s1, hidden.ddII_kkmm)
+        + dropped * e("smc,smd,ska,skb,skmac,skmbad->sabcd", s1, s1, s2, s1, H, d_kkm)
+        + dropped * e("smc,smd,ska,skb,skmbd,skmabc->sabcd", s1, s1, s1, s2, H, d_kkm)
+        + e("smc,smd,ska,skb,skmabcd->sabcd", s1, s1, s1, s1, ddII_kkmm)
     ) + t * e("ska,skb,skmac,skmbd,smc,smd->sabcd", s1, s1, H, H, s1, s1)
     means["T"] = (
         c
@@ -272,7 +285,7 @@ def last_layer_means(hidden, sigma, C_b, C_W, lambda_b, lambda_W):
             e("skc,smd,ska,smb,skmab,skac,smbd->sacbd", s1, s1, s2, s2, H, Hd, Hd)
             + e("skc,smd,ska,smb,skac,smkbad->sacbd", s1, s1, s2, s1, Hd, d_mkm)
             + e("skc,smd,ska,smb,smbd,skmabc->sacbd", s1, s1, s1, s2, Hd, d_mkm)
-            + e("skc,smd,ska,smb,skmabcd->sacbd", s1, s1, s1, s1, hidden.ddII_kmkm)
+            + e("skc,smd,ska,smb,skmabcd->sacbd", s1, s1, s1, s1, ddII_kmkm)
         )
         + t
         * (
@@ -285,9 +298,9 @@ def last_layer_means(hidden, sigma, C_b, C_W, lambda_b, lambda_W):
     )
     # printed 1423: axes a d b c
     means["U"] = c * (
-        e("smc,skd,ska,smb,skmab,skmac,smkbd->sadbc", s1, s1, s2, s2, H, H, H)
-        + e("smc,skd,ska,smb,skmac,smkbad->sadbc", s1, s1, s2, s1, H, d_kmm)
-        + e("smc,skd,ska,smb,smkbd,skmabc->sadbc", s1, s1, s1, s2, H, d_kmm)
-        + e("smc,skd,ska,smb,skmabcd->sadbc", s1, s1, s1, s1, hidden.ddII_kmmk)
+        dropped * e("smc,skd,ska,smb,skmab,skmac,smkbd->sadbc", s1, s1, s2, s2, H, H, H)
+        + dropped * e("smc,skd,ska,smb,skmac,smkbad->sadbc", s1, s1, s2, s1, H, d_kmm)
+        + dropped * e("smc,skd,ska,smb,smkbd,skmabc->sadbc", s1, s1, s1, s2, H, d_kmm)
+        + e("smc,skd,ska,smb,skmabcd->sadbc", s1, s1, s1, s1, ddII_kmmk)
     )
     return G, h, means
