@@ -50,21 +50,38 @@ def gauss_legendre(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_tensor(nodes), like.new_tensor(weights)
 
 
-def _between_kinks(function: Callable[[Tensor], Tensor], deviation: Tensor, kinks: tuple[float, ...]) -> Tensor:
-    """One panel between any two neighbouring kinks, its rule doubled until the result settles."""
+def panel_grid(deviation: Tensor, kinks: tuple[float, ...], pieces: int) -> tuple[Tensor, Tensor]:
+    """A rule for integrals over z ~ N(0, K) of what is smooth between kinks.
+
+    Args:
+        deviation: sqrt(K), (..., 1).
+        kinks: Where the integrand jumps.
+        pieces: Into how many equal pieces the stretch from kink to kink is cut.
+
+    Returns:
+        Nodes u = z / sqrt(K) and their weights with the Gaussian density, both (..., nodes).
+    """
     bound = _HALF_RANGES[0]
     places = torch.tensor(sorted(kinks), dtype=deviation.dtype, device=deviation.device)
     # At variance 0 everything happens at z = 0: any split will do.
     inner = torch.where(deviation > 0, places / torch.where(deviation > 0, deviation, 1.0), 0.0).clamp(-bound, bound)
-    edges = torch.cat([torch.full_like(deviation, -bound), inner, torch.full_like(deviation, bound)], 1)
-    half, middle = (edges[:, 1:] - edges[:, :-1]) / 2, (edges[:, 1:] + edges[:, :-1]) / 2
+    edges = torch.cat([torch.full_like(deviation, -bound), inner, torch.full_like(deviation, bound)], -1)
+    # Pieces rather than a rule of high order, whose weights lose digits next to the kink.
+    nodes, weights = gauss_legendre(48, deviation)
+    half = ((edges[..., 1:] - edges[..., :-1]) / (2 * pieces))[..., None, None]
+    centres = edges[..., :-1, None, None] + half * (2 * torch.arange(pieces).to(deviation)[:, None] + 1)
+    u = centres + half * nodes
+    weight = torch.exp(-u.square() / 2) * half * weights / math.sqrt(2 * math.pi)
+    return u.flatten(-3), weight.flatten(-3)
+
+
+def _between_kinks(function: Callable[[Tensor], Tensor], deviation: Tensor, kinks: tuple[float, ...]) -> Tensor:
+    """The panels from kink to kink, cut into more and more pieces until the result settles."""
     before = None
-    for count in (48, 96, 192, 384):
-        nodes, weights = gauss_legendre(count, deviation)
-        u = middle[..., None] + half[..., None] * nodes
-        density = torch.exp(-u.square() / 2) * half[..., None] * weights / math.sqrt(2 * math.pi)
-        values = function(deviation[..., None] * u) * density
-        total, size = values.sum((1, 2)), values.abs().sum((1, 2))
+    for pieces in (1, 2, 4, 8, 16, 32, 64):
+        u, weight = panel_grid(deviation, kinks, pieces)
+        values = function(deviation * u) * weight
+        total, size = values.sum(-1), values.abs().sum(-1)
         if before is not None and bool(((total - before).abs() <= 0.1 * RELATIVE_ERROR * size).all()):
             return total
         before = total
