@@ -134,6 +134,35 @@ def test_without_skip_connection_the_flow_is_that_of_the_plain_mlp(name):
         K, V = C_b + C_W * second, C_W**2 * (fourth - second**2 + slope**2 * V)
 
 
+@pytest.mark.parametrize(
+    ("a", "gamma", "C_b", "C_W"), [(0.0, 0.9, 0.5, 0.38), (0.2, 0.95, 0.3, 2.0), (0.0, 0.4, 2.0, 1.0)]
+)
+def test_flow_off_criticality_is_that_of_empirical_means(a, gamma, C_b, C_W):
+    """A second derivation, without modes: the central limit theorem for neurons driven by a common, fluctuating G.
+
+    sqrt(n) (mean of z^2 - K) = zeta + kappa, zeta and eta the fluctuations of z^2 and s^2 over independent neurons of
+    the infinitely wide network, kappa' = (gamma^2 + C_W d<s^2>/dK) kappa + C_W eta what G has done; the variance of
+    the left side is V + 2 K^2.
+    """
+    depth, A = 7, (1 + a**2) / 2
+    K = [0.2]
+    for _ in range(depth - 1):
+        K.append(gamma**2 * K[-1] + C_b + C_W * A * K[-1])
+    K = numpy.array(K)
+    layer = numpy.arange(depth)
+    early, late = numpy.minimum.outer(layer, layer), numpy.maximum.outer(layer, layer)
+    correlation = gamma ** (late - early) * numpy.sqrt(K[early] / K[late])
+    eta = K[:, None] * K * numpy.vectorize(lambda c: two_slope_covariance(a, c))(correlation)
+    zeta = 2 * A * K[:, None] * K * correlation**2  # the odd part of s^2 does not correlate with z^2
+    flow = residual_flow(leaky_relu(a), gamma, C_b, C_W, K[0], depth)
+    weights = numpy.zeros(depth)  # of every eta in kappa
+    for now in range(depth):
+        V = weights @ eta @ weights + 2 * weights @ zeta[now]
+        assert flow.V[now] == pytest.approx(V, rel=1e-10)
+        weights *= gamma**2 + C_W * A
+        weights[now] = C_W
+
+
 def test_decaying_kernel_of_tanh_with_skip_connection():
     """x' = nu_0 + x (1 - 2/(l + l_0)), l_0 = 1/(|a_1| K_0): as for the plain MLP, with (1 - gamma^2) a_1."""
     gamma, K, layers = 0.7, 2e-3, 400
