@@ -137,6 +137,10 @@ def _sampled_epsilon(ensemble, networks, seed=0):
         # missing: what the estimate leaves out, relative. At K* = 0 order r^3 (r = 0.5: 1 %, fact sheet's SDE).
         (_critical("tanh", [32] * 16), 0.02),
         (_critical("sin", [32] * 16), 0.02),
+        # Flow of power 1/2: the kink of ELU and softsign at 0, the two slopes of SELU.
+        (_critical("elu", [32] * 16), 0.02),
+        (_critical("softsign", [32] * 16), 0.02),
+        (_critical("selu", [32] * 16), 0.02),
         # The product is exact for ReLU; for GELU it guesses b^2 / 2 (20 % of epsilon here): right to a quarter.
         (_critical("relu", [32] * 4), 0.0),
         (_critical("gelu", [32] * 4), 0.05),
@@ -159,6 +163,7 @@ def test_all_orders_of_sampled_networks(ensemble, missing):
         ("relu", 10, 0.01600, 0.01818),
         ("linear", 1, 0.08696, 0.1176),
         ("linear", 10, 0.04000, 0.04545),
+        ("elu", 10, 0.1200, 4 / (50 - 12 * 63 / 160) * 1.5),
     ],
 )
 def test_r_star(name, outputs, plain, shifted):
@@ -167,7 +172,7 @@ def test_r_star(name, outputs, plain, shifted):
     assert ratio.r_star == pytest.approx(plain, rel=5e-4)
     assert ratio.r_star_shifted == pytest.approx(shifted, rel=2e-3)
     nu = criticality(name).nu
-    c_2 = 2 / 15 if name == "tanh" else nu**2 / 2
+    c_2 = {"tanh": 2 / 15, "elu": 7 / 40}.get(name, nu**2 / 2)
     r = torch.linspace(0.5 * plain, 2 * plain, 300_001, dtype=torch.float64)
     cubic = (nu * r) ** 2 + 2 * nu * c_2 * r**3 - (20 + 3 * outputs) / 6 * (nu * r) ** 3
     step = float(r[1] - r[0])
@@ -196,7 +201,7 @@ def test_no_criticality_no_r_star():
     assert ratio.r_star is None
     assert ratio.gradient_gain is None
     assert not ratio.at_criticality
-    assert "no critical" in ratio.criticality_reason
+    assert "no critical initialisation: <s s''> < 0" in ratio.criticality_reason
     assert "r*" not in str(ratio)
 
 

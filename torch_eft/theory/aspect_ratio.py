@@ -130,7 +130,7 @@ def aspect_ratio(ensemble: MLPEnsemble, x: Tensor | None = None) -> AspectRatio:
     """
     epsilon = output_fluctuation(ensemble, x)
     point, reason = _critical_point(ensemble.activation)
-    gain = None if point is None else _gradient_gain(ensemble, x, point)
+    gain = _gradient_gain(ensemble, x, point)
     on = gain is not None and 0.5 <= gain <= 2
     all_orders, estimate = _all_orders(ensemble, epsilon, point if on else None)
     r_star, shifted, caveats = _optimum(ensemble, point, on)
@@ -222,13 +222,14 @@ def _critical_point(activation: Activation) -> tuple[CriticalPoint | None, str]:
         point = criticality(activation)
     except QuadratureError as error:
         return None, f"criticality unknown: {error}"
-    if point is None or not getattr(point, "exists", True):
-        reason = getattr(point, "reason", "signals or gradients change exponentially with depth")
-        return None, f"{activation.name} has no critical initialisation: {reason}"
+    if not point.exists:
+        return None, f"{activation.name} has no critical initialisation: {point.reason}"
     return point, ""
 
 
-def _gradient_gain(ensemble: MLPEnsemble, x: Tensor | None, point: CriticalPoint) -> float:
+def _gradient_gain(ensemble: MLPEnsemble, x: Tensor | None, point: CriticalPoint | None) -> float | None:
+    if point is None or point.C_b is None or point.C_W is None:
+        return None
     critical = MLPEnsemble(ensemble.widths, ensemble.activation, point.C_b, point.C_W)
     return float(layer_gains(ensemble, x).J[0].mean() / layer_gains(critical, x).J[0].mean())
 
@@ -241,7 +242,7 @@ def _all_orders(ensemble: MLPEnsemble, b: float, point: CriticalPoint | None) ->
     weight = [1 / (n * sum(1 / m for m in hidden)) for n in hidden]
     if point is not None and point.universality_class == "K*=0":
         later = 1 - sum(w**2 for w in weight)
-        return b + _kappa(ensemble.activation) * later * b**2, "the estimate to order r^2 of class K*=0"
+        return b + _kappa(point) * later * b**2, "the estimate to order r^2 of class K*=0"
     product = math.expm1(min(sum(math.log1p(b * w) for w in weight), 700.0))
     if ensemble.activation.slopes is not None and not any(ensemble.C_b[1:]):
         return product, "the exact product over layers (piecewise linear, no biases)"
@@ -249,9 +250,9 @@ def _all_orders(ensemble: MLPEnsemble, b: float, point: CriticalPoint | None) ->
     return product, f"e^epsilon - 1 (for many layers), the scale-invariant class's value: {where} an estimate"
 
 
-def _kappa(activation: Activation) -> float:
-    """The kappa in epsilon = b + kappa b^2 at K* = 0, by the power d of its flow K -> K - c K^{1+d}."""
-    d = 0.5 if 0.0 in activation.kinks else 1.0
+def _kappa(point: CriticalPoint) -> float:
+    """The kappa in epsilon = b + kappa b^2, by the power d of the kernel's flow; d = 0 where every K is fixed."""
+    d = point.power or 0.0
     return (4 - d) * (5 - d) / 40
 
 
@@ -259,12 +260,12 @@ def _optimum(
     ensemble: MLPEnsemble, point: CriticalPoint | None, on: bool
 ) -> tuple[float | None, float | None, tuple[str, ...]]:
     """r*, r* shifted by epsilon's second order, and the caveats."""
-    if point is None:
+    if point is None or point.nu is None:
         return None, None, ()
     outputs, nu = ensemble.widths[-1], point.nu
-    kappa = {"scale-invariant": 0.5, "K*=0": _kappa(ensemble.activation)}.get(point.universality_class)
     r_star = 4 / ((20 + 3 * outputs) * nu)
-    shifted = None if kappa is None else 4 / ((20 + 3 * outputs - 12 * kappa) * nu)
+    derived = point.universality_class != "half-stable"
+    shifted = 4 / ((20 + 3 * outputs - 12 * _kappa(point)) * nu) if derived else None
     second = f"r* to {shifted:.3g}" if shifted else "it, by an amount not derived for this class"
     caveats = [
         "r* is where the mutual information between outputs, expanded in 1/n and cut after two terms, is largest: the "
