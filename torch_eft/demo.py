@@ -99,7 +99,7 @@ def demo_ensemble(width: int, depth: int, activation: str, n_0: int) -> MLPEnsem
     if depth < 2 or width < 1:
         raise ValueError(f"--depth {depth} --width {width} given; need depth >= 2 and width >= 1")
     point = criticality(activation)
-    if point is None:
+    if point.C_b is None or point.C_W is None:
         raise ValueError(f"--activation {activation}: it has no critical initialisation; try tanh, relu or gelu")
     widths = [n_0, *[width] * (depth - 1), CLASSES]
     return MLPEnsemble(widths, get_activation(activation), point.C_b, point.C_W, lambda_b=1.0, lambda_W=widths[:-1])

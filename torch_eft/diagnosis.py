@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_eft.measure.initialization import ReadEnsemble, read_ensemble
-from torch_eft.theory.aspect_ratio import AspectRatio, aspect_ratio, infinite_width_validity
+from torch_eft.theory.aspect_ratio import AspectRatio, aspect_ratio
 from torch_eft.theory.criticality import slope_of_variance, slope_squared
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.learning_rates import (
@@ -17,6 +17,7 @@ from torch_eft.theory.learning_rates import (
     layer_gains,
     layer_shares,
 )
+from torch_eft.theory.validity import infinite_width_validity
 from torch_eft.trajectory import Validity
 
 

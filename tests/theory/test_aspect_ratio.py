@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from torch_eft.theory import MLPEnsemble, criticality, get_activation
-from torch_eft.theory.aspect_ratio import aspect_ratio, output_fluctuation
+from torch_eft.theory.aspect_ratio import aspect_ratio
+from torch_eft.theory.validity import output_fluctuation
 
 
 def _critical(name, hidden, outputs=1, n_0=1):

@@ -108,11 +108,12 @@ def ratios(name, hidden, networks, chunk, batches=20):
     }
 
 
-@pytest.mark.parametrize("name", ["tanh", "gelu"])
+@pytest.mark.parametrize("name", ["tanh", "gelu", "relu", "elu", "selu"])
 def test_layer_2_is_exact_at_any_width(name):
-    """No remainder: 4 standard errors, for all eleven four-label vertices."""
+    """No remainder: 4 standard errors, for all eleven four-label vertices; at a kink as autograd sees them."""
     found = ratios(name, (10,), networks=4000, chunk=200)
-    assert sorted(found) == sorted(FOUR)
+    absent = "PRU" if name == "relu" else ""
+    assert sorted(found) == sorted(set(FOUR) - set(absent))
     for key, (ratio, error) in found.items():
         assert abs(ratio - 1) < 4 * error, f"{key}: {ratio:.4f} +- {error:.4f}"
         assert error < (0.05 if key in "VAD" else 0.02)
@@ -138,7 +139,7 @@ def test_layer_3_tends_to_theory(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tanh", "gelu"])
+@pytest.mark.parametrize("name", ["tanh", "gelu", "relu", "selu"])
 def test_layer_3_tends_to_theory_with_many_networks(name):
     """As above with eight times the networks: an error of a tenth in any of B .. U would be seen."""
     for key, value, error, left in extrapolated(name, (16, 24), (32, 48), ((8000, 50), (5000, 20))):

@@ -6,15 +6,18 @@ from torch_eft.measure.ntk import as_matrix, as_trace, kernel_distance, ntk, ntk
 from torch_eft.measure.output import output
 from torch_eft.measure.probe import Probe
 from torch_eft.measure.representation import hidden_kernels, linear_cka
+from torch_eft.measure.seeds import Comparison, SeedEnsemble, seed_ensemble
 from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.training import SquaredError, UnrecognisedLossError, recognise_squared_error
 
 __all__ = [
+    "Comparison",
     "LearningRates",
     "NotAnMLPError",
     "Plan",
     "Probe",
     "ReadEnsemble",
+    "SeedEnsemble",
     "Snapshot",
     "SquaredError",
     "UnrecognisedLossError",
@@ -30,6 +33,7 @@ __all__ = [
     "read_learning_rates",
     "recognise_squared_error",
     "relative_change",
+    "seed_ensemble",
     "take_snapshot",
     "top_eigenvalue",
 ]

@@ -7,35 +7,68 @@ from torch_eft.theory.activations import (
     leaky_relu,
     register_activation,
 )
-from torch_eft.theory.aspect_ratio import infinite_width_validity, output_fluctuation, regime
+from torch_eft.theory.aspect_ratio import AspectRatio, aspect_ratio
 from torch_eft.theory.blocks import block, tiles
-from torch_eft.theory.criticality import CriticalPoint, criticality
+from torch_eft.theory.criticality import CriticalPoint, UnstablePoint, criticality
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.exact import (
+    LinearDifferentials,
+    dead_probability,
+    exact_G_moment_ratio,
+    exact_output_moment_ratio,
+    exact_statistics,
+    two_layer_linear_differentials,
+    two_layer_linear_map,
+)
 from torch_eft.theory.expectations import QuadratureError
+from torch_eft.theory.learning_rates import LearningRateShares, equivalence_learning_rates, largest_learning_rate
 from torch_eft.theory.prediction import InfiniteWidthTraining, predict_training
+from torch_eft.theory.residual import ResidualFlow, residual_flow
 from torch_eft.theory.sampling import ntk_trace_spread, sample_ntk
-from torch_eft.theory.statistics import QUANTITIES, LayerStatistics, initial_statistics
+from torch_eft.theory.statistics import QUANTITIES, LayerStatistics, initial_statistics, statistics_memory
+from torch_eft.theory.susceptibility import FixedPoint, fixed_points, susceptibilities
+from torch_eft.theory.validity import first_order_validity, infinite_width_validity, output_fluctuation, regime
 
 __all__ = [
     "QUANTITIES",
     "Activation",
+    "AspectRatio",
     "CriticalPoint",
+    "FixedPoint",
     "InfiniteWidthTraining",
     "LayerStatistics",
+    "LearningRateShares",
+    "LinearDifferentials",
     "MLPEnsemble",
     "QuadratureError",
+    "ResidualFlow",
+    "UnstablePoint",
+    "aspect_ratio",
     "available_activations",
     "block",
     "criticality",
+    "dead_probability",
+    "equivalence_learning_rates",
+    "exact_G_moment_ratio",
+    "exact_output_moment_ratio",
+    "exact_statistics",
+    "first_order_validity",
+    "fixed_points",
     "get_activation",
     "infinite_width_validity",
     "initial_statistics",
+    "largest_learning_rate",
     "leaky_relu",
     "ntk_trace_spread",
     "output_fluctuation",
     "predict_training",
     "regime",
     "register_activation",
+    "residual_flow",
     "sample_ntk",
+    "statistics_memory",
+    "susceptibilities",
     "tiles",
+    "two_layer_linear_differentials",
+    "two_layer_linear_map",
 ]

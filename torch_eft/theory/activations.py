@@ -7,6 +7,7 @@ every place that takes an activation also takes a callable.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -68,8 +69,9 @@ class Activation:
         with torch.inference_mode(False), torch.enable_grad():
             point = z.detach().clone().requires_grad_()
             value = self.function(point)
-            for _ in range(order):
-                if not value.requires_grad:  # the previous derivative is a constant
+            for level in range(order):
+                if not value.requires_grad:  # the previous derivative is constant, or claims to be
+                    _check_constant(self, level)
                     return torch.zeros_like(z)
                 try:
                     (value,) = torch.autograd.grad(value.sum(), point, create_graph=True, materialize_grads=True)
@@ -82,6 +84,21 @@ class Activation:
 
 
 ActivationLike: TypeAlias = str | Activation | Callable[[Tensor], Tensor]
+
+
+@lru_cache
+def _check_constant(activation: Activation, order: int) -> None:
+    """That a derivative without a graph is constant almost everywhere, and not cut off from its inputs.
+
+    Raises:
+        ValueError: If it varies, as with a custom backward that cannot be differentiated.
+    """
+    z = torch.linspace(-2.9, 2.8, 64, dtype=torch.float64, device="cpu")
+    if float((activation(z, order) != activation(z + 1e-4, order)).double().mean()) > 0.25:
+        raise ValueError(
+            f"activation: {activation.name} has no derivative of order {order + 1} by automatic differentiation "
+            f"(its derivative of order {order} varies without a graph); write it in differentiable torch operations"
+        )
 
 
 def leaky_relu(negative_slope: float) -> Activation:

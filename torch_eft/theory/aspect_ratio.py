@@ -24,17 +24,15 @@ maximum over r is at r* = 4 / ((20 + 3 n_L) nu) with epsilon = nu r, and with ep
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
 from torch import Tensor
 
 from torch_eft.theory.activations import Activation
-from torch_eft.theory.criticality import CriticalPoint, criticality, power_mean, slope_of_variance
+from torch_eft.theory.criticality import CriticalPoint, criticality
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.expectations import QuadratureError
 from torch_eft.theory.learning_rates import layer_gains
-from torch_eft.trajectory import Validity
+from torch_eft.theory.validity import output_fluctuation, regime
 
 
 @dataclass(frozen=True)
@@ -157,64 +155,6 @@ def aspect_ratio(ensemble: MLPEnsemble, x: Tensor | None = None) -> AspectRatio:
         r_star_shifted=shifted,
         caveats=caveats,
     )
-
-
-def output_fluctuation(ensemble: MLPEnsemble, x: Tensor | None = None) -> float:
-    """The fluctuation epsilon = V / (n_{L-1} K^2) at the output, to order 1/n, the mean over the inputs.
-
-    Args:
-        ensemble: The ensemble.
-        x: Inputs, (N, n_0); without them, one input with |x|^2 = n_0.
-
-    Returns:
-        epsilon >= 0; 0 without a hidden layer.
-    """
-    size = (
-        torch.ones(1, dtype=torch.float64, device="cpu")
-        if x is None
-        else x.to(torch.float64).square().sum(1).unique() / ensemble.widths[0]
-    )
-    K = ensemble.C_b[0] + ensemble.C_W[0] * size
-    V = torch.zeros_like(K)
-    for index in range(1, ensemble.depth):
-        n_l, n_before = ensemble.widths[index], ensemble.widths[index - 1]
-        variance = power_mean(ensemble.activation, K, 2)
-        spread = power_mean(ensemble.activation, K, 4) - variance.square()
-        response = slope_of_variance(ensemble.activation, K).square() * V
-        V = ensemble.C_W[index] ** 2 * (spread + n_l / n_before * response)
-        K = ensemble.C_b[index] + ensemble.C_W[index] * variance
-    epsilon = torch.where(K > 0, V / (ensemble.widths[-2] * K.square().clamp_min(torch.finfo(K.dtype).tiny)), 0.0)
-    return float(epsilon.mean())
-
-
-def regime(r: float, epsilon: float) -> str:
-    """The regime in words, by the larger of r and epsilon.
-
-    Off criticality one of them alone misleads: in the ordered phase biases keep epsilon small at any depth.
-    The cut-offs 0.01, 0.2 and 1 are tolerances of ours: first-order errors in epsilon of 0.5, 9 and 42 %.
-    """
-    size = max(r, epsilon)
-    if size < 0.01:
-        return "r -> 0: at initialisation practically infinitely wide"
-    if size < 0.2:
-        return "0 < r << 1: effectively deep, finite-width corrections small and predictable"
-    if size < 1.0:
-        return "edge: finite-width corrections large, order 1/n is rough"
-    return "r >~ 1, chaotic: too deep for its width, networks differ from one another by order one"
-
-
-def infinite_width_validity(ensemble: MLPEnsemble, x: Tensor | None = None) -> Validity:
-    """Where the infinite-width theory (order 0) holds for this ensemble, judged by the larger of r and epsilon."""
-    r, epsilon = ensemble.aspect_ratio, output_fluctuation(ensemble, x)
-    size = f"r = L/n = {r:.3g}, epsilon = Var G/E[G]^2 = {epsilon:.3g}; {regime(r, epsilon)}"
-    if max(r, epsilon) >= 1.0:
-        return Validity("invalid", f"infinite width does not describe this network: {size}. Use fewer or wider layers")
-    remark = (
-        "In training the NTK and the representations of a real network move by order r, more for larger targets; "
-        "order 0 has neither: read it against the measured NTK drift"
-    )
-    flag: Literal["valid", "caution"] = "valid" if max(r, epsilon) < 0.2 else "caution"
-    return Validity(flag, f"infinite width (order 0): {size}. {remark}")
 
 
 def _critical_point(activation: Activation) -> tuple[CriticalPoint | None, str]:

@@ -7,7 +7,7 @@ with M_pq = <sigma^(p)_a sigma^(q)_b> under N(0, K^(l)).
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -168,7 +168,9 @@ def evaluators(
     return False, (sampled(replica) for replica in range(replicas))
 
 
-def check_statistics(ensemble: MLPEnsemble, x: Tensor, kinks: Kinks, any_aspect_ratio: bool) -> None:
+def check_statistics(
+    ensemble: MLPEnsemble, x: Tensor, names: Collection[str], kinks: Kinks, any_aspect_ratio: bool
+) -> None:
     """Refuse, or warn of, what the statistics of order 1/n do not cover.
 
     Raises:
@@ -198,10 +200,10 @@ def check_statistics(ensemble: MLPEnsemble, x: Tensor, kinks: Kinks, any_aspect_
                 f"coincide (or are opposite) the statistics of {ensemble.activation.name}, which has a kink, diverge. "
                 "Keep one of them: a label may be used twice"
             )
-    names = divergent(ensemble, kinks)
-    if names and ensemble.depth > 1:
+    lost = [name for name in divergent(ensemble, kinks) if name in names]
+    if lost and ensemble.depth > 1:
         warnings.warn(
-            f"{', '.join(names)} of {ensemble.activation.name} are NaN with kinks='distributional': sigma' jumps, and "
+            f"{', '.join(lost)} of {ensemble.activation.name} are NaN with kinks='distributional': sigma' jumps, and "
             "products of delta functions have no value. kinks='autograd' gives what automatic differentiation sees",
             stacklevel=3,
         )
@@ -249,7 +251,7 @@ def block(
     slots = 2 if name in ("G1", "Theta1") else 4
     if len(letters) != slots or not set(letters) <= set(sets):
         raise ValueError(f"letters: {letters!r} given; {name} has {slots} labels, out of the sets {', '.join(sets)}")
-    check_statistics(ensemble, x, kinks, any_aspect_ratio)
+    check_statistics(ensemble, x, [name], kinks, any_aspect_ratio)
     K, Theta, pairs = infinite_width(ensemble, x, kinks)
     refined, found = evaluators(ensemble, K, Theta, pairs, sets, samples, replicas, seed, kinks)
     full = [len(index) if letter in letters else 1 for letter, index in sets.items()]

@@ -11,9 +11,11 @@ correlations between two pairs are multiplied by t:
 
     d<s_1 s_2 s_3 s_4>/dt = (4/pi^2) sum_{i in pair 1, j in pair 2} rho_ij asin(rho_kl|ij) / sqrt(1 - t^2 rho_ij^2),
 
-a smooth integrand in one dimension. A vanishing variance, of a label that another one determines, counts as sgn 0 = 0.
+a smooth integrand in one dimension. Labels may coincide: where z_j = 0 determines other labels, the sign of one counts
+as sgn 0 = 0 and the signs of two as <delta sgn^2> / <delta> = 1/3, the limit of smooth signs, d sgn^3/dz = 2 delta.
 """
 
+import itertools
 import math
 from functools import lru_cache
 
@@ -32,10 +34,12 @@ class SignedMoments:
     Args:
         K: Up to four labels; float64.
         like: Gives dtype and device where there is no label.
+        determined: For each label, where it vanishes by the condition that K is the covariance under.
     """
 
-    def __init__(self, K: Covariance, like: Tensor | None = None) -> None:
+    def __init__(self, K: Covariance, like: Tensor | None = None, determined: tuple[Tensor, ...] = ()) -> None:
         self.K = K
+        self._determined = determined
         self._like = K[0][0] if like is None else like
         self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
         self._conditioned: dict[int, SignedMoments] = {}
@@ -44,7 +48,13 @@ class SignedMoments:
         """<prod_i z_i^powers[i] prod_{i in signs} sgn z_i>, broadcast over the entries of K."""
         key = (powers, signs)
         if key not in self._known:
-            self._known[key] = self._moment(powers, signs)
+            total = self._moment(powers, signs)
+            for i, j in itertools.combinations(signs if self._determined else (), 2):
+                both = self._determined[i] & self._determined[j]
+                if bool(both.any()):
+                    rest = tuple(label for label in signs if label not in (i, j))
+                    total = torch.where(both, self(powers, rest) / 3, total)
+            self._known[key] = total
         return self._known[key]
 
     def density(self, label: int) -> Tensor:
@@ -68,7 +78,8 @@ class SignedMoments:
                     value = left[i] if i == j else self.K[i][j] - self.K[i][label] * self.K[label][j] * inverse
                     row.append(torch.where(alive[i] & alive[j], value, 0.0))
                 rows.append(tuple(row))
-            self._conditioned[label] = SignedMoments(tuple(rows), self._like)
+            determined = tuple((self.K[i][i] > 0) & ~alive[i] for i in others)
+            self._conditioned[label] = SignedMoments(tuple(rows), self._like, determined)
         return self._conditioned[label]
 
     def only(self, labels: list[int]) -> "SignedMoments":

@@ -112,7 +112,7 @@ def quadrature_step(activation: Activation, K: Tensor, tolerance: float = 1e-10)
     label of the largest variance.
 
     Raises:
-        QuadratureError: If no step down to 1/16 will do.
+        QuadratureError: If no step down to 1/64 will do.
     """
     deviation = K.diagonal().max().sqrt()
 
@@ -124,13 +124,13 @@ def quadrature_step(activation: Activation, K: Tensor, tolerance: float = 1e-10)
         products = torch.stack([s[0] ** 4, s[1] ** 4, s[2] ** 2 * s[1] ** 2, s[3] * s[1] ** 3, s[2] * s[0] * s[1] ** 2])
         return products @ weight / weight.sum()
 
-    exact = means(1 / 32)
+    exact = means(1 / 128)
     step = 1.0
-    while step >= 1 / 16:
+    while step >= 1 / 64:
         if bool(((means(step) - exact).abs() <= tolerance * (1 + exact.abs())).all()):
             return step
         step *= 0.85
-    raise QuadratureError(f"{activation.name}: products of derivatives up to the third need a step below 1/16; sample")
+    raise QuadratureError(f"{activation.name}: products of derivatives up to the third need a step below 1/64")
 
 
 def quadrature_spacings(activation: Activation, K: Tensor) -> list[float] | None:

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torch_eft.theory.aspect_ratio import infinite_width_validity
 from torch_eft.theory.blocks import check_inputs
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.statistics import initial_statistics
+from torch_eft.theory.validity import infinite_width_validity
 from torch_eft.trajectory import Trajectory
 
 Dynamics = Literal["gradient_descent", "gradient_flow"]

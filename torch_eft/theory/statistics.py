@@ -13,7 +13,9 @@ from torch import Tensor
 from torch_eft.theory.blocks import Combined, check_inputs, check_statistics, evaluators, infinite_width
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.pair_moments import Kinks
+from torch_eft.theory.validity import first_order_validity, infinite_width_validity
 from torch_eft.theory.vertices import Vertices
+from torch_eft.trajectory import Validity
 
 QUANTITIES = ("K", "G1", "V", "Theta", "Theta1", "A", "B", "D", "F", "P", "Q", "R", "S", "T", "U")
 """All fifteen statistics, in the book's order."""
@@ -42,6 +44,7 @@ class LayerStatistics:
         U: U_1423: axes 1, 4, 2, 3.
         error: ``{name: standard error}`` of the tensor's entries (rms) where moments were sampled; empty where they
             are exact, or integrated by one rule.
+        validity: Where the network's expansion holds: to order 1/n where such statistics were asked for, else order 0.
     """
 
     layer: int
@@ -61,6 +64,7 @@ class LayerStatistics:
     T: Tensor | None = None
     U: Tensor | None = None
     error: dict[str, float] = field(default_factory=dict)
+    validity: Validity | None = None
 
 
 def initial_statistics(
@@ -111,7 +115,7 @@ def initial_statistics(
         raise ValueError(f"quantities: {unknown[0]!r} is unknown; choose from {', '.join(QUANTITIES)}")
     wanted = [name for name in QUANTITIES if name in set(quantities) - {"K", "Theta"}]
     if wanted:
-        check_statistics(ensemble, x, kinks, any_aspect_ratio)
+        check_statistics(ensemble, x, wanted, kinks, any_aspect_ratio)
         needed = statistics_memory(ensemble, len(x), wanted)
         if needed > memory:
             raise ValueError(
@@ -132,12 +136,14 @@ def initial_statistics(
                     value = _full(evaluator, name, layer, len(x))
                     found.setdefault((name, layer), Combined(refined)).add(value)
     results = {key: combined.result() for key, combined in found.items()}
+    validity = first_order_validity(ensemble, x) if wanted else infinite_width_validity(ensemble, x)
     return [
         LayerStatistics(
             layer,
             K[layer - 1],
             Theta[layer - 1],
             **{name: results[name, layer][0] for name in wanted},
+            validity=validity,
             error={name: results[name, layer][1] for name in wanted if results[name, layer][1] > 0},
         )
         for layer in range(1, ensemble.depth + 1)
