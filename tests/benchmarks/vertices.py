@@ -1,11 +1,13 @@
-"""Cost of the 1/n statistics on digits. Run by hand: python -m tests.benchmarks.vertices
+"""Cost of the 1/n statistics on digits. Run by hand: python -m tests.benchmarks.vertices [scaling.png]
 
 One vertex over (8 probe, 8 probe, 64, 64) labels, one over all 64^4 in tiles, and all fifteen statistics at N = 8;
-tanh 64-128-128-10, medians of three.
+tanh 64-128-128-10, medians of three. With a file name, the time of one vertex against N, L and the sample size
+is drawn as well.
 """
 
 import resource
 import statistics
+import sys
 import time
 
 import torch
@@ -42,6 +44,36 @@ def main():
     seconds = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"T over 64^4 labels in {count} tiles: {seconds:.0f} s, peak memory of the process {peak:.2f} GiB")
+    if len(sys.argv) > 1:
+        draw_scaling(x, sys.argv[1])
+
+
+def draw_scaling(x, path):
+    """Seconds of R on (8, 8, N, N) labels against N, L and S, and its relative error against S."""
+    from matplotlib import pyplot
+
+    def cost(count, depth, samples):
+        ensemble = MLPEnsemble([64, *[128] * (depth - 1), 10], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
+        probe, train = torch.arange(8), torch.arange(8, 8 + count)
+        sets = {"x": probe, "y": probe, "g": train, "d": train}
+        value, error = block(ensemble, x, "R", "xygd", sets, samples=samples)
+        seconds = median_seconds(lambda: block(ensemble, x, "R", "xygd", sets, samples=samples))
+        return seconds, error / float(value.square().mean().sqrt())
+
+    sweeps = {
+        "N, training inputs": ([8, 16, 32, 64], lambda v: (v, 3, 4096)),
+        "L, layers": ([2, 3, 4, 6], lambda v: (32, v, 4096)),
+        "S, samples": ([1024, 4096, 16384, 65536], lambda v: (32, 3, v)),
+    }
+    figure, axes = pyplot.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    for axis, (name, (values, arguments)) in zip(axes, sweeps.items(), strict=False):
+        found = [cost(*arguments(value)) for value in values]
+        axis.loglog(values, [seconds for seconds, _ in found], "o-")
+        axis.set(xlabel=name, ylabel="seconds", title="R on (8, 8, N, N) labels")
+        print(name, ", ".join(f"{v}: {t:.2f} s, error {e:.1e}" for v, (t, e) in zip(values, found, strict=True)))
+    axes[3].loglog(values, [error for _, error in found], "o-")
+    axes[3].set(xlabel="S, samples", ylabel="relative standard error", title="falls as 1 / sqrt S")
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

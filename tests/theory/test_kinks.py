@@ -60,7 +60,7 @@ def test_signs_of_coinciding_labels_multiply_to_one():
 def test_two_exact_routes_agree_on_four_labels(seed):
     """Plackett's one-dimensional integral against a four-dimensional rule split at every kink, and its error.
 
-    With 14 nodes a side the second is right to 3e-9 (its difference from 18 nodes), the first to rounding.
+    With 14 nodes a side the second is right to 1e-10 here (its difference from 18 nodes), the first to rounding.
     """
     sigma, K = leaky_relu(0.1), covariance(4, seed)
     exact = TwoSlopeMoments(sigma.slopes, K, False)

@@ -126,7 +126,9 @@ class SignedMoments:
 
     def _correlation(self, i: int, j: int) -> Tensor:
         scale = (self.K[i][i] * self.K[j][j]).sqrt()
-        return torch.where(scale > 0, self.K[i][j] / torch.where(scale > 0, scale, 1.0), 0.0).clamp(-1.0, 1.0)
+        rho = torch.where(scale > 0, self.K[i][j] / torch.where(scale > 0, scale, 1.0), 0.0).clamp(-1.0, 1.0)
+        # asin is steep at 1: the correlation of labels that coincide must be 1 to the last digit.
+        return torch.where(1 - rho.abs() < _ROUNDING, rho.sign(), rho)
 
 
 def mean_of_four_signs(r12: Tensor, r13: Tensor, r14: Tensor, r23: Tensor, r24: Tensor, r34: Tensor) -> Tensor:
