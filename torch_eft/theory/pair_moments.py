@@ -34,6 +34,7 @@ Kinks = Literal["autograd", "distributional"]
 them, or the delta functions of a smooth activation sharpened to the kink."""
 
 _MAX_TERMS = 20000
+_BLOCK = 32
 
 
 class PairMoments(Protocol):
@@ -139,15 +140,17 @@ class SmoothPairs:
         values = function(deviation * u) * weight.sqrt()
         total = values.square().sum(1)
         before, current = torch.zeros_like(weight), weight.sqrt()
-        columns, remainder = [], total.clone()
-        for k in range(_MAX_TERMS):
-            column = values @ current
-            columns.append(column)
-            remainder = remainder - column.square()
-            if k % 16 == 15 and k + 1 >= least and bool((remainder <= RELATIVE_ERROR * total).all()):
-                self._coefficients[orders] = torch.stack(columns, 1)
+        blocks, remainder = [], total.clone()
+        for start in range(0, _MAX_TERMS, _BLOCK):  # a matrix product a block of Hermite functions
+            basis = []
+            for k in range(start, start + _BLOCK):
+                basis.append(current)
+                before, current = current, (u * current - math.sqrt(k) * before) / math.sqrt(k + 1)
+            blocks.append(values @ torch.stack(basis, 1))
+            remainder = remainder - blocks[-1].square().sum(1)
+            if start + _BLOCK >= least and bool((remainder <= RELATIVE_ERROR * total).all()):
+                self._coefficients[orders] = torch.cat(blocks, 1)
                 return self._coefficients[orders]
-            before, current = current, (u * current - math.sqrt(k) * before) / math.sqrt(k + 1)
         raise QuadratureError(
             f"activation: the Hermite series of {name} does not converge to {RELATIVE_ERROR:g} within {_MAX_TERMS} "
             f"terms (variance up to {float(self.K.diagonal().max()):.3g}); the function must be smooth, and inputs "
