@@ -25,7 +25,7 @@ def data():
 def deviations():
     """{quantity: z-scores of 400 networks after 20 steps}."""
     x, y, x_probe = data()
-    rate = 0.5 / float(torch.linalg.eigvalsh(initial_statistics(ENSEMBLE, x)[-1].Theta)[-1])
+    rate = 0.5 / float(torch.linalg.eigvalsh(initial_statistics(ENSEMBLE, x, ("K", "Theta"))[-1].Theta)[-1])
     comparison = InfiniteWidthComparison(ENSEMBLE, x, y, x_probe, rate, ntk_samples=200)
     single = [tensor.float() for tensor in (x, y, x_probe)]
     generator = torch.Generator().manual_seed(17)

@@ -160,7 +160,7 @@ def test_a_known_ensemble_can_be_given():
     assert monitor.validity.flag == "valid"
     # Its lambda is the optimizer's, one torch learning rate for all, not the default of MLPEnsemble.
     with_lambda = MLPEnsemble([5, 16, 16, 3], "tanh", 0.03, 1 / 3, lambda_W=[5.0, 16.0, 16.0])
-    Theta = initial_statistics(with_lambda, PROBE)[-1].Theta
+    Theta = initial_statistics(with_lambda, PROBE, ("K", "Theta"))[-1].Theta
     assert monitor.history[6]["eft/ntk_trace/theory"] == pytest.approx(float(Theta.diagonal().mean()))
 
 

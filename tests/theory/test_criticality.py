@@ -257,7 +257,7 @@ def test_fluctuation_is_the_four_point_vertex_of_one_label(name):
     ensemble = MLPEnsemble([3, 20, 30, 10, 1], name, C_b=0.1, C_W=1.4)
     x = torch.tensor([[1.0, -0.5, 0.7], [0.2, 0.1, 2.0]], dtype=torch.float64)
     V, _ = block(ensemble, x, "V", "aaaa", {"a": torch.arange(2)})
-    K = initial_statistics(ensemble, x)[-1].K.diagonal()
+    K = initial_statistics(ensemble, x, ("K", "Theta"))[-1].K.diagonal()
     assert output_fluctuation(ensemble, x) == pytest.approx(float((V / K.square()).mean()) / 10, rel=1e-9)
 
 

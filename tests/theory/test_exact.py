@@ -225,7 +225,7 @@ def test_third_moment_of_G_in_drawn_networks(C_b):
         weight, bias = weight * math.sqrt(C_W[layer] / n_in), bias * math.sqrt(ensemble.C_b[layer])
         signal = torch.relu(signal @ weight + bias)
     G = ensemble.C_b[2] + C_W[2] * signal.square().mean((1, 2))
-    K = float(initial_statistics(ensemble, X[:1])[-1].K)
+    K = float(initial_statistics(ensemble, X[:1], ("K", "Theta"))[-1].K)
     for power in (2, 3):
         score, error = z_scores((G / K) ** power, exact_G_moment_ratio(ensemble, power, X[:1]))
         assert abs(float(score)) < 4

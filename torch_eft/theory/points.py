@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.activations import Activation
-from torch_eft.theory.expectations import QuadratureError, gauss_legendre
+from torch_eft.theory.expectations import gauss_legendre
 
 MOST_QUADRATURE_LABELS = 4
 _MOST_NODES = 2**25
@@ -105,14 +105,11 @@ class GridPoints:
                 yield part @ self._factor.T, torch.exp(-part.square().sum(1) / 2) / total
 
 
-def quadrature_step(activation: Activation, K: Tensor, tolerance: float = 1e-10) -> float:
+def quadrature_step(activation: Activation, K: Tensor, tolerance: float = 1e-10) -> float | None:
     """The coarsest step, in units of z, that integrates products of derivatives at one label to ``tolerance``.
 
     All labels share sigma's singularities, and the nearest one, seen from any direction, is as near as for the single
-    label of the largest variance.
-
-    Raises:
-        QuadratureError: If no step down to 1/64 will do.
+    label of the largest variance. None if no step down to 1/64 will do, as for powers that outgrow the range.
     """
     deviation = K.diagonal().max().sqrt()
 
@@ -130,18 +127,16 @@ def quadrature_step(activation: Activation, K: Tensor, tolerance: float = 1e-10)
         if bool(((means(step) - exact).abs() <= tolerance * (1 + exact.abs())).all()):
             return step
         step *= 0.85
-    raise QuadratureError(f"{activation.name}: products of derivatives up to the third need a step below 1/64")
+    return None
 
 
 def quadrature_spacings(activation: Activation, K: Tensor) -> list[float] | None:
-    """Spacings of the trapezoid rule in each eigendirection of K, or None if it needs too many nodes or labels.
-
-    Raises:
-        QuadratureError: If no step resolves the activation.
-    """
+    """Spacings of the trapezoid rule in each eigendirection of K, or None if it needs too many nodes or labels."""
     if len(K) > MOST_QUADRATURE_LABELS:
         return None
     step = quadrature_step(activation, K)
+    if step is None:
+        return None
     spacings = [min(0.75, step / math.sqrt(value)) for value in square_root(K)[0].tolist()]
     return spacings if _nodes(spacings) <= _MOST_NODES else None
 
