@@ -61,9 +61,9 @@ def draw_scaling(x, path):
         return seconds, error / float(value.square().mean().sqrt())
 
     sweeps = {
-        "N, training inputs": ([8, 16, 32, 64], lambda v: (v, 3, 4096)),
-        "L, layers": ([2, 3, 4, 6], lambda v: (32, v, 4096)),
-        "S, samples": ([1024, 4096, 16384, 65536], lambda v: (32, 3, v)),
+        "N, training inputs": ([8, 16, 32, 64], lambda v: (v, 3, 2048)),
+        "L, layers": ([2, 3, 4, 6], lambda v: (16, v, 2048)),
+        "S, samples": ([512, 2048, 8192, 32768], lambda v: (16, 3, v)),
     }
     figure, axes = pyplot.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
     for axis, (name, (values, arguments)) in zip(axes, sweeps.items(), strict=False):

@@ -121,8 +121,8 @@ def evaluators(
     """Whether they are ever finer rather than independent, and the evaluators of the 1/n statistics.
 
     Two slopes: one, exact. At most four inputs: one, integrated, for a smooth sigma; two of different fineness for one
-    with a kink. Else ``replicas`` sampled ones; also where the rule would need more than 2^25 nodes, or no rule resolves
-    sigma.
+    with a kink. Else ``replicas`` sampled ones; also where the rule would need more than 2^25 nodes, or none
+    resolves sigma.
 
     Raises:
         ValueError: If there are fewer than two replicas, or too few samples for the number of inputs.
