@@ -139,7 +139,7 @@ def test_layer_3_tends_to_theory(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tanh", "gelu", "relu"])
+@pytest.mark.parametrize("name", ["tanh", "gelu"])
 def test_layer_3_tends_to_theory_with_many_networks(name):
     """As above with eight times the networks: an error of a tenth in any of B .. U would be seen."""
     for key, value, error, left in extrapolated(name, (16, 24), (32, 48), ((8000, 50), (5000, 20))):
