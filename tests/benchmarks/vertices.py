@@ -70,9 +70,11 @@ def draw_scaling(x, path):
         found = [cost(*arguments(value)) for value in values]
         axis.loglog(values, [seconds for seconds, _ in found], "o-")
         axis.set(xlabel=name, ylabel="seconds", title="R on (8, 8, N, N) labels")
+        axis.set_xticks(values, [str(value) for value in values])
+        axis.xaxis.minorticks_off()
         print(name, ", ".join(f"{v}: {t:.2f} s, error {e:.1e}" for v, (t, e) in zip(values, found, strict=True)))
     axes[3].loglog(values, [error for _, error in found], "o-")
-    axes[3].set(xlabel="S, samples", ylabel="relative standard error", title="falls as 1 / sqrt S")
+    axes[3].set(xlabel="S, samples", ylabel="relative standard error", title="error of R")
     figure.savefig(path, dpi=110)
 
 
