@@ -102,9 +102,86 @@ def test_a_compiled_module_is_measured_with_its_own_parameters():
     wrapped = torch.compile(plain, backend="eager")
     torch.testing.assert_close(measure.ntk(wrapped, x), expected)
     plain.compile(backend="eager")
+    with isolated(wrapped) as network:  # without compiling anything
+        assert torch.compiler.is_compiling() is False
+        assert torch.equal(network(network.params, x), plain(x))
     with isolated(plain) as network:
         doubled = {name: 2 * value for name, value in network.params.items()}
         assert not torch.allclose(network(doubled, x), network(network.params, x))
+
+
+class Settings(nn.Module):
+    """Notes the settings of the process in which its forward runs, and spoils one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = nn.Linear(3, 2), []
+
+    def forward(self, x):
+        self.seen.append(settings())
+        torch.set_default_dtype(torch.float64)
+        return self.layer(x)
+
+
+def settings():
+    backends = torch.backends
+    switches = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "fast attention": backends.mha.get_fastpath_enabled(),
+        "fused attention": (backends.cuda.flash_sdp_enabled(), backends.cuda.mem_efficient_sdp_enabled()),
+        "float32 products": torch.get_float32_matmul_precision(),
+        "older switches": (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32),
+        "TF32 or bfloat16": any(backend.fp32_precision in ("tf32", "bf16") for backend in switches),
+    }
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_settings_of_the_process_are_set_inside_and_restored_after(precision):
+    model = Settings()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before = settings()
+        with isolated(model) as network:
+            network(network.params, torch.ones(2, 3))
+        assert settings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    (inside,) = network.shadow.seen
+    assert inside == {
+        "default dtype": torch.float32,
+        "fast attention": False,
+        "fused attention": (False, False),
+        "float32 products": "highest",
+        "older switches": (False, False),
+        "TF32 or bfloat16": False,
+    }
+
+
+def test_attention_has_second_derivatives_inside():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    with isolated(model, lambda z: z.flatten(1)) as network:
+        leaves = {name: value.requires_grad_() for name, value in network.params.items()}
+        first = torch.autograd.grad(network(leaves, x).sum(), list(leaves.values()), create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        (second,) = torch.autograd.grad(total, leaves["self_attn.in_proj_weight"])
+        assert float(second.norm()) > 0
+
+
+@pytest.mark.parametrize("own", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_measurement_in_another_precision(own):
+    """bf16-true and 64-true trainings with a float32 probe (hazards: the dtypes must be brought together)."""
+    torch.manual_seed(0)
+    model, probe = ConvNet().to(own), measure.Probe(torch.randn(2, 1, 8, 8))
+    with isolated(model, dtype=torch.float64) as network:
+        wide = network(network.params, network.place(probe))
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide, model.double().eval()(probe.inputs.double()))
+    with isolated(model.to(own)) as network:
+        assert network(network.params, network.place(probe)).dtype == torch.promote_types(own, torch.float32)
+    assert all(value.dtype == own for value in model.parameters())
 
 
 def test_errors_inside_restore_the_states_too():

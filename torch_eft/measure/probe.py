@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from torch_eft.measure.refusals import all_finite
+
 OutputFn: TypeAlias = Callable[[Any], Tensor]
 
 
@@ -16,10 +18,12 @@ class Probe:
 
     Args:
         inputs: A tensor (N, ...), a tuple or list of positional arguments, or a dict of keyword
-            arguments of the model's forward; every tensor in it has the N samples first.
+            arguments of the model's forward; every tensor in it has the N samples first. On the CPU, or where
+            the model is.
 
     Raises:
-        ValueError: If there is no tensor, no sample, or the numbers of samples differ.
+        ValueError: If there is no tensor, no sample, the numbers of samples or the devices differ, or an input is
+            complex or not finite.
         TypeError: If something other than a tensor, tuple, list or dict is given.
     """
 
@@ -41,7 +45,10 @@ class Probe:
             raise ValueError("probe: 0 samples given; give at least one")
         if any(tensor.is_complex() for tensor in tensors):
             raise ValueError("probe: complex inputs given; the measurements are for real numbers")
-        if any(not bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point()):
+        if len({tensor.device for tensor in tensors}) > 1:
+            places = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+            raise ValueError(f"probe: its tensors are on {places}; bring all to one device, or to the CPU")
+        if not all_finite(*tensors):
             raise ValueError("probe: contains NaN or infinite values; inputs must be finite")
 
     @property

@@ -1,0 +1,178 @@
+"""What cannot be measured, each with its name and its remedy; a number is never given instead.
+
+``check_structure`` looks at modules and parameters and never waits for the device. ``check_measurable`` reads all
+parameters once and ``check_function_of_each_sample`` runs the forward on half of the probe; each waits for the device
+once. On the device "meta" there are no values, and none are checked.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from torch_eft.measure.isolation import IsolatedModel
+    from torch_eft.measure.probe import Probe
+
+ROUNDING = 1e3
+"""Units of rounding by which a sample's output may depend on the size of the batch: kernels differ with the shape."""
+
+_SHARDED = ("DTensor", "ShardedTensor", "FlatParameter")
+
+
+def check_structure(module: nn.Module) -> None:
+    """Refuse modules without parameters of their own, real and in one place; no values are read.
+
+    Raises:
+        ValueError: For sharded, lazy and complex parameters, and for several devices; the message names one.
+    """
+    devices: dict[torch.device, str] = {}
+    for name, parameter in module.named_parameters():
+        kinds = [kind.__name__ for tensor in (parameter, parameter.data) for kind in type(tensor).__mro__]
+        if any(kind in _SHARDED for kind in kinds):
+            raise ValueError(
+                f"model: the parameter {name!r} is sharded over processes (FSDP, DTensor); gather the parameters on "
+                "every rank, parameter.full_tensor(), into an unsharded twin of the module and measure that"
+            )
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"model: the parameter {name!r} is not initialised yet (a lazy module); run a batch through it first"
+            )
+        if parameter.is_complex() and parameter.requires_grad:
+            raise ValueError(
+                f"model: the parameter {name!r} is complex; store real and imaginary part, torch.view_as_real, as a "
+                "real parameter, and torch.view_as_complex in the forward"
+            )
+        devices.setdefault(parameter.device, name)
+    if len(devices) > 1:
+        (first, one), (second, other) = list(devices.items())[:2]
+        raise ValueError(
+            f"model: the parameter {one!r} is on {first}, {other!r} on {second}; bring all to one device, "
+            "model.to(device), or measure a copy that is on one"
+        )
+
+
+def check_measurable(network: "nn.Module | IsolatedModel") -> None:
+    """Refuse networks whose outputs are no finite functions of each sample, as far as this shows without a forward.
+
+    Raises:
+        ValueError: As ``check_structure``; for batch statistics in evaluation, and for parameters that are not finite.
+    """
+    module = network if isinstance(network, nn.Module) else network.shadow
+    check_structure(module)
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and (
+            part.running_mean is None or part.running_var is None
+        ):
+            raise ValueError(
+                f"model: {_place(name, part)} normalises with the statistics of the batch in evaluation, too "
+                "(track_running_stats=False), so that a sample's output depends on the others; track running "
+                "statistics, or use GroupNorm or LayerNorm"
+            )
+    parameters = dict(module.named_parameters())
+    if all_finite(*parameters.values()):
+        return
+    wrong = next(name for name, value in parameters.items() if not all_finite(value))
+    value = parameters[wrong].detach()
+    raise ValueError(
+        f"model: the parameter {wrong!r} is not finite, {int((~value.isfinite()).sum())} of its {value.numel()} "
+        "numbers are NaN or infinite (a training that diverged?); measure an earlier state"
+    )
+
+
+def check_function_of_each_sample(network: "IsolatedModel", probe: "Probe", outputs: Tensor) -> None:
+    """Refuse forwards that are no differentiable functions of each sample.
+
+    Every second sample is run once more, from the last to the first and with gradients: half a forward.
+
+    Args:
+        network: Isolated.
+        probe: N samples.
+        outputs: (N, C), as ``checked_output`` gives them.
+
+    Raises:
+        ValueError: For outputs that are not finite, depend on chance or on the other samples, and for reentrant
+            checkpointing, through which there are no such derivatives as are needed here.
+    """
+    inputs = network.place(probe)
+    order = torch.arange(probe.size - 1, -1, -2, device=outputs.device)
+    part = tree_map_only(Tensor, lambda tensor: tensor[order], inputs)
+    again = _run_with_gradients(network, part)
+    _check_graph(again)
+    if not _has_values(outputs):
+        return
+    outputs, again = outputs.detach(), again.detach()
+    finite = outputs.isfinite().all(1)
+    if bool(finite.all() & _alike(again, outputs[order])):
+        return
+    if not bool(finite.all()):
+        first = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"model: the output for sample {first} of the probe is NaN or infinite ({int((~finite).sum())} of "
+            f"{probe.size} samples); look at that input, or measure in float64"
+        )
+    with torch.no_grad():
+        repeated = network(network.params, inputs)
+    if not bool(_alike(repeated, outputs)):
+        raise ValueError(
+            f"model: a sample's output depends on chance: the same inputs twice gave outputs that differ by "
+            f"{float((repeated - outputs).abs().max()):.3g}, in evaluation mode; use nn.Dropout, or "
+            "F.dropout(x, p, training=self.training), and draw nothing in the forward"
+        )
+    raise ValueError(
+        f"model: a sample's output depends on the other samples of the batch: with half of them it differs by "
+        f"{float((again - outputs[order]).abs().max()):.3g}; normalise over features or with running statistics, "
+        "and use no sample's place in the batch"
+    )
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether every number is finite, waiting for the device once; True on "meta", where there are none."""
+    floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+    found = [tensor.isfinite().all() for tensor in floating if _has_values(tensor)]
+    return bool(torch.stack(found).all()) if found else True
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta"
+
+
+def _alike(values: Tensor, reference: Tensor) -> Tensor:
+    scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
+    return ((values - reference).abs() <= ROUNDING * torch.finfo(reference.dtype).eps * scale).all()
+
+
+def _place(name: str, module: nn.Module) -> str:
+    return f"{name!r} ({type(module).__name__})" if name else type(module).__name__
+
+
+def _run_with_gradients(network: "IsolatedModel", inputs: Any) -> Tensor:
+    """With respect to the inputs, too: a reentrant checkpoint is no node of the graph unless its inputs are."""
+    leaves = {name: value.detach().requires_grad_() for name, value in network.params.items()}
+
+    def moving(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_().clone() if tensor.is_floating_point() else tensor
+
+    return network(leaves, tree_map_only(Tensor, moving, inputs))
+
+
+def _check_graph(value: Tensor) -> None:
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(value)):
+        raise ValueError(
+            "model: its forward uses reentrant checkpointing, which has no derivatives by torch.autograd.grad (and "
+            "loses those of a block whose inputs have none); pass use_reentrant=False to torch.utils.checkpoint, or "
+            "checkpoint in training mode only"
+        )
+
+
+def _nodes(value: Tensor) -> Iterator[Any]:
+    pending, seen = [value.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending += [previous for previous, _ in node.next_functions]
