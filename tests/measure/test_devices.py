@@ -1,0 +1,158 @@
+"""Everything is computed where the model is, in its precision, and without waiting for the device more than is said.
+
+Without an accelerator: the model on "meta" while everything else is on the CPU finds stray CPU tensors and reads of
+values; ``torch.device("meta")`` around a measurement finds tensors made without a device; waits are counted.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.measure.devices import poisoned, waits
+from tests.models import ConvNet, mlp
+from torch_eft import measure
+from torch_eft.measure.isolation import isolated
+from torch_eft.measure.kinks import kinked_operations, secant_ntk
+from torch_eft.measure.output import checked_output
+from torch_eft.measure.refusals import check_function_of_each_sample, check_measurable
+from torch_eft.measure.representation import (
+    block_drift,
+    effective_rank,
+    representation,
+    representation_change,
+    target_alignment,
+)
+
+
+def directions(model):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda p: torch.randn(p.shape, generator=generator, device="cpu").bfloat16().to(p)  # noqa: E731
+    return {name: draw(p) for name, p in model.named_parameters()}
+
+
+def checked(model, x):
+    probe = measure.Probe(x)
+    with isolated(model) as network:
+        check_measurable(network)
+        outputs = checked_output(network, probe)
+        check_function_of_each_sample(network, probe, outputs)
+    return outputs.detach()
+
+
+def change(model, x):
+    labels = torch.arange(len(x), device="cpu") % 2
+    found = representation(model, x, labels, keep=True)
+    return representation_change(found, found)
+
+
+def taylor(model, x):
+    terms = getattr(measure, "taylor_terms", None)
+    if terms is None:
+        pytest.skip("no taylor_terms yet")
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    d = directions(model)
+    return terms(model, params, {name: p + 0.1 * d[name] for name, p in params.items()}, x, order=2)
+
+
+MEASUREMENTS = {
+    "output": measure.output,
+    "checks": checked,
+    "hidden kernels": measure.hidden_kernels,
+    "representation": lambda model, x: representation(model, x, torch.arange(len(x), device="cpu") % 2, keep=True).K,
+    "kinked operations": lambda model, x: len(kinked_operations(model, x)),
+    "ntk": measure.ntk,
+    "secant": lambda model, x: secant_ntk(model, x, directions(model), 0.1).value,
+    "change": lambda model, x: [layer.effective_rank[0] for layer in change(model, x).layers.values()],
+    "taylor": taylor,
+}
+BOUNDS = {
+    "output": 1,  # the probe's finiteness
+    "checks": 3,  # the probe, the parameters, the comparison
+    "hidden kernels": 1,
+    "representation": 1,
+    "kinked operations": 1,
+    "change": 1,  # and one transfer of all the numbers
+}
+"""How often each measurement waits at most, whatever the number of samples and layers."""
+
+VALUE_FREE = ["output", "checks", "hidden kernels", "representation", "kinked operations"]
+"""What computes nothing from values on the host: the rest reads finiteness, crossings or the final numbers."""
+
+
+def relu_mlp(widths=(5, 12, 9, 3)):
+    torch.manual_seed(0)
+    return mlp(widths, nn.ReLU)
+
+
+@pytest.mark.parametrize("name", VALUE_FREE)
+@pytest.mark.parametrize("make", [relu_mlp, ConvNet])
+def test_a_model_on_meta_is_measured_there(name, make):
+    model = make()
+    x = torch.randn(4, 5) if make is relu_mlp else torch.randn(4, 1, 8, 8)
+    found = MEASUREMENTS[name](model.to("meta"), x)
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert tensors or isinstance(found, int)
+
+
+def test_metrics_stay_on_the_device_of_the_kernels():
+    K, L = torch.empty(5, 5, device="meta"), torch.empty(5, 5, device="meta")
+    labels = torch.arange(5)
+    for value in (
+        measure.linear_cka(K, L),
+        measure.linear_cka(K, L, debiased=True),
+        effective_rank(K),
+        effective_rank(K, entropy=True),
+        target_alignment(K, labels),
+    ):
+        assert value.device.type == "meta" and value.ndim == 0
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_no_tensor_is_made_on_the_default_device(name):
+    model, x = relu_mlp(), torch.randn(4, 5)
+    expected = MEASUREMENTS[name](model, x)
+    with poisoned():
+        torch.testing.assert_close(MEASUREMENTS[name](model, x), expected)
+
+
+def test_drift_of_blocks_is_computed_on_their_device():
+    blocks = {"a": torch.eye(2), "b": torch.ones(2, 2)}
+    with poisoned():
+        assert block_drift(blocks, blocks) == {"a": 0.0, "b": 0.0}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_waits_for_the_device_are_few_and_do_not_grow(name):
+    counts = []
+    for samples, depth in ((3, 1), (12, 1), (3, 6)):
+        model, x = relu_mlp((5, *[8] * depth, 3)), torch.randn(samples, 5)
+        counts.append(waits(lambda: MEASUREMENTS[name](model, x)))
+    assert counts[0] == counts[1] == counts[2] <= BOUNDS[name]
+
+
+@pytest.mark.parametrize("name", ["ntk", "secant"])
+def test_waits_of_the_ntk_do_not_grow(name):
+    counts = []
+    for samples, depth in ((3, 1), (12, 1), (3, 6)):
+        model, x = relu_mlp((5, *[8] * depth, 3)), torch.randn(samples, 5)
+        counts.append(waits(lambda: MEASUREMENTS[name](model, x)))
+    assert max(counts) <= 24 and max(counts) - min(counts) <= 1
+
+
+def test_waits_are_seen():
+    x = torch.arange(4.0)
+    assert waits(lambda: x + 1) == 0
+    assert waits(lambda: (float(x.sum()), bool(x[0] > 0), x[x > 1])) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["output", "checks", "hidden kernels", "representation", "ntk", "secant", "taylor"])
+def test_models_of_every_precision_with_a_float32_probe(name, dtype):
+    model, x = relu_mlp().to(dtype), torch.randn(4, 5)
+    found = MEASUREMENTS[name](model, x)
+    reference = MEASUREMENTS[name](relu_mlp().to(dtype).double(), x)
+    expected = torch.promote_types(dtype, torch.float32)
+    for value, wide in zip(*map(torch.utils._pytree.tree_leaves, (found, reference)), strict=True):
+        assert value.dtype == expected
+        torch.testing.assert_close(value.double(), wide, rtol=1e-3, atol=1e-3 * float(wide.abs().max()))
