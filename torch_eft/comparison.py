@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_eft.measure.ntk import ntk_trace, relative_change
+from torch_eft.measure.metrics import ntk_trace, relative_change
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.prediction import InfiniteWidthTraining
 from torch_eft.theory.sampling import ntk_trace_spread

@@ -101,14 +101,15 @@ class Monitor(Callback):
             part.check(network, self.probe, outputs)
         plans = [part.plan(outputs, samples) for part in self.parts]
         ntk = any(plan.ntk for plan in plans)
-        refusal = too_large(network, outputs) if ntk else None
+        trace = any(plan.ntk_trace for plan in plans)
+        refusal = too_large(network, self.probe, trace, self.output_fn) if ntk else None
         if refusal is not None:
             warnings.warn(
                 f"{type(self).__name__} will not measure the NTK: {refusal}", MeasurementWarning, stacklevel=2
             )
         self._plan = Plan(
             ntk=ntk and refusal is None,
-            ntk_trace=any(plan.ntk_trace for plan in plans),
+            ntk_trace=trace,
             hidden=any(plan.hidden for plan in plans),
             layers=next((plan.layers for plan in plans if plan.layers is not None), None),
         )

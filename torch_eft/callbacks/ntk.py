@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch_eft.callbacks.monitor import Monitor, on_device_of
 from torch_eft.callbacks.part import History, Part
 from torch_eft.callbacks.schedule import Every
-from torch_eft.measure.ntk import as_trace, kernel_distance, ntk_trace, relative_change, top_eigenvalue
+from torch_eft.measure.metrics import as_trace, kernel_distance, ntk_trace, relative_change, top_eigenvalue
 from torch_eft.measure.probe import OutputFn
 from torch_eft.measure.snapshot import Plan, Snapshot
 from torch_eft.tensorboard.figures import kernel_figure

@@ -9,7 +9,7 @@ from torch import nn
 from torch_eft.callbacks.monitor import Monitor, on_device_of
 from torch_eft.callbacks.part import History, Part
 from torch_eft.callbacks.schedule import Every
-from torch_eft.measure.ntk import relative_change
+from torch_eft.measure.metrics import relative_change
 from torch_eft.measure.probe import OutputFn, Probe
 from torch_eft.measure.representation import hidden_kernels, linear_cka
 from torch_eft.measure.snapshot import Plan, Snapshot

@@ -2,7 +2,8 @@
 
 from torch_eft.measure.initialization import NotAnMLPError, ReadEnsemble, read_ensemble
 from torch_eft.measure.learning_rates import LearningRates, read_learning_rates
-from torch_eft.measure.ntk import as_matrix, as_trace, kernel_distance, ntk, ntk_trace, relative_change, top_eigenvalue
+from torch_eft.measure.metrics import as_matrix, as_trace, kernel_distance, ntk_trace, relative_change, top_eigenvalue
+from torch_eft.measure.ntk import Coverage, coverage, ntk, ntk_estimate
 from torch_eft.measure.output import output
 from torch_eft.measure.probe import Probe
 from torch_eft.measure.representation import hidden_kernels, linear_cka

@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_eft.measure.differentials import Differentials, differentials
 from torch_eft.measure.initialization import read_ensemble
 from torch_eft.measure.isolation import IsolatedModel, isolated
-from torch_eft.measure.ntk import _scales
+from torch_eft.measure.engine import checked_lambdas
 from torch_eft.measure.output import checked_output
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
 from torch_eft.theory.statistics import LayerStatistics
@@ -187,7 +187,7 @@ def seed_ensemble(
             width, source = _width_of(draw.module, probe, output_fn)
         else:
             source = "given"
-        scales = {name: scale**2 for name, scale in _scales(network, lambdas).items()} if needed else {}
+        scales = checked_lambdas(network, lambdas) if needed else {}
         measure = _Measurement(network, probe, scales, needed)
         at_once = measure.networks_at_once(draw.first, outputs, memory)
         sums = []

@@ -1,0 +1,345 @@
+"""Gram matrices of per-sample Jacobians that are kept as factors.
+
+A layer o = W a has dz_{i;a}/dW = sum_t g_{i;a,t} a_{a,t}^T, with a the layer's inputs, g = dz/do and t the places of one
+sample at which the weight is used (pixels, tokens, times). Along theta + s v all of them are series in s, and so is
+the Jacobian, J = J_0 + s J_1 + s^2 J_2: J_0 the Jacobian, J_1 = d^2z . v, 2 J_2 = d^3z . v . v. A Gram matrix of two
+orders (m, n) is J_m lambda J_n^T.
+
+Rows are pairs (output i, sample a), outputs first. Of three ways the one with the fewest operations is taken:
+
+    one place:  (g . g') * (a . a'), entry by entry, without forming J;
+    explicit:   J formed for some columns at a time;
+    mixed:      (a . a') between places, applied to g' and closed with g, without forming J.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Orders = tuple[int, int]
+Block = tuple[slice, slice]
+
+BLOCK_BYTES = 4 * 2**20
+"""Size of the buffer in which parts of a Jacobian are formed: reused, so that it stays in the cache."""
+
+PerOutput = tuple[Tensor, ...]
+"""One tensor for every output i."""
+
+_MIXED = 1.4  # an operation of the mixed form costs this much more than one of the explicit form
+_ALL = slice(None)
+_ROWS = 160  # of symmetric products only blocks of so many rows on and below the diagonal are computed
+
+
+@dataclass(frozen=True)
+class Outer:
+    """J_m = sum_{p + q = m} sum_t g_p a_q^T of one weight, lambda left out.
+
+    Args:
+        weight: The parameter.
+        inputs: a_q, (N, T, D) each, None for zero; or token numbers (N, T), standing for one-hot vectors.
+        gradients: g_p, for every output (N, T, O).
+        bias: A parameter with J_m = sum_t g_m, or None.
+    """
+
+    weight: str
+    inputs: tuple[Tensor | None, ...]
+    gradients: tuple[PerOutput, ...]
+    bias: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """C, N, T, O."""
+        N, T, O = self.gradients[0][0].shape
+        return len(self.gradients[0]), N, T, O
+
+    def traced(self) -> "list[Factor]":
+        """Factors of one output whose Gram matrices add up to the sum over i = j."""
+        C, _, T, _ = self.size
+        if T == 1:
+            return [replace(self, gradients=tuple((torch.cat(g, 2),) for g in self.gradients))]
+        return [replace(self, gradients=tuple((g[i],) for g in self.gradients)) for i in range(C)]
+
+    def of_bias(self) -> "Direct":
+        """The bias alone."""
+        assert self.bias is not None
+        return Direct(self.bias, tuple(torch.stack([part.sum(1) for part in g]) for g in self.gradients))
+
+    def pulled_back(self, u: Tensor, order: int) -> dict[str, Tensor]:
+        """u . J_order for u (C, N), in some shape, by parameter."""
+        total: Tensor | float = 0.0
+        for p, q in _splits(order):
+            a = self.inputs[q]
+            if a is not None:
+                weighted = torch.stack([row[:, None, None] * g for row, g in zip(u, self.gradients[p], strict=True)]).sum(0)
+                if _is_tokens(a):
+                    out = weighted.new_zeros(int(a.max()) + 1, weighted.shape[2])
+                    total = total + out.index_add(
+                        0, a.flatten().clamp_min(0), (weighted * (a >= 0)[..., None]).flatten(0, 1)
+                    )
+                else:
+                    total = total + torch.einsum("nto,ntd->od", weighted, a)
+        found = {self.weight: torch.as_tensor(total)}
+        return found if self.bias is None else found | self.of_bias().pulled_back(u, order)
+
+
+@dataclass(frozen=True)
+class Direct:
+    """J_m itself, of one or several parameters.
+
+    Args:
+        weight: The parameter.
+        jacobians: J_m, (C, N, P) each.
+    """
+
+    weight: str
+    jacobians: tuple[Tensor, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameter, as a tuple."""
+        return (self.weight,)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """C, N."""
+        return self.jacobians[0].shape[0], self.jacobians[0].shape[1]
+
+    def traced(self) -> "list[Factor]":
+        """With outputs as further columns, so that the Gram matrix is the sum over i = j."""
+        return [replace(self, jacobians=tuple(J.transpose(0, 1).flatten(1)[None] for J in self.jacobians))]
+
+    def pulled_back(self, u: Tensor, order: int) -> dict[str, Tensor]:
+        """u . J_order for u (C, N)."""
+        return {self.weight: torch.einsum("cn,cnp->p", u, self.jacobians[order])}
+
+
+Factor = Outer | Direct
+Series = Sequence[Tensor] | Mapping[int, Tensor]
+
+
+def add_gram(
+    out: Mapping[Orders, Tensor], rows: Factor, columns: Factor, lambdas: Mapping[str, float], symmetric: bool
+) -> None:
+    """Add J_m lambda J_n^T to ``out[m, n]``, (C, N, C', N') each, for every pair of orders in it.
+
+    Args:
+        out: What is added to, contiguous.
+        rows: The factor of the rows.
+        columns: That of the columns, of the same parameters.
+        lambdas: By parameter.
+        symmetric: Rows and columns are the same samples: of m = n only blocks on and below the diagonal are
+            computed, as ``mirror`` expects.
+    """
+    if isinstance(rows, Direct) or isinstance(columns, Direct):
+        assert isinstance(rows, Direct) and isinstance(columns, Direct)
+        _add_products(out, rows.jacobians, columns.jacobians, lambdas.get(rows.weight, 0.0), symmetric)
+        return
+    if rows.size[2] == columns.size[2] == 1 and not _is_tokens(rows.inputs[0]):
+        _add_one_place(out, rows, columns, lambdas, symmetric)
+        return
+    scale = lambdas.get(rows.weight, 0.0)
+    if rows.bias is not None:
+        add_gram(out, rows.of_bias(), columns.of_bias(), lambdas, symmetric)
+    if scale == 0:
+        return
+    if not _is_tokens(rows.inputs[0]) and _explicit_cost(rows, columns, out) <= _MIXED * _mixed_cost(
+        rows, columns, out
+    ):
+        orders = sorted({order for pair in out for order in pair})
+        for J_rows, J_columns in _explicit(rows, columns, orders):
+            _add_products(out, J_rows, J_columns, scale, symmetric)
+    else:
+        for pair, value in out.items():
+            _add_mixed(value, rows, columns, pair, scale, symmetric and pair[0] == pair[1])
+
+
+def mirror(out: Tensor) -> None:
+    """Fill the upper triangle of a symmetric (C, N, C, N) from the lower one."""
+    matrix = out.flatten(2).flatten(0, 1)
+    for block, before in _lower_blocks(len(matrix)):
+        diagonal = matrix[block, block]
+        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
+        done = slice(0, block.start)
+        matrix[done, block] = matrix[block, done].T
+
+
+def _splits(order: int) -> list[tuple[int, int]]:
+    return [(p, order - p) for p in range(order + 1)]
+
+
+def _is_tokens(a: Tensor | None) -> bool:
+    return a is not None and a.ndim == 2
+
+
+def _lower_blocks(size: int) -> Iterator[tuple[slice, slice]]:
+    for start in range(0, size, _ROWS):
+        stop = min(start + _ROWS, size)
+        yield slice(start, stop), slice(0, stop)
+
+
+def _add_products(out: Mapping[Orders, Tensor], rows: Series, columns: Series, scale: float, symmetric: bool) -> None:
+    """By matrix products of (C, N, P) Jacobians."""
+    if scale == 0:
+        return
+    for (m, n), value in out.items():
+        first, second = rows[m].flatten(0, 1), columns[n].flatten(0, 1).T
+        matrix = value.flatten(2).flatten(0, 1)
+        if symmetric and m == n:
+            for block, before in _lower_blocks(len(matrix)):
+                matrix[block, before].addmm_(first[block], second[:, before], alpha=scale)
+        else:
+            matrix.addmm_(first, second, alpha=scale)
+
+
+def _add_one_place(
+    out: Mapping[Orders, Tensor], rows: Outer, columns: Outer, lambdas: Mapping[str, float], symmetric: bool
+) -> None:
+    """T = 1: J_m J_n^T = sum (g_p . g_r) * (a_q . a_s) over p + q = m, r + s = n; the bias has a_0 = 1."""
+    overlaps: dict[Orders, Tensor] = {}
+
+    def overlap(q: int, s: int) -> Tensor | None:
+        if (q, s) not in overlaps:
+            a, b = rows.inputs[q], columns.inputs[s]
+            if a is None or b is None:
+                return None
+            product = (a[:, 0] @ b[:, 0].T).mul_(lambdas.get(rows.weight, 0.0))
+            if rows.bias is not None and q == s == 0:
+                product += lambdas.get(rows.bias, 0.0)
+            overlaps[q, s] = product
+        return overlaps[q, s]
+
+    products: dict[Orders, dict[Orders, list[Tensor]]] = {}  # (p, r): {(m, n): [a_q . a_s, ...]}
+    for m, n in out:
+        for p, q in _splits(m):
+            for r, s in _splits(n):
+                value = overlap(q, s)
+                if value is not None:
+                    products.setdefault((p, r), {}).setdefault((m, n), []).append(value)
+    for (p, r), weights in products.items():
+        g = torch.cat(rows.gradients[p], 1).transpose(0, 1)
+        h = g if rows is columns and p == r else torch.cat(columns.gradients[r], 1).transpose(0, 1)
+        lower = symmetric and all(m == n for m, n in weights)
+        for block, before, samples in _blocks(g.shape[0], g.shape[1], lower):
+            first, second = g[block], h[before]
+            product = (first.flatten(0, 1) @ second.flatten(0, 1).T).view(*first.shape[:2], *second.shape[:2])
+            for pair, terms in weights.items():
+                for term in terms:
+                    out[pair][(*block, *before)].addcmul_(product, term[samples][None, :, None, :])
+
+
+def _blocks(outputs: int, samples: int, lower: bool) -> Iterator[tuple[Block, Block, Block]]:
+    """(outputs, samples) of rows, those of columns, (rows' samples, columns' samples)."""
+    if outputs == 1:
+        for start in range(0, samples, _ROWS):
+            chunk = slice(start, min(start + _ROWS, samples))
+            columns = slice(0, chunk.stop if lower else None)
+            yield (_ALL, chunk), (_ALL, columns), (chunk, columns)
+        return
+    step = max(1, _ROWS // samples)
+    for start in range(0, outputs, step):
+        stop = min(start + step, outputs)
+        yield (slice(start, stop), _ALL), (slice(0, stop if lower else None), _ALL), (_ALL, _ALL)
+
+
+def _explicit_cost(rows: Outer, columns: Outer, pairs: Collection[Orders]) -> float:
+    """Multiplications of the explicit form, for all pairs of orders."""
+    C, N, T, O = rows.size
+    D, size, other = _depth(rows), C * N, columns.size[0] * columns.size[1]
+    orders = {order for pair in pairs for order in pair}
+    formed = sum(order + 1 for order in orders) * T * D * O * (size if rows is columns else size + other)
+    return formed + sum((0.5 if m == n and rows is columns else 1) * size * other * D * O for m, n in pairs)
+
+
+def _mixed_cost(rows: Outer, columns: Outer, pairs: Collection[Orders]) -> float:
+    """Multiplications of the mixed form, for all pairs of orders."""
+    C, N, T, O = rows.size
+    C2, N2, T2, _ = columns.size
+    D, total = _depth(rows), 0.0
+    for m, n in pairs:
+        t, t2 = (m + 1) * T, (n + 1) * T2
+        share = 0.5 if m == n and rows is columns else 1.0
+        total += share * (N * t * N2 * t2 * D + N * N2 * C2 * t * t2 * O + C * N * C2 * N2 * t * O)
+    return total
+
+
+def _depth(factor: Outer) -> int:
+    return next(a.shape[2] for a in factor.inputs if a is not None)
+
+
+def _explicit(
+    rows: Outer, columns: Outer, orders: Sequence[int]
+) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+    """J_m of rows and of columns, (C, N, O_block D) each, for some columns of the layer at a time."""
+    sides = (rows,) if columns is rows else (rows, columns)
+    D, O = _depth(rows), rows.size[3]
+    widest = max(side.size[0] * side.size[1] for side in sides)
+    step = min(O, max(64, BLOCK_BYTES // (widest * D * rows.gradients[0][0].element_size())))
+    buffers = [
+        {order: side.gradients[0][0].new_empty(side.size[0] * side.size[1] * step * D) for order in orders}
+        for side in sides
+    ]
+    for start in range(0, O, step):
+        block = slice(start, min(start + step, O))
+        formed = [_formed(side, buffer, block) for side, buffer in zip(sides, buffers, strict=True)]
+        yield formed[0], formed[-1]
+
+
+def _formed(factor: Outer, buffers: Mapping[int, Tensor], block: slice) -> dict[int, Tensor]:
+    """J_m of the layer's outputs ``block``, written into the buffers."""
+    C, N, _, _ = factor.size
+    D, width = _depth(factor), block.stop - block.start
+    found = {}
+    for order, buffer in buffers.items():
+        J = buffer[: C * N * width * D].view(C, N, width, D)
+        for i in range(C):
+            begun = False
+            for p, q in _splits(order):
+                a = factor.inputs[q]
+                if a is not None:
+                    g = factor.gradients[p][i][:, :, block].mT
+                    J[i].baddbmm_(g, a, beta=1 if begun else 0)
+                    begun = True
+        found[order] = J.flatten(2)
+    return found
+
+
+def _add_mixed(out: Tensor, rows: Outer, columns: Outer, pair: Orders, scale: float, lower: bool) -> None:
+    """One sample of the rows after the other; places of different orders stand side by side."""
+    a, g = _side_by_side(rows, pair[0])
+    b, h = _side_by_side(columns, pair[1])
+    for n in range(len(g[0])):
+        upto = n + 1 if lower else len(h[0])
+        overlap = _overlap(a[n], b[:upto], g[0].dtype)  # (N', T, T')
+        own = torch.stack([part[n].flatten() for part in g])  # (C, T O)
+        for j, part in enumerate(h):
+            value = own @ torch.bmm(overlap, part[:upto]).flatten(1).T  # (C, N')
+            out[:, n, j, :upto].add_(value, alpha=scale)
+            if lower:  # n' < n: with the other half of the pairs of outputs
+                out[j, :n, :, n].add_(value[:, :n].T, alpha=scale)
+
+
+def _side_by_side(factor: Outer, order: int) -> tuple[Tensor, PerOutput]:
+    """(N, T', D) or tokens (N, T'), and (N, T', O) for every output, with T' = (order + 1) T or less."""
+    splits = [(p, q) for p, q in _splits(order) if factor.inputs[q] is not None]
+    if len(splits) == 1:
+        ((p, q),) = splits
+        first = factor.inputs[q]
+        assert first is not None
+        return first, factor.gradients[p]
+    a = [a for _, q in splits if (a := factor.inputs[q]) is not None]
+    g = [factor.gradients[p] for p, _ in splits]
+    return torch.cat(a, 1), tuple(torch.cat(parts, 1) for parts in zip(*g, strict=True))
+
+
+def _overlap(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a . b between places: (N', T, T') of (T, D) and (N', T', D), or of tokens (T) and (N', T')."""
+    if a.ndim == 1:
+        return ((a[None, :, None] == b[:, None, :]) & (a >= 0)[None, :, None]).to(dtype)
+    return (b.reshape(-1, b.shape[2]) @ a.T).view(*b.shape[:2], len(a)).transpose(1, 2)
