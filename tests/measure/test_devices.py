@@ -69,9 +69,9 @@ BOUNDS = {
     "output": 1,  # the probe's finiteness
     "checks": 3,  # the probe, the parameters, the comparison
     "hidden kernels": 1,
-    "representation": 1,
+    "representation": 2,  # and the kernels' finiteness
     "kinked operations": 1,
-    "change": 1,  # and one transfer of all the numbers
+    "change": 2,  # and one transfer of all the numbers
 }
 """How often each measurement waits at most, whatever the number of samples and layers."""
 

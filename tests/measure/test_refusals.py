@@ -85,6 +85,8 @@ def test_functions_of_each_sample_pass(model, x):
         (Two(between=lambda z: F.dropout(z, 0.5, training=True)), r"depends on chance: .*training=self.training"),
         (Two(before=lambda x: x + torch.rand(len(x), 1)), r"depends on chance"),
         (Two(before=lambda x: x - x.mean(0)), r"depends on the other samples of the batch: with half of them"),
+        (Two(before=lambda x: x - x[:1]), r"depends on the other samples of the batch"),
+        (Two(before=lambda x: x - x[-1:]), r"depends on the other samples of the batch"),
         (Two(before=lambda x: x.cumsum(0)), r"depends on the other samples of the batch"),
         (Two(before=lambda x: x + torch.arange(len(x))[:, None]), r"depends on the other samples .*place in the batch"),
         (Two(between=lambda z: F.batch_norm(z, None, None, training=True)), r"depends on the other samples"),
@@ -162,6 +164,15 @@ def test_parameters_that_cannot_be_measured_are_named(parameter, message):
     for refuse in (check_structure, check_measurable, lambda model: measure.output(model, torch.ones(2, 5))):
         with pytest.raises(ValueError, match=message.replace("'extra'", "'5.extra'")):
             refuse(model)
+
+
+class FullyShardedDataParallel(nn.Sequential):
+    """Has the name only; in it, sharded parameters look like any others."""
+
+
+def test_sharded_modules_are_named():
+    with pytest.raises(ValueError, match=r"model: '1' \(FullyShardedDataParallel\) is sharded .*summon_full_params"):
+        measure.output(nn.Sequential(nn.Linear(5, 5), FullyShardedDataParallel(nn.Linear(5, 3))), torch.ones(2, 5))
 
 
 def test_complex_constants_are_fine():

@@ -300,6 +300,14 @@ def test_different_layers_or_probes_are_named():
         representation_change(found, representation(model, x[:5]))
 
 
+def test_activations_that_are_not_finite_are_named():
+    model, x, _ = trained(0)
+    with torch.no_grad():
+        model[2].weight[1, 2] = math.nan
+    with pytest.raises(ValueError, match=r"the activations of layer '3' on sample 0 of the probe are NaN"):
+        representation(model, x)
+
+
 def test_drift_of_blocks_made_by_hand():
     reference = {"a": torch.eye(2), "b": torch.zeros(2, 2), "c": torch.zeros(2, 2), "d": torch.ones(2, 2, 3, 3)}
     blocks = {"d": 1.5 * torch.ones(2, 2, 3, 3), "a": torch.diag(torch.tensor([1.0, 2.0])), "b": torch.zeros(2, 2)}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ROUNDING = 1e3
 """Units of rounding by which a sample's output may depend on the size of the batch: kernels differ with the shape."""
 
-_SHARDED = ("DTensor", "ShardedTensor", "FlatParameter")
+_SHARDED = ("DTensor", "ShardedTensor")
 
 
 def check_structure(module: nn.Module) -> None:
@@ -28,14 +28,18 @@ def check_structure(module: nn.Module) -> None:
     Raises:
         ValueError: For sharded, lazy and complex parameters, and for several devices; the message names one.
     """
+    sharded = (
+        "is sharded over processes (FSDP, DTensor); gather the parameters on every rank, parameter.full_tensor() or "
+        "FSDP.summon_full_params, into an unsharded twin of the module and measure that"
+    )
+    for name, part in module.named_modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(part).__mro__):
+            raise ValueError(f"model: {_place(name, part)} {sharded}")
     devices: dict[torch.device, str] = {}
     for name, parameter in module.named_parameters():
         kinds = [kind.__name__ for tensor in (parameter, parameter.data) for kind in type(tensor).__mro__]
         if any(kind in _SHARDED for kind in kinds):
-            raise ValueError(
-                f"model: the parameter {name!r} is sharded over processes (FSDP, DTensor); gather the parameters on "
-                "every rank, parameter.full_tensor(), into an unsharded twin of the module and measure that"
-            )
+            raise ValueError(f"model: the parameter {name!r} {sharded}")
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(
                 f"model: the parameter {name!r} is not initialised yet (a lazy module); run a batch through it first"

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_eft.measure.isolation import IsolatedModel, isolated
+from torch_eft.measure.metrics import relative_change
 from torch_eft.measure.output import checked_output
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
+from torch_eft.measure.refusals import all_finite
 
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.rnn.RNNBase, nn.MultiheadAttention)
 
@@ -55,7 +57,8 @@ def representation(
         keep: Keep the activations, which ``movement`` needs: N n numbers a layer.
 
     Raises:
-        ValueError: If a name is no submodule, the forward rejects ``x``, or the targets are not N.
+        ValueError: If a name is no submodule, the forward rejects ``x``, a kernel is not finite, or the targets are
+            not N.
     """
     probe = as_probe(x)
     kernels: dict[str, Tensor] = {}
@@ -66,6 +69,13 @@ def representation(
             kernels[name], widths[name] = features.kernel, features.width
             if features.values is not None:
                 kept[name] = features.values
+    if not all_finite(*kernels.values()):
+        wrong = next(name for name, K in kernels.items() if not all_finite(K))
+        first = int((~kernels[wrong].diagonal().isfinite()).nonzero()[0])
+        raise ValueError(
+            f"model: the activations of layer {wrong!r} on sample {first} of the probe are NaN or infinite, or their "
+            "squares are; look at that input and the parameters, or measure in float64"
+        )
     return Representation(kernels, widths, _target_kernel(targets, probe.size), kept if keep else None)
 
 
@@ -319,7 +329,7 @@ def representation_change(now: Representation, reference: Representation) -> Rep
         nan = K.new_full((), math.nan)
         y = None if target is None else target.to(K)
         rows += [
-            (K - K_0).norm() / K_0.norm(),
+            relative_change(K, K_0),
             1 - linear_cka(K, K_0),
             1 - linear_cka(K, K_0, debiased=True),
             *(_rank_of_differences(kernel) for kernel in (K_0, K)),
@@ -346,8 +356,7 @@ def block_drift(blocks: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
     values = []
     for name, H in blocks.items():
         H_0 = reference[name].to(H)
-        change = (H - H_0).norm()
-        values.append(torch.where(change == 0, 0.0, change / H_0.norm()))
+        values.append(torch.where((H == H_0).all(), 0.0, relative_change(H, H_0)))
     return dict(zip(blocks, torch.stack(values).tolist() if values else [], strict=True))
 
 
