@@ -13,9 +13,18 @@ from torch import Tensor, nn
 
 from torch_eft.measure.gram import BLOCK_BYTES, Factor, Orders, Outer, add_gram, mirror
 from torch_eft.measure.isolation import IsolatedModel
-from torch_eft.measure.jacobians import Plan, jacobian_factors, make_plan, sample_count, slice_of
+from torch_eft.measure.jacobians import (
+    Plan,
+    jacobian_factors,
+    make_plan,
+    reverse_factors,
+    sample_count,
+    slice_of,
+)
+from torch_eft.measure.jets import NoJetRuleError
 from torch_eft.measure.output import checked_output
 from torch_eft.measure.probe import Probe
+from torch_eft.measure.refusals import check_function_of_each_sample, check_measurable
 from torch_eft.measure.verification import mismatches
 
 DEFAULT_MEMORY = 2**30
@@ -23,7 +32,9 @@ DEFAULT_MEMORY = 2**30
 
 _log = logging.getLogger("torch_eft")
 _plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
-_verified_orders: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+_methods: WeakKeyDictionary[nn.Module, dict[Any, str]] = WeakKeyDictionary()
+
+JETS = "jets"
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ class Engine:
         outputs: C.
         lambdas: ``{parameter: lambda}``, those above 0.
         plan: How each parameter's Jacobian is had.
+        method: How its derivatives are: by ``"jets"``, or ``"reverse mode"`` and why.
 
     Raises:
         ValueError: If the network cannot be measured; the message says why.
@@ -90,6 +102,7 @@ class Engine:
         self.samples = probe.size
         self.plan = self._planned(probe)
         self.outputs = self.plan.outputs
+        self.method = JETS
         self._like = network.params[self.moving[0]] if self.moving else next(iter(network.params.values()))
 
     # ---- planning
@@ -104,10 +117,11 @@ class Engine:
         known = _plans.setdefault(self.network.origin, {})
         key = self._key()
         if key not in known:
+            check_measurable(self.network)
             with torch.no_grad():
                 outputs = checked_output(self.network, probe)
+            check_function_of_each_sample(self.network, probe, outputs)
             few = slice_of(self.inputs, 0, min(3, self.samples))
-            self._check_independence(few, outputs)
             known[key] = self._verified(make_plan(self.network, self.inputs, self.moving, {}), few)
         return known[key]
 
@@ -127,17 +141,6 @@ class Engine:
             "its parameters and of each sample alone (random operations, samples that see each other, state that "
             "changes); measure the part of it that is"
         )
-
-    def _check_independence(self, few: Any, outputs: Tensor) -> None:
-        with torch.no_grad():
-            alone = self.network(self.network.params, few)
-        together = outputs[: len(alone)]
-        tolerance = 1e3 * torch.finfo(together.dtype).eps * together.abs().max().clamp_min(1e-30)
-        if not bool(((alone - together).abs() <= tolerance).all()) and bool(torch.isfinite(together).all()):
-            raise ValueError(
-                "model: a sample's output depends on the other samples of the batch or on chance; "
-                "the NTK needs the forward to be a function of each sample (in evaluation mode)"
-            )
 
     # ---- memory
 
@@ -162,6 +165,8 @@ class Engine:
         numels = {name: value.numel() for name, value in self.network.params.items()}
         fallback = channels * sum(numels[name] for name in self.plan.fallback) * size
         sample = orders * (self.plan.sample_bytes + 2 * fallback)
+        if self.method != JETS:
+            sample = (orders + 1) * channels * sum(numels[name] for name in self.moving) * size
         buffers = min(BLOCK_BYTES, count * channels * max(numels.values()) * size)
         whole = result + buffers + count * sample
         if columns is None and whole <= self.memory:
@@ -201,7 +206,8 @@ class Engine:
         """
         order = max(max(pair) for pair in pairs)
         if order:
-            self._verify_order(order, direction)
+            assert direction is not None
+            self.method = self._verified_method(order, direction)
         labels = {name: "" if group is None else group(name) for name in self.moving}
         groups = sorted(set(labels.values()))
         channels = 1 if trace else self.outputs
@@ -230,7 +236,7 @@ class Engine:
         """Samples and their factors, block by block from block number ``start``."""
         for begin in range(start * block, self.samples, block):
             inputs = slice_of(self.inputs, begin, block)
-            factors = jacobian_factors(self.network, inputs, self.moving, self.plan, direction, order)
+            factors = self._factors(inputs, direction, order)
             samples = slice(begin, begin + sample_count(inputs))
             yield samples, [part for factor in factors for part in factor.traced()] if trace else factors
 
@@ -265,22 +271,33 @@ class Engine:
                 if symmetric and not same and pair[::-1] in results[g]:
                     results[g][pair[::-1]][:, columns, :, rows] = value.permute(2, 3, 0, 1)
 
-    def _verify_order(self, order: int, direction: Mapping[str, Tensor] | None) -> None:
-        """At first use: u . J_m along the direction against reverse mode."""
-        verified = _verified_orders.setdefault(self.network.origin, set())
+    def _factors(self, inputs: Any, direction: Mapping[str, Tensor] | None, order: int) -> list[Factor]:
+        if order == 0 or direction is None or self.method == JETS:
+            return jacobian_factors(self.network, inputs, self.moving, self.plan, direction, order)
+        return reverse_factors(self.network, inputs, self.moving, direction, order)
+
+    def _verified_method(self, order: int, direction: Mapping[str, Tensor]) -> str:
+        """At first use: u . J_m along the direction against reverse mode of reverse mode."""
+        known = _methods.setdefault(self.network.origin, {})
         key = (self._key(), order)
-        if key in verified:
-            return
-        few = slice_of(self.inputs, 0, min(3, self.samples))
-        for m in range(1, order + 1):
-            factors = jacobian_factors(self.network, few, self.moving, self.plan, direction, m)
-            wrong = mismatches(self.network, few, factors, self.moving, direction, m)
-            if wrong:
-                name, found = next(iter(wrong.items()))
-                raise ValueError(
-                    f"model: derivatives of order {m + 1} cannot be trusted for {name!r}: |u . J_{m}| is {found}"
-                )
-        verified.add(key)
+        if key not in known:
+            few = slice_of(self.inputs, 0, min(3, self.samples))
+            method = JETS
+            try:
+                factors = jacobian_factors(self.network, few, self.moving, self.plan, direction, order)
+            except NoJetRuleError as error:
+                method = f"reverse mode ({error})"
+                factors = reverse_factors(self.network, few, self.moving, direction, order)
+            for m in range(1, order + 1):
+                wrong = mismatches(self.network, few, factors, self.moving, direction, m)
+                if wrong:
+                    name, found = next(iter(wrong.items()))
+                    raise ValueError(
+                        f"model: derivatives of order {m + 1} cannot be trusted for {name!r}: |u . J_{m}| is {found}; "
+                        "an operation of the forward has wrong higher derivatives"
+                    )
+            known[key] = method
+        return known[key]
 
 
 def _by_group(first: Factor, second: Factor, labels: Mapping[str, str]) -> list[tuple[Factor, Factor]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from torch_eft.measure.composite import WrittenOut
 from torch_eft.measure.capture import Capture, Site, unrecognised
 from torch_eft.measure.gram import Direct, Factor, PerOutput
 from torch_eft.measure.isolation import IsolatedModel
@@ -114,6 +115,50 @@ def jacobian_factors(
     return found
 
 
+def reverse_factors(
+    network: IsolatedModel, inputs: Any, moving: Sequence[str], direction: Mapping[str, Tensor], order: int
+) -> list[Factor]:
+    """J_0 .. J_order of every parameter by reverse mode of reverse mode, for operations that jets do not know."""
+    leaves = [network.params[name].detach().requires_grad_() for name in moving]
+    with WrittenOut():
+        outputs = network({**network.params, **dict(zip(moving, leaves, strict=True))}, inputs)
+    along = [direction[name] for name in moving]
+    rows = [[_reverse_series(value, leaves, along, order) for value in row] for row in outputs]
+    return [
+        Direct(
+            name,
+            tuple(
+                torch.stack([torch.stack([row[i][m][index] for row in rows]) for i in range(outputs.shape[1])])
+                for m in range(order + 1)
+            ),
+        )
+        for index, name in enumerate(moving)
+    ]
+
+
+def _reverse_series(
+    value: Tensor, leaves: Sequence[Tensor], along: Sequence[Tensor], order: int
+) -> list[list[Tensor]]:
+    """Of one number, for every m the flattened rows of J_m, parameter by parameter."""
+    found = []
+    for m in range(order + 1):
+        if value.requires_grad:
+            gradients = torch.autograd.grad(
+                value,
+                leaves,
+                create_graph=m < order,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        else:
+            gradients = tuple(torch.zeros_like(leaf) for leaf in leaves)
+        found.append([g.detach().flatten() for g in gradients])
+        # J_m = (J_{m-1} . v)' / m
+        value = torch.stack([(g * v).sum() for g, v in zip(gradients, along, strict=True)]).sum() / (m + 1)
+    return found
+
+
 def sample_count(inputs: Any) -> int:
     """N."""
     return next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
@@ -173,6 +218,8 @@ def _difference(site: Site, smaller: Site, axis: Axis, few: int, fewer: int) -> 
     more, less = site.inputs[0], smaller.inputs[0]
     if more is None or less is None or more.ndim <= axis.index:
         return 0.0
+    if more.device.type == "meta":
+        return float(axis.inner)
     return float((axis.split(more, few)[:fewer] - axis.split(less, fewer)).abs().max())
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch_eft.measure.engine import DEFAULT_MEMORY, Engine, Estimate
 from torch_eft.measure.isolation import IsolatedModel, isolated
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
+from torch_eft.measure.refusals import all_finite, check_measurable
 
 Per = Literal["parameter", "layer"]
 
@@ -105,8 +106,9 @@ def isolated_ntk(
     columns = None if other is None else Engine(network, other, lambdas, memory)
     group = None if per is None else (str if per == "parameter" else layer_of)
     found = {name: value[0, 0] for name, value in engine.gram(trace=trace, group=group, other=columns).items()}
-    if not bool(torch.isfinite(torch.stack([H.sum() for H in found.values()])).all()):
-        raise ValueError("model: the NTK is not finite; parameters or outputs contain NaN or infinite values")
+    if not all_finite(torch.stack([H.sum() for H in found.values()])):
+        check_measurable(network)  # names the parameter
+        raise ValueError("model: the NTK is not finite though the parameters are; outputs or derivatives overflow")
     return found[""] if per is None else found
 
 
