@@ -1,7 +1,8 @@
 """Fused operations written out in elementary ones, whose derivatives are right at every order.
 
-torch's fused layer norm, instance norm, batch norm with batch statistics and weight norm have first and second
-derivatives by reverse mode; their third ones (and nested forward mode already at second order) are silently wrong.
+torch's fused layer norm, instance norm and batch norm with batch statistics have first and second derivatives by
+reverse mode; their third ones (and nested forward mode already at second order) are silently wrong, and so is weight
+norm's second.
 Fused attention and recurrent cells have no second derivative at all. Written out, they also show the linear maps they
 are made of to whoever watches the operations of a network.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from torch_eft.measure.attention import scaled_dot_product_attention
-from torch_eft.measure.recurrent import gru, lstm, rnn_relu, rnn_tanh
+from torch_eft.measure.recurrent import CELLS, gru, lstm, rnn_relu, rnn_tanh
 
 
 class WrittenOut(TorchFunctionMode):
@@ -211,5 +212,6 @@ WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.gru: gru,
     torch.rnn_tanh: rnn_tanh,
     torch.rnn_relu: rnn_relu,
+    **CELLS,
 }
 """Builtin function of torch -> the same in elementary operations; that returns None where it cannot be written out."""

@@ -19,7 +19,7 @@ Cell: TypeAlias = Callable[[Tensor, State, "_Weights"], State]
 class _Weights:
     """Those of one layer in one direction, in torch's order: w_ih, w_hh, then b_ih, b_hh, then w_hr."""
 
-    def __init__(self, flat: Sequence[Tensor], has_biases: bool) -> None:
+    def __init__(self, flat: Sequence[Any], has_biases: bool) -> None:
         self.w_ih, self.w_hh = flat[0], flat[1]
         self.b_ih: Tensor | None = flat[2] if has_biases else None
         self.b_hh: Tensor | None = flat[3] if has_biases else None
@@ -135,3 +135,29 @@ def _rnn_cell(activation: Callable[[Tensor], Tensor]) -> Cell:
         return (activation(mapped + F.linear(state[0], weights.w_hh, weights.b_hh)),)
 
     return step
+
+
+def _single(cell: Cell) -> Callable[..., Any]:
+    def step(
+        input: Tensor,
+        hx: Tensor | Sequence[Tensor],
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Any:
+        state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        weights = _Weights([w_ih, w_hh, b_ih, b_hh], has_biases=True)
+        new = cell(F.linear(input, w_ih, b_ih), state, weights)
+        return new[0] if isinstance(hx, Tensor) else new
+
+    return step
+
+
+CELLS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.lstm_cell: _single(_lstm_cell),
+    torch.gru_cell: _single(_gru_cell),
+    torch.rnn_tanh_cell: _single(_rnn_cell(torch.tanh)),
+    torch.rnn_relu_cell: _single(_rnn_cell(torch.relu)),
+}
+"""One step of one layer."""
