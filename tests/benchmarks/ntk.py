@@ -212,7 +212,6 @@ def draw_scaling(path, peak, rounds):
         "hidden layers": ("hidden", [1, 2, 4, 8, 16, 32]),
     }
     figure, axes = pyplot.subplots(1, 4, figsize=(17, 4.6), layout="constrained", sharey=True)
-    pyplot.rcParams["font.size"] = 13
     for axis, (label, (argument, values)) in zip(axes, sweeps.items(), strict=True):
         milliseconds, bounds = [], []
         for value in values:
@@ -235,7 +234,7 @@ def draw_scaling(path, peak, rounds):
         axis.grid(alpha=0.3)
         axis.margins(x=0.1, y=0.12)
     axes[0].set_ylabel("ms, one thread", fontsize=14)
-    axes[0].legend(fontsize=12, loc="upper left")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=13, loc="outside lower center", ncols=2)
     figure.suptitle(
         f"Dense NTK of MLP 784-512x3-10, N=64, one size varied; labels: share of the {peak / 1e9:.0f} GF/s GEMM peak",
         fontsize=15,
