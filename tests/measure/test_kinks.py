@@ -1,5 +1,7 @@
 """Kinked operations by name, and secants of the NTK against derivatives by reverse mode in float64."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -99,11 +101,21 @@ def test_modules_are_named():
     assert kinked_operations(ConvNet(), x) == ()
 
 
+def test_kinks_of_what_training_does_not_move_are_none():
+    model = nn.Sequential(nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
+    assert kinked_operations(model, torch.ones(2, 6)) == ("relu in '2'", "relu in '4'")
+    model[1].requires_grad_(False)
+    assert kinked_operations(model, torch.ones(2, 6)) == ("relu in '4'",)
+
+
 def test_kinks_of_attention_and_recurrent_networks():
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     assert kinked_operations(encoder, torch.randn(2, 3, 8), lambda z: z.flatten(1)) == ("relu in the forward",)
     cells = nn.RNN(3, 4, nonlinearity="relu", batch_first=True)
     assert kinked_operations(cells, torch.randn(2, 3, 3), lambda out: out[0][:, -1]) == ("rnn_relu in the forward",)
+    direction = {name: torch.randn_like(p) for name, p in cells.named_parameters()}
+    found = secant_ntk(cells, torch.randn(2, 3, 3), direction, 0.1, output_fn=lambda out: out[0][:, -1])
+    assert math.isnan(found.crossings) and "not seen" in found.validity
 
 
 def randn(*shape, seed=0):

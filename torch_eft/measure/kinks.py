@@ -6,6 +6,7 @@ unit changes its side. Over a training step many do, and H changes by the sum of
 secant over a step of that size.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ class Secant:
         step: The distance that the change is divided by.
         kinked: The kinked operations met, as ``kinked_operations`` names them.
         crossings: Share of the kinked units, over samples, that are on another side at the second setting than at the
-            first; 0 without kinks.
+            first; 0 without kinks, NaN if some are in operations whose units are not seen (recurrent layers).
     """
 
     value: Tensor
@@ -44,6 +45,8 @@ class Secant:
         """What the value is, in words."""
         if not self.kinked:
             return "smooth network: the secant tends to the derivative as the step does to 0"
+        if math.isnan(self.crossings):
+            return "kinks whose units are not seen: the secant holds for this step, autodiff's derivative may not"
         if self.crossings == 0:
             return "within the kinks: no unit changed its side, and autodiff's derivative is the slope"
         return (
@@ -57,8 +60,8 @@ def kinked_operations(model: nn.Module, x: Any, output_fn: OutputFn | None = Non
 
     Operations whose slope jumps (ReLU, max pooling, clamp, maximum ...) or which are piecewise constant (sign, round
     ...), and selections by comparison of activations (``torch.where(z > 0, ...)``, ``z * (z > 0)``, sorting). ELU and
-    CELU with alpha = 1 are not among them. Inside TorchScript, custom autograd functions in C++ and fused functions of
-    torch other than recurrent ones, nothing is seen.
+    CELU with alpha = 1 are not among them, nor kinks of what depends on no trainable parameter. Inside TorchScript,
+    custom autograd functions in C++ and fused functions of torch other than recurrent ones, nothing is seen.
 
     Args:
         model: Any module.
@@ -161,7 +164,7 @@ def _between(
     lambdas: Mapping[str, float] | float | None,
     trace: bool,
 ) -> Secant:
-    if not 0 < step < float("inf"):
+    if not 0 < step < math.inf:
         raise ValueError(f"step: {step:g} given; it must be positive and finite")
     change, sides = [], []
     for params in (first, second):
@@ -177,19 +180,22 @@ class _Sides:
 
     names: tuple[str, ...]
     sides: tuple[Tensor, ...]
+    all_seen: bool
 
 
 def _sides(network: IsolatedModel, params: dict[str, Tensor], probe: Probe) -> _Sides:
-    # Gradients tell activations, which depend on parameters or inputs, from constants.
+    # Gradients tell activations that training moves from constants, inputs and what is frozen.
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     moving = replace(network, params=leaves)
     with _module_names(network.shadow) as stack, _Watch(stack) as watch:
         checked_output(moving, probe)
-    return _Sides(tuple(dict.fromkeys(watch.names)), tuple(watch.sides))
+    return _Sides(tuple(dict.fromkeys(watch.names)), tuple(watch.sides), watch.all_seen)
 
 
 def _crossings(first: _Sides, second: _Sides) -> float:
     """Waits for the device once. Units that only one of the two forwards has count as crossed."""
+    if not (first.all_seen and second.all_seen):
+        return math.nan
     crossed: list[Tensor] = []
     alone = total = 0
     for index in range(max(len(first.sides), len(second.sides))):
@@ -336,6 +342,7 @@ class _Watch(TorchFunctionMode):
         self.modules = modules
         self.names: list[str] = []
         self.sides: list[Tensor] = []
+        self.all_seen = True
         self._selections: dict[int, Tensor] = {}  # by id, and kept alive so that no id is given twice
 
     def __torch_function__(
@@ -361,9 +368,11 @@ class _Watch(TorchFunctionMode):
 
     def _note(self, name: str, side: Side | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.names.append(self._where(name))
-        if side is not None:
-            with torch.no_grad():
-                self.sides.append(side(*args, **kwargs))
+        if side is None:
+            self.all_seen = False
+            return
+        with torch.no_grad():
+            self.sides.append(side(*args, **kwargs))
 
     def _where(self, name: str) -> str:
         inside = self.modules[-1] if self.modules else ""
