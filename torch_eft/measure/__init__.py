@@ -1,18 +1,26 @@
 """What one real network does: ``nn.Module`` in, tensors out; no Lightning."""
 
+from torch_eft.measure.dntk import AlmostEverywhereWarning, Contracted, contracted, ddntk, dntk
+from torch_eft.measure.engine import Estimate
 from torch_eft.measure.initialization import NotAnMLPError, ReadEnsemble, read_ensemble
 from torch_eft.measure.learning_rates import LearningRates, read_learning_rates
 from torch_eft.measure.metrics import as_matrix, as_trace, kernel_distance, ntk_trace, relative_change, top_eigenvalue
 from torch_eft.measure.ntk import Coverage, coverage, ntk, ntk_estimate
 from torch_eft.measure.output import output
 from torch_eft.measure.probe import Probe
+from torch_eft.measure.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, pull_back
 from torch_eft.measure.representation import hidden_kernels, linear_cka
 from torch_eft.measure.seeds import Comparison, SeedEnsemble, seed_ensemble
 from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.training import SquaredError, UnrecognisedLossError, recognise_squared_error
 
 __all__ = [
+    "AlmostEverywhereWarning",
     "Comparison",
+    "Contracted",
+    "Coverage",
+    "Eigenpairs",
+    "Estimate",
     "LearningRates",
     "NotAnMLPError",
     "Plan",
@@ -24,12 +32,20 @@ __all__ = [
     "UnrecognisedLossError",
     "as_matrix",
     "as_trace",
+    "contracted",
+    "coverage",
+    "ddntk",
+    "dntk",
     "hidden_kernels",
     "kernel_distance",
     "linear_cka",
     "ntk",
+    "ntk_eigenpairs",
+    "ntk_estimate",
     "ntk_trace",
+    "ntk_vector_product",
     "output",
+    "pull_back",
     "read_ensemble",
     "read_learning_rates",
     "recognise_squared_error",

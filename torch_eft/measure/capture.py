@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 from torch_eft.measure.composite import WRITTEN_OUT, undispatched
 from torch_eft.measure.jets import Jet, coefficients_of, jet
 
-
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
@@ -103,9 +102,7 @@ class Capture(TorchFunctionMode):
         """Note an operation whose parameters were replaced by ``fresh``; returns its output."""
         if isinstance(output, Jet):
             # A zero coefficient (a linear layer's third order, say) has a gradient all the same.
-            parts = [
-                output.coefficients[0].new_zeros(output.shape) if part is None else part for part in output.coefficients
-            ]
+            parts = [output.primal.new_zeros(output.shape) if part is None else part for part in output.coefficients]
             output = jet([part if part.requires_grad else part.detach().requires_grad_() for part in parts])
             coefficients = [part for part in output.coefficients if part is not None]
         elif output.requires_grad:
@@ -254,8 +251,8 @@ def _embedding(
     return capture.record("embedding", w, None, tokens, func(fresh(weight), indices))
 
 
-def _scaled(capture: Capture, normalised: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Tensor | None:
-    """normalised * weight + bias, both brought to ``shape``."""
+def _scaled(capture: Capture, normalised: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Tensor:
+    """Normalised * weight + bias, both brought to ``shape``."""
     w, b = capture.name(weight), capture.name(bias)
     shape = (bias if weight is None else weight).reshape(shape).shape
     output = normalised

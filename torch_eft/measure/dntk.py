@@ -1,14 +1,16 @@
 """The NTK's differentials: dNTK and ddNTK, whole on small probes, contracted with a direction on large ones.
 
-With sums over parameters weighted by lambda (PDLT 11.1, chapter infinity; sheet of conventions in the README),
+With sums over parameters weighted by lambda (PDLT 11.1, chapter infinity),
 
     dH_{ijk;abc}    = sum (d_mu d_nu z_{i;a}) (d_mu z_{j;b}) (d_nu z_{k;c})
     ddI_{ijkl;abcd} = sum (d_mu d_nu d_rho z_{i;a}) (d_mu z_{j;b}) (d_nu z_{k;c}) (d_rho z_{l;d})
     ddII_{ijkl;abcd} = sum (d_mu d_nu z_{i;a}) (d_mu d_rho z_{j;b}) (d_nu z_{k;c}) (d_rho z_{l;d}).
 
 Contracted with v = lambda J^T e they are Gram matrices of the Jacobian's Taylor coefficients along theta + s v,
-J = J_0 + s J_1 + s^2 J_2: dH e = J_1 lambda J_0^T, ddI e e = 2 J_2 lambda J_0^T, ddII e e = J_1 lambda J_1^T. dH is one-sided
-as defined: the NTK's own rate of change along v is dH e + its transpose.
+
+    J = J_0 + s J_1 + s^2 J_2:   dH e = J_1 lambda J_0^T,   ddI e e = 2 J_2 lambda J_0^T,   ddII e e = J_1 lambda J_1^T.
+
+dH is one-sided as defined: the NTK's own rate of change along v is dH e + its transpose.
 """
 
 import warnings
@@ -40,7 +42,7 @@ class Contracted:
     """H and its differentials contracted with a direction, (N, N, C, C) each, or (N, N) of a trace.
 
     Args:
-        H: The NTK.
+        H: The NTK, or None if not asked for.
         dH: ``[a, b, i, j] = sum_{c,k} dH_{ijk;abc} e_{kc}``.
         ddI: ``sum ddI_{ijkl;abcd} e_{kc} e_{ld}``, or None if not asked for.
         ddII: Likewise.
@@ -48,7 +50,7 @@ class Contracted:
         method: ``"jets"``, or ``"reverse mode"`` with the operation that has no rule for jets.
     """
 
-    H: Tensor
+    H: Tensor | None
     dH: Tensor
     ddI: Tensor | None
     ddII: Tensor | None
@@ -66,8 +68,8 @@ def almost_everywhere(kinked: tuple[str, ...]) -> str | None:
     if not kinked:
         return None
     return (
-        f"almost everywhere: the network has kinks ({', '.join(kinked)}), whose crossings contribute to the change of H "
-        "but not to its derivatives; use the realised change of H, or a secant over the training step (secant_ntk)"
+        f"almost everywhere: the network has kinks ({', '.join(kinked)}), whose crossings contribute to the change of "
+        "H but not to its derivatives; use the realised change of H, or a secant over the training step (secant_ntk)"
     )
 
 
@@ -111,18 +113,19 @@ def isolated_contracted(
     order: int = 2,
     trace: bool = False,
     memory: int = DEFAULT_MEMORY,
+    kernel: bool = True,
 ) -> Contracted:
-    """As ``contracted``, for a network that is already isolated."""
+    """As ``contracted``, for a network that is already isolated; H itself only if ``kernel``."""
     engine = Engine(network, probe, lambdas, memory)
     v = _along(network, probe, direction, lambdas, engine.moving)
-    pairs = [(0, 0), (1, 0)] if order == 1 else [(0, 0), (1, 0), (2, 0), (1, 1)]
+    pairs = [*([(0, 0)] if kernel else []), (1, 0), *([(2, 0), (1, 1)] if order == 2 else [])]
     with watch_kinks() as kinks:
         found = engine.gram(pairs, v, trace)[""]
     if not all_finite(torch.stack([value.sum() for value in found.values()])):
         check_measurable(network)  # names the parameter
         raise ValueError("model: its differentials are not finite though the parameters are; derivatives overflow")
     return Contracted(
-        found[0, 0],
+        found.get((0, 0)),
         found[1, 0],
         2 * found[2, 0] if order == 2 else None,
         found.get((1, 1)),
@@ -138,7 +141,7 @@ def _along(
     lambdas: Mapping[str, float] | float | None,
     moving: list[str],
 ) -> dict[str, Tensor]:
-    """v of the parameters that move."""
+    """V of the parameters that move."""
     if isinstance(direction, Tensor):
         operator = NTKOperator(network, probe, lambdas)
         if direction.shape != operator.outputs.shape:
@@ -189,7 +192,8 @@ def dntk(
         AlmostEverywhereWarning: If the network has kinks.
     """
     if direction is not None:
-        found = contracted(model, x, direction, lambdas, 1, False, output_fn, memory)
+        with isolated(model, output_fn) as network:
+            found = isolated_contracted(network, as_probe(x), direction, lambdas, 1, False, memory, kernel=False)
         _warn(found.kinked)
         return found.dH
     return _whole(model, x, lambdas, ("dH",), output_fn, memory)[0]
@@ -209,7 +213,8 @@ def ddntk(
         (N, N, N, N, C, C, C, C) each, ``[a, b, c, d, i, j, k, l]``; contracted, (N, N, C, C) each.
     """
     if direction is not None:
-        found = contracted(model, x, direction, lambdas, 2, False, output_fn, memory)
+        with isolated(model, output_fn) as network:
+            found = isolated_contracted(network, as_probe(x), direction, lambdas, 2, False, memory, kernel=False)
         _warn(found.kinked)
         assert found.ddI is not None and found.ddII is not None
         return found.ddI, found.ddII
@@ -257,9 +262,9 @@ def _check_memory(outputs: Tensor, parameters: int, names: tuple[str, ...], memo
     needed = size * sum({"dH": M**3 + M * parameters}.get(name, M**4 + M**2 * parameters) for name in names)
     if needed > memory:
         raise ValueError(
-            f"memory: {needed / 2**30:.2f} GiB needed for the whole {' and '.join(names)} of {len(outputs)} samples and "
-            f"{outputs.shape[1]} outputs, {memory / 2**30:.2f} GiB allowed; allow more, take fewer samples or outputs, or "
-            "contract with a direction"
+            f"memory: {needed / 2**30:.2f} GiB needed for the whole {' and '.join(names)} of {len(outputs)} samples "
+            f"and {outputs.shape[1]} outputs, {memory / 2**30:.2f} GiB allowed; allow more, take fewer samples or "
+            "outputs, or contract with a direction"
         )
 
 
@@ -275,7 +280,7 @@ def _check_in_one_direction(
     generator = torch.Generator(device="cpu").manual_seed(0)
     like = next(iter(tensors.values()))
     e = torch.randn(N, C, generator=generator, device="cpu").to(like)
-    found = isolated_contracted(network, probe, e, lambdas, 1 if "dH" in tensors else 2, False, memory)
+    found = isolated_contracted(network, probe, e, lambdas, 1 if "dH" in tensors else 2, False, memory, False)
     eps = torch.finfo(like.dtype).eps
     for name, value in tensors.items():
         if name == "dH":

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from torch_eft.measure.gram import BLOCK_BYTES, Factor, Orders, Outer, add_gram, mirror
+from torch_eft.measure.gram import Factor, Orders, Outer, add_gram, mirror
 from torch_eft.measure.isolation import IsolatedModel
 from torch_eft.measure.jacobians import (
     Plan,
@@ -167,20 +167,18 @@ class Engine:
         sample = orders * (self.plan.sample_bytes + 2 * fallback)
         if self.method != JETS:
             sample = (orders + 1) * channels * sum(numels[name] for name in self.moving) * size
-        buffers = min(BLOCK_BYTES, count * channels * max(numels.values()) * size)
-        whole = result + buffers + count * sample
+        whole = result + count * sample
         if columns is None and whole <= self.memory:
             return Estimate(sample, result, count, 1, whole)
-        block = min(count, (self.memory - result - buffers) // max(1, 2 * sample))
+        block = min(count, (self.memory - result) // max(1, 2 * sample))
         if block < 1:
             raise ValueError(
-                f"memory: {_size(self.memory)} allowed, {_size(result + buffers + 2 * sample)} needed at least: "
-                f"{_size(result)} for the kernels of {count} samples and {own} output{'s' if own > 1 else ''}, "
-                f"{_size(2 * sample)} for the factors of two samples, {_size(buffers)} for buffers. Allow more, or take "
-                "fewer samples, fewer outputs (output_fn) or trace=True"
+                f"memory: {_size(self.memory)} allowed, {_size(result + 2 * sample)} needed at least: {_size(result)} "
+                f"for the kernels of {count} samples and {own} output{'s' if own > 1 else ''}, {_size(2 * sample)} for "
+                "the factors of two samples. Allow more, or take fewer samples, fewer outputs (output_fn) or trace=True"
             )
         blocks = math.ceil(count / block)
-        return Estimate(sample, result, block, blocks, result + buffers + 2 * block * sample)
+        return Estimate(sample, result, block, blocks, result + 2 * block * sample)
 
     # ---- computing
 
@@ -302,12 +300,10 @@ class Engine:
 
 def _by_group(first: Factor, second: Factor, labels: Mapping[str, str]) -> list[tuple[Factor, Factor]]:
     """A weight and its bias apart where they belong to different parts of the result."""
-    if isinstance(first, Outer) and isinstance(second, Outer) and first.bias is not None:
-        if labels.get(first.weight) != labels.get(first.bias):
-            return [
-                (replace(first, bias=None), replace(second, bias=None)),
-                (first.of_bias(), second.of_bias()),
-            ]
+    if not (isinstance(first, Outer) and isinstance(second, Outer)) or first.bias is None:
+        return [(first, second)]
+    if labels.get(first.weight) != labels.get(first.bias):
+        return [(replace(first, bias=None), replace(second, bias=None)), (first.of_bias(), second.of_bias())]
     return [(first, second)]
 
 
@@ -317,7 +313,7 @@ def _finished(value: Tensor, scale: float, trace: bool) -> Tensor:
 
 
 def checked_lambdas(network: IsolatedModel, lambdas: Mapping[str, float] | float | None) -> dict[str, float]:
-    """lambda of every trainable parameter with lambda > 0.
+    """Lambda of every trainable parameter with lambda > 0.
 
     Raises:
         ValueError: If there is no trainable parameter, or ``lambdas`` names others, or gives negative values.

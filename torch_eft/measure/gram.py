@@ -1,8 +1,8 @@
 """Gram matrices of per-sample Jacobians that are kept as factors.
 
-A layer o = W a has dz_{i;a}/dW = sum_t g_{i;a,t} a_{a,t}^T, with a the layer's inputs, g = dz/do and t the places of one
-sample at which the weight is used (pixels, tokens, times). Along theta + s v all of them are series in s, and so is
-the Jacobian, J = J_0 + s J_1 + s^2 J_2: J_0 the Jacobian, J_1 = d^2z . v, 2 J_2 = d^3z . v . v. A Gram matrix of two
+A layer o = W h has dz_{i;a}/dW = sum_t g_{i;a,t} h_{a,t}^T, with h the layer's inputs (D numbers), g = dz/do (E numbers)
+and t the T places of one sample at which the weight is used: pixels, tokens, times. Along theta + s v all of them are
+series in s, and so is the Jacobian, J = J_0 + s J_1 + s^2 J_2: J_0 the Jacobian, J_1 = d^2z . v, 2 J_2 = d^3z . v . v. A Gram matrix of two
 orders (m, n) is J_m lambda J_n^T.
 
 Rows are pairs (output i, sample a), outputs first. Of three ways the one with the fewest operations is taken:
@@ -24,6 +24,9 @@ Block = tuple[slice, slice]
 BLOCK_BYTES = 4 * 2**20
 """Size of the buffer in which parts of a Jacobian are formed: reused, so that it stays in the cache."""
 
+FORMED = 64
+"""Of a layer's outputs, at least so many are taken at once where a Jacobian is formed: narrower products are slow."""
+
 PerOutput = tuple[Tensor, ...]
 """One tensor for every output i."""
 
@@ -39,7 +42,7 @@ class Outer:
     Args:
         weight: The parameter.
         inputs: a_q, (N, T, D) each, None for zero; or token numbers (N, T), standing for one-hot vectors.
-        gradients: g_p, for every output (N, T, O).
+        gradients: g_p, for every output (N, T, E).
         bias: A parameter with J_m = sum_t g_m, or None.
     """
 
@@ -55,9 +58,9 @@ class Outer:
 
     @property
     def size(self) -> tuple[int, int, int, int]:
-        """C, N, T, O."""
-        N, T, O = self.gradients[0][0].shape
-        return len(self.gradients[0]), N, T, O
+        """C, N, T, E."""
+        N, T, E = self.gradients[0][0].shape
+        return len(self.gradients[0]), N, T, E
 
     def traced(self) -> "list[Factor]":
         """Factors of one output whose Gram matrices add up to the sum over i = j."""
@@ -72,12 +75,14 @@ class Outer:
         return Direct(self.bias, tuple(torch.stack([part.sum(1) for part in g]) for g in self.gradients))
 
     def pulled_back(self, u: Tensor, order: int) -> dict[str, Tensor]:
-        """u . J_order for u (C, N), in some shape, by parameter."""
+        """U . J_order for u (C, N), in some shape, by parameter."""
         total: Tensor | float = 0.0
         for p, q in _splits(order):
             a = self.inputs[q]
             if a is not None:
-                weighted = torch.stack([row[:, None, None] * g for row, g in zip(u, self.gradients[p], strict=True)]).sum(0)
+                weighted = torch.stack(
+                    [row[:, None, None] * g for row, g in zip(u, self.gradients[p], strict=True)]
+                ).sum(0)
                 if _is_tokens(a):
                     out = weighted.new_zeros(int(a.max()) + 1, weighted.shape[2])
                     total = total + out.index_add(
@@ -116,7 +121,7 @@ class Direct:
         return [replace(self, jacobians=tuple(J.transpose(0, 1).flatten(1)[None] for J in self.jacobians))]
 
     def pulled_back(self, u: Tensor, order: int) -> dict[str, Tensor]:
-        """u . J_order for u (C, N)."""
+        """U . J_order for u (C, N)."""
         return {self.weight: torch.einsum("cn,cnp->p", u, self.jacobians[order])}
 
 
@@ -163,7 +168,7 @@ def add_gram(
 def mirror(out: Tensor) -> None:
     """Fill the upper triangle of a symmetric (C, N, C, N) from the lower one."""
     matrix = out.flatten(2).flatten(0, 1)
-    for block, before in _lower_blocks(len(matrix)):
+    for block, _ in _lower_blocks(len(matrix)):
         diagonal = matrix[block, block]
         diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
         done = slice(0, block.start)
@@ -250,22 +255,22 @@ def _blocks(outputs: int, samples: int, lower: bool) -> Iterator[tuple[Block, Bl
 
 def _explicit_cost(rows: Outer, columns: Outer, pairs: Collection[Orders]) -> float:
     """Multiplications of the explicit form, for all pairs of orders."""
-    C, N, T, O = rows.size
+    C, N, T, E = rows.size
     D, size, other = _depth(rows), C * N, columns.size[0] * columns.size[1]
     orders = {order for pair in pairs for order in pair}
-    formed = sum(order + 1 for order in orders) * T * D * O * (size if rows is columns else size + other)
-    return formed + sum((0.5 if m == n and rows is columns else 1) * size * other * D * O for m, n in pairs)
+    formed = sum(order + 1 for order in orders) * T * D * E * (size if rows is columns else size + other)
+    return formed + sum((0.5 if m == n and rows is columns else 1) * size * other * D * E for m, n in pairs)
 
 
 def _mixed_cost(rows: Outer, columns: Outer, pairs: Collection[Orders]) -> float:
     """Multiplications of the mixed form, for all pairs of orders."""
-    C, N, T, O = rows.size
+    C, N, T, E = rows.size
     C2, N2, T2, _ = columns.size
     D, total = _depth(rows), 0.0
     for m, n in pairs:
         t, t2 = (m + 1) * T, (n + 1) * T2
         share = 0.5 if m == n and rows is columns else 1.0
-        total += share * (N * t * N2 * t2 * D + N * N2 * C2 * t * t2 * O + C * N * C2 * N2 * t * O)
+        total += share * (N * t * N2 * t2 * D + N * N2 * C2 * t * t2 * E + C * N * C2 * N2 * t * E)
     return total
 
 
@@ -276,17 +281,17 @@ def _depth(factor: Outer) -> int:
 def _explicit(
     rows: Outer, columns: Outer, orders: Sequence[int]
 ) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
-    """J_m of rows and of columns, (C, N, O_block D) each, for some columns of the layer at a time."""
+    """J_m of rows and of columns, (C, N, E_block D) each, for some columns of the layer at a time."""
     sides = (rows,) if columns is rows else (rows, columns)
-    D, O = _depth(rows), rows.size[3]
+    D, E = _depth(rows), rows.size[3]
     widest = max(side.size[0] * side.size[1] for side in sides)
-    step = min(O, max(64, BLOCK_BYTES // (widest * D * rows.gradients[0][0].element_size())))
+    step = min(E, max(FORMED, BLOCK_BYTES // (widest * D * rows.gradients[0][0].element_size())))
     buffers = [
         {order: side.gradients[0][0].new_empty(side.size[0] * side.size[1] * step * D) for order in orders}
         for side in sides
     ]
-    for start in range(0, O, step):
-        block = slice(start, min(start + step, O))
+    for start in range(0, E, step):
+        block = slice(start, min(start + step, E))
         formed = [_formed(side, buffer, block) for side, buffer in zip(sides, buffers, strict=True)]
         yield formed[0], formed[-1]
 
@@ -317,7 +322,7 @@ def _add_mixed(out: Tensor, rows: Outer, columns: Outer, pair: Orders, scale: fl
     for n in range(len(g[0])):
         upto = n + 1 if lower else len(h[0])
         overlap = _overlap(a[n], b[:upto], g[0].dtype)  # (N', T, T')
-        own = torch.stack([part[n].flatten() for part in g])  # (C, T O)
+        own = torch.stack([part[n].flatten() for part in g])  # (C, T E)
         for j, part in enumerate(h):
             value = own @ torch.bmm(overlap, part[:upto]).flatten(1).T  # (C, N')
             out[:, n, j, :upto].add_(value, alpha=scale)
@@ -326,7 +331,7 @@ def _add_mixed(out: Tensor, rows: Outer, columns: Outer, pair: Orders, scale: fl
 
 
 def _side_by_side(factor: Outer, order: int) -> tuple[Tensor, PerOutput]:
-    """(N, T', D) or tokens (N, T'), and (N, T', O) for every output, with T' = (order + 1) T or less."""
+    """(N, T', D) or tokens (N, T'), and (N, T', E) for every output, with T' = (order + 1) T or less."""
     splits = [(p, q) for p, q in _splits(order) if factor.inputs[q] is not None]
     if len(splits) == 1:
         ((p, q),) = splits
@@ -339,7 +344,7 @@ def _side_by_side(factor: Outer, order: int) -> tuple[Tensor, PerOutput]:
 
 
 def _overlap(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a . b between places: (N', T, T') of (T, D) and (N', T', D), or of tokens (T) and (N', T')."""
+    """A . b between places: (N', T, T') of (T, D) and (N', T', D), or of tokens (T) and (N', T')."""
     if a.ndim == 1:
         return ((a[None, :, None] == b[:, None, :]) & (a >= 0)[None, :, None]).to(dtype)
     return (b.reshape(-1, b.shape[2]) @ a.T).view(*b.shape[:2], len(a)).transpose(1, 2)

@@ -9,13 +9,12 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torch_eft.measure.composite import WrittenOut
 from torch_eft.measure.capture import Capture, Site, unrecognised
-from torch_eft.measure.gram import Direct, Factor, PerOutput
+from torch_eft.measure.composite import WrittenOut
+from torch_eft.measure.gram import FORMED, Direct, Factor, PerOutput
 from torch_eft.measure.isolation import IsolatedModel
 from torch_eft.measure.jets import coefficients_of, jet
 from torch_eft.measure.layers import Axis, factors
-
 
 _SMALL = 2**19  # numbers in all uses' outputs
 
@@ -29,7 +28,7 @@ class Plan:
         axes: The samples' axis of each use's output.
         kinds: ``{parameter: kind of use}``, recognised ones.
         fallback: ``{parameter: why}``, those whose Jacobian is formed sample by sample.
-        sample_bytes: Memory for factors and graph, a sample and a coefficient.
+        sample_bytes: Memory for factors, graph and buffers, a sample and a coefficient.
         outputs: C.
     """
 
@@ -80,7 +79,7 @@ def make_plan(network: IsolatedModel, inputs: Any, moving: Sequence[str], refuse
         tuple(axis for axis in axes if axis is not None),
         kinds,
         fallback,
-        _sample_bytes(traced, few),
+        _sample_bytes(network, traced, few),
         traced.outputs.shape[1],
     )
 
@@ -136,9 +135,7 @@ def reverse_factors(
     ]
 
 
-def _reverse_series(
-    value: Tensor, leaves: Sequence[Tensor], along: Sequence[Tensor], order: int
-) -> list[list[Tensor]]:
+def _reverse_series(value: Tensor, leaves: Sequence[Tensor], along: Sequence[Tensor], order: int) -> list[list[Tensor]]:
     """Of one number, for every m the flattened rows of J_m, parameter by parameter."""
     found = []
     for m in range(order + 1):
@@ -190,7 +187,7 @@ def _axes(sites: Sequence[Site], smaller: Sequence[Site], few: int, fewer: int) 
 
 
 def _axis(site: Site, smaller: Site, few: int, fewer: int) -> Axis | None:
-    """The one axis that grows with the number of samples, or None where there is no such or a parameter varies there."""
+    """The one axis that grows with the number of samples; None without one, or if the parameter varies along it."""
     index = 0  # a single sample: everything belongs to it
     if few > fewer:
         differ = [i for i, (a, b) in enumerate(zip(site.shape, smaller.shape, strict=False)) if a != b]
@@ -248,14 +245,19 @@ def _signature(site: Site, axis: Axis | None) -> tuple[Any, ...]:
     return site.kind, site.weight, site.bias, shape
 
 
-def _sample_bytes(traced: _Trace, few: int) -> int:
-    """Inputs (convolutions': what their windows see), outputs and the gradients of every output."""
-    numbers = 0
+def _sample_bytes(network: IsolatedModel, traced: _Trace, few: int) -> int:
+    """Inputs (convolutions': what their windows see), outputs, the gradients of every output, and one buffer."""
+    channels = traced.outputs.shape[1]
+    numbers, buffer = 0, 0
     for site in traced.sites:
         windows = torch.Size(site.options["kernel"]).numel() if site.kind == "convolution" else 1
-        numbers += (traced.outputs.shape[1] + 1) * site.shape.numel()
+        numbers += (channels + 1) * site.shape.numel()
         numbers += 0 if site.inputs[0] is None else windows * site.inputs[0].numel()
-    return numbers * traced.outputs.element_size() // few
+        if site.weight is not None and site.kind != "scale":
+            weight = network.params[site.weight]
+            if site.shape.numel() > few * len(weight):  # several places: the Jacobian is formed in parts
+                buffer = max(buffer, channels * min(weight.numel(), FORMED * (weight.numel() // len(weight))))
+    return (numbers // few + buffer) * traced.outputs.element_size()
 
 
 def _jets(leaves: Mapping[str, Tensor], direction: Mapping[str, Tensor], order: int) -> dict[str, Tensor]:
@@ -268,7 +270,7 @@ def _gradients(outputs: Tensor, sites: Sequence[Site], order: int) -> list[tuple
     edges = [site.edges[order - p] for site in sites for p in range(order + 1)]
     shapes = [site.shape for site in sites for _ in range(order + 1)]
     if last is None or not last.requires_grad:
-        zeros = [coefficients_of(outputs, 0)[0].new_zeros(shape) for shape in shapes]
+        zeros = [torch.zeros(shape, dtype=outputs.dtype, device=outputs.device) for shape in shapes]
         parts: list[PerOutput] = [(zero,) * outputs.shape[1] for zero in zeros]
     else:
         parts = _backward(last, edges, shapes)
@@ -276,18 +278,16 @@ def _gradients(outputs: Tensor, sites: Sequence[Site], order: int) -> list[tuple
 
 
 def _backward(last: Tensor, edges: Sequence[Any], shapes: Sequence[torch.Size]) -> list[PerOutput]:
-    """d (sum_a last_{a;i}) / d edge for every output i.
+    """D (sum_a last_{a;i}) / d edge for every output i.
 
     Small layers take all outputs at once. Large ones take them one after the other: kernels are large enough, and
     operations without a batching rule would be looped over and their results copied.
     """
     channels = last.shape[1]
-    if 1 < channels and sum(shape.numel() for shape in shapes) <= _SMALL:
+    if channels > 1 and sum(shape.numel() for shape in shapes) <= _SMALL:
         unit = torch.eye(channels, dtype=last.dtype, device=last.device)[:, None].expand(-1, len(last), -1)
         try:
-            found = torch.autograd.grad(
-                last, edges, unit, is_grads_batched=True, allow_unused=True, retain_graph=True
-            )
+            found = torch.autograd.grad(last, edges, unit, is_grads_batched=True, allow_unused=True, retain_graph=True)
             return [
                 (last.new_zeros(shape),) * channels if g is None else g.unbind(0)
                 for g, shape in zip(found, shapes, strict=True)
@@ -331,7 +331,7 @@ def _fallback(
 
 
 def _rows(part: Tensor | None, leaves: Sequence[Tensor], channels: int) -> list[Tensor]:
-    """d part_i / d leaf, (C, P) each; ``part`` is (1, C)."""
+    """D part_i / d leaf, (C, P) each; ``part`` is (1, C)."""
     if part is None or not part.requires_grad:
         return [leaf.new_zeros(channels, leaf.numel()) for leaf in leaves]
     gradients = [

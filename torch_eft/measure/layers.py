@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,12 +84,15 @@ def _merged(uses: Sequence[Outer]) -> Outer:
 def _joined(uses: Sequence[Outer], q: int) -> Tensor | None:
     if all(use.inputs[q] is None for use in uses):
         return None
-    return torch.cat([_zeros(use.inputs[0]) if (a := use.inputs[q]) is None else a for use in uses], 1)
+    return torch.cat(
+        [torch.zeros_like(_given(use.inputs[0])) if (a := use.inputs[q]) is None else a for use in uses], 1
+    )
 
 
-def _zeros(like: Tensor | None) -> Tensor:
-    assert like is not None
-    return torch.zeros_like(like)
+def _given(x: Tensor | None) -> Tensor:
+    """The zeroth coefficient of an input is never left out."""
+    assert x is not None
+    return x
 
 
 def _summed(uses: Sequence[Direct]) -> Direct:
@@ -108,7 +112,7 @@ def _each_output(gradients: Gradients, function: Callable[[Tensor], Tensor]) -> 
 
 def _linear(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
     inputs = tuple(None if a is None else axis.split(a, samples).flatten(1, -2) for a in site.inputs)
-    return [Outer(site.weight, inputs, _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2)), site.bias)]
+    return [Outer(site.names[0], inputs, _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2)), site.bias)]
 
 
 def _convolution(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
@@ -117,11 +121,10 @@ def _convolution(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Fac
     bias = site.bias if groups == 1 else None
     found: list[Factor] = []
     for index in range(groups):
-        inputs = tuple(
-            None if w is None else _samples(w.chunk(groups, 3)[index].flatten(2), axis, samples) for w in windows
-        )
-        gradients = _each_output(g, lambda x, i=index: _samples(x.flatten(2).chunk(groups, 1)[i].mT, axis, samples))
-        found.append(Outer(site.weight, inputs, gradients, bias))
+        inputs = tuple(None if w is None else _group(w, index, groups, axis, samples) for w in windows)
+        parts = _each_output(g, lambda x: x.flatten(2).mT)
+        gradients = _each_output(parts, partial(_group, index=index, groups=groups, axis=axis, samples=samples))
+        found.append(Outer(site.names[0], inputs, gradients, bias))
     if bias is None and site.bias is not None:
         summed = _each_output(g, lambda x: _samples(x.flatten(2).mT, axis, samples).sum(1))
         found.append(Direct(site.bias, tuple(torch.stack(parts) for parts in summed)))
@@ -131,19 +134,21 @@ def _convolution(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Fac
 def _transposed(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
     """The roles are exchanged: windows of the gradient meet the input, place by place."""
     groups = site.options["groups"]
-    places = site.inputs[0].shape[2:]
+    places = _given(site.inputs[0]).shape[2:]
     windows = _each_output(g, lambda x: _windows(x, site, places))
     found: list[Factor] = []
     for index in range(groups):
         inputs = tuple(
-            None if a is None else _samples(a.flatten(2).chunk(groups, 1)[index].mT, axis, samples)
-            for a in site.inputs
+            None if a is None else _group(a.flatten(2).mT, index, groups, axis, samples) for a in site.inputs
         )
-        gradients = _each_output(
-            windows, lambda w, i=index: _samples(w.chunk(groups, 3)[i].flatten(2), axis, samples)
-        )
-        found.append(Outer(site.weight, inputs, gradients))
+        gradients = _each_output(windows, partial(_group, index=index, groups=groups, axis=axis, samples=samples))
+        found.append(Outer(site.names[0], inputs, gradients))
     return found
+
+
+def _group(x: Tensor, index: int, groups: int, axis: Axis, samples: int) -> Tensor:
+    """The channels of one group, (N m, places, ..., channels) as (N, m places, ... channels)."""
+    return _samples(x.chunk(groups, -1)[index].flatten(2), axis, samples)
 
 
 def _samples(x: Tensor, axis: Axis, samples: int) -> Tensor:
@@ -191,14 +196,14 @@ def _padding(padding: str | int | Sequence[int], kernel: Sequence[int], dilation
         whole = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         pairs = [(total // 2, total - total // 2) for total in whole]
     else:
-        pairs = [(p, p) for p in _each(0 if padding == "valid" else padding, len(kernel))]
+        pairs = [(p, p) for p in _each(0 if isinstance(padding, str) else padding, len(kernel))]
     return [edge for pair in reversed(pairs) for edge in pair]
 
 
 def _embedding(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
-    tokens = axis.split(site.inputs[0], samples).flatten(1)
+    tokens = axis.split(_given(site.inputs[0]), samples).flatten(1)
     inputs = (tokens, *[None] * (len(g) - 1))
-    return [Outer(site.weight, inputs, _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2)))]
+    return [Outer(site.names[0], inputs, _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2)))]
 
 
 def _scale(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:

@@ -52,7 +52,7 @@ class NTKOperator:
         )
 
     def pull_back(self, e: Tensor) -> dict[str, Tensor]:
-        """lambda J^T e of e (N, C), by parameter."""
+        """Lambda J^T e of e (N, C), by parameter."""
         gradients = self._backward(e.to(self.outputs))
         return {name: g * self.lambdas[name] for name, g in zip(self.leaves, gradients, strict=True)}
 

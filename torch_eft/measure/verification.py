@@ -72,7 +72,7 @@ def _by_backward(
     direction: Mapping[str, Tensor] | None,
     order: int,
 ) -> dict[str, Tensor]:
-    """u . J_order by reverse mode of reverse mode; above order 0 with fused operations written out."""
+    """U . J_order by reverse mode of reverse mode; above order 0 with fused operations written out."""
     leaves = {name: network.params[name].detach().requires_grad_() for name in moving}
     params = {**network.params, **leaves}
     if order:
@@ -88,7 +88,7 @@ def _by_backward(
         if step < order:
             assert direction is not None
             factorial *= step + 1
-            value = sum((g * direction[name]).sum() for g, name in zip(gradients, moving, strict=True))
+            value = torch.stack([(g * direction[n]).sum() for g, n in zip(gradients, moving, strict=True)]).sum()
             if not value.requires_grad:
                 gradients = tuple(torch.zeros_like(leaf) for leaf in leaves.values())
                 break
