@@ -49,9 +49,10 @@ def taylor(model, x):
     terms = getattr(measure, "taylor_terms", None)
     if terms is None:
         pytest.skip("no taylor_terms yet")
-    params = {name: p.detach() for name, p in model.named_parameters()}
+    wide = lambda tensor: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))  # noqa: E731
+    params = {name: wide(p) for name, p in model.named_parameters()}
     d = directions(model)
-    return terms(model, params, {name: p + 0.1 * d[name] for name, p in params.items()}, x, order=2)
+    return terms(model, params, {name: p + 0.125 * wide(d[name]) for name, p in params.items()}, x, order=2)
 
 
 MEASUREMENTS = {
