@@ -644,10 +644,11 @@ def test_kinks_are_collected_and_guards_are_none():
             F.relu(F.relu(x))
             F.max_pool1d(x, 2)
             assert kinks == ["relu", "max_pool1d"]
-        F.elu(x)
+        F.celu(F.elu(F.softsign(x)), 2.0)
+        F.selu(x)
         torch.where(x > 0, x, 0.0)
     assert kinks == ["relu", "max_pool1d"]
-    assert outer == ["relu", "max_pool1d", "elu", "gt"]
+    assert outer == ["relu", "max_pool1d", "selu", "gt"]
 
 
 def test_bad_coefficients():

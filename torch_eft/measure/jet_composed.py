@@ -127,6 +127,11 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
     return (x1 * x2).sum(dim) / (norms[0] * norms[1])
 
 
+def _softsign(input: Tensor) -> Tensor:
+    """By the sign instead of the absolute value: its slope does not jump."""
+    return input / (1 + input * input.detach().sign())
+
+
 def _prod(input: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     x = input if dtype is None else input.to(dtype)
     x, axis = (x.flatten(), 0) if dim is None else (x, dim)
@@ -138,6 +143,7 @@ def _prod(input: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype
 
 COMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.normalize: _normalize,
+    F.softsign: _softsign,
     Tensor.norm: torch.functional.norm,
     Tensor.__iter__: lambda x: iter(x.unbind(0)),
 }

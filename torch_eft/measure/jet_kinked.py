@@ -18,10 +18,12 @@ from torch_eft.measure.jet_series import (
     Series,
     coefficient,
     composed,
+    length,
     note_kink,
     primal,
     product,
     selected,
+    total,
 )
 
 KINKED_RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -97,8 +99,9 @@ def _hardswish(h: Series) -> Series:
 
 
 def _exponential_unit(name: str, alpha: float, scale: float, rate: float, h: Series) -> Series:
-    """Of scale z above 0, scale alpha (exp(rate z) - 1) below."""
-    note_kink(name)
+    """Of scale z above 0, scale alpha (exp(rate z) - 1) below; the slope jumps unless alpha rate = 1."""
+    if alpha * rate != 1:
+        note_kink(name)
     z = primal(h)
     above = z.detach() > 0
     low = z.clamp_max(0.0)
@@ -136,12 +139,22 @@ def _steps(func: Callable[..., Any], h: Series, *args: Any, **kwargs: Any) -> Se
 
 def _maximum(a: Factor, b: Factor) -> Series:
     note_kink("maximum")
-    return selected(coefficient(a, 0) >= coefficient(b, 0), a, b)
+    return _chosen(coefficient(a, 0) - coefficient(b, 0), a, b)
 
 
 def _minimum(a: Factor, b: Factor) -> Series:
     note_kink("minimum")
-    return selected(coefficient(a, 0) <= coefficient(b, 0), a, b)
+    return _chosen(coefficient(b, 0) - coefficient(a, 0), a, b)
+
+
+def _chosen(excess: Tensor, a: Factor, b: Factor) -> Series:
+    """The one that is larger by ``excess``; where that is 0, half of each, as in torch's derivative."""
+    share = torch.heaviside(excess.detach(), excess.new_full((), 0.5))
+    result: list[Tensor | None] = []
+    for order in range(length(a, b)):
+        pairs = ((coefficient(a, order), share), (coefficient(b, order), 1 - share))
+        result.append(total([part * weight for part, weight in pairs if part is not None]))
+    return Series(result)
 
 
 def _extreme(func: Callable[..., Any], pairwise: Callable[..., Series], h: Any, *args: Any, **kwargs: Any) -> Any:

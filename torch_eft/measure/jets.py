@@ -17,7 +17,7 @@ rule raises ``NoJetRuleError``, and nothing ever falls back on h_0 alone:
   into a jet by index or through a view. Other in-place operations give the jet new coefficients.
 - Comparisons are those of h_0 and constant; ``detach`` is the constant h_0.
 
-At kinks (ReLU, a maximum, a comparison) derivatives are those almost everywhere; ``watch_kinks`` collects such.
+Where a slope jumps (ReLU, a maximum, a comparison) derivatives are those almost everywhere; ``watch_kinks`` names such.
 """
 
 import weakref
