@@ -92,10 +92,13 @@ def minimum_flops(widths, count):
 
 
 def peak_bytes(workload, contender):
-    """Growth of the resident set in one call; run in a fresh process. None where Linux does not tell."""
+    """Growth of the resident set in one call of ``ours`` or of a function of peers.py; run in a fresh process.
+
+    None where Linux does not tell.
+    """
     _quiet()
     model, x = WORKLOADS[workload].build()
-    action = ours if contender == "ours" else peers.prepare(contender, model, x[:2])
+    action = ours if contender == "ours" else getattr(peers, contender)
     action(model, x[:2])
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -135,7 +138,12 @@ def row(key, rounds, names, peak):
     model, x = workload.build()
     first = timed(lambda: ours(model, x))
     H = ours(model, x)
-    actions, deviations, absent = {"ours": lambda: ours(model, x), "step": lambda: step(model, x)}, [], {}
+    actions, deviations, absent, variant = (
+        {"ours": lambda: ours(model, x), "step": lambda: step(model, x)},
+        [],
+        {},
+        "torch_func",
+    )
     for name in names:
         action = peers.prepare(name, model, x)
         if isinstance(action, str):
@@ -143,11 +151,13 @@ def row(key, rounds, names, peak):
             continue
         deviations.append(f"{float((action(model, x) - H).norm() / H.norm()):.0e}")
         actions[name] = lambda action=action: action(model, x)
+        if name == "torch.func":
+            variant = action.__name__
     seconds, _ = interleaved(actions, rounds)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rivals = {name: median[name] for name in names if name in median}
     best = min(rivals, key=rivals.get) if rivals else None
-    memory = [peak_megabytes(key, name) for name in ("ours", "torch.func")]
+    memory = [peak_megabytes(key, name) for name in ("ours", variant)]
     line = [key, workload.title, spread(seconds["ours"]), _three(1000 * first), spread(seconds["step"])]
     line += [spread(seconds[name]) if name in seconds else absent[name] for name in names]
     line.append(f"**{rivals[best] / median['ours']:.2f}** ({best})" if rivals else "-")
