@@ -121,6 +121,7 @@ UNARY = {
     "index_select": lambda x: x.index_select(1, torch.tensor([0, 2])) + torch.take_along_dim(x, INDEX[:, :2], 1),
     "index_add": lambda x: x.index_add(0, torch.tensor([1, 1]), CONSTANT[:2]) + CONSTANT.scatter_add(0, INDEX, x),
     "masked_select": lambda x: x[MASK] + x.masked_select(MASK),
+    "diff": lambda x: x.diff() + torch.diff(x.T.reshape(3, 4), dim=1),
     "diag": lambda x: torch.diag(x[0]) + torch.diag_embed(x[1]) + x[:3, :3].trace(),
     "pool": lambda x: F.avg_pool1d(x[None], 2)[0] + F.adaptive_avg_pool1d(x[None], 2)[0],
     "pool in two axes": lambda x: F.avg_pool2d(x[None], 2, 1) + F.adaptive_avg_pool2d(x[None], (2, 3)),
@@ -527,6 +528,15 @@ def test_absent_coefficients_stay_absent():
     assert coefficients_of(CONSTANT, 2) == (CONSTANT, None, None)
     assert coefficients_of(constant, 1)[0] is constant.primal
     assert lift(CONSTANT, CONSTANT, 1).order == 1
+
+
+def test_views_of_coefficients_that_lie_otherwise_in_memory():
+    """Of a bias alone the coefficient is expanded; of a transposed summand it is transposed."""
+    x = F.linear(CONSTANT, CONSTANT, lift(normal(3), normal(3), 1))
+    assert x.view(-1).unflatten(0, (3, 3)).coefficients[1].shape == (3, 3)
+    y = torch.zeros(4, 3, dtype=DTYPE) + jet((torch.zeros(3, 4, dtype=DTYPE), CONSTANT)).T
+    assert torch.equal(y.view(2, 6).coefficients[1], CONSTANT.T.reshape(2, 6))
+    assert torch.equal(y.unflatten(0, (2, 2)).coefficients[1], CONSTANT.T.reshape(2, 2, 3))
 
 
 class Doubled(torch.autograd.Function):

@@ -32,7 +32,7 @@ _VIEWS = (
 )
 _LIKE_ANOTHER = "view_as reshape_as expand_as type_as"
 _LINEAR = (
-    "sum mean cumsum repeat tile repeat_interleave roll flip fliplr flipud rot90 tril triu diag diag_embed trace diff "
+    "sum mean cumsum repeat tile repeat_interleave roll flip fliplr flipud rot90 tril triu diag diag_embed trace "
     "clone neg negative positive index_select gather take take_along_dim masked_select pixel_shuffle pixel_unshuffle "
     "channel_shuffle avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
     "im2col col2im upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
@@ -47,6 +47,9 @@ _JOINED = "cat concat concatenate stack hstack vstack dstack column_stack"
 VIEWS = frozenset(builtins(_VIEWS + " " + _LIKE_ANOTHER))
 """What may return another view of its argument."""
 
+_VIEWING = frozenset(builtins("view view_as unflatten"))
+"""What must return one."""
+
 
 def _linear(func: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(x, Series) or any(isinstance(value, Series) for value in (*args, *kwargs.values())):
@@ -54,6 +57,9 @@ def _linear(func: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
     first = func(x[0], *args, **kwargs)
     if first is x[0]:  # contiguous, to: nothing to be done
         return x
+    if func in _VIEWING and not all(part is None or part.is_contiguous() for part in x[1:]):
+        # Higher coefficients may be expanded or transposed where h_0 is not.
+        x = Series(part if part is None else part.contiguous() for part in x)
     if isinstance(first, tuple | list):
         rows = [[None] * len(first) if part is None else func(part, *args, **kwargs) for part in x[1:]]
         return tuple(Series(parts) for parts in zip(first, *rows, strict=True))
@@ -147,6 +153,12 @@ def _pad(x: Series, pad: Sequence[int], mode: str = "constant", value: float | N
     return Series(None if h is None else torch._C._nn.pad(h, pad, mode, fill[order]) for order, h in parts)
 
 
+def _diff(x: Series, n: int = 1, dim: int = -1, prepend: None = None, append: None = None) -> Series:
+    if prepend is not None or append is not None:
+        raise NoJetRuleError("prepend and append have no rule")
+    return Series(None if part is None else part.diff(n, dim) for part in x)
+
+
 def _constant_pad(x: Series, pad: Sequence[int], value: float = 0) -> Series:
     return _pad(x, pad, "constant", value)
 
@@ -189,6 +201,7 @@ def _register() -> None:
         ("__rmatmul__", lambda b, a: product(torch.matmul, a, b)),
         ("masked_fill", _masked_fill),
         ("pad", _pad),
+        ("diff", _diff),
         ("constant_pad_nd", _constant_pad),
         ("embedding_bag", _embedding_bag),
         ("einsum", _einsum),

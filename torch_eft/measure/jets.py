@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.composite import WRITTEN_OUT, undispatched
 from torch_eft.measure.jet_composed import COMPOSED
@@ -274,7 +273,11 @@ def _naming(func: Callable[..., Any], error: NoJetRuleError) -> NoJetRuleError:
 
 
 def _primals(values: Any) -> Any:
-    return tree_map_only(Jet, lambda value: value.primal, values)
+    if isinstance(values, Jet):
+        return values.primal
+    if isinstance(values, dict):
+        return {name: _primals(value) for name, value in values.items()}
+    return type(values)([_primals(value) for value in values]) if type(values) in (list, tuple) else values
 
 
 _RULES = {**LINEAR_RULES, **SMOOTH_RULES, **KINKED_RULES}

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def taylor_series(
         moved = replace(network, params=_matched("params", params, network.params))
         direction = {name: moved.params[name] - value for name, value in base.params.items()}
         with torch.no_grad():
-            passes = [_timed(moved, lambda at=at: checked_output(at, probe)) for at in (base, moved)]
+            passes = [_timed(moved, partial(checked_output, at, probe)) for at in (base, moved)]
         value, seconds = passes[1][0], min(spent for _, spent in passes)
         (terms, method, kinked, remarks), spent = _timed(moved, lambda: _terms(base, direction, probe, order))
         terms = terms.detach()
@@ -235,8 +236,15 @@ def _slope(value: Tensor, variable: Tensor) -> Tensor:
 @contextmanager
 def _differentiable_backends() -> Iterator[None]:
     """Fused recurrent kernels have a first derivative only."""
-    with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
+    before = [backend.enabled for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
         yield
+    finally:
+        for backend, enabled in zip(backends, before, strict=True):
+            backend.enabled = enabled
 
 
 class _Watching(WrittenOut):
