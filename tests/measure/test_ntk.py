@@ -69,16 +69,21 @@ def test_lambda_weighs_each_parameter_and_frozen_ones_drop_out():
     torch.testing.assert_close(measure.ntk(model, x), brute_force(model, x), rtol=0, atol=1e-10)
 
 
-def test_a_small_memory_budget_gives_the_same_kernel_in_blocks():
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("case", ["mlp", "conv, batch norm, dropout"])
+def test_a_small_memory_budget_gives_the_same_kernel_in_blocks(case, samples):
     torch.manual_seed(0)
-    model, x = mlp().double(), randn(5, 5)
-    whole = measure.ntk(model, x)
-    parameters = sum(p.numel() for p in model.parameters())
-    for samples in (1, 2, 3):
-        blocks = measure.ntk(model, x, memory=2 * samples * 3 * parameters * 8)
-        torch.testing.assert_close(blocks, whole, rtol=0, atol=1e-12)
-        trace = measure.ntk(model, x, trace=True, memory=2 * samples * 3 * parameters * 8)
-        torch.testing.assert_close(trace, measure.as_trace(whole), rtol=0, atol=1e-12)
+    make, _ = CASES[case]
+    model, x = make().double(), randn(5, 5) if case == "mlp" else randn(5, 1, 8, 8)
+    whole, roomy = measure.ntk(model, x), measure.ntk_estimate(model, x)
+    assert (roomy.blocks, roomy.block) == (1, 5)
+    memory = roomy.kernels + 2 * samples * roomy.sample
+    assert measure.ntk_estimate(model, x, memory=memory).block == samples
+    torch.testing.assert_close(measure.ntk(model, x, memory=memory), whole, rtol=0, atol=1e-12)
+    trace = measure.ntk(model, x, trace=True, memory=memory)
+    torch.testing.assert_close(trace, measure.as_trace(whole), rtol=0, atol=1e-12)
+    parts = measure.ntk(model, x, memory=memory * 3, per="layer")
+    torch.testing.assert_close(sum(parts.values()), whole, rtol=0, atol=1e-12)
 
 
 def test_several_inputs_and_structured_outputs():
@@ -161,6 +166,27 @@ def test_matrix_form_pairs_samples_and_outputs():
     assert float(torch.linalg.eigvalsh(matrix)[0]) > -1e-12
 
 
+def test_parts_of_the_kernel_and_cross_kernels():
+    torch.manual_seed(0)
+    model, x = mlp().double(), randn(4, 5)
+    H = measure.ntk(model, x)
+    layers, parameters = measure.ntk(model, x, per="layer"), measure.ntk(model, x, per="parameter")
+    assert list(layers) == ["0", "2", "4"]
+    for name in layers:
+        torch.testing.assert_close(
+            layers[name], parameters[f"{name}.weight"] + parameters[f"{name}.bias"], rtol=0, atol=1e-13
+        )
+    torch.testing.assert_close(sum(layers.values()), H, rtol=0, atol=1e-13)
+    only = measure.ntk(model, x, {name: float(name == "2.bias") for name, _ in model.named_parameters()})
+    torch.testing.assert_close(parameters["2.bias"], only, rtol=0, atol=1e-13)
+    for trace in (False, True):
+        cross = measure.ntk(model, x[:1], other=x[1:], trace=trace)
+        whole = measure.as_trace(H) if trace else H
+        torch.testing.assert_close(cross, whole[:1, 1:], rtol=0, atol=1e-13)
+    with pytest.raises(ValueError, match="per: 'neuron' given; give 'parameter', 'layer' or None"):
+        measure.ntk(model, x, per="neuron")
+
+
 class BatchCoupled(nn.Module):
     def __init__(self):
         super().__init__()
@@ -186,7 +212,12 @@ class BatchCoupled(nn.Module):
         ),
         (nn.Conv2d(1, 2, 3), torch.ones(2, 1, 5, 5), {}, r"output_fn: .* a tensor \(2, 2, 3, 3\)"),
         (nn.LazyLinear(3), torch.ones(2, 5), {}, r"model: the parameter 'weight' is not initialised yet"),
-        (mlp(), torch.ones(3, 5), dict(memory=100), r"the Jacobian of one sample, 3 outputs by 219 parameters, takes"),
+        (
+            mlp(),
+            torch.ones(3, 5),
+            dict(memory=100),
+            r"memory: 9.5e-05 MiB allowed, .* for the kernels of 3 samples and 3",
+        ),
         (BatchCoupled(), torch.arange(6.0).reshape(2, 3), {}, r"depends on the other samples"),
     ],
 )
@@ -199,7 +230,7 @@ def test_non_finite_parameters_are_named():
     model = mlp()
     with torch.no_grad():
         model[0].weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"model: the NTK is not finite"):
+    with pytest.raises(ValueError, match=r"model: the parameter '0.weight' is not finite, 1 of its"):
         measure.ntk(model, torch.ones(2, 5))
 
 

@@ -172,33 +172,88 @@ def trained_batch_norm():
 
 
 ZOO = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)), lambda: randn(3, 3)),
-    "one output": (lambda: nn.Sequential(nn.Linear(3, 4, bias=False), nn.Sigmoid(), nn.Linear(4, 1)), lambda: randn(3, 3)),
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)),
+        lambda: randn(3, 3),
+    ),
+    "one output": (
+        lambda: nn.Sequential(nn.Linear(3, 4, bias=False), nn.Sigmoid(), nn.Linear(4, 1)),
+        lambda: randn(3, 3),
+    ),
     "conv1d": (
-        lambda: pooled(nn.Conv1d(2, 4, 3, stride=2, padding=1), nn.Tanh(), nn.Conv1d(4, 4, 2, dilation=2, groups=2), nn.SiLU(), channels=4),
+        lambda: pooled(
+            nn.Conv1d(2, 4, 3, stride=2, padding=1),
+            nn.Tanh(),
+            nn.Conv1d(4, 4, 2, dilation=2, groups=2),
+            nn.SiLU(),
+            channels=4,
+        ),
         lambda: randn(3, 2, 9),
     ),
     "conv2d": (
-        lambda: pooled(nn.Conv2d(2, 4, (3, 2), padding="same", bias=False), nn.Tanh(), nn.Conv2d(4, 3, 3, stride=(2, 1), padding_mode="circular", padding=1), nn.Softplus(), channels=3, axes=(2, 3)),
+        lambda: pooled(
+            nn.Conv2d(2, 4, (3, 2), padding="same", bias=False),
+            nn.Tanh(),
+            nn.Conv2d(4, 3, 3, stride=(2, 1), padding_mode="circular", padding=1),
+            nn.Softplus(),
+            channels=3,
+            axes=(2, 3),
+        ),
         lambda: randn(3, 2, 5, 4),
     ),
     "conv3d": (lambda: pooled(nn.Conv3d(1, 2, 2), nn.Tanh(), channels=2, axes=(2, 3, 4)), lambda: randn(2, 1, 3, 3, 3)),
-    "depthwise": (lambda: pooled(nn.Conv2d(3, 3, 3, groups=3), nn.Mish(), nn.Conv2d(3, 4, 1), nn.ELU(), channels=4, axes=(2, 3)), lambda: randn(3, 3, 4, 4)),
+    "depthwise": (
+        lambda: pooled(nn.Conv2d(3, 3, 3, groups=3), nn.Mish(), nn.Conv2d(3, 4, 1), nn.ELU(), channels=4, axes=(2, 3)),
+        lambda: randn(3, 3, 4, 4),
+    ),
     "transposed": (
-        lambda: pooled(nn.ConvTranspose1d(2, 4, 3, stride=2, padding=1, output_padding=1), nn.Tanh(), nn.ConvTranspose1d(4, 2, 2, groups=2, dilation=2, bias=False), nn.Tanh(), channels=2),
+        lambda: pooled(
+            nn.ConvTranspose1d(2, 4, 3, stride=2, padding=1, output_padding=1),
+            nn.Tanh(),
+            nn.ConvTranspose1d(4, 2, 2, groups=2, dilation=2, bias=False),
+            nn.Tanh(),
+            channels=2,
+        ),
         lambda: randn(3, 2, 4),
     ),
-    "transposed2d": (lambda: pooled(nn.ConvTranspose2d(2, 3, (2, 3), stride=2), nn.Tanh(), channels=3, axes=(2, 3)), lambda: randn(2, 2, 3, 3)),
-    "resnet": (lambda: pooled(nn.Conv2d(2, 4, 3), Block(4), nn.AvgPool2d(2), channels=4, axes=(2, 3)), lambda: randn(3, 2, 6, 6)),
+    "transposed2d": (
+        lambda: pooled(nn.ConvTranspose2d(2, 3, (2, 3), stride=2), nn.Tanh(), channels=3, axes=(2, 3)),
+        lambda: randn(2, 2, 3, 3),
+    ),
+    "resnet": (
+        lambda: pooled(nn.Conv2d(2, 4, 3), Block(4), nn.AvgPool2d(2), channels=4, axes=(2, 3)),
+        lambda: randn(3, 2, 6, 6),
+    ),
     "batch norm": (trained_batch_norm, lambda: randn(3, 2, 5, 5)),
-    "instance norm": (lambda: pooled(nn.Conv1d(2, 3, 3), nn.InstanceNorm1d(3, affine=True), nn.Tanh(), channels=3), lambda: randn(3, 2, 7)),
-    "layer norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.GELU(approximate="tanh"), nn.Linear(4, 2)), lambda: randn(3, 3)),
-    "rms norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4), nn.SiLU(), nn.Linear(4, 2)), lambda: randn(3, 3)),
+    "instance norm": (
+        lambda: pooled(nn.Conv1d(2, 3, 3), nn.InstanceNorm1d(3, affine=True), nn.Tanh(), channels=3),
+        lambda: randn(3, 2, 7),
+    ),
+    "layer norm": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.GELU(approximate="tanh"), nn.Linear(4, 2)),
+        lambda: randn(3, 3),
+    ),
+    "rms norm": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4), nn.SiLU(), nn.Linear(4, 2)),
+        lambda: randn(3, 3),
+    ),
     "glu": (lambda: nn.Sequential(nn.Linear(3, 8), nn.GLU(), nn.Linear(4, 2)), lambda: randn(3, 3)),
-    "prelu": (lambda: nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 2)), lambda: randn(3, 3)),
-    "max pool": (lambda: pooled(nn.Conv2d(1, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), channels=3, axes=(2, 3)), lambda: randn(3, 1, 6, 6)),
-    "adaptive pool": (lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)), lambda: randn(3, 1, 4, 4)),
-    "weight norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)), lambda: randn(3, 3)),
+    "prelu": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 2)),
+        lambda: randn(3, 3),
+    ),
+    "max pool": (
+        lambda: pooled(nn.Conv2d(1, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), channels=3, axes=(2, 3)),
+        lambda: randn(3, 1, 6, 6),
+    ),
+    "adaptive pool": (
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)),
+        lambda: randn(3, 1, 4, 4),
+    ),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)),
+        lambda: randn(3, 3),
+    ),
     "transformer": (Language, lambda: tokens(3, 5)),
     "transformer, time first": (lambda: Language(batch_first=False), lambda: tokens(4, 5)),
     "transformer, as many tokens as samples": (lambda: Language(batch_first=False), lambda: tokens(5, 5)),

@@ -247,8 +247,14 @@ def _embedding(
     w = capture.name(weight)
     if w is None or scale_grad_by_freq:
         return None
-    tokens = indices if padding_idx < 0 else torch.where(indices == padding_idx, -1, indices)
-    return capture.record("embedding", w, None, tokens, func(fresh(weight), indices))
+    table, tokens = fresh(weight), indices
+    if padding_idx >= 0:  # torch holds this row constant
+        tokens = torch.where(indices == padding_idx, -1, indices)
+        if isinstance(table, Jet):
+            first, *others = table.coefficients
+            kept = torch.arange(len(weight), device=weight.device)[:, None] != padding_idx
+            table = jet([first, *(part if part is None else part * kept for part in others)])
+    return capture.record("embedding", w, None, tokens, func(table, indices))
 
 
 def _scaled(capture: Capture, normalised: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Tensor:
