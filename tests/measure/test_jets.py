@@ -87,6 +87,7 @@ def straight(*shape):
 
 INDEX = torch.tensor([[0, 2, 1, 1], [2, 2, 0, 1], [1, 0, 0, 2]])
 MASK = torch.tensor([[True, False, True, False]] * 3)
+GRID = torch.linspace(-0.9, 0.7, 12, dtype=DTYPE).reshape(1, 3, 2, 2)
 CONSTANT = torch.linspace(0.3, 2.0, 12, dtype=DTYPE).reshape(3, 4)
 
 UNARY = {
@@ -121,6 +122,20 @@ UNARY = {
     "index_select": lambda x: x.index_select(1, torch.tensor([0, 2])) + torch.take_along_dim(x, INDEX[:, :2], 1),
     "index_add": lambda x: x.index_add(0, torch.tensor([1, 1]), CONSTANT[:2]) + CONSTANT.scatter_add(0, INDEX, x),
     "masked_select": lambda x: x[MASK] + x.masked_select(MASK),
+    "other names": lambda x: x.ravel().reshape_as(x) + x.swapaxes(0, 1).moveaxis(0, 1) + x.fliplr().flipud().negative(),
+    "rounding": lambda x: x.round() * x + x.floor() + x.ceil() * x + x.trunc() + x.clip(-0.3) * x.clamp_max(0.4),
+    "stacks": lambda x: torch.vstack([x, CONSTANT])[:3] + torch.dstack([x, CONSTANT]).sum(2) + torch.kron(x, x)[:3, :4],
+    "splits": lambda x: x.tensor_split(2)[1].sum() + x.split_with_sizes([1, 3], 1)[0] + torch.take(x, INDEX),
+    "pool in three axes": lambda x: F.avg_pool3d(x[None, None], (1, 2, 2)) + F.adaptive_avg_pool3d(x[None, None], 1),
+    "maxima in three axes": lambda x: F.adaptive_max_pool3d(x[None, None], (1, 2, 2)).sum() * x,
+    "pads": lambda x: F.pad(x[None], (1, 1, 1, 1), mode="replicate") + F.pad(x[None], (1, 1, 1, 1), mode="reflect"),
+    "interpolate to the nearest": lambda x: (
+        F.interpolate(x[None], 8, mode="nearest-exact")[0]
+        + F.interpolate(x[None], 8)[0]
+        + F.interpolate(x[None, None], (3, 8), mode="bilinear", antialias=True)[0, 0]
+    ),
+    "grid_sample": lambda x: F.grid_sample(x[None, None], GRID, align_corners=False),
+    "channel_shuffle": lambda x: F.channel_shuffle(x.T.reshape(1, 4, 3, 1), 2),
     "diff": lambda x: x.diff() + torch.diff(x.T.reshape(3, 4), dim=1),
     "diag": lambda x: torch.diag(x[0]) + torch.diag_embed(x[1]) + x[:3, :3].trace(),
     "pool": lambda x: F.avg_pool1d(x[None], 2)[0] + F.adaptive_avg_pool1d(x[None], 2)[0],
@@ -220,6 +235,7 @@ SEVERAL = {
     ),
     "conv3d": (F.conv3d, [full(1, 2, 3, 4, 3), straight(2, 2, 2, 2, 2)]),
     "conv_transpose1d": (F.conv_transpose1d, [full(2, 4, 5), straight(4, 3, 3), straight(3)]),
+    "conv_transpose3d": (F.conv_transpose3d, [full(1, 2, 3, 2, 2), straight(2, 2, 2, 2, 1), straight(2)]),
     "conv_transpose2d": (
         functools.partial(F.conv_transpose2d, stride=2, padding=1),
         [full(2, 4, 3, 4), straight(4, 3, 2, 3), straight(3)],

@@ -216,8 +216,8 @@ def test_a_wrong_rule_is_refused(monkeypatch):
     x = torch.randn(5, 4, dtype=DTYPE)
     right = jets._RULES[torch.tanh]
     calls = []
-    by_reverse_mode = taylor._by_reverse_mode
-    monkeypatch.setattr(taylor, "_by_reverse_mode", lambda *args: calls.append(1) or by_reverse_mode(*args))
+    by_reverse_mode = taylor.series_by_reverse_mode
+    monkeypatch.setattr(taylor, "series_by_reverse_mode", lambda *args: calls.append(1) or by_reverse_mode(*args))
     wrong = lambda h: type(h)([*right(h)[:3], None if right(h)[3] is None else 0.5 * right(h)[3]])  # noqa: E731
     monkeypatch.setitem(jets._RULES, torch.tanh, wrong)
     with pytest.raises(ValueError, match=r"^model: the Taylor term of order 3 is .* by jets and .* by reverse mode"):

@@ -42,3 +42,27 @@ def builtins(names: str) -> Iterator[Callable[..., Any]]:
 def name_of(func: Callable[..., Any]) -> str:
     """For messages."""
     return torch.overrides.resolve_name(func) or getattr(func, "__name__", str(func))
+
+
+OF_THE_PRIMAL = frozenset(
+    builtins(
+        "size dim __len__ ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous "
+        "element_size get_device is_signed is_conj is_neg is_inference is_same_size result_type "
+        "shape dtype device ndim layout is_cuda is_cpu is_meta is_mps is_xpu is_xla is_mtia is_vulkan is_ipu "
+        "is_sparse is_sparse_csr is_mkldnn is_quantized is_nested is_maia itemsize nbytes requires_grad is_leaf grad "
+        "grad_fn _version new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like full_like "
+        "empty_like isnan isinf isfinite isposinf isneginf argsort"
+    )
+)
+"""Metadata, and what does not depend on the values."""
+
+COMPARISONS = frozenset(
+    builtins(
+        "gt ge lt le eq ne greater greater_equal less less_equal not_equal __gt__ __ge__ __lt__ __le__ __eq__ "
+        "__ne__ argmax argmin signbit"
+    )
+)
+"""Constant but for jumps."""
+
+CONSTANT = frozenset(builtins("detach data"))
+"""What takes the derivative as zero by its meaning."""

@@ -31,9 +31,10 @@ from torch_eft.measure.composite import WRITTEN_OUT, undispatched
 from torch_eft.measure.jet_composed import COMPOSED
 from torch_eft.measure.jet_kinked import KINKED_RULES
 from torch_eft.measure.jet_linear import LINEAR_RULES, VIEWS
-from torch_eft.measure.jet_names import SPACES, builtins, name_of
+from torch_eft.measure.jet_names import COMPARISONS, CONSTANT, OF_THE_PRIMAL, SPACES, name_of
 from torch_eft.measure.jet_series import NoJetRuleError, Series, note_kink, primal, watch_kinks
 from torch_eft.measure.jet_smooth import SMOOTH_RULES
+from torch_eft.measure.jet_softmax import SOFTMAX_RULES
 
 __all__ = ["MAX_ORDER", "Jet", "NoJetRuleError", "coefficients_of", "jet", "lift", "watch_kinks"]
 
@@ -99,11 +100,11 @@ class Jet(Tensor):
         rule = _RULES.get(func)
         if rule is not None:
             return _by_rule(func, rule, args, kwargs)
-        if func in _OF_THE_PRIMAL:
+        if func in OF_THE_PRIMAL:
             return func(*_primals(args), **_primals(kwargs))
-        if func in _COMPARISONS or func in _CONSTANT:
+        if func in COMPARISONS or func in CONSTANT:
             _check_gradients_are_on(func)
-            if func in _COMPARISONS:
+            if func in COMPARISONS:
                 note_kink(func.__name__.strip("_"))
             return func(*_primals(args), **_primals(kwargs)).detach()
         if func in _IN_PLACE:
@@ -280,29 +281,7 @@ def _primals(values: Any) -> Any:
     return type(values)([_primals(value) for value in values]) if type(values) in (list, tuple) else values
 
 
-_RULES = {**LINEAR_RULES, **SMOOTH_RULES, **KINKED_RULES}
-
-_OF_THE_PRIMAL = frozenset(
-    builtins(
-        "size dim __len__ ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous "
-        "element_size get_device is_signed is_conj is_neg is_inference is_same_size result_type "
-        "shape dtype device ndim layout is_cuda is_cpu is_meta is_mps is_xpu is_xla is_mtia is_vulkan is_ipu "
-        "is_sparse is_sparse_csr is_mkldnn is_quantized is_nested is_maia itemsize nbytes requires_grad is_leaf grad "
-        "grad_fn _version new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like full_like "
-        "empty_like isnan isinf isfinite isposinf isneginf argsort"
-    )
-)
-"""Metadata, and what does not depend on the values."""
-
-_COMPARISONS = frozenset(
-    builtins(
-        "gt ge lt le eq ne greater greater_equal less less_equal not_equal __gt__ __ge__ __lt__ __le__ __eq__ "
-        "__ne__ argmax argmin signbit"
-    )
-)
-"""Constant but for jumps."""
-
-_CONSTANT = frozenset(builtins("detach data"))
+_RULES = {**LINEAR_RULES, **SMOOTH_RULES, **SOFTMAX_RULES, **KINKED_RULES}
 
 
 def _in_place_operations() -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:

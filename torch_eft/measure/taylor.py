@@ -8,11 +8,9 @@ In the large-width counting f' d is O(1), the terms of order 2 and 3 are both O(
 Jets give all terms in one forward pass; where an operation has no rule, repeated reverse mode along the line does.
 """
 
-import math
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,11 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from torch_eft.measure.composite import WrittenOut
-from torch_eft.measure.differentials import _check_twice_differentiable
 from torch_eft.measure.isolation import IsolatedModel, isolated
-from torch_eft.measure.jet_kinked import KINKED_RULES
-from torch_eft.measure.jet_series import note_kink
+from torch_eft.measure.jet_reverse import series_by_reverse_mode
 from torch_eft.measure.jets import MAX_ORDER, NoJetRuleError, coefficients_of, lift, watch_kinks
 from torch_eft.measure.output import checked_output
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
@@ -176,86 +171,16 @@ def _terms(
     except Exception as error:  # the plain forward has run: whatever it is, jets are the cause
         reason = str(error).splitlines()[0] if isinstance(error, NoJetRuleError) else f"{type(error).__name__}: {error}"
     with watch_kinks() as kinks:
-        terms = _by_reverse_mode(base, direction, probe, order)
+        terms = series_by_reverse_mode(base, direction, probe, order)
     return terms, REVERSE, tuple(kinks), (f"computed by {REVERSE} differentiation: {reason}",)
 
 
 def _by_jets(base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe, order: int) -> Tensor:
     jets: dict[str, Tensor] = {name: lift(value, direction[name], order) for name, value in base.params.items()}
-    output = base(jets, _inputs(base, probe))
+    output = base(jets, tree_map_only(Tensor, torch.clone, base.place(probe)))
     value, *higher = coefficients_of(output, order)
     assert value is not None
     return torch.stack([value, *[torch.zeros_like(value) if part is None else part for part in higher]])
-
-
-def _inputs(base: IsolatedModel, probe: Probe) -> Any:
-    return tree_map_only(Tensor, torch.clone, base.place(probe))
-
-
-def _by_reverse_mode(
-    base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe, order: int, pattern: Tensor | None = None
-) -> Tensor:
-    """The derivatives along s -> f(theta_0 + s d), of all outputs, or of their product with a fixed ``pattern``.
-
-    A derivative of many outputs with respect to the one s takes two backward passes: (d/dw) (d/ds) (w . f).
-
-    Raises:
-        ValueError: If an operation has no derivative of that order.
-    """
-    with _differentiable_backends(), _Watching():
-        s = next(iter(base.params.values())).new_zeros(()).requires_grad_()
-        moved = {name: value + s * direction[name] for name, value in base.params.items()}
-        current = base(moved, _inputs(base, probe))
-        try:
-            if order > 1:
-                _check_twice_differentiable(current)
-            if pattern is not None:
-                current = (current * pattern).sum()
-            terms = [current.detach()]
-            w = torch.zeros_like(terms[0], requires_grad=True)
-            for degree in range(1, order + 1):
-                if pattern is None:
-                    current = _slope(_slope((current * w).sum(), s), w)
-                else:
-                    current = _slope(current, s)
-                terms.append(current.detach() / math.factorial(degree))
-        except (RuntimeError, NotImplementedError) as error:
-            raise ValueError(
-                f"model: an operation of {type(base.shadow).__name__} has no derivative of order {order} "
-                f"({str(error).splitlines()[0]}); ask for a lower order"
-            ) from error
-    return torch.stack(terms)
-
-
-def _slope(value: Tensor, variable: Tensor) -> Tensor:
-    if not value.requires_grad:
-        return torch.zeros_like(variable)
-    return torch.autograd.grad(value, variable, create_graph=True, allow_unused=True, materialize_grads=True)[0]
-
-
-@contextmanager
-def _differentiable_backends() -> Iterator[None]:
-    """Fused recurrent kernels have a first derivative only."""
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
-    before = [backend.enabled for backend in backends]
-    try:
-        for backend in backends:
-            backend.enabled = False
-        yield
-    finally:
-        for backend, enabled in zip(backends, before, strict=True):
-            backend.enabled = enabled
-
-
-class _Watching(WrittenOut):
-    """Written out, and telling of the kinks that are met."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in KINKED_RULES:
-            note_kink(func.__name__)
-        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _compare(base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe, terms: Tensor) -> tuple[str, ...]:
@@ -268,7 +193,7 @@ def _compare(base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe,
     pattern = torch.randn(terms.shape[1:], generator=generator, device="cpu").to(terms)
     order = len(terms) - 1
     try:
-        expected = _by_reverse_mode(base, direction, probe, order, pattern)
+        expected = series_by_reverse_mode(base, direction, probe, order, pattern)
     except ValueError as error:
         return (f"not checked against reverse mode: {error}",)
     found = (terms * pattern).sum((1, 2))
