@@ -1,4 +1,4 @@
-"""Every kind of layer by its factors, at orders one to three, against reverse mode of reverse mode, sample by sample."""
+"""Every kind of layer by its factors, at orders one to three, against reverse mode of reverse mode."""
 
 import pytest
 import torch
