@@ -203,7 +203,9 @@ UNARY = {
     "in place": lambda x: F.relu((x * 2).add_(CONSTANT).mul_(x), inplace=True) * x,
     "in place operators": lambda x: augmented(x),
     "detach": lambda x: x.detach() * x + x.data,
-    "comparison": lambda x: torch.where(x > 0, x.exp(), x.sin()) + (x.detach() < 0.3) * x,
+    "comparison": lambda x: (
+        x * (3 * x).int() + x * x.long() + torch.where(x > 0, x.exp(), x.sin()) + (x.detach() < 0.3) * x
+    ),
     "new tensors": lambda x: x * x.new_ones(4) + torch.zeros_like(x) + x.new_full((1,), 2.0),
     "metadata": lambda x: x * (x.shape[0] + x.size(1) + x.dim() + x.ndim + x.numel() + x.stride(0) + len(x)),
 }

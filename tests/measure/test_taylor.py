@@ -201,6 +201,16 @@ def test_kinks_are_said_and_order_two_alone_is_warned_of():
     assert taylor_series(smooth, params0, params, x, order=2).remarks[0].startswith("order 2 alone is not a consistent")
 
 
+def test_jumps_are_said_where_reverse_mode_steps_in():
+    """An orthogonal weight is made with signs that are read off as integers: a parameter that moves may lose them."""
+    model = seeded(lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 3)), nn.Tanh()))
+    params0, params = displaced(model, 0.01)
+    series = taylor_series(model, params0, params, torch.randn(5, 4, dtype=DTYPE))
+    assert series.method == "reverse-over-reverse"
+    assert series.kinked == ("int",)
+    assert series.remarks[0].startswith("almost everywhere")
+
+
 def test_the_cost_is_in_forward_passes():
     model = mlp((64, 256, 256, 10))
     params0, params = displaced(model)

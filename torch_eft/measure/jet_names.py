@@ -59,7 +59,7 @@ OF_THE_PRIMAL = frozenset(
 COMPARISONS = frozenset(
     builtins(
         "gt ge lt le eq ne greater greater_equal less less_equal not_equal __gt__ __ge__ __lt__ __le__ __eq__ "
-        "__ne__ argmax argmin signbit"
+        "__ne__ argmax argmin signbit int long short bool"
     )
 )
 """Constant but for jumps."""

@@ -13,6 +13,7 @@ from torch_eft.measure.composite import WrittenOut
 from torch_eft.measure.differentials import _check_twice_differentiable
 from torch_eft.measure.isolation import IsolatedModel
 from torch_eft.measure.jet_kinked import KINKED_RULES
+from torch_eft.measure.jet_names import COMPARISONS
 from torch_eft.measure.jet_series import note_kink
 from torch_eft.measure.probe import Probe
 
@@ -78,6 +79,7 @@ class _Watching(WrittenOut):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in KINKED_RULES:
-            note_kink(func.__name__)
+        kinked = func in KINKED_RULES or func in COMPARISONS
+        if kinked and any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            note_kink(func.__name__.strip("_"))
         return super().__torch_function__(func, types, args, kwargs)
