@@ -123,6 +123,8 @@ def networks(transposed):
 
 def measure_one(path, implementation, rounds):
     """In the process that has jax: one line of the table."""
+    # XLA runs independent operations on as many threads as there are cores it may use.
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     import jax
     import neural_tangents
     import numpy

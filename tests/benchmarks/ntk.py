@@ -16,9 +16,9 @@ Options: --workloads a,b,c,d,e  --rounds 7  --peers torch.func,nngeometry (or no
 import argparse
 import cProfile
 import ctypes
-import inspect
 import multiprocessing
 import pstats
+import random
 import re
 import statistics
 import time
@@ -56,9 +56,10 @@ def interleaved(actions, rounds):
     first = {name: timed(action) for name, action in actions.items()}
     seconds = {name: [] for name in actions}
     for index in range(rounds):
-        for name, action in actions.items():
+        # In another order each time: a contender pays for the cache and the heap that the one before it leaves.
+        for name in random.Random(index).sample(list(actions), len(actions)):
             if index < 2 or first[name] < SLOW:
-                seconds[name].append(timed(action))
+                seconds[name].append(timed(actions[name]))
     return seconds, first
 
 
@@ -120,16 +121,19 @@ def peak_megabytes(workload, contender):
     return None if peak is None else peak / 2**20
 
 
+DIFFERENTIALS = {"dH": ("dntk", {}), "H, dH": ("contracted", {"order": 1}), "H, dH, ddI, ddII": ("contracted", {})}
+"""What is contracted with a direction: the function of ``measure`` and its arguments."""
+
+
 def contracted(model, x):
-    """The contracted differentials that this version of the library has, ``{name: action}``."""
-    found = {}
-    generator = torch.Generator().manual_seed(1)
-    direction = {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
-    for name in ("dntk", "ddntk"):
-        function = getattr(measure, name, None)
-        if function is not None and "direction" in inspect.signature(function).parameters:
-            found[name] = lambda function=function: function(model, x, direction=direction)
-    return found
+    """Those of ``DIFFERENTIALS`` that ``measure`` has, along a random e (N, C)."""
+    with torch.no_grad():
+        e = torch.randn(model(x).shape, generator=torch.Generator().manual_seed(1))
+    return {
+        title: lambda function=getattr(measure, name), options=options: function(model, x, direction=e, **options)
+        for title, (name, options) in DIFFERENTIALS.items()
+        if hasattr(measure, name)
+    }
 
 
 def row(key, rounds, names, peak):
@@ -173,18 +177,15 @@ def row(key, rounds, names, peak):
 
 
 def differentials_row(key, rounds):
-    """Cost of dNTK and ddNTK along one direction in units of an NTK, or None where the library has neither."""
+    """Cost of the differentials along one direction in units of an NTK, or None where the library has none."""
     model, x = WORKLOADS[key].build()
     found = contracted(model, x)
     if not found:
         return None
-    actions = {"ntk": lambda: ours(model, x), **found}
-    seconds, _ = interleaved(actions, rounds)
-    unit = statistics.median(seconds["ntk"])
-    times = [statistics.median(seconds[name]) / unit if name in seconds else None for name in ("dntk", "ddntk")]
-    cells = [f"{spread(seconds[name])} = {t:.2f}x" if t else "-" for name, t in zip(found, times, strict=False)]
-    both = f"{times[0] + times[1]:.2f}x" if None not in times else "-"
-    return [key, spread(seconds["ntk"]), *cells, *["-"] * (2 - len(cells)), both]
+    seconds, _ = interleaved({"ntk": lambda: ours(model, x), **found}, rounds)
+    unit = statistics.median(seconds.pop("ntk"))
+    cells = [f"{spread(times)} = **{statistics.median(times) / unit:.2f}x**" for times in seconds.values()]
+    return [key, _three(1000 * unit), *cells]
 
 
 def show(head, lines):
@@ -296,10 +297,10 @@ def main():
     show(columns, (row(key, options.rounds, names, peak) for key in keys))
     rows = [line for line in (differentials_row(key, options.rounds) for key in keys) if line]
     if rows:
-        print("\nAlong one direction in parameter space, in units of one NTK\n")
-        show(["", "ntk ms", "dntk ms", "ddntk ms", "dntk + ddntk"], rows)
+        print("\nContracted with one direction in the space of outputs: ms, and in units of one NTK\n")
+        show(["", "H", *DIFFERENTIALS], rows)
     else:
-        print("\nmeasure has no dntk or ddntk along a direction")
+        print("\nmeasure has no contracted differentials")
 
 
 if __name__ == "__main__":

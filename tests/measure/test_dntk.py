@@ -143,9 +143,11 @@ class TwoLayers(nn.Module):
 
 @pytest.mark.parametrize("eta", [0.3, 2.6])  # 2 / H < eta < 4 / H: the catapult
 def test_the_two_layer_linear_map(eta):
-    """x = 1, y = 0: f' = f (1 - eta H + eta^2 f^2 / n), H' = H + (eta f^2 / n) (eta H - 4), at every step (Lewkowycz
-    et al. 2020), which pins dH and ddH: with e = f the step's series in eta has dH f f = 2 f^3 / n at second order of z,
-    and of H, 2 dH f = 4 f^2 / n at first and (ddI + ddII) f f = f^2 H / n at second order."""
+    """x = 1, y = 0: f' = f (1 - eta H + eta^2 f^2 / n), H' = H + (eta f^2 / n) (eta H - 4) (Lewkowycz et al. 2020).
+
+    This pins dH and ddH: with e = f the step's series in eta has dH f f = 2 f^3 / n at second order of z, and of H
+    2 dH f = 4 f^2 / n at first and (ddI + ddII) f f = f^2 H / n at second order.
+    """
     torch.manual_seed(3)
     n, x = 40, torch.ones(1, 1, dtype=torch.float64)
     model = TwoLayers(n).double()
@@ -155,7 +157,7 @@ def test_the_two_layer_linear_map(eta):
         e = torch.full((1, 1), f, dtype=torch.float64)
         found = measure.contracted(model, x, e)
         size = f * f / n
-        # f is a sum of n products, |u| |v| / sqrt(n) <= sqrt(n) H / 2 in size, and close to 0 by cancellation at the end.
+        # f is a sum of n products, up to |u| |v| / sqrt(n) <= sqrt(n) H / 2, and at the end close to 0 by cancellation.
         rounding = 1e-15 * math.sqrt(n) * H
         assert float(found.dH) == pytest.approx(2 * size, rel=1e-12, abs=4 * abs(f) * rounding / n)
         assert float(found.ddI) == pytest.approx(0, abs=1e-12 * size * H)
@@ -221,8 +223,9 @@ def test_a_wrong_derivative_is_refused(monkeypatch):
     right = jets._RULES[torch.tanh]
 
     def wrong(*args, **kwargs):
-        first, second, *others = right(*args, **kwargs)
-        return [first, 1.01 * second, *others]
+        found = right(*args, **kwargs)
+        first, second, *others = found
+        return type(found)([first, 1.01 * second, *others])
 
     monkeypatch.setitem(jets._RULES, torch.tanh, wrong)
     torch.manual_seed(0)

@@ -309,7 +309,7 @@ def _by_group(first: Factor, second: Factor, labels: Mapping[str, str]) -> list[
 
 def _finished(value: Tensor, scale: float, trace: bool) -> Tensor:
     """(C, N, C, N') as (N, N', C, C), or (N, N') of a trace."""
-    return value[0, :, 0] * scale if trace else value.permute(1, 3, 0, 2).contiguous()
+    return value[0, :, 0] * scale if trace else value.permute(1, 3, 0, 2)
 
 
 def checked_lambdas(network: IsolatedModel, lambdas: Mapping[str, float] | float | None) -> dict[str, float]:

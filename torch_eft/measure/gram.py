@@ -214,10 +214,9 @@ def _add_one_place(
             a, b = rows.inputs[q], columns.inputs[s]
             if a is None or b is None:
                 return None
-            product = (a[:, 0] @ b[:, 0].T).mul_(lambdas.get(rows.weight, 0.0))
-            if rows.bias is not None and q == s == 0:
-                product += lambdas.get(rows.bias, 0.0)
-            overlaps[q, s] = product
+            weight, bias = lambdas.get(rows.weight, 0.0), 0.0 if rows.bias is None else lambdas.get(rows.bias, 0.0)
+            ones = a.new_full((), bias if q == s == 0 else 0.0)
+            overlaps[q, s] = torch.addmm(ones, a[:, 0], b[:, 0].T, alpha=weight)
         return overlaps[q, s]
 
     products: dict[Orders, dict[Orders, list[Tensor]]] = {}  # (p, r): {(m, n): [a_q . a_s, ...]}
@@ -228,8 +227,8 @@ def _add_one_place(
                 if value is not None:
                     products.setdefault((p, r), {}).setdefault((m, n), []).append(value)
     for (p, r), weights in products.items():
-        g = torch.cat(rows.gradients[p], 1).transpose(0, 1)
-        h = g if rows is columns and p == r else torch.cat(columns.gradients[r], 1).transpose(0, 1)
+        g = torch.stack(rows.gradients[p])[:, :, 0]  # (C, N, E)
+        h = g if rows is columns and p == r else torch.stack(columns.gradients[r])[:, :, 0]
         lower = symmetric and all(m == n for m, n in weights)
         for block, before, samples in _blocks(g.shape[0], g.shape[1], lower):
             first, second = g[block], h[before]

@@ -32,9 +32,9 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_eft.measure.differentials import Differentials, differentials
+from torch_eft.measure.engine import checked_lambdas
 from torch_eft.measure.initialization import read_ensemble
 from torch_eft.measure.isolation import IsolatedModel, isolated
-from torch_eft.measure.engine import checked_lambdas
 from torch_eft.measure.output import checked_output
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
 from torch_eft.theory.statistics import LayerStatistics
