@@ -26,8 +26,8 @@ def output(model: nn.Module, x: Any, output_fn: OutputFn | None = None) -> Tenso
         return checked_output(network, probe)
 
 
-def checked_output(network: IsolatedModel, probe: Probe) -> Tensor:
-    """(N, C) for an isolated network.
+def checked_output(network: IsolatedModel, probe: Probe, params: dict[str, Tensor] | None = None) -> Tensor:
+    """(N, C) for an isolated network, with ``params`` in the place of its own if given.
 
     Raises:
         ValueError: As ``output``.
@@ -36,7 +36,7 @@ def checked_output(network: IsolatedModel, probe: Probe) -> Tensor:
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     versions = [tensor._version for tensor in tensors]
     try:
-        result = network(network.params, inputs)
+        result = network(network.params if params is None else params, inputs)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

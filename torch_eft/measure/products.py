@@ -31,12 +31,15 @@ class NTKOperator:
     ) -> None:
         self.lambdas = checked_lambdas(network, lambdas)
         self.leaves = {name: network.params[name].detach().requires_grad_() for name in self.lambdas}
-        # checked_output speaks for the network; the leaves take the place of its parameters.
-        with torch.no_grad():
-            checked_output(network, probe)
-        self.outputs = network({**network.params, **self.leaves}, network.place(probe))
-        self._u = torch.zeros_like(self.outputs).requires_grad_()
-        self._pulled = self._backward(self._u, create_graph=True)
+        self.outputs = checked_output(network, probe, {**network.params, **self.leaves})
+        self._linear: tuple[Tensor, list[Tensor]] | None = None
+
+    def _map(self) -> tuple[Tensor, list[Tensor]]:
+        """u and J^T u, which is linear in it; made when first asked for."""
+        if self._linear is None:
+            u = torch.zeros_like(self.outputs).requires_grad_()
+            self._linear = u, self._backward(u, create_graph=True)
+        return self._linear
 
     def _backward(self, u: Tensor, create_graph: bool = False) -> list[Tensor]:
         return list(
@@ -58,12 +61,13 @@ class NTKOperator:
 
     def __call__(self, v: Tensor) -> Tensor:
         """H v of v (N, C)."""
+        u, images = self._map()
         directions = list(self.pull_back(v).values())
-        used = [(p, d) for p, d in zip(self._pulled, directions, strict=True) if p.requires_grad]
+        used = [(p, d) for p, d in zip(images, directions, strict=True) if p.requires_grad]
         if not used:
-            return torch.zeros_like(self._u)
+            return torch.zeros_like(u)
         pulled, along = zip(*used, strict=True)
-        return torch.autograd.grad(pulled, self._u, along, retain_graph=True)[0]
+        return torch.autograd.grad(pulled, u, along, retain_graph=True)[0]
 
 
 def ntk_vector_product(
