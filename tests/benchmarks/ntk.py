@@ -24,6 +24,7 @@ import statistics
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,7 +131,7 @@ def contracted(model, x):
     with torch.no_grad():
         e = torch.randn(model(x).shape, generator=torch.Generator().manual_seed(1))
     return {
-        title: lambda function=getattr(measure, name), options=options: function(model, x, direction=e, **options)
+        title: partial(getattr(measure, name), model, x, direction=e, **options)
         for title, (name, options) in DIFFERENTIALS.items()
         if hasattr(measure, name)
     }
