@@ -3,15 +3,31 @@
 from torch_eft.measure.dntk import AlmostEverywhereWarning, Contracted, contracted, ddntk, dntk
 from torch_eft.measure.engine import Estimate
 from torch_eft.measure.initialization import NotAnMLPError, ReadEnsemble, read_ensemble
+from torch_eft.measure.jets import NoJetRuleError
+from torch_eft.measure.kinks import Secant, kinked_operations, secant, secant_ntk
 from torch_eft.measure.learning_rates import LearningRates, read_learning_rates
 from torch_eft.measure.metrics import as_matrix, as_trace, kernel_distance, ntk_trace, relative_change, top_eigenvalue
 from torch_eft.measure.ntk import Coverage, coverage, ntk, ntk_estimate
 from torch_eft.measure.output import output
 from torch_eft.measure.probe import Probe
 from torch_eft.measure.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, pull_back
-from torch_eft.measure.representation import hidden_kernels, linear_cka
+from torch_eft.measure.representation import (
+    LayerChange,
+    Representation,
+    RepresentationChange,
+    block_drift,
+    centred,
+    effective_rank,
+    hidden_kernels,
+    linear_cka,
+    movement,
+    representation,
+    representation_change,
+    target_alignment,
+)
 from torch_eft.measure.seeds import Comparison, SeedEnsemble, seed_ensemble
 from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
+from torch_eft.measure.taylor import TaylorSeries, taylor_series, taylor_terms
 from torch_eft.measure.training import SquaredError, UnrecognisedLossError, recognise_squared_error
 
 __all__ = [
@@ -21,24 +37,35 @@ __all__ = [
     "Coverage",
     "Eigenpairs",
     "Estimate",
+    "LayerChange",
     "LearningRates",
+    "NoJetRuleError",
     "NotAnMLPError",
     "Plan",
     "Probe",
     "ReadEnsemble",
+    "Representation",
+    "RepresentationChange",
+    "Secant",
     "SeedEnsemble",
     "Snapshot",
     "SquaredError",
+    "TaylorSeries",
     "UnrecognisedLossError",
     "as_matrix",
     "as_trace",
+    "block_drift",
+    "centred",
     "contracted",
     "coverage",
     "ddntk",
     "dntk",
+    "effective_rank",
     "hidden_kernels",
     "kernel_distance",
+    "kinked_operations",
     "linear_cka",
+    "movement",
     "ntk",
     "ntk_eigenpairs",
     "ntk_estimate",
@@ -50,7 +77,14 @@ __all__ = [
     "read_learning_rates",
     "recognise_squared_error",
     "relative_change",
+    "representation",
+    "representation_change",
+    "secant",
+    "secant_ntk",
     "seed_ensemble",
     "take_snapshot",
+    "target_alignment",
+    "taylor_series",
+    "taylor_terms",
     "top_eigenvalue",
 ]

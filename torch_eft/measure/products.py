@@ -35,7 +35,7 @@ class NTKOperator:
         self._linear: tuple[Tensor, list[Tensor]] | None = None
 
     def _map(self) -> tuple[Tensor, list[Tensor]]:
-        """u and J^T u, which is linear in it; made when first asked for."""
+        """A vector u and J^T u, which is linear in it; made when first asked for."""
         if self._linear is None:
             u = torch.zeros_like(self.outputs).requires_grad_()
             self._linear = u, self._backward(u, create_graph=True)

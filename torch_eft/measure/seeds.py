@@ -20,8 +20,7 @@ as those of a last linear layer with independent weights are. With one output on
 import copy
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +28,6 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_eft.measure.differentials import Differentials, differentials
 from torch_eft.measure.engine import checked_lambdas
@@ -180,7 +178,7 @@ def seed_ensemble(
     _check(seeds, quantities, width, memory)
     probe = as_probe(x)
     needed = [name for name, users in _NEEDS.items() if set(users.split()) & set(quantities)]
-    with isolated(model, output_fn) as network, _differentiable_attention():
+    with isolated(model, output_fn) as network:
         draw = _Draw(network, initialize, seed)
         outputs = checked_output(replace(network, params=draw.first, constants={}), probe)
         if width is None:
@@ -215,18 +213,6 @@ def seed_ensemble(
         width,
         source,
     )
-
-
-@contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Attention in operations that have derivatives of every order, instead of fused kernels."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _check(seeds: int, quantities: Collection[str], width: float | None, memory: int) -> None:
