@@ -29,12 +29,16 @@ class Trajectory:
 
     Args:
         steps: (T+1,) optimizer steps; for gradient flow, flow time / learning rate.
-        output_mean: (T+1, N_p, C), mean over initialisations.
-        output_covariance: (T+1, N_p, N_p, C, C), ``[t, a, b, i, j] = Cov(z_{i;a}(t), z_{j;b}(t))``.
+        output_mean: (T+1, N_p, C), mean over initialisations; of one network, its output.
+        output_covariance: (T+1, N_p, N_p, C, C), ``[t, a, b, i, j] = Cov(z_{i;a}(t), z_{j;b}(t))``; 0 for one network.
         ntk_mean: (T+1, N_p, N_p, C, C), ``[t, a, b, i, j] = E H_{ij;ab}(t)``.
         ntk_drift: Same shape, ``ntk_mean`` minus its value at step 0.
         provenance: Which level and order of the theory, for which ensemble.
         validity: Where it holds.
+        output_truncation: (T+1, N_p, C), the size of what the next order would add to the output, estimated; None where
+            nothing estimates it.
+        ntk_truncation: (T+1, N_p, N_p, C, C), the same for the NTK.
+        train_output_mean: (T+1, N, C), as ``output_mean``, on the training points.
     """
 
     steps: Tensor
@@ -44,3 +48,6 @@ class Trajectory:
     ntk_drift: Tensor
     provenance: str
     validity: Validity
+    output_truncation: Tensor | None = None
+    ntk_truncation: Tensor | None = None
+    train_output_mean: Tensor | None = None
