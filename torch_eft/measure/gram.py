@@ -69,6 +69,13 @@ class Outer:
             return [replace(self, gradients=tuple((torch.cat(g, 2),) for g in self.gradients))]
         return [replace(self, gradients=tuple((g[i],) for g in self.gradients)) for i in range(C)]
 
+    def formed(self, orders: Sequence[int]) -> list[Tensor]:
+        """J_m of the weight itself, (C, N, E D) each."""
+        C, N, _, E = self.size
+        size = C * N * E * _depth(self)
+        buffers = {order: self.gradients[0][0].new_empty(size) for order in orders}
+        return list(_formed(self, buffers, slice(0, E)).values())
+
     def of_bias(self) -> "Direct":
         """The bias alone."""
         assert self.bias is not None

@@ -110,25 +110,85 @@ def _each_output(gradients: Gradients, function: Callable[[Tensor], Tensor]) -> 
     return tuple(tuple(function(part) for part in g) for g in gradients)
 
 
+def _inputs(site: Site, axis: Axis, samples: int) -> tuple[Tensor | None, ...]:
+    """Of a linear layer or an ungrouped convolution, (N, T, D) each."""
+    if site.kind == "linear":
+        return tuple(None if a is None else axis.split(a, samples).flatten(1, -2) for a in site.inputs)
+    windows = [None if a is None else _windows(a, site).flatten(2) for a in site.inputs]
+    return tuple(None if w is None else _samples(w, axis, samples) for w in windows)
+
+
+def _places(x: Tensor, site: Site, axis: Axis, samples: int) -> Tensor:
+    """The gradient at its output, (N, T, E)."""
+    return axis.split(x, samples).flatten(1, -2) if site.kind == "linear" else _samples(x.flatten(2).mT, axis, samples)
+
+
 def _linear(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
-    inputs = tuple(None if a is None else axis.split(a, samples).flatten(1, -2) for a in site.inputs)
-    return [Outer(site.names[0], inputs, _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2)), site.bias)]
+    gradients = _each_output(g, partial(_places, site=site, axis=axis, samples=samples))
+    return [Outer(site.names[0], _inputs(site, axis, samples), gradients, site.bias)]
 
 
 def _convolution(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
     groups = site.options["groups"]
+    if groups == 1:
+        return _linear(site, g, axis, samples)
     windows = [None if a is None else _windows(a, site) for a in site.inputs]  # (N, places, k, Cin)
-    bias = site.bias if groups == 1 else None
+    parts = _each_output(g, lambda x: x.flatten(2).mT)
     found: list[Factor] = []
     for index in range(groups):
         inputs = tuple(None if w is None else _group(w, index, groups, axis, samples) for w in windows)
-        parts = _each_output(g, lambda x: x.flatten(2).mT)
         gradients = _each_output(parts, partial(_group, index=index, groups=groups, axis=axis, samples=samples))
-        found.append(Outer(site.names[0], inputs, gradients, bias))
-    if bias is None and site.bias is not None:
-        summed = _each_output(g, lambda x: _samples(x.flatten(2).mT, axis, samples).sum(1))
-        found.append(Direct(site.bias, tuple(torch.stack(parts) for parts in summed)))
+        found.append(Outer(site.names[0], inputs, gradients))
+    if site.bias is not None:
+        summed = _each_output(parts, lambda x: _samples(x, axis, samples).sum(1))
+        found.append(Direct(site.bias, tuple(torch.stack(rows) for rows in summed)))
     return found
+
+
+class Formed:
+    """The Jacobian of a layer used at more places than it has inputs, formed as gradients come in.
+
+    It is then smaller than the gradients: of a convolution on large images by an order of magnitude.
+
+    Args:
+        site: The use.
+        axis: The samples' axis.
+        samples: N.
+    """
+
+    def __init__(self, site: Site, axis: Axis, samples: int) -> None:
+        self.site, self.axis, self.samples = site, axis, samples
+        self._inputs = _inputs(site, axis, samples)
+        self._rows: list[list[Tensor]] = []
+        self._biases: list[list[Tensor]] = []
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """The next output's g_0, g_1, ..."""
+        g = [_places(part, self.site, self.axis, self.samples) for part in gradients]
+        one = Outer(self.site.names[0], self._inputs, tuple((part,) for part in g))
+        self._rows.append([J[0] for J in one.formed(range(len(g)))])
+        self._biases.append([part.sum(1) for part in g])
+
+    def factors(self) -> list[Factor]:
+        """J_m of the weight and of the bias."""
+        found: list[Factor] = [Direct(self.site.names[0], tuple(torch.stack(J) for J in zip(*self._rows, strict=True)))]
+        if self.site.bias is not None:
+            found.append(Direct(self.site.bias, tuple(torch.stack(J) for J in zip(*self._biases, strict=True))))
+        return found
+
+
+def worth_forming(site: Site, sites: Sequence[Site], samples: int) -> bool:
+    """Whether a use has more places than inputs, and its parameters no other use."""
+    if site.weight is None or site.kind not in ("linear", "convolution") or site.options.get("groups", 1) > 1:
+        return False
+    if sum(bool({*site.names} & {*other.names}) for other in sites) > 1:
+        return False
+    x = _given(site.inputs[0])
+    if site.kind == "linear":
+        inputs, outputs = x.shape[-1], site.shape[-1]
+    else:
+        inputs, outputs = x.shape[1] * torch.Size(site.options["kernel"]).numel(), site.shape[1]
+    return site.shape.numel() // (samples * outputs) > inputs
 
 
 def _transposed(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
