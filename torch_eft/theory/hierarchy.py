@@ -1,0 +1,295 @@
+"""Training at finite width from the tensors of one network at its start: NTK -> dNTK -> ddNTK (PDLT, chapter infinity).
+
+In parameter space weighted by lambda, with J_b = grad z_b, every gradient of a loss is e_b grad z_b(theta); expanded
+about the start, it stays in the span of J_b, u_bc = d2z_b J_c, d3z_b[J_c, J_d] and d2z_b u_cd. So theta(t) - theta(0) has coefficients p_b, q_bc, r_bcd, s_bcd there, whose gradients are
+
+    e_b,    e_b p_c,    e_b p_c p_d / 2,    e_b q_cd        (an optimizer linear in gradients acts on each alone)
+
+and with dH_abc = J_b.u_ac, ddI_abcd = d3z_a[J_b, J_c, J_d], ddII_abcd = u_ac.u_bd, X_abcd = u_ab.u_cd = ddII_acbd,
+
+    z_a(t)  = z_a + H_ab p_b + Y_a,
+    Y_a     = dH_bac q_bc + dH_abc p_b p_c / 2
+              + ddI_bcda r_bcd + X_bacd s_bcd + X_abcd p_b q_cd + ddI_abcd p_b p_c p_d / 6
+    H_ab(t) = H_ab + dH_abc p_c + dH_bac p_c + (X_abcd + X_bacd) q_cd + (ddI_abcd + ddI_bacd + 2 ddII_abcd) p_c p_d / 2.
+
+Perturbatively: order 0 is Y = 0 (e.g. Lee et al. 2019). With a counting parameter in front of dH, ddI and ddII, the
+first derivative z1, H1 at 0 takes p, q, r, s of order 0 in Y and in H(t), and feeds z1 back through the loss's Hessian
+at order 0: z1_a = H_ab p1_b + Y_a, p1 driven by (d^2 Loss) z1. This linear equation cannot blow up where order 0 does
+not. Fed into themselves, the truncated equations may: H loses positivity, and with it stability. dH (of random sign)
+and ddI, ddII (of non-zero mean) both change the outputs by O(1/n): one without the other is no order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_eft.theory.dynamics import Coefficients, Descent, Loss
+
+DEFAULT_MEMORY = 2**30
+"""Bytes that the tensors of a network and what is made of them may take."""
+
+
+@dataclass(frozen=True)
+class FrozenPath:
+    """Order 0: training with the NTK as it is at the start.
+
+    Args:
+        z: (T+1, M), all outputs on all points, index (sample, output).
+        p: (T+1, B), the coefficients of the training outputs' gradients.
+        e: (T, B), dLoss/dz at every step.
+    """
+
+    z: Tensor
+    p: Tensor
+    e: Tensor
+
+
+@dataclass(frozen=True)
+class PathTensors:
+    """What Y and H(t) take of dH, ddI and ddII, with training indices in r directions of a basis.
+
+    With rows b_k of ``basis`` and D_k of ``dual``, p is sum_k b_k (D_k . p) on the path. Letters b, c, d below are
+    such directions; a is any of M outputs, (x, y) any two of K.
+
+    Args:
+        basis: (r, B).
+        dual: (r, B).
+        dH_first: (M, r, r), ``[a, b, c] = dH_bac``.
+        dH_second: (M, r, r), ``dH_abc``.
+        ddI_first: (M, r, r, r), ``ddI_bcda``.
+        ddI_second: (M, r, r, r), ``ddI_abcd``.
+        X_first: (M, r, r, r), ``X_bacd``.
+        X_second: (M, r, r, r), ``X_abcd``.
+        ntk_p: (K, K, r), ``[x, y, c] = dH_xyc + dH_yxc``.
+        ntk_q: (K, K, r, r), ``X_xycd + X_yxcd``.
+        ntk_pp: (K, K, r, r), ``(ddI_xycd + ddI_yxcd) / 2 + ddII_xycd``, symmetric part in c and d.
+    """
+
+    basis: Tensor
+    dual: Tensor
+    dH_first: Tensor
+    dH_second: Tensor
+    ddI_first: Tensor
+    ddI_second: Tensor
+    X_first: Tensor
+    X_second: Tensor
+    ntk_p: Tensor
+    ntk_q: Tensor
+    ntk_pp: Tensor
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """The first derivative in the counting parameter.
+
+    Args:
+        z: (T+1, M), z1.
+        H: (T+1, K, K), H1.
+    """
+
+    z: Tensor
+    H: Tensor
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """A training forecast by one network's tensors, order by order; its outputs are z0 + z1, its NTK H0 + H1.
+
+    Args:
+        z0: (T+1, N, C), with the NTK frozen.
+        z1: (T+1, N, C), the first correction by dH, ddI and ddII.
+        H0: (N, N, C, C), the NTK at the start.
+        H1: (T+1, N, N, C, C), its change at first order.
+    """
+
+    z0: Tensor
+    z1: Tensor
+    H0: Tensor
+    H1: Tensor
+
+
+def train_hierarchy(
+    z: Tensor,
+    H: Tensor,
+    dH: Tensor,
+    ddI: Tensor,
+    ddII: Tensor,
+    train: Sequence[int] | Tensor,
+    loss: Loss,
+    descent: Descent,
+    memory: int = DEFAULT_MEMORY,
+) -> Hierarchy:
+    """Orders 0 and 1 of training, from whole tensors of one network (or any others of their symmetries).
+
+    Args:
+        z: (N, C), outputs at the start on all points.
+        H: (N, N, C, C), as ``measure.ntk`` gives it.
+        dH: (N, N, N, C, C, C), as ``measure.dntk``.
+        ddI: (N, N, N, N, C, C, C, C), as ``measure.ddntk``.
+        ddII: Likewise.
+        train: The samples trained on, in the order of the loss's targets; the others are only looked at.
+        loss: The loss.
+        descent: The optimizer.
+        memory: Bytes allowed.
+
+    Raises:
+        ValueError: If shapes do not fit, or the tensors do not fit into ``memory``.
+    """
+    N, C = z.shape
+    for name, value, order in (("H", H, 2), ("dH", dH, 3), ("ddI", ddI, 4), ("ddII", ddII, 4)):
+        if tuple(value.shape) != (N,) * order + (C,) * order:
+            raise ValueError(f"{name}: {tuple(value.shape)} given; z asks for {(N,) * order + (C,) * order}")
+    samples = torch.as_tensor(train, dtype=torch.long, device=z.device)
+    if len(samples) != len(loss.targets):
+        raise ValueError(f"train: {len(samples)} samples given for {len(loss.targets)} targets")
+    indices = (samples[:, None] * C + torch.arange(C, device=z.device)).flatten()
+    M, B = N * C, len(indices)
+    check_memory(M, z.element_size() * 4 * (M**2 * B**2 + descent.steps * M**2), memory)
+    columns = combined(H)[:, indices]
+    tensors = path_tensors(combined(dH), combined(ddI), combined(ddII), indices, torch.arange(M, device=z.device))
+    path = frozen_path(z, columns, indices, loss, descent)
+    first = first_order(path, columns, indices, tensors, loss, descent, C)
+    z0, z1 = (value.unflatten(1, (N, C)) for value in (path.z, first.z))
+    return Hierarchy(z0, z1, H, first.H.unflatten(2, (N, C)).unflatten(1, (N, C)).permute(0, 1, 3, 2, 4))
+
+
+def combined(value: Tensor) -> Tensor:
+    """(N, N, .., C, C, ..) with one index (sample, output) for each pair: (N C, N C, ..)."""
+    order = value.ndim // 2
+    axes = [axis for pair in zip(range(order), range(order, 2 * order), strict=True) for axis in pair]
+    return value.permute(axes).reshape([value.shape[0] * value.shape[-1]] * order)
+
+
+def path_tensors(
+    dH: Tensor, ddI: Tensor, ddII: Tensor, train: Tensor, ntk: Tensor, basis: Tensor | None = None
+) -> PathTensors:
+    """Out of whole tensors.
+
+    Args:
+        dH: (M, M, M), index (sample, output).
+        ddI: (M, M, M, M).
+        ddII: (M, M, M, M).
+        train: (B,), the training indices among M.
+        ntk: (K,), the indices between which H(t) is wanted.
+        basis: (r, B), orthonormal rows; None is the identity.
+
+    Returns:
+        The tensors, exact on paths within the basis.
+    """
+    b = torch.eye(len(train), dtype=dH.dtype, device=dH.device) if basis is None else basis
+    X = ddII.transpose(1, 2)
+    dH_c = dH[:, :, train] @ b.T
+    ddI_cd, X_cd, ddII_cd = (
+        torch.einsum("abCD,cC,dD->abcd", value[:, :, train][:, :, :, train], b, b) for value in (ddI, X, ddII)
+    )
+
+    def first(value: Tensor) -> Tensor:
+        return torch.einsum("Ba...,bB->ab...", value[train], b)
+
+    def second(value: Tensor) -> Tensor:
+        return torch.einsum("aB...,bB->ab...", value[:, train], b)
+
+    def symmetric(value: Tensor) -> Tensor:
+        part = value[ntk][:, ntk]
+        return part + part.transpose(0, 1)
+
+    squares = symmetric(ddI_cd) / 2 + ddII_cd[ntk][:, ntk]
+    return PathTensors(
+        basis=b,
+        dual=b,
+        dH_first=first(dH_c),
+        dH_second=second(dH_c),
+        ddI_first=first(ddI_cd),
+        ddI_second=second(ddI_cd),
+        X_first=first(X_cd),
+        X_second=second(X_cd),
+        ntk_p=symmetric(dH_c),
+        ntk_q=symmetric(X_cd),
+        ntk_pp=(squares + squares.transpose(2, 3)) / 2,
+    )
+
+
+def frozen_path(z: Tensor, H: Tensor, train: Tensor, loss: Loss, descent: Descent) -> FrozenPath:
+    """Order 0, step by step.
+
+    Args:
+        z: (N, C), the outputs at the start, on all points.
+        H: (M, B), the NTK between all outputs and those on training points, index (sample, output).
+        train: (B,), the training indices among M.
+        loss: The loss on the training points.
+        descent: The optimizer.
+    """
+    start, outputs = z.flatten(), z.shape[1]
+    coefficients = Coefficients(descent, start.new_zeros(len(train)))
+    zs, ps, es = [], [], []
+    for step in range(descent.steps + 1):
+        ps.append(coefficients.values[0])
+        zs.append(start + H @ ps[-1])
+        if step < descent.steps:
+            es.append(loss.error(zs[-1][train].unflatten(0, (-1, outputs)), descent.batch(step)).flatten())
+            coefficients.update(es[-1])
+    return FrozenPath(torch.stack(zs), torch.stack(ps), torch.stack(es) if es else start.new_zeros(0, len(train)))
+
+
+def first_order(
+    path: FrozenPath, H: Tensor, train: Tensor, tensors: PathTensors, loss: Loss, descent: Descent, outputs: int
+) -> FirstOrder:
+    """z1 and H1 along a frozen path; arguments as ``frozen_path`` takes them, ``outputs`` is C."""
+    p, e = path.p @ tensors.dual.T, path.e @ tensors.dual.T
+    r = p.shape[1]
+    zero = p.new_zeros
+    coefficients = Coefficients(descent, zero(len(train)), zero(r, r), zero(r, r, r), zero(r, r, r))
+    parts = (
+        tensors.dH_first,
+        tensors.dH_second / 2,
+        tensors.ddI_first,
+        tensors.X_first,
+        tensors.X_second,
+        tensors.ddI_second / 6,
+    )
+    couplings = torch.cat([part.flatten(1) for part in parts], 1)
+    zs, qs = [], []
+    for step in range(descent.steps + 1):
+        p1, q_t, r_t, s_t = coefficients.values
+        p_t = p[step]
+        pp = torch.outer(p_t, p_t)
+        terms = (q_t, pp, r_t, s_t, p_t[:, None, None] * q_t, p_t[:, None, None] * pp)
+        z1 = H @ p1 + couplings @ torch.cat([term.flatten() for term in terms])
+        zs.append(z1)
+        qs.append(q_t)
+        if step < descent.steps:
+            shape = (-1, outputs)
+            z0, dz = path.z[step][train].unflatten(0, shape), z1[train].unflatten(0, shape)
+            e_t = e[step][:, None, None]
+            e1 = loss.change_of_error(z0, dz, descent.batch(step)).flatten()
+            coefficients.update(e1, torch.outer(e[step], p_t), e_t * pp / 2, e_t * q_t)
+    return FirstOrder(torch.stack(zs), ntk_change(tensors, p, torch.stack(qs)))
+
+
+def ntk_change(tensors: PathTensors, p: Tensor, q: Tensor) -> Tensor:
+    """H1 (T, K, K) of p (T, r) and q (T, r, r)."""
+    return (
+        torch.einsum("xyc,tc->txy", tensors.ntk_p, p)
+        + torch.einsum("xycd,tcd->txy", tensors.ntk_q, q)
+        + torch.einsum("xycd,tc,td->txy", tensors.ntk_pp, p, p)
+    )
+
+
+def check_memory(outputs: int, needed: int, memory: int) -> None:
+    """Refuse what does not fit.
+
+    Args:
+        outputs: M, for the message.
+        needed: Bytes.
+        memory: Bytes allowed.
+
+    Raises:
+        ValueError: With both numbers.
+    """
+    if needed > memory:
+        raise ValueError(
+            f"memory: {needed / 2**30:.2f} GiB needed for the differentials of {outputs} outputs (points times outputs "
+            f"of the network), {memory / 2**30:.2f} GiB allowed; allow more, or take fewer points, outputs or modes"
+        )
