@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from tests.models import ConvNet, mlp
 from torch_eft import measure
-from torch_eft.measure.kinks import kinked_operations, secant, secant_ntk
+from torch_eft.measure.kinks import kinked_operations
+from torch_eft.measure.secant import secant, secant_ntk
 
 
 class Around(nn.Module):

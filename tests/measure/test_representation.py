@@ -9,14 +9,9 @@ from torch import nn
 
 from tests.models import ConvNet, mlp
 from torch_eft import measure
-from torch_eft.measure.representation import (
-    block_drift,
-    effective_rank,
-    movement,
-    representation,
-    representation_change,
-    target_alignment,
-)
+from torch_eft.measure.alignment import effective_rank, target_alignment
+from torch_eft.measure.representation import representation
+from torch_eft.measure.representation_change import block_drift, movement, representation_change
 
 
 def test_kernels_of_the_activations_of_an_mlp():

@@ -9,9 +9,10 @@ from torch import nn
 from torch_eft.callbacks.monitor import Monitor, on_device_of
 from torch_eft.callbacks.part import History, Part
 from torch_eft.callbacks.schedule import Every
+from torch_eft.measure.alignment import linear_cka
 from torch_eft.measure.metrics import relative_change
 from torch_eft.measure.probe import OutputFn, Probe
-from torch_eft.measure.representation import hidden_kernels, linear_cka
+from torch_eft.measure.representation import hidden_kernels
 from torch_eft.measure.snapshot import Plan, Snapshot
 from torch_eft.tensorboard.figures import layers_figure
 from torch_eft.tensorboard.tags import tag

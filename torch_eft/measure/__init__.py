@@ -1,30 +1,26 @@
 """What one real network does: ``nn.Module`` in, tensors out; no Lightning."""
 
+from torch_eft.measure.alignment import centred, effective_rank, linear_cka, target_alignment
 from torch_eft.measure.dntk import AlmostEverywhereWarning, Contracted, contracted, ddntk, dntk
 from torch_eft.measure.engine import Estimate
 from torch_eft.measure.initialization import NotAnMLPError, ReadEnsemble, read_ensemble
 from torch_eft.measure.jets import NoJetRuleError
-from torch_eft.measure.kinks import Secant, kinked_operations, secant, secant_ntk
+from torch_eft.measure.kinks import kinked_operations
 from torch_eft.measure.learning_rates import LearningRates, read_learning_rates
 from torch_eft.measure.metrics import as_matrix, as_trace, kernel_distance, ntk_trace, relative_change, top_eigenvalue
 from torch_eft.measure.ntk import Coverage, coverage, ntk, ntk_estimate
 from torch_eft.measure.output import output
 from torch_eft.measure.probe import Probe
 from torch_eft.measure.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, pull_back
-from torch_eft.measure.representation import (
+from torch_eft.measure.representation import Representation, hidden_kernels, representation
+from torch_eft.measure.representation_change import (
     LayerChange,
-    Representation,
     RepresentationChange,
     block_drift,
-    centred,
-    effective_rank,
-    hidden_kernels,
-    linear_cka,
     movement,
-    representation,
     representation_change,
-    target_alignment,
 )
+from torch_eft.measure.secant import Secant, secant, secant_ntk
 from torch_eft.measure.seeds import Comparison, SeedEnsemble, seed_ensemble
 from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.taylor import TaylorSeries, taylor_series, taylor_terms

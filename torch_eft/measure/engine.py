@@ -13,18 +13,13 @@ from torch import Tensor, nn
 
 from torch_eft.measure.gram import Factor, Orders, Outer, add_gram, mirror
 from torch_eft.measure.isolation import IsolatedModel
-from torch_eft.measure.jacobians import (
-    Plan,
-    jacobian_factors,
-    make_plan,
-    reverse_factors,
-    sample_count,
-    slice_of,
-)
+from torch_eft.measure.jacobians import jacobian_factors
 from torch_eft.measure.jets import NoJetRuleError
 from torch_eft.measure.output import checked_output
+from torch_eft.measure.plan import Plan, make_plan, sample_count, slice_of
 from torch_eft.measure.probe import Probe
 from torch_eft.measure.refusals import check_function_of_each_sample, check_measurable
+from torch_eft.measure.sample_jacobians import reverse_factors
 from torch_eft.measure.verification import mismatches
 
 DEFAULT_MEMORY = 2**30

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_eft.measure.composite import WrittenOut
 from torch_eft.measure.gram import Factor
 from torch_eft.measure.isolation import IsolatedModel
-from torch_eft.measure.jacobians import sample_count
+from torch_eft.measure.plan import sample_count
 
 
 def mismatches(
