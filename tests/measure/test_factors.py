@@ -187,3 +187,14 @@ def test_many_outputs_and_places_go_the_other_way_through_the_backward():
     x = randn(30, 1, 50, 50)
     H = measure.ntk(net, x)
     torch.testing.assert_close(H[:2, :2], measure.ntk(net, x[:2]), rtol=0, atol=1e-12)
+
+
+def test_what_is_remembered_of_a_module_is_bounded():
+    from torch_eft.measure import engine
+
+    model, x, _ = build("mlp")
+    expected = measure.ntk(model, x)
+    for scale in range(1, 40):  # functions that are made anew each time, and differ
+        found = measure.ntk(model, x, output_fn=lambda z, scale=scale: scale * z)
+        torch.testing.assert_close(found, scale**2 * expected, rtol=1e-12, atol=0)
+    assert len(engine._plans[model]) == engine._REMEMBERED

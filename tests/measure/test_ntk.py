@@ -166,6 +166,12 @@ def test_matrix_form_pairs_samples_and_outputs():
     assert float(torch.linalg.eigvalsh(matrix)[0]) > -1e-12
 
 
+def test_nothing_moves_at_zero_learning_rate():
+    H = measure.ntk(mlp().double(), randn(3, 5), 0.0)
+    assert H.shape == (3, 3, 3, 3)
+    assert not bool(H.any())
+
+
 def test_parts_of_the_kernel_and_cross_kernels():
     torch.manual_seed(0)
     model, x = mlp().double(), randn(4, 5)

@@ -26,8 +26,24 @@ DEFAULT_MEMORY = 2**30
 """Bytes that kernels, factors and graph may take."""
 
 _log = logging.getLogger("torch_eft")
-_plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
-_methods: WeakKeyDictionary[nn.Module, dict[Any, str]] = WeakKeyDictionary()
+_REMEMBERED = 16  # plans and methods of one module
+
+
+class _Findings(WeakKeyDictionary[nn.Module, dict[Any, Any]]):
+    """What was found out about modules, by probe shape and output function; the oldest are forgotten."""
+
+    def get_or_make(self, network: IsolatedModel, key: Any, make: Callable[[], Any]) -> Any:
+        known = self.setdefault(network.origin, {})
+        if key not in known:
+            value = make()
+            if len(known) >= _REMEMBERED:
+                del known[next(iter(known))]
+            # The function is kept alive with it: its id is part of the key.
+            known[key] = value, network.output_fn
+        return known[key][0]
+
+
+_plans, _methods = _Findings(), _Findings()
 
 JETS = "jets"
 
@@ -106,19 +122,18 @@ class Engine:
         shapes = [(name, value.shape, value.dtype) for name, value in self.network.params.items()]
         leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
         inputs = [(leaf.shape[1:], leaf.dtype) for leaf in leaves]
-        return str((shapes, inputs, self.moving, self.samples == 1, self.network.output_fn))
+        return str((shapes, inputs, self.moving, self.samples == 1, id(self.network.output_fn)))
 
     def _planned(self, probe: Probe) -> Plan:
-        known = _plans.setdefault(self.network.origin, {})
-        key = self._key()
-        if key not in known:
+        def make() -> Plan:
             check_measurable(self.network)
             with torch.no_grad():
                 outputs = checked_output(self.network, probe)
             check_function_of_each_sample(self.network, probe, outputs)
             few = slice_of(self.inputs, 0, min(3, self.samples))
-            known[key] = self._verified(make_plan(self.network, self.inputs, self.moving, {}), few)
-        return known[key]
+            return self._verified(make_plan(self.network, self.inputs, self.moving, {}), few)
+
+        return _plans.get_or_make(self.network, self._key(), make)
 
     def _verified(self, plan: Plan, few: Any) -> Plan:
         """The plan, with what does not agree with an ordinary backward pass left to the fallback."""
@@ -202,7 +217,7 @@ class Engine:
             assert direction is not None
             self.method = self._verified_method(order, direction)
         labels = {name: "" if group is None else group(name) for name in self.moving}
-        groups = sorted(set(labels.values()))
+        groups = sorted(set(labels.values())) or [""]
         channels = 1 if trace else self.outputs
         columns = self if other is None else other
         N, M = self.samples, columns.samples
@@ -271,9 +286,8 @@ class Engine:
 
     def _verified_method(self, order: int, direction: Mapping[str, Tensor]) -> str:
         """At first use: u . J_m along the direction against reverse mode of reverse mode."""
-        known = _methods.setdefault(self.network.origin, {})
-        key = (self._key(), order)
-        if key not in known:
+
+        def make() -> str:
             few = slice_of(self.inputs, 0, min(3, self.samples))
             method = JETS
             try:
@@ -289,8 +303,9 @@ class Engine:
                         f"model: derivatives of order {m + 1} cannot be trusted for {name!r}: |u . J_{m}| is {found}; "
                         "an operation of the forward has wrong higher derivatives"
                     )
-            known[key] = method
-        return known[key]
+            return method
+
+        return _methods.get_or_make(self.network, (self._key(), order), make)
 
 
 def _by_group(first: Factor, second: Factor, labels: Mapping[str, str]) -> list[tuple[Factor, Factor]]:

@@ -31,7 +31,7 @@ def mismatches(
     The tolerance is half the digits of the dtype, of the parameter's own size, plus a thousand roundings of the
     largest one's (a gradient that vanishes identically is rounding).
     """
-    if network.params[moving[0]].device.type == "meta":  # no values, nothing to compare
+    if not moving or network.params[moving[0]].device.type == "meta":  # nothing to compare, or no values
         return {}
     channels = factors[0].size[0]
     u = _signs(channels, sample_count(inputs), network.params[moving[0]])
