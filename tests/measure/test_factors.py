@@ -17,7 +17,7 @@ PAIRS = [(0, 0), (1, 0), (2, 0), (1, 1)]
 FALLBACK = {
     "weight norm": {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"},
     "tied embedding": {"embed.weight"},
-    "cross attention": {"queries", "attention.in_proj_bias"},
+    "cross attention": {"attention.in_proj_bias"},
     "raw": {"power"},
     "twice": {"a.weight", "b.weight"},
 }

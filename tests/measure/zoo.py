@@ -85,6 +85,24 @@ class TiedLanguage(nn.Module):
         return self.head(torch.tanh(self.mix(self.embed(idx))).mean(1))
 
 
+class VisionTransformer(nn.Module):
+    """Patches, a class token, learned positions, a pre-LN layer with layer scale, the class token read out."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(1, 4, 2, stride=2)
+        self.token, self.position = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, 5, 4) / 2)
+        self.norm, self.attention = nn.LayerNorm(4), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.scale, self.head = nn.Parameter(torch.rand(4)), nn.Linear(4, 2)
+
+    def forward(self, x):
+        z = self.patches(x).flatten(2).transpose(1, 2)
+        z = torch.cat([self.token.expand(len(x), -1, -1), z], 1) + self.position
+        y = self.norm(z)
+        z = z + self.scale * self.attention(y, y, y, need_weights=False)[0]
+        return self.head(z[:, 0])
+
+
 class CrossAttention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -258,6 +276,7 @@ ZOO = {
     "transformer, time first": (lambda: Language(batch_first=False), lambda: tokens(4, 5)),
     "transformer, as many tokens as samples": (lambda: Language(batch_first=False), lambda: tokens(5, 5)),
     "tied embedding": (TiedLanguage, lambda: tokens(3, 4)),
+    "vision transformer": (VisionTransformer, lambda: randn(3, 1, 4, 4)),
     "cross attention": (CrossAttention, lambda: randn(3, 4, 3)),
     "attention": (Attention, lambda: randn(3, 4, 3)),
     "lstm": (Recurrent, lambda: randn(3, 4, 3)),

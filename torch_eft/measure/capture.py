@@ -350,6 +350,15 @@ def _mul(capture: Capture, func: Any, input: Any, other: Any) -> Tensor | None:
     return None
 
 
+@_rule(Tensor.expand)
+def _expand(capture: Capture, func: Any, input: Any, *sizes: Any) -> Tensor | None:
+    b = capture.name(input)
+    if b is None:
+        return None
+    output = func(fresh(input), *sizes)
+    return capture.record("scale", None, b, output, output, shape=input.shape)
+
+
 def _broadcasts(parameter: Tensor, x: Any) -> bool:
     """Whether ``parameter`` is stretched to the shape of ``x``, and not the other way round."""
     return (
