@@ -1,7 +1,8 @@
 """Training at finite width from the tensors of one network at its start: NTK -> dNTK -> ddNTK (PDLT, chapter infinity).
 
-In parameter space weighted by lambda, with J_b = grad z_b, every gradient of a loss is e_b grad z_b(theta); expanded
-about the start, it stays in the span of J_b, u_bc = d2z_b J_c, d3z_b[J_c, J_d] and d2z_b u_cd. So theta(t) - theta(0) has coefficients p_b, q_bc, r_bcd, s_bcd there, whose gradients are
+In parameter space weighted by lambda, with J_b = grad z_b, the gradient of any loss is e_b grad z_b(theta). Expanded
+about the start, it stays in the span of J_b, u_bc = d2z_b J_c, d3z_b[J_c, J_d] and d2z_b u_cd, so that
+theta(t) - theta(0) has coefficients p_b, q_bc, r_bcd, s_bcd there, whose gradients are
 
     e_b,    e_b p_c,    e_b p_c p_d / 2,    e_b q_cd        (an optimizer linear in gradients acts on each alone)
 
@@ -163,7 +164,13 @@ def combined(value: Tensor) -> Tensor:
 
 
 def path_tensors(
-    dH: Tensor, ddI: Tensor, ddII: Tensor, train: Tensor, ntk: Tensor, basis: Tensor | None = None
+    dH: Tensor,
+    ddI: Tensor,
+    ddII: Tensor,
+    train: Tensor,
+    ntk: Tensor,
+    basis: Tensor | None = None,
+    dual: Tensor | None = None,
 ) -> PathTensors:
     """Out of whole tensors.
 
@@ -173,7 +180,8 @@ def path_tensors(
         ddII: (M, M, M, M).
         train: (B,), the training indices among M.
         ntk: (K,), the indices between which H(t) is wanted.
-        basis: (r, B), orthonormal rows; None is the identity.
+        basis: (r, B); None is the identity.
+        dual: (r, B); None is the basis, for orthonormal rows.
 
     Returns:
         The tensors, exact on paths within the basis.
@@ -198,7 +206,7 @@ def path_tensors(
     squares = symmetric(ddI_cd) / 2 + ddII_cd[ntk][:, ntk]
     return PathTensors(
         basis=b,
-        dual=b,
+        dual=b if dual is None else dual,
         dH_first=first(dH_c),
         dH_second=second(dH_c),
         ddI_first=first(ddI_cd),
