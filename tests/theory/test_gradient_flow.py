@@ -6,7 +6,7 @@ import torch
 from tests.theory.test_hierarchy import Tiny
 from torch_eft.theory.dynamics import Loss, descent
 from torch_eft.theory.gradient_flow import eigenmodes, flow, flow_limit, frozen_flow
-from torch_eft.theory.hierarchy import combined, path_tensors
+from torch_eft.theory.path_tensors import combined, path_tensors
 
 
 def setting(seed=2):

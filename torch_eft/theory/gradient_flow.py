@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_eft.theory.hierarchy import FirstOrder, PathTensors, ntk_change
+from torch_eft.theory.hierarchy import FirstOrder
+from torch_eft.theory.path_tensors import PathTensors, ntk_change
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,14 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.dynamics import Coefficients, Descent, Loss
-
-DEFAULT_MEMORY = 2**30
-"""Bytes that the tensors of a network and what is made of them may take."""
+from torch_eft.theory.path_tensors import (
+    DEFAULT_MEMORY,
+    PathTensors,
+    check_memory,
+    combined,
+    ntk_change,
+    path_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -45,40 +50,6 @@ class FrozenPath:
     z: Tensor
     p: Tensor
     e: Tensor
-
-
-@dataclass(frozen=True)
-class PathTensors:
-    """What Y and H(t) take of dH, ddI and ddII, with training indices in r directions of a basis.
-
-    With rows b_k of ``basis`` and D_k of ``dual``, p is sum_k b_k (D_k . p) on the path. Letters b, c, d below are
-    such directions; a is any of M outputs, (x, y) any two of K.
-
-    Args:
-        basis: (r, B).
-        dual: (r, B).
-        dH_first: (M, r, r), ``[a, b, c] = dH_bac``.
-        dH_second: (M, r, r), ``dH_abc``.
-        ddI_first: (M, r, r, r), ``ddI_bcda``.
-        ddI_second: (M, r, r, r), ``ddI_abcd``.
-        X_first: (M, r, r, r), ``X_bacd``.
-        X_second: (M, r, r, r), ``X_abcd``.
-        ntk_p: (K, K, r), ``[x, y, c] = dH_xyc + dH_yxc``.
-        ntk_q: (K, K, r, r), ``X_xycd + X_yxcd``.
-        ntk_pp: (K, K, r, r), ``(ddI_xycd + ddI_yxcd) / 2 + ddII_xycd``, symmetric part in c and d.
-    """
-
-    basis: Tensor
-    dual: Tensor
-    dH_first: Tensor
-    dH_second: Tensor
-    ddI_first: Tensor
-    ddI_second: Tensor
-    X_first: Tensor
-    X_second: Tensor
-    ntk_p: Tensor
-    ntk_q: Tensor
-    ntk_pp: Tensor
 
 
 @dataclass(frozen=True)
@@ -156,69 +127,6 @@ def train_hierarchy(
     return Hierarchy(z0, z1, H, first.H.unflatten(2, (N, C)).unflatten(1, (N, C)).permute(0, 1, 3, 2, 4))
 
 
-def combined(value: Tensor) -> Tensor:
-    """(N, N, .., C, C, ..) with one index (sample, output) for each pair: (N C, N C, ..)."""
-    order = value.ndim // 2
-    axes = [axis for pair in zip(range(order), range(order, 2 * order), strict=True) for axis in pair]
-    return value.permute(axes).reshape([value.shape[0] * value.shape[-1]] * order)
-
-
-def path_tensors(
-    dH: Tensor,
-    ddI: Tensor,
-    ddII: Tensor,
-    train: Tensor,
-    ntk: Tensor,
-    basis: Tensor | None = None,
-    dual: Tensor | None = None,
-) -> PathTensors:
-    """Out of whole tensors.
-
-    Args:
-        dH: (M, M, M), index (sample, output).
-        ddI: (M, M, M, M).
-        ddII: (M, M, M, M).
-        train: (B,), the training indices among M.
-        ntk: (K,), the indices between which H(t) is wanted.
-        basis: (r, B); None is the identity.
-        dual: (r, B); None is the basis, for orthonormal rows.
-
-    Returns:
-        The tensors, exact on paths within the basis.
-    """
-    b = torch.eye(len(train), dtype=dH.dtype, device=dH.device) if basis is None else basis
-    X = ddII.transpose(1, 2)
-    dH_c = dH[:, :, train] @ b.T
-    ddI_cd, X_cd, ddII_cd = (
-        torch.einsum("abCD,cC,dD->abcd", value[:, :, train][:, :, :, train], b, b) for value in (ddI, X, ddII)
-    )
-
-    def first(value: Tensor) -> Tensor:
-        return torch.einsum("Ba...,bB->ab...", value[train], b)
-
-    def second(value: Tensor) -> Tensor:
-        return torch.einsum("aB...,bB->ab...", value[:, train], b)
-
-    def symmetric(value: Tensor) -> Tensor:
-        part = value[ntk][:, ntk]
-        return part + part.transpose(0, 1)
-
-    squares = symmetric(ddI_cd) / 2 + ddII_cd[ntk][:, ntk]
-    return PathTensors(
-        basis=b,
-        dual=b if dual is None else dual,
-        dH_first=first(dH_c),
-        dH_second=second(dH_c),
-        ddI_first=first(ddI_cd),
-        ddI_second=second(ddI_cd),
-        X_first=first(X_cd),
-        X_second=second(X_cd),
-        ntk_p=symmetric(dH_c),
-        ntk_q=symmetric(X_cd),
-        ntk_pp=(squares + squares.transpose(2, 3)) / 2,
-    )
-
-
 def frozen_path(z: Tensor, H: Tensor, train: Tensor, loss: Loss, descent: Descent) -> FrozenPath:
     """Order 0, step by step.
 
@@ -274,30 +182,3 @@ def first_order(
             e1 = loss.change_of_error(z0, dz, descent.batch(step)).flatten()
             coefficients.update(e1, torch.outer(e[step], p_t), e_t * pp / 2, e_t * q_t)
     return FirstOrder(torch.stack(zs), ntk_change(tensors, p, torch.stack(qs)))
-
-
-def ntk_change(tensors: PathTensors, p: Tensor, q: Tensor) -> Tensor:
-    """H1 (T, K, K) of p (T, r) and q (T, r, r)."""
-    return (
-        torch.einsum("xyc,tc->txy", tensors.ntk_p, p)
-        + torch.einsum("xycd,tcd->txy", tensors.ntk_q, q)
-        + torch.einsum("xycd,tc,td->txy", tensors.ntk_pp, p, p)
-    )
-
-
-def check_memory(outputs: int, needed: int, memory: int) -> None:
-    """Refuse what does not fit.
-
-    Args:
-        outputs: M, for the message.
-        needed: Bytes.
-        memory: Bytes allowed.
-
-    Raises:
-        ValueError: With both numbers.
-    """
-    if needed > memory:
-        raise ValueError(
-            f"memory: {needed / 2**30:.2f} GiB needed for the differentials of {outputs} outputs (points times outputs "
-            f"of the network), {memory / 2**30:.2f} GiB allowed; allow more, or take fewer points, outputs or modes"
-        )
