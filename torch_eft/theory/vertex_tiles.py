@@ -1,0 +1,136 @@
+"""Vertices on tiles of probe and training labels, for contractions that run over many of them.
+
+One set of random points serves all tiles and all vertices. Two labels that are many and two that are few are paired
+so that both pair features have few columns; tensors of sampled moments are kept in single precision, far below the
+sampling error.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from torch_eft.theory.blocks import RECURSIONS, evaluators, infinite_width
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.four_label import Factor, SummedMoments
+from torch_eft.theory.pair_moments import Kinks, PairMoments
+from torch_eft.theory.points import MOST_QUADRATURE_LABELS, quadrature_spacings, sample_points
+from torch_eft.theory.two_slope import Orders
+from torch_eft.theory.vertices import Vertices
+
+Sets = Mapping[str, Tensor]
+
+
+class VertexSource(Protocol):
+    """What the contractions ask: the vertex for printed letters, a broadcast array with one axis a letter."""
+
+    def array(self, name: str, layer: int, letters: str) -> Tensor:
+        """The vertex ``name`` at ``layer``."""
+        ...
+
+
+class VertexTiles:
+    """Evaluators of the vertices on any sets of labels.
+
+    Args:
+        ensemble: The ensemble.
+        x: All inputs, checked, (N_all, n_0).
+        samples: Sample size in all, where moments are sampled.
+        replicas: Independent samples it is shared by; of one, no error can be told.
+        seed: Seed of the samples.
+        kinks: What explicit derivatives are at a kink.
+    """
+
+    def __init__(
+        self, ensemble: MLPEnsemble, x: Tensor, samples: int, replicas: int, seed: int, kinks: Kinks = "autograd"
+    ) -> None:
+        self.ensemble, self.depth = ensemble, ensemble.depth
+        self._kinks, self._seed, self._replicas = kinks, seed, replicas
+        self._size = samples // replicas
+        K, Theta, pairs = infinite_width(ensemble, x, kinks)
+        self.K, self.Theta = K[-1], Theta[-1]
+        self._layers = K, Theta, pairs
+        activation = ensemble.activation
+        self.sampled = activation.slopes is None and not (
+            len(x) <= MOST_QUADRATURE_LABELS
+            and (activation.kinked or all(quadrature_spacings(activation, k) is not None for k in K[:-1]))
+        )
+        self.refined = not self.sampled
+        self._single = [k.float() for k in K], [k.float() for k in Theta], [_SinglePairs(pair) for pair in pairs]
+        self._moments: dict[tuple[int, int], _PairedMoments] = {}
+
+    def runs(self, sets: Sets) -> Sequence[VertexSource]:
+        """Evaluators to be combined: independent samples, or ever finer quadratures (``refined``)."""
+        if not self.sampled:
+            K, Theta, pairs = self._layers
+            return list(evaluators(self.ensemble, K, Theta, pairs, sets, 1, 2, self._seed, self._kinks)[1])
+        K, Theta, rounded = self._single
+        return [
+            Vertices(
+                self.ensemble,
+                K,
+                Theta,
+                list(rounded),
+                lambda m, replica=replica: self._sampled(replica, m),  # type: ignore[misc]
+                sets,
+                RECURSIONS,
+                self._kinks,
+            )
+            for replica in range(self._replicas)
+        ]
+
+    def _sampled(self, replica: int, m: int) -> "_PairedMoments":
+        if (replica, m) not in self._moments:
+            K, _, pairs = self._layers
+            points = sample_points(K[m - 1], self._size, self._seed + 1000 * replica + m)
+            moments = SummedMoments(self.ensemble.activation, K[m - 1], points, pairs[m - 1])
+            self._moments[replica, m] = _PairedMoments(moments)
+        return self._moments[replica, m]
+
+
+class _PairedMoments:
+    """Moments with four labels, paired so that the two matrices multiplied are narrow."""
+
+    def __init__(self, moments: SummedMoments) -> None:
+        self._all = moments
+
+    def moment(self, factors: Sequence[Factor]) -> Tensor:
+        """<prod f>, one axis a factor."""
+        if len(factors) != 4:
+            return self._all.moment(factors).float()
+        n = [len(index) for _, index in factors]
+        pairings = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))
+        order = min(pairings, key=lambda p: n[p[0]] * n[p[1]] + n[p[2]] * n[p[3]])
+        value = self._all.moment([factors[index] for index in order]).float()
+        return value.permute([order.index(axis) for axis in range(4)])
+
+
+class _SinglePairs:
+    """Exact two-label moments, rounded to single precision."""
+
+    def __init__(self, pairs: PairMoments) -> None:
+        self._pairs = pairs
+        self._known: dict[tuple, Tensor] = {}
+
+    def single(self, orders: Orders) -> Tensor:
+        """<prod sigma^(p)_a>, (N,)."""
+        return self._pairs.single(orders).float()
+
+    def explicit(self, first: Orders, second: Orders) -> Tensor:
+        """<prod sigma^(p)_a prod sigma^(q)_b>, (N, N)."""
+        key = ("explicit", first, second)
+        if key not in self._known:
+            self._known[key] = self._pairs.explicit(first, second).float()
+        return self._known[key]
+
+    def response(self, p: int, q: int, i: int, j: int) -> Tensor:
+        """<d_a^i d_b^j sigma^(p)_a sigma^(q)_b>, (N, N)."""
+        key = ("response", p, q, i, j)
+        if key not in self._known:
+            self._known[key] = self._pairs.response(p, q, i, j).float()
+        return self._known[key]
+
+
+def expanded(source: VertexSource, name: str, depth: int, letters: str, sizes: Sequence[int]) -> Tensor:
+    """A vertex at the output on the full product of the sets, float64."""
+    return source.array(name, depth, letters).double().expand(*sizes)
