@@ -16,7 +16,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,15 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.isolation import isolated
-from torch_eft.measure.jets import Jet, lift
+from torch_eft.measure.jets import Jet, jet
 from torch_eft.measure.probe import OutputFn
 from torch_eft.measure.shadow_checks import check_modules, check_same_function, judged
 from torch_eft.measure.shadow_optimizer import twin_optimizer
 from torch_eft.measure.taylor import TaylorSeries, taylor_series
 from torch_eft.trajectory import Validity
+
+Curve: TypeAlias = dict[str, tuple[Tensor | None, ...]]
+"""The Taylor coefficients of order 1, 2, ... of every parameter."""
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -96,9 +99,7 @@ class ShadowModel(nn.Module):
             NoJetRuleError: If an operation has no rule for Taylor series.
             ValueError: With the first batch, if the network computes something else in the mode it was given in.
         """
-        theta_0 = self.theta_0
-        d = {name: value - theta_0[name] for name, value in self.theta.items()}
-        return tree_map_only(Jet, self._combined, self._along(d, self.order, args, kwargs))
+        return tree_map_only(Jet, self._combined, self._along(self._curve(), args, kwargs))
 
     def step(self, inputs: Any, loss_fn: Callable[[Any], Tensor], optimizer: Optimizer) -> Tensor:
         """One training step; gradients of other parameters in the loss, and torch's random state, are left alone.
@@ -110,7 +111,11 @@ class ShadowModel(nn.Module):
 
         Returns:
             The loss before the step, detached.
+
+        Raises:
+            ValueError: If the optimizer holds other parameters than this shadow's.
         """
+        self._check_own(optimizer)
         args, kwargs = as_call(inputs)
         with self._random_state_kept(), torch.enable_grad():
             loss = loss_fn(self(*args, **kwargs))
@@ -146,20 +151,32 @@ class ShadowModel(nn.Module):
             return Validity("invalid", f"does not apply: {error}")
         return judged(series, self.order, self.theta_0, self.theta)
 
+    def _check_own(self, optimizer: Optimizer) -> None:
+        own = {id(p) for p in self.parameters()}
+        if not all(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "optimizer: it holds parameters other than this shadow's, and would train them; give one made by "
+                "shadow.optimizer_like(optimizer)"
+            )
+
     def _combined(self, value: Jet) -> Tensor:
         return sum(part for part in value.coefficients if part is not None)  # type: ignore[return-value]
 
-    def _along(self, direction: dict[str, Tensor], order: int, args: Any, kwargs: Any) -> Any:
-        """The network's Taylor series about theta_0 along a direction."""
+    def _curve(self) -> Curve:
+        """The coefficients of order 1 to k of every parameter."""
+        theta_0 = self.theta_0
+        return {name: (p - theta_0[name], None, None)[: self.order] for name, p in self.theta.items()}
+
+    def _along(self, curve: Curve, args: Any, kwargs: Any) -> Any:
+        """The network's Taylor series along a curve through theta_0."""
         graph = torch.is_grad_enabled()
         args, kwargs = tree_map_only(Tensor, self._own, (args, kwargs))
         with self._one_function():
             if self._modes is not None:
                 check_same_function(self.network, self.theta_0, self._modes, args, kwargs)
                 self._modes = None
-                args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
             jets: dict[str, Tensor] = {
-                name: lift(value, direction[name] if graph else direction[name].detach(), order)
+                name: jet((value, *(part if part is None or graph else part.detach() for part in curve[name])))
                 for name, value in self.theta_0.items()
             }
             output = functional_call(self.network, jets, args, kwargs)

@@ -1,19 +1,21 @@
-"""The shadow's first correction in 1/n, linearised: it cannot diverge.
+"""The first correction in 1/n to the k = 1 shadow, expanded about it: linear equations, which cannot diverge.
 
-With eps in front of the terms that are O(1/n),
+With d = theta - theta_0 count f'' as kappa and f''' as kappa^2,
 
-    z_eps(theta) = f_1(theta) + eps g(theta),  f_1 = f + f' d,  g = f'' d d / 2 + f''' d d d / 6,  d = theta - theta_0,
+    z_kappa(d) = f + f' d + kappa f'' d d / 2 + kappa^2 f''' d d d / 6,
 
-training gives theta_eps = theta_1 + eps delta + O(eps^2): theta_1 is the k = 1 shadow, and the outputs to first order
-are f_1(theta_1) + [f' delta + g(theta_1)], the second part being O(1/n). f_1 is affine in theta, so that with the
-loss's derivatives e = L' and h = L'' (f' delta + g) at the outputs f_1(theta_1), the gradients are
+since at large width f'' J has norm^2 O(1/n) (ddNTK II), as has f''' J J J (ddNTK I), while J f'' J (dNTK) is O(1/n) by
+its random signs. Two orders in kappa are therefore one in 1/n; the first alone is not (it lacks ddNTK II). Training
+makes d a series too, d + kappa delta + kappa^2 xi, where d is the k = 1 shadow's. As kappa z_kappa(d) is f along the
+curve theta_0 + kappa d + kappa^2 delta + kappa^3 xi, one jet of the network has all outputs as its coefficients,
 
-    of L along the k = 1 shadow:     G = f'^T e
-    their derivative in eps:         f'^T h + g'^T e.
+    c_1 = f' d,   c_2 = f' delta + f'' d d / 2,   c_3 = f' xi + f'' d delta + f''' d d d / 6,
 
-An optimizer that is linear in gradients, parameters and momenta moves delta by the latter as it moves theta_1 by the
-former. The equation for delta is linear and its source the k = 1 shadow: where k = 3 diverges, delta only grows, and
-|f' delta + g| / |f' d| says so.
+and z = f + c_1 + c_2 + c_3. With the loss's series e + kappa h_1 + kappa^2 h_2 = L'(f + c_1 + kappa c_2 + kappa^2 c_3)
+the gradients come out of one backward pass of e c_3 + h_1 c_2 + h_2 c_1, in reverse order: that in xi is f'^T e, which
+moves d; that in delta is f'^T h_1 + (f'' d)^T e, which moves delta; and that in d moves xi. An optimizer that is linear
+in gradients, parameters and momenta moves all three alike. Where the shadow of order 3 diverges, delta and xi only
+grow, and their size relative to f' d says so.
 """
 
 from collections.abc import Callable
@@ -23,19 +25,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from torch_eft.measure.jets import MAX_ORDER, Jet
+from torch_eft.measure.jets import Jet
 from torch_eft.measure.probe import OutputFn
-from torch_eft.measure.shadow import ShadowModel, as_call
+from torch_eft.measure.shadow import Curve, ShadowModel, as_call
 from torch_eft.measure.shadow_checks import judged_correction
 from torch_eft.measure.shadow_optimizer import twin_optimizer
 from torch_eft.trajectory import Validity
 
 
 class PerturbativeShadow(ShadowModel):
-    """The k = 1 shadow of a network and the first-order effect of the terms that are O(1/n).
+    """The k = 1 shadow of a network with its first correction in 1/n, by perturbation about it.
 
-    ``shadow(x)`` gives f_1(theta_1) + f' delta + g(theta_1). Train it by ``step`` alone, with the optimizer that
-    ``optimizer_like`` makes of the real run's SGD (momentum, Nesterov, weight decay included).
+    ``shadow(x)`` gives f + c_1 + c_2 + c_3. Train it by ``step`` alone, with the optimizer that ``optimizer_like``
+    makes of the real run's SGD (momentum, Nesterov and weight decay included).
 
     Args:
         model: As for ``ShadowModel``.
@@ -47,106 +49,104 @@ class PerturbativeShadow(ShadowModel):
 
     def __init__(self, model: nn.Module, output_fn: OutputFn | None = None) -> None:
         super().__init__(model, 3, output_fn)
-        self._delta = nn.ParameterList(torch.zeros_like(value) for value in self.theta.values())
+        self._delta, self._xi = (nn.ParameterList(map(torch.zeros_like, self.theta.values())) for _ in range(2))
 
     @property
     def delta(self) -> dict[str, Tensor]:
-        """D theta / d eps, by the network's names."""
+        """The first derivative of theta in kappa, by the network's names."""
         return dict(zip(self.theta, self._delta, strict=True))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """f_1 + f' delta + g, one tensor."""
-        leading, higher = self._leading_and_higher(args, kwargs)
-        return leading + higher + self._response(args, kwargs)
+    @property
+    def xi(self) -> dict[str, Tensor]:
+        """Half the second derivative of theta in kappa, by the network's names."""
+        return dict(zip(self.theta, self._xi, strict=True))
+
+    def terms(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The network at theta_0, the k = 1 shadow's change c_1 and the corrections c_2 and c_3; tensors of outputs."""
+        value = self._along(self._curve(), args, kwargs)
+        if not isinstance(value, Jet):
+            raise ValueError(
+                f"output_fn: the outputs are {type(value).__name__}, not a tensor that depends on trainable parameters;"
+                " pick one, for example output_fn=lambda out: out[0]"
+            )
+        zero = torch.zeros_like(value.primal)
+        first, second, third = (zero if part is None else part for part in value.coefficients[1:])
+        return value.primal, first, second, third
 
     def step(self, inputs: Any, loss_fn: Callable[[Any], Tensor], optimizer: Optimizer) -> Tensor:
-        """One training step of theta_1 and delta.
+        """One training step of theta, delta and xi.
 
         Args:
             inputs: As for ``ShadowModel.step``.
-            loss_fn: Of the outputs, twice differentiable.
+            loss_fn: Of the outputs, three times differentiable.
             optimizer: Made by ``optimizer_like``.
 
         Returns:
             The loss of the k = 1 shadow before the step, detached.
         """
         _check_linear(optimizer)
+        self._check_own(optimizer)
         args, kwargs = as_call(inputs)
-        theta, delta = list(self.theta.values()), list(self._delta)
+        leaves = [*self.theta.values(), *self._delta, *self._xi]
         with self._random_state_kept(), torch.enable_grad():
-            leading, higher = self._leading_and_higher(args, kwargs)
-            with torch.no_grad():
-                change = self._response(args, kwargs) + higher
-            loss, e, h = _loss_and_derivatives(loss_fn, leading, change)
-            first = torch.autograd.grad(leading, theta, e, retain_graph=True, allow_unused=True)
-            second = torch.autograd.grad((leading, higher), theta, (h, e), allow_unused=True)
-            for leaf, gradient in zip((*theta, *delta), (*first, *second), strict=True):
+            value, first, second, third = self.terms(*args, **kwargs)
+            loss, e, h_1, h_2 = _loss_series(loss_fn, value + first.detach(), second.detach(), third.detach())
+            found = torch.autograd.grad((first, second, third), leaves, (h_2, h_1, e), allow_unused=True)
+            count = len(self._xi)
+            reverse = (*found[2 * count :], *found[count : 2 * count], *found[:count])
+            for leaf, gradient in zip(leaves, reverse, strict=True):
                 leaf.grad = gradient
             optimizer.step()
         return loss
 
     def optimizer_like(self, optimizer: Optimizer) -> Optimizer:
-        """The real run's SGD for theta_1 and delta.
+        """The real run's SGD for theta, delta and xi.
 
         Raises:
             ValueError: As for ``ShadowModel``; for optimizers that are not linear in the gradient.
         """
         _check_linear(optimizer)
-        delta = self.delta
-        leaves = {name: [value, delta[name]] for name, value in self.theta.items()}
+        delta, xi = self.delta, self.xi
+        leaves = {name: [value, delta[name], xi[name]] for name, value in self.theta.items()}
         return twin_optimizer(optimizer, leaves, self._live, self.theta_0)
 
     def validity(self, inputs: Any) -> Validity:
         """Whether the correction is small on ``inputs``, as an expansion about the k = 1 shadow needs."""
         args, kwargs = as_call(inputs)
         with torch.no_grad():
-            _, first, second, third = self._terms(args, kwargs)
-            correction = second + third + self._response(args, kwargs)
-        return judged_correction(super().validity(inputs), first, correction)
+            _, first, second, third = self.terms(*args, **kwargs)
+        return judged_correction(super().validity(inputs), first, second + third)
 
-    def _terms(self, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
-        """The terms f, f' d, f'' d d / 2 and f''' d d d / 6 at theta_1."""
-        theta_0 = self.theta_0
-        d = {name: value - theta_0[name] for name, value in self.theta.items()}
-        return _filled(self._along(d, MAX_ORDER, args, kwargs))
-
-    def _leading_and_higher(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        """f_1 and g at theta_1."""
-        value, first, second, third = self._terms(args, kwargs)
-        return value + first, second + third
-
-    def _response(self, args: Any, kwargs: Any) -> Tensor:
-        """F' delta."""
-        return _filled(self._along(self.delta, 1, args, kwargs))[1]
+    def _curve(self) -> Curve:
+        delta, xi = self.delta, self.xi
+        return {name: (line[0], delta[name], xi[name]) for name, line in super()._curve().items()}
 
 
-def _filled(value: Any) -> tuple[Tensor, ...]:
-    if not isinstance(value, Jet):
-        raise ValueError(
-            f"output_fn: the outputs are {type(value).__name__}, not a tensor that depends on trainable parameters; "
-            "pick one, for example output_fn=lambda out: out[0]"
-        )
-    return tuple(torch.zeros_like(value.primal) if part is None else part for part in value.coefficients)
-
-
-def _loss_and_derivatives(
-    loss_fn: Callable[[Tensor], Tensor], outputs: Tensor, change: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """L, e = L' and h = L'' change at the outputs."""
+def _loss_series(
+    loss_fn: Callable[[Tensor], Tensor], outputs: Tensor, first: Tensor, second: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """L, L', L'' first and L'' second + L''' first first / 2 at the outputs."""
     z = outputs.detach().requires_grad_()
     loss = loss_fn(z)
-    (e,) = torch.autograd.grad(loss, z, create_graph=True)
-    if not e.requires_grad:  # a loss that is linear in the outputs
-        return loss.detach(), e, torch.zeros_like(z)
-    (h,) = torch.autograd.grad(e, z, change, allow_unused=True, materialize_grads=True)
-    return loss.detach(), e.detach(), h
+    e = _derivative(loss, z, None)
+    h_1 = _derivative(e, z, first)
+    h_2 = _derivative(e, z, second) + 0.5 * _derivative(h_1, z, first)
+    return loss.detach(), e.detach(), h_1.detach(), h_2.detach()
+
+
+def _derivative(value: Tensor, z: Tensor, direction: Tensor | None) -> Tensor:
+    """Of a scalar, or of a gradient along a direction; zero where nothing depends on z any more."""
+    if direction is not None and not value.requires_grad:
+        return torch.zeros_like(z)
+    options: dict[str, bool] = {} if direction is None else {"allow_unused": True, "materialize_grads": True}
+    return torch.autograd.grad(value, z, direction, create_graph=True, **options)[0]
 
 
 def _check_linear(optimizer: Optimizer) -> None:
     kind = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
-    if not isinstance(kind, SGD) or type(kind).step is not SGD.step:
+    if not isinstance(kind, SGD):
         raise ValueError(
-            f"optimizer: {type(kind).__name__} given; the linearised correction is derived for updates that are linear "
-            "in the gradient: torch.optim.SGD with or without momentum, Nesterov and weight decay. For others train "
+            f"optimizer: {type(kind).__name__} given; the perturbative correction is derived for updates linear in the "
+            "gradient: torch.optim.SGD, with or without momentum, Nesterov and weight decay. For others train "
             "ShadowModel(model, order=3)"
         )
