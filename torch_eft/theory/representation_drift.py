@@ -1,0 +1,415 @@
+"""How hidden representations move in training: kernels, NTKs and neurons of every hidden layer, to order 1/n.
+
+Full-batch gradient descent on squared error. To this order only the frozen path enters: with theta the parameters,
+theta_t - theta_0 = p_kc J_kc + q_{kc,k'd} u_{kc,k'd} + .., both along e = z - y of infinite width (Theta = U lambda U^T
+on the training inputs, e_m(t) = g_m^t e_m(0)),
+    p_k = - Phi e_k,   Phi = U diag(phi) U^T,   phi_m = (1 - g_m^t) / lambda_m,
+    q_{kc,k'd} = sum_mn U_cm U_dn psi_mn e_km e_k'n,   psi_mn(t) = eta sum_{s<t} g_m^s phi_n(s).
+Averaged over z(0) ~ N(0, K), with S = E sum_k e_k e_k^T = n_L K + y y^T (y is N x n_L, outputs of one network are
+uncorrelated) and the statistics of ``representation``, D their divisor,
+    D E[g_ab(t) - g_ab(0)] = sum_cd { - n_L Phi_cd Xi_{ab;c;d} + [psi o S]_cd Y_{ab;cd} + 1/2 (Phi S Phi)_cd C_{ab;cd} }
+    D E[(1/n_l) sum_j df_ja df_jb] = sum_cd (Phi S Phi)_cd Mv_{ab;cd}:
+g is quadratic in the change of parameters at order 1/n; d3 g, and the fluctuations of H and dH inside p and q, are of
+order 1/n^2 (dg . J is itself O(1/n) and odd under theta_L -> - theta_L). Signs: Xi is where the output's own spread is
+unlearnt, Y and C grow with the targets. Directions that Theta does not see, as of repeated inputs, move nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torch_eft.theory.blocks import Combined, check_statistics, evaluators, infinite_width
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.expectations import gauss_legendre
+from torch_eft.theory.kernel import mean_correction
+from torch_eft.theory.pair_moments import Kinks
+from torch_eft.theory.prediction import Dynamics, InfiniteWidthTraining, Reduction
+from torch_eft.theory.representation import HiddenStatistics, Labels, Observable, divisor
+from torch_eft.theory.validity import first_order_validity
+from torch_eft.theory.vertices import Vertices, divergent
+from torch_eft.trajectory import Validity
+
+_ARRAYS = 64
+"""Float64 arrays over a, b, c, d that are alive at once, about, at the peak of the recursion."""
+
+_COEFFICIENTS = 2**22
+"""Entries of (times, N, N) made at once."""
+
+
+@dataclass(frozen=True)
+class HiddenLayerForecast:
+    """Hidden layer l on N_p probe points at T+1 times, means over initialisations.
+
+    Args:
+        layer: l.
+        width: n_l.
+        kernel_order0: (N_p, N_p), <s_a s_b> at infinite width (K for preactivations).
+        kernel_mean: (N_p, N_p), at initialisation, with its correction 1/n_{l-1}.
+        kernel_drift: (T+1, N_p, N_p), mean of g(t) - g(0); of order 1/n_l.
+        movement: (T+1, N_p, N_p), mean of (1/n_l) sum_j df_ja df_jb, f the activations (or preactivations): of order
+            1/n_l too, so that single neurons move by 1/sqrt(n_l).
+        ntk_mean: (N_p, N_p), of the layer's NTK (mean of its diagonal over neurons), at initialisation.
+        ntk_drift: (T+1, N_p, N_p), of order 1/n_{l-1}; None where it was not asked for or has no expansion.
+        error: ``{name: standard error}`` of the entries of what was sampled (rms).
+    """
+
+    layer: int
+    width: int
+    kernel_order0: Tensor
+    kernel_mean: Tensor
+    kernel_drift: Tensor
+    movement: Tensor
+    ntk_mean: Tensor
+    ntk_drift: Tensor | None
+    error: dict[str, float]
+
+    @property
+    def relative_drift(self) -> float:
+        """The largest ||kernel_drift|| / ||kernel_mean|| over the times."""
+        return float(self.kernel_drift.flatten(1).norm(dim=1).max() / self.kernel_mean.norm())
+
+    @property
+    def relative_movement(self) -> float:
+        """The largest rms movement of a neuron over the times, relative to its rms value."""
+        moved = self.movement.diagonal(dim1=1, dim2=2).sum(1).max().clamp_min(0.0)
+        return float((moved / self.kernel_mean.trace()).sqrt())
+
+
+@dataclass(frozen=True)
+class RepresentationForecast:
+    """The predicted change of every hidden layer.
+
+    Args:
+        steps: (T+1,) optimizer steps; for gradient flow, flow time / learning rate.
+        layers: One ``HiddenLayerForecast`` a hidden layer.
+        observable: ``"activations"`` or ``"preactivations"``.
+        provenance: Which theory, for which ensemble.
+        validity: Where it holds.
+    """
+
+    steps: Tensor
+    layers: tuple[HiddenLayerForecast, ...]
+    observable: Observable
+    provenance: str
+    validity: Validity
+
+
+def predict_representation(
+    ensemble: MLPEnsemble,
+    x_train: Tensor,
+    y_train: Tensor,
+    x_probe: Tensor,
+    learning_rate: float,
+    steps: float,
+    reduction: Reduction = "mean",
+    at_steps: Sequence[float] | None = None,
+    dynamics: Dynamics = "gradient_descent",
+    observable: Literal["activations", "preactivations"] = "activations",
+    ntk: bool = True,
+    samples: int = 16384,
+    replicas: int = 4,
+    seed: int = 0,
+    memory: int = 4 * 2**30,
+    kinks: Kinks = "distributional",
+) -> RepresentationForecast:
+    """How every hidden layer will move in training, before anything is trained; all at order 1/n.
+
+    Args:
+        ensemble: The ensemble.
+        x_train: Training inputs, (N, n_0).
+        y_train: Targets, (N, n_L).
+        x_probe: Probe inputs, (N_p, n_0).
+        learning_rate: eta > 0, multiplying the learning-rate tensor of the ensemble.
+        steps: Number T of optimizer steps; ``math.inf`` with ``at_steps`` for the trained network.
+        reduction: ``"sum"``: L = (1/2) sum (z - y)^2 (PDLT); ``"mean"``: torch's ``MSELoss``.
+        at_steps: The steps to return; None means 0, 1, .. T.
+        dynamics: ``"gradient_descent"`` or ``"gradient_flow"`` (time in units of the learning rate).
+        observable: Kernel and movement of ``"activations"`` or of ``"preactivations"``.
+        ntk: Whether to predict the hidden NTKs too, which takes most of the time.
+        samples: Sample size in all, for more than four different inputs.
+        replicas: Independent samples, to estimate the error from.
+        seed: Seed of the samples.
+        memory: Bytes allowed for arrays over two probe and two training inputs; less makes more, smaller tiles.
+        kinks: What explicit derivatives are at a kink. Training moves by ``"distributional"``.
+
+    Returns:
+        A ``RepresentationForecast``, float64.
+
+    Raises:
+        ValueError: If shapes, names or steps do not fit, the learning rate is beyond 2 / lambda_max, the expansion
+            does not cover the inputs, or one probe input does not fit into ``memory``.
+    """
+    if observable not in ("activations", "preactivations"):
+        raise ValueError(f"observable: {observable!r} given; give 'activations' or 'preactivations'")
+    times = _times(steps, at_steps, dynamics)
+    training = InfiniteWidthTraining(ensemble, x_train, y_train, x_probe, learning_rate, reduction, dynamics)
+    labels = Labels.of(ensemble, x_probe, x_train)
+    check_statistics(ensemble, labels.x, (), kinks, any_aspect_ratio=True)
+    K, Theta, pairs = infinite_width(ensemble, labels.x, kinks)
+    index, y = labels.train[labels.train_copies], training.y_train.to(labels.x)
+    S = ensemble.widths[-1] * K[-1][index][:, index] + y @ y.T
+    moments = TrainingMoments(Theta[-1][index][:, index], S, training.rate, dynamics, labels)
+    lost = divergent(ensemble, kinks) != ()
+    read_out = _ReadOut(ensemble.widths[-1], observable, ntk and not lost, moments, times.to(labels.x.device))
+    rows = labels.probe.split(_tile(labels, memory))
+    whole: list[dict[tuple[int, str], tuple[Tensor, float]]] = []
+    for part in rows:
+        sets = labels.sets(labels.probe if len(rows) == 1 else part, labels.probe)
+        refined, runs = evaluators(ensemble, K, Theta, pairs, sets, samples, replicas, seed, kinks)
+        found: dict[tuple[int, str], Combined] = {}
+        for vertices in runs:
+            for key, value in read_out(vertices).items():
+                found.setdefault(key, Combined(refined)).add(value)
+        whole.append({key: combined.result() for key, combined in found.items()})
+    copies = labels.probe_copies
+    probe = labels.probe[copies]
+    layers = []
+    for number in range(1, ensemble.depth):
+        values = {}
+        errors = {}
+        for layer, name in whole[0]:
+            if layer == number:
+                values[name] = torch.cat([tile[layer, name][0] for tile in whole], -2)[..., copies, :][..., copies]
+                weights = [len(part) * tile[layer, name][1] ** 2 for part, tile in zip(rows, whole, strict=True)]
+                errors[name] = math.sqrt(sum(weights) / len(labels.probe))
+        kernel = pairs[number - 1].explicit((0,), (0,)) if observable == "activations" else K[number - 1]
+        kernel = kernel[probe][:, probe]
+        layers.append(
+            HiddenLayerForecast(
+                number,
+                ensemble.widths[number],
+                kernel,
+                kernel + values["kernel_correction"],
+                values["kernel_drift"],
+                values["movement"],
+                Theta[number - 1][probe][:, probe] + values["ntk_correction"],
+                values.get("ntk_drift"),
+                {name: error for name, error in errors.items() if error > 0},
+            )
+        )
+    what = f"full-batch {dynamics.replace('_', ' ')}, reduction {reduction}"
+    return RepresentationForecast(
+        times,
+        tuple(layers),
+        observable,
+        f"order 1/n, hidden {observable}, {ensemble}, {what}",
+        _validity(ensemble, labels.x, layers, moments.spread, ntk and lost),
+    )
+
+
+def _times(steps: float, at_steps: Sequence[float] | None, dynamics: Dynamics) -> Tensor:
+    """The steps to return, float64.
+
+    Raises:
+        ValueError: If there are none, or one is negative, beyond ``steps``, or broken for gradient descent.
+    """
+    if at_steps is None and steps >= 0 and math.isfinite(steps):
+        at_steps = range(int(steps) + 1)
+    wanted = [] if at_steps is None else list(at_steps)
+    if not wanted or not all(0 <= t <= steps for t in wanted):
+        raise ValueError(f"steps: {steps}, at_steps: {at_steps} given; need 0 <= at_steps <= steps, and at least one")
+    broken = [t for t in wanted if math.isfinite(t) and t != int(t)]
+    if broken and dynamics == "gradient_descent":
+        raise ValueError(f"at_steps: {broken[0]} given; steps of gradient descent are whole numbers")
+    return torch.tensor(wanted, dtype=torch.float64)
+
+
+def _tile(labels: Labels, memory: int) -> int:
+    """Probe inputs a at a time.
+
+    Raises:
+        ValueError: If one does not fit.
+    """
+    single = 8 * _ARRAYS * len(labels.probe) * len(labels.train) ** 2
+    if single > memory:
+        raise ValueError(
+            f"x_train: {len(labels.train)} different inputs and {len(labels.probe)} probe inputs need about "
+            f"{single / 2**30:.1f} GiB, memory allows {memory / 2**30:.1f} GiB; give fewer inputs or more memory"
+        )
+    return min(len(labels.probe), memory // single)
+
+
+@dataclass(frozen=True)
+class _ReadOut:
+    """Everything of order 1/n that an evaluator of vertices yields.
+
+    Args:
+        outputs: n_L.
+        observable: What the kernel is of.
+        ntk: Whether the NTK's drift is wanted.
+        moments: Of the frozen path.
+        times: (T+1,).
+    """
+
+    outputs: int
+    observable: Observable
+    ntk: bool
+    moments: "TrainingMoments"
+    times: Tensor
+
+    def __call__(self, v: Vertices) -> dict[tuple[int, str], Tensor]:
+        """``{(layer, name): (.., a, b)}``."""
+        depth, widths = v.ensemble.depth, v.ensemble.widths
+        a, b, c, d = (len(v.sets[letter]) for letter in "abcd")
+        kernel, ntk = HiddenStatistics(v, self.observable), HiddenStatistics(v, "ntk")
+        found: dict[tuple[int, str], Tensor] = {}
+        drifts: dict[tuple[int, str], list[Tensor]] = {}
+        for layer in range(1, depth):
+            correction = v.array("G1", layer, "ab")
+            if self.observable == "activations":
+                correction = mean_correction(v, layer, 0, 0, "a", "b")
+            for name, value in (("kernel", correction), ("ntk", v.array("Theta1", layer, "ab"))):
+                found[layer, f"{name}_correction"] = value.expand(a, b, 1, 1)[:, :, 0, 0] / widths[layer - 1]
+            for name, statistics in (("kernel", kernel), ("ntk", ntk)):
+                if name == "kernel" or self.ntk:
+                    width = divisor(v.ensemble, layer, self.observable if name == "kernel" else "ntk")
+                    drifts[layer, f"{name}_drift"] = [
+                        (factor / width * statistics.array(tensor, layer, depth, "abcd")).expand(a, b, c, d)
+                        for tensor, factor in (("Xi", -float(self.outputs)), ("Y", 1.0), ("C", 0.5))
+                    ]
+            moved = kernel.array("Mv", layer, depth, "abcd").expand(a, b, c, d) / widths[layer]
+            drifts[layer, "movement"] = [torch.zeros_like(moved), torch.zeros_like(moved), moved]
+        parts: dict[tuple[int, str], list[Tensor]] = {key: [] for key in drifts}
+        for some in self.times.split(max(1, _COEFFICIENTS // (c * d))):
+            coefficients = self.moments.at(some)
+            for key, tensors in drifts.items():
+                terms = [
+                    (weight.flatten(1) @ tensor.reshape(a * b, c * d).T).reshape(-1, a, b)
+                    for weight, tensor in zip(coefficients, tensors, strict=True)
+                ]
+                parts[key].append(terms[0] + terms[1] + terms[2])
+        return found | {key: torch.cat(value) for key, value in parts.items()}
+
+
+class TrainingMoments:
+    """Phi, E sum_k q_kk and Phi S Phi on the frozen path, at any times, without stepping up to them.
+
+    The state (g, phi, psi) after t + t' follows from those after t and t'; doubling reaches any t. No term cancels
+    while 0 <= g <= 1. Time infinity is that after which nothing is left in double precision.
+
+    Args:
+        Theta: (N, N), on the training inputs.
+        S: (N, N), E sum_k e_k e_k^T at time 0.
+        rate: eta, for L = (1/2) sum (z - y)^2.
+        dynamics: ``"gradient_descent"`` or ``"gradient_flow"``.
+        labels: Which different input each training input is; None if they stand for themselves.
+    """
+
+    def __init__(self, Theta: Tensor, S: Tensor, rate: float, dynamics: Dynamics, labels: Labels | None = None) -> None:
+        eigenvalues, U = torch.linalg.eigh(Theta)
+        kept = eigenvalues > len(Theta) * torch.finfo(Theta.dtype).eps * eigenvalues[-1]
+        self.eigenvalues, U = eigenvalues[kept], U[:, kept]
+        self._S, self._rate, self._flow = U.T @ S @ U, rate, dynamics == "gradient_flow"
+        self._U = U
+        if labels is not None:
+            self._U = U.new_zeros(len(labels.train), U.shape[1]).index_add(0, labels.train_copies, U)
+
+    @property
+    def spread(self) -> float:
+        """lambda_max / lambda_min, of the modes that move."""
+        return float(self.eigenvalues[-1] / self.eigenvalues[0])
+
+    def at(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Phi, [psi o S] and Phi S Phi, each (T, N, N) over different inputs."""
+        _, phi, psi = self._flowing(times) if self._flow else self._stepping(times)
+        U = self._U
+        return (
+            torch.einsum("cm,tm,dm->tcd", U, phi, U),
+            U @ (psi * self._S) @ U.T,
+            U @ (phi[:, :, None] * self._S * phi[:, None, :]) @ U.T,
+        )
+
+    def _stepping(self, times: Tensor) -> "_State":
+        factor = 1 - self._rate * self.eigenvalues
+        slowest = float(-factor.abs().clamp(1e-300, 1 - 1e-16).log().max())
+        left = times.clamp_max(math.ceil(_LAST / slowest)).long()
+        power = (factor, torch.full_like(factor, self._rate), torch.zeros_like(self._S))
+        state = _expanded((torch.ones_like(factor), torch.zeros_like(factor), torch.zeros_like(self._S)), len(times))
+        while bool((left > 0).any()):
+            odd = left % 2 == 1
+            longer = _after(state, power)
+            state = (
+                torch.where(odd[:, None], longer[0], state[0]),
+                torch.where(odd[:, None], longer[1], state[1]),
+                torch.where(odd[:, None, None], longer[2], state[2]),
+            )
+            power, left = _after(power, power), left // 2
+        return state
+
+    def _flowing(self, times: Tensor) -> "_State":
+        slowest, fastest = self._rate * float(self.eigenvalues[0]), self._rate * float(self.eigenvalues[-1])
+        times = times.clamp_max(_LAST / slowest)
+        doublings = max(0, math.ceil(math.log2(max(1.0, fastest * float(times.max())))))
+        h = (self._rate * times / 2**doublings)[:, None]
+        x = h * self.eigenvalues  # <= 1
+        psi = torch.zeros_like(x[:, :, None] * x[:, None, :])
+        nodes, weights = gauss_legendre(12, x)
+        for s, weight in zip((1 + nodes) / 2, weights / 2, strict=True):
+            psi += weight * torch.exp(-x * s)[:, :, None] * (h * h * s * _mean_decay(x * s))[:, None, :]
+        state = (torch.exp(-x), h * _mean_decay(x), psi)
+        for _ in range(doublings):
+            state = _after(state, state)
+        return state
+
+
+_State = tuple[Tensor, Tensor, Tensor]
+"""g and phi, (.., N), and psi, (.., N, N), after some time."""
+
+_LAST = 800.0
+"""exp(-800) is 0 in double precision."""
+
+
+def _after(first: _State, then: _State) -> _State:
+    """The state after two stretches of time."""
+    (g, phi, psi), (g2, phi2, psi2) = first, then
+    late = (g * phi2)[..., :, None] * phi[..., None, :]
+    return g * g2, phi + g * phi2, psi + late + g[..., :, None] * g[..., None, :] * psi2
+
+
+def _expanded(state: _State, count: int) -> _State:
+    g, phi, psi = state
+    return g.expand(count, -1), phi.expand(count, -1), psi.expand(count, -1, -1)
+
+
+def _mean_decay(x: Tensor) -> Tensor:
+    """(1 - exp(-x)) / x."""
+    return torch.where(x > 0, -torch.expm1(-x) / torch.where(x > 0, x, 1.0), 1.0)
+
+
+def _validity(
+    ensemble: MLPEnsemble, x: Tensor, layers: Sequence[HiddenLayerForecast], spread: float, lost: bool
+) -> Validity:
+    """By how far neurons move, squared: the size, relative to order 1/n, of the next order (2 to 4 times, measured).
+
+    And by r and epsilon, as at initialisation.
+    """
+    start = first_order_validity(ensemble, x)
+    if not layers:
+        return start
+    far = max(layers, key=lambda layer: layer.relative_movement)
+    u = far.relative_movement**2
+    levels: tuple[Literal["valid", "caution", "invalid"], ...] = ("valid", "caution", "invalid")
+    flag = levels[max(levels.index(start.flag), (u >= _CAUTION) + (u >= _INVALID))]
+    drift = max(layers, key=lambda layer: layer.relative_drift)
+    reason = (
+        f"neurons move by {100 * far.relative_movement:.2g} % of their size (layer {far.layer}), kernels by up to "
+        f"{100 * drift.relative_drift:.2g} % (layer {drift.layer}); terms of order 1/n^2 are about "
+        f"{100 * min(2 * u, 9.99):.2g} to {100 * min(4 * u, 9.99):.2g} % of those of order 1/n, more of a drift in "
+        "which they nearly cancel"
+    )
+    if flag != "valid":
+        reason += (
+            ". Wider layers, smaller targets, fewer steps or less similar inputs (lambda_max / lambda_min = "
+            f"{spread:.2g}) make it better"
+        )
+    if lost:
+        reason += f". The NTK of {ensemble.activation.name} has no drift of order 1/n, its sigma' jumps: not predicted"
+    return Validity(flag, f"{reason}. At initialisation {start.reason}")
+
+
+_CAUTION, _INVALID = 0.05, 0.25
+"""Tolerances of ours for u: up to 20 % and 100 % neglected."""
