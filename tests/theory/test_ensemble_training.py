@@ -6,8 +6,9 @@ import torch
 from tests.theory.naive_operator import first_order
 from torch_eft.theory import MLPEnsemble, initial_statistics
 from torch_eft.theory.drift import ntk_drift
-from torch_eft.theory.ensemble_training import mean_output
+from torch_eft.theory.mean_output import mean_output
 from torch_eft.theory.order_zero_path import OrderZeroPath
+from torch_eft.theory.output_covariance import output_covariance
 from torch_eft.theory.vertices import SYMMETRIES
 
 PROBES, TRAIN, OUTPUTS = 1, 2, 2
@@ -111,3 +112,15 @@ def test_drift_is_that_of_the_naive_operator(case):
     assert nothing is None
     mean_trace = expected.diagonal(dim1=3, dim2=4).mean(3)
     torch.testing.assert_close(trace, mean_trace, rtol=0, atol=1e-10 * float(expected.abs().max()))
+
+
+def test_covariance_is_that_of_the_naive_operator(case):
+    """Cov = E zz - E z E z, its part of order 1/n; all points as probes, in tiles of two."""
+    vertices, path, naive = case
+    count = PROBES + TRAIN
+    mean, off, _ = output_covariance(vertices, path, count, STEPS, tile=2)
+    found = off + torch.einsum("txy,ij->txyij", mean, torch.eye(OUTPUTS, dtype=torch.float64))
+    cross = torch.einsum("ta,tb->tab", naive["z"], naive["z0"])
+    expected = (naive["zz"] - cross - cross.mT).reshape(len(STEPS), count, OUTPUTS, count, OUTPUTS)
+    expected = expected.permute(0, 1, 3, 2, 4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))

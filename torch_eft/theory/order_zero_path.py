@@ -62,12 +62,12 @@ class OrderZeroPath:
         return torch.arange(len(self.K) - count, len(self.K), device=self.K.device)
 
     def single(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """g and phi, (T, modes)."""
+        """Decay g and phi, (T, modes)."""
         g, phi, *_ = self._descent(steps, pairs=False) if self.step else self._flow(steps, pairs=False)
         return g, phi
 
     def double(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """g and phi, (T, modes); psi and f, (T, modes, modes)."""
+        """Decay g and phi, (T, modes); psi and f, (T, modes, modes)."""
         return self._descent(steps, pairs=True) if self.step else self._flow(steps, pairs=True)
 
     def response(self, steps: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ so that both pair features have few columns; tensors of sampled moments are kept
 sampling error.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -59,25 +60,27 @@ class VertexTiles:
         self._single = [k.float() for k in K], [k.float() for k in Theta], [_SinglePairs(pair) for pair in pairs]
         self._moments: dict[tuple[int, int], _PairedMoments] = {}
 
-    def runs(self, sets: Sets) -> Sequence[VertexSource]:
-        """Evaluators to be combined: independent samples, or ever finer quadratures (``refined``)."""
+    def runs(self, sets: Sets) -> Iterator[VertexSource]:
+        """Evaluators to be combined: independent samples, or ever finer quadratures (``refined``).
+
+        One at a time: what an evaluator has computed is given back with it.
+        """
         if not self.sampled:
             K, Theta, pairs = self._layers
-            return list(evaluators(self.ensemble, K, Theta, pairs, sets, 1, 2, self._seed, self._kinks)[1])
+            yield from evaluators(self.ensemble, K, Theta, pairs, sets, 1, 2, self._seed, self._kinks)[1]
+            return
         K, Theta, rounded = self._single
-        return [
-            Vertices(
+        for replica in range(self._replicas):
+            yield Vertices(
                 self.ensemble,
                 K,
                 Theta,
                 list(rounded),
-                lambda m, replica=replica: self._sampled(replica, m),  # type: ignore[misc]
+                functools.partial(self._sampled, replica),
                 sets,
                 RECURSIONS,
                 self._kinks,
             )
-            for replica in range(self._replicas)
-        ]
 
     def _sampled(self, replica: int, m: int) -> "_PairedMoments":
         if (replica, m) not in self._moments:
