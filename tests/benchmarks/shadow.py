@@ -1,7 +1,7 @@
 """Cost of a training step of the shadow in ordinary steps. Run by hand: python -m tests.benchmarks.shadow
 
-SGD with momentum on cross-entropy, float32, one thread; each round times every contender once, in turn; the ratio of
-a round is to that round's ordinary step, and medians over rounds are printed.
+SGD with momentum on cross-entropy, float32, one thread, processor time; each round times every contender in turn; a
+ratio is to that round's ordinary step, and medians over rounds are printed.
 """
 
 import statistics
@@ -76,11 +76,11 @@ def ratios(build, shape, batch, rounds):
     for turn in range(rounds + 2):
         order = list(steps)[turn % len(steps) :] + list(steps)[: turn % len(steps)]
         for name in order:
-            begun = time.perf_counter()
+            begun = time.process_time()
             for _ in range(repeats):
                 steps[name]()
             if turn >= 2:  # the first two warm up
-                times[name].append((time.perf_counter() - begun) / repeats)
+                times[name].append((time.process_time() - begun) / repeats)
     base = times.pop("ordinary")
     found = {name: statistics.median(a / b for a, b in zip(own, base, strict=True)) for name, own in times.items()}
     return found, 1e3 * statistics.median(base)

@@ -15,7 +15,7 @@ constant theta_0 and enter no graph: a linear layer takes 2 k + 1 products forwa
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -28,6 +28,7 @@ from torch_eft.measure.isolation import isolated
 from torch_eft.measure.jets import Jet, jet
 from torch_eft.measure.probe import OutputFn
 from torch_eft.measure.shadow_checks import check_modules, check_same_function, judged
+from torch_eft.measure.shadow_fused import Fused
 from torch_eft.measure.shadow_optimizer import twin_optimizer
 from torch_eft.measure.taylor import TaylorSeries, taylor_series
 from torch_eft.trajectory import Validity
@@ -72,20 +73,23 @@ class ShadowModel(nn.Module):
         self._live = [(name, weakref.ref(p)) for name, p in model.named_parameters() if p.requires_grad]
         if not self._live:
             raise ValueError("model: it has no trainable parameter to expand in; set requires_grad on some")
+        self._theta: dict[str, Tensor] = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        self._tied = len(list(self.network.parameters())) != len(
+            list(self.network.named_parameters(remove_duplicate=False))
+        )
         self.origin = nn.Module()
-        for name, value in self.theta.items():
+        for name, value in self._theta.items():
             self.origin.register_buffer(_without_dots(name), value.detach().clone())
 
     @property
     def theta(self) -> dict[str, Tensor]:
         """The leaves, by the network's names."""
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        return dict(self._theta)
 
     @property
     def theta_0(self) -> dict[str, Tensor]:
         """The point of expansion, by the network's names."""
-        buffers = self.origin._buffers
-        return {name: buffers[_without_dots(name)] for name, _ in self._live}  # type: ignore[misc]
+        return dict(zip(self._theta, self.origin._buffers.values(), strict=True))  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> "ShadowModel":
         """Sets the flag ``training`` alone: the function stays the same."""
@@ -119,7 +123,7 @@ class ShadowModel(nn.Module):
         args, kwargs = as_call(inputs)
         with self._random_state_kept(), torch.enable_grad():
             loss = loss_fn(self(*args, **kwargs))
-            leaves = list(self.theta.values())
+            leaves = self._leaves()
             for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
                 leaf.grad = gradient
             optimizer.step()
@@ -151,8 +155,11 @@ class ShadowModel(nn.Module):
             return Validity("invalid", f"does not apply: {error}")
         return judged(series, self.order, self.theta_0, self.theta)
 
+    def _leaves(self) -> list[Tensor]:
+        return list(self._theta.values())
+
     def _check_own(self, optimizer: Optimizer) -> None:
-        own = {id(p) for p in self.parameters()}
+        own = {id(p) for p in self._leaves()}
         if not all(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 "optimizer: it holds parameters other than this shadow's, and would train them; give one made by "
@@ -165,7 +172,7 @@ class ShadowModel(nn.Module):
     def _curve(self) -> Curve:
         """The coefficients of order 1 to k of every parameter."""
         theta_0 = self.theta_0
-        return {name: (p - theta_0[name], None, None)[: self.order] for name, p in self.theta.items()}
+        return {name: (p - theta_0[name], None, None)[: self.order] for name, p in self._theta.items()}
 
     def _along(self, curve: Curve, args: Any, kwargs: Any) -> Any:
         """The network's Taylor series along a curve through theta_0."""
@@ -179,8 +186,9 @@ class ShadowModel(nn.Module):
                 name: jet((value, *(part if part is None or graph else part.detach() for part in curve[name])))
                 for name, value in self.theta_0.items()
             }
-            output = functional_call(self.network, jets, args, kwargs)
-            return output if self.output_fn is None else self.output_fn(output)
+            with Fused() if self.order > 1 else nullcontext():
+                output = functional_call(self.network, jets, args, kwargs, tie_weights=self._tied)
+                return output if self.output_fn is None else self.output_fn(output)
 
     def _own(self, tensor: Tensor) -> Tensor:
         """A copy, which a forward may change in place."""
@@ -189,16 +197,18 @@ class ShadowModel(nn.Module):
     @contextmanager
     def _one_function(self) -> Iterator[None]:
         """Gradients on, for jets need them, and the full precision of the parameters."""
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
+        with ExitStack() as stack:
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            if not torch.is_grad_enabled():
+                stack.enter_context(torch.enable_grad())
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             yield
 
     def _random_state_kept(self) -> Any:
-        devices = {value.device.index or 0 for value in self.theta_0.values() if value.device.type == "cuda"}
+        devices = {value.device.index or 0 for value in self._theta.values() if value.device.type == "cuda"}
         return torch.random.fork_rng(devices=sorted(devices))
 
 

@@ -49,17 +49,17 @@ class PerturbativeShadow(ShadowModel):
 
     def __init__(self, model: nn.Module, output_fn: OutputFn | None = None) -> None:
         super().__init__(model, 3, output_fn)
-        self._delta, self._xi = (nn.ParameterList(map(torch.zeros_like, self.theta.values())) for _ in range(2))
+        self._delta, self._xi = (nn.ParameterList(map(torch.zeros_like, self._theta.values())) for _ in range(2))
 
     @property
     def delta(self) -> dict[str, Tensor]:
         """The first derivative of theta in kappa, by the network's names."""
-        return dict(zip(self.theta, self._delta, strict=True))
+        return dict(zip(self._theta, self._delta, strict=True))
 
     @property
     def xi(self) -> dict[str, Tensor]:
         """Half the second derivative of theta in kappa, by the network's names."""
-        return dict(zip(self.theta, self._xi, strict=True))
+        return dict(zip(self._theta, self._xi, strict=True))
 
     def terms(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The network at theta_0, the k = 1 shadow's change c_1 and the corrections c_2 and c_3; tensors of outputs."""
@@ -87,7 +87,7 @@ class PerturbativeShadow(ShadowModel):
         _check_linear(optimizer)
         self._check_own(optimizer)
         args, kwargs = as_call(inputs)
-        leaves = [*self.theta.values(), *self._delta, *self._xi]
+        leaves = self._leaves()
         with self._random_state_kept(), torch.enable_grad():
             value, first, second, third = self.terms(*args, **kwargs)
             loss, e, h_1, h_2 = _loss_series(loss_fn, value + first.detach(), second.detach(), third.detach())
@@ -116,6 +116,9 @@ class PerturbativeShadow(ShadowModel):
         with torch.no_grad():
             _, first, second, third = self.terms(*args, **kwargs)
         return judged_correction(super().validity(inputs), first, second + third)
+
+    def _leaves(self) -> list[Tensor]:
+        return [*self._theta.values(), *self._delta, *self._xi]
 
     def _curve(self) -> Curve:
         delta, xi = self.delta, self.xi
