@@ -14,11 +14,22 @@ from typing import Any
 
 from torch_eft import measure, theory
 from torch_eft.diagnosis import Diagnosis, diagnose
+from torch_eft.forecast import predict_from_network
 from torch_eft.trajectory import Trajectory, Validity
 
 __version__ = "0.1.0"
 
-__all__ = ["Diagnosis", "Trajectory", "Validity", "callbacks", "diagnose", "measure", "tensorboard", "theory"]
+__all__ = [
+    "Diagnosis",
+    "Trajectory",
+    "Validity",
+    "callbacks",
+    "diagnose",
+    "measure",
+    "predict_from_network",
+    "tensorboard",
+    "theory",
+]
 
 
 def __getattr__(name: str) -> Any:
