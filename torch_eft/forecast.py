@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torch_eft.forecast_start import Start
-from torch_eft.forecast_validity import check_conflicts, check_stability, kinked_validity, validity_of
+from torch_eft.forecast_validity import check_conflicts, check_stability, gauge_of, kinked_validity, validity_of
 from torch_eft.measure.dntk import almost_everywhere
 from torch_eft.measure.isolation import isolated
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
@@ -48,6 +48,7 @@ def predict_from_network(
     output_fn: OutputFn | None = None,
     dampening: float = 0.0,
     modes: int | None = None,
+    tolerance: float = 1e-4,
     memory: int = DEFAULT_MEMORY,
 ) -> Trajectory:
     """How the outputs and the NTK of this network will move in training, from its state now, in float64.
@@ -72,7 +73,9 @@ def predict_from_network(
             step, in units of the learning rate).
         output_fn: Turns what the model returns into (N, C).
         dampening: Of ``torch.optim.SGD``.
-        modes: Directions of the path to keep at most; None keeps all above 1e-6 of the largest.
+        modes: Directions of the frozen path, in the space of parameters, along which dNTK and ddNTK are measured, at
+            most; None for all within ``tolerance``. The cost is about 3/2 of their number squared in Gram matrices.
+        tolerance: Directions with less than this share of the path are left out, and such a share of the correction.
         memory: Bytes allowed for the NTK's differentials, and for one Gram matrix with its factors.
 
     Returns:
@@ -84,6 +87,8 @@ def predict_from_network(
     """
     if order not in (0, 1):
         raise ValueError(f"order: {order} given; 0 is the frozen NTK, 1 adds dNTK and ddNTK")
+    if (modes is not None and modes < 1) or not 0 <= tolerance < 1:
+        raise ValueError(f"modes: {modes}, tolerance: {tolerance:g} given; give at least one mode, 0 <= tolerance < 1")
     if dynamics not in ("gradient_descent", "gradient_flow"):
         raise ValueError(f"dynamics: {dynamics!r} given; give 'gradient_descent' or 'gradient_flow'")
     train_probe, probe = as_probe(x_train), as_probe(x_probe)
@@ -101,7 +106,9 @@ def predict_from_network(
         if not flows:
             check_stability(start.loss, start.z, start.H, start.train, optimizer)
         zs, first, note, kinks = (
-            start.flow(learning_rate, steps, order, modes) if flows else start.descend(optimizer, order, modes)
+            start.flow(learning_rate, steps, order, modes, tolerance)
+            if flows
+            else start.descend(optimizer, order, modes, tolerance)
         )
     where = f"{dynamics.replace('_', ' ')}, {_described(optimizer, flows)}, loss {start.loss_name}"
     return _trajectory(start, zs, first, f"order {order} of this network's NTK hierarchy{note}; {where}", kinks)
@@ -147,15 +154,17 @@ def _trajectory(
 
     H0 = by_point(start.whole_H[:K, :K])
     drift = by_point(first.H) if first is not None else H0.new_zeros(1).expand(T, *H0.shape)
-    validity, gauge = validity_of(start.loss, zs, first, start.H, start.whole_H[:K, :K], start.train)
+    gauge = None if first is None else gauge_of(zs, first, start.whole_H[:K, :K], start.train)
+    validity = validity_of(start.loss, start.z, gauge, start.H, start.train)
     text = almost_everywhere(kinks)
     if first is not None and text is not None:
         validity = kinked_validity(text)
-    truncations: tuple[Tensor | None, Tensor | None] = (None, None)
-    if first is not None:
-        size = gauge * first.z[:, :K].square().mean(1).sqrt()
-        ntk_size = gauge * first.H.square().mean((1, 2)).sqrt()
-        truncations = (size[:, None, None].expand(T, N, C), ntk_size[:, None, None, None, None].expand(drift.shape))
+    output_truncation, ntk_truncation = None, None
+    if gauge is not None:
+        next_order = gauge.g.square()
+        moved = (zs - zs[0])[:, :K].square().mean(1).sqrt().max()
+        output_truncation = (next_order * moved)[:, None, None].expand(T, N, C)
+        ntk_truncation = (next_order * H0.square().mean().sqrt())[:, None, None, None, None].expand(drift.shape)
     return Trajectory(
         steps=torch.arange(T, device=z.device),
         output_mean=z[:, :K].unflatten(1, (N, C)),
@@ -164,7 +173,7 @@ def _trajectory(
         ntk_drift=drift,
         provenance=provenance,
         validity=validity,
-        output_truncation=truncations[0],
-        ntk_truncation=truncations[1],
+        output_truncation=output_truncation,
+        ntk_truncation=ntk_truncation,
         train_output_mean=z[:, K:].unflatten(1, (-1, C)),
     )

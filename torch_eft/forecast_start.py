@@ -21,9 +21,6 @@ from torch_eft.theory.gradient_flow import eigenmodes, flow, frozen_flow
 from torch_eft.theory.hierarchy import FirstOrder, first_order, frozen_path
 from torch_eft.theory.path_tensors import PathTensors, check_memory, path_basis
 
-PATH_TOLERANCE = 1e-6
-"""Share of the path in parameter space at which directions are left out; the correction then lacks such a share."""
-
 
 class Start:
     """The measured start: outputs and NTK on probe points, then training points, index (sample, output)."""
@@ -67,24 +64,24 @@ class Start:
         return y.to(self.z.dtype) if isinstance(loss, str) else y
 
     def descend(
-        self, optimizer: Descent, order: int, modes: int | None
+        self, optimizer: Descent, order: int, modes: int | None, tolerance: float
     ) -> tuple[Tensor, FirstOrder | None, str, tuple[str, ...]]:
         """Outputs at order 0 (T+1, M), the first order, a remark, and the kinks met."""
         path = frozen_path(self.z, self.H, self.train, self.loss, optimizer)
         if order == 0:
             return path.z, None, "", ()
-        found = path_basis(path.p, self.H[self.train], PATH_TOLERANCE, modes)
+        found = path_basis(path.p, self.H[self.train], tolerance, modes)
         tensors, kinks = self._measured(found.basis, found.dual, optimizer.steps)
         first = first_order(path, self.H, self.train, tensors, self.loss, optimizer, self.C)
         return path.z, first, self._note(len(found.basis), found.left_out), kinks
 
     def flow(
-        self, learning_rate: float, steps: int, order: int, modes: int | None
+        self, learning_rate: float, steps: int, order: int, modes: int | None, tolerance: float
     ) -> tuple[Tensor, FirstOrder | None, str, tuple[str, ...]]:
         """As ``descend``."""
         z, targets = self.z.flatten(), self.loss.targets.flatten()
         step = learning_rate * self.loss.scale(self.B)
-        found = eigenmodes(self.H[self.train], z[self.train] - targets, step * steps, PATH_TOLERANCE, modes)
+        found = eigenmodes(self.H[self.train], z[self.train] - targets, step * steps, tolerance, modes)
         times = step * torch.arange(steps + 1, dtype=z.dtype, device=z.device)
         zs = frozen_flow(z, self.H, self.train, targets, found, times)
         if order == 0:

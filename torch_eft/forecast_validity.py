@@ -1,10 +1,14 @@
 """Where the forecast of one network holds, judged by what it holds itself; and the settings in which there is none.
 
-The gauge g is the size of the first correction relative to order 0, the largest of max |z1| / max |z0 - z(0)| on
-training and on probe points and of max |H1| / |H0|. Were the orders a geometric series, g^2 / (1 - g) of order 0 would
-be missing: 5 % for g = 0.2, and there is no series for g >= 1. The expansion is in e times dNTK and ddNTK over lambda:
-small eigenvalues (near-duplicate inputs) or large targets spoil it long before the width does.
+The gauge g is the largest of three sizes of order 1 relative to order 0: the correction of outputs, max |z1| /
+max |z0 - z(0)| on training and on probe points; that of the probe's NTK, max |H1| / |H0|; and that of the training
+points' NTK along the path, in units of the NTK itself (``whitened``), where small eigenvalues count as much as large
+ones. The next order is of relative size g^2, up to a factor of a few: 4 % at g = 0.2; g >= 1 is no series.
+The expansion is in e times dNTK and ddNTK over lambda: small eigenvalues (near-duplicate inputs) or large targets spoil
+it long before the width does.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +18,7 @@ from torch_eft.theory.hierarchy import FirstOrder
 from torch_eft.trajectory import Validity
 
 CAUTION, INVALID = 0.2, 1.0
+_ILL_CONDITIONED = 1e3
 _NULL = 1e-12
 """Eigenvalues below this share of the largest are rounding."""
 
@@ -85,53 +90,86 @@ def check_stability(loss: Loss, z: Tensor, H: Tensor, train: Tensor, optimizer: 
         )
 
 
-def validity_of(
-    loss: Loss, zs: Tensor, first: FirstOrder | None, H: Tensor, H_probe: Tensor, train: Tensor
-) -> tuple[Validity, float]:
-    """The validity and the gauge g.
+@dataclass(frozen=True)
+class Gauge:
+    """Sizes of order 1 relative to order 0, each the largest up to a time, (T+1,).
 
     Args:
-        loss: The loss.
+        outputs: On training or probe points.
+        ntk: Of the probe's NTK.
+        whitened: Of the training points' NTK along the path.
+    """
+
+    outputs: Tensor
+    ntk: Tensor
+    whitened: Tensor
+
+    @property
+    def g(self) -> Tensor:
+        """The largest of the three, (T+1,)."""
+        return torch.stack([self.outputs, self.ntk, self.whitened]).amax(0)
+
+
+def gauge_of(zs: Tensor, first: FirstOrder, H_probe: Tensor, train: Tensor) -> Gauge:
+    """The gauge of a forecast.
+
+    Args:
         zs: (T+1, M), outputs at order 0.
-        first: The first order, or None at order 0.
-        H: (M, B).
+        first: The first order.
         H_probe: (K, K).
         train: (B,).
     """
-    if first is None:
+    probe = torch.ones(zs.shape[1], dtype=torch.bool, device=zs.device)
+    probe[train] = False
+    moved = zs - zs[0]
+    outputs = torch.stack([_relative(first.z[:, part], moved[:, part]) for part in (train, probe.nonzero()[:, 0])])
+    ntk = first.H.flatten(1).norm(dim=1) / H_probe.norm().clamp_min(torch.finfo(zs.dtype).tiny)
+    return Gauge(outputs.amax(0).cummax(0)[0], ntk.cummax(0)[0], first.whitened.cummax(0)[0])
+
+
+def validity_of(loss: Loss, z: Tensor, gauge: Gauge | None, H: Tensor, train: Tensor) -> Validity:
+    """The verdict.
+
+    Args:
+        loss: The loss.
+        z: (N, C), outputs at the start on all points.
+        gauge: Of the forecast, or None at order 0.
+        H: (M, B).
+        train: (B,).
+    """
+    if gauge is None:
         remark = (
             "the NTK taken as frozen, with nothing to tell how far; order=1 gives the first correction and its size"
         )
-        return Validity("caution", f"order 0: {remark}"), float("nan")
+        return Validity("caution", f"order 0: {remark}")
     values = torch.linalg.eigvalsh(H[train])
-    error = loss.error(zs[0][train].unflatten(0, (len(loss.targets), -1)))
-    error = error / loss.scale(error.numel()) if loss.is_squared_error else error * len(loss.targets)
-    probe = torch.ones(zs.shape[1], dtype=torch.bool, device=zs.device)
-    probe[train] = False
-    outputs = max(_relative(first.z[:, part], zs[:, part] - zs[0, part]) for part in (train, probe.nonzero()[:, 0]))
-    ntk = float(first.H.flatten(1).norm(dim=1).max() / H_probe.norm().clamp_min(torch.finfo(zs.dtype).tiny))
-    gauge = max(outputs, ntk)
-    smallest, condition = float(values[0]), float(values[-1] / values[0].clamp_min(1e-300))
-    e2 = float(error.square().sum())
-    ratio = e2 / smallest if smallest > 0 else float("inf")
-    decided = "|z1| / |z0 - z(0)|" if outputs >= ntk else "|H1| / |H0|"
-    sizes = (
-        f"|z1| / |z0 - z(0)| = {outputs:.3g}, |H1| / |H0| = {ntk:.3g} (|e|^2 / lambda_min = {ratio:.3g}, lambda_max / "
-        f"lambda_min = {condition:.3g})"
-    )
+    error = loss.error(z.flatten()[train].unflatten(0, (-1, z.shape[1])))
+    if loss.is_squared_error:
+        error = error / loss.scale(error.numel())
+    elif loss.reduction == "mean":
+        error = error * len(error)
+    smallest, largest = max(float(values[0]), 0.0), float(values[-1])
+    ratio = float(error.square().sum()) / smallest if smallest > 0 else float("inf")
+    condition = largest / smallest if smallest > 0 else float("inf")
+    sizes = {
+        "|z1| / |z0 - z(0)|": float(gauge.outputs[-1]),
+        "|H1| / |H0|": float(gauge.ntk[-1]),
+        "H1 / H along the path": float(gauge.whitened[-1]),
+    }
+    decisive, g = max(sizes.items(), key=lambda item: item[1])
+    told = ", ".join(f"{name} = {value:.3g}" for name, value in sizes.items())
+    told += f" (|e|^2 / lambda_min = {ratio:.3g}, lambda_max / lambda_min = {condition:.3g})"
     remedy = (
         "near-duplicate training points make lambda_min small: remove them, or stop earlier; else widen the layers"
-        if condition > 1e3
+        if condition > _ILL_CONDITIONED
         else "make the layers wider, the targets smaller or the training shorter"
     )
-    if not gauge < INVALID:  # also NaN
-        return Validity("invalid", f"order 1 is no small correction, {decided} decides: {sizes}; {remedy}"), gauge
-    missing = f"about {100 * gauge**2 / (1 - gauge):.2g} % are missing where order 0 is 100 %"
-    if gauge >= CAUTION:
-        return Validity(
-            "caution", f"order 1 is a rough correction, {decided} decides: {sizes}; {missing}; {remedy}"
-        ), gauge
-    return Validity("valid", f"order 1 is a small correction: {sizes}; {missing}"), gauge
+    if not max(sizes.values()) < INVALID or not all(value == value for value in sizes.values()):
+        return Validity("invalid", f"order 1 is no small correction, {decisive} decides: {told}; {remedy}")
+    missing = f"the next order is about {100 * g**2:.2g} % of order 0, within a factor of a few"
+    if g >= CAUTION:
+        return Validity("caution", f"order 1 is a rough correction, {decisive} decides: {told}; {missing}; {remedy}")
+    return Validity("valid", f"order 1 is a small correction: {told}; {missing}")
 
 
 def kinked_validity(text: str) -> Validity:
@@ -142,8 +180,7 @@ def kinked_validity(text: str) -> Validity:
     )
 
 
-def _relative(change: Tensor, moved: Tensor) -> float:
-    largest, size = moved.norm(dim=1).max(), change.norm(dim=1).max()
-    if float(size) == 0:
-        return 0.0
-    return float(size / largest) if float(largest) > 0 else float("inf")
+def _relative(change: Tensor, moved: Tensor) -> Tensor:
+    """|change(t)| / max |moved|, (T,), 0 where neither is."""
+    largest, sizes = moved.norm(dim=1).max(), change.norm(dim=1)
+    return torch.where(sizes == 0, 0.0, sizes / largest)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.hierarchy import FirstOrder
-from torch_eft.theory.path_tensors import PathTensors, ntk_change
+from torch_eft.theory.path_tensors import PathTensors, ntk_change, whitened_change
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def flow(
             added = sum(feed @ source for feed, source in zip(feeds, sources, strict=True))
             driven = torch.einsum("mij,mj->mi", last, driven) + added
             states = [torch.einsum("...ij,...j->...i", p, s) for p, s in zip(own, states, strict=True)]
-    return FirstOrder(torch.stack(zs), ntk_change(tensors, torch.stack(ps), torch.stack(qs)))
+    return _first_order(torch.stack(zs), tensors, train, torch.stack(ps), torch.stack(qs))
 
 
 def flow_limit(
@@ -175,7 +175,11 @@ def flow_limit(
     I3 = I2[:, :, None] / (two[:, :, None] + rates)
     Y = pairs.flatten(1) @ I2.flatten() + triples.flatten(1) @ I3.flatten()
     z1 = Y - H @ (modes.vectors @ ((modes.vectors.T @ Y[train]) / modes.values))
-    return FirstOrder(z1[None], ntk_change(tensors, (-E / rates)[None], (torch.outer(E, E) * I2)[None]))
+    return _first_order(z1[None], tensors, train, (-E / rates)[None], (torch.outer(E, E) * I2)[None])
+
+
+def _first_order(z1: Tensor, tensors: PathTensors, train: Tensor, p: Tensor, q: Tensor) -> FirstOrder:
+    return FirstOrder(z1, ntk_change(tensors, p, q), whitened_change(tensors, train, p, q))
 
 
 def _couplings(tensors: PathTensors, modes: Eigenmodes, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,6 +34,7 @@ from torch_eft.theory.path_tensors import (
     combined,
     ntk_change,
     path_tensors,
+    whitened_change,
 )
 
 
@@ -59,10 +60,13 @@ class FirstOrder:
     Args:
         z: (T+1, M), z1.
         H: (T+1, K, K), H1.
+        whitened: (T+1,), the change of the NTK of the training points, along the path, in units of the NTK itself:
+            |G D.p| / max |D.p| with G_kl = b_k.H1.b_l in a basis with b_k.H.b_l = delta_kl; otherwise meaningless.
     """
 
     z: Tensor
     H: Tensor
+    whitened: Tensor
 
 
 @dataclass(frozen=True)
@@ -181,4 +185,5 @@ def first_order(
             e_t = e[step][:, None, None]
             e1 = loss.change_of_error(z0, dz, descent.batch(step)).flatten()
             coefficients.update(e1, torch.outer(e[step], p_t), e_t * pp / 2, e_t * q_t)
-    return FirstOrder(torch.stack(zs), ntk_change(tensors, p, torch.stack(qs)))
+    q = torch.stack(qs)
+    return FirstOrder(torch.stack(zs), ntk_change(tensors, p, q), whitened_change(tensors, train, p, q))

@@ -156,6 +156,23 @@ def ntk_change(tensors: PathTensors, p: Tensor, q: Tensor) -> Tensor:
     )
 
 
+def whitened_change(tensors: PathTensors, train: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """|G p| / max |p|, (T,), of p (T, r) and q (T, r, r), with G_kl the contraction of H1 with two basis vectors."""
+    dH, ddI, X = (
+        torch.einsum("kB,B...->k...", tensors.basis, value[train])
+        for value in (tensors.dH_second, tensors.ddI_second, tensors.X_second)
+    )
+    both = dH + dH.transpose(0, 1), X + X.transpose(0, 1)
+    squares = (ddI + ddI.transpose(0, 1)) / 2 + X.transpose(1, 2)
+    moved = (
+        torch.einsum("klc,tc,tl->tk", both[0], p, p)
+        + torch.einsum("klcd,tcd,tl->tk", both[1], q, p)
+        + torch.einsum("klcd,tc,td,tl->tk", squares, p, p, p)
+    ).norm(dim=1)
+    largest = p.norm(dim=1).max() if p.numel() else p.new_zeros(())
+    return moved / largest if float(largest) > 0 else torch.zeros_like(moved)
+
+
 def check_memory(outputs: int, needed: int, memory: int) -> None:
     """Refuse what does not fit.
 
