@@ -383,7 +383,7 @@ def _mean_decay(x: Tensor) -> Tensor:
 def _validity(
     ensemble: MLPEnsemble, x: Tensor, layers: Sequence[HiddenLayerForecast], spread: float, lost: bool
 ) -> Validity:
-    """By how far neurons move, squared: the size, relative to order 1/n, of the next order (2 to 4 times, measured).
+    """By how far neurons move, squared: the size, relative to order 1/n, of the next order (once to 5 times, measured).
 
     And by r and epsilon, as at initialisation.
     """
@@ -398,8 +398,8 @@ def _validity(
     reason = (
         f"neurons move by {100 * far.relative_movement:.2g} % of their size (layer {far.layer}), kernels by up to "
         f"{100 * drift.relative_drift:.2g} % (layer {drift.layer}); terms of order 1/n^2 are about "
-        f"{100 * min(2 * u, 9.99):.2g} to {100 * min(4 * u, 9.99):.2g} % of those of order 1/n, more of a drift in "
-        "which they nearly cancel"
+        f"{100 * min(u, 9.99):.2g} to {100 * min(5 * u, 9.99):.2g} % of those of order 1/n, more of a drift in which "
+        "they nearly cancel"
     )
     if flag != "valid":
         reason += (
@@ -412,4 +412,4 @@ def _validity(
 
 
 _CAUTION, _INVALID = 0.05, 0.25
-"""Tolerances of ours for u: up to 20 % and 100 % neglected."""
+"""Tolerances of ours for u: up to 25 % and 100 % neglected."""
