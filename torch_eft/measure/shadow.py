@@ -13,6 +13,7 @@ constant theta_0 and enter no graph: a linear layer takes 2 k + 1 products forwa
 """
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -103,7 +104,7 @@ class ShadowModel(nn.Module):
             NoJetRuleError: If an operation has no rule for Taylor series.
             ValueError: With the first batch, if the network computes something else in the mode it was given in.
         """
-        return tree_map_only(Jet, self._combined, self._along(self._curve(), args, kwargs))
+        return _mapped(Jet, self._combined, self._along(self._curve(), args, kwargs))
 
     def step(self, inputs: Any, loss_fn: Callable[[Any], Tensor], optimizer: Optimizer) -> Tensor:
         """One training step; gradients of other parameters in the loss, and torch's random state, are left alone.
@@ -122,8 +123,10 @@ class ShadowModel(nn.Module):
         self._check_own(optimizer)
         args, kwargs = as_call(inputs)
         with self._random_state_kept(), torch.enable_grad():
-            loss = loss_fn(self(*args, **kwargs))
             leaves = self._leaves()
+            for leaf in leaves:
+                leaf.grad = None  # their memory serves the new ones
+            loss = loss_fn(self(*args, **kwargs))
             for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
                 leaf.grad = gradient
             optimizer.step()
@@ -148,10 +151,19 @@ class ShadowModel(nn.Module):
         return taylor_series(self.network, self.theta_0, theta, inputs, 3, self.output_fn)
 
     def validity(self, inputs: Any) -> Validity:
-        """Whether this order applies at the present theta, with the sizes of the terms on ``inputs``."""
+        """Whether this order applies at the present theta, with the sizes of the terms on ``inputs``.
+
+        "invalid" begins with "does not apply": kinks (ReLU ...), where a large part of theta_0 is gone (weight decay),
+        and higher terms that are not small; "caution" is between.
+
+        Raises:
+            ValueError: If the network cannot be evaluated on ``inputs``.
+        """
         try:
             series = self.taylor_series(inputs)
         except ValueError as error:
+            if not str(error).startswith("params"):  # else the shadow has diverged
+                raise
             return Validity("invalid", f"does not apply: {error}")
         return judged(series, self.order, self.theta_0, self.theta)
 
@@ -177,7 +189,8 @@ class ShadowModel(nn.Module):
     def _along(self, curve: Curve, args: Any, kwargs: Any) -> Any:
         """The network's Taylor series along a curve through theta_0."""
         graph = torch.is_grad_enabled()
-        args, kwargs = tree_map_only(Tensor, self._own, (args, kwargs))
+        args = tuple(_mapped(Tensor, self._own, value) for value in args)
+        kwargs = {name: _mapped(Tensor, self._own, value) for name, value in kwargs.items()}
         with self._one_function():
             if self._modes is not None:
                 check_same_function(self.network, self.theta_0, self._modes, args, kwargs)
@@ -205,6 +218,8 @@ class ShadowModel(nn.Module):
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
+            if "torch._dynamo" in sys.modules:  # compiled modules run as they are written
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
 
     def _random_state_kept(self) -> Any:
@@ -217,6 +232,11 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, dict):
         return (), inputs
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def _mapped(kind: type, function: Callable[[Any], Any], value: Any) -> Any:
+    """Every ``kind`` inside ``value``; most often that is one itself."""
+    return function(value) if isinstance(value, kind) else tree_map_only(kind, function, value)
 
 
 def _without_dots(name: str) -> str:
