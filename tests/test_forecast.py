@@ -299,6 +299,28 @@ def test_trained_classifiers_are_closer_to_order_1():
     assert (corrected < frozen / 2).all(), (frozen, corrected)
 
 
+@pytest.mark.slow
+def test_trained_digits_are_closer_to_order_1():
+    """64 digits with ten outputs: 640 training outputs move along a few directions while the large eigenvalues are
+    learned; outputs and NTK are twice closer to order 1, where the gauge, 0.15, calls it valid."""
+    images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:72]
+    x = torch.tensor(images)[chosen] / 8 - 1
+    y = functional.one_hot(torch.tensor(labels)[chosen[:64]], 10).to(F64)
+    model, lambdas = network([64, 128, 128, 10], torch.Generator().manual_seed(1))
+    rate = 1 / float(torch.linalg.eigvalsh(measure.as_matrix(measure.ntk(model, x[:64], lambdas)))[-1])
+    arguments = (model, x[:64], y, x[64:], rate, 60, lambdas, 0.0, False, "sum")
+    frozen, corrected = (predict_from_network(*arguments, order=order) for order in (0, 1))
+    assert int(re.search(r"along (\d+) directions", corrected.provenance)[1]) < 8
+    assert corrected.validity.flag == "valid"
+    real = train(model, lambdas, x[:64], lambda z, samples: (z - y[samples]).square().sum() / 2, x[64:], rate, 60, [60])
+    for part, name in ((slice(8), "output_mean"), (slice(8, 72), "train_output_mean")):
+        off = [float((getattr(found, name) - real.outputs[:, part]).norm()) for found in (frozen, corrected)]
+        assert off[1] < off[0] / 2
+    off = [float((found.ntk_mean[-1] - real.ntks[60]).norm()) for found in (frozen, corrected)]
+    assert off[1] < off[0] / 2
+
+
 # ---- no false confidence
 
 

@@ -51,6 +51,7 @@ class Loss:
         """E = dLoss/dz of outputs (N, C), 0 outside the batch."""
         if self.is_squared_error and batch is None:
             return self.scale(z.numel()) * (z - self.targets)
+        batch = None if batch is None else batch.to(z.device)
         rows, targets = self._of_batch(z, batch)
         return self._whole(torch.func.grad(self._value)(rows, targets), z, batch)
 
@@ -58,6 +59,7 @@ class Loss:
         """The derivative of ``error`` along dz (N, C)."""
         if self.is_squared_error and batch is None:
             return self.scale(z.numel()) * dz
+        batch = None if batch is None else batch.to(z.device)
         rows, targets = self._of_batch(z, batch)
         along = dz if batch is None else dz[batch]
         changed = torch.func.jvp(lambda rows: torch.func.grad(self._value)(rows, targets), (rows,), (along,))[1]
