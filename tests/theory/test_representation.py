@@ -373,6 +373,7 @@ def test_a_kink():
     forecast = predict_representation(ensemble, x, y, probe, **SPEC)
     blind = predict_representation(ensemble, x, y, probe, **SPEC, kinks="autograd")
     assert all(layer.ntk_drift is None for layer in forecast.layers) and "no drift" in forecast.validity.reason
+    assert blind.validity.flag == "caution" and "delta functions" in blind.validity.reason
     for seen, unseen in zip(forecast.layers, blind.layers, strict=True):
         assert bool(seen.kernel_drift.isfinite().all()) and unseen.ntk_drift is not None
         assert float((seen.kernel_drift - unseen.kernel_drift)[-1].norm()) > 0.01 * float(seen.kernel_drift[-1].norm())
