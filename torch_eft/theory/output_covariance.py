@@ -5,7 +5,7 @@
 
 D, and O between outputs, pair the correction z1(t) with the order-0 output of the same network: the propagated source
 M of the mean output and one of D, F, P and Q with z(0). Bil pairs two NTK fluctuations, A and B, at two times. All
-vertices but V enter. Derived by Wick contraction of z(0) (n = n_{L-1}; labels in the order in which vertices are printed).
+vertices but V enter. Derived by Wick contraction of z(0); n = n_{L-1}, labels in the order of print.
 """
 
 from collections.abc import Sequence

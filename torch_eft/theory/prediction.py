@@ -1,13 +1,15 @@
-"""The trained distribution of an MLP ensemble: full-batch training on squared error, at order 0.
+"""The trained distribution of an MLP ensemble: full-batch training on squared error, at order 0 and order 1/n.
 
 At infinite width the NTK is delta_ij Theta and frozen, and the dynamics is linear (PDLT 10.1-10.2;
 Lee et al. 2019). With Theta_AA = U diag(lambda) U^T on the training points and the error e = z - y,
     e_m(t) = g_m^t e_m(0),   z_x(t) = z_x(0) - Theta_xA U phi(t) U^T e(0),   phi_m(t) = (1 - g_m^t) / lambda_m,
 g = 1 - eta lambda for gradient descent, exp(-eta lambda) for gradient flow. z(0) ~ N(0, K), so that z(t) is
-Gaussian with mean Theta_xA U phi U^T y and covariance delta_ij J K J^T, J = (1, -Theta_xA U phi U^T).
+Gaussian with mean Theta_xA U phi U^T y and covariance delta_ij J K J^T, J = (1, -Theta_xA U phi U^T). The corrections
+of order 1/n are those of ``ensemble_training``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,13 +17,17 @@ from torch import Tensor
 
 from torch_eft.theory.blocks import check_inputs
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.ensemble_training import FiniteWidthTraining, relative_size, truncation
+from torch_eft.theory.order_zero_path import Dynamics as Dynamics
 from torch_eft.theory.statistics import initial_statistics
 from torch_eft.theory.validity import infinite_width_validity
 from torch_eft.trajectory import Trajectory
 
-Dynamics = Literal["gradient_descent", "gradient_flow"]
 Reduction = Literal["sum", "mean"]
 
+
+CORRECTIONS = ("mean", "covariance", "ntk")
+"""What order 1/n corrects."""
 
 _MATRICES = 8
 """Float64 matrices over all points that are alive at once, at the peak of the recursion."""
@@ -76,6 +82,9 @@ class InfiniteWidthTraining:
         self.ensemble = ensemble
         self.dynamics = dynamics
         self.y_train = y_train.to(x_train)
+        if not bool(torch.isfinite(self.y_train).all()):
+            raise ValueError("y_train: contains NaN or infinite values; targets must be finite")
+        self.x_train, self.x_probe = x_train, x_probe
         last = initial_statistics(ensemble, torch.cat([x_probe, x_train]), ("K", "Theta"))[-1]
         probe = len(x_probe)
         self.K = last.K
@@ -133,9 +142,14 @@ def predict_training(
     learning_rate: float,
     steps: int,
     reduction: Reduction = "mean",
-    order: Literal[0] = 0,
+    order: Literal[0, 1] = 0,
     dynamics: Dynamics = "gradient_descent",
     at_steps: Sequence[int] | None = None,
+    corrections: Collection[str] = CORRECTIONS,
+    samples: int = 4096,
+    replicas: int = 2,
+    seed: int = 0,
+    memory: int = 4 * 2**30,
 ) -> Trajectory:
     """The trained distribution over initialisations, before anything is trained.
 
@@ -147,35 +161,104 @@ def predict_training(
         learning_rate: eta > 0, multiplying the learning-rate tensor of the ensemble.
         steps: Number T of optimizer steps.
         reduction: ``"sum"``: L = (1/2) sum (z - y)^2 (PDLT); ``"mean"``: torch's ``MSELoss``.
-        order: 0, infinite width.
+        order: 0, infinite width; 1, with the first correction in 1/n, n = n_{L-1} (smooth activations).
         dynamics: Full-batch ``"gradient_descent"`` or ``"gradient_flow"`` (time in units of the learning rate).
         at_steps: The steps to return; None means 0, 1, .. T.
+        corrections: At order 1, which of ``"mean"``, ``"covariance"`` and ``"ntk"`` to correct; the rest stays at order
+            0, and ``provenance`` says so. The NTK costs least, N_p^2 N^2 in labels; the mean output N^3 a point; the
+            covariance the same again for every pair of outputs.
+        samples: At order 1, sample size of moments with three and four labels (four points or fewer are integrated).
+        replicas: Independent samples it is shared by, at least 2, to estimate the error.
+        seed: Their seed; the global random state is left alone.
+        memory: At order 1, bytes allowed for tensors with four labels.
 
     Returns:
         A ``Trajectory``. At order 0 ``ntk_mean`` is constant and ``ntk_drift`` zero: both are
-        expanded views that hold one copy.
+        expanded views that hold one copy. At order 1 the mean NTK includes the correction Theta1 / n at
+        initialisation, ``output_truncation`` and ``ntk_truncation`` estimate the next order by |1/n term|^2 / |0th
+        term|, and the provenance tells the sampling errors.
 
     Raises:
         ValueError: If shapes do not fit, the learning rate is beyond the stability bound, or
-            ``order`` or ``steps`` is out of range.
+            ``order``, ``steps`` or ``corrections`` is out of range; at order 1 also if sigma has a kink, training
+            points coincide or the tensors do not fit into ``memory``.
     """
-    if order != 0:
-        raise ValueError(f"order: {order} given; this version predicts order 0 (infinite width)")
+    if order not in (0, 1):
+        raise ValueError(f"order: {order} given; give 0 (infinite width) or 1 (first correction in 1/n)")
+    unknown = sorted(set(corrections) - set(CORRECTIONS))
+    if unknown or not corrections:
+        given = repr(unknown[0]) if unknown else "none"
+        raise ValueError(f"corrections: {given} given; choose from {', '.join(CORRECTIONS)}")
     wanted = range(steps + 1) if at_steps is None else at_steps
     if steps < 0 or len(wanted) == 0 or min(wanted) < 0 or max(wanted) > steps:
         raise ValueError(f"steps: {steps}, at_steps: {at_steps} given; need 0 <= at_steps <= steps")
     training = InfiniteWidthTraining(ensemble, x_train, y_train, x_probe, learning_rate, reduction, dynamics)
-    dynamics_name = dynamics.replace("_", " ")
     times = torch.tensor(list(wanted), device=training.K.device)
+    order_0 = _order_0(training, times, reduction)
+    if order == 0:
+        return order_0
+    finite = FiniteWidthTraining(
+        ensemble,
+        training.x_probe,
+        training.x_train,
+        training.y_train,
+        training.rate,
+        dynamics,
+        samples,
+        replicas,
+        seed,
+        memory,
+    )
+    return _corrected(order_0, finite, [name for name in CORRECTIONS if name in corrections])
+
+
+def _order_0(training: InfiniteWidthTraining, times: Tensor, reduction: Reduction) -> Trajectory:
     mean, covariance = training.output(times)
-    outputs = torch.eye(ensemble.widths[-1], dtype=training.K.dtype, device=training.K.device)
+    outputs = torch.eye(training.ensemble.widths[-1], dtype=training.K.dtype, device=training.K.device)
     Theta = torch.einsum("ab,ij->abij", training.Theta_probe, outputs).expand(len(times), -1, -1, -1, -1)
+    name = training.dynamics.replace("_", " ")
     return Trajectory(
         steps=times,
         output_mean=mean,
         output_covariance=torch.einsum("tab,ij->tabij", covariance, outputs),
         ntk_mean=Theta,
         ntk_drift=Theta.new_zeros(1).expand(Theta.shape),
-        provenance=f"order 0 (infinite width), {ensemble}, full-batch {dynamics_name}, reduction {reduction}",
+        provenance=f"order 0 (infinite width), {training.ensemble}, full-batch {name}, reduction {reduction}",
         validity=training.validity,
     )
+
+
+def _corrected(order_0: Trajectory, finite: FiniteWidthTraining, corrections: Sequence[str]) -> Trajectory:
+    """Order 0 plus the corrections asked for."""
+    steps, sizes, errors = order_0.steps, {}, []
+    changes: dict[str, Tensor] = {}
+    if "mean" in corrections:
+        correction, error = finite.mean_output(steps)
+        probe = correction[:, : finite.probes]
+        zeroth = finite.path.mean_output(steps)
+        moved = steps > 0
+        if bool(moved.any()) and bool(zeroth.any()):
+            sizes["|z1| / |z0|"] = relative_size(correction[moved], zeroth[moved])
+        changes["output_mean"] = order_0.output_mean + probe
+        changes["output_truncation"] = truncation(probe, order_0.output_mean)
+        changes["train_output_mean"] = (zeroth + correction)[:, finite.probes :]
+        errors.append(("mean output", error))
+    if "covariance" in corrections:
+        correction, error = finite.covariance(steps)
+        sizes["|Cov1| / |Cov0|"] = relative_size(correction, order_0.output_covariance)
+        changes["output_covariance"] = order_0.output_covariance + correction
+        errors.append(("covariance", error))
+    if "ntk" in corrections:
+        drift, error = finite.ntk_drift(steps)
+        identity = torch.eye(drift.shape[-1], dtype=drift.dtype, device=drift.device)
+        initial = torch.einsum("ab,ij->abij", finite.initial_ntk(), identity)
+        sizes["|H1| / |Theta|"] = relative_size(initial + drift, order_0.ntk_mean)
+        changes["ntk_mean"], changes["ntk_drift"] = order_0.ntk_mean + initial + drift, drift
+        changes["ntk_truncation"] = truncation(initial + drift, order_0.ntk_mean)
+        errors.append(("NTK drift", error))
+    left = [name for name in CORRECTIONS if name not in corrections]
+    told = f"order 1/n, n = {finite.ensemble.widths[-2]}" + f" ({', '.join(left)} at order 0)" * bool(left)
+    told += order_0.provenance.removeprefix("order 0 (infinite width)")
+    if finite.vertices.sampled:
+        told += "; standard errors of sampled moments (rms): " + ", ".join(f"{k} {v:.2g}" for k, v in errors)
+    return replace(order_0, **changes, provenance=told, validity=finite.validity(sizes, steps))

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from torch_eft.theory.blocks import RECURSIONS, evaluators, infinite_width
@@ -59,6 +60,7 @@ class VertexTiles:
         self.refined = not self.sampled
         self._single = [k.float() for k in K], [k.float() for k in Theta], [_SinglePairs(pair) for pair in pairs]
         self._moments: dict[tuple[int, int], _PairedMoments] = {}
+        self._whole: list[_Whole] = []
 
     def runs(self, sets: Sets) -> Iterator[VertexSource]:
         """Evaluators to be combined: independent samples, or ever finer quadratures (``refined``).
@@ -66,8 +68,7 @@ class VertexTiles:
         One at a time: what an evaluator has computed is given back with it.
         """
         if not self.sampled:
-            K, Theta, pairs = self._layers
-            yield from evaluators(self.ensemble, K, Theta, pairs, sets, 1, 2, self._seed, self._kinks)[1]
+            yield from self._integrated(sets)
             return
         K, Theta, rounded = self._single
         for replica in range(self._replicas):
@@ -82,6 +83,18 @@ class VertexTiles:
                 self._kinks,
             )
 
+    def _integrated(self, sets: Sets) -> Iterator[VertexSource]:
+        K, Theta, pairs = self._layers
+        if len(K[0]) > MOST_QUADRATURE_LABELS:  # closed forms: as cheap on any sets
+            yield from evaluators(self.ensemble, K, Theta, pairs, sets, 1, 2, self._seed, self._kinks)[1]
+            return
+        if not self._whole:
+            everything = dict.fromkeys("abcd", torch.arange(len(K[0]), device=K[0].device))
+            found = evaluators(self.ensemble, K, Theta, pairs, everything, 1, 2, self._seed, self._kinks)[1]
+            self._whole = [_Whole(evaluator, len(K[0])) for evaluator in found]
+        for whole in self._whole:
+            yield _Part(whole, sets)
+
     def _sampled(self, replica: int, m: int) -> "_PairedMoments":
         if (replica, m) not in self._moments:
             K, _, pairs = self._layers
@@ -89,6 +102,39 @@ class VertexTiles:
             moments = SummedMoments(self.ensemble.activation, K[m - 1], points, pairs[m - 1])
             self._moments[replica, m] = _PairedMoments(moments)
         return self._moments[replica, m]
+
+
+class _Whole:
+    """Vertices of a few points, each integrated once for all of them."""
+
+    def __init__(self, vertices: Vertices, count: int) -> None:
+        self._vertices, self._count = vertices, count
+        self._known: dict[tuple[str, int], Tensor] = {}
+
+    def tensor(self, name: str, layer: int) -> Tensor:
+        """The vertex on all points, in the printed order of labels."""
+        if (name, layer) not in self._known:
+            letters = "ab" if name in ("G1", "Theta1") else "abcd"
+            value = self._vertices.array(name, layer, letters)
+            value = value.reshape(value.shape[: len(letters)])
+            self._known[name, layer] = value.expand([self._count] * len(letters))
+        return self._known[name, layer]
+
+
+class _Part:
+    """Vertices of a few points on sets of labels."""
+
+    def __init__(self, whole: _Whole, sets: Sets) -> None:
+        self._whole, self._sets, self._axes = whole, sets, list(sets)
+
+    def array(self, name: str, layer: int, letters: str) -> Tensor:
+        """The vertex for the printed letters."""
+        index = []
+        for letter in letters:
+            shape = [1] * len(self._axes)
+            shape[self._axes.index(letter)] = -1
+            index.append(self._sets[letter].reshape(shape))
+        return self._whole.tensor(name, layer)[tuple(index)]
 
 
 class _PairedMoments:
