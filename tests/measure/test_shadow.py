@@ -52,6 +52,12 @@ def train(model, optimizer, data, loss=F.mse_loss):
         optimizer.step()
 
 
+def tied_linear():
+    model = deep_linear()
+    model[2].weight = model[0].weight
+    return model
+
+
 class Polynomial(nn.Module):
     """Of degree three in its parameters, with a bias and a product of layers."""
 
@@ -64,7 +70,7 @@ class Polynomial(nn.Module):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("build", [deep_linear, lambda: deep_linear(2), Polynomial])
+@pytest.mark.parametrize("build", [deep_linear, lambda: deep_linear(2), tied_linear, Polynomial])
 def test_order_three_is_exact_for_polynomials_of_degree_three(build, optimizer):
     model = seeded(build)
     real = OPTIMIZERS[optimizer](model.parameters())
@@ -83,8 +89,9 @@ def test_order_three_is_exact_for_polynomials_of_degree_three(build, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_order_one_is_the_linearised_network(optimizer):
-    model = seeded(lambda: mlp((4, 7, 4), nn.GELU))
+@pytest.mark.parametrize("build", [lambda: mlp((4, 7, 4), nn.GELU), Tied])
+def test_order_one_is_the_linearised_network(build, optimizer):
+    model = seeded(build)
     theta_0 = {name: p.detach().clone() for name, p in model.named_parameters()}
     theta = {name: p.clone().requires_grad_() for name, p in theta_0.items()}
     by_hand = OPTIMIZERS[optimizer](theta.values())
@@ -286,6 +293,7 @@ def test_the_network_and_the_random_state_are_left_alone(build, order):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == flags
     assert all(p.grad is None for p in model.parameters())
+    assert not any(module.training for module in shadow.network.modules())
     assert all(torch.equal(value, theta_0[name]) for name, value in shadow.theta_0.items())
     assert any(not torch.equal(value, theta_0[name]) for name, value in shadow.theta.items())
     for tensor, other in zip(
@@ -294,6 +302,15 @@ def test_the_network_and_the_random_state_are_left_alone(build, order):
         strict=True,
     ):
         assert torch.equal(tensor, other)
+
+
+def test_a_batch_that_the_forward_changes_in_place_is_left_alone():
+    shadow = ShadowModel(seeded(lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2))))
+    x = batches(1)[0][0]
+    kept = x.clone()
+    for _ in range(2):  # the first batch is looked at more closely
+        shadow(x)
+        assert torch.equal(x, kept)
 
 
 def test_another_loss_terms_parameters_get_no_gradient_and_the_real_optimizer_is_refused():
