@@ -175,8 +175,8 @@ def test_the_first_hidden_layer_seen_from_the_second_is_exact_at_any_width(name,
 def test_the_third_layer_sees_what_theory_says_in_the_limit(name, layer):
     """Unequal widths (n, 3n/2), n = 8 and 16, 2 r(2n) - r(n): what is left is about the square of the remainder."""
     for observable in ("activations", "preactivations"):
-        narrow = ratios(name, [3, 8, 12, 4, 1], layer, 3, observable, networks=6000, chunk=100, seed=1)
-        wide = ratios(name, [3, 16, 24, 4, 1], layer, 3, observable, networks=4000, chunk=50, seed=2)
+        narrow = ratios(name, [3, 8, 12, 4, 1], layer, 3, observable, networks=3000, chunk=100, seed=1)
+        wide = ratios(name, [3, 16, 24, 4, 1], layer, 3, observable, networks=2000, chunk=50, seed=2)
         for key, (r, e) in narrow.items():
             r2, e2 = wide[key]
             value, error, left = 2 * r2 - r, math.hypot(e, 2 * e2), max(abs(r - 1), abs(r2 - 1)) ** 2
@@ -232,6 +232,21 @@ def test_gradient_flow_is_the_limit_of_small_steps():
         differences.append([float((a - b).norm() / b.norm()) for a, b in zip(found, flow, strict=True)])
     for coarse, fine in zip(*differences, strict=True):
         assert fine < 1e-3 and fine == pytest.approx(coarse / 10, rel=0.02)
+
+
+def test_the_trained_network_by_flow_and_by_ever_smaller_steps():
+    """At infinite time too, linearly in the rate; long descent is descent at infinite time."""
+    x, y, probe = training()
+    ensemble = ensemble_of("tanh", [3, 16, 24, 1])
+
+    def trained(rate, steps=math.inf, **kwargs):
+        spec = dict(learning_rate=rate, steps=steps, at_steps=[steps], reduction="sum", ntk=False)
+        return predict_representation(ensemble, x, y, probe, **spec, **kwargs).layers[1].kernel_drift[0]
+
+    flow = trained(1.0, dynamics="gradient_flow")
+    coarse, fine = trained(1e-2), trained(1e-3)
+    assert float((fine - flow).norm()) == pytest.approx(float((coarse - flow).norm()) / 10, rel=0.02)
+    torch.testing.assert_close(trained(1e-2, 1e5), coarse, rtol=1e-9, atol=0)
 
 
 def test_modes_that_do_not_move_are_left_out_and_slow_ones_are_accurate():
