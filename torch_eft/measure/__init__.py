@@ -22,6 +22,8 @@ from torch_eft.measure.representation_change import (
 )
 from torch_eft.measure.secant import Secant, secant, secant_ntk
 from torch_eft.measure.seeds import Comparison, SeedEnsemble, seed_ensemble
+from torch_eft.measure.shadow import ShadowModel
+from torch_eft.measure.shadow_perturbative import PerturbativeShadow
 from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.taylor import TaylorSeries, taylor_series, taylor_terms
 from torch_eft.measure.training import SquaredError, UnrecognisedLossError, recognise_squared_error
@@ -37,6 +39,7 @@ __all__ = [
     "LearningRates",
     "NoJetRuleError",
     "NotAnMLPError",
+    "PerturbativeShadow",
     "Plan",
     "Probe",
     "ReadEnsemble",
@@ -44,6 +47,7 @@ __all__ = [
     "RepresentationChange",
     "Secant",
     "SeedEnsemble",
+    "ShadowModel",
     "Snapshot",
     "SquaredError",
     "TaylorSeries",

@@ -11,6 +11,7 @@ from torch_eft.theory.aspect_ratio import AspectRatio, aspect_ratio
 from torch_eft.theory.blocks import block, tiles
 from torch_eft.theory.criticality import CriticalPoint, UnstablePoint, criticality
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.ensemble_training import FiniteWidthTraining
 from torch_eft.theory.exact import (
     LinearDifferentials,
     dead_probability,
@@ -21,8 +22,15 @@ from torch_eft.theory.exact import (
     two_layer_linear_map,
 )
 from torch_eft.theory.expectations import QuadratureError
+from torch_eft.theory.hierarchy import Hierarchy, train_hierarchy
 from torch_eft.theory.learning_rates import LearningRateShares, equivalence_learning_rates, largest_learning_rate
 from torch_eft.theory.prediction import InfiniteWidthTraining, predict_training
+from torch_eft.theory.representation import RepresentationStatistics, representation_statistics
+from torch_eft.theory.representation_drift import (
+    HiddenLayerForecast,
+    RepresentationForecast,
+    predict_representation,
+)
 from torch_eft.theory.residual import ResidualFlow, residual_flow
 from torch_eft.theory.sampling import ntk_trace_spread, sample_ntk
 from torch_eft.theory.statistics import QUANTITIES, LayerStatistics, initial_statistics, statistics_memory
@@ -34,13 +42,18 @@ __all__ = [
     "Activation",
     "AspectRatio",
     "CriticalPoint",
+    "FiniteWidthTraining",
     "FixedPoint",
+    "HiddenLayerForecast",
+    "Hierarchy",
     "InfiniteWidthTraining",
     "LayerStatistics",
     "LearningRateShares",
     "LinearDifferentials",
     "MLPEnsemble",
     "QuadratureError",
+    "RepresentationForecast",
+    "RepresentationStatistics",
     "ResidualFlow",
     "UnstablePoint",
     "aspect_ratio",
@@ -61,14 +74,17 @@ __all__ = [
     "leaky_relu",
     "ntk_trace_spread",
     "output_fluctuation",
+    "predict_representation",
     "predict_training",
     "regime",
     "register_activation",
+    "representation_statistics",
     "residual_flow",
     "sample_ntk",
     "statistics_memory",
     "susceptibilities",
     "tiles",
+    "train_hierarchy",
     "two_layer_linear_differentials",
     "two_layer_linear_map",
 ]
