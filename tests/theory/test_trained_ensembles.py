@@ -54,9 +54,12 @@ def tanh_forecast():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "pairs", "bar"), [(32, 2000, 0.25), (64, 1500, 0.15), (128, 1000, 0.10)])
-def test_corrections_of_tanh_networks(tanh_forecast, n, pairs, bar):
-    for key, (ratio, error) in tanh_forecast.ratios(tanh_ensemble(n), pairs, 250, seed=11).items():
+@pytest.mark.parametrize(
+    ("n", "pairs", "batch", "bar"),
+    [(32, 16000, 1000, 0.25), (64, 12000, 500, 0.15), (128, 6000, 125, 0.10), (256, 3000, 50, 0.06)],
+)
+def test_corrections_of_tanh_networks(tanh_forecast, n, pairs, batch, bar):
+    for key, (ratio, error) in tanh_forecast.ratios(tanh_ensemble(n), pairs, batch, seed=11).items():
         print(f"n = {n}, {key}: measured / theory = {ratio:.3f} +- {error:.3f}")
         assert abs(ratio - 1) < bar + 3 * error, f"n = {n}, {key}: {ratio:.3f} +- {error:.3f}"
 
@@ -71,7 +74,7 @@ def test_corrections_of_gelu_networks_with_three_hidden_layers_and_two_outputs()
     """Where nobody had looked before: the bars of the tanh case at n = 64 and 128 = 2 scale."""
     x, y = data(1, 3, 2, seed=1)
     forecast = Forecast(gelu_ensemble(32), x, y, 1, rate=0.04, steps=20)
-    for scale, pairs, bar in ((32, 1000, 0.15), (64, 1000, 0.10)):
-        for key, (ratio, error) in forecast.ratios(gelu_ensemble(scale), pairs, 125, seed=12).items():
+    for scale, pairs, batch, bar in ((32, 6000, 125, 0.15), (64, 4000, 50, 0.10)):
+        for key, (ratio, error) in forecast.ratios(gelu_ensemble(scale), pairs, batch, seed=12).items():
             print(f"n = {2 * scale}, {key}: measured / theory = {ratio:.3f} +- {error:.3f}")
             assert abs(ratio - 1) < bar + 3 * error, f"n = {2 * scale}, {key}: {ratio:.3f} +- {error:.3f}"
