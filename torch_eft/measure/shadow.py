@@ -26,7 +26,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.isolation import isolated
-from torch_eft.measure.jets import Jet, jet
+from torch_eft.measure.jet_series import Series, total
+from torch_eft.measure.jets import Jet
 from torch_eft.measure.probe import OutputFn
 from torch_eft.measure.shadow_checks import check_modules, check_same_function, judged
 from torch_eft.measure.shadow_fused import Fused
@@ -179,7 +180,7 @@ class ShadowModel(nn.Module):
             )
 
     def _combined(self, value: Jet) -> Tensor:
-        return sum(part for part in value.coefficients if part is not None)  # type: ignore[return-value]
+        return total([part for part in value.coefficients if part is not None])  # type: ignore[return-value]
 
     def _curve(self) -> Curve:
         """The coefficients of order 1 to k of every parameter."""
@@ -196,7 +197,7 @@ class ShadowModel(nn.Module):
                 check_same_function(self.network, self.theta_0, self._modes, args, kwargs)
                 self._modes = None
             jets: dict[str, Tensor] = {
-                name: jet((value, *(part if part is None or graph else part.detach() for part in curve[name])))
+                name: Jet(Series((value, *(p if p is None or graph else p.detach() for p in curve[name]))))
                 for name, value in self.theta_0.items()
             }
             with Fused() if self.order > 1 else nullcontext():
