@@ -376,6 +376,10 @@ def test_it_says_where_it_holds():
     assert calm.validity.flag == "valid"
     large = predict_representation(ensemble_of("tanh", [3, 256, 256, 1]), x, 30 * y, probe, **SPEC, ntk=False)
     assert large.validity.flag == "invalid" and "smaller targets" in large.validity.reason
+    twins = torch.stack([x[0], x[0] + 0.1 * x[1]])  # the terms of the drift nearly cancel
+    near = predict_representation(ensemble_of("tanh", [3, 256, 256, 1]), twins, y, twins, **SPEC, ntk=False)
+    assert max(layer.uncertainty for layer in near.layers) > max(layer.uncertainty for layer in calm.layers)
+    assert "cancel" in near.validity.reason
     deep = predict_representation(ensemble_of("tanh", [3, 2, 2, 1]), x, y, probe, **SPEC, ntk=False)
     assert deep.validity.flag == "invalid" and "r = L/n" in deep.validity.reason
     assert dataclasses.replace(calm, layers=()).layers == ()

@@ -9,9 +9,9 @@ With J_kc the gradient of output k at input c, u_{kc,k'd} = d2 z_kc . J_k'd, and
     E[(1/n_l) sum_j (df_ja . J_kc)(df_jb . J_k'd)] = delta_kk' Mv_{ab;cd} / D,  f = s(z) or z: how far neurons move.
 D = n_l for the first two, n_{l-1} for the NTK; no width above l enters. They start at layer l + 1 (the NTK's at l, from
 P .. U) and are carried from layer to layer, as the vertices are, by W averaged over the layer above: parameters above l
-do not enter g, so that X_kc = dg . J_kc obeys X'_kc = sum_i W_ki s'_ic X_ic. Nothing inverts K. Not in PDLT, whose
-11.4 has the step of the NTK at the output; the last hidden layer's kernel is the lambda_W part of that NTK, and its
-Xi, C, Y are the lambda_W parts of Q, R + S, T (tested).
+do not enter g, so that X_kc = dg . J_kc obeys X'_kc = sum_i W_ki s'_ic X_ic. Nothing inverts K. PDLT follows the NTK
+of the output only (11.2, chapter infinity), which contains lambda_W g of the last hidden layer: its Xi, C and Y are the
+lambda_W parts of Q, R + S and T.
 """
 
 from collections.abc import Callable, Mapping

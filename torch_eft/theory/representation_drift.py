@@ -50,6 +50,7 @@ class HiddenLayerForecast:
         kernel_order0: (N_p, N_p), <s_a s_b> at infinite width (K for preactivations).
         kernel_mean: (N_p, N_p), at initialisation, with its correction 1/n_{l-1}.
         kernel_drift: (T+1, N_p, N_p), mean of g(t) - g(0); of order 1/n_l.
+        kernel_terms: (T+1, N_p, N_p), the sum of the magnitudes of its three terms: they may nearly cancel.
         movement: (T+1, N_p, N_p), mean of (1/n_l) sum_j df_ja df_jb, f the activations (or preactivations): of order
             1/n_l too, so that single neurons move by 1/sqrt(n_l).
         ntk_mean: (N_p, N_p), of the layer's NTK (mean of its diagonal over neurons), at initialisation.
@@ -62,6 +63,7 @@ class HiddenLayerForecast:
     kernel_order0: Tensor
     kernel_mean: Tensor
     kernel_drift: Tensor
+    kernel_terms: Tensor
     movement: Tensor
     ntk_mean: Tensor
     ntk_drift: Tensor | None
@@ -75,8 +77,17 @@ class HiddenLayerForecast:
     @property
     def relative_movement(self) -> float:
         """The largest rms movement of a neuron over the times, relative to its rms value."""
-        moved = self.movement.diagonal(dim1=1, dim2=2).sum(1).max().clamp_min(0.0)
-        return float((moved / self.kernel_mean.trace()).sqrt())
+        return float(self._moved().max().sqrt())
+
+    @property
+    def uncertainty(self) -> float:
+        """The largest, over the times, of the squared relative movement times ||kernel_terms|| / ||kernel_drift||."""
+        drift, terms = (value.flatten(1).norm(dim=1) for value in (self.kernel_drift, self.kernel_terms))
+        return float((self._moved() * torch.where(drift > 0, terms / torch.where(drift > 0, drift, 1.0), 1.0)).max())
+
+    def _moved(self) -> Tensor:
+        """Mean squared movement over mean square, at every time."""
+        return self.movement.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0.0) / self.kernel_mean.trace()
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,7 @@ def predict_representation(
                 kernel,
                 kernel + values["kernel_correction"],
                 values["kernel_drift"],
+                values["kernel_terms"],
                 values["movement"],
                 Theta[number - 1][probe][:, probe] + values["ntk_correction"],
                 values.get("ntk_drift"),
@@ -283,6 +295,9 @@ class _ReadOut:
                     for weight, tensor in zip(coefficients, tensors, strict=True)
                 ]
                 parts[key].append(terms[0] + terms[1] + terms[2])
+                if key[1] == "kernel_drift":
+                    size = terms[0].abs() + terms[1].abs() + terms[2].abs()
+                    parts.setdefault((key[0], "kernel_terms"), []).append(size)
         return found | {key: torch.cat(value) for key, value in parts.items()}
 
 
@@ -387,7 +402,8 @@ def _validity(
     """By how far neurons move, u its square; and by r and epsilon, as at initialisation.
 
     What is neglected was measured to be u to 5 u times what is kept (tanh, GELU; 2 and 3 hidden layers; 1 and 2
-    outputs; n = 32 to 128). Where sigma' jumps, neurons next to the kink leave terms of relative order sqrt(u).
+    outputs; n = 32 to 128), more of a drift whose terms cancel. Where sigma' jumps, neurons next to the kink leave
+    terms of relative order sqrt(u).
     """
     start = first_order_validity(ensemble, x)
     if not layers:
@@ -395,17 +411,20 @@ def _validity(
     name, jumps = ensemble.activation.name, divergent(ensemble, "distributional") != ()
     far = max(layers, key=lambda layer: layer.relative_movement)
     drift = max(layers, key=lambda layer: layer.relative_drift)
-    u = far.relative_movement**2
+    u, cancelling = far.relative_movement**2, max(layer.uncertainty for layer in layers)
     most = max(5 * u, u**0.5 if jumps else 0.0)
     blind = jumps and kinks == "autograd"
     levels: tuple[Literal["valid", "caution", "invalid"], ...] = ("valid", "caution", "invalid")
-    flag = levels[max(levels.index(start.flag), (u >= _CAUTION) + (u >= _INVALID), int(blind))]
+    flag = levels[
+        max(levels.index(start.flag), (u >= _CAUTION) + (u >= _INVALID), int(blind or cancelling >= _CAUTION))
+    ]
     reason = (
         f"neurons move by {100 * far.relative_movement:.2g} % of their size (layer {far.layer}), kernels by up to "
         f"{100 * drift.relative_drift:.2g} % (layer {drift.layer}); what is neglected is about "
-        f"{100 * min(u, 9.99):.2g} to {100 * min(most, 9.99):.2g} % of the terms of order 1/n, more of a drift in "
-        "which they nearly cancel"
+        f"{100 * min(u, 9.99):.2g} to {100 * min(most, 9.99):.2g} % of the terms of order 1/n"
     )
+    if cancelling > 1.5 * u:
+        reason += f", which cancel: up to {100 * min(5 * cancelling, 9.99):.0f} % of a kernel's drift at some time"
     if blind:
         reason += (
             f". sigma' of {name} jumps: kernels also move by its delta functions, which kinks='autograd' leaves out"
