@@ -8,7 +8,8 @@ import torch
 
 from torch_eft.theory import MLPEnsemble, initial_statistics
 from torch_eft.theory.representation import Labels, representation_statistics
-from torch_eft.theory.representation_drift import TrainingMoments, predict_representation
+from torch_eft.theory.representation_drift import predict_representation
+from torch_eft.theory.training_moments import TrainingMoments
 
 C_B, C_W = (0.2, 0.1, 0.3, 0.1), (1.3, 1.5, 1.2, 1.4)
 LAMBDA_B, LAMBDA_W = (0.5, 1.0, 0.2, 0.3), (1.0, 0.7, 1.2, 0.8)
