@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -226,10 +226,10 @@ class Engine:
         results = {g: {pair: self._like.new_zeros(channels, N, channels, M) for pair in pairs} for g in groups}
         parts = self._blocks(estimate.block, order, direction, trace)
         for i, (row, first) in enumerate(parts):
-            others = [(row, first)] if other is None else []
+            others: Iterable[tuple[slice, list[Factor]]] = [(row, first)] if other is None else []
             if other is not None or estimate.blocks > 1:
                 later = columns._blocks(estimate.block, order, direction, trace, (i + 1) if other is None else 0)
-                others = itertools.chain(others, later)  # type: ignore[assignment]
+                others = itertools.chain(others, later)
             for column, second in others:
                 same = other is None and column == row
                 self._add_block(results, (row, column), (first, second), labels, same, other is None)
