@@ -13,21 +13,18 @@ the targets, and nothing grows with n_L. Full-batch gradient descent and gradien
 cross-entropy are outside this derivation.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from torch_eft.theory.drift import ntk_drift
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.ensemble_validity import training_validity
 from torch_eft.theory.mean_output import mean_output
 from torch_eft.theory.order_zero_path import Dynamics, OrderZeroPath
 from torch_eft.theory.output_covariance import output_covariance
-from torch_eft.theory.validity import first_order_validity
 from torch_eft.theory.vertex_tiles import VertexTiles
 from torch_eft.trajectory import Validity
 
-CAUTION, INVALID = 0.2, 1.0
 _SAME = 1e-7
 """Training inputs closer than this, relative to their length, cannot be told apart by Theta in float64."""
 _ARRAYS = 110
@@ -124,25 +121,7 @@ class FiniteWidthTraining:
             sizes: ``{"|z1| / |z0|": largest ratio over time, ..}``.
             steps: (T,).
         """
-        start = first_order_validity(self.ensemble, self.x)
-        name = max(sizes, key=lambda key: sizes[key])
-        gauge = sizes[name]
-        smallest, largest = float(self.path.eigenvalues[0]), float(self.path.eigenvalues[-1])
-        error = float(self.path.error_gram.trace())
-        told = ", ".join(f"{key} = {value:.3g}" for key, value in sizes.items())
-        moved = float(self.motion(steps).max())
-        ratio = f"|e|^2 / (n lambda_min) = {error / smallest / self._n:.3g} (condition {largest / smallest:.3g})"
-        detail = f"terms of order 1/n over those of order 0: {told}; {ratio}, |theta - theta_0|^2 / n = {moved:.3g}"
-        advice = "Wider layers, smaller targets, fewer near-duplicate inputs or shorter training make it smaller"
-        if max(gauge, moved) >= INVALID:
-            decided = f"{name} = {gauge:.3g}" if gauge >= moved else f"|theta - theta_0|^2 / n = {moved:.3g}"
-            return Validity("invalid", f"order 1/n: {decided} is not small; {detail}. {advice}. {start.reason}")
-        if start.flag == "invalid":
-            return Validity("invalid", f"{start.reason}; {detail}")
-        cautious = start.flag == "caution" or max(gauge, moved) >= CAUTION
-        return Validity(
-            "caution" if cautious else "valid", f"{start.reason}; in training, {detail}." + f" {advice}" * cautious
-        )
+        return training_validity(self.ensemble, self.x, self.path, sizes, float(self.motion(steps).max()))
 
     def _check_memory(self) -> None:
         train = len(self.path.U)
@@ -178,21 +157,3 @@ def check_distinct(x: Tensor, y: Tensor) -> None:
 def _with_outputs(mean: Tensor, off: Tensor) -> Tensor:
     identity = torch.eye(off.shape[-1], dtype=mean.dtype, device=mean.device)
     return mean[..., None, None] * identity + off
-
-
-def relative_size(correction: Tensor, order_0: Tensor) -> float:
-    """The largest ratio over time of the norms of a correction and of what it corrects, (T, ..) each."""
-    return float(_ratios(correction, order_0, lambda first, zeroth: first / zeroth).max())
-
-
-def truncation(correction: Tensor, order_0: Tensor) -> Tensor:
-    """What the next order may add: |1/n term|^2 / |0th term|, rms over entries at each time, shaped like the first."""
-    size = _ratios(correction, order_0, lambda first, zeroth: first.square() / zeroth)
-    size = size / correction[0].numel() ** 0.5
-    return size.reshape(-1, *[1] * (correction.ndim - 1)).expand(correction.shape)
-
-
-def _ratios(correction: Tensor, order_0: Tensor, ratio: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    first, zeroth = correction.flatten(1).norm(dim=1), order_0.flatten(1).norm(dim=1)
-    value = ratio(first, zeroth)
-    return torch.where(first == 0, torch.zeros_like(value), value)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from torch_eft.theory.blocks import check_inputs
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.ensemble_training import FiniteWidthTraining, relative_size, truncation
+from torch_eft.theory.ensemble_training import FiniteWidthTraining
+from torch_eft.theory.ensemble_validity import relative_size, truncation
 from torch_eft.theory.order_zero_path import Dynamics as Dynamics
 from torch_eft.theory.statistics import initial_statistics
 from torch_eft.theory.validity import infinite_width_validity
