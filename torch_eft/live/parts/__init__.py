@@ -1,0 +1,1 @@
+"""The parts of an observer, one concern each."""
