@@ -1,0 +1,210 @@
+"""What a run says about itself, and the file that keeps every measurement.
+
+The *run info* is one JSON object: the network, r = L/n, the level of theory, validity, quantities and events
+(``SCHEMA``). It is written twice: as a summary of the event files, which our TensorBoard tab reads, and as a line
+of ``eft.jsonl``, which ``torch-eft report`` reads. The last one written holds.
+
+``eft.jsonl`` is append-only, one JSON object a line; its ``kind`` is ``run`` (the run info), ``measurement``
+(``step``, ``scalars``), ``event`` (``step``, ``quantity``, ``text``) or ``page`` (``name``, ``text``, ``step``).
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PLUGIN_NAME = "eft"
+RUN_INFO_TAG = "eft/run"
+JSONL_NAME = "eft.jsonl"
+SCHEMA = 1
+
+MEASURED_PREFIX, THEORY_PREFIX = "eft", "eft_theory"
+
+
+def split_tag(name: str) -> tuple[str, str] | None:
+    """``(quantity, series)`` of ``eft/<quantity>/<series>`` or ``eft_theory/<quantity>/<series>``; None for others."""
+    prefix, _, rest = name.partition("/")
+    quantity, _, series = rest.rpartition("/")
+    if prefix not in (MEASURED_PREFIX, THEORY_PREFIX) or not quantity or not series:
+        return None
+    return quantity, series
+
+
+def run_info_summary(info: Mapping[str, Any]) -> Any:
+    """The run info as a TensorBoard ``Summary``: a string tensor under ``eft/run``.
+
+    Raises:
+        TypeError: If the info holds what JSON cannot say.
+    """
+    from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+
+    text = dump_json({"schema": SCHEMA, **info}).encode()
+    tensor = TensorProto(dtype="DT_STRING", string_val=[text], tensor_shape=TensorShapeProto())
+    # Without a data class TensorBoard's data server drops tensors of plugins that it does not know.
+    metadata = SummaryMetadata(
+        plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME), data_class=DATA_CLASS_TENSOR
+    )
+    return Summary(value=[Summary.Value(tag=RUN_INFO_TAG, tensor=tensor, metadata=metadata)])
+
+
+def write_run_info(writer: Any, info: Mapping[str, Any]) -> None:
+    """Write the run info to a ``torch.utils.tensorboard.SummaryWriter``.
+
+    The event's step is the time in milliseconds: of two events at one step TensorBoard's two data providers keep
+    different ones, and a resumed run starts again at a lower step.
+
+    Raises:
+        TypeError: If the info holds what JSON cannot say.
+    """
+    writer.file_writer.add_summary(run_info_summary(info), time.time_ns() // 1_000_000)
+
+
+def parse_run_info(text: str | bytes) -> dict[str, Any] | None:
+    """The run info in a JSON text; None if it is none, or of a schema that this version cannot read."""
+    try:
+        info = json.loads(text)
+    except ValueError:
+        return None
+    return finite(info) if isinstance(info, dict) and info.get("schema", SCHEMA) == SCHEMA else None
+
+
+def dump_json(value: Any) -> str:
+    """Strict JSON, on one line: what is not finite becomes null.
+
+    Raises:
+        TypeError: If the value holds what JSON cannot say.
+    """
+    return json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
+
+
+def finite(value: Any) -> Any:
+    """The same nested value with None for every float that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return value
+
+
+@dataclass
+class Records:
+    """The content of one ``eft.jsonl``.
+
+    Attributes:
+        path: The file.
+        info: The last run info; None if the file has none.
+        measurements: ``{step: {tag: value}}``. Of values repeated at a step, as after a resume, the last holds.
+        events: ``[{"step", "quantity", "text"}]``, of the event lines and of the run info, each once, by step.
+        pages: ``{name: text}``, the last of each name.
+        corrupt: Lines that could not be read and were skipped.
+    """
+
+    path: Path
+    info: dict[str, Any] | None = None
+    measurements: dict[int, dict[str, float]] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    pages: dict[str, str] = field(default_factory=dict)
+    corrupt: int = 0
+
+    @property
+    def note(self) -> str:
+        """What was skipped, in a sentence; empty if nothing was."""
+        if not self.corrupt:
+            return ""
+        lines = "1 line was" if self.corrupt == 1 else f"{self.corrupt} lines were"
+        return f"{self.path}: {lines} cut off or corrupt and skipped."
+
+    def series(self) -> dict[str, dict[str, list[list[float]]]]:
+        """``{quantity: {series: [[step, value], ...]}}``, by step."""
+        found: dict[str, dict[str, list[list[float]]]] = {}
+        for step, scalars in sorted(self.measurements.items()):
+            for name, value in scalars.items():
+                names = split_tag(name)
+                if names is not None:
+                    quantity, series = names
+                    found.setdefault(quantity, {}).setdefault(series, []).append([step, value])
+        return found
+
+
+def read_jsonl(path: str | Path) -> Records:
+    """Read an ``eft.jsonl``; lines that cannot be read are skipped and counted.
+
+    Raises:
+        OSError: If the file cannot be opened.
+    """
+    records = Records(Path(path))
+    events: list[Any] = []
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                _take(records, events, json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                records.corrupt += 1
+    for event in [*events, *((records.info or {}).get("events") or [])]:
+        if isinstance(event, dict) and isinstance(event.get("step"), int):
+            kept = {
+                "step": event["step"],
+                "quantity": str(event.get("quantity", "")),
+                "text": str(event.get("text", "")),
+            }
+            if kept not in records.events:
+                records.events.append(kept)
+    records.events.sort(key=lambda event: event["step"])
+    return records
+
+
+def _take(records: Records, events: list[Any], line: dict[str, Any]) -> None:
+    """Add one line's content; kinds that this version does not know are passed over.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: If the line is not what its kind says.
+    """
+    kind = line["kind"]
+    if kind == "run":
+        info = parse_run_info(json.dumps(line))
+        if info is None:
+            raise ValueError("a run info of another schema")
+        records.info = {key: value for key, value in info.items() if key != "kind"}
+    elif kind == "measurement":
+        values = {str(name): float(value) for name, value in line["scalars"].items() if value is not None}
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        records.measurements.setdefault(_step(line), {}).update(values)
+    elif kind == "event":
+        events.append({**line, "step": _step(line)})
+    elif kind == "page":
+        records.pages[str(line["name"])] = str(line["text"])
+
+
+def _step(line: dict[str, Any]) -> int:
+    step = line["step"]
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise ValueError(f"step {step!r} is no integer")
+    return step
+
+
+def find_jsonl(path: str | Path) -> list[Path]:
+    """The ``eft.jsonl`` files at or below a path, sorted.
+
+    Raises:
+        FileNotFoundError: If there is no such path, or none of our files below it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory; give a run's log directory or its {JSONL_NAME}")
+    if path.is_file():
+        return [path]
+    found = sorted(path.rglob(JSONL_NAME))
+    if not found:
+        raise FileNotFoundError(
+            f"{path}: no {JSONL_NAME} at or below it; torch_eft's callbacks write one into a run's log directory"
+        )
+    return found
