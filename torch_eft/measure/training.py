@@ -74,19 +74,34 @@ def recognise_squared_error(
         targets = _as_targets(y, z)
         total = (z - targets).square().sum()
         found = _matching_constant(total.detach(), loss.detach().to(total), *z.shape)
-        own = torch.autograd.grad(found[0] * total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        check_gradients(leaves, found[0] * total, gradients, "squared error")
+    return SquaredError(found[0], found[1], targets.detach())
+
+
+def check_gradients(leaves: Mapping[str, Tensor], value: Tensor, gradients: Mapping[str, Tensor], name: str) -> None:
+    """Compare the gradients of a step with those of a loss.
+
+    Args:
+        leaves: ``{parameter name: leaf}`` that the value was computed from.
+        value: The loss, 0-d.
+        gradients: Of the step.
+        name: Of the loss, in words.
+
+    Raises:
+        UnrecognisedLossError: If they differ.
+    """
+    own = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
     mine = dict(zip(leaves, own, strict=True))
-    missing = [name for name in mine if name not in gradients and bool(mine[name].any())]
+    missing = [key for key in mine if key not in gradients and bool(mine[key].any())]
     if missing:
         raise UnrecognisedLossError(f"the step has no gradient for {missing[0]!r}")
-    differences = [(gradients[name].to(g) - g).norm() for name, g in mine.items() if name in gradients]
+    differences = [(gradients[key].to(g) - g).norm() for key, g in mine.items() if key in gradients]
     relative = float(torch.stack(differences).norm() / torch.stack([g.norm() for g in mine.values()]).norm())
     if not relative <= LOSS_TOLERANCE:
         raise UnrecognisedLossError(
-            f"the step's gradient differs from that of squared error on the batch by {relative:.2g} (dropout, batch "
+            f"the step's gradient differs from that of {name} on the batch by {relative:.2g} (dropout, batch "
             "statistics, augmentation, another loss term or reduced precision)"
         )
-    return SquaredError(found[0], found[1], targets.detach())
 
 
 def _as_targets(y: Any, z: Tensor) -> Tensor:
