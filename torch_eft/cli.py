@@ -1,4 +1,4 @@
-"""The command ``torch-eft``: a demonstration on real data, and the diagnosis of an architecture."""
+"""The command ``torch-eft``: a demonstration on real data, the diagnosis of an architecture, a report of runs."""
 
 import argparse
 import json
@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "demo":
             return _demo(options)
+        if options.command == "report":
+            return _report(options)
         return _diagnose(options)
     except (ValueError, ImportError, OSError) as error:
         print(f"torch-eft {options.command}: {error}", file=sys.stderr)
@@ -52,6 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--C_b", type=float, nargs="+", default=[0.0], help="bias variance, one value or one a layer")
     check.add_argument("--C_W", type=float, nargs="+", default=[1.0], help="n_in * weight variance, one or one a layer")
     check.add_argument("--json", action="store_true", help="print JSON")
+
+    report = commands.add_parser("report", help="one HTML file of measured against theory, from the runs' eft.jsonl")
+    report.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a log directory, searched for eft.jsonl, or such a file"
+    )
+    report.add_argument("--out", default="report.html", help="the file to write (default %(default)s)")
     return parser
 
 
@@ -66,6 +74,13 @@ def _demo(options: argparse.Namespace) -> int:
         logdir=options.logdir,
         seed=options.seed,
     )
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from torch_eft.report import write_report
+
+    print(write_report(options.runs, options.out))
     return 0
 
 

@@ -1,0 +1,117 @@
+"""What the tab shows, read through TensorBoard's data provider."""
+
+import math
+from typing import Any
+
+from tensorboard import errors
+from tensorboard.data import provider
+from tensorboard.plugins.scalar import metadata as scalar_metadata
+
+from torch_eft.tensorboard.run_info import PLUGIN_NAME, RUN_INFO_TAG, parse_run_info, split_tag
+
+
+class Reader:
+    """Runs, series and events of one TensorBoard.
+
+    Args:
+        data: The data provider; None (TensorBoard without generic data) has no runs.
+        samples: Most points a series.
+    """
+
+    def __init__(self, data: Any, samples: int = 1000) -> None:
+        self._data = data
+        self._samples = samples
+
+    def runs(self, ctx: Any, experiment: str) -> dict[str, Any]:
+        """The runs with our data, oldest first.
+
+        Returns:
+            ``{"runs": [{"name", "info", "problem", "quantities": {quantity: [series]}}], "others": count}``; info is
+            None, and problem says why, where a run has none that can be read; others counts runs without our data.
+        """
+        if self._data is None:
+            return {"runs": [], "others": 0}
+        tags = self._tags(ctx, experiment)
+        texts = self._info_texts(ctx, experiment)
+        known = self._data.list_runs(ctx, experiment_id=experiment)
+        started = {run.run_name: run.start_time for run in known}
+        runs = [_run(name, tags.get(name, {}), texts.get(name)) for name in {*tags, *texts}]
+        runs.sort(key=lambda run: (started.get(run["name"]) or math.inf, run["name"]))
+        return {"runs": runs, "others": len(started.keys() - {run["name"] for run in runs})}
+
+    def series(self, ctx: Any, experiment: str, run: str, quantities: list[str] | None = None) -> dict[str, Any]:
+        """``{"run", "quantities": {quantity: {series: [[step, value], ...]}}}``; values not finite are None.
+
+        Args:
+            ctx: TensorBoard's request context.
+            experiment: Its experiment.
+            run: The run.
+            quantities: Those wanted; None for all.
+
+        Raises:
+            errors.NotFoundError: If the run has no such data.
+        """
+        tags = self._tags(ctx, experiment).get(run) if self._data is not None else None
+        if tags is None:
+            raise errors.NotFoundError(f"run {run!r} has no scalars of torch_eft")
+        unknown = set(quantities or ()) - {quantity for quantity, _ in tags.values()}
+        if unknown:
+            raise errors.NotFoundError(f"run {run!r} has no quantity {', '.join(sorted(unknown))}")
+        wanted = [name for name, (quantity, _) in tags.items() if quantities is None or quantity in quantities]
+        read = self._data.read_scalars(
+            ctx,
+            experiment_id=experiment,
+            plugin_name=scalar_metadata.PLUGIN_NAME,
+            downsample=self._samples,
+            run_tag_filter=provider.RunTagFilter(runs=[run], tags=wanted),
+        )
+        found: dict[str, dict[str, list[list[float | None]]]] = {}
+        for name, points in read.get(run, {}).items():
+            quantity, series = tags[name]
+            # A resumed run repeats steps: the last value written holds.
+            values = {int(point.step): float(point.value) for point in points}
+            found.setdefault(quantity, {})[series] = [
+                [step, value if math.isfinite(value) else None] for step, value in sorted(values.items())
+            ]
+        return {"run": run, "quantities": found}
+
+    def events(self, ctx: Any, experiment: str, run: str) -> dict[str, Any]:
+        """``{"run", "events": [{"step", "quantity", "text"}]}`` of the run info.
+
+        Raises:
+            errors.NotFoundError: If the run has no data of ours.
+        """
+        for found in self.runs(ctx, experiment)["runs"]:
+            if found["name"] == run:
+                return {"run": run, "events": (found["info"] or {}).get("events") or []}
+        raise errors.NotFoundError(f"run {run!r} has no data of torch_eft")
+
+    def _tags(self, ctx: Any, experiment: str) -> dict[str, dict[str, tuple[str, str]]]:
+        """``{run: {tag: (quantity, series)}}`` of the runs that have any."""
+        listed = self._data.list_scalars(ctx, experiment_id=experiment, plugin_name=scalar_metadata.PLUGIN_NAME)
+        ours = {run: {name: split for name in tags if (split := split_tag(name))} for run, tags in listed.items()}
+        return {run: tags for run, tags in ours.items() if tags}
+
+    def _info_texts(self, ctx: Any, experiment: str) -> dict[str, bytes]:
+        """The last run info of every run, unparsed."""
+        read = self._data.read_tensors(
+            ctx,
+            experiment_id=experiment,
+            plugin_name=PLUGIN_NAME,
+            downsample=10,
+            run_tag_filter=provider.RunTagFilter(tags=[RUN_INFO_TAG]),
+        )
+        return {run: tags[RUN_INFO_TAG][-1].numpy.item() for run, tags in read.items() if tags.get(RUN_INFO_TAG)}
+
+
+def _run(name: str, tags: dict[str, tuple[str, str]], text: bytes | None) -> dict[str, Any]:
+    info = parse_run_info(text) if text is not None else None
+    problem = ""
+    if text is None:
+        problem = "This run logged scalars but no description of itself: r, validity and events are not known."
+    elif info is None:
+        problem = "This run's description cannot be read: it is damaged, or of another version of torch_eft."
+    quantities: dict[str, list[str]] = {}
+    for quantity, series in tags.values():
+        quantities.setdefault(quantity, []).append(series)
+    return {"name": name, "info": info, "problem": problem, "quantities": quantities}

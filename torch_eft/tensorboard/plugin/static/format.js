@@ -1,0 +1,30 @@
+// Numbers and series in words.
+
+const SERIES = {
+  measured: "measured",
+  order_0: "order 0 (infinite width)",
+  order_1: "order 1 (finite width)",
+  truncation: "± estimated next order",
+};
+
+/** A number to `digits` significant digits, with a true minus sign; an en dash for none. */
+export function number(value, digits = 4) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  const short = size >= 1e5 || size < 1e-3 ? value.toExponential(digits - 1) : value.toPrecision(digits);
+  const [mantissa, exponent] = short.split("e");
+  const trimmed = mantissa.includes(".") ? mantissa.replace(/\.?0+$/, "") : mantissa;
+  return (exponent ? `${trimmed}e${Number(exponent)}` : trimmed).replaceAll("-", "−");
+}
+
+/** The same, always with its sign. */
+export function signed(value, digits = 3) {
+  return value > 0 ? `+${number(value, digits)}` : number(value, digits);
+}
+
+/** A series' name for readers. */
+export function seriesName(series) {
+  if (series.startsWith("layer/")) return `layer ${series.slice(6)}`;
+  return SERIES[series] ?? series.replaceAll("_", " ");
+}

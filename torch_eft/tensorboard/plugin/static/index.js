@@ -1,0 +1,20 @@
+// Where TensorBoard starts the tab.
+
+import { App } from "./app.js";
+import { h } from "./dom.js";
+import { TensorBoardSource } from "./source.js";
+
+/** Called by TensorBoard once this module is loaded. */
+export async function render() {
+  document.title = "EFT";
+  const style = h("link", { rel: "stylesheet", href: "static/style.css" });
+  const styled = new Promise((resolve) => {
+    style.addEventListener("load", resolve);
+    style.addEventListener("error", resolve);
+  });
+  document.head.append(style);
+  const root = h("main", {});
+  document.body.append(root);
+  await styled;
+  await new App(root, new TensorBoardSource()).start();
+}

@@ -1,0 +1,86 @@
+// From the numbers of one quantity to what a figure draws: which lines, in which colour and dash.
+//
+// One run: measured, order 0 and order 1 have colours of their own. Several: the colour says which run, the
+// line's dashes which series.
+
+import { RESIDUALS, readQuantity, residual, residualKind } from "./model.js";
+import { runStyle } from "./theme.js";
+
+const DASHES = { order_0: "1.5 3", order_1: "6 3", truncation: "1 4" };
+
+/** The dash pattern of a series; null is a solid line. */
+export function dashOf(series) {
+  return series === "measured" ? null : (DASHES[series] ?? "4 2 1 2");
+}
+
+/** The colour of a series where it is the only run. */
+export function seriesColour(theme, series) {
+  return { measured: theme.measured, order_0: theme.order0, order_1: theme.order1, truncation: theme.order1 }[series] ?? theme.extra;
+}
+
+/**
+ * @param {string} name the quantity
+ * @param {{name, index, raw, events}[]} runs those that have it; raw as in model.js
+ * @param {{single, order_0, order_1, band, truncation, events, layers, residual}} options what is switched on; single:
+ *   one run is chosen
+ */
+export function makePanel(name, runs, options, theme) {
+  const { single } = options;
+  const read = runs.map((run) => {
+    const style = single ? { colour: null, marker: null } : runStyle(theme, run.index);
+    return { ...run, ...style, quantity: readQuantity(run.raw) };
+  });
+  const kind = residualKind(read.map(({ quantity }) => quantity), options.residual);
+  const panel = { name, runs: read, lines: [], bands: [], events: [], residual: null };
+  const residualLines = [];
+  for (const { name: run, colour, marker, quantity, events } of read) {
+    const line = (series, points, width) => ({
+      series,
+      points,
+      width,
+      colour: colour ?? seriesColour(theme, series),
+      dash: dashOf(series),
+      marker: series === "measured" ? marker : null,
+    });
+    if (options.band && quantity.band.length) {
+      panel.bands.push({
+        points: quantity.band,
+        colour: colour ?? seriesColour(theme, quantity.best ?? "order_1"),
+        opacity: theme.bandOpacity / (runs.length > 2 ? 2 : 1),
+      });
+    }
+    const shown = quantity.orders.filter(({ series }) => options[series] ?? true);
+    for (const { series, points } of shown) panel.lines.push(line(series, points, 1.5));
+    for (const { series, points } of quantity.others) panel.lines.push(line(series, points, 1.2));
+    if (single && options.truncation && options[quantity.best]) {
+      for (const side of [1, 2]) {
+        const edge = quantity.truncation.map((point) => [point[0], point[side]]);
+        if (edge.length) panel.lines.push({ ...line("truncation", edge, 1), colour: seriesColour(theme, quantity.best) });
+      }
+    }
+    if (single && options.layers) {
+      quantity.layers.forEach(({ series, points }, i) => {
+        const opacity = 1 - (0.65 * i) / Math.max(1, quantity.layers.length - 1);
+        panel.lines.push({ ...line(series, points, 1.3), dash: null, opacity });
+      });
+    }
+    panel.lines.push(line("measured", quantity.measured, 2));
+    if (kind) {
+      // With several runs one residual a run is all that can be told apart: the highest order's.
+      for (const { series } of single ? shown : shown.slice(-1)) {
+        residualLines.push({ ...line(series, residual(quantity, series, kind), 1.5), dash: single ? dashOf(series) : null });
+      }
+    }
+    if (options.events) {
+      for (const event of events ?? []) {
+        if (!event.quantity || event.quantity === name) {
+          panel.events.push({ run, step: event.step, text: event.text, colour: colour ?? theme.event });
+        }
+      }
+    }
+  }
+  if (kind && residualLines.some(({ points }) => points.length)) {
+    panel.residual = { kind, ...RESIDUALS[kind], lines: residualLines };
+  }
+  return panel;
+}

@@ -1,0 +1,110 @@
+// The list of runs: choose, and see at a glance r, regime and whether the theory is valid.
+
+import { h, svg } from "./dom.js";
+import { number } from "./format.js";
+import { markdown } from "./markdown.js";
+
+const FLAGS = {
+  valid: ["●", "valid"],
+  caution: ["▲", "caution"],
+  invalid: ["■", "invalid"],
+};
+
+function flagBadge(info) {
+  const flag = info?.validity?.flag;
+  const [shape, word] = FLAGS[flag] ?? ["○", flag ?? "unknown"];
+  return h("span", { class: `badge flag ${FLAGS[flag] ? flag : "unknown"}`, title: info?.validity?.reason ?? "" }, `${shape} ${word}`);
+}
+
+function shapeBadges(info) {
+  if (!info) return [];
+  const badges = [];
+  if (info.r !== null && info.r !== undefined) {
+    const title = `r = L/n: depth ${number(info.depth)} over width ${number(info.width)}`;
+    badges.push(h("span", { class: "badge r", title }, `r = ${number(info.r, 3)}`));
+  }
+  if (info.regime) badges.push(h("span", { class: "badge", title: "regime of depth against width" }, info.regime));
+  return badges;
+}
+
+/** The small line that stands for a run in the charts. */
+export function swatch(style) {
+  return svg(
+    "svg",
+    { width: 26, height: 12, class: "swatch", "aria-hidden": "true" },
+    svg("line", { x1: 1, x2: 25, y1: 6, y2: 6, stroke: style.colour, "stroke-width": 3 }),
+  );
+}
+
+/**
+ * One row a run.
+ * @param {{name, info, problem}[]} runs
+ * @param {Map<string, {colour}>} styles of the chosen runs
+ * @param {{toggle(name), details(run)}} actions
+ */
+export function runList(runs, styles, actions) {
+  return h(
+    "ul",
+    { class: "runs" },
+    runs.map((run) => {
+      const style = styles.get(run.name);
+      const sentence = run.problem || run.info?.validity?.reason || "";
+      const box = h("input", { type: "checkbox", change: () => actions.toggle(run.name) });
+      box.checked = Boolean(style);
+      return h(
+        "li",
+        {},
+        h("label", { class: "choose", title: run.name }, box, swatch(style ?? { colour: "transparent" }), h("span", { class: "name" }, run.name)),
+        flagBadge(run.info),
+        h("span", { class: "badges" }, shapeBadges(run.info)),
+        h("span", { class: "reason", title: sentence }, sentence),
+        h("button", { class: "link", click: () => actions.details(run) }, "details"),
+      );
+    }),
+  );
+}
+
+function facts(info) {
+  const rows = [
+    ["network", info.network],
+    ["depth L, width n", info.depth === null ? null : `${number(info.depth)}, ${number(info.width)}`],
+    ["r = L/n", info.r === null ? null : number(info.r)],
+    ["ε = Var G / E[G]²", info.epsilon === null ? null : number(info.epsilon)],
+    ["regime", info.regime],
+    ["criticality", info.criticality],
+    ["parameters", info.parameters?.toLocaleString("en")],
+    ["probe", Array.isArray(info.probe) ? `${info.probe[0]} inputs, ${info.probe[1]} outputs` : null],
+    ["optimizer", info.optimizer],
+    ["level of theory", info.level],
+  ];
+  return rows.filter(([, value]) => value !== null && value !== undefined && value !== "");
+}
+
+/** All that a run says about itself. */
+export function runDetails(run, pages = {}) {
+  const info = run.info ?? {};
+  const skipped = info.skipped ?? [];
+  return h(
+    "div",
+    { class: "details" },
+    h("h3", {}, run.name),
+    h("p", {}, flagBadge(run.info), " ", run.problem || info.validity?.reason || ""),
+    h("dl", {}, facts(info).map(([name, value]) => [h("dt", {}, name), h("dd", {}, String(value))])),
+    eventList(info.events ?? []),
+    skipped.length > 0 &&
+      h("div", {}, h("h4", {}, "Skipped measurements"), h("ul", {}, skipped.map((s) => h("li", {}, `step ${s.step}: ${s.reason}`)))),
+    info.diagnosis ? markdown(info.diagnosis) : null,
+    Object.entries(pages).map(([name, text]) => h("section", {}, h("h4", {}, name.replaceAll("_", " ")), markdown(text))),
+  );
+}
+
+/** Events as a list; nothing for none. */
+export function eventList(events) {
+  if (events.length === 0) return null;
+  const line = ({ step, run, quantity, text }) => {
+    const where = [run, quantity].filter(Boolean).join(", ");
+    return h("li", {}, h("b", {}, `step ${step}`), where ? ` ${where}: ` : ": ", text);
+  };
+  const ordered = [...events].sort((a, b) => a.step - b.step);
+  return h("div", { class: "events" }, h("h4", {}, "Events"), h("ul", {}, ordered.map(line)));
+}

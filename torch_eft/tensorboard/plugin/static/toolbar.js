@@ -1,0 +1,88 @@
+// The switches above the charts, and the legend.
+
+import { h, svg } from "./dom.js";
+import { seriesName } from "./format.js";
+import { dashOf, seriesColour } from "./panel.js";
+
+function choice(label, name, options, settings, changed) {
+  const select = h(
+    "select",
+    { name, change: () => changed(name, select.value) },
+    Object.entries(options).map(([value, word]) => h("option", { value, selected: settings[name] === value }, word)),
+  );
+  return h("label", {}, label, " ", select);
+}
+
+function toggle(label, name, settings, changed, title) {
+  const box = h("input", { type: "checkbox", name, change: () => changed(name, box.checked) });
+  box.checked = settings[name];
+  return h("label", { title }, box, label);
+}
+
+/**
+ * @param {(name: string, value) => void} changed
+ * @param {{csv, svg, png}} exports what the export buttons do
+ */
+export function toolbar(settings, live, changed, exports) {
+  return h(
+    "div",
+    { class: "toolbar", role: "toolbar", "aria-label": "Display" },
+    choice("Steps", "steps", { log: "log", linear: "linear" }, settings, changed),
+    choice("Values", "values", { linear: "linear", log: "log" }, settings, changed),
+    choice(
+      "Residuals",
+      "residual",
+      { auto: "automatic", z: "z-score", relative: "relative", difference: "difference", off: "off" },
+      settings,
+      changed,
+    ),
+    choice("Show", "only", { all: "all quantities", theory: "with theory" }, settings, changed),
+    toggle("order 0", "order_0", settings, changed, "the theory at infinite width"),
+    toggle("order 1", "order_1", settings, changed, "the theory with 1/n corrections"),
+    toggle("band", "band", settings, changed, "one standard deviation over initialisations"),
+    toggle("next order", "truncation", settings, changed, "estimated size of what the next order would add; one run only"),
+    toggle("events", "events", settings, changed, "where a quantity leaves its band or a prediction its validity"),
+    live && toggle("live", "live", settings, changed, "look for new measurements every few seconds"),
+    exportButtons(exports),
+  );
+}
+
+export function exportButtons(exports) {
+  const button = (kind) => h("button", { "data-export": kind, click: exports[kind] }, kind.toUpperCase());
+  return h("span", { class: "export" }, "Export ", Object.keys(exports).map(button));
+}
+
+/** Which line is which; with several runs the colour belongs to the run, so that lines here are of the text's. */
+function legend(seriesShown, bandShown, single, theme) {
+  const colour = (series) => (single ? seriesColour(theme, series) : theme.ink);
+  const sample = (series) =>
+    svg(
+      "svg",
+      { width: 30, height: 12, "aria-hidden": "true" },
+      svg("line", {
+        x1: 1, x2: 29, y1: 6, y2: 6, stroke: colour(series), "stroke-width": series === "measured" ? 2.5 : 1.8,
+        "stroke-dasharray": dashOf(series),
+      }),
+    );
+  const bandColour = single ? theme.order1 : theme.ink;
+  const band = svg(
+    "svg",
+    { width: 30, height: 12, "aria-hidden": "true" },
+    svg("rect", { x: 1, y: 1, width: 28, height: 10, fill: bandColour, opacity: theme.bandOpacity }),
+  );
+  return h(
+    "div",
+    { class: "legend" },
+    seriesShown.map((series) => h("span", {}, sample(series), " ", seriesName(series))),
+    bandShown && h("span", {}, band, " ± σ over initialisations"),
+    !single && h("span", {}, "colour and marker: the run"),
+  );
+}
+
+/** The legend of some panels. */
+export function legendOf(panels, single, theme) {
+  const present = new Set(panels.flatMap(({ lines }) => lines.map(({ series }) => series)));
+  const first = ["measured", "order_0", "order_1"].filter((series) => present.has(series));
+  const others = [...present].filter((series) => !first.includes(series)).sort();
+  return legend([...first, ...others], panels.some(({ bands }) => bands.length), single, theme);
+}
