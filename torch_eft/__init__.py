@@ -2,20 +2,22 @@
 
 ``theory`` computes what an ensemble of networks does, ``measure`` what one real network
 does, ``callbacks`` lays both side by side while a Lightning ``Trainer`` trains.
-Importing ``torch_eft`` imports torch alone: Lightning, TensorBoard and matplotlib are
-loaded by the subpackages that need them, when they are first used.
+Importing ``torch_eft`` loads nothing else: torch, Lightning, TensorBoard and matplotlib come
+with the names that need them, when they are first used. (TensorBoard imports this package for
+its tab, and has no use for torch.)
 
 Source of the theory: Roberts, Yaida, Hanin, *The Principles of Deep Learning Theory*
 (arXiv:2106.10165), called PDLT throughout.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch_eft import measure, theory
-from torch_eft.diagnosis import Diagnosis, diagnose
-from torch_eft.forecast import predict_from_network
-from torch_eft.trajectory import Trajectory, Validity
+if TYPE_CHECKING:
+    from torch_eft import callbacks, measure, tensorboard, theory
+    from torch_eft.diagnosis import Diagnosis, diagnose
+    from torch_eft.forecast import predict_from_network
+    from torch_eft.trajectory import Trajectory, Validity
 
 __version__ = "0.1.0"
 
@@ -31,8 +33,24 @@ __all__ = [
     "theory",
 ]
 
+_HOMES = {
+    "Diagnosis": "diagnosis",
+    "Trajectory": "trajectory",
+    "Validity": "trajectory",
+    "diagnose": "diagnosis",
+    "predict_from_network": "forecast",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("callbacks", "tensorboard"):
+    if name in _HOMES:
+        value = getattr(import_module(f"torch_eft.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in __all__:
         return import_module(f"torch_eft.{name}")
     raise AttributeError(f"module 'torch_eft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
