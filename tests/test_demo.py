@@ -69,18 +69,26 @@ def test_it_draws_a_picture(demo):
 
 BANDED = ["ntk_trace", "output_chi_squared", "output_projection"]
 EXPECTED_SCALARS = sorted(
-    [f"eft/{q}/{s}" for q in BANDED for s in ("measured", "theory", "theory_minus_sigma", "theory_plus_sigma")]
-    + [f"eft/{q}/{s}" for q in ("ntk_drift", "representation_change") for s in ("measured", "theory")]
-    + [
+    [
         f"eft/{q}/measured"
-        for q in ("ntk_kernel_distance", "ntk_top_eigenvalue", "representation_cka_distance", "overhead_percent")
+        for q in (
+            *BANDED,
+            "ntk_drift",
+            "ntk_kernel_distance",
+            "ntk_top_eigenvalue",
+            "overhead_percent",
+            "representation_cka_distance",
+            "representation_change",
+        )
     ]
+    + [f"eft_theory/{q}/{s}" for q in BANDED for s in ("minus_sigma", "order_0", "plus_sigma", "z_score")]
+    + [f"eft_theory/{q}/order_0" for q in ("ntk_drift", "representation_change")]
 )
 
 
 def test_tags_are_these_and_no_others(events):
     tags = events.Tags()
-    ours = sorted(tag for tag in tags["scalars"] if tag.startswith("eft/"))
+    ours = sorted(tag for tag in tags["scalars"] if tag.startswith("eft"))
     assert ours == EXPECTED_SCALARS
     assert sorted(tags["images"]) == [
         *(
@@ -109,23 +117,27 @@ def test_every_measured_step_has_its_theory_and_all_are_finite(events):
         assert [event.step for event in values] == (steps[1:] if "overhead" in tag else steps)
         assert all(math.isfinite(event.value) for event in values)
     for lower, upper in zip(
-        events.Scalars("eft/ntk_trace/theory_minus_sigma"),
-        events.Scalars("eft/ntk_trace/theory_plus_sigma"),
+        events.Scalars("eft_theory/ntk_trace/minus_sigma"),
+        events.Scalars("eft_theory/ntk_trace/plus_sigma"),
         strict=True,
     ):
         assert lower.value < upper.value
 
 
 def test_layout_has_a_margin_chart_for_every_band(events):
-    (event,) = events.Tensors("custom_scalars__config__")
+    *_, event = events.Tensors("custom_scalars__config__")  # the last one holds
     layout = layout_pb2.Layout()
     layout.ParseFromString(tensor_util.make_ndarray(event.tensor_proto).item())
-    (category,) = layout.category
+    category, measured_only = layout.category
+    assert all(chart.HasField("multiline") for chart in measured_only.chart)
     margins = {chart.margin.series[0].value: chart.margin for chart in category.chart if chart.HasField("margin")}
-    assert sorted(margins) == [f"eft/{quantity}/theory" for quantity in BANDED]
+    assert sorted(margins) == [f"eft_theory/{quantity}/order_0" for quantity in BANDED]
     for quantity in BANDED:
-        band, line = margins[f"eft/{quantity}/theory"].series
-        assert (band.lower, band.upper) == (f"eft/{quantity}/theory_minus_sigma", f"eft/{quantity}/theory_plus_sigma")
+        band, line = margins[f"eft_theory/{quantity}/order_0"].series
+        assert (band.lower, band.upper) == (
+            f"eft_theory/{quantity}/minus_sigma",
+            f"eft_theory/{quantity}/plus_sigma",
+        )
         assert line.value == f"eft/{quantity}/measured"
     lines = [tag for chart in category.chart for tag in chart.multiline.tag]
     assert "^eft/ntk_drift/measured$" in lines

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from torch_eft.callbacks import EFTMonitor
 from torch_eft.diagnosis import diagnose
-from torch_eft.tensorboard import TITLES, compared_quantities, comparison_figure, tag
-from torch_eft.tensorboard.tags import BAND
+from torch_eft.tensorboard import QUANTITIES, compared_quantities, comparison_figure, tag
+from torch_eft.tensorboard.tags import sigma_of, theory_of
 from torch_eft.theory import MLPEnsemble, criticality, get_activation, initial_statistics
 
 TRAIN_IMAGES, PROBE_IMAGES, CLASSES = 64, 16, 10
@@ -136,7 +136,7 @@ def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | 
     model = CriticalMLP(ensemble, learning_rate)
     spacing = max(1, steps // MEASUREMENTS)
     # The largest modes of Theta are learned within ten steps.
-    monitor = EFTMonitor(probe=x_probe, every=lambda step: step <= 10 or step % spacing == 0)
+    monitor = EFTMonitor(probe=x_probe, every=lambda step: step <= 10 or step % spacing == 0, budget=None)
     logger = TensorBoardLogger(logdir, name=f"{activation}-{width}x{depth}")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
@@ -173,12 +173,10 @@ def comparison_table(monitor: EFTMonitor) -> str:
     step = max(monitor.history)
     scalars = monitor.history[step]
     lines = [f"{'after step ' + str(step):28}{'measured':>12}{'theory':>12}{'sigma':>12}{'deviation':>12}"]
-    for quantity in TITLES:
-        measured, theory = scalars.get(tag(quantity, "measured")), scalars.get(tag(quantity, "theory"))
+    for quantity in QUANTITIES:
+        measured, theory, sigma = scalars.get(tag(quantity)), theory_of(scalars, quantity), sigma_of(scalars, quantity)
         if measured is None or quantity.startswith("overhead"):
             continue
-        upper = scalars.get(tag(quantity, BAND[1]))
-        sigma = None if upper is None or theory is None else upper - theory
         deviation = "" if sigma is None or theory is None else f"{(measured - theory) / sigma:+.1f} sigma"
         cells = [f"{value:.4g}" if value is not None else "-" for value in (measured, theory, sigma)]
         lines.append(f"{quantity:28}{''.join(f'{cell:>12}' for cell in cells)}{deviation:>12}")

@@ -27,10 +27,10 @@ CONFIGURATIONS = {
 
 def monitors():
     return [
-        EFTMonitor(PROBE, every=1, on_error="raise"),
-        NTKMonitor(PROBE, on_error="raise"),
-        RepresentationMonitor(PROBE, every=2, on_error="raise"),
-        TheoryComparison(PROBE, every=3, on_error="raise"),
+        EFTMonitor(PROBE, budget=None, every=1, on_error="raise"),
+        NTKMonitor(PROBE, budget=None, on_error="raise"),
+        RepresentationMonitor(PROBE, budget=None, every=2, on_error="raise"),
+        TheoryComparison(PROBE, budget=None, every=3, on_error="raise"),
     ]
 
 

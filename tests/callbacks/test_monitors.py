@@ -41,7 +41,11 @@ def replay(weights, net=normed_net):
 
 
 def test_values_are_those_of_the_weights_at_that_step():
-    keep, ntk, hidden = _Keep(), NTKMonitor(PROBE, every=4), RepresentationMonitor(PROBE, every=4, per_layer=True)
+    keep, ntk, hidden = (
+        _Keep(),
+        NTKMonitor(PROBE, budget=None, every=4),
+        RepresentationMonitor(PROBE, budget=None, every=4, per_layer=True),
+    )
     run([keep, ntk, hidden])
     assert list(ntk.history) == list(hidden.history) == [0, 4, 8, 9]
     H_0, K_0 = (f(replay(keep.weights[0]), PROBE) for f in (measure.ntk, measure.hidden_kernels))
@@ -61,13 +65,13 @@ def test_values_are_those_of_the_weights_at_that_step():
         assert hidden.history[step]["eft/representation_change/measured"] == pytest.approx(
             sum(changes) / len(changes), abs=1e-6
         )
-        assert hidden.history[step]["eft/representation_change_net.2/measured"] == pytest.approx(changes[0], abs=1e-6)
+        assert hidden.history[step]["eft_layers/representation_change/net.2"] == pytest.approx(changes[0], abs=1e-6)
     assert ntk.history[9]["eft/ntk_drift/measured"] > 0.01
 
 
 def test_schedules():
-    by_epoch, by_steps = NTKMonitor(PROBE), NTKMonitor(PROBE, every=2, name="steps")
-    by_function = NTKMonitor(PROBE, every=lambda step: step in (1, 5), name="function")
+    by_epoch, by_steps = NTKMonitor(PROBE, budget=None), NTKMonitor(PROBE, budget=None, every=2, name="steps")
+    by_function = NTKMonitor(PROBE, budget=None, every=lambda step: step in (1, 5), name="function")
     run([by_epoch, by_steps, by_function])
     assert list(by_epoch.history) == [0, 3, 6, 9]
     assert list(by_steps.history) == [0, 2, 4, 6, 8, 9]
@@ -75,7 +79,7 @@ def test_schedules():
 
 
 def test_with_accumulation_each_optimizer_step_is_measured_once():
-    monitor = NTKMonitor(PROBE, every=1)
+    monitor = NTKMonitor(PROBE, budget=None, every=1)
     run([monitor], accumulate_grad_batches=3, batch_size=4)
     assert list(monitor.history) == [0, 1, 2, 3, 4, 5, 6]
 
@@ -85,7 +89,7 @@ def test_learning_rates_of_parameter_groups_weigh_the_kernel():
         parameters = list(parameters)
         return torch.optim.SGD([{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:], "lr": 0.02}])
 
-    keep, monitor = _Keep(), NTKMonitor(PROBE)
+    keep, monitor = _Keep(), NTKMonitor(PROBE, budget=None)
     run([keep, monitor], net=simple_mlp, optimizer=groups, epochs=1)
     module = replay(keep.weights[0], simple_mlp)
     names = [name for name, _ in module.named_parameters()]
@@ -95,14 +99,14 @@ def test_learning_rates_of_parameter_groups_weigh_the_kernel():
 
 def test_the_kernel_of_a_submodule_and_of_chosen_outputs():
     keep = _Keep()
-    monitor = NTKMonitor(PROBE, module="net", output_fn=lambda z: z[:, :1], outputs="trace")
+    monitor = NTKMonitor(PROBE, budget=None, module="net", output_fn=lambda z: z[:, :1], outputs="trace")
     run([keep, monitor], epochs=1)
     H = measure.ntk(replay(keep.weights[0]).net, PROBE, output_fn=lambda z: z[:, :1])
     assert monitor.history[0]["eft/ntk_trace/measured"] == pytest.approx(float(measure.ntk_trace(H)), rel=1e-5)
 
 
 def test_large_kernels_are_averaged_over_outputs():
-    from torch_eft.callbacks.ntk import NTKPart
+    from torch_eft.live.parts.ntk import NTKPart
 
     assert not NTKPart().plan(outputs=10, samples=100).ntk_trace
     assert NTKPart().plan(outputs=1000, samples=16).ntk_trace
@@ -110,7 +114,7 @@ def test_large_kernels_are_averaged_over_outputs():
 
 
 def test_cost_is_counted_logged_and_printed(caplog):
-    monitor = EFTMonitor(PROBE)
+    monitor = EFTMonitor(PROBE, budget=None)
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     with caplog.at_level(logging.INFO, logger=logger.name):
         logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
@@ -154,7 +158,7 @@ def _healed():
 
 def test_a_failing_measurement_warns_once_and_training_goes_on():
     reference = digest(*run(net=_FailingNet))
-    monitor = EFTMonitor(PROBE, every=1)
+    monitor = EFTMonitor(PROBE, budget=None, every=1)
     with pytest.warns(MeasurementWarning, match=r"EFTMonitor could not measure at step 5.*no such luck") as caught:
         trainer, module = run([_FailFrom(5), monitor], net=_FailingNet)
     _FailingNet.fail = False
@@ -167,11 +171,11 @@ def test_a_failing_measurement_warns_once_and_training_goes_on():
 
 def test_on_error_raise_stops_for_debugging():
     with pytest.raises(ValueError, match="no such luck"):
-        run([_FailFrom(5), EFTMonitor(PROBE, every=1, on_error="raise")], net=_FailingNet)
+        run([_FailFrom(5), EFTMonitor(PROBE, budget=None, every=1, on_error="raise")], net=_FailingNet)
 
 
 def test_diverged_weights_are_skipped_in_words():
-    monitor = NTKMonitor(PROBE, every=1)
+    monitor = NTKMonitor(PROBE, budget=None, every=1)
     with pytest.warns(MeasurementWarning, match="NaN or infinite"):
         run([monitor], net=simple_mlp, optimizer=lambda p: torch.optim.SGD(p, lr=1e30))
     assert 0 in monitor.history
@@ -191,7 +195,7 @@ def test_a_probe_that_does_not_fit_stops_before_training(monitor_class, probe, m
 
 
 def test_a_float64_probe_is_simply_converted():
-    monitor = NTKMonitor(PROBE.double())
+    monitor = NTKMonitor(PROBE.double(), budget=None)
     run([monitor], epochs=1)
     assert not monitor.skipped
 
@@ -200,7 +204,7 @@ def test_a_float64_probe_is_simply_converted():
     ("arguments", "message"),
     [
         (dict(probe=torch.ones(0, 5)), r"probe: 0 samples given"),
-        (dict(every=0), r"every: 0 given; give 'epoch', a positive number"),
+        (dict(every=0), r"every: 0 given; give .epoch., a positive number"),
         (dict(every="step"), r"every: 'step' given"),
         (dict(on_error="ignore"), r"on_error: 'ignore' given; give 'warn' or 'raise'"),
     ],
@@ -212,23 +216,23 @@ def test_unusable_arguments_stop_at_construction(arguments, message):
 
 def test_unknown_names_and_outputs_stop_before_training():
     with pytest.raises(ValueError, match=r"module: 'body' is no submodule; the top level has net"):
-        run([NTKMonitor(PROBE, module="body")])
+        run([NTKMonitor(PROBE, budget=None, module="body")])
     with pytest.raises(ValueError, match=r"outputs: 'some' given"):
-        NTKMonitor(PROBE, outputs="some")
+        NTKMonitor(PROBE, budget=None, outputs="some")
     with pytest.raises(ValueError, match=r"output_fn: the output for 4 samples is a tensor \(4,\)"):
-        run([NTKMonitor(PROBE, output_fn=lambda z: z[:, 0])])
+        run([NTKMonitor(PROBE, budget=None, output_fn=lambda z: z[:, 0])])
 
 
 def test_misnamed_layers_stop_before_training():
     with pytest.raises(ValueError, match=r"layers: 'nope' is no submodule; there are net, net.0"):
-        run([RepresentationMonitor(PROBE, layers=["nope"])])
+        run([RepresentationMonitor(PROBE, budget=None, layers=["nope"])])
 
 
 def test_a_kernel_too_large_is_left_out_in_words_and_the_rest_is_measured(monkeypatch):
-    from torch_eft.callbacks import monitor as module
+    from torch_eft.live import observer as module
 
     monkeypatch.setattr(module, "too_large", lambda *args: measure_too_large(*args, memory=100))
-    monitor = EFTMonitor(PROBE, on_error="raise")
+    monitor = EFTMonitor(PROBE, budget=None, on_error="raise")
     with pytest.warns(MeasurementWarning, match=r"will not measure the NTK: memory: .* 4 samples and 3 outputs"):
         run([monitor], net=simple_mlp)
     assert "eft/representation_change/measured" in monitor.history[9]
@@ -247,7 +251,7 @@ def test_a_model_built_late_is_checked_and_measured():
 
     from tests.callbacks import trainings
 
-    monitor = NTKMonitor(PROBE)
+    monitor = NTKMonitor(PROBE, budget=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = pl.Trainer(
@@ -258,14 +262,14 @@ def test_a_model_built_late_is_checked_and_measured():
 
 
 def test_state_loads_as_plain_types_and_resumes_from_theta_0(tmp_path):
-    whole = EFTMonitor(PROBE, every=1)
+    whole = EFTMonitor(PROBE, budget=None, every=1)
     run([whole], epochs=4)
-    first = EFTMonitor(PROBE, every=1)
+    first = EFTMonitor(PROBE, budget=None, every=1)
     trainer, _ = run([first], epochs=2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     torch.load(tmp_path / "half.ckpt", weights_only=True)  # tensors and builtins only
 
-    second = EFTMonitor(PROBE, every=1)
+    second = EFTMonitor(PROBE, budget=None, every=1)
     pl.seed_everything(0, verbose=False)
     module = Training(normed_net(), sgd)
     with warnings.catch_warnings():
@@ -286,7 +290,7 @@ def test_state_loads_as_plain_types_and_resumes_from_theta_0(tmp_path):
 
 
 def test_a_callback_used_again_starts_afresh():
-    monitor = NTKMonitor(PROBE)
+    monitor = NTKMonitor(PROBE, budget=None)
     run([monitor], epochs=2)
     run([monitor], net=simple_mlp, epochs=1)
     assert list(monitor.history) == [0, 3]
@@ -294,7 +298,7 @@ def test_a_callback_used_again_starts_afresh():
 
 
 def test_a_second_fit_of_the_same_trainer_goes_on():
-    monitor = NTKMonitor(PROBE)
+    monitor = NTKMonitor(PROBE, budget=None)
     trainer, module = run([monitor], epochs=2)
     trainer.fit_loop.max_epochs = 3
     with warnings.catch_warnings():
@@ -315,16 +319,16 @@ def test_layers_unfrozen_during_training_join_the_kernel():
             if trainer.current_epoch == 1:
                 module.net[0].requires_grad_(True)
 
-    monitor = NTKMonitor(PROBE)
+    monitor = NTKMonitor(PROBE, budget=None)
     run([Unfreeze(), monitor], net=simple_mlp, epochs=2)
     assert not monitor.skipped
     assert list(monitor.history) == [0, 3, 6]
 
 
 def test_fast_dev_run_and_zero_steps_are_survived():
-    run([EFTMonitor(PROBE)], fast_dev_run=True)
-    run([EFTMonitor(PROBE)], max_steps=0)
-    run([EFTMonitor(PROBE)], epochs=0)
+    run([EFTMonitor(PROBE, budget=None)], fast_dev_run=True)
+    run([EFTMonitor(PROBE, budget=None)], max_steps=0)
+    run([EFTMonitor(PROBE, budget=None)], epochs=0)
 
 
 def test_without_matplotlib_there_are_scalars_and_pages_but_no_figures(tmp_path, monkeypatch):
@@ -333,7 +337,7 @@ def test_without_matplotlib_there_are_scalars_and_pages_but_no_figures(tmp_path,
 
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     logger = TensorBoardLogger(tmp_path)
-    monitor = EFTMonitor(PROBE, on_error="raise")
+    monitor = EFTMonitor(PROBE, budget=None, on_error="raise")
     run([monitor], logger=logger)
     tags = EventAccumulator(logger.log_dir).Reload().Tags()
     assert "eft/ntk_drift/measured" in tags["scalars"]
@@ -345,7 +349,7 @@ def test_other_loggers_get_the_scalars(tmp_path):
     from lightning.pytorch.loggers import CSVLogger
 
     logger = CSVLogger(tmp_path)
-    run([NTKMonitor(PROBE, on_error="raise")], logger=logger)
+    run([NTKMonitor(PROBE, budget=None, on_error="raise")], logger=logger)
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     measured = {int(row["step"]): float(row["eft/ntk_drift/measured"]) for row in rows}
@@ -368,7 +372,7 @@ def test_a_logger_that_raises_costs_the_point_and_nothing_else():
 
     reference = digest(*run())
     with pytest.warns(MeasurementWarning, match="disk full"):
-        assert digest(*run([NTKMonitor(PROBE)], logger=Broken())) == reference
+        assert digest(*run([NTKMonitor(PROBE, budget=None)], logger=Broken())) == reference
 
 
 def test_a_probe_of_several_arguments_is_kept_as_given():

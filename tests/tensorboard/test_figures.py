@@ -1,34 +1,79 @@
 """Figures and tags from plain results, without a Trainer."""
 
-import math
-
+import pytest
 import torch
 
-from torch_eft.comparison import Compared
-from torch_eft.tensorboard import compared_quantities, compared_scalars, comparison_figure, kernel_figure, layers_figure
+from torch_eft.tensorboard import (
+    QUANTITIES,
+    compared_quantities,
+    comparison_figure,
+    comparison_layout,
+    kernel_figure,
+    layer_tag,
+    layers_figure,
+    tag,
+)
+from torch_eft.tensorboard.tags import quantity_of
 
 
-def test_scalars_of_a_comparison():
-    scalars = compared_scalars({"a": Compared(1.0, 2.0, 0.5), "b": Compared(math.nan, 0.0, None)})
-    assert scalars == {
-        "eft/a/measured": 1.0,
-        "eft/a/theory": 2.0,
-        "eft/a/theory_minus_sigma": 1.5,
-        "eft/a/theory_plus_sigma": 2.5,
-        "eft/b/theory": 0.0,
+def banded(quantity, measured, order_0, sigma):
+    return {
+        tag(quantity): measured,
+        tag(quantity, "order_0"): order_0,
+        tag(quantity, "minus_sigma"): order_0 - sigma,
+        tag(quantity, "plus_sigma"): order_0 + sigma,
     }
 
 
+def test_tags_are_built_and_read():
+    assert tag("ntk_trace") == "eft/ntk_trace/measured"
+    assert tag("ntk_trace", "order_1") == "eft_theory/ntk_trace/order_1"
+    assert layer_tag("representation_change", "net.2/a") == "eft_layers/representation_change/net.2/a"
+    for name in (tag("ntk_trace"), tag("ntk_trace", "z_score"), layer_tag("ntk_trace", "a/b")):
+        assert quantity_of(name) == "ntk_trace"
+    assert quantity_of("eft/nothing/measured") is None
+    assert quantity_of("loss") is None
+    with pytest.raises(ValueError, match="'weight' is not in QUANTITIES"):
+        tag("weight")
+    with pytest.raises(ValueError, match="series: 'theory' given"):
+        tag("ntk_trace", "theory")
+
+
+def test_every_quantity_is_described():
+    for name, quantity in QUANTITIES.items():
+        assert all(quantity.to_dict().values()), name
+
+
 def test_comparison_draws_what_there_is():
-    compared = {"ntk_trace": Compared(1.0, 2.0, 0.5), "ntk_drift": Compared(0.1, 0.0, None)}
-    history = {step: compared_scalars(compared) for step in (0, 10, 200)}
+    history = {
+        step: banded("ntk_trace", 1.0, 2.0, 0.5)
+        | {tag("ntk_trace", "order_1"): 2.1, tag("ntk_drift"): 0.1, tag("ntk_drift", "order_0"): 0.0}
+        for step in (0, 10, 200)
+    }
     assert compared_quantities(history) == ["ntk_trace", "ntk_drift"]
     drawing = comparison_figure(history, ["ntk_trace", "ntk_drift"], "title")
     first, second = drawing.axes
-    assert [line.get_label() for line in first.lines] == ["theory (infinite width)", "measured"]
-    assert list(first.lines[1].get_xdata()) == [0, 10, 200]
+    labels = [line.get_label() for line in first.lines]
+    assert labels == ["order 0 (infinite width)", "order 1 (finite width)", "measured"]
+    assert list(first.lines[2].get_xdata()) == [0, 10, 200]
     assert len(first.collections) == 1  # the band
     assert len(second.collections) == 0
+
+
+def test_the_layout_has_the_highest_order_in_the_band():
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    def charts(*tags):
+        layout = layout_pb2.Layout()
+        layout.ParseFromString(comparison_layout(set(tags)).value[0].tensor.string_val[0])
+        return {category.title: list(category.chart) for category in layout.category}
+
+    (found,) = charts(*banded("ntk_trace", 1, 2, 3), tag("ntk_trace", "order_1")).values()
+    assert found[0].margin.series[0].value == "eft_theory/ntk_trace/order_1"
+    both = charts(tag("ntk_drift"), tag("ntk_drift", "order_0"), tag("ntk_top_eigenvalue"), tag("overhead_percent"))
+    compared, measured = both.values()
+    assert list(compared[0].multiline.tag) == ["^eft/ntk_drift/measured$", "^eft_theory/ntk_drift/order_0$"]
+    assert [chart.title for chart in measured] == ["NTK: largest eigenvalue"]
 
 
 def test_kernels_on_one_scale_compare():

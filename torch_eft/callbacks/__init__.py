@@ -1,9 +1,14 @@
 """Lightning callbacks: attach them to a training that you already have."""
 
-from torch_eft.callbacks.bundle import EFTMonitor
-from torch_eft.callbacks.monitor import MeasurementWarning
-from torch_eft.callbacks.ntk import NTKMonitor
-from torch_eft.callbacks.representation import RepresentationMonitor
-from torch_eft.callbacks.theory import TheoryComparison
+from torch_eft.callbacks.monitors import EFTMonitor, NTKMonitor, RepresentationMonitor, TheoryComparison
+from torch_eft.live import MeasurementWarning, linear, logarithmic
 
-__all__ = ["EFTMonitor", "MeasurementWarning", "NTKMonitor", "RepresentationMonitor", "TheoryComparison"]
+__all__ = [
+    "EFTMonitor",
+    "MeasurementWarning",
+    "NTKMonitor",
+    "RepresentationMonitor",
+    "TheoryComparison",
+    "linear",
+    "logarithmic",
+]

@@ -1,1 +1,21 @@
 """The live comparison without a trainer: an observer, the parts it is made of, and the sinks it writes to."""
+
+from torch_eft.live.observer import Observer
+from torch_eft.live.part import Event, MeasurementWarning, Part, Report, Start, Visit
+from torch_eft.live.schedule import linear, logarithmic
+from torch_eft.live.sinks import JSONLSink, Sink, TensorBoardSink
+
+__all__ = [
+    "Event",
+    "JSONLSink",
+    "MeasurementWarning",
+    "Observer",
+    "Part",
+    "Report",
+    "Sink",
+    "Start",
+    "TensorBoardSink",
+    "Visit",
+    "linear",
+    "logarithmic",
+]

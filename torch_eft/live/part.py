@@ -22,6 +22,10 @@ History: TypeAlias = dict[int, dict[str, float]]
 Cost: TypeAlias = Literal["light", "standard", "full"]
 
 
+class MeasurementWarning(UserWarning):
+    """A measurement failed and was skipped, or results could not be written; training is not affected."""
+
+
 @dataclass(frozen=True)
 class Event:
     """Something to mark on the time axis: a quantity leaves its band, a prediction leaves its validity.

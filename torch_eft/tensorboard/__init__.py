@@ -2,15 +2,17 @@
 
 from torch_eft.tensorboard.figures import comparison_figure, kernel_figure, layers_figure
 from torch_eft.tensorboard.layout import comparison_layout
-from torch_eft.tensorboard.tags import TITLES, compared_quantities, compared_scalars, tag
+from torch_eft.tensorboard.quantities import QUANTITIES, Quantity
+from torch_eft.tensorboard.tags import compared_quantities, layer_tag, tag
 
 __all__ = [
-    "TITLES",
+    "QUANTITIES",
+    "Quantity",
     "compared_quantities",
-    "compared_scalars",
     "comparison_figure",
     "comparison_layout",
     "kernel_figure",
+    "layer_tag",
     "layers_figure",
     "tag",
 ]

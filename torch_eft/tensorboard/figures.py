@@ -1,21 +1,22 @@
 """Figures from plain results. matplotlib is imported when the first one is drawn.
 
-Colours are those of Okabe & Ito (2008), told apart by colour-blind readers: measured in
-vermilion, theory in blue.
+TensorBoard shows them some 320 pixels wide: one panel each, large letters. Colours are those of Okabe & Ito (2008),
+told apart by colour-blind readers: measured in vermilion, order 1 and the band in blue, order 0 in grey dashes.
 """
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from torch_eft.tensorboard.tags import BAND, TITLES, tag
+from torch_eft.tensorboard.quantities import QUANTITIES
+from torch_eft.tensorboard.tags import BAND, ORDERS, tag
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 MEASURED, THEORY = "#D55E00", "#0072B2"
+LINES = {"order_0": ("#555555", "--"), "order_1": (THEORY, "-")}
 History = Mapping[int, Mapping[str, float]]
 
 
@@ -30,7 +31,7 @@ def figure(columns: int = 1, rows: int = 1) -> "tuple[Figure, list[Axes]]":
     return drawing, axes
 
 
-def kernel_figure(H: Tensor, title: str, limit: float | None = None) -> "Figure":
+def kernel_figure(H: "Tensor", title: str, limit: float | None = None) -> "Figure":
     """A kernel matrix (N, N) with its scale.
 
     Args:
@@ -51,23 +52,25 @@ def kernel_figure(H: Tensor, title: str, limit: float | None = None) -> "Figure"
 
 
 def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
-    """Measured line over the theory's line and band, for one quantity."""
-    measured = _series(history, tag(quantity, "measured"))
-    theory = _series(history, tag(quantity, "theory"))
+    """Measured line over the theory's orders and band, for one quantity."""
+    measured = _series(history, tag(quantity))
     lower, upper = (_series(history, tag(quantity, series)) for series in BAND)
     if lower:
         axes.fill_between(
             list(lower), list(lower.values()), list(upper.values()), color=THEORY, alpha=0.2, lw=0, label="theory ± σ"
         )
-    if theory:
-        axes.plot(list(theory), list(theory.values()), color=THEORY, ls="--", lw=2, label="theory (infinite width)")
-    axes.plot(list(measured), list(measured.values()), color=MEASURED, lw=2, label="measured")
-    axes.set_title(TITLES.get(quantity, quantity), fontsize=12)
-    axes.set_xlabel("optimizer step", fontsize=12)
+    for order, label in ORDERS.items():
+        if theory := _series(history, tag(quantity, order)):
+            colour, style = LINES[order]
+            axes.plot(list(theory), list(theory.values()), color=colour, ls=style, lw=2.5, label=label)
+    axes.plot(list(measured), list(measured.values()), color=MEASURED, lw=2.5, label="measured")
+    axes.set_title(QUANTITIES[quantity].title, fontsize=14, wrap=True)
+    axes.set_xlabel("optimizer step", fontsize=14)
+    axes.tick_params(labelsize=13)
     if max(measured, default=0) >= 100:  # most of the motion is early
         axes.set_xscale("symlog", linthresh=1)
     axes.margins(x=0.01)
-    axes.legend(fontsize=11, frameon=False)
+    axes.legend(fontsize=13, frameon=False)
     axes.grid(alpha=0.2)
 
 

@@ -1,33 +1,49 @@
 """The custom-scalars page: one chart a quantity, the theory's band and the measured line in it."""
 
+from collections.abc import Collection
+
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
-from torch_eft.tensorboard.tags import BAND, TITLES, tag
+from torch_eft.tensorboard.quantities import QUANTITIES
+from torch_eft.tensorboard.tags import BAND, MEASURED, ORDERS, tag
+
+_NOT_DRAWN = ("overhead_percent",)
 
 
-def comparison_layout(with_band: list[str], without_band: list[str]) -> Summary:
-    """A layout summary: margin charts for quantities with a band, line charts for the others.
+def comparison_layout(logged: Collection[str]) -> Summary:
+    """A layout summary for the tags that were logged.
+
+    Two categories: quantities with a theory beside them (a margin chart where there is a band, with the highest order
+    as its line; a line chart of measured and all orders otherwise), and those that are measured only.
 
     Args:
-        with_band: Quantities logged with ``theory_minus_sigma`` and ``theory_plus_sigma``.
-        without_band: Quantities logged as ``measured`` and perhaps ``theory``.
+        logged: All tags there are.
 
     Returns:
         The protocol buffer that an event writer takes.
     """
-    charts = [_margin_chart(quantity) for quantity in with_band]
-    charts += [
-        layout_pb2.Chart(
-            title=TITLES.get(quantity, quantity),
-            multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag(quantity, s)}$" for s in ("measured", "theory")]),
+    compared: list[layout_pb2.Chart] = []
+    measured: list[layout_pb2.Chart] = []
+    for quantity in QUANTITIES:
+        if tag(quantity) not in logged or quantity in _NOT_DRAWN:
+            continue
+        orders = [order for order in ORDERS if tag(quantity, order) in logged]
+        if orders and tag(quantity, BAND[0]) in logged:
+            compared.append(_margin_chart(quantity, orders[-1]))
+        else:
+            (compared if orders else measured).append(_line_chart(quantity, [MEASURED, *orders]))
+    categories = [
+        layout_pb2.Category(title=title, chart=charts)
+        for title, charts in (
+            ("torch_eft: measured against theory", compared),
+            ("torch_eft: measured", measured),
         )
-        for quantity in without_band
+        if charts
     ]
-    category = layout_pb2.Category(title="torch_eft: measured against theory", chart=charts)
-    layout = layout_pb2.Layout(category=[category]).SerializeToString()
+    layout = layout_pb2.Layout(category=categories).SerializeToString()
     # The plugin's own helper for this needs TensorFlow.
     plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME)
     tensor = TensorProto(dtype="DT_STRING", string_val=[layout], tensor_shape=TensorShapeProto())
@@ -35,11 +51,18 @@ def comparison_layout(with_band: list[str], without_band: list[str]) -> Summary:
     return Summary(value=[value])
 
 
-def _margin_chart(quantity: str) -> layout_pb2.Chart:
-    series = layout_pb2.MarginChartContent.Series
-    measured, theory = tag(quantity, "measured"), tag(quantity, "theory")
+def _line_chart(quantity: str, series: list[str]) -> layout_pb2.Chart:
     return layout_pb2.Chart(
-        title=TITLES.get(quantity, quantity),
+        title=QUANTITIES[quantity].title,
+        multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag(quantity, s)}$" for s in series]),
+    )
+
+
+def _margin_chart(quantity: str, order: str) -> layout_pb2.Chart:
+    series = layout_pb2.MarginChartContent.Series
+    measured, theory = tag(quantity), tag(quantity, order)
+    return layout_pb2.Chart(
+        title=QUANTITIES[quantity].title,
         margin=layout_pb2.MarginChartContent(
             series=[
                 series(value=theory, lower=tag(quantity, BAND[0]), upper=tag(quantity, BAND[1])),

@@ -1,48 +1,85 @@
-"""The names under which results are logged: ``eft/<quantity>/<series>``.
+"""The names under which results are logged.
 
-Series: ``measured``, ``theory``, and ``theory_minus_sigma`` / ``theory_plus_sigma``, the band of one
-standard deviation over initialisations.
+* ``eft/<quantity>/measured``: what this network does;
+* ``eft_theory/<quantity>/<series>``: what the theory says of it, by order, with its band (``SERIES``);
+* ``eft_layers/<quantity>/<layer>``: a measured quantity of one layer, where asked for.
+
+Three groups, so that the scalars tab shows few cards unless more are opened. Quantities are those of ``QUANTITIES``.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from torch_eft.comparison import Compared
+from torch_eft.tensorboard.quantities import QUANTITIES
 
-PREFIX = "eft"
-BAND = ("theory_minus_sigma", "theory_plus_sigma")
+PREFIX, THEORY, LAYERS = "eft", "eft_theory", "eft_layers"
 
-TITLES = {  # in the order in which they are drawn
-    "output_projection": "Output along its predicted first direction",
-    "output_chi_squared": "Output: squared deviation from theory / variance",
-    "ntk_trace": "NTK: mean diagonal, (1/NC) sum H",
-    "ntk_drift": "NTK drift: ||H - H_0|| / ||H_0||",
-    "representation_change": "Hidden kernels: ||K - K_0|| / ||K_0||, mean over layers",
-    "ntk_kernel_distance": "NTK: 1 - cos(H, H_0)",
-    "ntk_top_eigenvalue": "NTK: largest eigenvalue",
-    "representation_cka_distance": "Hidden kernels: 1 - CKA(K, K_0), mean over layers",
-    "overhead_percent": "Time spent measuring, % of the training's own",
+MEASURED = "measured"
+BAND = ("minus_sigma", "plus_sigma")
+ORDERS = {"order_0": "order 0 (infinite width)", "order_1": "order 1 (finite width)"}
+SERIES = {
+    **ORDERS,
+    "minus_sigma": "the highest order there is, minus one standard deviation over initialisations",
+    "plus_sigma": "the highest order there is, plus one standard deviation over initialisations",
+    "truncation": "estimated size of what the next order would add",
+    "z_score": "(measured - theory) / sigma",
+    "ratio": "measured / theory, where there is no sigma",
 }
+SPECTRUM = "eft/ntk_spectrum/log10_eigenvalues"
 
 
-def tag(quantity: str, series: str) -> str:
-    """``eft/<quantity>/<series>``."""
-    return f"{PREFIX}/{quantity}/{series}"
+def tag(quantity: str, series: str = MEASURED) -> str:
+    """``eft/<quantity>/measured`` or ``eft_theory/<quantity>/<series>``.
+
+    Raises:
+        ValueError: If the quantity is not registered or the series unknown.
+    """
+    if quantity not in QUANTITIES:
+        raise ValueError(f"quantity: {quantity!r} is not in QUANTITIES; describe it there first")
+    if series == MEASURED:
+        return f"{PREFIX}/{quantity}/{MEASURED}"
+    if series not in SERIES:
+        raise ValueError(f"series: {series!r} given; give {MEASURED!r} or one of {', '.join(SERIES)}")
+    return f"{THEORY}/{quantity}/{series}"
 
 
-def compared_quantities(history: Mapping[int, Mapping[str, float]]) -> list[str]:
-    """The quantities of a history ``{step: {tag: value}}`` that have a theory beside them."""
-    logged = {name for scalars in history.values() for name in scalars}
-    return [quantity for quantity in TITLES if tag(quantity, "theory") in logged]
+def layer_tag(quantity: str, layer: str) -> str:
+    """``eft_layers/<quantity>/<layer>``.
+
+    Raises:
+        ValueError: If the quantity is not registered.
+    """
+    if quantity not in QUANTITIES:
+        raise ValueError(f"quantity: {quantity!r} is not in QUANTITIES; describe it there first")
+    return f"{LAYERS}/{quantity}/{layer}"
 
 
-def compared_scalars(compared: dict[str, Compared]) -> dict[str, float]:
-    """The scalars of a comparison, without what is not finite."""
-    scalars = {}
-    for quantity, values in compared.items():
-        scalars[tag(quantity, "measured")] = values.measured
-        scalars[tag(quantity, "theory")] = values.theory
-        if values.sigma is not None:
-            scalars[tag(quantity, BAND[0])] = values.theory - values.sigma
-            scalars[tag(quantity, BAND[1])] = values.theory + values.sigma
-    return {name: value for name, value in scalars.items() if math.isfinite(value)}
+def quantity_of(name: str) -> str | None:
+    """The quantity that a tag belongs to; None if it is none of ours."""
+    parts = name.split("/", 2)
+    known = len(parts) == 3 and parts[0] in (PREFIX, THEORY, LAYERS) and parts[1] in QUANTITIES
+    return parts[1] if known else None
+
+
+def logged_tags(history: Mapping[int, Iterable[str]]) -> set[str]:
+    """All tags of a history ``{step: {tag: value}}``."""
+    return {name for scalars in history.values() for name in scalars}
+
+
+def compared_quantities(history: Mapping[int, Iterable[str]]) -> list[str]:
+    """The quantities of a history that have a theory beside them, in the order in which they are drawn."""
+    logged = logged_tags(history)
+    return [quantity for quantity in QUANTITIES if any(tag(quantity, order) in logged for order in ORDERS)]
+
+
+def theory_of(scalars: Mapping[str, float], quantity: str) -> float | None:
+    """The highest order of the theory there is for a quantity."""
+    for order in reversed(ORDERS):
+        if (value := scalars.get(tag(quantity, order))) is not None:
+            return value
+    return None
+
+
+def sigma_of(scalars: Mapping[str, float], quantity: str) -> float | None:
+    """Half the width of the band, one standard deviation over initialisations; None without a band."""
+    lower, upper = (scalars.get(tag(quantity, series)) for series in BAND)
+    return None if lower is None or upper is None else (upper - lower) / 2

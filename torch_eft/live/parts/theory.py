@@ -1,17 +1,15 @@
 """Measured against theory: infinite width (order 0) beside the running training."""
 
-from typing import TYPE_CHECKING, Any, Literal
+import math
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.callbacks.applicability import learning_rates, outside_the_theory
-from torch_eft.callbacks.monitor import Monitor, on_device_of
-from torch_eft.callbacks.part import History, Part
-from torch_eft.callbacks.schedule import Every
-from torch_eft.comparison import InfiniteWidthComparison
-from torch_eft.diagnosis import diagnose
+from torch_eft.comparison import Compared, InfiniteWidthComparison
+from torch_eft.diagnosis import Diagnosis, diagnose
+from torch_eft.live.optimizers import learning_rates, unlike_gradient_descent
+from torch_eft.live.part import History, Part, Report, Start, Visit
 from torch_eft.measure.initialization import NotAnMLPError, read_ensemble
 from torch_eft.measure.learning_rates import read_learning_rates
 from torch_eft.measure.probe import OutputFn, Probe
@@ -23,14 +21,13 @@ from torch_eft.measure.training import (
     same_batch,
 )
 from torch_eft.tensorboard.figures import comparison_figure
-from torch_eft.tensorboard.tags import compared_quantities, compared_scalars, tag
+from torch_eft.tensorboard.tags import BAND, compared_quantities, tag
 from torch_eft.theory.activations import ActivationLike
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.expectations import QuadratureError
 from torch_eft.trajectory import Validity
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
     from matplotlib.figure import Figure
 
 
@@ -43,6 +40,9 @@ class TheoryPart(Part):
         activation: The activation to look for, where it is none of the registered ones.
         output_fn: Turns what the model returns into (N, C).
     """
+
+    name = "theory"
+    cost = "standard"
 
     def __init__(
         self,
@@ -58,10 +58,11 @@ class TheoryPart(Part):
     def forget(self) -> None:
         """Drop what belongs to an earlier run."""
         self.validity: Validity | None = None
+        self._diagnosis: Diagnosis | None = None
         self._pages: dict[str, str] = {}
         self._comparison: InfiniteWidthComparison | None = None
         self._network: nn.Module | None = None
-        self._probe: Any = None
+        self._probe: Tensor | None = None
         self._waiting: dict[int, tuple[Snapshot, Snapshot]] = {}
         self._ensemble: MLPEnsemble | None = None
         self._batch: tuple[Tensor, Tensor] | None = None
@@ -81,52 +82,58 @@ class TheoryPart(Part):
         """A given ensemble must have the network's widths."""
         if self.given is None:
             return
+        activation = self.activation or self.given.activation
         try:
-            widths = read_ensemble(network, None, probe, self.activation or self.given.activation, self.output_fn)
+            widths = read_ensemble(network, None, probe.inputs, activation, self.output_fn)
         except NotAnMLPError:
             return  # said in words when training begins
         if widths.ensemble.widths != self.given.widths:
             raise ValueError(f"ensemble: widths {self.given.widths} given, the network has {widths.ensemble.widths}")
 
-    def begin(
-        self, trainer: "Trainer", pl_module: "LightningModule", network: nn.Module, probe: Any, fresh: bool
-    ) -> dict[str, str]:
-        """Read the ensemble off the network; rule out what the Trainer already shows to be outside."""
-        if not fresh and self._comparison is not None:
-            return {}  # a second fit of the same trainer goes on where the first one stopped
+    def begin(self, start: Start) -> Report:
+        """Read the ensemble off the network; rule out what the loop already shows to be outside."""
+        if not start.fresh and self._comparison is not None:
+            return Report()  # a second fit of the same trainer goes on where the first one stopped
         self.forget()
         pages: dict[str, str] = {}
+        inputs = start.probe.inputs
         try:
             activation = self.activation or (self.given.activation if self.given else None)
-            read = read_ensemble(network, trainer.optimizers, probe, activation, self.output_fn)
+            read = read_ensemble(start.network, start.optimizers, inputs, activation, self.output_fn)
             self._ensemble = read.ensemble if self.given is None else _with_lambda_of(self.given, read.ensemble)
-            pages["diagnosis"] = str(diagnose(read if self.given is None else self.given, probe))
+            self._diagnosis = diagnose(read if self.given is None else self.given, inputs)
+            pages["diagnosis"] = str(self._diagnosis)
         except (NotAnMLPError, QuadratureError) as error:
             pages["diagnosis"] = f"No diagnosis: {error}."
-            return pages | self._stop(str(error))
+            return Report(pages=pages | self._stop(str(error)))
         except Exception as error:
             self._stop(f"{type(error).__name__}: {error}")
             raise
-        if not fresh:
-            return pages | self._stop(f"training starts at step {trainer.global_step}, the theory at initialisation")
-        reason = outside_the_theory(trainer, pl_module)
+        if not start.fresh:
+            return Report(
+                pages=pages | self._stop(f"training starts at step {start.step}, the theory at initialisation")
+            )
+        reason = start.outside or _unlike_one_plain_descent(start.optimizers)
         if reason is not None:
-            return pages | self._stop(reason)
-        self._network, self._probe = network, probe
-        return pages
+            return Report(pages=pages | self._stop(reason))
+        self._network, self._probe = start.network, inputs
+        return Report(pages=pages)
 
-    def observe(self, step: int, snapshot: Snapshot, reference: Snapshot) -> dict[str, float]:
+    def observe(self, visit: Visit) -> Report:
         """Theory beside measurement, or nothing where the theory does not apply."""
+        return Report(scalars=self._scalars(visit.step, visit.snapshot, visit.reference))
+
+    def _scalars(self, step: int, snapshot: Snapshot, reference: Snapshot) -> dict[str, float]:
         if self._comparison is None:
             if self.validity is None:
                 self._waiting[step] = (snapshot, reference)
             return {}
         if snapshot.ntk is None or reference.ntk is None:
             return {}
-        ntk_0 = on_device_of(reference.ntk, snapshot.ntk)
+        ntk_0 = reference.ntk.to(snapshot.ntk)  # a checkpoint may have brought it back elsewhere
         scalars = compared_scalars(self._comparison.compare(step, snapshot.output, snapshot.ntk, ntk_0))
         if snapshot.hidden:
-            scalars[tag("representation_change", "theory")] = 0.0  # order 0: representations are frozen
+            scalars[tag("representation_change", "order_0")] = 0.0  # representations are frozen
         return scalars
 
     def on_batch(self, batch: Any) -> None:
@@ -146,14 +153,16 @@ class TheoryPart(Part):
         if self._undecided:
             self._loss = loss
 
-    def on_gradient(self, step: int, optimizer: Optimizer) -> tuple[History, dict[str, str]]:
+    def on_gradient(self, step: int, optimizer: Optimizer) -> Report:
         """Decide, before the first step is taken; later, see that learning rates stay."""
         if self._comparison is not None and learning_rates(optimizer) != self._rates:
             self._comparison = None
-            return {}, self._stop(f"the learning rate changed at step {step}: order 0 is derived for a constant one")
+            return Report(
+                pages=self._stop(f"the learning rate changed at step {step}: order 0 is derived for a constant one")
+            )
         if not self._undecided or self._network is None:
             pages, self._pages = self._pages, {}
-            return {}, pages
+            return Report(pages=pages)
         try:
             pages = self._decide(optimizer)
         except Exception as error:
@@ -161,12 +170,12 @@ class TheoryPart(Part):
             raise
         late: History = {}
         for at_step, (snapshot, reference) in self._waiting.items():
-            late[at_step] = self.observe(at_step, snapshot, reference)
+            late[at_step] = self._scalars(at_step, snapshot, reference)
         self._waiting, self._network, self._loss, self._batch = {}, None, None, None
-        return late, pages
+        return Report(late=late, pages=pages)
 
     def _decide(self, optimizer: Optimizer) -> dict[str, str]:
-        assert self._network is not None and self._ensemble is not None
+        assert self._network is not None and self._ensemble is not None and self._probe is not None
         if self._batch is None or self._loss is None:
             return self._stop("the batch is not a pair (inputs, targets) of tensors")
         x, y = self._batch
@@ -188,16 +197,33 @@ class TheoryPart(Part):
         self._comparison, self.validity = comparison, comparison.validity
         self._fingerprint, self._rates = batch_fingerprint(x, y), learning_rates(optimizer)
         text = f"Full-batch gradient descent on squared error ({loss.name}), learning rate {rate:g}. {self.validity}"
-        rank_zero_info(f"torch_eft: {text}")
         return {"validity": f"{text}\n\nPredicted for the {self._ensemble} ensemble."}
 
     def _stop(self, reason: str) -> dict[str, str]:
         """From here on measurements only, and why."""
         self.validity = Validity("invalid", reason)
         self._network = None
-        text = f"No theory for this run, measurements only: {reason}."
-        rank_zero_info(f"torch_eft: {text}")
-        return {"validity": text}
+        return {"validity": f"No theory for this run, measurements only: {reason}."}
+
+    def info(self) -> dict[str, Any]:
+        """Network, r, epsilon and criticality as diagnosed; level and validity of the comparison."""
+        validity = self.validity
+        info: dict[str, Any] = {
+            "level": "ensemble, order 0",
+            "validity": None if validity is None else {"flag": validity.flag, "reason": validity.reason},
+        }
+        if self._diagnosis is not None:
+            ratio = self._diagnosis.aspect_ratio
+            info |= {
+                "network": self._diagnosis.network,
+                "depth": ratio.depth,
+                "width": ratio.width,
+                "r": ratio.r,
+                "epsilon": ratio.epsilon,
+                "regime": ratio.regime,
+                "criticality": self._diagnosis.verdict,
+            }
+        return info
 
     def last_figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
         """Measured against theory, a figure a quantity: several panels are unreadable at thumbnail size."""
@@ -207,51 +233,23 @@ class TheoryPart(Part):
         }
 
 
+def compared_scalars(compared: dict[str, Compared]) -> dict[str, float]:
+    """The scalars of a comparison at order 0, without what is not finite."""
+    scalars = {}
+    for quantity, values in compared.items():
+        scalars[tag(quantity)] = values.measured
+        scalars[tag(quantity, "order_0")] = values.theory
+        if values.sigma is not None:
+            for series, sign in zip(BAND, (-1, 1), strict=True):
+                scalars[tag(quantity, series)] = values.theory + sign * values.sigma
+    return {name: value for name, value in scalars.items() if math.isfinite(value)}
+
+
+def _unlike_one_plain_descent(optimizers: list[Optimizer]) -> str | None:
+    if len(optimizers) != 1:
+        return f"{len(optimizers)} optimizers"
+    return unlike_gradient_descent(optimizers[0])
+
+
 def _with_lambda_of(ensemble: MLPEnsemble, other: MLPEnsemble) -> MLPEnsemble:
     return MLPEnsemble(ensemble.widths, ensemble.activation, ensemble.C_b, ensemble.C_W, other.lambda_b, other.lambda_W)
-
-
-class TheoryComparison(Monitor):
-    """Compare a training with the infinite-width theory, predicted before its first step.
-
-    The ensemble (widths, activation, C_b, C_W) is read off the network at theta_0, lambda and the learning
-    rate off the optimizer, data and loss off the first batch; its value and gradient must be those of squared
-    error. Where the training is not what order 0 covers (no MLP, mini-batches, another loss or optimizer), it
-    says so in words, in the log and on the page ``eft/validity``, and logs measurements only.
-
-    Logs ``eft/<quantity>/measured``, ``/theory`` and ``/theory_minus_sigma``, ``/theory_plus_sigma`` for the
-    quantities of ``torch_eft.comparison``: ``ntk_drift``, ``ntk_trace``, ``output_projection``,
-    ``output_chi_squared``; and the page ``eft/diagnosis``.
-
-    Args:
-        probe: Fixed inputs, a tensor (N, ...).
-        every: ``"epoch"``, a number of optimizer steps, or a function of the step that says whether to measure.
-        ensemble: C_b and C_W, if known (lambda is the optimizer's in any case); None estimates them.
-        activation: The activation, where it is none of the registered ones.
-        output_fn: Turns what the model returns into (N, C).
-        module: Name of the submodule to measure; empty means the LightningModule itself.
-        on_error: ``"warn"`` or ``"raise"``.
-        name: Tells several monitors of this class apart in checkpoints.
-
-    Raises:
-        ValueError: Here or in ``setup``, if an argument or the model is not usable.
-    """
-
-    def __init__(
-        self,
-        probe: Any,
-        every: Every = "epoch",
-        ensemble: MLPEnsemble | None = None,
-        activation: ActivationLike | None = None,
-        output_fn: OutputFn | None = None,
-        module: str = "",
-        on_error: Literal["warn", "raise"] = "warn",
-        name: str = "",
-    ) -> None:
-        self.theory = TheoryPart(ensemble, activation, output_fn)
-        super().__init__(probe, [self.theory], every, output_fn, module, on_error, name)
-
-    @property
-    def validity(self) -> Validity | None:
-        """Where the theory holds for this run, or why it does not apply; None before the first step."""
-        return self.theory.validity

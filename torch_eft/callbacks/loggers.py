@@ -1,0 +1,51 @@
+"""What a Trainer's loggers can take: scalars all of them, pages and pictures TensorBoard's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from torch_eft.live.sinks import JSONLSink, Sink, TensorBoardSink
+
+
+class LoggerSink(Sink):
+    """Scalars to any Lightning logger, by ``log_metrics``.
+
+    Args:
+        logger: The logger.
+    """
+
+    def __init__(self, logger: Logger) -> None:
+        self.logger = logger
+
+    def scalars(self, step: int, values: Mapping[str, float], epoch: int | None = None) -> None:
+        """``log_metrics`` with the optimizer step."""
+        self.logger.log_metrics(dict(values), step=step)
+
+
+def logger_sinks(trainer: Trainer, jsonl: str | None) -> list[Sink]:
+    """The sinks of a Trainer: its loggers, and a JSONL file next to the first one's files.
+
+    Args:
+        trainer: The Trainer.
+        jsonl: The file's name; None for none.
+    """
+    sinks: list[Sink] = []
+    for logger in trainer.loggers:
+        sinks.append(LoggerSink(logger))
+        if isinstance(logger, TensorBoardLogger):
+            sinks.append(TensorBoardSink(logger.experiment, scalars=False))
+    directory = next((place for logger in trainer.loggers if (place := _directory(logger)) is not None), None)
+    if jsonl is not None and directory is not None:
+        sinks.append(JSONLSink(directory / jsonl))
+    return sinks
+
+
+def _directory(logger: Logger) -> Path | None:
+    """Where a logger keeps the files of this run; ``Trainer.log_dir`` is a collective, which one rank must not call."""
+    if (place := getattr(logger, "log_dir", None)) is not None:
+        return Path(place)
+    if logger.save_dir is None:
+        return None
+    return Path(logger.save_dir, str(logger.name or ""), str(logger.version or ""))

@@ -1,0 +1,182 @@
+"""The monitors: everything at once, or one concern each."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch_eft.callbacks.monitor import Monitor
+from torch_eft.live.parts.ntk import NTKPart
+from torch_eft.live.parts.representation import RepresentationPart
+from torch_eft.live.parts.theory import TheoryPart
+from torch_eft.live.presets import Options, Preset, parts_of
+from torch_eft.live.probes import ProbeLike
+from torch_eft.live.schedule import Every
+from torch_eft.measure.probe import OutputFn
+from torch_eft.theory.activations import ActivationLike
+from torch_eft.theory.ensemble import MLPEnsemble
+
+
+class EFTMonitor(Monitor):
+    """NTK drift, representation change and the theory beside them, in one callback: ``EFTMonitor(probe=x[:16])``.
+
+    What is logged, with formula, unit and source: ``torch_eft.tensorboard.QUANTITIES``. The network is visited once for
+    everything.
+
+    Args:
+        probe: Fixed inputs: a tensor (N, ...), a tuple of arguments or a dict of keyword arguments of the forward; the
+            path of a file that holds one (``torch.save``); or ``"first_batch:N"``, the first N samples of the training
+            data set.
+        preset: ``"light"``: NTK and hidden kernels; ``"standard"``: the theory beside them; ``"full"``: everything.
+        every: When to measure besides the first and the last weights: ``"epoch"``, a number of optimizer steps,
+            ``"log:10"`` (10 a decade of steps), or a function of the step.
+        budget: Time that measuring may take, as a share of the training's own. The schedule is thinned to stay within,
+            and the end says how much was left out. None: no limit.
+        also: Names of parts beyond the preset's.
+        ensemble: C_b and C_W, if known (lambda is the optimizer's in any case); None estimates them.
+        activation: The activation, where it is none of the registered ones.
+        output_fn: Turns what the model returns into (N, C).
+        module: Name of the submodule to measure; empty means the LightningModule itself.
+        jsonl: Write every measurement to ``eft.jsonl`` too, next to the first logger's files.
+        on_error: ``"warn"`` or ``"raise"``.
+        name: Tells several monitors of this class apart in checkpoints.
+
+    Raises:
+        ValueError: Here, in ``setup`` or at the start of training, if an argument or the model is not usable.
+    """
+
+    def __init__(
+        self,
+        probe: ProbeLike,
+        preset: Preset = "standard",
+        every: Every = "epoch",
+        budget: float | None = 0.05,
+        also: Sequence[str] = (),
+        ensemble: MLPEnsemble | None = None,
+        activation: ActivationLike | None = None,
+        output_fn: OutputFn | None = None,
+        module: str = "",
+        jsonl: bool = True,
+        on_error: Literal["warn", "raise"] = "warn",
+        name: str = "",
+    ) -> None:
+        parts = parts_of(preset, also, Options(ensemble, activation, output_fn))
+        super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name)
+
+
+class NTKMonitor(Monitor):
+    """Measure how far the neural tangent kernel has moved.
+
+    Logs ``ntk_drift``, ``ntk_kernel_distance``, ``ntk_top_eigenvalue``, ``ntk_trace`` and the spectrum, on the probe,
+    with H_0 the NTK at theta_0 and the optimizer's relative learning rates as lambda.
+
+    Args:
+        probe: As ``EFTMonitor``.
+        every: As ``EFTMonitor``.
+        budget: As ``EFTMonitor``.
+        outputs: ``"full"``, ``"trace"`` (average over outputs) or ``"auto"``.
+        output_fn: Turns what the model returns into (N, C).
+        module: Name of the submodule to measure; empty means the LightningModule itself.
+        jsonl: As ``EFTMonitor``.
+        on_error: ``"warn"`` or ``"raise"``.
+        name: Tells several monitors of this class apart in checkpoints.
+
+    Raises:
+        ValueError: As ``EFTMonitor``.
+    """
+
+    def __init__(
+        self,
+        probe: ProbeLike,
+        every: Every = "epoch",
+        budget: float | None = 0.05,
+        outputs: Literal["auto", "full", "trace"] = "auto",
+        output_fn: OutputFn | None = None,
+        module: str = "",
+        jsonl: bool = True,
+        on_error: Literal["warn", "raise"] = "warn",
+        name: str = "",
+    ) -> None:
+        super().__init__(probe, [NTKPart(outputs)], every, budget, output_fn, module, jsonl, on_error, name)
+
+
+class RepresentationMonitor(Monitor):
+    """Measure how far the hidden representations have moved.
+
+    Logs ``representation_change`` and ``representation_cka_distance``, on the probe, with K_0 a layer's kernel
+    (1/n) sum_j s_j s_j at theta_0: the mean over layers, and with ``per_layer`` each as
+    ``eft_layers/<quantity>/<layer>``.
+
+    Args:
+        probe: As ``EFTMonitor``.
+        every: As ``EFTMonitor``.
+        budget: As ``EFTMonitor``.
+        layers: Names of the submodules to watch; None picks the activations, or the layers with weights.
+        per_layer: Log each layer.
+        output_fn: Turns what the model returns into (N, C).
+        module: Name of the submodule to measure; empty means the LightningModule itself.
+        jsonl: As ``EFTMonitor``.
+        on_error: ``"warn"`` or ``"raise"``.
+        name: Tells several monitors of this class apart in checkpoints.
+
+    Raises:
+        ValueError: As ``EFTMonitor``.
+    """
+
+    def __init__(
+        self,
+        probe: ProbeLike,
+        every: Every = "epoch",
+        budget: float | None = 0.05,
+        layers: Sequence[str] | None = None,
+        per_layer: bool = False,
+        output_fn: OutputFn | None = None,
+        module: str = "",
+        jsonl: bool = True,
+        on_error: Literal["warn", "raise"] = "warn",
+        name: str = "",
+    ) -> None:
+        parts = [RepresentationPart(layers, per_layer, output_fn)]
+        super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name)
+
+
+class TheoryComparison(Monitor):
+    """Compare a training with the infinite-width theory, predicted before its first step.
+
+    The ensemble (widths, activation, C_b, C_W) is read off the network at theta_0, lambda and the learning
+    rate off the optimizer, data and loss off the first batch; its value and gradient must be those of squared
+    error. Where the training is not what the theory covers (no MLP, mini-batches, another loss or optimizer), it
+    says so in words, in the log and on the page ``eft/validity``, and logs measurements only.
+
+    Logs measured and theory, with the band of one standard deviation over initialisations, of ``ntk_drift``,
+    ``ntk_trace``, ``output_projection`` and ``output_chi_squared``; and the page ``eft/diagnosis``.
+
+    Args:
+        probe: As ``EFTMonitor``; a tensor (N, ...).
+        every: As ``EFTMonitor``.
+        budget: As ``EFTMonitor``.
+        ensemble: C_b and C_W, if known (lambda is the optimizer's in any case); None estimates them.
+        activation: The activation, where it is none of the registered ones.
+        output_fn: Turns what the model returns into (N, C).
+        module: Name of the submodule to measure; empty means the LightningModule itself.
+        jsonl: As ``EFTMonitor``.
+        on_error: ``"warn"`` or ``"raise"``.
+        name: Tells several monitors of this class apart in checkpoints.
+
+    Raises:
+        ValueError: As ``EFTMonitor``.
+    """
+
+    def __init__(
+        self,
+        probe: ProbeLike,
+        every: Every = "epoch",
+        budget: float | None = 0.05,
+        ensemble: MLPEnsemble | None = None,
+        activation: ActivationLike | None = None,
+        output_fn: OutputFn | None = None,
+        module: str = "",
+        jsonl: bool = True,
+        on_error: Literal["warn", "raise"] = "warn",
+        name: str = "",
+    ) -> None:
+        parts = [TheoryPart(ensemble, activation, output_fn)]
+        super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name)

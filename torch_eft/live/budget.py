@@ -1,0 +1,149 @@
+"""What measuring costs, by its own clock, and which due measurements the budget leaves out.
+
+Everything that runs inside the observer is on its account; everything else since the start is the training's own time
+(validation, loading and logging included). ``limit`` is the ratio of the two that may be reached.
+
+What falls once (start, first and last visit, figures) is spread over the planned steps, where their number is known.
+What is left of the allowance is shared among the accounts (the snapshot, and each part): equal parts, and what one
+does not need goes to the others, so that a dear part thins itself before it starves a cheap one.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass
+class Account:
+    """What one kind of work has cost.
+
+    Args:
+        spent: Seconds, on visits between the first and the last.
+        latest: Seconds, of the latest visit, which is the estimate of the next.
+        made: Visits.
+        left_out: Due visits that were left out.
+    """
+
+    spent: float = 0.0
+    latest: float = 0.0
+    made: int = 0
+    left_out: int = 0
+
+
+class Budget:
+    """The observer's clock.
+
+    Args:
+        limit: Time spent measuring / the training's own; None for no limit.
+
+    Attributes:
+        once: Seconds spent on what falls once.
+        accounts: By name.
+
+    Raises:
+        ValueError: If ``limit`` is not positive.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        if limit is not None and (isinstance(limit, bool) or not math.isfinite(limit) or limit <= 0):
+            raise ValueError(
+                f"budget: {limit!r} given; give the share of the training's time that measuring may take, such as "
+                "0.05, or None for no limit"
+            )
+        self.limit = limit
+        self.restart()
+
+    def restart(self, spent: float = 0.0) -> None:
+        """A training starts: all clocks at zero, but for ``spent`` seconds of measuring just before."""
+        self._started = time.perf_counter() - spent
+        self._stopped: float | None = None
+        self._spent = spent
+        self._depth = 0
+        self._begun = 0.0
+        self._reserve = 0.0
+        self.once = 0.0
+        self.accounts: dict[str, Account] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Time spent measuring."""
+        return self._spent + (time.perf_counter() - self._begun if self._depth else 0.0)
+
+    @property
+    def training_seconds(self) -> float:
+        """The training's own time."""
+        until = time.perf_counter() if self._stopped is None else self._stopped
+        return max(until - self._started - self.seconds, 1e-9)
+
+    @property
+    def percent(self) -> float:
+        """Time spent measuring, in % of the training's own."""
+        return 100 * self.seconds / self.training_seconds
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """What happens inside is measuring; may be nested."""
+        if self._depth == 0:
+            self._begun = time.perf_counter()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._spent += time.perf_counter() - self._begun
+
+    @contextmanager
+    def account(self, name: str, forced: bool) -> Iterator[None]:
+        """What happens inside is a visit on an account; ``forced``: the first or last one, which falls once."""
+        account = self.accounts.setdefault(name, Account())
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            account.latest = time.perf_counter() - begun
+            account.made += 1
+            if not forced:
+                account.spent += account.latest
+
+    def settle(self, figures: float = 0.0) -> None:
+        """The start is over: what was spent so far falls once; the end will cost about the first visit and figures."""
+        self.once = self.seconds - sum(account.spent for account in self.accounts.values())
+        self._reserve = max(self._reserve, figures + sum(account.latest for account in self.accounts.values()))
+
+    def stop(self) -> None:
+        """The training is over."""
+        self._stopped = time.perf_counter()
+
+    def affordable(self, name: str, progress: float | None) -> bool:
+        """Whether a due visit on an account stays within the budget; if not, it is counted as left out.
+
+        Args:
+            name: The account.
+            progress: The share of the planned steps that is behind; None if their number is not known.
+        """
+        if self.limit is None:
+            return True
+        account = self.accounts.setdefault(name, Account())
+        visits = sum(each.spent for each in self.accounts.values())
+        hooks = self.seconds - self.once - visits
+        once = (self.once + self._reserve) * (1.0 if progress is None else min(1.0, progress))
+        demands = [each.spent + each.latest * (1 + each.left_out) for each in self.accounts.values()]
+        level = equal_level(demands, self.limit * self.training_seconds - hooks - once)
+        if account.spent + account.latest <= level:
+            return True
+        account.left_out += 1
+        return False
+
+
+def equal_level(demands: Iterable[float], amount: float) -> float:
+    """The level h with sum_i min(demand_i, h) = amount; infinite if all demands can be met."""
+    left = sorted(demands)
+    for index, demand in enumerate(left):
+        share = amount / (len(left) - index)
+        if demand > share:
+            return share
+        amount -= demand
+    return math.inf

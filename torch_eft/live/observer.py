@@ -1,0 +1,541 @@
+"""The observer: measures a network while something else trains it. No trainer, no logger, no mathematics.
+
+    observer = Observer(model, x_probe, optimizer, logdir="runs/1")
+    observer.begin()
+    for step, (x, y) in enumerate(loader, start=1):
+        loss = F.mse_loss(model(x), y)
+        observer.observe_batch((x, y))       # these three let the theory see what kind of training it is;
+        observer.observe_loss(loss)          # without them there are measurements only
+        optimizer.zero_grad()
+        loss.backward()
+        observer.before_step()
+        optimizer.step()
+        observer.measure(step)               # measures if due
+    observer.finish()
+
+theta_0 is what the network holds at ``begin``. Measuring leaves weights, buffers, gradients, modes and random state as
+they are. A failing measurement warns once and is skipped; training goes on (``on_error="raise"`` to debug).
+"""
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_eft.live.budget import Budget
+from torch_eft.live.events import BandWatch, deviations
+from torch_eft.live.outlet import SNAPSHOT, Outlet, cost_page, run_info, skipped_page
+from torch_eft.live.part import Event, History, MeasurementWarning, Part, Report, Start, Visit
+from torch_eft.live.presets import Options, Preset, parts_of
+from torch_eft.live.probes import ProbeLike, probe_from
+from torch_eft.live.schedule import Every, checked_every, due
+from torch_eft.live.sinks import JSONLSink, Sink, TensorBoardSink
+from torch_eft.measure.learning_rates import read_learning_rates
+from torch_eft.measure.ntk import too_large
+from torch_eft.measure.output import output
+from torch_eft.measure.probe import OutputFn, Probe
+from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
+from torch_eft.tensorboard.run_info import JSONL_NAME
+from torch_eft.tensorboard.tags import tag
+from torch_eft.theory.activations import ActivationLike
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.trajectory import Validity
+
+_log = logging.getLogger("torch_eft")
+
+
+class Observer:
+    """Measures a network during its training, and lays the theory beside it.
+
+    Args:
+        model: The network; its output is (N, C), or becomes so by ``output_fn``.
+        probe: Fixed inputs: a tensor (N, ...), a tuple of arguments or a dict of keyword arguments of the forward, or
+            the path of a file that holds one (``torch.save``).
+        optimizer: That of the training, or several; gives the learning-rate tensor lambda. None: lambda = 1.
+        preset: ``"light"``, ``"standard"`` or ``"full"``: which parts (``torch_eft.live.presets``).
+        every: When to measure besides the first and the last time (``torch_eft.live.schedule``).
+        budget: Time that measuring may take, as a share of the training's own; the schedule is thinned to stay within.
+            None: no limit.
+        logdir: Where TensorBoard files and ``eft.jsonl`` go; None: nowhere, results are in ``history``.
+        also: Names of parts beyond the preset's.
+        ensemble: C_b and C_W, if known; None estimates them.
+        activation: The activation, where it is none of the registered ones.
+        output_fn: Turns what the model returns into (N, C).
+        on_error: ``"warn"`` or ``"raise"``.
+        parts: The parts themselves, instead of a preset's.
+        sinks: More places where results go.
+
+    Attributes:
+        history: ``{optimizer step: {tag: value}}``, everything measured so far.
+        events: Quantities that left their band, predictions that left their validity.
+        skipped: ``[(step, what went wrong)]``.
+        origin: Where theta_0 was taken, in words.
+        budget: The account of what measuring has cost.
+
+    Raises:
+        ValueError: If an argument is not usable; from ``begin``, if the model is not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        probe: ProbeLike,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        preset: Preset = "standard",
+        every: Every = "log:10",
+        budget: float | None = 0.05,
+        logdir: str | Path | None = None,
+        also: Sequence[str] = (),
+        ensemble: MLPEnsemble | None = None,
+        activation: ActivationLike | None = None,
+        output_fn: OutputFn | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
+        parts: Sequence[Part] | None = None,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error: {on_error!r} given; give 'warn' or 'raise'")
+        self.model = model
+        self.probe: Probe | None = probe_from(probe)
+        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+        self.every = checked_every(every)
+        self.budget = Budget(budget)
+        self.output_fn = output_fn
+        self.on_error = on_error
+        chosen = parts_of(preset, also, Options(ensemble, activation, output_fn))
+        self.parts = chosen if parts is None else list(parts)
+        self.sinks = list(sinks)
+        if logdir is not None:
+            self.sinks += [_tensorboard(logdir), JSONLSink(Path(logdir) / JSONL_NAME)]
+        self.say: Callable[[str], None] = _log.info
+        self.name = type(self).__name__
+        self.events: list[Event] = []
+        self.history: History = {}
+        self.skipped: list[tuple[int, str]] = []
+        self.origin = ""
+        self._outlet = Outlet(lambda action: self._guard(self._step, action))
+        self._plan: Plan | None = None
+        self._checking = 0.0
+        self._begun = self._restored = False
+        self._probe_shape: list[int] = []
+        self._first_step = self._step = 0
+        self._total_steps: int | None = None
+        self._parameters: list[str] = []
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self.history, self.skipped, self.events, self.origin = {}, [], [], ""
+        self._pages: dict[str, str] = {}
+        self._watch = BandWatch()
+        self._reference: Snapshot | None = None
+        self._last: Snapshot | None = None
+        self._theta_0: dict[str, Tensor] | None = None
+        self._lambdas: dict[str, float] = {}
+        self._last_step: int | None = None
+        self._left_out_step: int | None = None
+        self._said: tuple[str, str] | None = None
+
+    # ---- before training
+
+    def check(self) -> None:
+        """See that the model can be measured on the probe; ``begin`` does it if it was not done.
+
+        Raises:
+            ValueError: If it cannot, with the reason.
+        """
+        started = time.perf_counter()
+        if self.model is None or self.probe is None:
+            raise ValueError(f"{'model' if self.model is None else 'probe'}: None given; an observer needs one")
+        samples, outputs = output(self.model, self.probe, self.output_fn).shape
+        for part in self.parts:
+            part.check(self.model, self.probe, outputs)
+        plans = [part.plan(outputs, samples) for part in self.parts]
+        ntk, trace = any(plan.ntk for plan in plans), any(plan.ntk_trace for plan in plans)
+        refusal = too_large(self.model, self.probe, trace, self.output_fn) if ntk else None
+        if refusal is not None:
+            warnings.warn(f"{self.name} will not measure the NTK: {refusal}", MeasurementWarning, stacklevel=2)
+        self._plan = Plan(
+            ntk=ntk and refusal is None,
+            ntk_trace=trace,
+            hidden=any(plan.hidden for plan in plans),
+            layers=next((plan.layers for plan in plans if plan.layers is not None), None),
+        )
+        self._probe_shape = [samples, outputs]
+        self._checking = time.perf_counter() - started
+
+    def begin(self, step: int = 0, outside: str | None = None, total_steps: int | None = None) -> None:
+        """Take theta_0, or go on from a restored one.
+
+        Args:
+            step: Optimizer steps taken so far.
+            outside: Why the loop is no plain full-batch training on one device, if that is known.
+            total_steps: Optimizer steps to be taken in all, if that is known: costs that fall once are spread over
+                them, and at the last of them a measurement is always made.
+
+        Raises:
+            ValueError: If the model cannot be measured; the message says why.
+        """
+        if self._plan is None:
+            self.check()
+        self.budget.restart(self._checking)
+        self._checking, self._begun = 0.0, True
+        self._first_step, self._total_steps = step, total_steps
+        self._outlet.open(self.sinks)
+        self._guard(step, lambda: self._begin(step, outside))
+        self.budget.settle()
+
+    def _begin(self, step: int, outside: str | None) -> None:
+        assert self.model is not None and self.probe is not None
+        parameters = [f"{name} {tuple(p.shape)}" for name, p in self.model.named_parameters()]
+        goes_on = self._reference is not None and parameters == self._parameters and (self._restored or step > 0)
+        if not goes_on:
+            self._start_afresh()
+            self.origin = "initialisation" if step == 0 else f"resumed at step {step} without a recorded theta_0"
+            # Learning rates are part of the NTK; those of theta_0 are kept, a schedule is no drift.
+            self._lambdas = self._learning_rates()
+        self._parameters, self._restored, self._step = parameters, False, step
+        fresh = not goes_on and step == 0
+        start = Start(
+            self.model,
+            self.probe,
+            list(self.optimizers),
+            step,
+            fresh,
+            outside,
+            dict(self._lambdas),
+            self.output_fn,
+            self._total_steps,
+        )
+        for part in self.parts:
+            self._ask(step, lambda part=part: part.begin(start))  # type: ignore[misc]
+        if step not in self.history:
+            self._visit(step, last=False, epoch=None)
+        reference = self._reference
+        if reference is not None and not goes_on:
+            self._figures(step, lambda part: part.first_figures(reference))
+        self._tell()
+
+    # ---- training
+
+    def observe_batch(self, batch: Any) -> None:
+        """Show a training batch to the parts, before its forward."""
+        if self._reference is not None:
+            self._guard(self._step, lambda: self._each(lambda part: part.on_batch(batch)))
+
+    def observe_loss(self, loss: Tensor) -> None:
+        """Show the batch's loss to the parts, before its backward."""
+        if self._reference is not None:
+            self._guard(self._step, lambda: self._each(lambda part: part.on_loss(loss.detach())))
+
+    def before_step(self, optimizer: Optimizer | None = None) -> None:
+        """Show the gradients, and the learning rates in force, to the parts.
+
+        Args:
+            optimizer: The one that is about to take a step; None: the only one.
+        """
+        chosen = optimizer if optimizer is not None else next(iter(self.optimizers), None)
+        if self._reference is not None and chosen is not None:
+            self._guard(self._step, lambda: self._before_step(chosen))
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        for part in self.parts:
+            self._ask(self._step, lambda part=part: part.on_gradient(self._step, optimizer))  # type: ignore[misc]
+        if self._step == self._first_step:
+            self._tell()
+
+    def measure(
+        self, step: int, due_now: bool | None = None, last: bool = False, epoch: int | None = None
+    ) -> dict[str, float]:
+        """Measure if it is due; to be called after every optimizer step.
+
+        Args:
+            step: Optimizer steps taken.
+            due_now: Whether a measurement is due; None asks the schedule.
+            last: Whether these are the final weights: they are measured in any case.
+            epoch: Where the training counts them.
+
+        Returns:
+            ``{tag: value}``; empty if nothing was measured.
+        """
+        if not self._begun:
+            self.begin(step)
+        if step != self._step:
+            self._after_step(step)
+        if step == self._last_step:
+            return {}
+        last = last or step == self._total_steps
+        if not last and not (due(self.every, step) if due_now is None else due_now):
+            return {}
+        if torch.cuda.is_initialized():  # the measurement itself waits for the device: what is queued is not its cost
+            torch.cuda.synchronize()
+        found: dict[str, float] = {}
+        self._guard(step, lambda: found.update(self._visit(step, last, epoch)))
+        return found
+
+    def _after_step(self, step: int) -> None:
+        first, self._step = self._step == self._first_step, step
+        model = self.model
+        if self._reference is not None and model is not None:
+            self._guard(
+                step,
+                lambda: [self._ask(step, lambda part=part: part.on_step(step, model)) for part in self.parts],  # type: ignore[misc]
+            )
+        if first:  # what the theory needed to know before the first step is in
+            self.budget.settle()
+
+    def finish(self, step: int | None = None, epoch: int | None = None) -> None:
+        """Measure the final weights, draw, and say what it cost.
+
+        Args:
+            step: Optimizer steps taken; None: those of the last call of ``measure``.
+            epoch: Where the training counts them.
+        """
+        if not self._begun:
+            return
+        step = self._step if step is None else step
+        self.measure(step, last=True, epoch=epoch)
+        self._guard(step, lambda: self._finish(step))
+        self.budget.stop()
+        self._outlet.each(lambda sink: sink.close())
+        self._begun = False
+        self.say(self.overhead())
+
+    def _finish(self, step: int) -> None:
+        reference, last = self._reference, self._last
+        if reference is not None and last is not None:
+            self._figures(step, lambda part: part.last_figures(self.history, reference, last))
+        pages = {"overhead": cost_page(self.budget, len(self.history))}
+        if self.skipped:
+            pages["skipped"] = skipped_page(self.skipped)
+        self._outlet.pages(pages, step)
+        self._tell()
+        self.flush()
+
+    def flush(self) -> None:
+        """Bring everything to disk, as after an exception."""
+        self._outlet.each(lambda sink: sink.flush())
+
+    def overhead(self) -> str:
+        """What measuring has cost, and what was left out, in a sentence."""
+        budget, left = self.budget, {name: a.left_out for name, a in self.budget.accounts.items() if a.left_out}
+        share = f"{budget.percent:.1f} % on top of the training's own time"
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        text = f"torch_eft: {len(self.history)} measurements{skipped} took {budget.seconds:.2f} s, {share}"
+        if left:
+            whole = left.pop(SNAPSHOT, 0)
+            words = [f"{whole} due measurements"] * bool(whole) + [f"{name} at {count}" for name, count in left.items()]
+            limit = 100 * (budget.limit or 0)
+            text += f"; left out to stay within {limit:g} %: {', '.join(words)} (budget=None makes them all)"
+        return text
+
+    @property
+    def validity(self) -> Validity | None:
+        """Where the theory holds for this run, or why it does not apply; None before that is known."""
+        claims = [info["validity"] for part in self.parts if (info := part.info()).get("validity")]
+        holding = [claim for claim in claims if claim["flag"] != "invalid"]
+        claim = next(iter(holding or claims), None)
+        return None if claim is None else Validity(claim["flag"], claim["reason"])
+
+    # ---- what it does
+
+    def _visit(self, step: int, last: bool, epoch: int | None) -> dict[str, float]:
+        assert self.model is not None and self.probe is not None and self._plan is not None
+        forced, progress = last or self._reference is None, self._progress(step)
+        if not forced and not self.budget.affordable(SNAPSHOT, progress):
+            self._leave_out(step)
+            return {}
+        self._last_step = step  # also if it fails: one attempt a step
+        with self.budget.account(SNAPSHOT, forced):
+            # Parameters that were frozen at theta_0 may have joined: theirs are the rates they have now.
+            lambdas = self._learning_rates()
+            lambdas |= {name: value for name, value in self._lambdas.items() if name in lambdas}
+            snapshot = take_snapshot(self.model, self.probe, self._plan, lambdas, self.output_fn)
+            if self._reference is None:
+                self._reference = snapshot
+                if any(part.needs_theta_0 for part in self.parts):
+                    named = self.model.named_parameters()
+                    self._theta_0 = {name: p.detach().clone() for name, p in named if p.requires_grad}
+        self._last = snapshot
+        visit = Visit(
+            step,
+            self.model,
+            self.probe,
+            self.output_fn,
+            snapshot,
+            self._reference,
+            lambdas,
+            last,
+            self._theta_0,
+        )
+        scalars: dict[str, float] = {}
+        for part in self.parts:
+            if forced or self.budget.affordable(part.name, progress):
+                with self.budget.account(part.name, forced):
+                    report = self._ask(step, lambda part=part: part.observe(visit))  # type: ignore[misc]
+                    scalars |= report.scalars
+        if step > self._first_step:  # before the first step there is no training time to compare with
+            scalars[tag("overhead_percent")] = self.budget.percent
+        self._record(step, scalars, epoch)
+        self._tell()
+        self.flush()
+        return dict(self.history.get(step, {}))
+
+    def _learning_rates(self) -> dict[str, float]:
+        assert self.model is not None
+        if not self.optimizers:
+            return {name: 1.0 for name, p in self.model.named_parameters() if p.requires_grad}
+        return read_learning_rates(self.model, self.optimizers).lambdas
+
+    def _progress(self, step: int) -> float | None:
+        if self._total_steps is None or self._total_steps <= self._first_step:
+            return None
+        return (step - self._first_step) / (self._total_steps - self._first_step)
+
+    def _leave_out(self, step: int) -> None:
+        if not any(account.left_out > 1 for account in self.budget.accounts.values()):
+            latest = sum(account.latest for account in self.budget.accounts.values())
+            self.say(
+                f"torch_eft: a measurement takes {1000 * latest:.0f} ms; from step {step} on due ones are left out "
+                f"where they would take more than {100 * (self.budget.limit or 0):g} % of the training's time "
+                "(budget=None makes them all)"
+            )
+
+    def _record(self, step: int, scalars: dict[str, float], epoch: int | None = None) -> None:
+        scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
+        known = self.history.setdefault(step, {})
+        scalars |= deviations(known | scalars)
+        known.update(scalars)
+        self._outlet.scalars(step, scalars, epoch)
+        self._happened(self._watch.events(step, known))
+
+    def _ask(self, step: int, question: Callable[[], Report]) -> Report:
+        """A part's report, its pages, events and late numbers told; an empty one if it fails."""
+        answers: list[Report] = []
+        self._guard(step, lambda: answers.append(question()))
+        if not answers:
+            return Report()
+        (report,) = answers
+        for at_step, scalars in report.late.items():
+            known = self.history.get(at_step, {})
+            self._record(at_step, {name: value for name, value in scalars.items() if name not in known})
+        self._pages |= report.pages
+        self._outlet.pages(report.pages, step)
+        self._outlet.histograms(report.histograms, step)
+        self._happened(report.events)
+        return report
+
+    def _happened(self, events: Sequence[Event]) -> None:
+        self.events += events
+        self._outlet.events(events, self.events, self._step)
+
+    def _tell(self) -> None:
+        """What is known of the run, if it has changed; a prediction that is no longer valid is an event."""
+        assert self.model is not None
+        validity = self.validity
+        if validity is not None and validity.flag == "invalid" and self._said and self._said[0] != "invalid":
+            self._happened([Event(self._step, "validity", f"the prediction is no longer valid: {validity.reason}")])
+        if validity is not None and (validity.flag, validity.reason) != self._said:
+            self.say(f"torch_eft: {_spoken(validity)}")
+            self._said = (validity.flag, validity.reason)
+        diagnosis = self._pages.get("diagnosis", "")
+        self._outlet.info(
+            run_info(
+                self.parts,
+                self.model,
+                self.optimizers,
+                self._probe_shape,
+                diagnosis,
+                self.history,
+                self.events,
+                self.skipped,
+            ),
+            self.history,
+        )
+
+    def _each(self, action: Callable[[Part], None]) -> None:
+        for part in self.parts:
+            self._guard(self._step, lambda part=part: action(part))  # type: ignore[misc]
+
+    def _figures(self, step: int, draw: Callable[[Part], dict[str, Any]]) -> None:
+        if not self._outlet.draws:
+            return
+        for part in self.parts:
+            try:
+                drawn = draw(part)
+            except ImportError:
+                self.say("torch_eft: no figures, matplotlib is not installed (pip install 'torch-eft[demo]')")
+                return
+            for name, figure in drawn.items():
+                self._outlet.each(lambda sink, name=name, figure=figure: sink.figure(name, figure, step))  # type: ignore[misc]
+
+    def _guard(self, step: int, action: Callable[[], Any]) -> None:
+        """Run on the observer's own clock; go on without what fails, and warn the first time."""
+        with self.budget.counting():
+            try:
+                action()
+            except Exception as error:
+                if self.on_error == "raise":
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+                if not self.skipped:
+                    warnings.warn(
+                        f"{self.name} could not measure at step {step} and goes on without ({reason}). Further "
+                        "failures are counted in .skipped, not shown",
+                        MeasurementWarning,
+                        stacklevel=3,
+                    )
+                self.skipped.append((step, reason))
+
+    # ---- state: plain types and tensors, so that it loads with weights_only=True
+
+    def state_dict(self) -> dict[str, Any]:
+        """History, theta_0's measurements and where they were taken, and the parts' own."""
+        reference = self._reference
+        return {
+            "history": {step: dict(scalars) for step, scalars in self.history.items()},
+            "events": [[event.step, event.quantity, event.text] for event in self.events],
+            "origin": self.origin,
+            "parameters": list(self._parameters),
+            "lambdas": dict(self._lambdas),
+            "reference": None
+            if reference is None
+            else {"output": reference.output, "ntk": reference.ntk, "hidden": dict(reference.hidden)},
+            "theta_0": None if self._theta_0 is None else dict(self._theta_0),
+            "parts": {part.name: part.state() for part in self.parts},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's theta_0 and history."""
+        self._start_afresh()
+        self.history = {int(step): dict(scalars) for step, scalars in state["history"].items()}
+        self.events = [Event(int(step), quantity, text) for step, quantity, text in state["events"]]
+        self.origin = state["origin"]
+        self._parameters = list(state["parameters"])
+        self._lambdas = dict(state["lambdas"])
+        stored = state["reference"]
+        self._reference = None if stored is None else Snapshot(stored["output"], stored["ntk"], stored["hidden"])
+        self._theta_0 = state["theta_0"]
+        self._last_step = max(self.history, default=None)
+        self._restored = self._reference is not None
+        for part in self.parts:
+            part.forget()
+            part.load_state(state["parts"].get(part.name, {}))
+
+
+def _spoken(validity: Validity) -> str:
+    if validity.flag == "invalid":
+        return f"no prediction for this run, measurements only: {validity.reason}"
+    return f"predicted before training, {validity}"
+
+
+def _tensorboard(logdir: str | Path) -> Sink:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardSink(SummaryWriter(str(logdir)))

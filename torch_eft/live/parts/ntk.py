@@ -1,0 +1,78 @@
+"""The NTK's drift from initialisation."""
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from torch_eft.live.part import History, Part, Report, Visit
+from torch_eft.measure.metrics import as_matrix, as_trace, kernel_distance, ntk_trace, relative_change
+from torch_eft.measure.snapshot import Plan, Snapshot
+from torch_eft.tensorboard.figures import kernel_figure
+from torch_eft.tensorboard.tags import SPECTRUM, tag
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LARGEST_FULL_KERNEL = 1024
+"""Rows N C up to which the full kernel is the default; beyond it the average over outputs is."""
+
+
+class NTKPart(Part):
+    """Drift of the NTK.
+
+    Args:
+        outputs: ``"full"``: H_{ij;ab} with all output blocks; ``"trace"``: its average over outputs;
+            ``"auto"``: full up to 1024 rows (N C).
+    """
+
+    name = "ntk"
+    cost = "light"
+
+    def __init__(self, outputs: Literal["auto", "full", "trace"] = "auto") -> None:
+        if outputs not in ("auto", "full", "trace"):
+            raise ValueError(f"outputs: {outputs!r} given; give 'auto', 'full' or 'trace'")
+        self.outputs = outputs
+
+    def plan(self, outputs: int, samples: int) -> Plan:
+        """The NTK, in full or its trace."""
+        trace = self.outputs == "trace" or (self.outputs == "auto" and outputs * samples > LARGEST_FULL_KERNEL)
+        return Plan(ntk=True, ntk_trace=trace)
+
+    def observe(self, visit: Visit) -> Report:
+        """Drift, distance, trace, largest eigenvalue and spectrum."""
+        H, H_0 = visit.snapshot.ntk, visit.reference.ntk
+        if H is None or H_0 is None:
+            return Report()
+        H_0 = H_0.to(H)  # a checkpoint may have brought it back elsewhere
+        eigenvalues = torch.linalg.eigvalsh(as_matrix(H))
+        scalars = {
+            tag("ntk_drift"): relative_change(H, H_0),
+            tag("ntk_kernel_distance"): kernel_distance(H, H_0),
+            tag("ntk_top_eigenvalue"): eigenvalues[-1],
+            tag("ntk_trace"): ntk_trace(H),
+        }
+        values = torch.stack(list(scalars.values())).tolist()  # one wait for the device, not four
+        rounding = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues[-1]
+        seen = eigenvalues[eigenvalues > rounding]
+        return Report(
+            scalars=dict(zip(scalars, values, strict=True)),
+            histograms={SPECTRUM: seen.log10()} if len(seen) else {},
+        )
+
+    def first_figures(self, reference: Snapshot) -> "dict[str, Figure]":
+        """The kernel matrix at theta_0."""
+        if reference.ntk is None:
+            return {}
+        return {"ntk_matrix/start": kernel_figure(as_trace(reference.ntk), "NTK at theta_0 (mean over outputs)")}
+
+    def last_figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
+        """The kernel matrix at the end, on the scale of the first, and its change."""
+        if reference.ntk is None or last.ntk is None:
+            return {}
+        end = as_trace(last.ntk)
+        start = as_trace(reference.ntk).to(end)
+        step = max(history)
+        return {
+            "ntk_matrix/end": kernel_figure(end, f"NTK, step {step} (mean over outputs)", float(start.abs().max())),
+            "ntk_matrix/change": kernel_figure(end - start, f"Change of the NTK, theta_0 to step {step}"),
+        }

@@ -1,0 +1,85 @@
+"""The change of hidden representations."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from torch_eft.live.part import History, Part, Report, Visit
+from torch_eft.measure.alignment import linear_cka
+from torch_eft.measure.metrics import relative_change
+from torch_eft.measure.probe import OutputFn, Probe
+from torch_eft.measure.representation import hidden_kernels
+from torch_eft.measure.snapshot import Plan, Snapshot
+from torch_eft.tensorboard.figures import layers_figure
+from torch_eft.tensorboard.tags import layer_tag, tag
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class RepresentationPart(Part):
+    """Change of the hidden kernels, layer by layer.
+
+    Args:
+        layers: Names of submodules; None picks them.
+        per_layer: Log every layer's scalars, too, not only the mean over layers.
+        output_fn: Turns what the model returns into (N, C).
+    """
+
+    name = "representation"
+    cost = "light"
+
+    def __init__(
+        self, layers: Sequence[str] | None = None, per_layer: bool = False, output_fn: OutputFn | None = None
+    ) -> None:
+        self.layers = layers
+        self.per_layer = per_layer
+        self.output_fn = output_fn
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what belongs to an earlier run."""
+        self.changes: dict[str, dict[int, float]] = {}
+
+    def plan(self, outputs: int, samples: int) -> Plan:
+        """The hidden kernels."""
+        return Plan(hidden=True, layers=self.layers)
+
+    def check(self, network: nn.Module, probe: Probe, outputs: int) -> None:
+        """The layers asked for must exist."""
+        if self.layers is not None:
+            hidden_kernels(network, probe, self.layers, self.output_fn)
+
+    def observe(self, visit: Visit) -> Report:
+        """Relative change and 1 - CKA, the mean over layers and perhaps each."""
+        changes, distances = {}, {}
+        for layer, K in visit.snapshot.hidden.items():
+            if layer in visit.reference.hidden:
+                K_0 = visit.reference.hidden[layer].to(K)  # a checkpoint may have brought it back elsewhere
+                changes[layer] = float(relative_change(K, K_0))
+                distances[layer] = 1 - float(linear_cka(K, K_0))
+                self.changes.setdefault(layer, {})[visit.step] = changes[layer]
+        scalars = {}
+        for quantity, values in (("representation_change", changes), ("representation_cka_distance", distances)):
+            finite = {layer: value for layer, value in values.items() if math.isfinite(value)}
+            if finite:
+                scalars[tag(quantity)] = sum(finite.values()) / len(finite)
+            if self.per_layer:
+                scalars |= {layer_tag(quantity, layer): value for layer, value in finite.items()}
+        return Report(scalars=scalars)
+
+    def state(self) -> dict[str, object]:
+        """The changes so far, for the figure at the end."""
+        return {"changes": {layer: dict(series) for layer, series in self.changes.items()}}
+
+    def load_state(self, state: dict[str, dict[str, dict[int, float]]]) -> None:
+        """Go on from ``state``."""
+        self.changes = {layer: dict(series) for layer, series in state.get("changes", {}).items()}
+
+    def last_figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
+        """Relative change of every layer's kernel over training."""
+        if not self.changes:
+            return {}
+        return {"representation_change": layers_figure(self.changes, "Relative change of hidden kernels")}

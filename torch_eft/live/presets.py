@@ -1,0 +1,68 @@
+"""Which parts an observer is made of.
+
+``light`` looks at what one visit shows: NTK and hidden kernels. ``standard`` adds the theory beside it. ``full`` adds
+what costs more. A part whose question does not apply to a network says so on its page and measures nothing; what does
+not fit into the budget is thinned (``budget.py``). At most 12 scalars of ``standard`` are in the group ``eft``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch_eft.live.part import Part
+from torch_eft.live.parts.ntk import NTKPart
+from torch_eft.live.parts.representation import RepresentationPart
+from torch_eft.live.parts.theory import TheoryPart
+from torch_eft.measure.probe import OutputFn
+from torch_eft.theory.activations import ActivationLike
+from torch_eft.theory.ensemble import MLPEnsemble
+
+Preset: TypeAlias = Literal["light", "standard", "full"]
+PRESETS: tuple[Preset, ...] = ("light", "standard", "full")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may have told about the network.
+
+    Args:
+        ensemble: C_b and C_W, if known.
+        activation: The activation, where it is none of the registered ones.
+        output_fn: Turns what the network returns into (N, C).
+    """
+
+    ensemble: MLPEnsemble | None = None
+    activation: ActivationLike | None = None
+    output_fn: OutputFn | None = None
+
+
+MAKERS: dict[str, Callable[[Options], Part]] = {
+    # In the order in which they are asked; of several that hold, the first gives level and validity.
+    "ntk": lambda options: NTKPart(),
+    "representation": lambda options: RepresentationPart(output_fn=options.output_fn),
+    "theory": lambda options: TheoryPart(options.ensemble, options.activation, options.output_fn),
+}
+"""Every part by name; ``Part.cost`` is the smallest preset that has it."""
+
+OPT_IN: frozenset[str] = frozenset()
+"""Parts that no preset has; ``also=`` asks for them."""
+
+
+def parts_of(preset: Preset, also: Sequence[str], options: Options) -> list[Part]:
+    """The parts of a preset and those asked for besides.
+
+    Raises:
+        ValueError: If the preset or a part is unknown.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: {preset!r} given; give one of {', '.join(map(repr, PRESETS))}")
+    unknown = [name for name in also if name not in MAKERS]
+    if unknown:
+        raise ValueError(f"also: {unknown[0]!r} is no part; there are {', '.join(MAKERS)}")
+    parts = {name: make(options) for name, make in MAKERS.items()}
+    rank = PRESETS.index(preset)
+    return [
+        part
+        for name, part in parts.items()
+        if name in also or (name not in OPT_IN and PRESETS.index(part.cost) <= rank)
+    ]

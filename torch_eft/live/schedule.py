@@ -1,0 +1,86 @@
+"""When to measure. The first and the last weights always are; a schedule says which others.
+
+A schedule is ``"epoch"``, a number of optimizer steps, ``linear(k)``, ``logarithmic(per_decade)`` or any function of
+the step; in a configuration file also ``"100"``, ``"linear:100"`` and ``"log:10"``.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Every: TypeAlias = int | str | Callable[[int], bool]
+
+_ALLOWED = (
+    "give 'epoch', a positive number of optimizer steps, 'log:10' (10 measurements a decade of steps), 'linear:100', "
+    "or a function of the step"
+)
+
+
+@dataclass(frozen=True)
+class linear:
+    """Due every ``steps`` optimizer steps.
+
+    Raises:
+        ValueError: If ``steps`` is no positive integer.
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        _positive_integer("linear: steps", self.steps)
+
+    def __call__(self, step: int) -> bool:
+        """Whether a measurement is due after ``step`` steps."""
+        return step % self.steps == 0
+
+
+@dataclass(frozen=True)
+class logarithmic:
+    """Due at the steps round(10^(j / per_decade)), j = 0, 1, ...: dense where most of the motion is.
+
+    Raises:
+        ValueError: If ``per_decade`` is no positive integer.
+    """
+
+    per_decade: int = 10
+
+    def __post_init__(self) -> None:
+        _positive_integer("logarithmic: per_decade", self.per_decade)
+
+    def __call__(self, step: int) -> bool:
+        """Whether a measurement is due after ``step`` steps."""
+        if step < 1:
+            return False
+        nearest = round(self.per_decade * math.log10(step))
+        return any(round(10 ** (j / self.per_decade)) == step for j in (nearest - 1, nearest, nearest + 1))
+
+
+def checked_every(every: Every) -> Every:
+    """``every`` itself, or the schedule that a string names.
+
+    Raises:
+        ValueError: If it is none of what is allowed.
+    """
+    if every == "epoch" or (callable(every) and not isinstance(every, str)):
+        return every
+    if isinstance(every, int) and not isinstance(every, bool) and every > 0:
+        return every
+    if isinstance(every, str):
+        kind, _, number = every.rpartition(":")
+        makers: dict[str, Callable[[int], Callable[[int], bool]]] = {"": linear, "linear": linear, "log": logarithmic}
+        if kind in makers and number.isdecimal() and int(number) > 0:
+            return makers[kind](int(number))
+    raise ValueError(f"every: {every!r} given; {_ALLOWED}")
+
+
+def due(every: Every, step: int) -> bool:
+    """Whether a measurement is due after ``step`` optimizer steps (``"epoch"``: never, epochs are announced)."""
+    if isinstance(every, str):
+        return False
+    return bool(every(step)) if callable(every) else step % every == 0
+
+
+def _positive_integer(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} = {value!r} given; give a positive integer")

@@ -1,0 +1,228 @@
+"""Every quantity that is logged: what it is, its formula, unit and source, and what it is at infinite width.
+
+The only place where titles and explanations live: charts, pages, the run info and the README's table read them here.
+The order is that in which they are drawn.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One observable.
+
+    Args:
+        title: Of its charts.
+        formula: In the field's symbols; H is the NTK on the probe with the learning-rate tensor lambda, K a hidden
+            layer's kernel, z the outputs; index 0 means theta_0.
+        unit: Its unit; ``"1"`` for a pure number.
+        source: PDLT, a paper, or ``"derived here"``.
+        at_infinite_width: What it is there, in words.
+    """
+
+    title: str
+    formula: str
+    unit: str
+    source: str
+    at_infinite_width: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain strings, by name."""
+        return asdict(self)
+
+
+QUANTITIES: dict[str, Quantity] = {
+    "output_projection": Quantity(
+        "Output along its predicted first direction",
+        "sum_{a,i} c_{i;a} z_{i;a}, with c = Theta_{PA} (y - E z) normalised to |c| = 1",
+        "unit of the output",
+        "derived here, from PDLT 10.2",
+        "Gaussian over initialisations, with the mean and the sigma that are drawn",
+    ),
+    "output_chi_squared": Quantity(
+        "Output: squared deviation from theory / variance",
+        "mean over probe and outputs of (z - E z)^2 / Var z",
+        "1",
+        "derived here, from PDLT 10.2",
+        "1, with sigma = sqrt(2 tr(R^2) / C) / N, R the correlations over the probe",
+    ),
+    "ntk_trace": Quantity(
+        "NTK: mean diagonal, (1/NC) sum H",
+        "(1 / N C) sum_{a,i} H_{ii;aa}",
+        "(unit of the output)^2 / unit of the loss's rate",
+        "PDLT 8.0; its mean 9.1",
+        "its value at initialisation, the same for every network",
+    ),
+    "ntk_drift": Quantity(
+        "NTK drift: ||H - H_0|| / ||H_0||",
+        "||H - H_0||_F / ||H_0||_F",
+        "1",
+        "PDLT 11.2 (the dNTK moves H at order 1/n)",
+        "0: the NTK is frozen",
+    ),
+    "representation_change": Quantity(
+        "Hidden kernels: ||K - K_0|| / ||K_0||, mean over layers",
+        "mean over hidden layers of ||K - K_0||_F / ||K_0||_F",
+        "1",
+        "PDLT 11.4",
+        "0: representations do not change",
+    ),
+    "ntk_kernel_distance": Quantity(
+        "NTK: 1 - cos(H, H_0)",
+        "1 - <H, H_0> / (||H|| ||H_0||)",
+        "1",
+        "Fort et al. 2020 (arXiv:2010.15110)",
+        "0: the NTK is frozen",
+    ),
+    "ntk_top_eigenvalue": Quantity(
+        "NTK: largest eigenvalue",
+        "largest eigenvalue of H as an (N C, N C) matrix",
+        "that of H",
+        "PDLT 10.1 (it bounds the stable step)",
+        "its value at initialisation, the same for every network",
+    ),
+    "ntk_spectrum": Quantity(
+        "NTK: log10 of its eigenvalues",
+        "log10 of the eigenvalues of H as an (N C, N C) matrix, those below rounding left out",
+        "log10 of that of H",
+        "PDLT 10.1 (training's rates in the kernel regime)",
+        "frozen",
+    ),
+    "representation_cka_distance": Quantity(
+        "Hidden kernels: 1 - CKA(K, K_0), mean over layers",
+        "mean over hidden layers of 1 - linear CKA(K, K_0)",
+        "1",
+        "Kornblith et al. 2019 (arXiv:1905.00414)",
+        "0: representations do not change",
+    ),
+    "ntk_mean_drift": Quantity(
+        "NTK: drift along the ensemble's mean drift",
+        "<H - H_0, D> / (||D|| ||Theta||), D = E[H - H_0], averaged over outputs; order 1: ||D|| / ||Theta||",
+        "1",
+        "derived here, from the GD hierarchy of PDLT chapter infinity",
+        "0: the NTK is frozen",
+    ),
+    "representation_mean_drift": Quantity(
+        "Hidden kernels: drift along the ensemble's mean drift, mean over layers",
+        "mean over hidden layers of <K - K_0, D> / (||D|| ||K||), D = E[K - K_0]; order 1: of ||D|| / ||K||",
+        "1",
+        "derived here, from PDLT 11.4",
+        "0: representations do not change",
+    ),
+    "instance_output": Quantity(
+        "Output of this network along its own forecast",
+        "<z - z(0), u> / sqrt(N C), u the direction of the motion with the NTK frozen; order 1: with dNTK and ddNTK",
+        "unit of the output",
+        "derived here, from PDLT chapter infinity",
+        "order 0: the NTK at theta_0 says it all",
+    ),
+    "instance_output_error": Quantity(
+        "Output of this network: error of its own forecast",
+        "||z - forecast|| / max_{s <= t} ||z_0(s) - z(0)||, z_0 with the NTK frozen; order 1: with dNTK and ddNTK",
+        "1",
+        "derived here, from PDLT chapter infinity",
+        "0 at order 0",
+    ),
+    "instance_ntk_error": Quantity(
+        "NTK of this network: error of its own forecast",
+        "||H - forecast|| / ||H_0||; order 0: H_0 itself; order 1: with dNTK and ddNTK along the frozen path",
+        "1",
+        "derived here, from PDLT chapter infinity",
+        "0 at order 0",
+    ),
+    "ntk_rate": Quantity(
+        "NTK: change over the last interval, a step",
+        "<H' - H, P> / (||P|| ||H|| steps), P the change that dNTK and ddNTK along the real displacement predict; "
+        "order 1: ||P|| / (||H|| steps)",
+        "1 / step",
+        "derived here, from PDLT 11.1 and chapter infinity",
+        "0: dNTK and ddNTK vanish as 1/n",
+    ),
+    "interval_ntk_error": Quantity(
+        "NTK: error of its predicted change over the last interval",
+        "||H' - H - P|| / ||H' - H||; order 0: P = 0; order 1: P by dNTK and ddNTK along the real displacement",
+        "1",
+        "derived here, from PDLT 11.1 and chapter infinity",
+        "undefined: nothing changes",
+    ),
+    "interval_output": Quantity(
+        "Output: what the frozen Jacobian leaves of its change over the last interval",
+        "<z' - z - J d, c> / (||c|| ||J d||), c the Taylor terms of order 2 and 3 in the real displacement d; order 1: "
+        "||c|| / ||J d||",
+        "1",
+        "derived here, from PDLT 0.5 and chapter infinity",
+        "0: outputs are linear in the parameters",
+    ),
+    "interval_output_error": Quantity(
+        "Output: error of its predicted change over the last interval",
+        "||z' - z - forecast|| / ||z' - z||; order 0: J d; order 1: with the Taylor terms of order 2 and 3 in d",
+        "1",
+        "derived here, from PDLT 0.5 and chapter infinity",
+        "0 at order 0",
+    ),
+    "dntk": Quantity(
+        "dNTK along the training gradient",
+        "(||dH v + transpose|| / ||H||) / (||J v|| / sqrt(N C)), v = lambda grad L: relative change of the NTK per unit "
+        "of rms change of the outputs",
+        "1 / unit of the output",
+        "PDLT 11.1; the contraction derived here",
+        "0: dNTK vanishes as 1/n",
+    ),
+    "ddntk": Quantity(
+        "ddNTK along the training gradient",
+        "(||ddI v v + transpose + 2 ddII v v|| / (2 ||H||)) / (||J v||^2 / N C), v = lambda grad L",
+        "1 / (unit of the output)^2",
+        "PDLT chapter infinity; the contraction derived here",
+        "0: ddNTK vanishes as 1/n",
+    ),
+    "taylor_remainder": Quantity(
+        "What Taylor terms up to order 3 leave of the outputs' change",
+        "||f - sum_{k <= 3} f_k|| / ||f - f_0||, f_k the Taylor term of order k in theta - theta_0",
+        "1",
+        "PDLT 0.5",
+        "0, and at order 1/n too: it is of order 1/n^2",
+    ),
+    "taylor_terms": Quantity(
+        "Taylor terms of the outputs' change, by order",
+        "||f_k|| / ||f - f_0||, f_k the Taylor term of order k in theta - theta_0",
+        "1",
+        "PDLT 0.5",
+        "1 for order 1, 0 for the others: of order 1/n",
+    ),
+    "taylor_orders_needed": Quantity(
+        "Taylor orders that this network needs",
+        "smallest k with ||f - sum_{j <= k} f_j|| <= 0.05 ||f - f_0||; 4 means more than 3",
+        "1",
+        "derived here, from PDLT 0.5",
+        "1: the network is linear in its parameters",
+    ),
+    "shadow_output": Quantity(
+        "Output along the motion of its linear shadow",
+        "<z - z(0), u> / sqrt(N C), u the direction of the motion of the Taylor model of order 1, trained alike (order 0);"
+        " order 1: of the Taylor model of order 3",
+        "unit of the output",
+        "derived here, from PDLT 0.5",
+        "order 0: the linear model is the network",
+    ),
+    "shadow_output_error": Quantity(
+        "Output: error of its shadows",
+        "||z - z_k|| / max ||z_1 - z(0)||, z_k of the Taylor models of order 1 (order 0) and 3 (order 1), trained alike",
+        "1",
+        "derived here, from PDLT 0.5",
+        "0 at order 0",
+    ),
+    "overhead_percent": Quantity(
+        "Time spent measuring, % of the training's own",
+        "100 (time in torch_eft) / (time since the start - time in torch_eft)",
+        "%",
+        "wall clock",
+        "says nothing about width",
+    ),
+}
+
+
+def documented(quantities: Mapping[str, object] | list[str]) -> dict[str, dict[str, str]]:
+    """The registry's entries of some quantities, as plain dicts, in the registry's order."""
+    wanted = set(quantities)
+    return {name: quantity.to_dict() for name, quantity in QUANTITIES.items() if name in wanted}
