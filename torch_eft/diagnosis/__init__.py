@@ -1,0 +1,60 @@
+"""The diagnosis of a network before training: critical or not, how deep for its width, how random, how trainable.
+
+For an MLP it is derived from the architecture (``mlp``); of any other module it says what can be measured
+(``measured``). Both print as one kind of report.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_eft.diagnosis.findings import Finding
+from torch_eft.diagnosis.measured import MeasuredDiagnosis, measured_diagnosis
+from torch_eft.diagnosis.mlp import Diagnosis, LayerDiagnosis, derived_diagnosis
+from torch_eft.diagnosis.variants import Variant
+from torch_eft.measure.initialization import NotAnMLPError, ReadEnsemble, read_ensemble
+from torch_eft.measure.probe import OutputFn, Probe
+from torch_eft.theory.ensemble import MLPEnsemble
+
+__all__ = ["Diagnosis", "Finding", "LayerDiagnosis", "MeasuredDiagnosis", "Variant", "diagnose"]
+
+
+def diagnose(
+    model_or_ensemble: nn.Module | MLPEnsemble | ReadEnsemble,
+    x: Any = None,
+    output_fn: OutputFn | None = None,
+    seeds: int = 16,
+    initialize: Callable[[nn.Module], Any] | None = None,
+) -> Diagnosis | MeasuredDiagnosis:
+    """Diagnose a network before training.
+
+    Args:
+        model_or_ensemble: An ``MLPEnsemble``, what ``read_ensemble`` returned, or a freshly initialised module. An MLP
+            has its C_b and C_W estimated from its weights; any other module is measured.
+        x: Inputs, (N, ...) or whatever the module takes; without them, one input with |x|^2 = n_0. A module that is
+            no MLP needs some.
+        output_fn: Turns what the module returns into (N, C).
+        seeds: Networks to draw where it is measured; 0 measures this one alone.
+        initialize: Draws the parameters of a module in place, as ``measure.seed_ensemble`` takes it.
+
+    Returns:
+        A ``Diagnosis`` for an MLP, else a ``MeasuredDiagnosis``: ``str()`` prints, ``to_dict()`` is ready for JSON,
+        ``.warnings`` are what to change, ``.status`` is 0 without and 1 with warnings.
+
+    Raises:
+        NotAnMLPError: If the module is no MLP and there is no ``x`` to measure it on, with the reason.
+        ValueError: If ``x`` does not fit or the signal leaves float64.
+    """
+    inputs = x.inputs if isinstance(x, Probe) else x
+    if isinstance(model_or_ensemble, nn.Module):
+        try:
+            read = read_ensemble(model_or_ensemble, x=x, output_fn=output_fn)
+        except NotAnMLPError as error:
+            if x is None:
+                raise NotAnMLPError(f"{error}. It can be measured instead: give inputs x") from error
+            return measured_diagnosis(model_or_ensemble, x, str(error), output_fn, seeds, initialize)
+        return derived_diagnosis(read, inputs)
+    if inputs is not None and not isinstance(inputs, Tensor):
+        raise ValueError(f"x: {type(inputs).__name__} given; an MLP takes one tensor, (N, n_0)")
+    return derived_diagnosis(model_or_ensemble, inputs)

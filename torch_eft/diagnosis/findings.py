@@ -1,0 +1,69 @@
+"""What a diagnosis finds wrong, each with its remedy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Code = Literal[
+    "gradients vanish",
+    "gradients explode",
+    "no criticality",
+    "too deep",
+    "edge",
+    "dead network",
+    "frozen layer",
+    "signal",
+    "nothing trains",
+]
+
+EDGE, TOO_DEEP = 0.2, 1.0
+"""The cut-offs of ``theory.regime`` in r and epsilon."""
+
+DEAD = 0.01
+"""Probability of a silent layer above which it is worth a warning: one network in a hundred."""
+
+FROZEN = 0.01
+"""Part of its equal share of the NTK below which a layer practically does not train."""
+
+SIGNAL = 1e4
+"""Growth or decay of the kernel over the depth beyond which outputs are useless at the start."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A warning.
+
+    Args:
+        code: Its kind.
+        message: What is wrong, with the number and the limit.
+        remedy: What to change; empty if there is nothing to recommend.
+    """
+
+    code: Code
+    message: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def advice(findings: Sequence[Finding]) -> tuple[str, ...]:
+    """The remedies, each once, in order."""
+    return tuple(dict.fromkeys(finding.remedy for finding in findings if finding.remedy))
+
+
+def depth_finding(size: float, name: str, remedy: str) -> Finding | None:
+    """By the larger of r and epsilon, or what stands for it.
+
+    Args:
+        size: The number.
+        name: Of the number, with its value.
+        remedy: What to change.
+    """
+    if size >= TOO_DEEP:
+        what = "networks of different seeds differ by order one, and the expansion in 1/n is useless"
+        return Finding("too deep", f"too deep for its width, {name} >= {TOO_DEEP:g}: {what}", remedy)
+    if size >= EDGE:
+        what = "finite-width corrections are large"
+        return Finding("edge", f"deep for its width, {name} >= {EDGE:g}: {what}", remedy)
+    return None

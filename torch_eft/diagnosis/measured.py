@@ -1,0 +1,294 @@
+"""The diagnosis of a network that the theory does not cover: what can be measured, and labelled so."""
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from torch_eft.diagnosis.findings import FROZEN, Finding, advice, depth_finding
+from torch_eft.measure.ntk import ntk
+from torch_eft.measure.probe import OutputFn, as_probe
+from torch_eft.measure.products import ntk_eigenpairs
+from torch_eft.measure.redraws import OneNetwork, Redraws, log_variance, redraws
+
+GROWTH = 10.0
+"""Growth or decay of squared gradients over the trunk that is worth a warning: a tolerance of ours."""
+
+_INPUTS = 4
+"""On as many inputs everything but the step size is measured."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A place that everything passes: the output of a layer or residual block.
+
+    Args:
+        name: Of the module.
+        kind: Its class.
+        features: Numbers a sample.
+        variance: Mean square of the features, the mean over the networks measured.
+        gradient: Squared gradient of an output summed over the features, the mean over the networks.
+        chi: Susceptibility from here to the next place, the mean of the ratio of their squared gradients; None for the
+            last place.
+        chi_error: Its standard error over networks; None for a single one.
+    """
+
+    name: str
+    kind: str
+    features: int
+    variance: float
+    gradient: float
+    chi: float | None
+    chi_error: float | None
+
+
+@dataclass(frozen=True)
+class MeasuredDiagnosis:
+    """What was measured of a network at initialisation; ``str()`` prints it. Nothing here is derived.
+
+    Args:
+        network: Its class and size.
+        reason: Why the theory does not cover it.
+        verdict: Whether gradients vanish or explode, in words.
+        warnings: What is wrong, each with its remedy.
+        advice: The remedies.
+        blocks: The trunk, place by place; empty if nothing could be told apart.
+        gradient_growth: Squared gradients at the first place over those at the last; None with fewer than two places.
+        signal_growth: Mean square of the features at the last place over that at the first; None likewise.
+        seeds: Networks drawn anew.
+        output_scale: Root mean square of the outputs over networks (of this one if no others were drawn).
+        output_spread: Standard deviation of an output from seed to seed; None without seeds.
+        ntk_log_variance: Var log tr H over seeds; None without.
+        epsilon_ntk: e^that - 1, the effective epsilon of the NTK: Var tr H / E[tr H]^2 if lognormal.
+        epsilon_ntk_error: Its standard error.
+        epsilon_features: e^Var - 1 of the mean square that enters the last layer, which sets the outputs' variance, as
+            epsilon does for an MLP; None where that is not seen. A normalisation in front of it makes it 0.
+        shares: The part of the NTK's trace that each layer's parameters make, 0 .. 1, by name.
+        lambda_max: Largest eigenvalue of this network's NTK on all inputs.
+        largest_learning_rate: N C / lambda_max: below it full-batch gradient descent on ``MSELoss`` with these inputs
+            decreases the loss monotonically in the linearised network.
+        remarks: What limits the measurement.
+        inputs: N.
+        kind: ``"measured"``.
+    """
+
+    network: str
+    reason: str
+    verdict: str
+    warnings: tuple[Finding, ...]
+    advice: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    gradient_growth: float | None
+    signal_growth: float | None
+    seeds: int
+    output_scale: float
+    output_spread: float | None
+    ntk_log_variance: float | None
+    epsilon_ntk: float | None
+    epsilon_ntk_error: float | None
+    epsilon_features: float | None
+    shares: dict[str, float]
+    lambda_max: float | None
+    largest_learning_rate: float | None
+    remarks: tuple[str, ...]
+    inputs: int
+    kind: Literal["measured"] = "measured"
+
+    @property
+    def status(self) -> int:
+        """0 without warnings, 1 with."""
+        return int(bool(self.warnings))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """The report as Markdown, readable as plain text too."""
+        from torch_eft.diagnosis.text import measured_text
+
+        return measured_text(self)
+
+
+def measured_diagnosis(
+    model: nn.Module,
+    x: Any,
+    reason: str,
+    output_fn: OutputFn | None = None,
+    seeds: int = 16,
+    initialize: Callable[[nn.Module], Any] | None = None,
+) -> MeasuredDiagnosis:
+    """Measure a network, in evaluation mode, and ``seeds`` others of its kind.
+
+    Args:
+        model: Any module.
+        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        reason: Why the theory does not cover it.
+        output_fn: Turns what the module returns into (N, C).
+        seeds: Networks to draw anew; 0 measures this one alone.
+        initialize: Draws the parameters of the module it is given, in place; None calls ``reset_parameters``.
+
+    Raises:
+        ValueError: If the forward rejects ``x``, the output is not (N, C) or ``seeds`` is negative.
+    """
+    probe = as_probe(x)
+    few = tree_map_only(Tensor, lambda tensor: tensor[:_INPUTS], probe.inputs)
+    found = redraws(model, few, seeds, initialize, output_fn)
+    networks = found.drawn or [found.own]
+    blocks = _blocks(networks)
+    growth, signal = _growth(networks)
+    shares: dict[str, float] = {}
+    largest, eta = None, None
+    if not found.memory:
+        parts = {
+            name: float(H.diagonal().mean()) for name, H in ntk(model, few, None, True, output_fn, per="layer").items()
+        }
+        total = sum(parts.values())
+        shares = {name: part / total for name, part in parts.items()} if total > 0 else {}
+    pairs = ntk_eigenpairs(model, probe, 1, output_fn=output_fn, tolerance=1e-3)
+    if float(pairs.values[0]) > 0:
+        largest = float(pairs.values[0])
+        eta = probe.size * found.own.outputs.shape[1] / largest
+    traces = [float(one.trace.mean()) for one in found.drawn if one.trace is not None]
+    log_ntk, log_ntk_error = log_variance(traces)
+    epsilon_ntk = math.expm1(log_ntk) if math.isfinite(log_ntk) else None
+    epsilon_features = _features(found.drawn)
+    findings = _findings(growth, epsilon_ntk, epsilon_features, shares)
+    return MeasuredDiagnosis(
+        network=f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        reason=reason,
+        verdict=_verdict(growth, len(blocks), len(found.drawn)),
+        warnings=findings,
+        advice=advice(findings),
+        blocks=blocks,
+        gradient_growth=growth,
+        signal_growth=signal,
+        seeds=len(found.drawn),
+        output_scale=float(torch.stack([one.outputs for one in networks]).square().mean().sqrt()),
+        output_spread=_output_spread(found.drawn),
+        ntk_log_variance=log_ntk if math.isfinite(log_ntk) else None,
+        epsilon_ntk=epsilon_ntk,
+        epsilon_ntk_error=None if epsilon_ntk is None else math.exp(log_ntk) * log_ntk_error,
+        epsilon_features=epsilon_features,
+        shares=shares,
+        lambda_max=largest,
+        largest_learning_rate=eta,
+        remarks=_remarks(model, found, seeds),
+        inputs=probe.size,
+    )
+
+
+def _blocks(networks: list[OneNetwork]) -> tuple[Block, ...]:
+    found = []
+    places = networks[0].places
+    for index, place in enumerate(places):
+        here = [one.places[index] for one in networks]
+        chi, error = None, None
+        if index + 1 < len(places):
+            after = [one.places[index + 1] for one in networks]
+            ratios = [a.gradient / b.gradient for a, b in zip(here, after, strict=True) if b.gradient > 0]
+            chi = statistics.fmean(ratios) if ratios else None
+            error = statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 2 else None
+        variance = statistics.fmean(one.variance for one in here)
+        gradient = statistics.fmean(one.gradient for one in here)
+        found.append(Block(place.name, place.kind, place.features, variance, gradient, chi, error))
+    return tuple(found)
+
+
+def _growth(networks: list[OneNetwork]) -> tuple[float | None, float | None]:
+    """Of squared gradients towards the inputs, and of the signal towards the outputs; geometric means."""
+    if len(networks[0].places) < 2:
+        return None, None
+
+    def mean(ratios: list[tuple[float, float]]) -> float | None:
+        if not all(a > 0 and b > 0 for a, b in ratios):
+            return 0.0 if all(b > 0 for _, b in ratios) else None
+        return math.exp(statistics.fmean(math.log(a / b) for a, b in ratios))
+
+    ends = [(one.places[0], one.places[-1]) for one in networks]
+    gradients = mean([(first.gradient, last.gradient) for first, last in ends])
+    return gradients, mean([(last.variance, first.variance) for first, last in ends])
+
+
+def _features(networks: list[OneNetwork]) -> float | None:
+    """From what enters the last place; each input by itself, then averaged."""
+    entering = [one.places[-1].entering for one in networks if one.places]
+    values = [value for value in entering if value is not None]
+    if len(values) < 3 or len(values) < len(networks):
+        return None
+    variances = [log_variance([float(value[a]) for value in values])[0] for a in range(len(values[0]))]
+    return math.expm1(statistics.fmean(variances)) if all(map(math.isfinite, variances)) else None
+
+
+def _output_spread(networks: list[OneNetwork]) -> float | None:
+    if len(networks) < 3:
+        return None
+    return float(torch.stack([one.outputs for one in networks]).var(0).mean().sqrt())
+
+
+def _verdict(growth: float | None, places: int, seeds: int) -> str:
+    if growth is None:
+        return "measured: no chain of layers that everything passes was found, so that no growth over depth can be told"
+    kind = "neither vanish nor explode" if 1 / GROWTH <= growth <= GROWTH else "vanish" if growth < 1 else "explode"
+    per = growth ** (1 / (places - 1))
+    of = f"over {seeds} seeds" if seeds else "in this network alone"
+    return (
+        f"measured {of}: gradients {kind} with depth: their squares at the first place are {growth:.3g} times those at "
+        f"the last, {per:.3g} a block, {places} places"
+    )
+
+
+def _findings(
+    growth: float | None, epsilon_ntk: float | None, epsilon_features: float | None, shares: dict[str, float]
+) -> tuple[Finding, ...]:
+    found: list[Finding] = []
+    if growth is not None and not 1 / GROWTH <= growth <= GROWTH:
+        small = growth < 1
+        found.append(
+            Finding(
+                "gradients vanish" if small else "gradients explode",
+                f"measured: squared gradients change {growth:.3g}-fold from the last place to the first, outside "
+                f"1/{GROWTH:g} .. {GROWTH:g}",
+                f"{'larger' if small else 'smaller'} initial weights in the blocks whose chi is "
+                f"{'below' if small else 'above'} 1, or normalisation with residual connections",
+            )
+        )
+    known = [value for value in (epsilon_ntk, epsilon_features) if value is not None]
+    if known:
+        size = max(known)
+        deep = depth_finding(size, f"measured effective epsilon {size:.3g}", "fewer or wider blocks")
+        if deep is not None:
+            found.append(deep)
+    if shares and min(shares.values()) < FROZEN / len(shares):
+        name = min(shares, key=lambda key: shares[key])
+        found.append(
+            Finding(
+                "frozen layer",
+                f"measured: {name!r} makes {100 * shares[name]:.2g} % of the NTK, an equal part would be "
+                f"{100 / len(shares):.2g} %: it practically does not train",
+                f"give {name!r} a larger learning rate, or larger initial weights after it",
+            )
+        )
+    return tuple(found)
+
+
+def _remarks(model: nn.Module, found: Redraws, seeds: int) -> tuple[str, ...]:
+    remarks = []
+    if found.reason:
+        remarks.append(f"no other seeds were drawn, so that there is no spread: {found.reason}")
+    elif not seeds:
+        remarks.append("seeds = 0: this network alone was measured, there is no spread")
+    if found.memory:
+        remarks.append(f"the NTK itself was not measured: {found.memory}")
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+        remarks.append(
+            "BatchNorm in evaluation mode normalises with its running statistics: none yet at initialisation"
+        )
+    if not all(p.requires_grad for p in model.parameters()):
+        remarks.append("frozen parameters take no part in the NTK")
+    return tuple(remarks)

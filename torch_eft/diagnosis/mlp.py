@@ -1,0 +1,321 @@
+"""The diagnosis of an MLP, derived from its architecture."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from torch_eft.diagnosis.findings import DEAD, EDGE, FROZEN, SIGNAL, Finding, advice, depth_finding
+from torch_eft.diagnosis.variants import Variant, few, twice_as_deep, twice_as_wide, variant
+from torch_eft.measure.initialization import ReadEnsemble
+from torch_eft.theory.aspect_ratio import AspectRatio, aspect_ratio
+from torch_eft.theory.criticality import slope_of_variance, slope_squared
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.exact import dead_probability
+from torch_eft.theory.expected_drift import ExpectedDrift, expected_drift
+from torch_eft.theory.learning_rates import (
+    LayerGains,
+    LearningRateShares,
+    equivalence_learning_rates,
+    layer_gains,
+    layer_shares,
+)
+from torch_eft.theory.seed_spread import SeedSpread, seed_spread
+from torch_eft.theory.validity import first_order_validity, infinite_width_validity
+from torch_eft.trajectory import Validity
+
+Phase = Literal["ordered", "critical", "chaotic"]
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """One layer against criticality, and its part in training.
+
+    Args:
+        layer: l = 1 .. L.
+        C_b: Bias variance.
+        C_W: Rescaled weight variance.
+        C_b_error: Standard error, if C_b was estimated from weights.
+        C_W_error: Standard error, if C_W was estimated from weights.
+        K: Mean diagonal of the kernel K^(l).
+        chi_par: C_W d<s^2>/dK at the kernel of the layer before; None for the first layer.
+        chi_perp: C_W <s'^2> there; None for the first layer.
+        share: The part of the NTK (mean diagonal) that comes from this layer's parameters, 0 .. 1; None where no
+            parameter has a learning rate.
+        lr_b: Torch learning rate of the bias, relative to eta, that gives all layers equal shares of the same NTK;
+            None where that does not exist.
+        lr_W: The same of the weight.
+    """
+
+    layer: int
+    C_b: float
+    C_W: float
+    C_b_error: float | None
+    C_W_error: float | None
+    K: float
+    chi_par: float | None
+    chi_perp: float | None
+    share: float | None
+    lr_b: float | None
+    lr_W: float | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the theory says of a network at initialisation; ``str()`` prints it.
+
+    Args:
+        network: The ensemble in words.
+        phase: ``"ordered"``, ``"critical"`` or ``"chaotic"``: squared gradients over this depth below half, within a
+            factor of 2 of, or above twice those at criticality (those at layer L where there is no criticality).
+        verdict: The same in words, with the size.
+        warnings: What is wrong, each with its remedy.
+        advice: The remedies; empty if nothing is to be changed.
+        recommended: (C_b, C_W) at criticality; None where the activation has none.
+        kernel_growth: K^(L) / K^(1) at infinite width.
+        gradient_growth: E|dz/dz^(1)|^2 of an output, at infinite width.
+        aspect_ratio: Depth, width, r = L / n, epsilon and what follows from them, with the critical point.
+        spread: How much networks differ from seed to seed.
+        drift: How far the NTK moves in training.
+        dead: Probability that a hidden layer is silent for a given input (ReLU), 0 for other activations.
+        variants: This network, one twice as deep, one twice as wide, recomputed; empty without a hidden layer.
+        layers: Layer by layer.
+        remarks: On the distribution of the weights; empty if there are none.
+        inputs: N, the number of inputs it was made for; None for one with |x|^2 = n_0.
+        largest_learning_rate: Below it gradient descent on ``MSELoss`` decreases the loss monotonically, at infinite
+            width, with these inputs as training set; None where no parameter has a learning rate.
+        validity: Of the infinite-width theory.
+        first_order: Validity of order 1/n.
+        kind: ``"derived"``.
+    """
+
+    network: str
+    phase: Phase
+    verdict: str
+    warnings: tuple[Finding, ...]
+    advice: tuple[str, ...]
+    recommended: tuple[float, float] | None
+    kernel_growth: float
+    gradient_growth: float
+    aspect_ratio: AspectRatio
+    spread: SeedSpread
+    drift: ExpectedDrift
+    dead: float
+    variants: tuple[Variant, ...]
+    layers: tuple[LayerDiagnosis, ...]
+    remarks: tuple[str, ...]
+    inputs: int | None
+    largest_learning_rate: float | None
+    validity: Validity
+    first_order: Validity
+    kind: Literal["derived"] = "derived"
+
+    @property
+    def status(self) -> int:
+        """0 without warnings, 1 with."""
+        return int(bool(self.warnings))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """The report as Markdown, readable as plain text too."""
+        from torch_eft.diagnosis.text import derived_text
+
+        return derived_text(self)
+
+
+def derived_diagnosis(source: MLPEnsemble | ReadEnsemble, x: Tensor | None = None) -> Diagnosis:
+    """The diagnosis of an ensemble, or of one that was read off a network.
+
+    Args:
+        source: The ensemble.
+        x: Inputs, (N, ...), flattened here; without them, one input with |x|^2 = n_0.
+
+    Raises:
+        ValueError: If ``x`` does not fit, or the signal leaves float64.
+    """
+    ensemble = source.ensemble if isinstance(source, ReadEnsemble) else source
+    inputs = None if x is None else x.detach().flatten(1).double()
+    gains = layer_gains(ensemble, inputs)
+    _check_finite(gains, ensemble)
+    ratio = aspect_ratio(ensemble, inputs)
+    rows = _layers(ensemble, gains, source if isinstance(source, ReadEnsemble) else None, inputs)
+    own = variant("this network", ensemble, inputs, ratio)
+    phase = _phase(ratio, own.gradient_growth)
+    dead = 0.0 if ensemble.activation.slopes in (None, (0.0, 0.0)) else dead_probability(ensemble)
+    findings = _findings(ensemble, ratio, own, phase, rows, dead)
+    point = ratio.critical
+    return Diagnosis(
+        network=str(ensemble),
+        phase=phase,
+        verdict=_verdict(ratio, phase, own.gradient_growth),
+        warnings=findings,
+        advice=advice(findings),
+        recommended=None if point is None or point.C_b is None or point.C_W is None else (point.C_b, point.C_W),
+        kernel_growth=own.kernel_growth,
+        gradient_growth=own.gradient_growth,
+        aspect_ratio=ratio,
+        spread=seed_spread(ensemble, few(inputs)),
+        drift=expected_drift(ensemble, None if inputs is None else inputs[:1]),
+        dead=dead,
+        variants=_variants(ensemble, inputs, own),
+        layers=rows,
+        remarks=source.remarks if isinstance(source, ReadEnsemble) else (),
+        inputs=None if inputs is None else len(inputs),
+        largest_learning_rate=own.largest_learning_rate,
+        validity=infinite_width_validity(ensemble, inputs),
+        first_order=first_order_validity(ensemble, inputs),
+    )
+
+
+def _check_finite(gains: LayerGains, ensemble: MLPEnsemble) -> None:
+    # Squares of K and of J are taken later.
+    for name, values in (("kernel K", gains.K), ("squared gradient", gains.J)):
+        for layer, value in enumerate(values.amax(1).tolist(), 1):
+            if not value < 1e120:
+                raise ValueError(
+                    f"ensemble: the {name} at layer {layer} of {ensemble} is {value:.3g}, beyond what float64 can "
+                    "square; use smaller C_W, fewer layers or smaller inputs"
+                )
+
+
+def _variants(ensemble: MLPEnsemble, x: Tensor | None, own: Variant) -> tuple[Variant, ...]:
+    if not ensemble.hidden_widths:
+        return ()
+    found = [own]
+    for name, changed in (("twice as deep", twice_as_deep(ensemble)), ("twice as wide", twice_as_wide(ensemble))):
+        try:
+            found.append(variant(name, changed, x))
+        except (ValueError, OverflowError):  # a chaotic network twice as deep may leave float64
+            continue
+    return tuple(found)
+
+
+def _layers(
+    ensemble: MLPEnsemble, gains: LayerGains, read: ReadEnsemble | None, x: Tensor | None
+) -> tuple[LayerDiagnosis, ...]:
+    biases, weights = layer_shares(ensemble, x)
+    Theta = float((biases + weights).sum())
+    equal = _equal_shares(ensemble, x, float(biases.sum()), float(weights.sum()))
+    C_W = gains.K.new_tensor(ensemble.C_W[1:])[:, None]
+    before = gains.K[:-1]
+    chi_par = (C_W * slope_of_variance(ensemble.activation, before)).mean(1).tolist()
+    chi_perp = (C_W * slope_squared(ensemble.activation, before)).mean(1).tolist()
+    return tuple(
+        LayerDiagnosis(
+            layer=index + 1,
+            C_b=ensemble.C_b[index],
+            C_W=ensemble.C_W[index],
+            C_b_error=None if read is None else read.C_b_error[index],
+            C_W_error=None if read is None else read.C_W_error[index],
+            K=float(gains.K[index].mean()),
+            chi_par=chi_par[index - 1] if index else None,
+            chi_perp=chi_perp[index - 1] if index else None,
+            share=float(biases[index] + weights[index]) / Theta if Theta > 0 else None,
+            lr_b=None if equal is None else equal.lr_b[index],
+            lr_W=None if equal is None else equal.lr_W[index],
+        )
+        for index in range(ensemble.depth)
+    )
+
+
+def _equal_shares(ensemble: MLPEnsemble, x: Tensor | None, total_b: float, total_W: float) -> LearningRateShares | None:
+    if total_b + total_W == 0:
+        return None
+    try:
+        return equivalence_learning_rates(ensemble, x, total_b, total_W)
+    except ValueError:  # far from criticality no gradient is left, in float64, in the first layers
+        return None
+
+
+def _phase(ratio: AspectRatio, growth: float) -> Phase:
+    gain = growth if ratio.gradient_gain is None else ratio.gradient_gain
+    return "ordered" if gain < 0.5 else "chaotic" if gain > 2 else "critical"
+
+
+def _verdict(ratio: AspectRatio, phase: Phase, growth: float) -> str:
+    point, gain = ratio.critical, ratio.gradient_gain
+    if point is None or gain is None:
+        return f"{ratio.criticality_reason}; squared gradients at layer 1 are {growth:.3g} times those at layer L"
+    size = (
+        f"squared gradients at layer 1 are {gain:.3g} times the critical ones (C_b = {point.C_b:.4g}, "
+        f"C_W = {point.C_W:.4g})"
+    )
+    if phase == "critical":
+        return f"critical within a factor of 2: {size}"
+    kind = (
+        "subcritical (ordered), gradients vanish"
+        if phase == "ordered"
+        else "supercritical (chaotic), gradients explode"
+    )
+    return f"{kind} with depth: {size}"
+
+
+def _findings(
+    ensemble: MLPEnsemble,
+    ratio: AspectRatio,
+    own: Variant,
+    phase: Phase,
+    rows: tuple[LayerDiagnosis, ...],
+    dead: float,
+) -> tuple[Finding, ...]:
+    found: list[Finding] = []
+    point = ratio.critical
+    remedy = ""
+    if point is not None:
+        remedy = f"initialise weights with variance {point.C_W:.4g} / n_in and biases with {point.C_b:.4g}"
+    if point is None and ensemble.hidden_widths:
+        found.append(Finding("no criticality", ratio.criticality_reason, "use an activation with a critical point"))
+    if phase != "critical":
+        name: Literal["gradients vanish", "gradients explode"]
+        name = "gradients vanish" if phase == "ordered" else "gradients explode"
+        gain = own.gradient_growth if ratio.gradient_gain is None else ratio.gradient_gain
+        against = "those at layer L" if ratio.gradient_gain is None else "those at criticality"
+        found.append(Finding(name, f"{name}: at layer 1 their squares are {gain:.3g} times {against}", remedy))
+    if not 1 / SIGNAL <= own.kernel_growth <= SIGNAL:
+        found.append(
+            Finding(
+                "signal",
+                f"the signal changes its size: K^(L) / K^(1) = {own.kernel_growth:.3g}, outside 1/{SIGNAL:g} .. "
+                f"{SIGNAL:g}",
+                remedy,
+            )
+        )
+    largest = max(ratio.epsilon, ratio.r)
+    name_of = f"epsilon = {ratio.epsilon:.3g}" if ratio.epsilon >= ratio.r else f"r = L/n = {ratio.r:.3g}"
+    deep = depth_finding(largest, name_of, _narrower(ratio, largest))
+    if deep is not None:
+        found.append(deep)
+    if dead >= DEAD:
+        found.append(
+            Finding(
+                "dead network",
+                f"a hidden layer is silent, its gradient zero, with probability {dead:.2g} for a given input",
+                "use wider layers, or a leaky activation",
+            )
+        )
+    shares = [row.share for row in rows if row.share is not None]
+    if not shares:
+        found.append(Finding("nothing trains", "no parameter has a learning rate", "give learning rates"))
+    elif min(shares) < FROZEN / len(shares):
+        layer = 1 + shares.index(min(shares))
+        found.append(
+            Finding(
+                "frozen layer",
+                f"layer {layer} makes {100 * min(shares):.2g} % of the NTK, an equal part would be "
+                f"{100 / len(shares):.2g} %: it practically does not train",
+                remedy if phase != "critical" else "use the table's learning rates",
+            )
+        )
+    return tuple(found)
+
+
+def _narrower(ratio: AspectRatio, size: float) -> str:
+    """Epsilon and r fall as 1/n exactly when all hidden widths grow together; with the depth about linearly."""
+    factor = math.ceil(size / EDGE * 10 + 1e-9) / 10
+    shorter = int(ratio.depth / factor)
+    depth = f"; so does a depth of about L = {shorter}" if shorter >= 2 else ""
+    return f"too deep for its width: hidden widths times {factor:.3g} bring r and epsilon below {EDGE:g}{depth}"

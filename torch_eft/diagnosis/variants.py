@@ -1,0 +1,102 @@
+"""What would change with twice the depth or twice the width: the theory evaluated for those ensembles."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from torch_eft.theory.aspect_ratio import AspectRatio, aspect_ratio
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.expected_drift import expected_drift
+from torch_eft.theory.learning_rates import largest_learning_rate, layer_gains
+from torch_eft.theory.seed_spread import seed_spread
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An ensemble's numbers in one column.
+
+    Args:
+        name: Which ensemble.
+        network: In words.
+        r: L / n.
+        epsilon: Var G / E[G]^2 to order 1/n.
+        epsilon_all_orders: Estimated beyond order 1/n (exact for two slopes without biases).
+        ntk_spread: Relative standard deviation of H_ii from seed to seed.
+        kernel_growth: K^(L) / K^(1).
+        gradient_growth: E|dz/dz^(1)|^2 of an output, squared gradients at layer 1 over those at layer L.
+        drift: Order of magnitude of the NTK's relative drift for unit targets; None where nothing says it.
+        largest_learning_rate: As in ``Diagnosis``; None where nothing trains.
+    """
+
+    name: str
+    network: str
+    r: float
+    epsilon: float
+    epsilon_all_orders: float
+    ntk_spread: float
+    kernel_growth: float
+    gradient_growth: float
+    drift: float | None
+    largest_learning_rate: float | None
+
+
+def variant(name: str, ensemble: MLPEnsemble, x: Tensor | None, ratio: AspectRatio | None = None) -> Variant:
+    """The numbers of one ensemble.
+
+    Args:
+        name: Which ensemble, for the column's head.
+        ensemble: The ensemble.
+        x: Inputs, (N, n_0), or None.
+        ratio: Its aspect ratio, if it is known already.
+    """
+    ratio = aspect_ratio(ensemble, x) if ratio is None else ratio
+    gains = layer_gains(ensemble, x)
+    eta = largest_learning_rate(ensemble, x, "mean")
+    first = gains.K[0].mean()
+    return Variant(
+        name=name,
+        network=str(ensemble),
+        r=ratio.r,
+        epsilon=ratio.epsilon,
+        epsilon_all_orders=ratio.epsilon_all_orders,
+        ntk_spread=seed_spread(ensemble, few(x)).ntk,
+        kernel_growth=float(gains.K[-1].mean() / first) if float(first) > 0 else 1.0,
+        gradient_growth=float(gains.J[0].mean()),
+        drift=expected_drift(ensemble, None if x is None else x[:1]).size,
+        largest_learning_rate=eta if eta < float("inf") else None,
+    )
+
+
+def few(x: Tensor | None) -> Tensor | None:
+    """The first four inputs: the spread depends on |x|^2 alone, and four tell."""
+    return None if x is None else x[:4]
+
+
+def twice_as_deep(ensemble: MLPEnsemble) -> MLPEnsemble:
+    """Every hidden layer twice; the new weights are drawn and trained like those of the layer after."""
+    hidden = [n for n in ensemble.hidden_widths for _ in range(2)]
+    after = [0, *(layer for layer in range(1, ensemble.depth) for _ in range(2))]
+    return _like(ensemble, [ensemble.widths[0], *hidden, ensemble.widths[-1]], after)
+
+
+def twice_as_wide(ensemble: MLPEnsemble) -> MLPEnsemble:
+    """Hidden layers twice as wide."""
+    widths = [ensemble.widths[0], *(2 * n for n in ensemble.hidden_widths), ensemble.widths[-1]]
+    return _like(ensemble, widths, list(range(ensemble.depth)))
+
+
+def _like(ensemble: MLPEnsemble, widths: list[int], layers: list[int]) -> MLPEnsemble:
+    """With the parameters of ``layers`` of ``ensemble``.
+
+    lambda_W proportional to the fan-in is one torch learning rate for all weights: it stays that; else lambda_W does.
+    """
+    rates = [value / n for value, n in zip(ensemble.lambda_W, ensemble.widths[:-1], strict=True)]
+    plain = max(rates) - min(rates) <= 1e-12 * max(rates)
+    return MLPEnsemble(
+        widths,
+        ensemble.activation,
+        [ensemble.C_b[layer] for layer in layers],
+        [ensemble.C_W[layer] for layer in layers],
+        [ensemble.lambda_b[layer] for layer in layers],
+        [rates[0] * n for n in widths[:-1]] if plain else [ensemble.lambda_W[layer] for layer in layers],
+    )
