@@ -3,8 +3,8 @@
 Combined indices a = (input x, output i) throughout, no reduction of any kind. ``simulate`` trains one network given
 z, H, dH, ddI, ddII at initialisation, in the coefficient form: theta_t - theta_0 = p J + q u + r v + s w. The mean over
 initialisations to order 1/n is a sum of derivatives of its results, one for each cumulant, at
-(z ~ N(0, K), H = Theta, 0, 0, 0); all of them are polynomials in z of degree four at most, whose Gaussian mean a
-cubature of degree five takes exactly.
+(z ~ N(0, K), H = Theta, 0, 0, 0), under any optimizer as torch defines it; all of them are polynomials in z of degree
+four at most, whose Gaussian mean a cubature of degree five takes exactly.
 """
 
 import itertools
@@ -13,14 +13,16 @@ import math
 import torch
 from torch.func import jvp, vmap
 
+from torch_eft.theory.dynamics import Coefficients
 
-def simulate(z, H, dH, ddI, ddII, y, train, rate, steps, record):
+
+def simulate(z, H, dH, ddI, ddII, y, train, descent, record):
     """Outputs and NTK at the recorded steps, (R, M) and (R, M, M); ``y`` and ``train`` are (M,)."""
     M = len(z)
-    p, q = z.new_zeros(M), z.new_zeros(M, M)
-    r, s = z.new_zeros(M, M, M), z.new_zeros(M, M, M)
+    coefficients = Coefficients(descent, *(z.new_zeros([M] * order) for order in (1, 2, 3, 3)))
     outputs, kernels = [], []
-    for step in range(steps + 1):
+    for step in range(descent.steps + 1):
+        p, q, r, s = coefficients.values
         now = (
             z
             + H @ p
@@ -36,9 +38,10 @@ def simulate(z, H, dH, ddI, ddII, y, train, rate, steps, record):
             half = half + torch.einsum("acbd,cd->ab", ddII, q) + torch.einsum("abcd,c,d->ab", ddI, p, p) / 2
             outputs.append(now)
             kernels.append(H + half + half.T + torch.einsum("abcd,c,d->ab", ddII, p, p))
-        e = (now - y) * train
-        gradients = (e, torch.outer(e, p), torch.einsum("b,c,d->bcd", e, p, p) / 2, torch.einsum("b,cd->bcd", e, q))
-        p, q, r, s = (value - rate * gradient for value, gradient in zip((p, q, r, s), gradients, strict=True))
+        if step < descent.steps:
+            e = (now - y) * train
+            cubic = torch.einsum("b,c,d->bcd", e, p, p) / 2, torch.einsum("b,cd->bcd", e, q)
+            coefficients.update(e, torch.outer(e, p), *cubic)
     return torch.stack(outputs), torch.stack(kernels)
 
 
@@ -104,7 +107,7 @@ def gaussian_nodes(K):
     return torch.cat(nodes) @ (vectors * values.clamp_min(0).sqrt()).T, weights
 
 
-def first_order(K, Theta, tensors, y, probes, outputs, rate, steps, record):
+def first_order(K, Theta, tensors, y, probes, outputs, descent, record):
     """n times the corrections of E z, E z z and E H at order 1/n, and the order-0 means of z and zz.
 
     Returns:
@@ -123,7 +126,7 @@ def first_order(K, Theta, tensors, y, probes, outputs, rate, steps, record):
     basis = torch.eye(M, dtype=K.dtype)
 
     def observables(z, H, dH, ddI, ddII):
-        out, kernel = simulate(z, H, dH, ddI, ddII, target.flatten(), train.flatten(), rate, steps, record)
+        out, kernel = simulate(z, H, dH, ddI, ddII, target.flatten(), train.flatten(), descent, record)
         return torch.cat([out.flatten(), torch.einsum("ra,rb->rab", out, out).flatten(), kernel.flatten()])
 
     def derivative(function, direction):

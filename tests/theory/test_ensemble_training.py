@@ -6,6 +6,7 @@ import torch
 from tests.theory.naive_operator import first_order
 from torch_eft.theory import MLPEnsemble, initial_statistics, predict_training
 from torch_eft.theory.drift import ntk_drift
+from torch_eft.theory.dynamics import descent
 from torch_eft.theory.ensemble_training import FiniteWidthTraining
 from torch_eft.theory.mean_output import mean_output
 from torch_eft.theory.order_zero_path import OrderZeroPath
@@ -80,12 +81,22 @@ def random_case():
     return K, Theta + 0.3 * torch.eye(count, dtype=torch.float64), tensors
 
 
-@pytest.fixture(scope="module", params=[exact_case, random_case])
+PLAIN = descent(RATE, int(STEPS.max()))
+HEAVY_BALL = descent(RATE, int(STEPS.max()), momentum=0.7)
+SCHEDULED = descent(RATE, int(STEPS.max()), 0.6, nesterov=True, schedule=lambda step: RATE * (1 + step) / (2 + step**2))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(exact_case, PLAIN), (random_case, HEAVY_BALL), (random_case, SCHEDULED)],
+    ids=["plain", "heavy ball", "Nesterov with a schedule"],
+)
 def case(request):
-    K, Theta, tensors = request.param()
+    tensors_of, optimizer = request.param
+    K, Theta, tensors = tensors_of()
     y = torch.randn(TRAIN, OUTPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
-    naive = first_order(K, Theta, tensors, y, PROBES, OUTPUTS, RATE, int(STEPS.max()), STEPS.tolist())
-    path = OrderZeroPath(K, Theta, y, RATE, "gradient_descent")
+    naive = first_order(K, Theta, tensors, y, PROBES, OUTPUTS, optimizer, STEPS.tolist())
+    path = OrderZeroPath(K, Theta, y, RATE, "gradient_descent", optimizer)
     return KnownTensors(tensors), path, naive
 
 
@@ -198,6 +209,20 @@ def test_forecast_of_order_1():
     assert torch.equal(ntk.output_mean, zeroth.output_mean)
     assert ntk.output_truncation is None
     assert "(mean, covariance at order 0)" in ntk.provenance
+
+
+def test_momentum_of_nothing_is_gradient_descent():
+    """To rounding, at order 1, where momentum goes step by step and descent does not."""
+    x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    y = torch.ones(2, 2, dtype=torch.float64)
+    ensemble = MLPEnsemble([3, 64, 80, 2], "erf", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    arguments = (ensemble, x[1:], y, x[:1], 0.1, 6, "sum", 1)
+    plain, stepped = predict_training(*arguments), predict_training(*arguments, momentum=1e-300)
+    for name in ("output_mean", "output_covariance", "ntk_drift", "train_output_mean"):
+        torch.testing.assert_close(getattr(stepped, name), getattr(plain, name), rtol=1e-12, atol=1e-14)
+    moved = predict_training(*arguments, momentum=0.9)
+    assert float((moved.ntk_drift[6] / plain.ntk_drift[6]).abs().max()) > 1.5
+    assert "gradient descent with momentum 0.9" in moved.provenance
 
 
 def test_what_order_1_does_not_cover_is_refused():

@@ -3,18 +3,19 @@
 import pytest
 import torch
 
+from torch_eft.theory.dynamics import Descent
 from torch_eft.theory.order_zero_path import OrderZeroPath
 from torch_eft.theory.propagation import Clock, panel_nodes, propagated_flow
 
 
-def path_of(eigenvalues, rate, dynamics="gradient_descent", seed=0):
+def path_of(eigenvalues, rate, dynamics="gradient_descent", seed=0, descent=None):
     generator = torch.Generator().manual_seed(seed)
     count = len(eigenvalues)
     U = torch.linalg.qr(torch.randn(count, count, dtype=torch.float64, generator=generator))[0]
     Theta = U * torch.tensor(eigenvalues, dtype=torch.float64) @ U.T
     root = torch.randn(count, count, dtype=torch.float64, generator=generator)
     y = torch.randn(count, 2, dtype=torch.float64, generator=generator)
-    return OrderZeroPath(root @ root.T / count, (Theta + Theta.T) / 2, y, rate, dynamics)
+    return OrderZeroPath(root @ root.T / count, (Theta + Theta.T) / 2, y, rate, dynamics, descent)
 
 
 def summed(eigenvalues, rate, steps):
@@ -49,6 +50,68 @@ def test_sums_over_time_to_rounding(eigenvalues):
     torch.testing.assert_close(phi, found[1])
 
 
+def weighted(eigenvalues, weights, steps):
+    """The same for an optimizer that moves a coefficient by the sum over s < t of weights[t][s] times its gradient."""
+    values = torch.tensor(eigenvalues, dtype=torch.float64)
+    count = len(values)
+    W = torch.zeros(steps + 1, steps + 1, dtype=torch.float64)
+    for t in range(steps + 1):
+        for s in range(t):
+            W[t, s] = weights(t, s)
+    eye = torch.eye(steps + 1, dtype=torch.float64)
+    g = torch.stack([torch.linalg.solve(eye + value * W, torch.ones_like(W[0])) for value in values], 1)
+    phi = W @ g
+    psi = torch.einsum("ts,sc,sd->tcd", W, g, phi)
+    f = torch.stack([torch.linalg.solve(eye + values[m] * W, W @ g) for m in range(count)], 1)
+    rounding = 2.2e-16 * float(torch.linalg.cond(eye + values[-1] * W))
+    return (g[steps], phi[steps], psi[steps], f[steps]), rounding
+
+
+def heavy_ball(t, s, eta=0.1, m=0.9):
+    return eta * (1 - m ** (t - s)) / (1 - m)
+
+
+def nesterov(t, s, eta=0.1, m=0.6):
+    return eta * (1 - m ** (t - s + 1)) / (1 - m)
+
+
+def scheduled(t, s, m=0.8):
+    return sum(0.1 / (1 + u) * m ** (u - s) for u in range(s, t))
+
+
+@pytest.mark.parametrize(
+    ("weights", "descent"),
+    [
+        (heavy_ball, Descent((0.1,) * 60, 0.9)),
+        (nesterov, Descent((0.1,) * 60, 0.6, nesterov=True)),
+        (scheduled, Descent(tuple(0.1 / (1 + u) for u in range(60)), 0.8)),
+    ],
+)
+def test_momentum_and_schedules_are_sums_over_all_gradients_before(weights, descent):
+    """Against lower triangular systems in time, to their rounding."""
+    path = path_of([1e-9, 0.3, 0.3 + 1e-13, 9.0], 0.1, descent=descent)
+    found = path.double(torch.tensor([60, 0, 7]))
+    for index, step in ((0, 60), (1, 0), (2, 7)):
+        expected, rounding = weighted(path.eigenvalues.tolist(), weights, step)
+        for value, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(value[index], exact, rtol=0, atol=rounding * (1 + float(exact.abs().max())))
+    for value, expected in zip(path.single(torch.tensor([60, 0, 7])), found, strict=False):
+        assert torch.equal(value, expected)
+
+
+def test_without_momentum_and_schedule_stepping_is_doubling():
+    """A rate that changes only after the last step asked for is stepped through."""
+    steps, eigenvalues = torch.tensor([0, 3, 60]), [1e-9, 0.3, 0.3 + 1e-13, 19.0]
+    stepped = path_of(eigenvalues, 0.1, descent=Descent((0.1,) * 60 + (0.05,)))
+    plain = path_of(eigenvalues, 5.0, descent=Descent((0.1,) * 60))
+    for value, expected in zip(stepped.double(steps), plain.double(steps), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-13, atol=1e-15)
+    t, m = torch.tensor([60]), 0
+    g, _, _, f = plain.double(t)
+    values = plain.eigenvalues
+    torch.testing.assert_close(f[0, m, 3], (g[0, 3] - g[0, m]) / (values[m] - values[3]), rtol=1e-12, atol=0)
+
+
 def test_nothing_has_moved_at_step_zero():
     for value, expected in zip(path_of([0.5, 1.0], 0.1).double(torch.tensor([0])), (1, 0, 0, 0), strict=True):
         assert bool((value == expected).all())
@@ -72,15 +135,18 @@ def test_null_modes_are_dropped():
 
 
 def test_flow_is_driven_exactly():
-    """A source exp(-mu s) on every point: the modes of z1 are (e^-mu t - e^-lambda t) / (lambda - mu), also stiff."""
+    """A source exp(-mu s) on every point: z1 is gathered, (e^-mu t - e^-lambda t) / (lambda - mu), or there at once
+    and unlearnt, also where stiff."""
     path = path_of([0.01, 0.6, 900.0], 1.0, "gradient_flow")
     steps, mu = torch.tensor([0.0, 0.4, 5.0, 60.0]), 0.3
     clock = Clock(path, steps)
     source = torch.exp(-mu * clock.times)[:, None, None] * torch.ones(1, 3, 1, dtype=torch.float64)
-    found = path.U.T @ clock.propagated(source)
     t, rates = steps[:, None].double(), path.eigenvalues
-    decayed = (torch.exp(-mu * t) - torch.exp(-rates * t)) / (rates - mu)
-    expected = decayed[..., None] * (path.U.T @ torch.ones(3, 1, dtype=torch.float64))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    gathered = (torch.exp(-mu * t) - torch.exp(-rates * t)) / (rates - mu)
+    at_once = torch.exp(-mu * t) - rates * gathered
+    ones = path.U.T @ torch.ones(3, 1, dtype=torch.float64)
+    for sources, expected in (((source, 0 * source), gathered), ((0 * source, source), at_once)):
+        found = path.U.T @ clock.propagated(*sources)
+        torch.testing.assert_close(found, expected[..., None] * ones, rtol=0, atol=1e-10)
     assert panel_nodes(torch.tensor([0.0, 1.0])).shape == (1, 10)
     assert propagated_flow(path, torch.tensor([0.0]), source[:0].reshape(0, 10, 3, 1)).shape == (1, 3, 1)

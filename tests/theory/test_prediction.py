@@ -107,6 +107,13 @@ def test_too_deep_a_network_is_declared_invalid():
         (dict(learning_rate=1e3), r"learning_rate: 1000 given, beyond the linear stability bound"),
         (dict(reduction="max"), r"reduction: 'max' given; give 'sum' or 'mean'"),
         (dict(dynamics="adam"), r"dynamics: 'adam' given"),
+        (dict(optimizer="Adam"), r"optimizer: 'Adam' given; only SGD .* measure.ShadowModel trains one network's"),
+        (dict(weight_decay=0.1), r"weight_decay: 0.1 given; .* for weak decay measure.ShadowModel"),
+        (dict(batches=[[0, 1]]), r"batches: given; .* predict_from_network\(model, .., batches=\)"),
+        (dict(dynamics="gradient_flow", momentum=0.5), r"dynamics: 'gradient_flow' has no momentum"),
+        (dict(momentum=1.0), r"momentum: 1, dampening: 0 given"),
+        (dict(nesterov=True), r"nesterov: needs momentum > 0"),
+        (dict(schedule=[0.1, 0.2]), r"schedule: 2 learning rates given for 5 steps"),
         (dict(order=2), r"order: 2 given; give 0 \(infinite width\) or 1"),
         (dict(corrections=("ntk", "spread")), r"corrections: 'spread' given; choose from mean, covariance, ntk"),
         (dict(corrections=()), r"corrections: none given"),
@@ -131,6 +138,49 @@ def test_the_stability_bound_is_where_descent_starts_to_grow():
     InfiniteWidthTraining(ENSEMBLE, x, y, x_probe, 1.999 / largest, reduction="sum")
     with pytest.raises(ValueError, match="stability bound"):
         InfiniteWidthTraining(ENSEMBLE, x, y, x_probe, 2.001 / largest, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("nesterov", "bound", "formula"),
+    [(False, 2 * 1.9, r"2 \(1 \+ m\) / lambda_max, m = 0.9"), (True, 2 * 1.9 / 2.8, r"2 \(1 \+ m\) / \(\(1 \+ 2 m\) ")],
+)
+def test_the_stability_bound_with_momentum(nesterov, bound, formula):
+    """Beyond it the refusal names it; just below, 3000 steps converge."""
+    x, y, x_probe = data()
+    largest = float(torch.linalg.eigvalsh(initial_statistics(ENSEMBLE, x, ("K", "Theta"))[-1].Theta)[-1])
+    options = dict(reduction="sum", momentum=0.9, nesterov=nesterov)
+    settled = predict_training(ENSEMBLE, x, y, x_probe, 0.99 * bound / largest, 3000, at_steps=[2999, 3000], **options)
+    last = settled.output_mean
+    assert float((last[1] - last[0]).norm() / last[1].norm()) < 1e-3
+    with pytest.raises(ValueError, match=rf"beyond the linear stability bound {bound / largest:.4g} \({formula}"):
+        predict_training(ENSEMBLE, x, y, x_probe, 1.001 * bound / largest, 10, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (dict(momentum=0.8), "gradient descent with momentum 0.8"),
+        (dict(momentum=0.8, nesterov=True), "gradient descent with Nesterov momentum 0.8"),
+        (dict(schedule=lambda t: 0.1 / (1 + t)), "gradient descent and a schedule"),
+    ],
+)
+def test_momentum_and_schedules_move_the_mean_as_torch_does(options, name):
+    """The mean output is that of a linear model with kernel Theta on torch.optim.SGD: z = J theta, J J^T = Theta."""
+    x, y, x_probe = data()
+    prediction = predict_training(ENSEMBLE, x, y, x_probe, 0.1, 20, **options)
+    Theta = initial_statistics(ENSEMBLE, torch.cat([x_probe, x]), ("K", "Theta"))[-1].Theta
+    J = torch.linalg.cholesky(Theta)
+    theta = torch.zeros(len(J), 2, dtype=torch.float64, requires_grad=True)
+    schedule = options.get("schedule", lambda t: 0.1)
+    sgd = torch.optim.SGD([theta], 0.1, options.get("momentum", 0), nesterov=options.get("nesterov", False))
+    for step in range(21):
+        z = J @ theta
+        torch.testing.assert_close(prediction.output_mean[step], z[:2].detach(), rtol=0, atol=1e-12)
+        sgd.zero_grad()
+        torch.nn.functional.mse_loss(z[2:], y).backward()
+        sgd.param_groups[0]["lr"] = schedule(step)
+        sgd.step()
+    assert name in prediction.provenance
 
 
 def test_too_many_points_say_what_they_would_need():

@@ -1,7 +1,9 @@
 """What R, S, T and U contribute to the source of the mean output, and to that of covariances between outputs.
 
-M_dd[x, c](s) is a sum over four structures in time, of weights w_abc(s) = g_a psi_bc, g_a phi_b phi_c, g_a g_b phi_c
-and g_a g_b g_c, each with three tensors tau_a, tau_b, tau_c: tau_a multiplies "x shares its output with a, b with c".
+M_dd[x, c](s) is a sum over structures in time: as a source of gradients, of weights w_abc(s) = g_a psi_bc (from
+ddII_abxc e_a q_bc) and g_a phi_b phi_c (ddI_abcx e_a p_b p_c / 2); as a direct one, phi_a psi_bc (ddII_xbac p_a q_bc)
+and phi_a phi_b phi_c (ddI_xabc p_a p_b p_c / 6). Each has three tensors tau_a, tau_b, tau_c: tau_a multiplies
+"x shares its output with a, b with c".
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +12,10 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.order_zero_path import OrderZeroPath
+from torch_eft.theory.time_sums import Sums
 
-TimeFunctions = tuple[Tensor, Tensor, Tensor, Tensor]
-"""g, phi, (T, modes), psi and f, (T, modes, modes), as from ``OrderZeroPath.double``."""
+Sources = tuple[Tensor, Tensor]
+"""A source of gradients and a direct one, as ``propagation.Clock`` takes them."""
 
 
 class DdntkSource:
@@ -29,19 +32,19 @@ class DdntkSource:
         self._weights: list[float] = []
         self._grams: list[Sequence[Tensor]] = []
         self._taus: list[Sequence[Tensor]] = []
-        for weight, taus in _time_structures(v, path.step):
+        for weight, taus in _time_structures(v):
             rotated = [_rotated(tau, path.U) for tau in taus]
             self._weights.append(weight)
             self._grams.append(self._summed(rotated))
             if cross:
                 self._taus.append(rotated)
 
-    def at(self, functions: TimeFunctions) -> Tensor:
-        """M_dd, (T, points, modes)."""
+    def at(self, functions: Sums) -> Sources:
+        """M_dd, (T, points, modes) each."""
         return self._contracted(functions, self._grams)
 
-    def crossed(self, functions: TimeFunctions, i: int, j: int) -> Tensor:
-        """As ``at`` for the part of Cov(z_i, z_j) that pairs the targets of i and j, (T, points, modes)."""
+    def crossed(self, functions: Sums, i: int, j: int) -> Sources:
+        """As ``at`` for the part of Cov(z_i, z_j) that pairs the targets of i and j."""
         targets = torch.outer(self._path.y[:, i], self._path.y[:, j])
         structures = []
         for taus in self._taus:
@@ -62,20 +65,12 @@ class DdntkSource:
             found.append(own * targets_only.reshape(shape) + total * K.reshape(shape))
         return found
 
-    def _contracted(self, functions: TimeFunctions, structures: Sequence[Sequence[Tensor]]) -> Tensor:
+    def _contracted(self, functions: Sums, structures: Sequence[Sequence[Tensor]]) -> Sources:
         g, phi, psi, _ = functions
-        total = torch.zeros_like(g)[:, None, :]
-        for kind, (weight, (on_a, on_b, on_c)) in enumerate(zip(self._weights, structures, strict=True)):
-            if kind == 0:
-                total = total + weight * g[:, None, :] * _against_pairs(on_a, psi)
-                total = total + weight * (_first_contracted(on_b, g) * psi[:, None]).sum(3)
-                total = total + weight * (_first_contracted(on_c, g) * psi[:, None]).sum(2)
-                continue
-            u, v, w = ((g, phi, phi), (g, g, phi), (g, g, g))[kind - 1]
-            total = total + weight * u[:, None, :] * _against_pairs(on_a, v[:, :, None] * w[:, None, :])
-            total = total + weight * v[:, None, :] * (_first_contracted(on_b, u) @ w[:, None, :, None])[..., 0]
-            total = total + weight * w[:, None, :] * (v[:, None, None, :] @ _first_contracted(on_c, u))[..., 0, :]
-        return total
+        moved = phi[:, :, None] * phi[:, None, :]
+        timed = zip(self._weights, structures, ((g, psi), (g, moved), (phi, psi), (phi, moved)), strict=True)
+        parts = [weight * _against(on, single, pair) for weight, on, (single, pair) in timed]
+        return parts[0] + parts[1], parts[2] + parts[3]
 
 
 def _pair_shape(tensor: Tensor, free: int) -> list[int]:
@@ -85,38 +80,20 @@ def _pair_shape(tensor: Tensor, free: int) -> list[int]:
     return shape
 
 
-def _time_structures(v: Callable[[str, str], Tensor], step: float) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
-    """(coefficient, (tau_a, tau_b, tau_c)): tau_a multiplies "x shares its output with a, b with c".
+def _time_structures(v: Callable[[str, str], Tensor]) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
+    """(coefficient, (tau_a, tau_b, tau_c)) for g_a psi_bc, g_a phi_b phi_c, phi_a psi_bc and phi_a phi_b phi_c."""
+    yield 1.0, (v("T", "axbc"), v("U", "acbx"), v("S", "abxc"))
+    yield 0.5, (v("R", "axbc"), v("R", "acxb"), v("R", "abcx"))
+    yield 1.0, (v("T", "xabc"), v("S", "xbac"), v("U", "xcba"))
+    yield 1 / 6, (v("R", "xabc"), v("R", "xbca"), v("R", "xcab"))
 
-    With weights g_a psi_bc, g_a phi_b phi_c, g_a g_b phi_c and g_a g_b g_c; gradient flow has the first two.
-    """
-    yield (
-        1.0,
-        (
-            v("T", "xabc") + v("T", "axbc"),
-            v("S", "xbac") + v("U", "acbx"),
-            v("U", "xcba") + v("S", "abxc"),
-        ),
-    )
-    yield (
-        1.0,
-        (
-            v("R", "xabc") / 2 + v("R", "axbc") / 2 + v("S", "xabc"),
-            v("R", "xbca") / 2 + v("R", "acxb") / 2 + v("T", "xbac"),
-            v("R", "xcab") / 2 + v("R", "abcx") / 2 + v("U", "xcab"),
-        ),
-    )
-    if step == 0:
-        return
-    yield (
-        step / 2,
-        (
-            v("R", "xabc") + v("S", "xabc") + v("T", "xabc"),
-            v("R", "xbca") + v("T", "xbac") + v("S", "xbac"),
-            v("R", "xcab") + v("U", "xcab") + v("U", "xcba"),
-        ),
-    )
-    yield step**2 / 6, (v("R", "xabc"), v("R", "xbca"), v("R", "xcab"))
+
+def _against(tensors: Sequence[Tensor], single: Tensor, pair: Tensor) -> Tensor:
+    """The weights single_a pair_bc on tensors with a, b or c free, (T, x, modes)."""
+    on_a, on_b, on_c = tensors
+    total = single[:, None, :] * _against_pairs(on_a, pair)
+    total = total + (_first_contracted(on_b, single) * pair[:, None]).sum(3)
+    return total + (_first_contracted(on_c, single) * pair[:, None]).sum(2)
 
 
 def _rotated(tensor: Tensor, U: Tensor) -> Tensor:

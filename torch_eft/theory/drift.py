@@ -4,7 +4,7 @@
 
 out of the vertices P, Q, R, S, T, U on (x, y, g, d), x and y probe and g and d training points, n = n_{L-1}. With
 G = E sum_k e_k e_k^T the Gram matrix of the initial error, K the kernel, both in modes, and phi, psi of
-``order_zero_path``,
+``time_sums``,
 
     Dg = sum_mk { -PQ_mm phi_m + phi_m phi_k (Cpp G + Cij K)_mk + psi_mk (Cqq G + (Sij + Sji) K)_mk }
     off^ij = sum_mk { Cij_mk phi_m phi_k y_mi y_kj + Sij_mk psi_mk y_mi y_kj + Sji_mk psi_mk y_mj y_ki }

@@ -104,6 +104,11 @@ class Descent:
         return len(self.learning_rates)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether this is full-batch gradient descent at one rate."""
+        return self.momentum == 0 and self.batches is None and len(set(self.learning_rates)) <= 1
+
+    @property
     def largest_stable(self) -> float:
         """The largest stable eta times an eigenvalue of the loss's Hessian: 2, 2 (1 + m), or less for Nesterov.
 

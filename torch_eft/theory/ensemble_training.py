@@ -9,19 +9,22 @@ that of z and dH and leaves H, ddI and ddII alone. For squared error, where an o
     E H(t) - E H(0)   P, Q; R, S, T, U
 
 The average over z(0) is then exact by Wick contraction, outputs reduce to n_L as a number and to the Gram matrix of
-the targets, and nothing grows with n_L. Full-batch gradient descent and gradient flow; momentum, minibatches and
-cross-entropy are outside this derivation.
+the targets, and nothing grows with n_L. Full-batch gradient descent, with momentum (heavy ball or Nesterov) and any
+schedule, and gradient flow: time enters through sums over steps alone (``time_sums``). Minibatches, which mix modes,
+optimizers that are not linear in gradients, and cross-entropy are outside this derivation.
 """
 
 import torch
 from torch import Tensor
 
 from torch_eft.theory.drift import ntk_drift
+from torch_eft.theory.dynamics import Descent
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.ensemble_validity import training_validity
 from torch_eft.theory.mean_output import mean_output
-from torch_eft.theory.order_zero_path import Dynamics, OrderZeroPath
+from torch_eft.theory.order_zero_path import OrderZeroPath
 from torch_eft.theory.output_covariance import output_covariance
+from torch_eft.theory.time_sums import Dynamics
 from torch_eft.theory.vertex_tiles import VertexTiles
 from torch_eft.trajectory import Validity
 
@@ -44,6 +47,7 @@ class FiniteWidthTraining:
         replicas: Independent samples it is shared by, at least 2, to estimate the error.
         seed: Seed; the global random state is left alone.
         memory: Bytes allowed for four-label arrays.
+        optimizer: Momentum or a schedule, whose learning rates stand in for ``rate``.
 
     Raises:
         ValueError: If the activation has a kink, or two training inputs coincide.
@@ -61,6 +65,7 @@ class FiniteWidthTraining:
         replicas: int = 2,
         seed: int = 0,
         memory: int = 4 * 2**30,
+        optimizer: Descent | None = None,
     ) -> None:
         if ensemble.activation.kinked:
             raise ValueError(
@@ -73,7 +78,7 @@ class FiniteWidthTraining:
         x = torch.cat([x_probe, x_train])
         self.ensemble, self.x, self.probes = ensemble, x, len(x_probe)
         self.vertices = VertexTiles(ensemble, x, samples, replicas, seed)
-        self.path = OrderZeroPath(self.vertices.K, self.vertices.Theta, y_train, rate, dynamics)
+        self.path = OrderZeroPath(self.vertices.K, self.vertices.Theta, y_train, rate, dynamics, optimizer)
         self._memory = memory
         self._n = ensemble.widths[-2]
 

@@ -1,11 +1,13 @@
 """The mean output at order 1/n: what drives it at every step, and the linear dynamics that carries it on.
 
-    E z_{i;x}(t) = order 0 + (1/n) sum_s propagated source,    source_{i;x}(s) = eta sum_c M[x,c](s) y_ic
+    E z_{i;x}(t) = order 0 + (1/n) propagated sources,    source_{i;x}(s) = sum_c M[x,c](s) y_ic
 
-with c a mode of training and M the same for every output, n = n_{L-1}. M has four parts, from Theta1; from A and B
-(two fluctuations of the NTK); from P and Q; from R, S, T and U. G1, V, D and F do not enter: z(0) is odd and H even
-under a change of sign of the last layer. Derived from the GD hierarchy of dNTK and ddNTK (PDLT chapter infinity) by
-Wick contraction of z(0), in the terms of ``order_zero_path``; labels are in the order in which vertices are printed.
+with c a mode of training and M the same for every output, n = n_{L-1}; one source is of gradients, the other direct
+(``propagation``), so that one derivation holds for every optimizer that is linear in gradients. M has four parts, from
+Theta1; from A and B (two fluctuations of the NTK); from P and Q; from R, S, T and U. G1, V, D and F do not enter: z(0)
+is odd and H even under a change of sign of the last layer. Derived from the GD hierarchy of dNTK and ddNTK (PDLT
+chapter infinity) by Wick contraction of z(0), in the terms of ``time_sums``; labels are in the order in which vertices
+are printed.
 """
 
 from collections.abc import Iterator
@@ -14,9 +16,10 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.blocks import Combined
-from torch_eft.theory.ddntk_source import DdntkSource, TimeFunctions
+from torch_eft.theory.ddntk_source import DdntkSource, Sources
 from torch_eft.theory.order_zero_path import OrderZeroPath
 from torch_eft.theory.propagation import Clock
+from torch_eft.theory.time_sums import Sums
 from torch_eft.theory.vertex_tiles import VertexSource, VertexTiles, expanded
 
 _BUDGET = 2**25
@@ -58,22 +61,23 @@ class OutputSource:
         self.L2 = paired(v("P", "axbc") + outputs * v("Q", "axbc") + v("Q", "abxc"))
         self.ddntk = DdntkSource(v, path, cross)
 
-    def matrix(self, steps: Tensor) -> Iterator[Tensor]:
+    def matrix(self, steps: Tensor) -> Iterator[Sources]:
         """M at the given steps, in order, in chunks (T, points, modes)."""
         for some in steps.split(time_chunk(self.path, len(self.Theta1))):
             yield self.at(self.path.double(some))
 
-    def at(self, functions: TimeFunctions) -> Tensor:
-        """M at the times of the functions, (T, points, modes)."""
-        g, phi, psi, f = functions
-        step = self.path.step
-        total = self.Theta1 * g[:, None, :]
-        total = total - torch.einsum("xcm,tmc->txc", self.C2, f)
-        first, second = torch.einsum("tm,tc->tcm", g, phi), torch.einsum("tm,tc->tcm", phi, g)
-        both = first + second + step * torch.einsum("tm,tc->tcm", g, g)
-        for tensor, product in ((self.Pi, both), (self.L1, first), (self.L2, second)):
-            total = total - torch.einsum("xcm,tcm->txc", tensor, product)
-        return total + self.ddntk.at((g, phi, psi, f))
+    def at(self, functions: Sums) -> Sources:
+        """M at the times of the functions, (T, points, modes) each."""
+        g, phi, _, f = functions
+        gradient, direct = self.ddntk.at(functions)
+        gradient = gradient + self.Theta1 * g[:, None, :] - torch.einsum("xcm,tmc->txc", self.C2, f)
+        gradient = gradient - _over_modes(self.L1, g) * phi[:, None, :] - _over_modes(self.L2, phi) * g[:, None, :]
+        return gradient, direct - _over_modes(self.Pi, phi) * phi[:, None, :]
+
+
+def _over_modes(tensor: Tensor, weight: Tensor) -> Tensor:
+    """sum_m tensor[x,c,m] weight[t,m], (T, x, c)."""
+    return torch.einsum("xcm,tm->txc", tensor, weight)
 
 
 def time_chunk(path: OrderZeroPath, points: int) -> int:
@@ -83,8 +87,8 @@ def time_chunk(path: OrderZeroPath, points: int) -> int:
 
 def output_sources(
     vertices: VertexTiles, path: OrderZeroPath, steps: Tensor, columns: Tensor, tile: int | None = None
-) -> tuple[list[Tensor], bool]:
-    """The source of the mean output at given steps, run by run: M[x, c](s) contracted with columns.
+) -> tuple[list[Sources], bool]:
+    """The sources of the mean output at given steps, run by run: M[x, c](s) contracted with columns.
 
     Args:
         vertices: The vertices over all points.
@@ -94,20 +98,21 @@ def output_sources(
         tile: Points x that are evaluated at once.
 
     Returns:
-        (T, N_all, C) for each run, and whether the runs are refinements rather than samples.
+        (T, N_all, C) twice for each run, and whether the runs are refinements rather than samples.
     """
     points, train = torch.arange(len(path.K), device=path.K.device), path.train
     if tile is None:
         tile = points_at_once(path)
-    found: list[list[Tensor]] = []
+    found: list[tuple[list[Tensor], list[Tensor]]] = []
     for some in points.split(tile):
         sets = {"x": some, "a": train, "b": train, "c": train}
         for run, source in enumerate(vertices.runs(sets)):
             if run == len(found):
-                found.append([])
-            matrix = OutputSource(source, path, vertices.depth, len(some)).matrix(steps)
-            found[run].append(torch.cat([part @ columns for part in matrix]))
-    return [torch.cat(parts, 1) for parts in found], vertices.refined
+                found.append(([], []))
+            chunks = list(OutputSource(source, path, vertices.depth, len(some)).matrix(steps))
+            for kind, parts in enumerate(found[run]):
+                parts.append(torch.cat([chunk[kind] @ columns for chunk in chunks]))
+    return [(torch.cat(gradient, 1), torch.cat(direct, 1)) for gradient, direct in found], vertices.refined
 
 
 def points_at_once(path: OrderZeroPath) -> int:
@@ -132,6 +137,6 @@ def mean_output(
     clock = Clock(path, steps)
     sources, refined = output_sources(vertices, path, clock.times, path.y, tile)
     combined = Combined(refined)
-    for source in sources:
-        combined.add(clock.propagated(source))
+    for gradient, direct in sources:
+        combined.add(clock.propagated(gradient, direct))
     return combined.result()

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.blocks import Combined
-from torch_eft.theory.ddntk_source import TimeFunctions
+from torch_eft.theory.ddntk_source import Sources
 from torch_eft.theory.mean_output import OutputSource, points_at_once, time_chunk
 from torch_eft.theory.order_zero_path import OrderZeroPath
 from torch_eft.theory.propagation import Clock
+from torch_eft.theory.time_sums import Sums
 from torch_eft.theory.vertex_tiles import VertexSource, VertexTiles, expanded
 
 
@@ -43,26 +44,25 @@ class _PairSource:
         P_axbw, Q_axbw, Q_abxw = v("P", "axbw"), v("Q", "axbw"), v("Q", "abxw")
         fluctuation = v("D", "bwxa") + v("F", "bxwa") + path.outputs * v("F", "bawx")
         self._fluctuation = fluctuation.diagonal(dim1=2, dim2=3)
-        both = P_xabw * G + (Q_xabw + Q_xbaw) * K
-        self._moved, self._stepped = both + (P_axbw + Q_axbw) * K + Q_abxw * G, both
-        # Between outputs: what multiplies y_i at a and y_j at b, and the other way round.
-        self._same, self._other = (Q_xabw + Q_axbw, Q_xbaw + P_axbw), (Q_xabw, Q_xbaw)
+        self._moved = (P_xabw * G + (Q_xabw + Q_xbaw) * K) / 2
+        self._driven = (P_axbw + Q_axbw) * K + Q_abxw * G
+        self._between = Q_xabw, Q_axbw, P_axbw
         self.B_xwab = v("B", "xwab")
         self.A, self.B = v("A", "xawb"), v("B", "xbaw")
 
-    def at(self, functions: TimeFunctions) -> Tensor:
-        """The source of covariances with z(0) of the same output, (T, points, N_all)."""
+    def at(self, functions: Sums) -> Sources:
+        """The sources of covariances with z(0) of the same output, (T, points, N_all)."""
         g, phi = functions[:2]
-        total = _weighted(self._moved, g, phi) + self._path.step / 2 * _weighted(self._stepped, g, g)
-        return total - torch.einsum("xwm,tm->txw", self._fluctuation, g)
+        gradient = _weighted(self._driven, g, phi) - torch.einsum("xwm,tm->txw", self._fluctuation, g)
+        return gradient, _weighted(self._moved, phi, phi)
 
-    def crossed(self, functions: TimeFunctions, i: int, j: int) -> Tensor:
+    def crossed(self, functions: Sums, i: int, j: int) -> Sources:
         """The same between outputs i and j."""
         g, phi = functions[:2]
-        y_i, y_j, half = self._path.y[:, i], self._path.y[:, j], self._path.step / 2
-        (first, second), (stepped, swapped) = self._same, self._other
-        total = _weighted(first, g * y_i, phi * y_j) + _weighted(second, g * y_j, phi * y_i)
-        return total + half * (_weighted(stepped, g * y_i, g * y_j) + _weighted(swapped, g * y_j, g * y_i))
+        y_i, y_j = self._path.y[:, i], self._path.y[:, j]
+        Q_xabw, Q_axbw, P_axbw = self._between
+        gradient = _weighted(Q_axbw, g * y_i, phi * y_j) + _weighted(P_axbw, g * y_j, phi * y_i)
+        return gradient, _weighted(Q_xabw, phi * y_i, phi * y_j)
 
     def bilinear(self, i: int | None = None, j: int | None = None) -> Tensor:
         """The kernel of two NTK fluctuations, (points, N_all, modes, modes): of one output, or between two."""
@@ -78,48 +78,51 @@ def _weighted(tensor: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return (weight @ tensor.flatten(0, 1).flatten(1).T).reshape(-1, *tensor.shape[:2])
 
 
+_Key = tuple[int, int] | None
+"""None for the part with delta_ij, and (i, j) for the part between outputs."""
+
+
 class _Parts:
-    """One run: sources over all points at the clock's times, and half-contracted kernels of Bil, key by key.
+    """One run: sources over all points at the clock's times, and half-contracted kernels of Bil, key by key."""
 
-    A key is None for the part with delta_ij, and (i, j) for the part between outputs.
-    """
-
-    def __init__(self, path: OrderZeroPath, probes: int, steps: Tensor, keys: Sequence[tuple[int, int] | None]) -> None:
+    def __init__(self, path: OrderZeroPath, probes: int, steps: Tensor, keys: Sequence[_Key]) -> None:
         self._path, self._probes, self._steps, self._keys = path, probes, steps, keys
-        self._modes: dict[tuple[int, int] | None, list[Tensor]] = {key: [] for key in keys}
-        self._points: dict[tuple[int, int] | None, list[Tensor]] = {key: [] for key in keys}
-        self._half: dict[tuple[int, int] | None, Tensor] = {}
+        self._modes: dict[_Key, list[Sources]] = {key: [] for key in keys}
+        self._points: dict[_Key, list[Sources]] = {key: [] for key in keys}
+        self._half: dict[_Key, Tensor] = {}
 
     def add(self, times: Tensor, output: OutputSource, pair: _PairSource, tile: Tensor, carried: Tensor) -> None:
         """The next tile of points."""
-        found: dict[tuple[int, int] | None, tuple[list[Tensor], list[Tensor]]] = {k: ([], []) for k in self._keys}
+        found: dict[_Key, tuple[list[Sources], list[Sources]]] = {key: ([], []) for key in self._keys}
         for some in times.split(time_chunk(self._path, len(tile))):
             functions = self._path.double(some)
             for key, (modes, points) in found.items():
                 modes.append(output.at(functions) if key is None else output.ddntk.crossed(functions, *key))
                 points.append(pair.at(functions) if key is None else pair.crossed(functions, *key))
         for key, (modes, points) in found.items():
-            if modes:
-                self._modes[key].append(torch.cat(modes))
-                self._points[key].append(torch.cat(points))
+            self._modes[key].append(_joined(modes, 0))
+            self._points[key].append(_joined(points, 0))
             kernel = pair.bilinear(*(key or ()))
             half = torch.einsum("tXxm,xwmk->tXwk", carried[:, :, tile], kernel)
             self._half[key] = self._half.get(key, 0.0) + half
 
-    def covariance(self, clock: Clock, carried: Tensor) -> dict[tuple[int, int] | None, tuple[Tensor, Tensor]]:
+    def covariance(self, clock: Clock, carried: Tensor) -> dict[_Key, tuple[Tensor, Tensor]]:
         """By key: the pairing of z1 with z0, and Bil, (T, N_p, N_p) each."""
         path, probes = self._path, self._probes
         J = path.response(self._steps)[:, :probes]
         with_modes = path.U.T @ path.K[-len(path.U) :] @ J.mT  # Cov(e_m(0), z_y(t)), (T, modes, N_p)
         result = {}
         for key in self._keys:
-            paired = torch.zeros(len(self._steps), probes, probes, dtype=J.dtype, device=J.device)
-            if self._modes[key]:
-                modes = clock.propagated(torch.cat(self._modes[key], 1))[:, :probes]
-                points = clock.propagated(torch.cat(self._points[key], 1))[:, :probes]
-                paired = points @ J.mT - modes @ with_modes
+            modes = clock.propagated(*_joined(self._modes[key], 1))[:, :probes]
+            points = clock.propagated(*_joined(self._points[key], 1))[:, :probes]
+            paired = points @ J.mT - modes @ with_modes
             result[key] = paired, torch.einsum("tYwk,tXwk->tXY", carried, self._half[key])
         return result
+
+
+def _joined(sources: Sequence[Sources], axis: int) -> Sources:
+    gradient, direct = zip(*sources, strict=True)
+    return torch.cat(gradient, axis), torch.cat(direct, axis)
 
 
 def carried_kernel(path: OrderZeroPath, probes: int, steps: Tensor) -> Tensor:
@@ -152,7 +155,7 @@ def output_covariance(
     """
     points, train = torch.arange(len(path.K), device=path.K.device), path.train
     clock, outputs = Clock(path, steps), path.outputs
-    keys: list[tuple[int, int] | None] = [None, *((i, j) for i in range(outputs) for j in range(outputs))]
+    keys: list[_Key] = [None, *((i, j) for i in range(outputs) for j in range(outputs))]
     carried, J = carried_kernel(path, probes, steps), path.response(steps)[:, :probes]
     runs: list[_Parts] = []
     G1: list[list[Tensor]] = []

@@ -3,7 +3,8 @@
 At infinite width the NTK is delta_ij Theta and frozen, and the dynamics is linear (PDLT 10.1-10.2;
 Lee et al. 2019). With Theta_AA = U diag(lambda) U^T on the training points and the error e = z - y,
     e_m(t) = g_m^t e_m(0),   z_x(t) = z_x(0) - Theta_xA U phi(t) U^T e(0),   phi_m(t) = (1 - g_m^t) / lambda_m,
-g = 1 - eta lambda for gradient descent, exp(-eta lambda) for gradient flow. z(0) ~ N(0, K), so that z(t) is
+g = 1 - eta lambda for gradient descent, exp(-eta lambda) for gradient flow; with momentum and schedules phi is as in
+``time_sums``. z(0) ~ N(0, K), so that z(t) is
 Gaussian with mean Theta_xA U phi U^T y and covariance delta_ij J K J^T, J = (1, -Theta_xA U phi U^T). The corrections
 of order 1/n are those of ``ensemble_training``.
 """
@@ -16,16 +17,15 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.blocks import check_inputs
+from torch_eft.theory.dynamics import Descent, Reduction, Schedule
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.ensemble_training import FiniteWidthTraining
 from torch_eft.theory.ensemble_validity import relative_size, truncation
-from torch_eft.theory.order_zero_path import Dynamics as Dynamics
 from torch_eft.theory.statistics import initial_statistics
+from torch_eft.theory.time_sums import Dynamics, TimeSums
+from torch_eft.theory.training_scope import check_stable, covered_descent
 from torch_eft.theory.validity import infinite_width_validity
 from torch_eft.trajectory import Trajectory
-
-Reduction = Literal["sum", "mean"]
-
 
 CORRECTIONS = ("mean", "covariance", "ntk")
 """What order 1/n corrects."""
@@ -46,9 +46,10 @@ class InfiniteWidthTraining:
         reduction: ``"sum"``: L = (1/2) sum (z - y)^2 (PDLT); ``"mean"``: torch's ``MSELoss``.
         dynamics: ``"gradient_descent"`` or ``"gradient_flow"`` (time t = step, in units of the learning rate).
         memory: Bytes allowed for kernel matrices over all points.
+        optimizer: Momentum or a schedule, whose learning rates stand in for ``learning_rate``.
 
     Raises:
-        ValueError: If shapes do not fit, the learning rate is beyond 2 / lambda_max for gradient descent, or the
+        ValueError: If shapes do not fit, the learning rate is beyond the stability bound for gradient descent, or the
             points do not fit into ``memory``.
     """
 
@@ -62,6 +63,7 @@ class InfiniteWidthTraining:
         reduction: Reduction = "mean",
         dynamics: Dynamics = "gradient_descent",
         memory: int = 4 * 2**30,
+        optimizer: Descent | None = None,
     ) -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction: {reduction!r} given; give 'sum' or 'mean'")
@@ -93,13 +95,14 @@ class InfiniteWidthTraining:
         eigenvalues, self._U = torch.linalg.eigh(last.Theta[probe:, probe:])
         self.eigenvalues = eigenvalues.clamp_min(0.0)
         self._coupling = last.Theta[:probe, probe:] @ self._U
-        self.rate = learning_rate * (1.0 if reduction == "sum" else 2.0 / self.y_train.numel())
-        largest = self.rate * float(self.eigenvalues[-1])
-        if dynamics == "gradient_descent" and largest >= 2:
-            raise ValueError(
-                f"learning_rate: {learning_rate:g} given, beyond the linear stability bound "
-                f"{learning_rate * 2 / largest:.4g} (2 / lambda_max of the loss's Hessian at infinite width)"
-            )
+        scale = 1.0 if reduction == "sum" else 2.0 / self.y_train.numel()
+        optimizer = optimizer or Descent(())
+        if dynamics == "gradient_descent":
+            check_stable(learning_rate, scale, float(self.eigenvalues[-1]), optimizer)
+        self.rate = learning_rate * scale
+        self.optimizer = replace(optimizer, learning_rates=tuple(scale * rate for rate in optimizer.learning_rates))
+        """In terms of L = (1/2) sum (z - y)^2, like ``rate``."""
+        self._sums = TimeSums(self.eigenvalues, self.rate, dynamics, self.optimizer)
         self.validity = infinite_width_validity(ensemble, torch.cat([x_probe, x_train]))
 
     def output(self, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +115,7 @@ class InfiniteWidthTraining:
             The mean (T, N_p, n_L) and the covariance (T, N_p, N_p) of one output; different
             outputs are uncorrelated and alike at infinite width.
         """
-        phi = self._phi(steps.to(self.eigenvalues))
+        _, phi = self._sums.single(steps)
         mean = torch.einsum("xm,tm,mi->txi", self._coupling, phi, self._U.T @ self.y_train)
         response = -torch.einsum("xm,tm,am->txa", self._coupling, phi, self._U)
         identity = torch.eye(len(self.Theta_probe), dtype=self.K.dtype, device=self.K.device).expand(len(steps), -1, -1)
@@ -122,17 +125,6 @@ class InfiniteWidthTraining:
     def first_direction(self) -> Tensor:
         """Theta_PA y, (N_p, n_L): the direction in which the mean output starts to move."""
         return self._coupling @ (self._U.T @ self.y_train)
-
-    def _phi(self, steps: Tensor) -> Tensor:
-        """(1 - g^t) / lambda, (T, N), accurate also where eta lambda t is tiny."""
-        t, x = steps[:, None], self.rate * self.eigenvalues
-        if self.dynamics == "gradient_flow":
-            decayed = -torch.expm1(-x * t)
-        else:
-            slow = -torch.expm1(t * torch.log1p(-x.clamp_max(0.5)))
-            decayed = torch.where(x < 0.5, slow, 1 - (1 - x) ** t)
-        positive = self.eigenvalues > 0
-        return torch.where(positive, decayed / torch.where(positive, self.eigenvalues, 1.0), self.rate * t)
 
 
 def predict_training(
@@ -151,6 +143,13 @@ def predict_training(
     replicas: int = 2,
     seed: int = 0,
     memory: int = 4 * 2**30,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    dampening: float = 0.0,
+    schedule: Schedule | None = None,
+    optimizer: str = "sgd",
+    weight_decay: float = 0.0,
+    batches: Sequence[Sequence[int] | Tensor] | None = None,
 ) -> Trajectory:
     """The trained distribution over initialisations, before anything is trained.
 
@@ -163,7 +162,8 @@ def predict_training(
         steps: Number T of optimizer steps.
         reduction: ``"sum"``: L = (1/2) sum (z - y)^2 (PDLT); ``"mean"``: torch's ``MSELoss``.
         order: 0, infinite width; 1, with the first correction in 1/n, n = n_{L-1} (smooth activations).
-        dynamics: Full-batch ``"gradient_descent"`` or ``"gradient_flow"`` (time in units of the learning rate).
+        dynamics: Full-batch ``"gradient_descent"``, with momentum or a schedule if given, or ``"gradient_flow"`` (time
+            in units of the learning rate).
         at_steps: The steps to return; None means 0, 1, .. T.
         corrections: At order 1, which of ``"mean"``, ``"covariance"`` and ``"ntk"`` to correct; the rest stays at order
             0, and ``provenance`` says so. The NTK costs least, N_p^2 N^2 in labels; the mean output N^3 a point; the
@@ -172,6 +172,13 @@ def predict_training(
         replicas: Independent samples it is shared by, at least 2, to estimate the error.
         seed: Their seed; the global random state is left alone.
         memory: At order 1, bytes allowed for tensors with four labels.
+        momentum: Of ``torch.optim.SGD``.
+        nesterov: Of ``torch.optim.SGD``.
+        dampening: Of ``torch.optim.SGD``.
+        schedule: The learning rate of every step in place of ``learning_rate``: a sequence or a function of the step.
+        optimizer: ``"sgd"``; others are refused, with what to do instead.
+        weight_decay: 0; likewise.
+        batches: None; minibatches are refused likewise.
 
     Returns:
         A ``Trajectory``. At order 0 ``ntk_mean`` is constant and ``ntk_drift`` zero: both are
@@ -180,9 +187,9 @@ def predict_training(
         term|, and the provenance tells the sampling errors.
 
     Raises:
-        ValueError: If shapes do not fit, the learning rate is beyond the stability bound, or
-            ``order``, ``steps`` or ``corrections`` is out of range; at order 1 also if sigma has a kink, training
-            points coincide or the tensors do not fit into ``memory``.
+        ValueError: If shapes do not fit, the learning rate is beyond the stability bound, the optimizer is outside the
+            derivation, or ``order``, ``steps`` or ``corrections`` is out of range; at order 1 also if sigma has a kink,
+            training points coincide or the tensors do not fit into ``memory``.
     """
     if order not in (0, 1):
         raise ValueError(f"order: {order} given; give 0 (infinite width) or 1 (first correction in 1/n)")
@@ -193,7 +200,12 @@ def predict_training(
     wanted = range(steps + 1) if at_steps is None else at_steps
     if steps < 0 or len(wanted) == 0 or min(wanted) < 0 or max(wanted) > steps:
         raise ValueError(f"steps: {steps}, at_steps: {at_steps} given; need 0 <= at_steps <= steps")
-    training = InfiniteWidthTraining(ensemble, x_train, y_train, x_probe, learning_rate, reduction, dynamics)
+    descent = covered_descent(
+        learning_rate, steps, dynamics, momentum, dampening, nesterov, schedule, optimizer, weight_decay, batches
+    )
+    training = InfiniteWidthTraining(
+        ensemble, x_train, y_train, x_probe, learning_rate, reduction, dynamics, optimizer=descent
+    )
     times = torch.tensor(list(wanted), device=training.K.device)
     order_0 = _order_0(training, times, reduction)
     if order == 0:
@@ -209,6 +221,7 @@ def predict_training(
         replicas,
         seed,
         memory,
+        training.optimizer,
     )
     return _corrected(order_0, finite, [name for name in CORRECTIONS if name in corrections])
 
@@ -217,7 +230,7 @@ def _order_0(training: InfiniteWidthTraining, times: Tensor, reduction: Reductio
     mean, covariance = training.output(times)
     outputs = torch.eye(training.ensemble.widths[-1], dtype=training.K.dtype, device=training.K.device)
     Theta = torch.einsum("ab,ij->abij", training.Theta_probe, outputs).expand(len(times), -1, -1, -1, -1)
-    name = training.dynamics.replace("_", " ")
+    name = _described(training)
     return Trajectory(
         steps=times,
         output_mean=mean,
@@ -227,6 +240,13 @@ def _order_0(training: InfiniteWidthTraining, times: Tensor, reduction: Reductio
         provenance=f"order 0 (infinite width), {training.ensemble}, full-batch {name}, reduction {reduction}",
         validity=training.validity,
     )
+
+
+def _described(training: InfiniteWidthTraining) -> str:
+    name, optimizer = training.dynamics.replace("_", " "), training.optimizer
+    if optimizer.momentum:
+        name += f" with {'Nesterov momentum' if optimizer.nesterov else 'momentum'} {optimizer.momentum:g}"
+    return name + " and a schedule" * (len(set(optimizer.learning_rates)) > 1)
 
 
 def _corrected(order_0: Trajectory, finite: FiniteWidthTraining, corrections: Sequence[str]) -> Trajectory:

@@ -1,8 +1,9 @@
-"""Propagation of corrections under the frozen NTK: z1 is driven by a source of order 1/n at every step."""
+"""Propagation of corrections under the frozen NTK: z1 is driven by sources of order 1/n."""
 
 import torch
 from torch import Tensor
 
+from torch_eft.theory.dynamics import Coefficients
 from torch_eft.theory.expectations import gauss_legendre
 from torch_eft.theory.order_zero_path import OrderZeroPath
 
@@ -12,6 +13,9 @@ _NODES = 10
 class Clock:
     """The times at which sources are needed, and their propagation to the times that are wanted.
 
+    z1 is driven in two ways: a gradient source S is gathered by the optimizer, like all gradients, and a direct one D
+    is there at once. With u = W (S - Theta_xA z1_A), z1 = D + u, u itself evolves as under a source S - Theta_xA D_A.
+
     Args:
         path: The order-0 path.
         steps: Wanted, (T,).
@@ -19,50 +23,50 @@ class Clock:
 
     def __init__(self, path: OrderZeroPath, steps: Tensor) -> None:
         self._path = path
-        if path.step:
+        if not path.sums.flows:
             self._wanted = torch.round(steps).long()
-            self.times = torch.arange(int(self._wanted.max()), device=path.K.device)
+            self.times = torch.arange(int(self._wanted.max()) + 1, device=path.K.device)
             return
         self._panels = flow_panels(path, steps)
-        self._wanted = torch.searchsorted(self._panels, path.rate * steps.to(self._panels)).clamp_max(
+        self._wanted = torch.searchsorted(self._panels, path.sums.rate * steps.to(self._panels)).clamp_max(
             len(self._panels) - 1
         )
-        self.times = panel_nodes(self._panels).flatten() / path.rate
+        self.times = torch.cat([panel_nodes(self._panels).flatten(), self._panels]) / path.sums.rate
 
-    def propagated(self, source: Tensor) -> Tensor:
-        """z1 at the wanted times for a source at ``times``, (T, N_all, C)."""
-        if len(self.times) == 0:
-            return source.new_zeros(len(self._wanted), *source.shape[1:])
-        if self._path.step:
-            return propagated_descent(self._path, source)[self._wanted]
+    def propagated(self, gradient: Tensor, direct: Tensor) -> Tensor:
+        """z1 at the wanted times for sources at ``times``, (T, N_all, C) each."""
+        path, train = self._path, len(self._path.K) - len(self._path.U)
+        driven = gradient - path.coupling @ (path.U.T @ direct[:, train:])
+        if not path.sums.flows:
+            return (direct + propagated_descent(path, driven[:-1]))[self._wanted]
         panels = len(self._panels) - 1
-        by_panel = source.reshape(panels, -1, *source.shape[1:])
-        return propagated_flow(self._path, self._panels, by_panel)[self._wanted]
+        nodes = len(self.times) - panels - 1
+        by_panel = driven[:nodes].reshape(panels, -1, *driven.shape[1:])
+        return (direct[nodes:] + propagated_flow(path, self._panels, by_panel))[self._wanted]
 
 
 def propagated_descent(path: OrderZeroPath, source: Tensor) -> Tensor:
-    """Gradient descent of z1 under Theta and a source: z1(s+1) = z1 - eta Theta_xA z1_A + eta source(s).
+    """The u of u = W (source - Theta_xA u_A), step by step.
 
     Args:
         path: The order-0 path.
         source: At s = 0 .. T-1, over all points, (T, N_all, columns).
 
     Returns:
-        z1 at s = 0 .. T, (T + 1, N_all, columns).
+        u at s = 0 .. T, (T + 1, N_all, columns).
     """
     train = len(path.K) - len(path.U)
-    value = source.new_zeros(source.shape[1:])
-    values = [value]
+    coefficients = Coefficients(path.sums.descent(len(source)), source.new_zeros(source.shape[1:]))
+    values = [coefficients.values[0]]
     for driven in source:
-        modes = path.U.T @ value[train:]
-        value = value + path.rate * (driven - path.coupling @ modes)
-        values.append(value)
+        coefficients.update(path.coupling @ (path.U.T @ values[-1][train:]) - driven)
+        values.append(coefficients.values[0])
     return torch.stack(values)
 
 
 def flow_panels(path: OrderZeroPath, steps: Tensor) -> Tensor:
     """Ends of time panels, (P + 1,), from 0: every wanted time, and no panel longer than all the time before it."""
-    ends = {0.0, *(float(t) * path.rate for t in steps)}
+    ends = {0.0, *(float(t) * path.sums.rate for t in steps)}
     last, shortest = max(ends), 0.5 / float(path.eigenvalues.max())
     grown = shortest
     while grown < last:

@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.blocks import Combined, check_statistics, evaluators, infinite_width
+from torch_eft.theory.dynamics import Reduction
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.kernel import mean_correction
 from torch_eft.theory.pair_moments import Kinks
-from torch_eft.theory.prediction import Dynamics, InfiniteWidthTraining, Reduction
+from torch_eft.theory.prediction import InfiniteWidthTraining
 from torch_eft.theory.representation import HiddenStatistics, Labels, Observable, divisor
+from torch_eft.theory.time_sums import Dynamics
 from torch_eft.theory.training_moments import TrainingMoments
 from torch_eft.theory.validity import first_order_validity
 from torch_eft.theory.vertices import Vertices, divergent
