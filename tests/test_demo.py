@@ -10,6 +10,7 @@ from tensorboard.util import tensor_util
 
 from torch_eft.cli import main
 from torch_eft.demo import demo_ensemble, load_digits_split
+from torch_eft.tensorboard import tag as tag_of
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_it_draws_a_picture(demo):
 BANDED = ["ntk_trace", "output_chi_squared", "output_projection"]
 EXPECTED_SCALARS = sorted(
     [
-        f"eft/{q}/measured"
+        tag_of(q)
         for q in (
             *BANDED,
             "ntk_drift",

@@ -229,7 +229,7 @@ def test_misnamed_layers_stop_before_training():
 
 
 def test_a_kernel_too_large_is_left_out_in_words_and_the_rest_is_measured(monkeypatch):
-    from torch_eft.live import observer as module
+    from torch_eft.live import planning as module
 
     monkeypatch.setattr(module, "too_large", lambda *args: measure_too_large(*args, memory=100))
     monitor = EFTMonitor(PROBE, budget=None, on_error="raise")

@@ -55,8 +55,8 @@ class Monitor(Callback):
         self.observer = Observer(
             None, probe, every=every, budget=budget, output_fn=output_fn, on_error=on_error, parts=parts
         )
-        self.observer.name = type(self).__name__
-        self.observer.say = rank_zero_info
+        self.observer.recorder.name = type(self).__name__
+        self.observer.recorder.say = rank_zero_info
         self.module = module
         self.jsonl = jsonl
         self.name = name

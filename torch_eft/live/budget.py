@@ -14,6 +14,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+SNAPSHOT = "snapshot"
+"""The account of what all parts look at together: outputs, NTK, hidden kernels."""
+
 
 @dataclass
 class Account:

@@ -17,11 +17,8 @@ theta_0 is what the network holds at ``begin``. Measuring leaves weights, buffer
 they are. A failing measurement warns once and is skipped; training goes on (``on_error="raise"`` to debug).
 """
 
-import logging
-import math
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,17 +26,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.live.budget import Budget
-from torch_eft.live.events import BandWatch, deviations
-from torch_eft.live.outlet import SNAPSHOT, Outlet, cost_page, run_info, skipped_page
-from torch_eft.live.part import Event, History, MeasurementWarning, Part, Report, Start, Visit
+from torch_eft.live.budget import SNAPSHOT, Budget
+from torch_eft.live.costs import cost_page, cost_sentence, thinning_sentence
+from torch_eft.live.outlet import skipped_page
+from torch_eft.live.part import Event, History, Part, Start, Visit
+from torch_eft.live.planning import plan_of
 from torch_eft.live.presets import Options, Preset, parts_of
 from torch_eft.live.probes import ProbeLike, probe_from
+from torch_eft.live.recorder import Recorder, validity_of
 from torch_eft.live.schedule import Every, checked_every, due
 from torch_eft.live.sinks import JSONLSink, Sink, TensorBoardSink
 from torch_eft.measure.learning_rates import read_learning_rates
-from torch_eft.measure.ntk import too_large
-from torch_eft.measure.output import output
 from torch_eft.measure.probe import OutputFn, Probe
 from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.tensorboard.run_info import JSONL_NAME
@@ -47,8 +44,6 @@ from torch_eft.tensorboard.tags import tag
 from torch_eft.theory.activations import ActivationLike
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.trajectory import Validity
-
-_log = logging.getLogger("torch_eft")
 
 
 class Observer:
@@ -100,47 +95,56 @@ class Observer:
         parts: Sequence[Part] | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f"on_error: {on_error!r} given; give 'warn' or 'raise'")
         self.model = model
         self.probe: Probe | None = probe_from(probe)
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
         self.every = checked_every(every)
         self.budget = Budget(budget)
         self.output_fn = output_fn
-        self.on_error = on_error
         chosen = parts_of(preset, also, Options(ensemble, activation, output_fn))
         self.parts = chosen if parts is None else list(parts)
         self.sinks = list(sinks)
         if logdir is not None:
             self.sinks += [_tensorboard(logdir), JSONLSink(Path(logdir) / JSONL_NAME)]
-        self.say: Callable[[str], None] = _log.info
-        self.name = type(self).__name__
-        self.events: list[Event] = []
-        self.history: History = {}
-        self.skipped: list[tuple[int, str]] = []
+        self.recorder = Recorder(type(self).__name__, self.budget, on_error)
         self.origin = ""
-        self._outlet = Outlet(lambda action: self._guard(self._step, action))
         self._plan: Plan | None = None
         self._checking = 0.0
         self._begun = self._restored = False
         self._probe_shape: list[int] = []
-        self._first_step = self._step = 0
+        self._first_step = 0
         self._total_steps: int | None = None
         self._parameters: list[str] = []
         self._start_afresh()
 
     def _start_afresh(self) -> None:
-        self.history, self.skipped, self.events, self.origin = {}, [], [], ""
-        self._pages: dict[str, str] = {}
-        self._watch = BandWatch()
+        self.recorder.forget()
+        self.origin = ""
         self._reference: Snapshot | None = None
         self._last: Snapshot | None = None
         self._theta_0: dict[str, Tensor] | None = None
         self._lambdas: dict[str, float] = {}
         self._last_step: int | None = None
-        self._left_out_step: int | None = None
-        self._said: tuple[str, str] | None = None
+
+    @property
+    def history(self) -> History:
+        """``{optimizer step: {tag: value}}``, everything measured so far."""
+        return self.recorder.history
+
+    @property
+    def events(self) -> list[Event]:
+        """Quantities that left their band, predictions that left their validity."""
+        return self.recorder.events
+
+    @property
+    def skipped(self) -> list[tuple[int, str]]:
+        """``[(step, what went wrong)]``."""
+        return self.recorder.skipped
+
+    @property
+    def validity(self) -> Validity | None:
+        """Where the theory holds for this run, or why it does not apply; None before that is known."""
+        return validity_of(self.parts)
 
     # ---- before training
 
@@ -153,21 +157,7 @@ class Observer:
         started = time.perf_counter()
         if self.model is None or self.probe is None:
             raise ValueError(f"{'model' if self.model is None else 'probe'}: None given; an observer needs one")
-        samples, outputs = output(self.model, self.probe, self.output_fn).shape
-        for part in self.parts:
-            part.check(self.model, self.probe, outputs)
-        plans = [part.plan(outputs, samples) for part in self.parts]
-        ntk, trace = any(plan.ntk for plan in plans), any(plan.ntk_trace for plan in plans)
-        refusal = too_large(self.model, self.probe, trace, self.output_fn) if ntk else None
-        if refusal is not None:
-            warnings.warn(f"{self.name} will not measure the NTK: {refusal}", MeasurementWarning, stacklevel=2)
-        self._plan = Plan(
-            ntk=ntk and refusal is None,
-            ntk_trace=trace,
-            hidden=any(plan.hidden for plan in plans),
-            layers=next((plan.layers for plan in plans if plan.layers is not None), None),
-        )
-        self._probe_shape = [samples, outputs]
+        self._plan, self._probe_shape = plan_of(self.parts, self.model, self.probe, self.output_fn, self.recorder.name)
         self._checking = time.perf_counter() - started
 
     def begin(self, step: int = 0, outside: str | None = None, total_steps: int | None = None) -> None:
@@ -187,8 +177,9 @@ class Observer:
         self.budget.restart(self._checking)
         self._checking, self._begun = 0.0, True
         self._first_step, self._total_steps = step, total_steps
-        self._outlet.open(self.sinks)
-        self._guard(step, lambda: self._begin(step, outside))
+        self.recorder.step = step
+        self.recorder.outlet.open(self.sinks)
+        self.recorder.guard(lambda: self._begin(step, outside))
         self.budget.settle()
 
     def _begin(self, step: int, outside: str | None) -> None:
@@ -200,7 +191,7 @@ class Observer:
             self.origin = "initialisation" if step == 0 else f"resumed at step {step} without a recorded theta_0"
             # Learning rates are part of the NTK; those of theta_0 are kept, a schedule is no drift.
             self._lambdas = self._learning_rates()
-        self._parameters, self._restored, self._step = parameters, False, step
+        self._parameters, self._restored = parameters, False
         fresh = not goes_on and step == 0
         start = Start(
             self.model,
@@ -214,12 +205,12 @@ class Observer:
             self._total_steps,
         )
         for part in self.parts:
-            self._ask(step, lambda part=part: part.begin(start))  # type: ignore[misc]
+            self.recorder.ask(lambda part=part: part.begin(start))  # type: ignore[misc]
         if step not in self.history:
             self._visit(step, last=False, epoch=None)
         reference = self._reference
         if reference is not None and not goes_on:
-            self._figures(step, lambda part: part.first_figures(reference))
+            self.recorder.draw(self.parts, lambda part: part.first_figures(reference))
         self._tell()
 
     # ---- training
@@ -227,12 +218,12 @@ class Observer:
     def observe_batch(self, batch: Any) -> None:
         """Show a training batch to the parts, before its forward."""
         if self._reference is not None:
-            self._guard(self._step, lambda: self._each(lambda part: part.on_batch(batch)))
+            self.recorder.each(self.parts, lambda part: part.on_batch(batch))
 
     def observe_loss(self, loss: Tensor) -> None:
         """Show the batch's loss to the parts, before its backward."""
         if self._reference is not None:
-            self._guard(self._step, lambda: self._each(lambda part: part.on_loss(loss.detach())))
+            self.recorder.each(self.parts, lambda part: part.on_loss(loss.detach()))
 
     def before_step(self, optimizer: Optimizer | None = None) -> None:
         """Show the gradients, and the learning rates in force, to the parts.
@@ -242,12 +233,12 @@ class Observer:
         """
         chosen = optimizer if optimizer is not None else next(iter(self.optimizers), None)
         if self._reference is not None and chosen is not None:
-            self._guard(self._step, lambda: self._before_step(chosen))
+            self.recorder.guard(lambda: self._before_step(chosen))
 
     def _before_step(self, optimizer: Optimizer) -> None:
         for part in self.parts:
-            self._ask(self._step, lambda part=part: part.on_gradient(self._step, optimizer))  # type: ignore[misc]
-        if self._step == self._first_step:
+            self.recorder.ask(lambda part=part: part.on_gradient(self.recorder.step, optimizer))  # type: ignore[misc]
+        if self.recorder.step == self._first_step:
             self._tell()
 
     def measure(
@@ -266,7 +257,7 @@ class Observer:
         """
         if not self._begun:
             self.begin(step)
-        if step != self._step:
+        if step != self.recorder.step:
             self._after_step(step)
         if step == self._last_step:
             return {}
@@ -276,17 +267,15 @@ class Observer:
         if torch.cuda.is_initialized():  # the measurement itself waits for the device: what is queued is not its cost
             torch.cuda.synchronize()
         found: dict[str, float] = {}
-        self._guard(step, lambda: found.update(self._visit(step, last, epoch)))
+        self.recorder.guard(lambda: found.update(self._visit(step, last, epoch)))
         return found
 
     def _after_step(self, step: int) -> None:
-        first, self._step = self._step == self._first_step, step
+        first, self.recorder.step = self.recorder.step == self._first_step, step
         model = self.model
         if self._reference is not None and model is not None:
-            self._guard(
-                step,
-                lambda: [self._ask(step, lambda part=part: part.on_step(step, model)) for part in self.parts],  # type: ignore[misc]
-            )
+            for part in self.parts:
+                self.recorder.ask(lambda part=part: part.on_step(step, model))  # type: ignore[misc]
         if first:  # what the theory needed to know before the first step is in
             self.budget.settle()
 
@@ -299,49 +288,32 @@ class Observer:
         """
         if not self._begun:
             return
-        step = self._step if step is None else step
+        step = self.recorder.step if step is None else step
         self.measure(step, last=True, epoch=epoch)
-        self._guard(step, lambda: self._finish(step))
+        self.recorder.guard(self._finish)
         self.budget.stop()
-        self._outlet.each(lambda sink: sink.close())
+        self.recorder.outlet.each(lambda sink: sink.close())
         self._begun = False
-        self.say(self.overhead())
+        self.recorder.say(self.overhead())
 
-    def _finish(self, step: int) -> None:
+    def _finish(self) -> None:
         reference, last = self._reference, self._last
         if reference is not None and last is not None:
-            self._figures(step, lambda part: part.last_figures(self.history, reference, last))
+            self.recorder.draw(self.parts, lambda part: part.last_figures(self.history, reference, last))
         pages = {"overhead": cost_page(self.budget, len(self.history))}
         if self.skipped:
             pages["skipped"] = skipped_page(self.skipped)
-        self._outlet.pages(pages, step)
+        self.recorder.outlet.pages(pages, self.recorder.step)
         self._tell()
         self.flush()
 
     def flush(self) -> None:
         """Bring everything to disk, as after an exception."""
-        self._outlet.each(lambda sink: sink.flush())
+        self.recorder.outlet.each(lambda sink: sink.flush())
 
     def overhead(self) -> str:
         """What measuring has cost, and what was left out, in a sentence."""
-        budget, left = self.budget, {name: a.left_out for name, a in self.budget.accounts.items() if a.left_out}
-        share = f"{budget.percent:.1f} % on top of the training's own time"
-        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
-        text = f"torch_eft: {len(self.history)} measurements{skipped} took {budget.seconds:.2f} s, {share}"
-        if left:
-            whole = left.pop(SNAPSHOT, 0)
-            words = [f"{whole} due measurements"] * bool(whole) + [f"{name} at {count}" for name, count in left.items()]
-            limit = 100 * (budget.limit or 0)
-            text += f"; left out to stay within {limit:g} %: {', '.join(words)} (budget=None makes them all)"
-        return text
-
-    @property
-    def validity(self) -> Validity | None:
-        """Where the theory holds for this run, or why it does not apply; None before that is known."""
-        claims = [info["validity"] for part in self.parts if (info := part.info()).get("validity")]
-        holding = [claim for claim in claims if claim["flag"] != "invalid"]
-        claim = next(iter(holding or claims), None)
-        return None if claim is None else Validity(claim["flag"], claim["reason"])
+        return cost_sentence(self.budget, len(self.history), len(self.skipped))
 
     # ---- what it does
 
@@ -349,7 +321,8 @@ class Observer:
         assert self.model is not None and self.probe is not None and self._plan is not None
         forced, progress = last or self._reference is None, self._progress(step)
         if not forced and not self.budget.affordable(SNAPSHOT, progress):
-            self._leave_out(step)
+            if self.budget.accounts[SNAPSHOT].left_out == 1:
+                self.recorder.say(thinning_sentence(self.budget, step))
             return {}
         self._last_step = step  # also if it fails: one attempt a step
         with self.budget.account(SNAPSHOT, forced):
@@ -378,14 +351,18 @@ class Observer:
         for part in self.parts:
             if forced or self.budget.affordable(part.name, progress):
                 with self.budget.account(part.name, forced):
-                    report = self._ask(step, lambda part=part: part.observe(visit))  # type: ignore[misc]
+                    report = self.recorder.ask(lambda part=part: part.observe(visit))  # type: ignore[misc]
                     scalars |= report.scalars
         if step > self._first_step:  # before the first step there is no training time to compare with
             scalars[tag("overhead_percent")] = self.budget.percent
-        self._record(step, scalars, epoch)
+        self.recorder.record(step, scalars, epoch)
         self._tell()
         self.flush()
         return dict(self.history.get(step, {}))
+
+    def _tell(self) -> None:
+        assert self.model is not None
+        self.recorder.tell(self.parts, self.model, self.optimizers, self._probe_shape)
 
     def _learning_rates(self) -> dict[str, float]:
         assert self.model is not None
@@ -397,101 +374,6 @@ class Observer:
         if self._total_steps is None or self._total_steps <= self._first_step:
             return None
         return (step - self._first_step) / (self._total_steps - self._first_step)
-
-    def _leave_out(self, step: int) -> None:
-        if not any(account.left_out > 1 for account in self.budget.accounts.values()):
-            latest = sum(account.latest for account in self.budget.accounts.values())
-            self.say(
-                f"torch_eft: a measurement takes {1000 * latest:.0f} ms; from step {step} on due ones are left out "
-                f"where they would take more than {100 * (self.budget.limit or 0):g} % of the training's time "
-                "(budget=None makes them all)"
-            )
-
-    def _record(self, step: int, scalars: dict[str, float], epoch: int | None = None) -> None:
-        scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
-        known = self.history.setdefault(step, {})
-        scalars |= deviations(known | scalars)
-        known.update(scalars)
-        self._outlet.scalars(step, scalars, epoch)
-        self._happened(self._watch.events(step, known))
-
-    def _ask(self, step: int, question: Callable[[], Report]) -> Report:
-        """A part's report, its pages, events and late numbers told; an empty one if it fails."""
-        answers: list[Report] = []
-        self._guard(step, lambda: answers.append(question()))
-        if not answers:
-            return Report()
-        (report,) = answers
-        for at_step, scalars in report.late.items():
-            known = self.history.get(at_step, {})
-            self._record(at_step, {name: value for name, value in scalars.items() if name not in known})
-        self._pages |= report.pages
-        self._outlet.pages(report.pages, step)
-        self._outlet.histograms(report.histograms, step)
-        self._happened(report.events)
-        return report
-
-    def _happened(self, events: Sequence[Event]) -> None:
-        self.events += events
-        self._outlet.events(events, self.events, self._step)
-
-    def _tell(self) -> None:
-        """What is known of the run, if it has changed; a prediction that is no longer valid is an event."""
-        assert self.model is not None
-        validity = self.validity
-        if validity is not None and validity.flag == "invalid" and self._said and self._said[0] != "invalid":
-            self._happened([Event(self._step, "validity", f"the prediction is no longer valid: {validity.reason}")])
-        if validity is not None and (validity.flag, validity.reason) != self._said:
-            self.say(f"torch_eft: {_spoken(validity)}")
-            self._said = (validity.flag, validity.reason)
-        diagnosis = self._pages.get("diagnosis", "")
-        self._outlet.info(
-            run_info(
-                self.parts,
-                self.model,
-                self.optimizers,
-                self._probe_shape,
-                diagnosis,
-                self.history,
-                self.events,
-                self.skipped,
-            ),
-            self.history,
-        )
-
-    def _each(self, action: Callable[[Part], None]) -> None:
-        for part in self.parts:
-            self._guard(self._step, lambda part=part: action(part))  # type: ignore[misc]
-
-    def _figures(self, step: int, draw: Callable[[Part], dict[str, Any]]) -> None:
-        if not self._outlet.draws:
-            return
-        for part in self.parts:
-            try:
-                drawn = draw(part)
-            except ImportError:
-                self.say("torch_eft: no figures, matplotlib is not installed (pip install 'torch-eft[demo]')")
-                return
-            for name, figure in drawn.items():
-                self._outlet.each(lambda sink, name=name, figure=figure: sink.figure(name, figure, step))  # type: ignore[misc]
-
-    def _guard(self, step: int, action: Callable[[], Any]) -> None:
-        """Run on the observer's own clock; go on without what fails, and warn the first time."""
-        with self.budget.counting():
-            try:
-                action()
-            except Exception as error:
-                if self.on_error == "raise":
-                    raise
-                reason = f"{type(error).__name__}: {error}"
-                if not self.skipped:
-                    warnings.warn(
-                        f"{self.name} could not measure at step {step} and goes on without ({reason}). Further "
-                        "failures are counted in .skipped, not shown",
-                        MeasurementWarning,
-                        stacklevel=3,
-                    )
-                self.skipped.append((step, reason))
 
     # ---- state: plain types and tensors, so that it loads with weights_only=True
 
@@ -514,8 +396,8 @@ class Observer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's theta_0 and history."""
         self._start_afresh()
-        self.history = {int(step): dict(scalars) for step, scalars in state["history"].items()}
-        self.events = [Event(int(step), quantity, text) for step, quantity, text in state["events"]]
+        self.recorder.history = {int(step): dict(scalars) for step, scalars in state["history"].items()}
+        self.recorder.events = [Event(int(step), quantity, text) for step, quantity, text in state["events"]]
         self.origin = state["origin"]
         self._parameters = list(state["parameters"])
         self._lambdas = dict(state["lambdas"])
@@ -527,12 +409,6 @@ class Observer:
         for part in self.parts:
             part.forget()
             part.load_state(state["parts"].get(part.name, {}))
-
-
-def _spoken(validity: Validity) -> str:
-    if validity.flag == "invalid":
-        return f"no prediction for this run, measurements only: {validity.reason}"
-    return f"predicted before training, {validity}"
 
 
 def _tensorboard(logdir: str | Path) -> Sink:

@@ -6,15 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.live.budget import Budget
 from torch_eft.live.events import events_page
 from torch_eft.live.part import Event, History, Part
 from torch_eft.live.sinks import Sink
 from torch_eft.tensorboard.quantities import documented
 from torch_eft.tensorboard.tags import logged_tags, quantity_of
-
-SNAPSHOT = "snapshot"
-"""The account of what all parts look at together: outputs, NTK, hidden kernels."""
 
 _UNDECIDED = {"flag": "caution", "reason": "not decided yet: the theory looks at the first step of the training"}
 _NO_THEORY = {"flag": "caution", "reason": "measurements only: no part of this monitor compares with the theory"}
@@ -29,7 +25,7 @@ class Outlet:
 
     def __init__(self, guard: Callable[[Callable[[], Any]], None]) -> None:
         self._guard = guard
-        self.open([])
+        self.open(())
 
     def open(self, sinks: Sequence[Sink]) -> None:
         """A training starts, with these sinks."""
@@ -124,28 +120,6 @@ def described(optimizer: Optimizer) -> str:
         if any(value not in ("", "0", "0.0") for value in values):
             words.append(f"{option} {'/'.join(values)}")
     return ", ".join(words)
-
-
-def cost_page(budget: Budget, measurements: int) -> str:
-    """What measuring has cost, account by account, and what was left out, as Markdown."""
-    limit = "no limit" if budget.limit is None else f"limit {100 * budget.limit:g} %"
-    lines = [
-        f"{measurements} measurements took {budget.seconds:.2f} s, {budget.percent:.1f} % on top of the training's own "
-        f"time of {budget.training_seconds:.2f} s ({limit}). {budget.once:.2f} s of it fell at the start.",
-        "",
-        "| account | visits | left out | seconds between first and last visit | ms at the latest |",
-        "|---|---|---|---|---|",
-    ]
-    for name, account in budget.accounts.items():
-        spent, latest = f"{account.spent:.3f}", f"{1000 * account.latest:.1f}"
-        lines.append(f"| {name} | {account.made} | {account.left_out} | {spent} | {latest} |")
-    if any(account.left_out for account in budget.accounts.values()):
-        lines += [
-            "",
-            "Due visits were left out to stay within the budget. `budget=None` makes them all; fewer due ones, a "
-            "smaller probe or a lighter preset cost less.",
-        ]
-    return "\n".join(lines)
 
 
 def skipped_page(skipped: Sequence[tuple[int, str]]) -> str:

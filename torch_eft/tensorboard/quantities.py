@@ -5,7 +5,7 @@ The order is that in which they are drawn.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Quantity:
         unit: Its unit; ``"1"`` for a pure number.
         source: PDLT, a paper, or ``"derived here"``.
         at_infinite_width: What it is there, in words.
+        among_the_first: Whether the scalars tab shows its measured values in the group ``eft``; at most 12 do, the
+            others are in ``eft_more``.
     """
 
     title: str
@@ -26,10 +28,12 @@ class Quantity:
     unit: str
     source: str
     at_infinite_width: str
+    among_the_first: bool = False
 
     def to_dict(self) -> dict[str, str]:
-        """Plain strings, by name."""
-        return asdict(self)
+        """What explains it: plain strings, by name."""
+        names = ("title", "formula", "unit", "source", "at_infinite_width")
+        return {name: getattr(self, name) for name in names}
 
 
 QUANTITIES: dict[str, Quantity] = {
@@ -39,6 +43,7 @@ QUANTITIES: dict[str, Quantity] = {
         "unit of the output",
         "derived here, from PDLT 10.2",
         "Gaussian over initialisations, with the mean and the sigma that are drawn",
+        among_the_first=True,
     ),
     "output_chi_squared": Quantity(
         "Output: squared deviation from theory / variance",
@@ -46,6 +51,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "derived here, from PDLT 10.2",
         "1, with sigma = sqrt(2 tr(R^2) / C) / N, R the correlations over the probe",
+        among_the_first=True,
     ),
     "ntk_trace": Quantity(
         "NTK: mean diagonal, (1/NC) sum H",
@@ -53,6 +59,7 @@ QUANTITIES: dict[str, Quantity] = {
         "(unit of the output)^2 / unit of the loss's rate",
         "PDLT 8.0; its mean 9.1",
         "its value at initialisation, the same for every network",
+        among_the_first=True,
     ),
     "ntk_drift": Quantity(
         "NTK drift: ||H - H_0|| / ||H_0||",
@@ -60,6 +67,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "PDLT 11.2 (the dNTK moves H at order 1/n)",
         "0: the NTK is frozen",
+        among_the_first=True,
     ),
     "representation_change": Quantity(
         "Hidden kernels: ||K - K_0|| / ||K_0||, mean over layers",
@@ -67,6 +75,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "PDLT 11.4",
         "0: representations do not change",
+        among_the_first=True,
     ),
     "ntk_kernel_distance": Quantity(
         "NTK: 1 - cos(H, H_0)",
@@ -74,6 +83,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "Fort et al. 2020 (arXiv:2010.15110)",
         "0: the NTK is frozen",
+        among_the_first=True,
     ),
     "ntk_top_eigenvalue": Quantity(
         "NTK: largest eigenvalue",
@@ -81,6 +91,7 @@ QUANTITIES: dict[str, Quantity] = {
         "that of H",
         "PDLT 10.1 (it bounds the stable step)",
         "its value at initialisation, the same for every network",
+        among_the_first=True,
     ),
     "ntk_spectrum": Quantity(
         "NTK: log10 of its eigenvalues",
@@ -116,6 +127,7 @@ QUANTITIES: dict[str, Quantity] = {
         "unit of the output",
         "derived here, from PDLT chapter infinity",
         "order 0: the NTK at theta_0 says it all",
+        among_the_first=True,
     ),
     "instance_output_error": Quantity(
         "Output of this network: error of its own forecast",
@@ -138,6 +150,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1 / step",
         "derived here, from PDLT 11.1 and chapter infinity",
         "0: dNTK and ddNTK vanish as 1/n",
+        among_the_first=True,
     ),
     "interval_ntk_error": Quantity(
         "NTK: error of its predicted change over the last interval",
@@ -163,11 +176,12 @@ QUANTITIES: dict[str, Quantity] = {
     ),
     "dntk": Quantity(
         "dNTK along the training gradient",
-        "(||dH v + transpose|| / ||H||) / (||J v|| / sqrt(N C)), v = lambda grad L: relative change of the NTK per unit "
-        "of rms change of the outputs",
+        "(||dH v + transpose|| / ||H||) / (||J v|| / sqrt(N C)), v = lambda grad L: relative change of the NTK per "
+        "unit of rms change of the outputs",
         "1 / unit of the output",
         "PDLT 11.1; the contraction derived here",
         "0: dNTK vanishes as 1/n",
+        among_the_first=True,
     ),
     "ddntk": Quantity(
         "ddNTK along the training gradient",
@@ -182,6 +196,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "PDLT 0.5",
         "0, and at order 1/n too: it is of order 1/n^2",
+        among_the_first=True,
     ),
     "taylor_terms": Quantity(
         "Taylor terms of the outputs' change, by order",
@@ -199,15 +214,15 @@ QUANTITIES: dict[str, Quantity] = {
     ),
     "shadow_output": Quantity(
         "Output along the motion of its linear shadow",
-        "<z - z(0), u> / sqrt(N C), u the direction of the motion of the Taylor model of order 1, trained alike (order 0);"
-        " order 1: of the Taylor model of order 3",
+        "<z - z(0), u> / sqrt(N C), u the direction of motion of the Taylor model of order 1, trained alike (order 0); "
+        "order 1: of the Taylor model of order 3",
         "unit of the output",
         "derived here, from PDLT 0.5",
         "order 0: the linear model is the network",
     ),
     "shadow_output_error": Quantity(
         "Output: error of its shadows",
-        "||z - z_k|| / max ||z_1 - z(0)||, z_k of the Taylor models of order 1 (order 0) and 3 (order 1), trained alike",
+        "||z - z_k|| / max ||z_1 - z(0)||, z_k of the Taylor models of order 1 (order 0), 3 (order 1), trained alike",
         "1",
         "derived here, from PDLT 0.5",
         "0 at order 0",
@@ -218,6 +233,7 @@ QUANTITIES: dict[str, Quantity] = {
         "%",
         "wall clock",
         "says nothing about width",
+        among_the_first=True,
     ),
 }
 

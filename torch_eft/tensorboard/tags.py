@@ -1,17 +1,18 @@
 """The names under which results are logged.
 
-* ``eft/<quantity>/measured``: what this network does;
+* ``eft/<quantity>/measured``: what this network does; quantities beyond the first twelve as
+  ``eft_more/<quantity>/measured``;
 * ``eft_theory/<quantity>/<series>``: what the theory says of it, by order, with its band (``SERIES``);
 * ``eft_layers/<quantity>/<layer>``: a measured quantity of one layer, where asked for.
 
-Three groups, so that the scalars tab shows few cards unless more are opened. Quantities are those of ``QUANTITIES``.
+Groups, so that the scalars tab shows few cards unless more are opened. Quantities are those of ``QUANTITIES``.
 """
 
 from collections.abc import Iterable, Mapping
 
 from torch_eft.tensorboard.quantities import QUANTITIES
 
-PREFIX, THEORY, LAYERS = "eft", "eft_theory", "eft_layers"
+PREFIX, MORE, THEORY, LAYERS = "eft", "eft_more", "eft_theory", "eft_layers"
 
 MEASURED = "measured"
 BAND = ("minus_sigma", "plus_sigma")
@@ -28,7 +29,7 @@ SPECTRUM = "eft/ntk_spectrum/log10_eigenvalues"
 
 
 def tag(quantity: str, series: str = MEASURED) -> str:
-    """``eft/<quantity>/measured`` or ``eft_theory/<quantity>/<series>``.
+    """``eft/<quantity>/measured`` (or ``eft_more/...``), or ``eft_theory/<quantity>/<series>``.
 
     Raises:
         ValueError: If the quantity is not registered or the series unknown.
@@ -36,7 +37,7 @@ def tag(quantity: str, series: str = MEASURED) -> str:
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity: {quantity!r} is not in QUANTITIES; describe it there first")
     if series == MEASURED:
-        return f"{PREFIX}/{quantity}/{MEASURED}"
+        return f"{PREFIX if QUANTITIES[quantity].among_the_first else MORE}/{quantity}/{MEASURED}"
     if series not in SERIES:
         raise ValueError(f"series: {series!r} given; give {MEASURED!r} or one of {', '.join(SERIES)}")
     return f"{THEORY}/{quantity}/{series}"
@@ -56,7 +57,7 @@ def layer_tag(quantity: str, layer: str) -> str:
 def quantity_of(name: str) -> str | None:
     """The quantity that a tag belongs to; None if it is none of ours."""
     parts = name.split("/", 2)
-    known = len(parts) == 3 and parts[0] in (PREFIX, THEORY, LAYERS) and parts[1] in QUANTITIES
+    known = len(parts) == 3 and parts[0] in (PREFIX, MORE, THEORY, LAYERS) and parts[1] in QUANTITIES
     return parts[1] if known else None
 
 
