@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ensembles import draw, train
-from torch_eft.comparison import InfiniteWidthComparison
+from torch_eft.comparison import EnsembleComparison
 from torch_eft.theory import MLPEnsemble, initial_statistics, sample_ntk
 
 WIDTHS = [3, 512, 512, 2]
@@ -26,7 +26,7 @@ def deviations():
     """{quantity: z-scores of 400 networks after 20 steps}."""
     x, y, x_probe = data()
     rate = 0.5 / float(torch.linalg.eigvalsh(initial_statistics(ENSEMBLE, x, ("K", "Theta"))[-1].Theta)[-1])
-    comparison = InfiniteWidthComparison(ENSEMBLE, x, y, x_probe, rate, ntk_samples=200)
+    comparison = EnsembleComparison(ENSEMBLE, x, y, x_probe, rate, ntk_samples=200, order=0)
     single = [tensor.float() for tensor in (x, y, x_probe)]
     generator = torch.Generator().manual_seed(17)
     scores = {"output_projection": [], "output_chi_squared": [], "ntk_trace": []}
@@ -59,7 +59,7 @@ def test_deviations_have_mean_zero_and_variance_one(deviations, quantity):
 
 def test_the_first_direction_is_where_the_mean_moves_first():
     x, y, x_probe = data()
-    training = InfiniteWidthComparison(ENSEMBLE, x, y, x_probe, 1e-4, ntk_samples=2).training
+    training = EnsembleComparison(ENSEMBLE, x, y, x_probe, 1e-4, ntk_samples=2, order=0).training
     mean, _ = training.output(torch.tensor([0.0, 1.0]))
     direction = training.first_direction()
     torch.testing.assert_close(mean[1] / mean[1].norm(), direction / direction.norm(), rtol=0, atol=1e-9)
@@ -68,5 +68,5 @@ def test_the_first_direction_is_where_the_mean_moves_first():
 def test_comparing_leaves_the_global_random_state_alone():
     x, y, x_probe = data()
     before = torch.get_rng_state()
-    InfiniteWidthComparison(ENSEMBLE, x, y, x_probe, 1e-3, ntk_samples=2)
+    EnsembleComparison(ENSEMBLE, x, y, x_probe, 1e-3, ntk_samples=2, order=0)
     assert torch.equal(before, torch.get_rng_state())

@@ -9,10 +9,10 @@ def outside_the_theory(trainer: Trainer, pl_module: LightningModule) -> str | No
         return "manual optimization: the steps taken are not known"
     if trainer.world_size > 1:
         return f"{trainer.world_size} processes share the batch; the theory is compared on one"
-    if trainer.num_training_batches != 1:
-        return f"mini-batches ({trainer.num_training_batches} an epoch): order 0 covers full-batch training"
     if trainer.accumulate_grad_batches != 1:
         return f"gradient accumulation over {trainer.accumulate_grad_batches} batches"
     if trainer.gradient_clip_val:
         return f"gradient clipping at {trainer.gradient_clip_val}"
+    if trainer.num_training_batches != 1:
+        return f"mini-batches ({trainer.num_training_batches} an epoch): order 0 covers full-batch training"
     return None

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from torch_eft.callbacks.monitor import Monitor
+from torch_eft.live.parts.ensemble import EnsemblePart
 from torch_eft.live.parts.ntk import NTKPart
 from torch_eft.live.parts.representation import RepresentationPart
-from torch_eft.live.parts.theory import TheoryPart
 from torch_eft.live.presets import Options, Preset, parts_of
 from torch_eft.live.probes import ProbeLike
 from torch_eft.live.schedule import Every
@@ -178,5 +178,5 @@ class TheoryComparison(Monitor):
         on_error: Literal["warn", "raise"] = "warn",
         name: str = "",
     ) -> None:
-        parts = [TheoryPart(ensemble, activation, output_fn)]
+        parts = [EnsemblePart(ensemble, activation, output_fn)]
         super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name)

@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from torch_eft.live.part import Part
+from torch_eft.live.parts.dntk import DNTKPart
+from torch_eft.live.parts.ensemble import EnsemblePart
+from torch_eft.live.parts.instance import InstancePart
+from torch_eft.live.parts.interval import IntervalPart
 from torch_eft.live.parts.ntk import NTKPart
 from torch_eft.live.parts.representation import RepresentationPart
-from torch_eft.live.parts.theory import TheoryPart
+from torch_eft.live.parts.shadow import ShadowPart
+from torch_eft.live.parts.taylor import TaylorPart
 from torch_eft.measure.probe import OutputFn
 from torch_eft.theory.activations import ActivationLike
 from torch_eft.theory.ensemble import MLPEnsemble
@@ -40,11 +45,16 @@ MAKERS: dict[str, Callable[[Options], Part]] = {
     # In the order in which they are asked; of several that hold, the first gives level and validity.
     "ntk": lambda options: NTKPart(),
     "representation": lambda options: RepresentationPart(output_fn=options.output_fn),
-    "theory": lambda options: TheoryPart(options.ensemble, options.activation, options.output_fn),
+    "theory": lambda options: EnsemblePart(options.ensemble, options.activation, options.output_fn),
+    "instance": lambda options: InstancePart(options.output_fn),
+    "interval": lambda options: IntervalPart(options.output_fn),
+    "taylor": lambda options: TaylorPart(options.output_fn),
+    "dntk": lambda options: DNTKPart(options.output_fn),
+    "shadow": lambda options: ShadowPart(options.output_fn),
 }
 """Every part by name; ``Part.cost`` is the smallest preset that has it."""
 
-OPT_IN: frozenset[str] = frozenset()
+OPT_IN: frozenset[str] = frozenset({"shadow"})
 """Parts that no preset has; ``also=`` asks for them."""
 
 

@@ -146,6 +146,6 @@ def batch_fingerprint(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([first.square().mean(), second.square().mean(), (first * second).mean()])
 
 
-def same_batch(fingerprint: Tensor, reference: Tensor) -> bool:
-    """Whether two fingerprints are those of the same set of samples, up to the rounding of reordered sums."""
-    return bool(((fingerprint - reference).abs() <= 1e-9 * reference[:2].max()).all())
+def same_batch(fingerprint: Tensor, reference: Tensor) -> Tensor:
+    """Whether two fingerprints are those of the same set of samples, up to the rounding of reordered sums; 0-d."""
+    return ((fingerprint - reference).abs() <= 1e-9 * reference[:2].max()).all()

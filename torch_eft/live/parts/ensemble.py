@@ -1,0 +1,294 @@
+"""Measured against theory: the forecast of the ensemble, order 0 and order 1/n, beside the running training."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_eft.comparison.ensemble import EnsembleComparison
+from torch_eft.diagnosis import Diagnosis, diagnose
+from torch_eft.live.part import Event, Part, Report, Start, Visit
+from torch_eft.live.parts.full_batch import FullBatch, sgd_options
+from torch_eft.live.parts.gauge import GaugeWatch
+from torch_eft.live.parts.logged import compared_scalars
+from torch_eft.measure.initialization import NotAnMLPError, read_ensemble
+from torch_eft.measure.learning_rates import read_learning_rates
+from torch_eft.measure.probe import OutputFn, Probe
+from torch_eft.measure.snapshot import Plan, Snapshot
+from torch_eft.measure.training import UnrecognisedLossError, recognise_squared_error
+from torch_eft.tensorboard.figures import comparison_figure
+from torch_eft.tensorboard.tags import compared_quantities, tag
+from torch_eft.theory.activations import ActivationLike
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.expectations import QuadratureError
+from torch_eft.trajectory import Validity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from torch_eft.live.part import History
+
+
+class EnsemblePart(Part):
+    """The ensemble's forecast, as long as the training is what it covers.
+
+    Args:
+        ensemble: C_b and C_W, if known, with the network's widths and activation; None reads them off the network
+            at theta_0. lambda is the optimizer's in any case.
+        activation: The activation to look for, where it is none of the registered ones.
+        output_fn: Turns what the model returns into (N, C).
+        order: 0, or 1 with what can be had of order 1/n within ``seconds``.
+        seconds: Time that order 1/n may take before the first step.
+    """
+
+    name = "theory"
+    cost = "standard"
+
+    def __init__(
+        self,
+        ensemble: MLPEnsemble | None = None,
+        activation: ActivationLike | None = None,
+        output_fn: OutputFn | None = None,
+        order: int = 1,
+        seconds: float = 3.0,
+    ) -> None:
+        if order not in (0, 1) or not seconds >= 0:
+            raise ValueError(f"order: {order}, seconds: {seconds} given; give order 0 or 1, and seconds >= 0")
+        self.given = ensemble
+        self.activation = activation
+        self.output_fn = output_fn
+        self.order, self.seconds = order, seconds
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what belongs to an earlier run."""
+        self.validity: Validity | None = None
+        self._diagnosis: Diagnosis | None = None
+        self._comparison: EnsembleComparison | None = None
+        self._seen: FullBatch | None = None
+        self._waiting: list[Visit] = []
+        self._ensemble: MLPEnsemble | None = None
+        self._hidden: list[str] = []
+        self._watch = GaugeWatch("Forecast of the ensemble")
+        self._last_table: str | None = None
+
+    def plan(self, outputs: int, samples: int) -> Plan:
+        """Outputs (always there) and the NTK."""
+        return Plan(ntk=True)
+
+    def check(self, network: nn.Module, probe: Probe, outputs: int) -> None:
+        """A given ensemble must have the network's widths."""
+        if self.given is None:
+            return
+        activation = self.activation or self.given.activation
+        try:
+            widths = read_ensemble(network, None, probe.inputs, activation, self.output_fn)
+        except NotAnMLPError:
+            return  # said in words when training begins
+        if widths.ensemble.widths != self.given.widths:
+            raise ValueError(f"ensemble: widths {self.given.widths} given, the network has {widths.ensemble.widths}")
+
+    # ---- the training
+
+    def begin(self, start: Start) -> Report:
+        """Read the ensemble off the network; rule out what the loop already shows to be outside."""
+        if not start.fresh and self._comparison is not None:
+            return Report()  # a second fit of the same trainer goes on where the first one stopped
+        self.forget()
+        pages: dict[str, str] = {}
+        inputs = start.probe.inputs
+        try:
+            activation = self.activation or (self.given.activation if self.given else None)
+            read = read_ensemble(start.network, start.optimizers, inputs, activation, self.output_fn)
+            self._ensemble = read.ensemble if self.given is None else _with_lambda_of(self.given, read.ensemble)
+            diagnosis = diagnose(read if self.given is None else self.given, inputs)
+            self._diagnosis = diagnosis if isinstance(diagnosis, Diagnosis) else None
+            pages["diagnosis"] = str(diagnosis)
+        except (NotAnMLPError, QuadratureError) as error:
+            pages["diagnosis"] = f"No diagnosis: {error}."
+            return Report(pages=pages | self._stop(str(error)))
+        except Exception as error:
+            self._stop(f"{type(error).__name__}: {error}")
+            raise
+        seen = FullBatch(start)
+        reason = seen.refusal()
+        if reason is None:
+            options = sgd_options(start.optimizers[0])
+            reason = options if isinstance(options, str) else _unlike_the_theory(options)
+        if reason is not None:
+            return Report(pages=pages | self._stop(reason))
+        self._seen, self._hidden = seen, _activations(start.network, self._ensemble)
+        return Report(pages=pages)
+
+    def observe(self, visit: Visit) -> Report:
+        """Theory beside measurement, or nothing where the theory does not apply."""
+        if self._comparison is None or self._seen is None:
+            if self.validity is None:
+                self._waiting.append(visit)
+            return Report()
+        reason = self._seen.changed()
+        if reason is not None:
+            return self._ended(visit.step, reason)
+        scalars = self._scalars(visit)
+        report = Report(scalars, events=self._watch.events(visit.step, self._comparison.gauge(visit.step)))
+        if visit.last:
+            report.pages |= self._layers_page(visit)
+        return report
+
+    def on_batch(self, batch: Any) -> None:
+        """Keep the first batch; compare the others with it."""
+        if self._seen is not None:
+            self._seen.on_batch(batch)
+
+    def on_loss(self, loss: Tensor) -> None:
+        """Keep the first loss."""
+        if self._seen is not None and self._comparison is None:
+            self._seen.loss = loss
+
+    def on_gradient(self, step: int, optimizer: Optimizer) -> Report:
+        """Decide, before the first step is taken; later, see that learning rates stay."""
+        if self._seen is None:
+            return Report()
+        if self._comparison is not None:
+            reason = self._seen.end(step, optimizer)
+            return Report() if reason is None else self._ended(step, reason)
+        try:
+            pages = self._decide(optimizer)
+        except Exception as error:
+            self._stop(f"{type(error).__name__}: {error}")
+            raise
+        late: History = {visit.step: self._scalars(visit) for visit in self._waiting} if self._comparison else {}
+        self._waiting = []
+        return Report(late=late, pages=pages)
+
+    # ---- the decision
+
+    def _decide(self, optimizer: Optimizer) -> dict[str, str]:
+        assert self._seen is not None and self._ensemble is not None
+        if self._seen.batch is None or self._seen.loss is None:
+            return self._stop("the batch is not a pair (inputs, targets) of tensors")
+        (x, y), network, start = self._seen.batch, self._seen.start.network, self._seen.start
+        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        rate = read_learning_rates(network, [optimizer]).learning_rate
+        try:
+            loss = recognise_squared_error(network, x, y, self._seen.loss, gradients, self.output_fn)
+            self._comparison = EnsembleComparison(
+                self._ensemble,
+                x.flatten(1),
+                loss.targets,
+                start.probe.inputs.flatten(1).to(x.device),
+                rate * loss.rate_factor,
+                order=self.order,
+                steps=start.total_steps,
+                seconds=self.seconds,
+            )
+        except UnrecognisedLossError as error:
+            return self._stop(str(error))
+        except ValueError as error:  # the learning rate is unstable, or inputs do not fit the ensemble
+            return self._stop(str(error))
+        self._seen.begin(optimizer)
+        self.validity = self._comparison.validity
+        text = f"Full-batch gradient descent on squared error ({loss.name}), learning rate {rate:g}. {self.validity}"
+        return {
+            "validity": f"{text}\n\nPredicted for the {self._ensemble} ensemble: {self._comparison.words}.",
+        }
+
+    def _stop(self, reason: str) -> dict[str, str]:
+        """From here on measurements only, and why."""
+        self.validity = Validity("invalid", reason)
+        self._comparison = self._seen = None
+        self._waiting = []
+        return {"validity": f"No theory of the ensemble for this run, measurements only: {reason}."}
+
+    def _ended(self, step: int, reason: str) -> Report:
+        return Report(pages=self._stop(reason), events=[Event(step, "validity", f"Forecast of the ensemble: {reason}")])
+
+    # ---- the numbers
+
+    def _scalars(self, visit: Visit) -> dict[str, float]:
+        assert self._comparison is not None
+        snapshot, reference = visit.snapshot, visit.reference
+        if snapshot.ntk is None or reference.ntk is None:
+            return {}
+        ntk_0 = reference.ntk.to(snapshot.ntk)  # a checkpoint may have brought it back elsewhere
+        compared = self._comparison.compare(visit.step, snapshot.output, snapshot.ntk, ntk_0, self._kernels(visit))
+        scalars = compared_scalars(compared)
+        if snapshot.hidden:
+            scalars[tag("representation_change", "order_0")] = 0.0  # representations are frozen
+        return scalars
+
+    def _kernels(self, visit: Visit) -> tuple[list[Tensor], list[Tensor]] | None:
+        now, then = visit.snapshot.hidden, visit.reference.hidden
+        if not self._hidden or not all(name in now and name in then for name in self._hidden):
+            return None
+        return [now[name] for name in self._hidden], [then[name].to(now[name]) for name in self._hidden]
+
+    def _layers_page(self, visit: Visit) -> dict[str, str]:
+        kernels = self._kernels(visit)
+        if kernels is None or self._comparison is None:
+            return {}
+        layers = self._comparison.layers(visit.step, *kernels)
+        if not layers:
+            return {}
+        rows = [
+            f"| {name} | {measured:.3g} | 0 | {predicted:.3g} |"
+            for name, (measured, predicted) in zip(self._hidden, layers, strict=True)
+        ]
+        return {
+            "representation": "\n".join(
+                [
+                    f"Drift of hidden kernels at step {visit.step}, along the ensemble's mean drift, relative to the "
+                    "kernel at infinite width. One network's may differ from the mean by as much as the mean.",
+                    "",
+                    "| layer | measured | order 0 | order 1 |",
+                    "|---|---|---|---|",
+                    *rows,
+                ]
+            )
+        }
+
+    # ---- what it knows
+
+    def info(self) -> dict[str, Any]:
+        """Network, r, epsilon and criticality as diagnosed; level and validity of the comparison."""
+        validity = self.validity
+        info: dict[str, Any] = {
+            "level": "measurements only" if self._comparison is None else self._comparison.level,
+            "validity": None if validity is None else {"flag": validity.flag, "reason": validity.reason},
+        }
+        if self._diagnosis is not None:
+            ratio = self._diagnosis.aspect_ratio
+            info |= {
+                "network": self._diagnosis.network,
+                "depth": ratio.depth,
+                "width": ratio.width,
+                "r": ratio.r,
+                "epsilon": ratio.epsilon,
+                "regime": ratio.regime,
+                "criticality": self._diagnosis.verdict,
+            }
+        return info
+
+    def last_figures(self, history: "History", reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
+        """Measured against theory, a figure a quantity: several panels are unreadable at thumbnail size."""
+        return {
+            f"measured_against_theory/{quantity}": comparison_figure(history, [quantity])
+            for quantity in compared_quantities(history)
+        }
+
+
+def _unlike_the_theory(options: dict[str, Any]) -> str | None:
+    """What the ensemble's forecast is not derived for."""
+    if options["momentum"]:
+        return f"SGD with momentum={options['momentum']}: the ensemble's forecast is derived without"
+    return None
+
+
+def _activations(network: nn.Module, ensemble: MLPEnsemble) -> list[str]:
+    """Names of the activations in the order of the hidden layers, if they are modules and used once each."""
+    names = [name for name, m in network.named_modules() if type(m).__module__ == "torch.nn.modules.activation"]
+    return names if len(names) == len(ensemble.hidden_widths) else []
+
+
+def _with_lambda_of(ensemble: MLPEnsemble, other: MLPEnsemble) -> MLPEnsemble:
+    return MLPEnsemble(ensemble.widths, ensemble.activation, ensemble.C_b, ensemble.C_W, other.lambda_b, other.lambda_W)

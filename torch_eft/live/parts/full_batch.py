@@ -1,0 +1,94 @@
+"""Is this full-batch gradient descent on one batch? Seen before the first step, and watched ever after."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_eft.live.part import Start
+from torch_eft.measure.training import batch_fingerprint, same_batch
+
+
+class FullBatch:
+    """What a loop shows of its batches, losses and learning rates.
+
+    Later batches are compared on their device; the result is read only when a measurement asks for it.
+
+    Args:
+        start: The training's beginning.
+    """
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+        self.batch: tuple[Any, Tensor] | None = None
+        self.loss: Tensor | None = None
+        self._reference: Tensor | None = None
+        self._differs: Tensor | None = None
+        self._no_pair = False
+        self._rates: list[float] = []
+
+    def refusal(self) -> str | None:
+        """Why there can be no forecast of this training, as far as its beginning shows, in words."""
+        if not self.start.fresh:
+            return f"training starts at step {self.start.step}, the theory at initialisation"
+        if self.start.outside is not None:
+            return self.start.outside
+        if len(self.start.optimizers) != 1:
+            return f"{len(self.start.optimizers)} optimizers"
+        return None
+
+    def on_batch(self, batch: Any) -> None:
+        """Keep the first batch; compare the others with it."""
+        pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
+        self.batch = (batch[0], batch[1]) if pair and self._reference is None else None
+        if self._reference is None:
+            return
+        if not pair:
+            self._no_pair = True
+            return
+        differs = ~same_batch(batch_fingerprint(*batch), self._reference)
+        self._differs = differs if self._differs is None else self._differs | differs
+
+    def begin(self, optimizer: Optimizer) -> None:
+        """The forecast is made: from here on batches and learning rates must stay."""
+        if self.batch is not None:
+            self._reference = batch_fingerprint(*self.batch)
+        self._rates = rates(optimizer)
+        self.batch = self.loss = None
+
+    def end(self, step: int, optimizer: Optimizer) -> str | None:
+        """Why the forecast ends with the coming step, in words; without waiting for the device."""
+        if self._no_pair:
+            return "a later batch is not a pair (inputs, targets) of tensors"
+        if rates(optimizer) != self._rates:
+            return f"the learning rate changed at step {step}: the forecast is for a constant one"
+        return None
+
+    def changed(self) -> str | None:
+        """Whether a batch held other samples, in words; waits for the device."""
+        if self._differs is not None and bool(self._differs):
+            return "a later batch holds other samples than the first: not full-batch training"
+        return None
+
+
+def rates(optimizer: Optimizer) -> list[float]:
+    """The learning rate of every parameter group, as in force for the coming step."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def sgd_options(optimizer: Optimizer) -> dict[str, Any] | str:
+    """Momentum, Nesterov and dampening of ``torch.optim.SGD``; or why it is none that is linear in gradients."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+    if type(inner) is not torch.optim.SGD:
+        return f"{type(inner).__name__}: forecasts are derived for gradient descent (torch.optim.SGD)"
+    for option in ("weight_decay", "maximize"):
+        used = [group[option] for group in inner.param_groups if group[option]]
+        if used:
+            return f"SGD with {option}={used[0]}: forecasts are derived without"
+    found = [{key: group[key] for key in ("momentum", "nesterov", "dampening")} for group in inner.param_groups]
+    if any(options != found[0] for options in found):
+        return "SGD with another momentum for some parameters: forecasts are derived for one"
+    if any(inner.state[p] for group in inner.param_groups for p in group["params"] if p in inner.state):
+        return "the optimizer carries momentum of earlier steps: forecasts start at rest"
+    return found[0]

@@ -1,0 +1,141 @@
+"""The next interval, predicted from derivatives at its start and the steps that were really taken, beside what came.
+
+Any network, loss, optimizer and batches: between two visits the parameters move by d, whoever moved them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_eft.comparison.compared import Compared, component
+from torch_eft.live.part import Part, Report, Start, Visit
+from torch_eft.live.parts.logged import compared_scalars
+from torch_eft.live.parts.theta import LARGEST, copied, current, memory, too_many
+from torch_eft.measure.interval import Interval, interval
+from torch_eft.measure.probe import OutputFn
+from torch_eft.measure.snapshot import Plan
+
+
+@dataclass
+class _Earlier:
+    step: int
+    theta: dict[str, Tensor]
+    ntk: Tensor | None
+    lambdas: dict[str, float]
+
+
+class IntervalPart(Part):
+    """Changes of outputs and NTK over the interval between two visits.
+
+    Args:
+        output_fn: Turns what the network returns into (N, C).
+        order: 1: the NTK's change by dNTK; 2: by the ddNTKs as well.
+        largest: Trainable parameters up to which a copy is kept.
+    """
+
+    name = "interval"
+    cost = "standard"
+
+    def __init__(self, output_fn: OutputFn | None = None, order: int = 2, largest: int = LARGEST) -> None:
+        if order not in (1, 2):
+            raise ValueError(f"order: {order} given; 1 is dNTK, 2 is dNTK and ddNTK")
+        self.output_fn, self.order, self.largest = output_fn, order, largest
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what belongs to an earlier run."""
+        self._earlier: _Earlier | None = None
+        self._refusal: str | None = None
+        self._validity = ""
+
+    def plan(self, outputs: int, samples: int) -> Plan:
+        """The NTK, which both ends have."""
+        return Plan(ntk=True)
+
+    def begin(self, start: Start) -> Report:
+        """See whether a copy of the parameters can be kept."""
+        self._refusal = too_many(start.network, self.largest)
+        self._earlier = None
+        if self._refusal is not None:
+            return Report(pages={"interval": f"No forecast of intervals for this run: {self._refusal}."})
+        return Report(pages={"interval": f"Forecasts of intervals take {memory(start.network, 1)}."})
+
+    def observe(self, visit: Visit) -> Report:
+        """The interval that ends here; the next one begins."""
+        if self._refusal is not None:
+            return Report()
+        earlier, self._earlier = self._earlier, None  # dropped also if what follows fails
+        report = Report()
+        if earlier is not None and earlier.step < visit.step and set(earlier.theta) == set(current(visit.network)):
+            report = self._between(earlier, visit)
+        if not visit.last:
+            self._earlier = _Earlier(visit.step, copied(visit.network), visit.snapshot.ntk, dict(visit.lambdas))
+        return report
+
+    def _between(self, earlier: _Earlier, visit: Visit) -> Report:
+        H, H_now = earlier.ntk, visit.snapshot.ntk
+        kernels = None if H is None or H_now is None or earlier.lambdas != visit.lambdas else (H, H_now)
+        found = interval(
+            visit.network,
+            earlier.theta,
+            current(visit.network),
+            visit.probe,
+            visit.lambdas,
+            self.order,
+            output_fn=visit.output_fn,
+            kernels=kernels,
+            ntk=kernels is not None,
+        )
+        report = Report(compared_scalars(interval_compared(found, visit.step - earlier.step)))
+        if found.validity != self._validity:
+            self._validity = found.validity
+            report.pages["interval"] = (
+                f"Changes over an interval by derivatives at its start: {found.validity}. It takes "
+                f"{memory(visit.network, 1)}."
+            )
+        return report
+
+
+def interval_compared(found: Interval, steps: int) -> dict[str, Compared]:
+    """Prediction beside what came, with the next order estimated as the last term squared over the one before.
+
+    A network with kinks has no such estimate: their crossings are in no term.
+
+    Args:
+        found: The interval.
+        steps: Its length.
+    """
+    linear, correction = found.output_terms[0], found.output_terms[1:].sum(0)
+    eps = torch.finfo(linear.dtype).eps
+    moved, size = float(found.output_change.norm()), float(linear.norm())
+    compared = {}
+    if moved > 0 and size > 0:
+        rest = found.output_change - linear
+        terms = found.output_terms.flatten(1).norm(dim=1).tolist()
+        rounding = 32 * eps * float(found.output.norm()) / size
+        compared["interval_output"] = Compared(
+            float(component(rest, correction)) / size,
+            0.0,
+            float(correction.norm()) / size,
+            truncation=None if found.kinked else (terms[2] ** 2 / terms[1] if terms[1] > 0 else 0.0) / size + rounding,
+        )
+        compared["interval_output_error"] = Compared(
+            None, float(rest.norm()) / moved, float((rest - correction).norm()) / moved
+        )
+    if found.ntk is not None and found.ntk_change is not None and found.ntk_terms is not None:
+        P, scale = found.ntk_terms.sum(0), float(found.ntk.norm())
+        change = float(found.ntk_change.norm())
+        first, *second = found.ntk_terms.flatten(1).norm(dim=1).tolist()
+        following = second[0] ** 2 / first if second and first > 0 else first**2 / scale if scale > 0 else 0.0
+        if scale > 0 and math.isfinite(change):
+            compared["ntk_rate"] = Compared(
+                float(component(found.ntk_change, P)) / scale / steps,
+                0.0,
+                float(P.norm()) / scale / steps,
+                truncation=None if found.kinked else (following / scale + 32 * eps) / steps,
+            )
+        if change > 0:
+            compared["interval_ntk_error"] = Compared(None, 1.0, float((found.ntk_change - P).norm()) / change)
+    return compared

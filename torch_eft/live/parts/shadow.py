@@ -1,0 +1,199 @@
+"""Shadows: the Taylor models of order 1 and 3 about theta_0, trained beside the network by the same optimizer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_eft.comparison.compared import Compared, component
+from torch_eft.live.part import Event, Part, Report, Start, Visit
+from torch_eft.live.parts.logged import compared_scalars
+from torch_eft.live.parts.theta import LARGEST, memory, too_many
+from torch_eft.measure.isolation import isolated
+from torch_eft.measure.losses import LossFunction, TrainingLoss, recognise_loss
+from torch_eft.measure.probe import OutputFn, Probe
+from torch_eft.measure.shadow import ShadowModel, as_call
+from torch_eft.measure.training import UnrecognisedLossError
+from torch_eft.trajectory import Validity
+
+_MINIBATCHES = "mini-batches"
+"""What a loop may be outside of the theory for, and a shadow follow all the same."""
+
+
+class ShadowPart(Part):
+    """Trains Taylor models beside the network: what its linear model would do, and with the first correction in 1/n.
+
+    Every training step costs a few more (1.7 times an ordinary one for order 1, about 5 times for order 3), and every
+    order a few copies of the parameters: no preset has this part, ``also=["shadow"]`` asks for it.
+
+    Args:
+        output_fn: Turns what the network returns into (N, C).
+        loss: The loss as a function of outputs (N, C) and targets, if it is neither squared error nor cross-entropy.
+        orders: 1, 3 or both.
+        largest: Trainable parameters up to which shadows are trained.
+    """
+
+    name = "shadow"
+    cost = "full"
+
+    def __init__(
+        self,
+        output_fn: OutputFn | None = None,
+        loss: LossFunction | None = None,
+        orders: Sequence[int] = (1, 3),
+        largest: int = LARGEST // 4,
+    ) -> None:
+        if not orders or not set(orders) <= {1, 3}:
+            raise ValueError(f"orders: {tuple(orders)} given; give 1 (infinite width), 3 (first order in 1/n) or both")
+        self.output_fn, self.loss, self.orders, self.largest = output_fn, loss, sorted(set(orders)), largest
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what belongs to an earlier run."""
+        self.validity: Validity | None = None
+        self._start: Start | None = None
+        self._shadows: dict[int, tuple[ShadowModel, Optimizer]] = {}
+        self._training_loss: TrainingLoss | None = None
+        self._batches: list[Any] = []
+        self._last_loss: Tensor | None = None
+        self._outputs_0: Tensor | None = None
+        self._moved = 0.0
+        self._diverged: set[int] = set()
+
+    def begin(self, start: Start) -> Report:
+        """Rule out what the loop already shows to be outside."""
+        if not start.fresh and self._shadows:
+            return Report()  # a second fit goes on where the first one stopped
+        self.forget()
+        reason = None
+        if not start.fresh:
+            reason = f"training starts at step {start.step}, shadows at initialisation"
+        elif start.outside is not None and not start.outside.startswith(_MINIBATCHES):
+            reason = start.outside
+        elif len(start.optimizers) != 1:
+            reason = f"{len(start.optimizers)} optimizers"
+        else:
+            reason = too_many(start.network, self.largest)
+        if reason is not None:
+            return self._stopped(start.step, reason)
+        self._start = start
+        return Report()
+
+    def on_batch(self, batch: Any) -> None:
+        """Keep it for the coming step."""
+        if self._start is not None:
+            self._batches.append(batch)
+
+    def on_loss(self, loss: Tensor) -> None:
+        """Keep the first one."""
+        if self._training_loss is None:
+            self._last_loss = loss
+
+    def on_gradient(self, step: int, optimizer: Optimizer) -> Report:
+        """Take the step that the network is about to take."""
+        if self._start is None:
+            return Report()
+        batches, self._batches = self._batches, []
+        if len(batches) != 1:
+            return self._stopped(step, f"{len(batches)} batches before one step (gradient accumulation)")
+        batch = batches[0]
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+            return self._stopped(step, "the batch is not a pair (inputs, targets)")
+        report = Report()
+        if self._training_loss is None:
+            try:
+                self._make(batch[0], batch[1], optimizer)
+            except ValueError as error:  # unrecognised loss, dropout, batch statistics, no derivatives
+                return self._stopped(step, str(error))
+            copies = memory(self._start.network, 4 * len(self._shadows))
+            report.pages["shadow"] = (
+                f"Shadows of order {self._named}, loss: {self._loss_name}. They take about {copies}."
+            )
+        inputs, targets = batch
+        function = self._training_loss.function  # type: ignore[union-attr]
+        for shadow, twin in self._shadows.values():
+            _same_options(twin, optimizer)
+            shadow.step(inputs, lambda z: function(z, targets), twin)
+        return report
+
+    def observe(self, visit: Visit) -> Report:
+        """Shadows beside the network."""
+        if self._outputs_0 is None:
+            self._outputs_0 = visit.snapshot.output
+        if not self._shadows:
+            return Report()
+        z, start = visit.snapshot.output, self._outputs_0
+        outputs = {order: self._output(shadow, visit.probe) for order, (shadow, _) in self._shadows.items()}
+        report = Report()
+        for order, value in outputs.items():
+            if order not in self._diverged and not bool(torch.isfinite(value).all()):
+                self._diverged.add(order)
+                report.events.append(
+                    Event(
+                        visit.step,
+                        "shadow_output",
+                        f"The shadow of order {order} has diverged: its terms are not small",
+                    )
+                )
+        reference = outputs[self.orders[0]]
+        u, count = reference - start, z.numel() ** 0.5
+        self._moved = max(self._moved, float(u.norm()))
+        if self._moved > 0:
+            series = {f"order_{order // 2}": value for order, value in outputs.items()}
+            along = {name: float(component(value - start, u)) / count for name, value in series.items()}
+            errors = {name: float((z - value).norm()) / self._moved for name, value in series.items()}
+            report.scalars = compared_scalars(
+                {
+                    "shadow_output": Compared(float(component(z - start, u)) / count, **along),
+                    "shadow_output_error": Compared(None, **errors),
+                }
+            )
+        if visit.last:
+            shadow = self._shadows[self.orders[-1]][0]
+            self.validity = shadow.validity(visit.probe.inputs)
+            report.pages["shadow"] = f"Shadows of order {self._named}, loss: {self._loss_name}. {self.validity}"
+        return report
+
+    def _make(self, x: Any, y: Tensor, optimizer: Optimizer) -> None:
+        assert self._start is not None
+        network = self._start.network
+        if self._last_loss is None:
+            raise UnrecognisedLossError("the loop does not show its loss")
+        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        loss = recognise_loss(network, x, y, self._last_loss, gradients, self.output_fn, self.loss)
+        shadows = {}
+        for order in self.orders:
+            shadow = ShadowModel(network, order, self.output_fn)
+            shadows[order] = (shadow, shadow.optimizer_like(optimizer))
+        self._shadows, self._training_loss, self._last_loss = shadows, loss, None
+
+    def _output(self, shadow: ShadowModel, probe: Probe) -> Tensor:
+        with isolated(shadow.network, self.output_fn) as network:
+            args, kwargs = as_call(network.place(probe))
+        with torch.no_grad():
+            value: Tensor = shadow(*args, **kwargs)
+        return value.detach()
+
+    @property
+    def _named(self) -> str:
+        return " and ".join(map(str, self.orders))
+
+    @property
+    def _loss_name(self) -> str:
+        return "" if self._training_loss is None else self._training_loss.name
+
+    def _stopped(self, step: int, reason: str) -> Report:
+        had = bool(self._shadows)
+        self._shadows, self._start, self._batches = {}, None, []
+        self.validity = Validity("invalid", reason)
+        events = [Event(step, "validity", f"Shadows: {reason}")] if had else []
+        return Report(pages={"shadow": f"No shadows for this run: {reason}."}, events=events)
+
+
+def _same_options(twin: Optimizer, optimizer: Optimizer) -> None:
+    """The learning rates (and all else) in force for the coming step."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+    for own, group in zip(twin.param_groups, inner.param_groups, strict=False):
+        own.update({key: value for key, value in group.items() if key not in ("params", "param_names")})
