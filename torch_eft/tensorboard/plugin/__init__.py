@@ -66,7 +66,7 @@ class EFTPlugin(base_plugin.TBPlugin):
         try:
             content = read(plugin_util.context(request.environ), plugin_util.experiment_id(request.environ))
         except (errors.NotFoundError, errors.InvalidArgumentError) as error:
-            return http_util.Respond(request, {"error": error.msg}, "application/json", code=error.http_code)
+            return http_util.Respond(request, {"error": str(error)}, "application/json", code=error.http_code)
         return http_util.Respond(request, content, "application/json")
 
     def _static(self, request: werkzeug.Request) -> werkzeug.Response:

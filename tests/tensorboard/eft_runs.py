@@ -1,0 +1,71 @@
+"""Small runs on disk, as the callbacks write them, with numbers that a test can foretell."""
+
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from torch_eft.tensorboard.run_info import JSONL_NAME, dump_json, write_run_info
+
+STEPS = (0, 1, 2, 5, 10, 20)
+
+
+def drift(step: int, scale: float) -> dict[str, float]:
+    """Measured is one sigma above order 1, everywhere: z = 1."""
+    order_1 = scale * step
+    return {
+        "eft/ntk_drift/measured": order_1 + 0.5,
+        "eft_theory/ntk_drift/order_0": 0.0,
+        "eft_theory/ntk_drift/order_1": order_1,
+        "eft_theory/ntk_drift/minus_sigma": order_1 - 0.5,
+        "eft_theory/ntk_drift/plus_sigma": order_1 + 0.5,
+        "eft/ntk_top_eigenvalue/measured": 300.0 + step,
+    }
+
+
+def run_info(**changes):
+    """A run info; ``changes`` replace its entries."""
+    return {
+        "network": "MLP 64-128-128-10, tanh",
+        "depth": 3,
+        "width": 128.0,
+        "r": 0.0234375,
+        "epsilon": 0.0095,
+        "regime": "0 < r << 1",
+        "criticality": "critical",
+        "parameters": 26122,
+        "probe": [16, 10],
+        "optimizer": "SGD",
+        "level": "ensemble, order 1",
+        "validity": {"flag": "valid", "reason": "the terms of order 1/n are small"},
+        "diagnosis": "### An MLP\n\n- **critical**\n\n| layer | C_W |\n|---|---|\n| 1 | 1 |\n",
+        "quantities": {
+            "ntk_drift": {
+                "title": "NTK drift",
+                "formula": "||H - H_0|| / ||H_0||",
+                "unit": "1",
+                "source": "PDLT 11.2",
+                "at_infinite_width": "0: the NTK is frozen",
+            }
+        },
+        "events": [{"step": 5, "quantity": "ntk_drift", "text": "it left its band"}],
+        "skipped": [],
+        **changes,
+    }
+
+
+def write_run(directory: Path, scale: float = 0.1, info: dict | None = None, steps=STEPS) -> SummaryWriter:
+    """Event files and ``eft.jsonl`` of a run; returns the open writer, flushed."""
+    writer = SummaryWriter(str(directory))
+    with open(directory / JSONL_NAME, "a", encoding="utf-8") as lines:
+        if info is not None:
+            write_run_info(writer, info)
+            lines.write(dump_json({"kind": "run", "schema": 1, **info}) + "\n")
+        for step in steps:
+            scalars = drift(step, scale)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            lines.write(
+                dump_json({"kind": "measurement", "step": step, "epoch": 0, "time": 0.0, "scalars": scalars}) + "\n"
+            )
+    writer.flush()
+    return writer

@@ -1,0 +1,266 @@
+"""The tab in a real TensorBoard and a headless Chromium: choose a run, switch quantity, read a value, export."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+import time
+from xml.etree import ElementTree
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from tests.tensorboard.chromium import EXECUTABLE, NAMES, Browser
+from tests.tensorboard.eft_runs import drift, run_info, write_run
+from torch_eft.report import write_report
+
+pytestmark = pytest.mark.skipif(
+    EXECUTABLE is None, reason=f"no browser found ({', '.join(NAMES)}); on Debian: apt-get install chromium"
+)
+
+HOSTILE = "<img src=x onerror=hacked=1>"
+PAGE = "document.querySelector('iframe').contentDocument"
+
+
+@pytest.fixture
+def browser(tmp_path):
+    (tmp_path / "downloads").mkdir()
+    found = Browser(tmp_path / "profile", tmp_path / "downloads")
+    found.downloads = tmp_path / "downloads"
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def tensorboard(tmp_path):
+    """Address of a TensorBoard on an empty ``logs``, as a user starts it."""
+    (tmp_path / "logs").mkdir()
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path / "logs"), "--port", "0"]
+    # The environment's own name for a proxy would catch the browser's way to localhost.
+    server = subprocess.Popen([*command, "--reload_interval", "1"], stderr=subprocess.PIPE, text=True)
+    said = ""
+    for line in server.stderr:
+        said += line
+        if address := re.search(r"http://\S+?:\d+/", line):
+            break
+    else:
+        pytest.fail(f"TensorBoard did not start: {said}")
+    yield address.group()
+    server.terminate()
+    server.wait(20)
+    server.stderr.close()
+
+
+def text(selector, page=PAGE):
+    return f"{page}.querySelector({selector!r}).textContent"
+
+
+def card(quantity):
+    return f"[data-quantity={quantity}]"
+
+
+def press(browser, selector, page=PAGE):
+    browser.run(f"{page}.querySelector({selector!r}).click()")
+
+
+def hover(browser, selector, share, page=PAGE):
+    """The mouse over an element, at a share of its width."""
+    frame = "document.querySelector('iframe').getBoundingClientRect()" if page == PAGE else "{left: 0, top: 0}"
+    x, y = browser.run(
+        f"(() => {{ const f = {frame}, r = {page}.querySelector({selector!r}).getBoundingClientRect();"
+        f"return [f.left + r.left + {share} * r.width, f.top + r.top + 60]; }})()"
+    )
+    browser.mouse(x, y)
+
+
+def downloaded(browser, suffix):
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        for file in browser.downloads.glob(f"*{suffix}"):
+            content = file.read_bytes()
+            if content:
+                file.unlink()
+                return file.name, content
+        time.sleep(0.1)
+    raise AssertionError(f"no {suffix} came: {os.listdir(browser.downloads)} {browser.console}")
+
+
+def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
+    logs = tmp_path / "logs"
+    write_run(logs / "narrow", 0.2, run_info(r=0.05)).close()
+    hostile = run_info(
+        validity={"flag": "caution", "reason": HOSTILE},
+        diagnosis=f"### {HOSTILE}\n\n{HOSTILE}",
+        events=[{"step": 5, "quantity": "ntk_drift", "text": HOSTILE}],
+    )
+    writer = write_run(logs / HOSTILE, 0.1, hostile)
+    other = SummaryWriter(str(logs / "other"))
+    other.add_scalar("loss", 1.0, 0)
+    other.close()
+
+    browser.go(f"{tensorboard}#eft")
+    browser.until(f"{PAGE}.querySelectorAll('.card svg').length == 2")
+    browser.until(f"/1 other run has no data/.test({text('.status')})")
+    names = browser.run(f"[...{PAGE}.querySelectorAll('.runs .name')].map((e) => e.textContent)")
+    assert names == ["narrow", HOSTILE]
+    badges = browser.run(f"[...{PAGE}.querySelectorAll('.badge')].map((e) => e.textContent)")
+    assert badges == ["● valid", "r = 0.05", "0 < r << 1", "▲ caution", "r = 0.0234", "0 < r << 1"]
+
+    # Two runs in one chart: a row each, and each its z-score.
+    hover(browser, f"{card('ntk_drift')} .chart", 0.97)
+    shown = browser.until(f"{PAGE}.querySelector('.tooltip:not([hidden])').innerText")
+    assert "step 20" in shown and "4.5" in shown and "2.5" in shown and shown.count("+1") == 2
+
+    # One run: the values of every series, and the last one on the card.
+    browser.run(f"{PAGE}.querySelector('.runs input').click()")
+    browser.until(text(f"{card('ntk_drift')} .latest"))
+    assert browser.run(text(f"{card('ntk_drift')} .latest")) == "2.5z +1"
+    assert browser.run(text(f"{card('ntk_drift')} .limit")) == "at infinite width: 0"
+    hover(browser, f"{card('ntk_drift')} .chart", 0.03)
+    hover(browser, f"{card('ntk_drift')} .chart", 0.97)
+    rows = browser.until(
+        f"[...{PAGE}.querySelectorAll('.tooltip:not([hidden]) tr')].map((row) => row.innerText.replace('\\t', ': '))"
+    )
+    assert rows == [
+        "measured: 2.5",
+        "order 0 (infinite width): 0",
+        "order 1 (finite width): 2 ± 0.5",
+        "(measured \N{MINUS SIGN} theory) / σ: +1",
+    ]
+
+    # New measurements appear by themselves.
+    for name, value in drift(40, 0.1).items():
+        writer.add_scalar(name, value, 40)
+    writer.close()
+    browser.until(f"{text(card('ntk_drift') + ' .latest')} == '4.5z +1'")
+
+    # Exports hold what is shown: one run, all quantities.
+    press(browser, ".toolbar [data-export=csv]")
+    _, content = downloaded(browser, ".csv")
+    lines = list(csv.DictReader(content.decode().splitlines()))
+    assert {line["run"] for line in lines} == {HOSTILE}
+    measured = {
+        int(line["step"]): float(line["value"])
+        for line in lines
+        if (line["quantity"], line["series"]) == ("ntk_drift", "measured")
+    }
+    expected = {step: drift(step, 0.1)["eft/ntk_drift/measured"] for step in (0, 1, 2, 5, 10, 20, 40)}
+    assert measured == pytest.approx(expected, rel=1e-6)
+    press(browser, ".toolbar [data-export=svg]")
+    drawing = ElementTree.fromstring(downloaded(browser, ".svg")[1])
+    assert any(HOSTILE in (element.text or "") for element in drawing.iter("{http://www.w3.org/2000/svg}text"))
+
+    # Enlarge, switch quantity, export that one as a picture.
+    press(browser, f"{card('ntk_drift')} .title")
+    assert "PDLT 11.2" in browser.run(text("dialog dl"))
+    assert HOSTILE in browser.run(text("dialog .events"))
+    browser.run(
+        f"(() => {{ const s = {PAGE}.querySelector('dialog select'); s.value = 'ntk_top_eigenvalue';"
+        "s.dispatchEvent(new Event('change')); })()"
+    )
+    hover(browser, "dialog .chart", 0.97)
+    assert "340" in browser.until(f"{PAGE}.querySelector('dialog .tooltip:not([hidden])').innerText")
+    press(browser, "dialog [data-export=png]")
+    name, picture = downloaded(browser, ".png")
+    assert name.startswith("eft_ntk_top_eigenvalue") and picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(picture[16:20], "big") > 1000
+    press(browser, "dialog .close")
+
+    # The run's own words, and TensorBoard's dark mode.
+    press(browser, ".runs li:nth-child(2) button")
+    assert browser.run(text("dialog .markdown h4")) == HOSTILE
+    browser.run("document.body.classList.add('dark-mode')")
+    browser.until(f"{PAGE}.documentElement.dataset.theme == 'dark'")
+
+    # No name became markup, and the browser had nothing to complain of.
+    assert browser.run(f"{PAGE}.querySelectorAll('img').length") == 0
+    assert browser.run("'hacked' in window || 'hacked' in document.querySelector('iframe').contentWindow") is False
+    assert browser.console == []
+
+
+def test_without_data_the_tab_says_what_to_do_and_fills_when_data_come(tmp_path, tensorboard, browser):
+    browser.go(f"{tensorboard}data/plugin_entry.html?name=eft")
+    page = "document"
+    assert "No run here has data of torch_eft yet" in browser.until(text(".empty", page))
+    write_run(tmp_path / "logs" / "run").close()
+    browser.until("document.querySelectorAll('.card svg').length == 2")
+    assert "no description of itself" in browser.run(text(".reason", page))
+
+
+def test_a_report_shows_the_same_page_without_a_server(tmp_path, browser):
+    write_run(tmp_path / "logs" / HOSTILE, 0.1, run_info()).close()
+    with open(tmp_path / "logs" / HOSTILE / "eft.jsonl", "a") as lines:
+        lines.write('{"kind": "page", "name": "validity", "text": "**small** r", "step": 0}\n{"kind": ')
+    write_report([tmp_path / "logs"], tmp_path / "report.html")
+    page = "document"
+    browser.go((tmp_path / "report.html").as_uri())
+    browser.until("document.querySelectorAll('.card svg').length == 2")
+    assert browser.run(text(".runs .name", page)) == f"logs/{HOSTILE}"
+    assert "1 line was cut off" in browser.run(text(".status", page))
+    browser.run(f"document.querySelector('{card('ntk_drift')} .chart').focus()")
+    browser.key("ArrowRight")
+    browser.key("ArrowRight")
+    assert "step 1" in browser.until("document.querySelector('.tooltip:not([hidden])').innerText")
+    press(browser, ".runs button", page)
+    assert browser.run(text("dialog section strong", page)) == "small"
+    assert browser.run("document.querySelectorAll('img').length") == 0
+    press(browser, ".toolbar [data-export=png]", page)
+    assert downloaded(browser, ".png")[1][:4] == b"\x89PNG"
+    assert browser.console == []
+
+
+NUMBERS = """
+(async () => {
+  const model = await import(new URL('plugin/eft/static/model.js', location).href);
+  const scale = await import(new URL('plugin/eft/static/scale.js', location).href);
+  const format = await import(new URL('plugin/eft/static/format.js', location).href);
+  const raw = {
+    measured: [[0, 1], [1, null], [2, 5], [3, 7]], order_0: [[0, 2], [1, 2], [2, 2]], order_1: [[0, 1], [1, 2], [2, 4]],
+    minus_sigma: [[0, 1], [1, 1], [2, 2]], plus_sigma: [[0, 1], [1, 3], [2, 6]], truncation: [[2, 0.5]],
+    z_score: [[2, 0.5]], 'layer/a': [[0, 1]], other: [[0, 3]],
+  };
+  const q = model.readQuantity(raw);
+  return {
+    best: q.best, others: q.others.map((o) => o.series), layers: q.layers.map((o) => o.series),
+    truncation: q.truncation,
+    z: model.residual(q, 'order_1', 'z'), z0: model.residual(q, 'order_0', 'z'),
+    relative: model.residual(q, 'order_1', 'relative'), difference: model.residual(q, 'order_0', 'difference'),
+    kinds: [[q], [model.readQuantity({measured: [[0, 1]], order_0: [[0, 2]]})],
+      [model.readQuantity({measured: [[0, 1]], order_0: [[0, 0]]})], [model.readQuantity({measured: [[0, 1]]})],
+    ].map((list) => model.residualKind(list, 'auto')),
+    csv: model.toCsv({'a,"b': {q: {measured: [[1, null], [2, -0.5]]}}, '=1+1': {}, '@x': {q: {s: [[0, 1]]}}}),
+    linear: scale.makeScale('linear', [0, 1], [0, 100]).ticks(5),
+    log: scale.makeScale('log', [1e-6, 1], [0, 100]).ticks(4),
+    steps: scale.makeScale('steps', [0, 1000], [0, 100]).ticks(4),
+    back: [0, 7, 1000].map((v) => { const s = scale.makeScale('steps', [0, 1000], [0, 100]); return s.from(s.to(v)); }),
+    numbers: [0, 1234.5678, -0.00012356, 1e9, null, NaN].map((v) => format.number(v)),
+  };
+})()
+"""
+
+
+def test_numbers_of_the_modules(tensorboard, browser):
+    browser.go(f"{tensorboard}data/plugin_entry.html?name=eft")
+    browser.until(text(".empty", "document"))
+    found = browser.run(NUMBERS)
+    assert found["best"] == "order_1"
+    assert found["others"] == ["other"] and found["layers"] == ["layer/a"]
+    assert found["truncation"] == [[2, 3.5, 4.5]]
+    assert found["z"] == [[2, 0.5]]  # sigma is 0 at step 0, nothing measured at 1, no theory at 3
+    assert found["z0"] == [[2, 1.5]]
+    assert found["relative"] == [[0, 0], [2, 0.25]]
+    assert found["difference"] == [[0, -1], [2, 3]]
+    assert found["kinds"] == ["z", "relative", "difference", None]
+    assert found["csv"].splitlines() == [
+        "run,quantity,series,step,value",
+        '"a,""b",q,measured,1,',
+        '"a,""b",q,measured,2,-0.5',
+        "'@x,q,s,0,1",
+    ]
+    assert found["linear"] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert found["log"] == pytest.approx([1e-6, 1e-4, 1e-2, 1])
+    assert found["steps"] == [0, 1, 10, 100, 1000]
+    assert found["back"] == pytest.approx([0, 7, 1000])
+    minus, none = "\N{MINUS SIGN}", "\N{EN DASH}"
+    assert found["numbers"] == ["0", "1235", f"{minus}1.236e{minus}4", "1e9", none, none]
