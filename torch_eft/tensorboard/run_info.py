@@ -16,21 +16,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch_eft.tensorboard.tags import LAYERS, MORE, PREFIX, THEORY
+
 PLUGIN_NAME = "eft"
 RUN_INFO_TAG = "eft/run"
 JSONL_NAME = "eft.jsonl"
 SCHEMA = 1
 
-MEASURED_PREFIX, THEORY_PREFIX = "eft", "eft_theory"
-
 
 def split_tag(name: str) -> tuple[str, str] | None:
-    """``(quantity, series)`` of ``eft/<quantity>/<series>`` or ``eft_theory/<quantity>/<series>``; None for others."""
+    """``(quantity, series)`` of a tag as ``tags.py`` makes them; the series of a layer is ``layer/<layer>``.
+
+    None for the tags of others.
+    """
     prefix, _, rest = name.partition("/")
-    quantity, _, series = rest.rpartition("/")
-    if prefix not in (MEASURED_PREFIX, THEORY_PREFIX) or not quantity or not series:
+    quantity, _, series = rest.partition("/")
+    if prefix not in (PREFIX, MORE, THEORY, LAYERS) or not quantity or not series:
         return None
-    return quantity, series
+    return quantity, f"layer/{series}" if prefix == LAYERS else series
 
 
 def run_info_summary(info: Mapping[str, Any]) -> Any:
