@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="torch-eft", description="The effective theory of deep learning at work.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_demo, _add_diagnose):
+    for add in (_add_demo, _add_diagnose, _add_report):
         add(commands)
     return parser
 
@@ -215,3 +215,22 @@ def _drawn(diagnosis: Diagnosis | MeasuredDiagnosis, subject: nn.Module | MLPEns
     size = 1.0 if inputs is None else float(inputs.square().mean())
     ratio = aspect_ratio(ensemble, inputs)
     return planes_figure(phase_plane(ensemble, ratio, size), depth_width_plane(ensemble, ratio, size))
+
+
+# ---- report
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="one HTML file of measured against theory, from the runs' eft.jsonl")
+    report.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a log directory, searched for eft.jsonl, or such a file"
+    )
+    report.add_argument("--out", default="report.html", help="the file to write (default %(default)s)")
+    report.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from torch_eft.report import write_report
+
+    print(write_report(options.runs, options.out))
+    return 0
