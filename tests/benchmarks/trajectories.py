@@ -54,7 +54,7 @@ CASES = {
     "drift": lambda: report("NTK drift, 64 images", 64, 10, 4096, lambda f: f.ntk_drift(STEPS)),
     "mean": lambda: report("mean output, 64 images", 64, 10, 4096, lambda f: f.mean_output(STEPS)),
     "wide": lambda: report("NTK drift, 100 outputs", 64, 100, 4096, lambda f: f.ntk_drift(STEPS, trace=True)),
-    "many": lambda: report("NTK drift, 1,000 images", 1000, 10, 2048, lambda f: f.ntk_drift(STEPS[::20], trace=True)),
+    "many": lambda: report("NTK drift, 1,000 images", 1000, 10, 4096, lambda f: f.ntk_drift(STEPS[::20], trace=True)),
 }
 
 

@@ -6,17 +6,19 @@ sampling error.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from torch_eft.theory.activations import Activation
 from torch_eft.theory.blocks import RECURSIONS, evaluators, infinite_width
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.four_label import Factor, SummedMoments
+from torch_eft.theory.four_label import Factor
 from torch_eft.theory.pair_moments import Kinks, PairMoments
-from torch_eft.theory.points import MOST_QUADRATURE_LABELS, quadrature_spacings, sample_points
+from torch_eft.theory.points import MOST_QUADRATURE_LABELS, Points, quadrature_spacings, sample_points
 from torch_eft.theory.two_slope import Orders
 from torch_eft.theory.vertices import Vertices
 
@@ -97,10 +99,9 @@ class VertexTiles:
 
     def _sampled(self, replica: int, m: int) -> "_PairedMoments":
         if (replica, m) not in self._moments:
-            K, _, pairs = self._layers
+            K = self._layers[0]
             points = sample_points(K[m - 1], self._size, self._seed + 1000 * replica + m)
-            moments = SummedMoments(self.ensemble.activation, K[m - 1], points, pairs[m - 1])
-            self._moments[replica, m] = _PairedMoments(moments)
+            self._moments[replica, m] = _PairedMoments(self.ensemble.activation, points, self._single[2][m - 1])
         return self._moments[replica, m]
 
 
@@ -138,20 +139,85 @@ class _Part:
 
 
 class _PairedMoments:
-    """Moments with four labels, paired so that the two matrices multiplied are narrow."""
+    """Moments with three and four labels over a sample, split so that the two matrices multiplied are narrow.
 
-    def __init__(self, moments: SummedMoments) -> None:
-        self._all = moments
+    With f and g the products of functions on the two sides and means of the sample in a bar, what is returned is the
+    exact <f> <g> and the covariance about exact means: fg - f <g> - <f> g + 2 <f> <g>, each over the sample.
+
+    Args:
+        activation: sigma.
+        points: The sample.
+        pairs: The exact two-label moments.
+    """
+
+    def __init__(self, activation: Activation, points: Points, pairs: PairMoments) -> None:
+        self._activation, self._z, self._pairs = activation, points.z, pairs
+        self._functions: dict[Orders, Tensor] = {}
 
     def moment(self, factors: Sequence[Factor]) -> Tensor:
         """<prod f>, one axis a factor."""
-        if len(factors) != 4:
-            return self._all.moment(factors).float()
         n = [len(index) for _, index in factors]
-        pairings = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))
-        order = min(pairings, key=lambda p: n[p[0]] * n[p[1]] + n[p[2]] * n[p[3]])
-        value = self._all.moment([factors[index] for index in order]).float()
-        return value.permute([order.index(axis) for axis in range(4)])
+        columns = [
+            math.prod(n[slot] for slot in left) + math.prod(n[slot] for slot in right)
+            for left, right in _SPLITS[len(n)]
+        ]
+        left, right = _SPLITS[len(n)][columns.index(min(columns))]
+        first, second = [factors[slot] for slot in left], [factors[slot] for slot in right]
+        mean_first, mean_second = self._mean(first), self._mean(second)
+        product = self._z.new_zeros(len(mean_first), len(mean_second))
+        sum_first, sum_second = torch.zeros_like(mean_first), torch.zeros_like(mean_second)
+        columns_first, columns_second = self._columns(first), self._columns(second)
+        rows = max(1, _FEATURES // min(columns))
+        for start in range(0, len(self._z), rows):  # small enough for the features to stay in the cache
+            part = slice(start, start + rows)
+            f, g = _products(columns_first, part), _products(columns_second, part)
+            product.addmm_(f.T, g)
+            sum_first, sum_second = sum_first + f.sum(0), sum_second + g.sum(0)
+        count = len(self._z)
+        product /= count
+        product -= torch.outer(sum_first / count - mean_first, mean_second)
+        product -= torch.outer(mean_first, sum_second / count - mean_second)
+        order = (*left, *right)
+        value = product.reshape([n[slot] for slot in order])
+        return value.permute([order.index(axis) for axis in range(len(n))])
+
+    def _mean(self, factors: Sequence[Factor]) -> Tensor:
+        """The exact mean of one or two factors, flat."""
+        if len(factors) == 1:
+            orders, index = factors[0]
+            return self._pairs.single(orders)[index]
+        (first, rows), (second, columns) = factors
+        return self._pairs.explicit(first, second)[rows][:, columns].flatten()
+
+    def _columns(self, factors: Sequence[Factor]) -> list[Tensor]:
+        """Every factor at all points, (S, n)."""
+        for orders, _ in factors:
+            if orders not in self._functions:
+                self._functions[orders] = torch.stack([self._activation(self._z, order) for order in orders]).prod(0)
+        return [self._functions[orders][:, _consecutive(index)] for orders, index in factors]
+
+
+_SPLITS = {
+    3: (((0,), (1, 2)), ((1,), (0, 2)), ((2,), (0, 1))),
+    4: (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))),
+}
+
+_FEATURES = 2**21
+"""Entries of the features multiplied at once."""
+
+
+def _consecutive(index: Tensor) -> Tensor | slice:
+    """Consecutive numbers as a slice, which copies nothing."""
+    if len(index) and bool((index.diff() == 1).all()):
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return index
+
+
+def _products(columns: Sequence[Tensor], part: slice) -> Tensor:
+    """Products over all entries of one or two factors at some points, (S, n)."""
+    if len(columns) == 1:
+        return columns[0][part]
+    return (columns[0][part, :, None] * columns[1][part, None, :]).flatten(1)
 
 
 class _SinglePairs:
