@@ -143,7 +143,9 @@ def derived_diagnosis(source: MLPEnsemble | ReadEnsemble, x: Tensor | None = Non
     _check_finite(gains, ensemble)
     ratio = aspect_ratio(ensemble, inputs)
     rows = _layers(ensemble, gains, source if isinstance(source, ReadEnsemble) else None, inputs)
-    own = variant("this network", ensemble, inputs, ratio)
+    spread = seed_spread(ensemble, few(inputs))
+    drift = expected_drift(ensemble, None if inputs is None else inputs[:1])
+    own = variant("this network", ensemble, inputs, ratio, spread, drift)
     phase = _phase(ratio, own.gradient_growth)
     dead = 0.0 if ensemble.activation.slopes in (None, (0.0, 0.0)) else dead_probability(ensemble)
     findings = _findings(ensemble, ratio, own, phase, rows, dead)
@@ -158,8 +160,8 @@ def derived_diagnosis(source: MLPEnsemble | ReadEnsemble, x: Tensor | None = Non
         kernel_growth=own.kernel_growth,
         gradient_growth=own.gradient_growth,
         aspect_ratio=ratio,
-        spread=seed_spread(ensemble, few(inputs)),
-        drift=expected_drift(ensemble, None if inputs is None else inputs[:1]),
+        spread=spread,
+        drift=drift,
         dead=dead,
         variants=_variants(ensemble, inputs, own),
         layers=rows,
@@ -284,9 +286,9 @@ def _findings(
                 remedy,
             )
         )
-    largest = max(ratio.epsilon, ratio.r)
-    name_of = f"epsilon = {ratio.epsilon:.3g}" if ratio.epsilon >= ratio.r else f"r = L/n = {ratio.r:.3g}"
-    deep = depth_finding(largest, name_of, _narrower(ratio, largest))
+    epsilon = max(ratio.epsilon, ratio.epsilon_all_orders)
+    name_of = f"epsilon = {epsilon:.3g}" if epsilon >= ratio.r else f"r = L/n = {ratio.r:.3g}"
+    deep = depth_finding(max(epsilon, ratio.r), name_of, _narrower(ratio))
     if deep is not None:
         found.append(deep)
     if dead >= DEAD:
@@ -313,9 +315,12 @@ def _findings(
     return tuple(found)
 
 
-def _narrower(ratio: AspectRatio, size: float) -> str:
-    """Epsilon and r fall as 1/n exactly when all hidden widths grow together; with the depth about linearly."""
-    factor = math.ceil(size / EDGE * 10 + 1e-9) / 10
+def _narrower(ratio: AspectRatio) -> str:
+    """At order 1/n both r and epsilon fall as 1/n when all hidden widths grow together; with the depth about linearly.
+
+    epsilon = 0.18 at order 1/n is at most e^0.18 - 1 = 0.197 at all orders.
+    """
+    factor = math.ceil(max(ratio.r / EDGE, ratio.epsilon / 0.18) * 10 + 1e-9) / 10
     shorter = int(ratio.depth / factor)
     depth = f"; so does a depth of about L = {shorter}" if shorter >= 2 else ""
     return f"too deep for its width: hidden widths times {factor:.3g} bring r and epsilon below {EDGE:g}{depth}"

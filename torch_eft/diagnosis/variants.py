@@ -6,9 +6,9 @@ from torch import Tensor
 
 from torch_eft.theory.aspect_ratio import AspectRatio, aspect_ratio
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.expected_drift import expected_drift
+from torch_eft.theory.expected_drift import ExpectedDrift, expected_drift
 from torch_eft.theory.learning_rates import largest_learning_rate, layer_gains
-from torch_eft.theory.seed_spread import seed_spread
+from torch_eft.theory.seed_spread import SeedSpread, seed_spread
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,14 @@ class Variant:
     largest_learning_rate: float | None
 
 
-def variant(name: str, ensemble: MLPEnsemble, x: Tensor | None, ratio: AspectRatio | None = None) -> Variant:
+def variant(
+    name: str,
+    ensemble: MLPEnsemble,
+    x: Tensor | None,
+    ratio: AspectRatio | None = None,
+    spread: SeedSpread | None = None,
+    drift: ExpectedDrift | None = None,
+) -> Variant:
     """The numbers of one ensemble.
 
     Args:
@@ -48,8 +55,12 @@ def variant(name: str, ensemble: MLPEnsemble, x: Tensor | None, ratio: AspectRat
         ensemble: The ensemble.
         x: Inputs, (N, n_0), or None.
         ratio: Its aspect ratio, if it is known already.
+        spread: Likewise.
+        drift: Likewise.
     """
-    ratio = aspect_ratio(ensemble, x) if ratio is None else ratio
+    ratio = ratio or aspect_ratio(ensemble, x)
+    spread = spread or seed_spread(ensemble, few(x))
+    drift = drift or expected_drift(ensemble, None if x is None else x[:1])
     gains = layer_gains(ensemble, x)
     eta = largest_learning_rate(ensemble, x, "mean")
     first = gains.K[0].mean()
@@ -59,10 +70,10 @@ def variant(name: str, ensemble: MLPEnsemble, x: Tensor | None, ratio: AspectRat
         r=ratio.r,
         epsilon=ratio.epsilon,
         epsilon_all_orders=ratio.epsilon_all_orders,
-        ntk_spread=seed_spread(ensemble, few(x)).ntk,
+        ntk_spread=spread.ntk,
         kernel_growth=float(gains.K[-1].mean() / first) if float(first) > 0 else 1.0,
         gradient_growth=float(gains.J[0].mean()),
-        drift=expected_drift(ensemble, None if x is None else x[:1]).size,
+        drift=drift.size,
         largest_learning_rate=eta if eta < float("inf") else None,
     )
 

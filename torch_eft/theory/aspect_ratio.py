@@ -24,6 +24,7 @@ maximum over r is at r* = 4 / ((20 + 3 n_L) nu) with epsilon = nu r, and with ep
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -157,6 +158,7 @@ def aspect_ratio(ensemble: MLPEnsemble, x: Tensor | None = None) -> AspectRatio:
     )
 
 
+@lru_cache(maxsize=64)
 def _critical_point(activation: Activation) -> tuple[CriticalPoint | None, str]:
     try:
         point = criticality(activation)

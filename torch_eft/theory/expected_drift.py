@@ -24,8 +24,8 @@ from torch_eft.theory.learning_rates import layer_gains, layer_shares
 from torch_eft.theory.statistics import initial_statistics
 from torch_eft.trajectory import Validity
 
-DEEPEST = 100
-"""Layers beyond which the vertices, a second a dozen layers, are not evaluated."""
+DEEPEST = 32
+"""Layers beyond which the vertices P .. U are not evaluated: it takes seconds, and r is then rarely small."""
 
 
 @dataclass(frozen=True)
