@@ -125,6 +125,7 @@ class Observer:
         self._theta_0: dict[str, Tensor] | None = None
         self._lambdas: dict[str, float] = {}
         self._last_step: int | None = None
+        self._left_out_step: int | None = None
 
     @property
     def history(self) -> History:
@@ -323,7 +324,10 @@ class Observer:
         if not forced and not self.budget.affordable(SNAPSHOT, progress):
             if self.budget.accounts[SNAPSHOT].left_out == 1:
                 self.recorder.say(thinning_sentence(self.budget, step))
+            self._left_out_step = step
             return {}
+        if step == self._left_out_step:  # left out first, then seen to be the last
+            self.budget.accounts[SNAPSHOT].left_out -= 1
         self._last_step = step  # also if it fails: one attempt a step
         with self.budget.account(SNAPSHOT, forced):
             # Parameters that were frozen at theta_0 may have joined: theirs are the rates they have now.

@@ -108,12 +108,10 @@ class Recorder:
         self.outlet.events(events, self.events, self.step)
 
     def tell(self, parts: Sequence[Part], model: nn.Module, optimizers: Sequence[Optimizer], probe: list[int]) -> None:
-        """What is known of the run, if it has changed; a prediction that is no longer valid is an event."""
+        """What is known of the run, if it has changed."""
         validity = validity_of(parts)
         if validity is not None and validity != self._said:
             self.say(f"torch_eft: {_spoken(validity)}")
-            if validity.flag == "invalid" and self._said is not None and self._said.flag != "invalid":
-                self.happened([Event(self.step, "validity", f"the prediction ends: {validity.reason}")])
         self._said = validity
         diagnosis = self._pages.get("diagnosis", "")
         info = run_info(parts, model, optimizers, probe, diagnosis, self.history, self.events, self.skipped)

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -91,9 +92,10 @@ class JSONLSink(Sink):
 
     def close(self) -> None:
         """Close the file; a later line opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # told when the line was written
+                file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.broken:

@@ -1,0 +1,318 @@
+"""The observer in a bare PyTorch loop."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.callbacks.trainings import PROBE, dataset, normed_net, plain_sgd, run, sgd, simple_mlp
+from torch_eft.callbacks.monitor import Monitor
+from torch_eft.live import MeasurementWarning, Observer, Part, Report, Sink
+from torch_eft.live import budget as budget_module
+from torch_eft.live.parts.ensemble import EnsemblePart
+from torch_eft.live.parts.ntk import NTKPart
+from torch_eft.live.parts.representation import RepresentationPart
+from torch_eft.measure.snapshot import Plan
+from torch_eft.tensorboard import QUANTITIES, tag
+from torch_eft.tensorboard.run_info import read_jsonl
+from torch_eft.tensorboard.tags import quantity_of
+
+
+def train(make_net=simple_mlp, make_optimizer=plain_sgd, steps=6, batch=24, observe=None):
+    torch.manual_seed(0)
+    net = make_net()
+    optimizer = make_optimizer(net.parameters())
+    x, y = dataset().tensors
+    observer = None if observe is None else observe(net, optimizer)
+    if observer is not None:
+        observer.begin(total_steps=steps)
+    for step in range(1, steps + 1):
+        rows = torch.randperm(24)[:batch]
+        loss = F.mse_loss(net(x[rows]), y[rows])
+        if observer is not None:
+            observer.observe_batch((x[rows], y[rows]))
+            observer.observe_loss(loss)
+        optimizer.zero_grad()
+        loss.backward()
+        if observer is not None:
+            observer.before_step()
+        optimizer.step()
+        if observer is not None:
+            observer.measure(step)
+    if observer is not None:
+        observer.finish()
+    return net, optimizer, observer
+
+
+def bits(net, optimizer):
+    return [
+        *(value.clone() for value in net.state_dict().values()),
+        *(value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)),
+        torch.get_rng_state(),
+    ]
+
+
+@pytest.mark.parametrize(("net", "optimizer"), [(simple_mlp, plain_sgd), (normed_net, sgd)])
+def test_a_bare_loop_ends_in_the_same_bits(net, optimizer):
+    alone = bits(*train(net, optimizer, batch=8)[:2])
+    *observed, observer = train(
+        net,
+        optimizer,
+        batch=8,
+        observe=lambda *of: Observer(of[0], PROBE, of[1], every=1, budget=None, on_error="raise"),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(alone, bits(*observed), strict=True))
+    assert list(observer.history) == list(range(7))
+
+
+def test_it_says_what_the_callback_says():
+    """The same full-batch training by hand and by Lightning: the same numbers to rounding."""
+
+    def parts():  # order 1 is left out where a loaded machine could not afford it: not what is compared
+        return [NTKPart(), RepresentationPart(), EnsemblePart(order=0)]
+
+    def observe(net, optimizer):
+        return Observer(net, PROBE, optimizer, every=2, budget=None, on_error="raise", parts=parts())
+
+    *_, observer = train(observe=observe)
+    monitor = Monitor(PROBE, parts(), every=2, budget=None, on_error="raise")
+    run([monitor], net=simple_mlp, optimizer=plain_sgd, batch_size=24, epochs=6)
+    assert str(observer.validity) == str(monitor.validity)
+    assert list(observer.history) == list(monitor.history) == [0, 2, 4, 6]
+    for step, scalars in monitor.history.items():
+        assert scalars.keys() == observer.history[step].keys()
+        for name, value in scalars.items():
+            if quantity_of(name) != "overhead_percent":
+                assert observer.history[step][name] == pytest.approx(value, rel=1e-3, abs=1e-5), (step, name)
+
+
+def test_measure_alone_is_enough():
+    net = simple_mlp()
+    observer = Observer(net, PROBE, preset="light", every=10, budget=None)
+    found = [observer.measure(step) for step in range(0, 21)]
+    assert [bool(scalars) for scalars in found if scalars is not found[0]].count(True) == 2
+    observer.finish()
+    assert list(observer.history) == [0, 10, 20]
+    assert observer.origin == "initialisation"
+    late = Observer(net, PROBE, preset="light")
+    late.measure(5)
+    assert late.origin == "resumed at step 5 without a recorded theta_0"
+
+
+def test_the_last_planned_step_is_measured_whatever_the_schedule():
+    *_, observer = train(observe=lambda *of: Observer(of[0], PROBE, of[1], preset="light", every=4, budget=None))
+    assert list(observer.history) == [0, 4, 6]
+
+
+def test_files_hold_the_history(tmp_path):
+    parts = [NTKPart(), EnsemblePart(order=0)]
+    *_, observer = train(
+        observe=lambda *of: Observer(of[0], PROBE, of[1], every=3, budget=None, logdir=tmp_path, parts=parts)
+    )
+    records = read_jsonl(tmp_path / "eft.jsonl")
+    assert records.measurements == observer.history
+    assert records.info["parameters"] == sum(p.numel() for p in simple_mlp().parameters())
+    assert records.info["probe"] == [4, 3]
+    assert records.info["optimizer"] == "SGD, lr 0.05"
+    assert records.info["validity"]["flag"] == observer.validity.flag
+    assert set(records.info["quantities"]) == {quantity_of(name) for name in observer.history[6]}
+    assert {"diagnosis", "validity", "overhead"} <= set(records.pages)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()
+    assert set(observer.history[6]) == set(tags["scalars"])
+    assert "eft/ntk_spectrum/log10_eigenvalues" in tags["histograms"]
+
+
+def test_state_goes_on_where_it_stopped():
+    torch.manual_seed(0)
+    net = simple_mlp()
+    first = Observer(net, PROBE, preset="light", every=1, budget=None)
+    first.measure(0)
+    with torch.no_grad():
+        net[0].weight.add_(0.1)
+    first.measure(1)
+    second = Observer(net, PROBE, preset="light", every=1, budget=None)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    with torch.no_grad():
+        net[0].weight.sub_(0.1)
+    second.begin(1)
+    second.measure(2)
+    assert list(second.history) == [0, 1, 2]
+    assert second.history[1] == first.history[1]
+    assert second.history[2][tag("ntk_drift")] == pytest.approx(0, abs=1e-6)
+
+
+class _Costly(Part):
+    """Each visit takes a second on the clock of the test."""
+
+    name = "costly"
+
+    def __init__(self, clock, seconds=1.0):
+        self.clock, self.seconds, self.visits = clock, seconds, []
+
+    def plan(self, outputs, samples):
+        return Plan()
+
+    def observe(self, visit):
+        self.clock.now += self.seconds
+        self.visits.append((visit.step, visit.last))
+        return Report()
+
+
+class _Clock:
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def test_the_schedule_is_thinned_to_the_budget_and_says_so(monkeypatch):
+    clock, said = _Clock(), []
+    monkeypatch.setattr(budget_module, "time", clock)
+    part = _Costly(clock)
+    observer = Observer(simple_mlp(), PROBE, every=1, budget=0.05, parts=[part])
+    observer.recorder.say = said.append
+    observer.begin(total_steps=100)
+    for step in range(1, 101):
+        clock.now += 1.0
+        observer.measure(step)
+    observer.finish()
+    assert part.visits[0] == (0, False)
+    assert part.visits[-1] == (100, True)
+    # Of 100 s at 5 % start and end take 2 s; the third of the other 3 s is earned at the very end.
+    assert [step for step, _ in part.visits] == [0, 34, 67, 100]
+    assert len(observer.history) == 101  # the snapshot itself takes no time on this clock
+    assert observer.budget.percent == pytest.approx(4.0, abs=0.01)  # the check before it takes real time
+    assert "left out to stay within 5 %: costly at 97 of them (budget=None makes them all)" in said[-1]
+
+
+def test_a_measurement_too_dear_is_left_out_whole(monkeypatch):
+    from torch_eft.live import observer as module
+
+    clock, said = _Clock(), []
+    monkeypatch.setattr(budget_module, "time", clock)
+    take = module.take_snapshot
+
+    def slow(*arguments):
+        clock.now += 1.0
+        return take(*arguments)
+
+    monkeypatch.setattr(module, "take_snapshot", slow)
+    observer = Observer(simple_mlp(), PROBE, preset="light", every=1)
+    observer.recorder.say = said.append
+    observer.begin()
+    for step in range(1, 101):
+        clock.now += 1.0
+        observer.measure(step)
+    observer.finish()
+    # Where the number of steps is not known, start and end are paid for before the first measurement between them.
+    first, second, third, last = observer.history
+    assert (first, last) == (0, 100)
+    assert 60 <= second <= 62  # 1 s and the 2 s of start and end, at 5 %
+    assert 80 <= third <= 82
+    assert sum("due ones are left out where they would take more than 5 %" in sentence for sentence in said) == 1
+    assert "97 due measurements" in said[-1]
+
+
+class _Broken(Sink):
+    def scalars(self, step, values, epoch=None):
+        raise OSError("disk full")
+
+
+class _Keep(Sink):
+    def __init__(self):
+        self.steps = []
+
+    def scalars(self, step, values, epoch=None):
+        self.steps.append(step)
+
+
+def test_a_sink_that_fails_does_not_keep_others_from_their_numbers():
+    keep = _Keep()
+    observer = Observer(simple_mlp(), PROBE, preset="light", every=1, budget=None, sinks=[_Broken(), keep])
+    with pytest.warns(MeasurementWarning, match="disk full"):
+        for step in range(3):
+            observer.measure(step)
+    assert keep.steps == [0, 1, 2]
+    assert len(observer.skipped) == 3
+
+
+class _FailsSometimes(Part):
+    name = "moody"
+
+    def observe(self, visit):
+        if visit.step == 1:
+            raise RuntimeError("not today")
+        return Report(scalars={tag("dntk"): 1.0})
+
+
+def test_a_part_that_fails_is_skipped_and_the_others_go_on():
+    observer = Observer(simple_mlp(), PROBE, every=1, budget=None, parts=[_FailsSometimes(), NTKPart()])
+    with pytest.warns(MeasurementWarning, match="not today"):
+        for step in range(3):
+            observer.measure(step)
+    assert [tag("dntk") in observer.history[step] for step in range(3)] == [True, False, True]
+    assert all(tag("ntk_drift") in observer.history[step] for step in range(3))
+    assert observer.skipped == [(1, "RuntimeError: not today")]
+
+
+def test_a_prediction_that_ends_is_an_event():
+    def observe(net, optimizer):
+        return Observer(net, PROBE, optimizer, every=1, budget=None, parts=[EnsemblePart(order=0)])
+
+    *_, observer = train(batch=8, observe=observe)
+    assert observer.validity.flag == "invalid"
+    (event,) = [event for event in observer.events if event.text.startswith("Forecast of the ensemble")]
+    assert (event.step, event.quantity) == (2, "validity")  # one step was taken: the next batch is another
+    assert "other samples" in event.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(preset="everything"), r"preset: 'everything' given; give one of 'light', 'standard', 'full'"),
+        (dict(also=["horoscope"]), r"also: 'horoscope' is no part; there are ntk, representation"),
+        (dict(budget=0), r"budget: 0 given"),
+        (dict(on_error="ignore"), r"on_error: 'ignore' given"),
+    ],
+)
+def test_unusable_arguments_stop_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Observer(simple_mlp(), PROBE, **arguments)
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(ValueError, match="model: None given"):
+        Observer(None, PROBE).begin()
+    with pytest.raises(ValueError, match="probe: None given"):
+        Observer(simple_mlp(), "first_batch:3").begin()
+
+
+@pytest.mark.parametrize("training", ["full batch", "mini-batches"])
+def test_every_logged_key_is_documented_and_the_first_group_is_small(training):
+    net, optimizer, batch = (simple_mlp, plain_sgd, 24) if training == "full batch" else (normed_net, sgd, 8)
+    make = lambda *of: Observer(of[0], PROBE, of[1], preset="full", every=3, budget=None, on_error="raise")  # noqa: E731
+    *_, observer = train(net, optimizer, batch=batch, observe=make)
+    logged = {name for scalars in observer.history.values() for name in scalars}
+    assert all(quantity_of(name) in QUANTITIES for name in logged)
+    assert 1 <= len({name for name in logged if name.startswith("eft/")}) <= 12
+
+
+def test_at_most_twelve_quantities_are_among_the_first():
+    assert sum(quantity.among_the_first for quantity in QUANTITIES.values()) <= 12
+
+
+def test_the_core_needs_no_lightning():
+    program = (
+        "import sys, torch, torch_eft.live as live\n"
+        "net = torch.nn.Linear(3, 2)\n"
+        "observer = live.Observer(net, torch.randn(4, 3), preset='light', budget=None)\n"
+        "observer.measure(0), observer.measure(1), observer.finish()\n"
+        "print(sorted({'lightning', 'pytorch_lightning', 'matplotlib'} & set(sys.modules)), len(observer.history))"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == "[] 2"
