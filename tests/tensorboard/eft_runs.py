@@ -19,6 +19,8 @@ def drift(step: int, scale: float) -> dict[str, float]:
         "eft_theory/ntk_drift/minus_sigma": order_1 - 0.5,
         "eft_theory/ntk_drift/plus_sigma": order_1 + 0.5,
         "eft/ntk_top_eigenvalue/measured": 300.0 + step,
+        "eft_theory/interval_ntk_error/order_0": 1.0,
+        "eft_layers/taylor_terms/order_2": 0.01 * step,
     }
 
 

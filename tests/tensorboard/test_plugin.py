@@ -53,7 +53,7 @@ def test_runs_and_their_info(two_runs):
     assert [run["name"] for run in listing["runs"]] == ["narrow", "wide/version_0"]
     assert [run["info"]["network"] for run in listing["runs"]] == ["narrow", "wide"]
     quantities = listing["runs"][0]["quantities"]
-    assert set(quantities) == {"ntk_drift", "ntk_top_eigenvalue"}
+    assert set(quantities) == {"ntk_drift", "ntk_top_eigenvalue", "interval_ntk_error", "taylor_terms"}
     assert set(quantities["ntk_drift"]) == {"measured", "order_0", "order_1", "minus_sigma", "plus_sigma"}
 
 

@@ -100,7 +100,7 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
     other.close()
 
     browser.go(f"{tensorboard}#eft")
-    browser.until(f"{PAGE}.querySelectorAll('.card svg').length == 2")
+    browser.until(f"{PAGE}.querySelectorAll('.card svg').length == 4")
     browser.until(f"/1 other run has no data/.test({text('.status')})")
     names = browser.run(f"[...{PAGE}.querySelectorAll('.runs .name')].map((e) => e.textContent)")
     assert names == ["narrow", HOSTILE]
@@ -116,7 +116,7 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
     browser.run(f"{PAGE}.querySelector('.runs input').click()")
     browser.until(text(f"{card('ntk_drift')} .latest"))
     assert browser.run(text(f"{card('ntk_drift')} .latest")) == "2.5z +1"
-    assert browser.run(text(f"{card('ntk_drift')} .limit")) == "at infinite width: 0"
+    assert browser.run(text(f"{card('ntk_drift')} .limit")) == "n → ∞: 0"
     hover(browser, f"{card('ntk_drift')} .chart", 0.03)
     hover(browser, f"{card('ntk_drift')} .chart", 0.97)
     rows = browser.until(
@@ -134,6 +134,9 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
         writer.add_scalar(name, value, 40)
     writer.close()
     browser.until(f"{text(card('ntk_drift') + ' .latest')} == '4.5z +1'")
+    assert "step 20" in browser.run(
+        f"{PAGE}.querySelector('.tooltip:not([hidden])').innerText"
+    )  # it stays where it was
 
     # Exports hold what is shown: one run, all quantities.
     press(browser, ".toolbar [data-export=csv]")
@@ -173,6 +176,11 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
     browser.run("document.body.classList.add('dark-mode')")
     browser.until(f"{PAGE}.documentElement.dataset.theme == 'dark'")
 
+    # A server that has gone is a sentence, and what was there stays.
+    browser.run("document.querySelector('iframe').contentWindow.fetch = () => Promise.reject(new TypeError())")
+    browser.until(f"/TensorBoard does not answer.* as of the last answer/.test({text('.status')})")
+    assert browser.run(f"{PAGE}.querySelectorAll('.card svg').length") == 4
+
     # No name became markup, and the browser had nothing to complain of.
     assert browser.run(f"{PAGE}.querySelectorAll('img').length") == 0
     assert browser.run("'hacked' in window || 'hacked' in document.querySelector('iframe').contentWindow") is False
@@ -184,7 +192,7 @@ def test_without_data_the_tab_says_what_to_do_and_fills_when_data_come(tmp_path,
     page = "document"
     assert "No run here has data of torch_eft yet" in browser.until(text(".empty", page))
     write_run(tmp_path / "logs" / "run").close()
-    browser.until("document.querySelectorAll('.card svg').length == 2")
+    browser.until("document.querySelectorAll('.card svg').length == 4")
     assert "no description of itself" in browser.run(text(".reason", page))
 
 
@@ -195,7 +203,7 @@ def test_a_report_shows_the_same_page_without_a_server(tmp_path, browser):
     write_report([tmp_path / "logs"], tmp_path / "report.html")
     page = "document"
     browser.go((tmp_path / "report.html").as_uri())
-    browser.until("document.querySelectorAll('.card svg').length == 2")
+    browser.until("document.querySelectorAll('.card svg').length == 4")
     assert browser.run(text(".runs .name", page)) == f"logs/{HOSTILE}"
     assert "1 line was cut off" in browser.run(text(".status", page))
     browser.run(f"document.querySelector('{card('ntk_drift')} .chart').focus()")

@@ -1,10 +1,10 @@
 // The tab: which runs and quantities are on the screen, and when to look for new measurements.
 
-import { mountChart } from "./chart.js";
-import { openDetail, openDialog } from "./detail.js";
+import { Card } from "./card.js";
+import { Detail, openDialog } from "./detail.js";
 import { h } from "./dom.js";
 import { download, fileName, pngBlob, sheet, svgText } from "./export.js";
-import { number, signed } from "./format.js";
+import { stepRange } from "./figure.js";
 import { hasTheory, readQuantity, toCsv } from "./model.js";
 import { makePanel } from "./panel.js";
 import { runDetails, runList } from "./runs.js";
@@ -14,6 +14,7 @@ import { legendOf, toolbar } from "./toolbar.js";
 
 const REFRESH_MS = 5000;
 const FIRST_CHOICE = 5;
+const MANY = 12;
 const EMPTY =
   "No run here has data of torch_eft yet. Attach EFTMonitor(probe=x_probe) to a training that logs to TensorBoard; " +
   "its runs appear here by themselves.";
@@ -28,9 +29,12 @@ export class App {
     this.source = source;
     this.settings = loadSettings();
     this.listing = null;
-    this.chosen = null;
+    this.chosen = new Set();
+    this.touched = false;
     this.data = {};
-    this.charts = [];
+    this.page = null;
+    this.cards = new Map();
+    this.shownCards = [];
     this.detail = null;
     this.problem = "";
     this.seen = "";
@@ -52,7 +56,8 @@ export class App {
     try {
       this.listing = await this.source.runs();
       const names = this.listing.runs.map(({ name }) => name);
-      this.chosen ??= names.length ? new Set(names.slice(-FIRST_CHOICE)) : null;
+      // The newest runs, until the reader chooses.
+      if (!this.touched) this.chosen = new Set(names.slice(-FIRST_CHOICE));
       const shown = this.shownRuns().filter(({ quantities }) => Object.keys(quantities).length);
       const series = await Promise.all(shown.map(({ name }) => this.source.series(name)));
       this.data = Object.fromEntries(shown.map(({ name }, i) => [name, series[i]]));
@@ -67,10 +72,11 @@ export class App {
   }
 
   shownRuns() {
-    return (this.listing?.runs ?? []).filter(({ name }) => this.chosen?.has(name));
+    return (this.listing?.runs ?? []).filter(({ name }) => this.chosen.has(name));
   }
 
   toggleRun(name) {
+    this.touched = true;
     if (!this.chosen.delete(name)) this.chosen.add(name);
     this.refresh();
   }
@@ -135,41 +141,45 @@ export class App {
 
   // ---- drawing
 
+  /** Bring the page up to date. What can be open or under the mouse, the toolbar and the charts, stays in place. */
   render() {
     const theme = currentTheme();
     document.documentElement.dataset.theme = theme.name;
-    const scroll = this.root.scrollTop;
     if (!this.listing?.runs.length) {
       this.root.replaceChildren(h("p", { class: "empty" }, this.problem || EMPTY));
       return;
     }
+    this.page ??= this.makePage();
+    if (!this.page.grid.isConnected) this.root.replaceChildren(...Object.values(this.page));
     const shown = this.shownRuns();
-    const names = this.quantities();
-    const styles = new Map(shown.map(({ name }, i) => [name, this.styleOf(i, shown.length, theme)]));
-    const actions = {
+    const single = shown.length <= 1;
+    const styles = new Map(shown.map(({ name }, i) => [name, single ? { colour: theme.measured } : runStyle(theme, i)]));
+    const panels = this.quantities().map((name) => this.panel(name));
+    this.page.runs.replaceChildren(runList(this.listing.runs, styles, this.runActions()));
+    this.page.legend.replaceChildren(legendOf(panels, single, theme));
+    this.page.nothing.textContent = panels.length ? "" : this.nothing(shown);
+    this.drawCards(panels, single);
+    this.detail?.redraw();
+    this.updateStatus();
+  }
+
+  makePage() {
+    const change = (name, value) => this.change(name, value);
+    return {
+      runs: h("div", {}),
+      toolbar: toolbar(this.settings, this.source.live, change, () => this.exports(this.quantities(), "all")),
+      legend: h("div", {}),
+      nothing: h("p", { class: "empty" }),
+      grid: h("div", {}),
+      status: h("p", { class: "status", role: "status" }),
+    };
+  }
+
+  runActions() {
+    return {
       toggle: (name) => this.toggleRun(name),
       details: (run) => openDialog(runDetails(run, this.listing.pages?.[run.name])),
     };
-    this.status = h("p", { class: "status", role: "status" });
-    const panels = names.map((name) => this.panel(name));
-    const cards = panels.map((panel) => this.card(panel));
-    const grid = h("div", { class: "grid" }, cards);
-    const live = this.source.live;
-    this.root.replaceChildren(
-      runList(this.listing.runs, styles, actions),
-      toolbar(this.settings, live, (name, value) => this.change(name, value), this.exports(names, "all")),
-      legendOf(panels, shown.length <= 1, theme),
-      names.length ? grid : h("p", { class: "empty" }, this.nothing(shown)),
-      this.status,
-    );
-    this.updateStatus();
-    this.fill(grid, cards, panels);
-    this.root.scrollTop = scroll;
-    this.detail?.redraw();
-  }
-
-  styleOf(index, count, theme) {
-    return count === 1 ? { colour: theme.measured } : runStyle(theme, index);
   }
 
   nothing(shown) {
@@ -178,64 +188,47 @@ export class App {
     return "These runs have no measurements yet.";
   }
 
-  card(panel) {
-    const about = this.about(panel.name);
-    // "0: the NTK is frozen" is short for the card; the rest is in the enlarged view.
-    const limit = (about.at_infinite_width ?? "").split(":")[0];
-    const note = limit && limit.length < 12 && h("span", { class: "limit" }, `at infinite width: ${limit}`);
-    return h(
-      "section",
-      { class: "card", "data-quantity": panel.name },
-      h(
-        "button",
-        { class: "title", title: `${about.title}: enlarge`, click: () => this.enlarge(panel.name) },
-        about.title,
-      ),
-      h("div", { class: "sub" }, this.latest(panel) ?? h("span", { class: "formula", title: about.formula }, about.formula), note),
-      h("div", { class: "host" }),
-    );
-  }
-
-  /** The last value of a single run, and its residual; marked where it is outside two standard deviations. */
-  latest(panel) {
-    if (this.shownRuns().length !== 1) return null;
-    const value = panel.runs[0].quantity.measured.at(-1)?.[1];
-    const last = panel.residual?.lines.at(-1)?.points.at(-1)?.[1];
-    const outside = panel.residual?.kind === "z" && Math.abs(last) > 2;
-    const beside = last !== undefined && `${panel.residual.short} ${signed(last, 2)}${outside ? " ▲" : ""}`;
-    return h("span", { class: "latest" }, number(value), h("span", { class: outside ? "beside outside" : "beside" }, beside));
-  }
-
-  /** Draw the charts, as high as lets all of them onto one screen, within reason. */
-  fill(grid, cards, panels) {
-    if (cards.length === 0) return;
-    const hosts = cards.map((card) => card.querySelector(".host"));
-    const columns = getComputedStyle(grid).gridTemplateColumns.split(" ").length;
-    const rows = Math.ceil(cards.length / columns);
-    const room = (window.innerHeight - grid.getBoundingClientRect().top - 34) / rows - 76;
-    const height = Math.max(120, Math.min(300, room));
-    const charts = [];
-    hosts.forEach((host, i) => {
-      const residual = panels[i].residual ? Math.round(Math.max(38, height * 0.27)) : 0;
-      const main = height - residual - (residual ? 10 : 0);
-      const look = { ...this.look(), width: host.clientWidth, main, residual, font: 11 };
-      charts.push(mountChart(host, panels[i], look, (step) => charts.forEach((chart) => chart.showStep(step))));
+  /** The small multiples, as high as lets all of them onto one screen, within reason. */
+  drawCards(panels, single) {
+    const { grid } = this.page;
+    const cards = panels.map(({ name }) => {
+      if (!this.cards.has(name)) this.cards.set(name, new Card(name, () => this.enlarge(name), (step) => this.point(step)));
+      return this.cards.get(name);
     });
+    const elements = cards.map(({ element }) => element);
+    const same = elements.length === grid.children.length && elements.every((element, i) => element === grid.children[i]);
+    if (!same) grid.replaceChildren(...elements);
+    this.shownCards = cards;
+    if (cards.length === 0) return;
+    grid.className = cards.length > MANY ? "grid many" : "grid";
+    cards.forEach((card, i) => card.describe(panels[i], this.about(panels[i].name), single));
+    const columns = getComputedStyle(grid).gridTemplateColumns.split(" ").length;
+    const frame = 38 + elements[0].offsetHeight - cards[0].host.offsetHeight; // a card without its chart, steps, gap
+    const top = grid.getBoundingClientRect().top + window.scrollY;
+    const room = (window.innerHeight - top - 30) / Math.ceil(cards.length / columns) - frame;
+    const look = { ...this.look(), range: stepRange(panels) };
+    cards.forEach((card, i) => card.draw(panels[i], look, Math.max(112, Math.min(300, room))));
+  }
+
+  /** All cursors to one step. */
+  point(step) {
+    for (const { chart } of this.shownCards) chart.showStep(step);
   }
 
   enlarge(name) {
-    this.detail = openDetail(name, {
+    this.detail = new Detail(name, {
       names: () => this.quantities(),
       panel: (quantity, more) => this.panel(quantity, more),
       about: (quantity) => this.about(quantity),
       look: () => this.look(),
-      single: () => this.shownRuns().length <= 1,
+      single: () => this.shownRuns().length === 1,
       exports: (quantity) => this.exports([quantity], quantity),
     });
   }
 
   updateStatus() {
-    if (!this.status) return;
+    if (!this.page) return;
+    const { status } = this.page;
     const others = this.listing?.others ?? 0;
     const parts = [
       this.problem && `${this.problem} What you see is as of the last answer.`,
@@ -243,7 +236,7 @@ export class App {
       others && `${others} other ${others === 1 ? "run has" : "runs have"} no data of torch_eft.`,
       !this.problem && this.source.live && `Looked at ${new Date().toLocaleTimeString()}.`,
     ];
-    this.status.textContent = parts.filter(Boolean).join(" ");
-    this.status.classList.toggle("problem", Boolean(this.problem));
+    status.textContent = parts.filter(Boolean).join(" ");
+    status.classList.toggle("problem", Boolean(this.problem));
   }
 }

@@ -1,6 +1,6 @@
 // One quantity, large, with its formula, unit and source.
 
-import { mountChart } from "./chart.js";
+import { Chart } from "./chart.js";
 import { h } from "./dom.js";
 import { eventList, swatch } from "./runs.js";
 import { exportButtons, legendOf } from "./toolbar.js";
@@ -8,13 +8,12 @@ import { exportButtons, legendOf } from "./toolbar.js";
 /** A dialog that closes by Esc, its button, or a click beside it. */
 export function openDialog(...children) {
   const close = () => dialog.close();
-  const body = h("div", { class: "body" }, children);
-  const dialog = h("dialog", {}, h("button", { class: "close", "aria-label": "close", click: close }, "×"), body);
+  const dialog = h("dialog", {}, h("button", { class: "close", "aria-label": "close", click: close }, "×"), children);
   dialog.addEventListener("click", (event) => event.target === dialog && close());
   dialog.addEventListener("close", () => dialog.remove());
   document.body.append(dialog);
   dialog.showModal();
-  return { dialog, body };
+  return dialog;
 }
 
 /** What is known of a quantity besides its numbers. */
@@ -28,52 +27,61 @@ function explanation(about) {
   return h("dl", {}, rows.map(([name, text]) => [h("dt", {}, name), h("dd", {}, text)]));
 }
 
-/**
- * @param {string} first the quantity to begin with
- * @param {{names, panel, about, look, single, exports}} view names: all quantities; panel(name, more options),
- *   about(name), look() and exports(name) as of now; single: one run is chosen
- * @returns {{redraw()}} for when data or settings change
- */
-export function openDetail(first, view) {
-  let name = first;
-  const { dialog, body } = openDialog();
-  dialog.classList.add("detail");
-
-  function go(next) {
-    name = next;
-    redraw();
+/** The enlarged view of one quantity at a time. */
+export class Detail {
+  /**
+   * @param {string} first the quantity to begin with
+   * @param {{names(), panel(name, more), about(name), look(), single(), exports(name)}} view what there is, as of now
+   */
+  constructor(first, view) {
+    this.view = view;
+    this.name = first;
+    this.listed = "";
+    this.select = h("select", { name: "quantity", change: () => this.go(this.select.value) });
+    const step = (by, sign, label) => h("button", { "aria-label": label, click: () => this.#step(by) }, sign);
+    const bar = [step(-1, "‹", "previous"), this.select, step(1, "›", "next"), exportButtons(() => view.exports(this.name))];
+    this.chart = new Chart("enlarged", () => {});
+    this.head = h("div", {});
+    this.foot = h("div", {});
+    this.dialog = openDialog(h("div", { class: "bar" }, bar), this.head, this.chart.element, this.foot);
+    this.dialog.classList.add("detail");
+    this.redraw();
   }
 
-  function redraw() {
+  go(name) {
+    this.name = name;
+    this.redraw();
+  }
+
+  #step(by) {
+    const names = this.view.names();
+    this.go(names[(names.indexOf(this.name) + by + names.length) % names.length]);
+  }
+
+  /** Show the data and settings as of now. */
+  redraw() {
+    const { view, name } = this;
     const names = view.names();
-    if (!names.includes(name) || !dialog.isConnected) return;
-    const panel = view.panel(name, { layers: true });
-    const about = view.about(name);
-    const single = view.single();
-    const at = names.indexOf(name);
-    const select = h(
-      "select",
-      { name: "quantity", change: () => go(select.value) },
-      names.map((other) => h("option", { value: other, selected: other === name }, view.about(other).title)),
-    );
-    const step = (by, sign, label) =>
-      h("button", { "aria-label": label, click: () => go(names[(at + by + names.length) % names.length]) }, sign);
-    const host = h("div", { class: "host" });
-    body.replaceChildren(
-      h("div", { class: "bar" }, step(-1, "‹", "previous"), select, step(1, "›", "next"), exportButtons(view.exports(name))),
-      legendOf([panel], single, view.look().theme),
-      single ? "" : h("div", { class: "legend" }, panel.runs.map((run) => h("span", {}, swatch(run), run.name))),
-      host,
-      explanation(about),
-      eventList(panel.events.map(({ step: s, run, text }) => ({ step: s, run: single ? "" : run, text }))) ?? "",
-    );
-    const width = host.clientWidth || 900;
+    if (!this.dialog.isConnected || !names.includes(name)) return;
+    this.#list(names);
+    const [panel, look, single] = [view.panel(name, { layers: true }), view.look(), view.single()];
+    const runs = h("div", { class: "legend" }, panel.runs.map((run) => h("span", {}, swatch(run), run.name)));
+    this.head.replaceChildren(legendOf([panel], single, look.theme), single ? "" : runs);
+    const events = panel.events.map(({ step, run, text }) => ({ step, run: single ? "" : run, text }));
+    this.foot.replaceChildren(explanation(view.about(name)), eventList(events) ?? "");
     const height = Math.max(200, window.innerHeight * 0.9 - (single ? 340 : 370));
     const residual = panel.residual ? Math.round(height * 0.28) : 0;
-    const look = { ...view.look(), width, main: height - residual, residual, font: 13, stepLabel: true };
-    mountChart(host, panel, look, () => {});
+    const width = this.head.clientWidth || 900;
+    this.chart.draw(panel, { ...look, width, main: height - residual, residual, font: 13, stepLabel: true });
   }
 
-  redraw();
-  return { redraw };
+  /** The list of quantities, left alone while it is the same: it may be open. */
+  #list(names) {
+    const listed = JSON.stringify(names.map((name) => this.view.about(name).title));
+    if (listed !== this.listed) {
+      this.select.replaceChildren(...names.map((name) => h("option", { value: name }, this.view.about(name).title)));
+    }
+    this.listed = listed;
+    this.select.value = this.name;
+  }
 }

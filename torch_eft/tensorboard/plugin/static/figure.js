@@ -65,8 +65,9 @@ function marker(shape, cx, cy, size, colour) {
 function markers(line, x, y) {
   if (!line.marker) return [];
   const there = line.points.filter(([, v]) => v !== null && Number.isFinite(y.to(v)));
+  if (there.length === 0) return [];
   const last = there.length - 1;
-  const chosen = [...new Set([0.35, 0.7, 1].map((share) => Math.round(share * last)))].filter((i) => i >= 0);
+  const chosen = [...new Set([0.35, 0.7, 1].map((share) => Math.round(share * last)))];
   return chosen.map((i) => marker(line.marker, x.to(there[i][0]), Number(clip(y.to(there[i][1]))), 3, line.colour));
 }
 
@@ -124,7 +125,6 @@ function drawLines(lines, x, y, clipId) {
         stroke: line.colour,
         "stroke-width": line.width,
         "stroke-dasharray": line.dash,
-        "stroke-opacity": line.opacity,
         "data-series": line.series,
       }),
       // A single value has no line.
@@ -143,28 +143,33 @@ function missing(panel, y) {
   return y.log && panel.lines.some((line) => values(line).some((value) => value <= 0)) ? "values ≤ 0 left out" : "";
 }
 
+/** First and last step of some panels. */
+export function stepRange(panels) {
+  const steps = panels.flatMap(({ lines }) => lines.flatMap(({ points }) => points.map(([step]) => step)));
+  const last = Math.max(1, ...steps);
+  return [Math.min(last - 1, ...steps), last];
+}
+
 let clips = 0;
 
 /**
  * Draw a panel.
  * @param {object} panel from makePanel
- * @param {{width, main, residual, font, steps, values, theme, title}} look sizes in pixels; steps and values are
- *   "linear" or "log"; a title (for exports) takes two more lines.
+ * @param {{width, main, residual, font, steps, values, theme, range, title, stepLabel}} look sizes in pixels; steps
+ *   and values are "linear" or "log"; range, of the steps; a title (for exports) takes two more lines.
  * @returns {{element, x, box, cursor}} the SVG, its step scale, the main box, and the cursor's line
  */
 export function drawFigure(panel, look) {
   const { width, theme, font } = look;
   const head = look.title ? font * 2.2 : 8;
-  const left = font * 4.2;
+  const left = font * 4.8;
   const box = { left, right: width - 10, top: head, bottom: head + look.main };
   const gap = font * 0.9;
   const lower = panel.residual && { ...box, top: box.bottom + gap, bottom: box.bottom + gap + look.residual };
   const bottom = lower ?? box;
   const height = bottom.bottom + font * (look.stepLabel ? 2.8 : 1.7);
 
-  const steps = panel.lines.flatMap(({ points }) => points.map(([step]) => step));
-  const last = Math.max(1, ...steps);
-  const first = Math.min(last - 1, ...steps);
+  const [first, last] = look.range ?? stepRange([panel]);
   const x = makeScale(look.steps === "log" ? "steps" : "linear", [Math.max(0, first), last], [box.left, box.right]);
   const y = makeScale(look.values, valueLimits(panel, look.values), [box.bottom, box.top]);
   y.log = look.values === "log";
@@ -194,11 +199,13 @@ export function drawFigure(panel, look) {
             opacity: 0.12,
           }),
         ),
-      axes(lower, x, r, { x: counts.x, y: Math.max(2, Math.floor(look.residual / 26)) }, look, true),
+      axes(lower, x, r, { x: counts.x, y: Math.max(3, Math.floor(look.residual / 26)) }, look, true),
       svg("line", { x1: box.left, x2: box.right, y1: r.to(0), y2: r.to(0), stroke: theme.zero }),
       drawLines(lines, x, r, ids[1]),
       text(look.stepLabel ? label : short, {
-        ...(look.stepLabel ? { x: box.left + 4, y: lower.top + font } : { x: 2, y: (lower.top + lower.bottom) / 2 + font * 0.35 }),
+        ...(look.stepLabel
+          ? { x: box.left + 4, y: lower.top + font }
+          : { "text-anchor": "middle", transform: `translate(${font * 0.7} ${(lower.top + lower.bottom) / 2}) rotate(-90)` }),
         fill: theme.soft, "font-style": "italic", stroke: theme.ground, "stroke-width": 3, "paint-order": "stroke",
       }),
     ];

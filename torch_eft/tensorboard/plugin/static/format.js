@@ -25,6 +25,7 @@ export function signed(value, digits = 3) {
 
 /** A series' name for readers. */
 export function seriesName(series) {
-  if (series.startsWith("layer/")) return `layer ${series.slice(6)}`;
+  const part = series.match(/^layer\/(order_)?(.*)$/);
+  if (part) return part[1] ? `term of order ${part[2]}` : `layer ${part[2]}`;
   return SERIES[series] ?? series.replaceAll("_", " ");
 }

@@ -2,7 +2,7 @@
 //
 // Raw series arrive as {series: [[step, value | null], ...]}: "measured"; "order_0" and "order_1", the theory;
 // "minus_sigma" and "plus_sigma", one standard deviation over initialisations around the highest order present;
-// "truncation", the estimated size of the next order; "layer/NAME", measured, of one layer.
+// "truncation", the estimated size of the next order; "layer/NAME", measured, a part: a layer, or a Taylor term.
 
 // Those that are no curve of their own: they are drawn around others, or follow from them.
 const AROUND = ["minus_sigma", "plus_sigma", "truncation", "z_score", "ratio"];
@@ -67,12 +67,12 @@ export const RESIDUALS = {
 
 /** The residual that a chart of these quantities can show: the one wanted, or the most telling one. */
 export function residualKind(quantities, wanted) {
-  const compared = quantities.filter(hasTheory);
+  const compared = quantities.filter((quantity) => hasTheory(quantity) && quantity.measured.length);
   if (compared.length === 0 || wanted === "off") return null;
   if (wanted !== "auto") return wanted;
   const positiveSigma = compared.some(({ band }) => band.some(([, low, high]) => high > low));
   if (positiveSigma) return "z";
-  const zero = compared.some(({ orders }) => orders.some(({ points }) => points.every(([, value]) => !value)));
+  const zero = compared.some(({ orders }) => orders.at(-1).points.every(([, value]) => !value));
   return zero ? "difference" : "relative";
 }
 
@@ -93,8 +93,8 @@ export function residual(quantity, order, kind) {
 /** All steps at which anything is known, ascending. */
 export function stepsOf(quantities) {
   const steps = new Set();
-  for (const { measured, orders, others } of quantities) {
-    for (const points of [measured, ...orders.map((o) => o.points), ...others.map((o) => o.points)]) {
+  for (const { measured, orders, others, layers } of quantities) {
+    for (const points of [measured, ...[...orders, ...others, ...layers].map((series) => series.points)]) {
       for (const [step] of points) steps.add(step);
     }
   }

@@ -7,14 +7,15 @@ import { RESIDUALS, readQuantity, residual, residualKind } from "./model.js";
 import { runStyle } from "./theme.js";
 
 const DASHES = { order_0: "1.5 3", order_1: "6 3", truncation: "1 4" };
+const PARTS = [null, "7 2", "2 2", "7 2 2 2"];
 
 /** The dash pattern of a series; null is a solid line. */
-export function dashOf(series) {
+function dashOf(series) {
   return series === "measured" ? null : (DASHES[series] ?? "4 2 1 2");
 }
 
 /** The colour of a series where it is the only run. */
-export function seriesColour(theme, series) {
+function seriesColour(theme, series) {
   return { measured: theme.measured, order_0: theme.order0, order_1: theme.order1, truncation: theme.order1 }[series] ?? theme.extra;
 }
 
@@ -45,7 +46,7 @@ export function makePanel(name, runs, options, theme) {
     if (options.band && quantity.band.length) {
       panel.bands.push({
         points: quantity.band,
-        colour: colour ?? seriesColour(theme, quantity.best ?? "order_1"),
+        colour: colour ?? theme.order1,
         opacity: theme.bandOpacity / (runs.length > 2 ? 2 : 1),
       });
     }
@@ -58,17 +59,18 @@ export function makePanel(name, runs, options, theme) {
         if (edge.length) panel.lines.push({ ...line("truncation", edge, 1), colour: seriesColour(theme, quantity.best) });
       }
     }
-    if (single && options.layers) {
+    const bare = quantity.measured.length === 0 && quantity.orders.length === 0;
+    if (bare || (single && options.layers)) {
       quantity.layers.forEach(({ series, points }, i) => {
-        const opacity = 1 - (0.65 * i) / Math.max(1, quantity.layers.length - 1);
-        panel.lines.push({ ...line(series, points, 1.3), dash: null, opacity });
+        const own = colour ?? theme.runs[(i + 2) % theme.runs.length];
+        panel.lines.push({ ...line(series, points, bare ? 1.8 : 1.3), colour: own, dash: PARTS[i % PARTS.length] });
       });
     }
     panel.lines.push(line("measured", quantity.measured, 2));
     if (kind) {
       // With several runs one residual a run is all that can be told apart: the highest order's.
       for (const { series } of single ? shown : shown.slice(-1)) {
-        residualLines.push({ ...line(series, residual(quantity, series, kind), 1.5), dash: single ? dashOf(series) : null });
+        residualLines.push({ ...line(series, residual(quantity, series, kind), 1.5), dash: series === quantity.best ? null : "2 3" });
       }
     }
     if (options.events) {

@@ -23,7 +23,8 @@ function shapeBadges(info) {
     const title = `r = L/n: depth ${number(info.depth)} over width ${number(info.width)}`;
     badges.push(h("span", { class: "badge r", title }, `r = ${number(info.r, 3)}`));
   }
-  if (info.regime) badges.push(h("span", { class: "badge", title: "regime of depth against width" }, info.regime));
+  // "0 < r << 1: effectively deep, ..." is short for the badge; the rest is in the details.
+  if (info.regime) badges.push(h("span", { class: "badge", title: info.regime }, info.regime.split(":")[0]));
   return badges;
 }
 

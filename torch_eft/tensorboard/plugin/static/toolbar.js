@@ -2,7 +2,6 @@
 
 import { h, svg } from "./dom.js";
 import { seriesName } from "./format.js";
-import { dashOf, seriesColour } from "./panel.js";
 
 function choice(label, name, options, settings, changed) {
   const select = h(
@@ -19,10 +18,7 @@ function toggle(label, name, settings, changed, title) {
   return h("label", { title }, box, label);
 }
 
-/**
- * @param {(name: string, value) => void} changed
- * @param {{csv, svg, png}} exports what the export buttons do
- */
+/** changed(name, value) is called for every switch; exports as in exportButtons. */
 export function toolbar(settings, live, changed, exports) {
   return h(
     "div",
@@ -47,21 +43,21 @@ export function toolbar(settings, live, changed, exports) {
   );
 }
 
+/** exports() gives {csv, svg, png}, functions, for what is on the screen when a button is pressed. */
 export function exportButtons(exports) {
-  const button = (kind) => h("button", { "data-export": kind, click: exports[kind] }, kind.toUpperCase());
-  return h("span", { class: "export" }, "Export ", Object.keys(exports).map(button));
+  const button = (kind) => h("button", { "data-export": kind, click: () => exports()[kind]() }, kind.toUpperCase());
+  return h("span", { class: "export" }, "Export ", ["csv", "svg", "png"].map(button));
 }
 
 /** Which line is which; with several runs the colour belongs to the run, so that lines here are of the text's. */
-function legend(seriesShown, bandShown, single, theme) {
-  const colour = (series) => (single ? seriesColour(theme, series) : theme.ink);
-  const sample = (series) =>
+function legend(lines, bandShown, single, theme) {
+  const sample = ({ series, colour, dash }) =>
     svg(
       "svg",
       { width: 30, height: 12, "aria-hidden": "true" },
       svg("line", {
-        x1: 1, x2: 29, y1: 6, y2: 6, stroke: colour(series), "stroke-width": series === "measured" ? 2.5 : 1.8,
-        "stroke-dasharray": dashOf(series),
+        x1: 1, x2: 29, y1: 6, y2: 6, stroke: single ? colour : theme.ink, "stroke-width": series === "measured" ? 2.5 : 1.8,
+        "stroke-dasharray": dash,
       }),
     );
   const bandColour = single ? theme.order1 : theme.ink;
@@ -73,7 +69,7 @@ function legend(seriesShown, bandShown, single, theme) {
   return h(
     "div",
     { class: "legend" },
-    seriesShown.map((series) => h("span", {}, sample(series), " ", seriesName(series))),
+    lines.map((line) => h("span", {}, sample(line), " ", seriesName(line.series))),
     bandShown && h("span", {}, band, " ± σ over initialisations"),
     !single && h("span", {}, "colour and marker: the run"),
   );
@@ -81,8 +77,8 @@ function legend(seriesShown, bandShown, single, theme) {
 
 /** The legend of some panels. */
 export function legendOf(panels, single, theme) {
-  const present = new Set(panels.flatMap(({ lines }) => lines.map(({ series }) => series)));
-  const first = ["measured", "order_0", "order_1"].filter((series) => present.has(series));
-  const others = [...present].filter((series) => !first.includes(series)).sort();
-  return legend([...first, ...others], panels.some(({ bands }) => bands.length), single, theme);
+  const lines = new Map(panels.flatMap((panel) => panel.lines.filter(({ points }) => points.length).map((line) => [line.series, line])));
+  const first = ["measured", "order_0", "order_1"].filter((series) => lines.has(series));
+  const others = [...lines.keys()].filter((series) => !first.includes(series)).sort();
+  return legend([...first, ...others].map((series) => lines.get(series)), panels.some(({ bands }) => bands.length), single, theme);
 }

@@ -1,0 +1,53 @@
+// One quantity among the small multiples.
+
+import { Chart } from "./chart.js";
+import { h } from "./dom.js";
+import { number, seriesName, signed } from "./format.js";
+
+/** The last value of a single run, and its residual; marked where it is outside two standard deviations. */
+function latest(panel) {
+  const { measured, orders, layers } = panel.runs[0].quantity;
+  const told = measured.length ? { points: measured } : (orders.at(-1) ?? layers.at(-1));
+  const name = told.series ? `${seriesName(told.series).split(" (")[0]}: ` : "";
+  const last = panel.residual?.lines.at(-1)?.points.at(-1)?.[1];
+  const outside = panel.residual?.kind === "z" && Math.abs(last) > 2;
+  const beside = last !== undefined && `${panel.residual.short} ${signed(last, 2)}${outside ? " ▲" : ""}`;
+  return h(
+    "span",
+    { class: "latest" },
+    name + number(told.points.at(-1)?.[1]),
+    h("span", { class: outside ? "beside outside" : "beside" }, beside),
+  );
+}
+
+/** "0: the NTK is frozen" is short for the card; the rest is in the enlarged view. */
+function limit(about) {
+  const value = (about.at_infinite_width ?? "").match(/^[\d.]+(?=:|,|$)/)?.[0];
+  return value && h("span", { class: "limit", title: `at infinite width: ${about.at_infinite_width}` }, `n → ∞: ${value}`);
+}
+
+export class Card {
+  /** enlarge() is called when the title is pressed; onStep as in Chart. */
+  constructor(name, enlarge, onStep) {
+    this.title = h("button", { class: "title", click: enlarge });
+    this.sub = h("div", { class: "sub" });
+    this.chart = new Chart(name, onStep);
+    this.host = h("div", { class: "host" }, this.chart.element);
+    this.element = h("section", { class: "card", "data-quantity": name }, this.title, this.sub, this.host);
+  }
+
+  /** The words; single: one run is chosen. */
+  describe(panel, about, single) {
+    this.title.setAttribute("title", `${about.title}: enlarge`);
+    this.title.replaceChildren(h("span", {}, about.title));
+    const left = single ? latest(panel) : h("span", { class: "formula", title: about.formula }, about.formula);
+    this.sub.replaceChildren(...[left, limit(about)].filter(Boolean));
+  }
+
+  /** The chart, `height` high without its steps. */
+  draw(panel, look, height) {
+    const residual = panel.residual ? Math.round(Math.max(38, height * 0.27)) : 0;
+    const main = height - residual - (residual ? 10 : 0);
+    this.chart.draw(panel, { ...look, width: this.host.clientWidth, main, residual, font: 11 });
+  }
+}
