@@ -1,8 +1,9 @@
 """The examples run, and show what they say they show."""
 
 import warnings
+from pathlib import Path
 
-from examples import finite_width_forecast
+from examples import bare_pytorch, depth_to_width, finite_width_forecast, lightning_cli, too_deep
 from examples.attach_to_your_training import main
 
 
@@ -17,9 +18,51 @@ def test_attaching_to_an_ordinary_training(tmp_path, monkeypatch):
     assert not monitor.skipped
 
 
+def test_a_bare_loop_beside_its_theory(tmp_path):
+    observer = bare_pytorch.main(steps=30, width=32, logdir=str(tmp_path))
+    assert observer.validity.flag in ("valid", "caution")
+    assert {0, 1, 10, 30} <= set(observer.history)
+    assert "eft_theory/output_projection/order_0" in observer.history[30]
+    assert {"eft.jsonl"} < {path.name for path in tmp_path.iterdir()}
+    assert not observer.skipped
+
+
+def test_a_configuration_file_attaches_it(tmp_path):
+    configuration = Path(lightning_cli.__file__).with_suffix(".yaml")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cli = lightning_cli.main(
+            ["fit", "--config", str(configuration), "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}"]
+        )
+    (monitor,) = [callback for callback in cli.trainer.callbacks if hasattr(callback, "observer")]
+    assert {0, 29} <= set(monitor.history)
+    assert not monitor.skipped
+
+
 def test_the_forecast_with_finite_width_comes_closer(tmp_path):
     """Medians of three networks a width: the error of order 1 falls faster with it than that of order 0."""
     slopes = finite_width_forecast.main(networks=3, steps=60, widths=(64, 256), figure=str(tmp_path / "figure.png"))
     for quantity in ("outputs", "NTK"):
         assert slopes[1, quantity] < slopes[0, quantity] < 0
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_depth_over_width_is_predicted_from_the_architecture(tmp_path):
+    """Measured within four standard errors of the prediction, order 1/n being good to a tenth at these r."""
+    shapes = ((2, 300), (3, 60), (6, 12))
+    found = depth_to_width.main(networks=100, shapes=shapes, figure=str(tmp_path / "figure.png"))
+    for (name, depth, width), (measured, error, diagnosis) in found.items():
+        if diagnosis.aspect_ratio.r <= 0.2:
+            assert abs(measured - diagnosis.spread.ntk) < 4 * error + 0.1 * measured, (name, depth, width)
+    assert {depth_to_width.regime(diagnosis.aspect_ratio) for _, _, diagnosis in found.values()} == {0, 1, 2}
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_network_that_is_too_deep_is_repaired(tmp_path):
+    results = too_deep.main(steps=60, seeds=1, depth=12, figure=str(tmp_path / "figure.png"))
+    codes = [{finding.code for finding in diagnosis.warnings} for diagnosis, _ in results.values()]
+    assert {"gradients vanish", "edge"} <= codes[0]
+    assert codes[-1] == set()
+    first, *_, last = [curves[0] for _, curves in results.values()]
+    assert last[-1] < 0.5 * first[-1]
     assert (tmp_path / "figure.png").stat().st_size > 10_000

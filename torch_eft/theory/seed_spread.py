@@ -198,9 +198,9 @@ def _validity(ensemble: MLPEnsemble, exact: bool, ntk: float, epsilon: float) ->
                 else ""
             ),
         )
-    size = f"order 1/n; relative variances: G {epsilon:.3g}, NTK {ntk:.3g}"
-    if max(ntk, epsilon) >= 1 or ensemble.aspect_ratio >= 1:
-        return Validity("invalid", f"{size}: not small, so that these are of the right order at best")
+    size = f"order 1/n; relative variances: G {epsilon:.3g}, NTK {ntk:.3g}, r = {ensemble.aspect_ratio:.3g}"
+    if max(ntk, epsilon, ensemble.aspect_ratio) >= 1:
+        return Validity("invalid", f"{size}: not all small, so that these are of the right order at best")
     if max(ntk, epsilon) >= 0.2:
         return Validity("caution", f"{size}: expect errors of that relative size, mostly too low")
     return Validity("valid", size)
