@@ -11,7 +11,7 @@ import torch
 
 from tests.benchmarks.trajectories import digits
 from tests.ensembles import draw
-from tests.theory.trained_ensembles import Networks, stacked_pair
+from tests.theory.trained_ensembles import Networks, linear_response, stacked_pair
 from torch_eft.theory import MLPEnsemble, get_activation
 from torch_eft.theory.blocks import block
 from torch_eft.theory.ensemble_training import FiniteWidthTraining
@@ -119,17 +119,7 @@ def _response(forecast, ensemble, layers, x):
     eye = torch.eye(OUTPUTS, dtype=torch.float64)
     mean = forecast.path.Theta + forecast.Theta1 / ensemble.widths[-2]
     deviation = networks.ntk(x).double() - mean[..., None, None] * eye
-    train, rate = len(x) - len(forecast.y), forecast.rate
-    change = torch.zeros(len(deviation), len(x), OUTPUTS, dtype=torch.float64)
-    errors = forecast.path.mean_output(torch.arange(forecast.steps[-1]))[:, train:] - forecast.y
-    found = []
-    for step in range(forecast.steps[-1] + 1):
-        if step in forecast.steps:
-            found.append(change)
-        if step < forecast.steps[-1]:
-            source = torch.einsum("sxaij,aj->sxi", deviation[:, :, train:], errors[step])
-            change = change - rate * (forecast.path.Theta[:, train:] @ change[:, train:] + source)
-    return torch.stack(found, 1)
+    return linear_response(forecast.path, deviation, forecast.y, forecast.rate, forecast.steps)
 
 
 class _Tally:

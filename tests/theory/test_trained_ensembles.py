@@ -38,9 +38,9 @@ class Forecast:
     def ratios(self, ensemble, pairs, batch, seed):
         """{observable: (measured / theory, standard error)}."""
         start = (self.path, self.G1, self.Theta1)
-        run = (self.x, self.y, self.probes, self.rate, self.steps, pairs)
+        run = (self.x, self.y, self.probes, self.rate, (self.steps,), pairs)
         samples = measured(ensemble, *run, *start, seed, batch)
-        return {key: projection(samples[key], self.predicted[key]) for key in self.predicted}
+        return {key: projection(samples[key][:, 0], self.predicted[key]) for key in self.predicted}
 
 
 def tanh_ensemble(n):

@@ -64,54 +64,62 @@ class Networks:
 
 
 def measured(ensemble, x, y, probes, rate, steps, networks, path, G1, Theta1, seed, batch, dtype=torch.float32):
-    """Per pair, at one step: (S, ..) samples of n times the corrections, control variates subtracted.
+    """Per pair, at some steps: (S, T, ..) samples of n times the corrections, control variates subtracted.
 
     Returns:
-        ``{"mean": (S, N_all, n_L), "covariance": (S, N_p, N_p, n_L, n_L), "ntk": (S, N_p, N_p, n_L, n_L)}``.
+        ``{"mean": (S, T, N_all, n_L), "covariance": (S, T, N_p, N_p, n_L, n_L), "ntk": likewise}``; and ``"response"``,
+        n times the linear response of the mean output to H(0) - Theta - Theta1 / n, which was subtracted.
     """
     n, outputs = ensemble.widths[-2], ensemble.widths[-1]
     sigma = get_activation(ensemble.activation)
     generator = torch.Generator().manual_seed(seed)
     x32, target = x.to(dtype), y.to(dtype)
-    at = torch.tensor([steps])
-    J = path.response(at)[0]
-    order_0 = path.mean_output(at)[0]
+    at = torch.tensor(steps)
+    J, order_0 = path.response(at), path.mean_output(at)
     eye = torch.eye(outputs, dtype=torch.float64)
-    covariance_0 = (J @ (path.K + G1 / n) @ J.T)[:probes, :probes, None, None] * eye
-    plain_0 = (J @ path.K @ J.T)[:probes, :probes, None, None] * eye
-    found = {"mean": [], "covariance": [], "ntk": []}
+    initial = ((J @ (G1 / n) @ J.mT)[:, :probes, :probes, None, None] * eye).expand(-1, -1, -1, outputs, outputs)
+    found = {"mean": [], "covariance": [], "ntk": [], "response": []}
     for _ in range(math.ceil(networks / batch)):
         layers = draw(ensemble.widths, ensemble.C_b[0], ensemble.C_W[0], batch, generator, dtype)
         nets = Networks(stacked_pair(layers), sigma, ensemble.lambda_b[0], ensemble.lambda_W[0])
         z0 = nets.forward(x32)[0].double()
         H0 = nets.ntk(x32)[:batch].double()
-        for _ in range(steps):
-            nets.step(x32[probes:], target, rate)
-        z = nets.forward(x32)[0].double()
-        H = nets.ntk(x32[:probes]).double()
-        first, second = z[:batch], z[batch:]
         response = linear_response(path, H0 - (path.Theta + Theta1 / n)[..., None, None] * eye, y, rate, steps)
-        found["mean"].append(n * ((first + second) / 2 - order_0 - response))
-        centred = z[:, :probes] - order_0[:probes]
-        frozen = torch.einsum("xy,syi->sxi", J, z0)[:, :probes]
-        products = torch.einsum("sxi,syj->sxyij", centred, centred) - torch.einsum("sxi,syj->sxyij", frozen, frozen)
-        products = (products[:batch] + products[batch:]) / 2 + covariance_0 - plain_0
-        found["covariance"].append(n * products)
-        drift = (H[:batch] + H[batch:]) / 2 - H0[:, :probes, :probes]
-        found["ntk"].append(n * drift)
+        means, products, drifts, done = [], [], [], 0
+        for index, step in enumerate(steps):
+            for _ in range(step - done):
+                nets.step(x32[probes:], target, rate)
+            done = step
+            z, H = nets.forward(x32)[0].double(), nets.ntk(x32[:probes]).double()
+            means.append((z[:batch] + z[batch:]) / 2 - order_0[index])
+            centred = z[:, :probes] - order_0[index, :probes]
+            frozen = (J[index] @ z0)[:, :probes]
+            product = torch.einsum("sxi,syj->sxyij", centred, centred) - torch.einsum("sxi,syj->sxyij", frozen, frozen)
+            products.append((product[:batch] + product[batch:]) / 2 + initial[index])
+            drifts.append((H[:batch] + H[batch:]) / 2 - H0[:, :probes, :probes])
+        found["mean"].append(n * (torch.stack(means, 1) - response))
+        found["covariance"].append(n * torch.stack(products, 1))
+        found["ntk"].append(n * torch.stack(drifts, 1))
+        found["response"].append(n * response)
     return {key: torch.cat(parts) for key, parts in found.items()}
 
 
 def linear_response(path, deviation, y, rate, steps):
-    """First-order response of z(t), z(0) = 0, to a change of H: z1 <- z1 - rate (Theta z1 + dH e), (S, N_all, n_L)."""
+    """First-order response of z(t), z(0) = 0, to a change of H, (S, T, N_all, n_L).
+
+    z1 <- z1 - rate (Theta z1 + dH e), with e the error at order 0.
+    """
     train = len(path.K) - len(y)
     change = torch.zeros(len(deviation), len(path.K), y.shape[1], dtype=torch.float64)
     Theta = path.Theta[:, train:]
-    errors = path.mean_output(torch.arange(steps))[:, train:] - y
-    for error in errors:
+    errors = path.mean_output(torch.arange(steps[-1] + 1))[:, train:] - y
+    found = []
+    for step, error in enumerate(errors):
+        if step in steps:
+            found.append(change)
         source = torch.einsum("sxaij,aj->sxi", deviation[:, :, train:], error)
-        change = change - rate * (torch.einsum("xa,sai->sxi", Theta, change[:, train:]) + source)
-    return change
+        change = change - rate * (Theta @ change[:, train:] + source)
+    return torch.stack(found, 1)
 
 
 def projection(samples, theory):
