@@ -19,6 +19,9 @@ const EMPTY =
   "No run here has data of torch_eft yet. Attach EFTMonitor(probe=x_probe) to a training that logs to TensorBoard; " +
   "its runs appear here by themselves.";
 
+const LINES =
+  "solid: measured; dotted: order 0 (infinite width); dashed: order 1 (finite width); shaded: ± σ over initialisations";
+
 export class App {
   /**
    * @param {Element} root where to draw
@@ -124,8 +127,10 @@ export class App {
       const theme = currentTheme();
       const several = runs.length > 1;
       const header = runs.map((text, i) => ({ text, colour: several ? runStyle(theme, i).colour : theme.ink }));
+      header.push({ text: LINES, colour: theme.soft });
       const panels = names.map((name) => this.panel(name));
-      return sheet(panels, columns, { ...this.look(), ...size, font: 12, stepLabel: names.length === 1 }, header);
+      const look = { ...this.look(), ...size, range: stepRange(panels), font: 12, stepLabel: names.length === 1 };
+      return sheet(panels, columns, look, header);
     };
     const file = fileName("eft", label, ...(runs.length === 1 ? runs : []));
     const picked = (series) => Object.fromEntries(Object.entries(series).filter(([name]) => names.includes(name)));

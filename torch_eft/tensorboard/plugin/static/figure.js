@@ -225,7 +225,11 @@ export function drawFigure(panel, look) {
     },
     svg("rect", { width, height, fill: theme.ground }),
     svg("defs", {}, clipPath(ids[0], box), lower && clipPath(ids[1], lower)),
-    look.title && text(look.title, { x: 6, y: font * 1.3, fill: theme.ink, "font-weight": 600, "font-size": font * 1.1 }),
+    look.title && text(look.title, {
+      x: 6, y: font * 1.3, fill: theme.ink, "font-weight": 600,
+      // A letter is about 0.62 of its size wide.
+      "font-size": Math.min(font * 1.1, (width - 12) / (0.62 * look.title.length)).toFixed(1),
+    }),
     axes(box, x, y, counts, look, !lower),
     svg(
       "g",

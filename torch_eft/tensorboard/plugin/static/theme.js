@@ -1,4 +1,4 @@
-// Colours of Okabe & Ito (2008), told apart by colour-blind readers, on light and on dark ground.
+// Colours of Okabe & Ito (2008), told apart by colour-blind readers, on light and (some of them brightened) on dark ground.
 
 const LIGHT = {
   name: "light",
@@ -12,7 +12,7 @@ const LIGHT = {
   order0: "#5f6368",
   order1: "#0072B2",
   extra: "#009E73",
-  runs: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"],
+  runs: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9"],
   bandOpacity: 0.17,
 };
 
@@ -28,7 +28,7 @@ const DARK = {
   order0: "#b0b5bd",
   order1: "#56B4E9",
   extra: "#2cc295",
-  runs: ["#56B4E9", "#ff7f2a", "#2cc295", "#F0E442", "#CC79A7", "#E69F00", "#ffffff"],
+  runs: ["#56B4E9", "#ff7f2a", "#009E73", "#F0E442", "#CC79A7", "#E69F00", "#ffffff"],
   bandOpacity: 0.22,
 };
 
