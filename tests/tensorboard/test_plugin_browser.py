@@ -115,6 +115,10 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
     # One run: the values of every series, and the last one on the card.
     browser.run(f"{PAGE}.querySelector('.runs input').click()")
     browser.until(text(f"{card('ntk_drift')} .latest"))
+    press(browser, ".runs [data-action=only]")
+    browser.until(f"{text(card('ntk_drift') + ' .latest')} == '4.5z +1'")
+    press(browser, ".runs li:nth-child(2) [data-action=only]")
+    browser.until(f"{text(card('ntk_drift') + ' .latest')} == '2.5z +1'")
     assert browser.run(text(f"{card('ntk_drift')} .latest")) == "2.5z +1"
     assert browser.run(text(f"{card('ntk_drift')} .limit")) == "n → ∞: 0"
     hover(browser, f"{card('ntk_drift')} .chart", 0.03)
@@ -171,7 +175,7 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
     press(browser, "dialog .close")
 
     # The run's own words, and TensorBoard's dark mode.
-    press(browser, ".runs li:nth-child(2) button")
+    press(browser, ".runs li:nth-child(2) [data-action=details]")
     assert browser.run(text("dialog .markdown h4")) == HOSTILE
     browser.run("document.body.classList.add('dark-mode')")
     browser.until(f"{PAGE}.documentElement.dataset.theme == 'dark'")
@@ -210,7 +214,7 @@ def test_a_report_shows_the_same_page_without_a_server(tmp_path, browser):
     browser.key("ArrowRight")
     browser.key("ArrowRight")
     assert "step 1" in browser.until("document.querySelector('.tooltip:not([hidden])').innerText")
-    press(browser, ".runs button", page)
+    press(browser, ".runs [data-action=details]", page)
     assert browser.run(text("dialog section strong", page)) == "small"
     assert browser.run("document.querySelectorAll('img').length") == 0
     press(browser, ".toolbar [data-export=png]", page)
@@ -242,6 +246,7 @@ NUMBERS = """
     log: scale.makeScale('log', [1e-6, 1], [0, 100]).ticks(4),
     steps: scale.makeScale('steps', [0, 1000], [0, 100]).ticks(4),
     back: [0, 7, 1000].map((v) => { const s = scale.makeScale('steps', [0, 1000], [0, 100]); return s.from(s.to(v)); }),
+    many: scale.extent(Array.from({length: 500000}, (_, i) => i)),
     numbers: [0, 1234.5678, -0.00012356, 1e9, null, NaN].map((v) => format.number(v)),
   };
 })()
@@ -270,5 +275,6 @@ def test_numbers_of_the_modules(tensorboard, browser):
     assert found["log"] == pytest.approx([1e-6, 1e-4, 1e-2, 1])
     assert found["steps"] == [0, 1, 10, 100, 1000]
     assert found["back"] == pytest.approx([0, 7, 1000])
+    assert found["many"] == [0, 499999]  # more than a call takes as arguments
     minus, none = "\N{MINUS SIGN}", "\N{EN DASH}"
     assert found["numbers"] == ["0", "1235", f"{minus}1.236e{minus}4", "1e9", none, none]

@@ -117,6 +117,10 @@ def test_files_are_found_below_a_directory(tmp_path):
     (tmp_path / "run" / "version_0").mkdir(parents=True)
     file = write(tmp_path / "run" / "version_0" / "eft.jsonl", measurement(0, a=1.0))
     assert find_jsonl(tmp_path) == [file] == find_jsonl(file)
+    for version in (10, 2):
+        (tmp_path / "run" / f"version_{version}").mkdir()
+        write(tmp_path / "run" / f"version_{version}" / "eft.jsonl", measurement(0, a=1.0))
+    assert [found.parent.name for found in find_jsonl(tmp_path)] == ["version_0", "version_2", "version_10"]
     with pytest.raises(FileNotFoundError, match="no such file"):
         find_jsonl(tmp_path / "absent")
     (tmp_path / "empty").mkdir()

@@ -10,6 +10,7 @@ of ``eft.jsonl``, which ``torch-eft report`` reads. The last one written holds.
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -194,6 +195,11 @@ def _step(line: dict[str, Any]) -> int:
     return step
 
 
+def _natural(path: Path) -> list[str | int]:
+    """An order in which version_2 comes before version_10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", str(path)))]
+
+
 def find_jsonl(path: str | Path) -> list[Path]:
     """The ``eft.jsonl`` files at or below a path, sorted.
 
@@ -205,7 +211,7 @@ def find_jsonl(path: str | Path) -> list[Path]:
         raise FileNotFoundError(f"{path}: no such file or directory; give a run's log directory or its {JSONL_NAME}")
     if path.is_file():
         return [path]
-    found = sorted(path.rglob(JSONL_NAME))
+    found = sorted(path.rglob(JSONL_NAME), key=_natural)
     if not found:
         raise FileNotFoundError(
             f"{path}: no {JSONL_NAME} at or below it; torch_eft's callbacks write one into a run's log directory"

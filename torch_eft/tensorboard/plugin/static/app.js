@@ -84,6 +84,13 @@ export class App {
     this.refresh();
   }
 
+  /** One run, or with null the newest ones. */
+  chooseOnly(name) {
+    this.touched = name !== null;
+    this.chosen = new Set(name === null ? [] : [name]);
+    this.refresh();
+  }
+
   change(name, value) {
     this.settings[name] = value;
     saveSettings(this.settings);
@@ -183,6 +190,7 @@ export class App {
   runActions() {
     return {
       toggle: (name) => this.toggleRun(name),
+      only: (name) => this.chooseOnly(name),
       details: (run) => openDialog(runDetails(run, this.listing.pages?.[run.name])),
     };
   }

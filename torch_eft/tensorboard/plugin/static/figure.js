@@ -2,7 +2,7 @@
 
 import { svg } from "./dom.js";
 import { number } from "./format.js";
-import { limitsOf, makeScale } from "./scale.js";
+import { extent, limitsOf, makeScale } from "./scale.js";
 
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif";
 // A forecast that explodes must not flatten what was measured: beyond this many times it, the line leaves the chart.
@@ -13,10 +13,10 @@ function valueLimits(panel, kind) {
   const finite = (points) => points.flatMap(([, ...values]) => values).filter((v) => v !== null);
   const measured = panel.lines.filter((line) => line.series === "measured").flatMap((line) => finite(line.points));
   const theory = panel.lines.filter((line) => line.series !== "measured").flatMap((line) => finite(line.points));
-  const largest = Math.max(0, ...measured.map(Math.abs));
+  const largest = extent([0, ...measured.map(Math.abs)])[1];
   const near = (factor) => (v) => largest === 0 || Math.abs(v) <= factor * largest;
   const band = panel.bands.flatMap(({ points }) => finite(points)).filter(near(BLOW_UP / 2));
-  const floor = kind === "log" ? Math.min(...measured.filter((v) => v > 0)) / 100 : -Infinity;
+  const floor = kind === "log" ? extent(measured.filter((v) => v > 0))[0] / 100 : -Infinity;
   const values = [...measured, ...theory.filter(near(BLOW_UP)), ...band].filter((v) => v >= floor);
   return limitsOf(values, kind) ?? (kind === "log" ? [0.1, 10] : [-1, 1]);
 }
@@ -146,8 +146,8 @@ function missing(panel, y) {
 /** First and last step of some panels. */
 export function stepRange(panels) {
   const steps = panels.flatMap(({ lines }) => lines.flatMap(({ points }) => points.map(([step]) => step)));
-  const last = Math.max(1, ...steps);
-  return [Math.min(last - 1, ...steps), last];
+  const [first, last] = extent(steps);
+  return [Math.min(first, Math.max(1, last) - 1), Math.max(1, last)];
 }
 
 let clips = 0;

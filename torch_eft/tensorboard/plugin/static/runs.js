@@ -37,11 +37,17 @@ export function swatch(style) {
   );
 }
 
+/** Choose this run alone; or, where it is alone, the newest ones again. */
+function onlyButton(name, styles, only) {
+  const alone = styles.size === 1 && styles.has(name);
+  return h("button", { class: "link", "data-action": "only", click: () => only(alone ? null : name) }, alone ? "several" : "only");
+}
+
 /**
  * One row a run.
  * @param {{name, info, problem}[]} runs
  * @param {Map<string, {colour}>} styles of the chosen runs
- * @param {{toggle(name), details(run)}} actions
+ * @param {{toggle(name), only(name), details(run)}} actions; only(null) goes back to several
  */
 export function runList(runs, styles, actions) {
   return h(
@@ -59,7 +65,12 @@ export function runList(runs, styles, actions) {
         flagBadge(run.info),
         h("span", { class: "badges" }, shapeBadges(run.info)),
         h("span", { class: "reason", title: sentence }, sentence),
-        h("button", { class: "link", click: () => actions.details(run) }, "details"),
+        h(
+          "span",
+          {},
+          runs.length > 1 && onlyButton(run.name, styles, actions.only),
+          h("button", { class: "link", "data-action": "details", click: () => actions.details(run) }, "details"),
+        ),
       );
     }),
   );

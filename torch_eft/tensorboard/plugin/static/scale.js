@@ -49,15 +49,21 @@ export function makeScale(kind, [low, high], [start, end]) {
   };
 }
 
+/** [smallest, largest]; not by Math.min(...values), which fails for very many. */
+export function extent(values) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const value of values) {
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return [low, high];
+}
+
 /** Limits with a margin around the extremes of some values; null if there are none. */
 export function limitsOf(values, kind, margin = 0.06) {
   const usable = values.filter((v) => Number.isFinite(v) && (kind !== "log" || v > 0));
   if (usable.length === 0) return null;
-  let [low, high] = [Infinity, -Infinity];
-  for (const value of usable) {
-    low = Math.min(low, value);
-    high = Math.max(high, value);
-  }
+  const [low, high] = extent(usable);
   if (kind === "log") {
     const factor = Math.max((high / low) ** margin, 1.01);
     return [low / factor, high * factor];
