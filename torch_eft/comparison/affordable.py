@@ -1,14 +1,15 @@
-"""Work whose cost grows with the number of training points: tried on few of them before it is done on all."""
+"""Work whose cost grows with the size of a problem: tried on small ones before it is done on the whole."""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
 
-_FIRST = 8
+_FIRST = (8, 4, 1)
 _GROWTH = 4.0
-"""Time grows at most with this power of the number of points (measured: 1 to 4)."""
+"""Time grows at most with this power of the number of training points (measured: 1 to 4)."""
 
 
 class TooDearError(ValueError):
@@ -21,37 +22,66 @@ class TooDearError(ValueError):
     spent: float = 0.0
 
 
-def within(seconds: float, points: int, compute: Callable[[int], T], growth: float = 2.0) -> tuple[T, float]:
-    """``compute(points)``, after doubling from 8 points up to it, as long as it stays affordable.
+@dataclass(frozen=True)
+class Size:
+    """Of a forecast.
+
+    Args:
+        points: N, on which is trained.
+        probes: N_p, on which is looked.
+        outputs: n_L.
+    """
+
+    points: int
+    probes: int
+    outputs: int
+
+    def ladder(self) -> "list[Size]":
+        """From at most 8 points, 4 probes and one output by doubling the points up to the whole."""
+        points, probes, outputs = _FIRST
+        count = min(self.points, points)
+        rungs = [Size(count, min(self.probes, probes), outputs), Size(count, self.probes, self.outputs)]
+        while count < self.points:
+            count = min(self.points, 2 * count)
+            rungs.append(Size(count, self.probes, self.outputs))
+        return list(dict.fromkeys(rungs))
+
+    def over(self, other: "Size", power: float) -> float:
+        """How much more it takes than another one, with this power of the points; probes and outputs linearly."""
+        rest = self.probes / other.probes * self.outputs / other.outputs
+        return (self.points / other.points) ** power * rest
+
+
+def within(seconds: float, size: Size, compute: Callable[[Size], T], growth: float = 2.0) -> tuple[T, float]:
+    """``compute(size)``, after smaller ones, as long as it stays affordable.
 
     Args:
         seconds: Allowed in all.
-        points: Of the whole problem.
-        compute: Does it on so many points.
+        size: Of the whole problem.
+        compute: Does it at a size.
         growth: Time grows at least with this power of the number of points.
 
     Returns:
-        The result for all points, and the time that all took.
+        The result for the whole, and the time that all took.
 
     Raises:
         TooDearError: If it would take longer.
     """
     begun = time.perf_counter()
-    count = min(points, _FIRST)
-    while True:
+    rungs = size.ladder()
+    for rung, following in zip(rungs, [*rungs[1:], size], strict=True):
         started = time.perf_counter()
-        result = compute(count)
+        result = compute(rung)
         now = time.perf_counter()
-        if count == points:
-            return result, now - begun
-        following, spent = min(points, 2 * count), now - started
-        least = spent * (points / count) ** growth
-        coming = spent * (following / count) ** _GROWTH
-        if now - begun + max(least, coming) > seconds:
+        if rung == size:
+            break
+        coming = (now - started) * max(size.over(rung, growth), following.over(rung, _GROWTH))
+        if now - begun + coming > seconds:
             error = TooDearError(
-                f"{count} of {points} training points took {spent:.2g} s, so that all take about "
-                f"{max(least, coming):.2g} s or more; {max(0.0, seconds):.2g} s are left of what is allowed"
+                f"{rung.points} training points, {rung.probes} probe points and {rung.outputs} of the outputs took "
+                f"{now - started:.2g} s, so that all {size.points}, {size.probes} and {size.outputs} take about "
+                f"{coming:.2g} s; {max(0.0, seconds):.2g} s are left of what is allowed"
             )
             error.spent = now - begun
             raise error
-        count = following
+    return result, now - begun

@@ -21,6 +21,7 @@ drift itself.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch_eft.comparison.compared import Compared, component
 from torch_eft.comparison.finite_width import AtStep, FiniteWidth, Problem, finite_width
 from torch_eft.measure.metrics import as_trace, ntk_trace
+from torch_eft.theory.dynamics import descent
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.prediction import InfiniteWidthTraining
 from torch_eft.theory.sampling import ntk_trace_spread
@@ -50,6 +52,9 @@ class EnsembleComparison:
         order: 0, or 1 with what can be had of order 1/n within ``seconds``.
         steps: Optimizer steps to come, if known; further ones extend the forecast.
         seconds: Allowed for order 1/n, in all.
+        momentum: Of ``torch.optim.SGD``.
+        nesterov: Likewise.
+        dampening: Likewise.
 
     Raises:
         ValueError: If shapes do not fit, or the learning rate is beyond the stability bound.
@@ -66,20 +71,34 @@ class EnsembleComparison:
         order: int = 1,
         steps: int | None = None,
         seconds: float = 3.0,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        dampening: float = 0.0,
     ) -> None:
         if order not in (0, 1):
             raise ValueError(f"order: {order} given; give 0 (infinite width) or 1 (with corrections of order 1/n)")
-        self.training = InfiniteWidthTraining(ensemble, x_train, y_train, x_probe, learning_rate, reduction="sum")
+        self._options: dict[str, Any] = (
+            {"momentum": momentum, "nesterov": nesterov, "dampening": dampening} if momentum else {}
+        )
+        self._given = (ensemble, x_train, y_train, x_probe, learning_rate)
+        self._horizon = steps or _FIRST_HORIZON
+        self.training = self._order_0()
         self._ntk_trace_sigma = ntk_trace_spread(ensemble, x_probe, ntk_samples)
         direction = self.training.first_direction()
         self.direction = direction / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)
+        training = self.training
         self._problem = Problem(
-            ensemble, self.training.x_train, self.training.y_train, self.training.x_probe, learning_rate
+            ensemble, training.x_train, training.y_train, training.x_probe, learning_rate, self._options
         )
         self.order, self._seconds = order, seconds
         self.finite: FiniteWidth | None = None
         if order == 1:
-            self._extend(steps or _FIRST_HORIZON)
+            self._extend(self._horizon)
+
+    def _order_0(self) -> InfiniteWidthTraining:
+        """In closed form at any step; with momentum, summed up to the horizon."""
+        optimizer = descent(self._given[-1], self._horizon, **self._options) if self._options else None
+        return InfiniteWidthTraining(*self._given, reduction="sum", optimizer=optimizer)
 
     @property
     def validity(self) -> Validity:
@@ -123,6 +142,9 @@ class EnsembleComparison:
         Returns:
             ``{quantity: Compared}``.
         """
+        if self._options and step > self._horizon:
+            self._horizon = max(step, _EXTENSION * self._horizon)
+            self.training = self._order_0()
         first = self._at(step)
         found = self._outputs(step, output, first) | self._ntks(ntk, ntk_0, first)
         if kernels is not None and first.kernels and len(kernels[0]) == len(first.kernels):

@@ -1,13 +1,14 @@
 """What order 1/n adds to the observables that are compared, on a grid of steps, bounded in cost."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from torch_eft.comparison.affordable import TooDearError, within
+from torch_eft.comparison.affordable import Size, TooDearError, within
 from torch_eft.measure.metrics import as_trace
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.prediction import predict_training
@@ -19,15 +20,17 @@ MOST_POINTS = 64
 
 _EVERY = 32
 _RATIO = 1.08
+_LONGEST_RINGING = 512
 
 
-def time_grid(steps: int) -> list[int]:
-    """Every step up to 32, then steps 8 % apart, up to ``steps``.
+def time_grid(steps: int, momentum: float = 0.0) -> list[int]:
+    """Every step up to 32, or as long as momentum rings (to 0.1 %, at most 512), then steps 8 % apart, up to ``steps``.
 
     Corrections are interpolated between them by straight lines, which over intervals of 0.08 in log t are wrong by
     0.08^2 / 8 = 0.1 % of the second derivative in log t.
     """
-    grid = list(range(min(steps, _EVERY) + 1))
+    ringing = 0 if momentum == 0 else min(_LONGEST_RINGING, math.ceil(2 * math.log(1e-3) / math.log(momentum)))
+    grid = list(range(min(steps, max(_EVERY, ringing)) + 1))
     while grid[-1] < steps:
         grid.append(min(steps, max(grid[-1] + 1, round(grid[-1] * _RATIO))))
     return grid
@@ -43,7 +46,7 @@ class Problem:
         y_train: Targets, (N, n_L).
         x_probe: Probe inputs, (N_p, n_0).
         learning_rate: eta.
-        options: Of the optimizer, as ``predict_training`` takes them (momentum).
+        options: Of the optimizer, as ``predict_training`` takes them: momentum, nesterov, dampening; empty without.
     """
 
     ensemble: MLPEnsemble
@@ -53,18 +56,38 @@ class Problem:
     learning_rate: float
     options: dict[str, Any] = field(default_factory=dict)
 
-    def predicted(self, steps: Sequence[int], order: int, points: int | None = None, **options: Any) -> Trajectory:
-        """``predict_training`` at some steps, on all or the first few training points."""
-        kept = slice(0, points)
+    @property
+    def size(self) -> Size:
+        """N, N_p, n_L."""
+        return Size(len(self.x_train), len(self.x_probe), self.ensemble.widths[-1])
+
+    def reduced(self, size: Size) -> "Problem":
+        """With the first few points, probes and outputs."""
+        if size == self.size:
+            return self
+        given = self.ensemble
+        ensemble = MLPEnsemble(
+            [*given.widths[:-1], size.outputs], given.activation, given.C_b, given.C_W, given.lambda_b, given.lambda_W
+        )
+        return replace(
+            self,
+            ensemble=ensemble,
+            x_train=self.x_train[: size.points],
+            y_train=self.y_train[: size.points, : size.outputs],
+            x_probe=self.x_probe[: size.probes],
+        )
+
+    def predicted(self, steps: Sequence[int], order: Literal[0, 1], **options: Any) -> Trajectory:
+        """``predict_training`` at some steps."""
         return predict_training(
             self.ensemble,
-            self.x_train[kept],
-            self.y_train[kept],
+            self.x_train,
+            self.y_train,
             self.x_probe,
             self.learning_rate,
             max(steps),
             "sum",
-            order,  # type: ignore[arg-type]
+            order,
             at_steps=steps,
             **self.options,
             **options,
@@ -142,43 +165,47 @@ def finite_width(problem: Problem, steps: int, direction: Tensor, seconds: float
         direction: The compared direction of the output, (N_p, n_L).
         seconds: Allowed in all.
     """
-    found = FiniteWidth(time_grid(steps))
+    found = FiniteWidth(time_grid(steps, problem.options.get("momentum", 0.0)))
     points = len(problem.x_train)
     if points > MOST_POINTS:
         found.words.append(
             f"{points} training points: order 1/n is for up to {MOST_POINTS} beside a training; order 0 is drawn"
         )
         return found
-    work = _Work(points, seconds, found.words)
+    added, problem = _enough_labels(problem)
+    look = slice(added, None)
+    work = _Work(problem, seconds, found.words)
 
-    def training(few: int, correction: str) -> Trajectory:
-        return problem.predicted(found.steps, 1, few, corrections=(correction,))
+    def training(correction: str) -> Callable[[Problem], Trajectory]:
+        return lambda some: some.predicted(found.steps, 1, corrections=(correction,))
 
     zeroth = problem.predicted(found.steps, 0)
-    Theta = as_trace(zeroth.ntk_mean[0])
+    Theta = as_trace(zeroth.ntk_mean[0])[look, look]
     gauges, verdicts = [], []
-    ntk = work.attempt("the NTK", 1.0, lambda few: training(few, "ntk"))
+    ntk = work.attempt("the NTK", 1.0, training("ntk"))
     if ntk is not None:
-        found.initial_ntk = as_trace(ntk.ntk_mean[0]) - Theta
-        found.values["ntk"] = torch.stack([as_trace(value) for value in ntk.ntk_drift])
+        found.initial_ntk = as_trace(ntk.ntk_mean[0])[look, look] - Theta
+        found.values["ntk"] = torch.stack([as_trace(value)[look, look] for value in ntk.ntk_drift])
         gauges.append((found.initial_ntk + found.values["ntk"]).flatten(1).norm(dim=1) / Theta.norm())
         verdicts.append(ntk.validity)
-    if not problem.options:
-        hidden = work.attempt("hidden kernels", 1.0, lambda few: _hidden(problem, found.steps, few))
+    if problem.options:
+        found.words.append("hidden kernels at order 0: their drift is derived without momentum")
+    else:
+        hidden = work.attempt("hidden kernels", 1.0, lambda some: _hidden(some, found.steps))
         if hidden is not None:
-            found.kernels_0 = tuple(layer.kernel_order0 for layer in hidden.layers)
-            found.kernels = [layer.kernel_drift for layer in hidden.layers]
+            found.kernels_0 = tuple(layer.kernel_order0[look, look] for layer in hidden.layers)
+            found.kernels = [layer.kernel_drift[:, look, look] for layer in hidden.layers]
             verdicts.append(hidden.validity)
-    mean = work.attempt("the mean output", 2.0, lambda few: training(few, "mean"))
+    mean = work.attempt("the mean output", 2.0, training("mean"))
     if mean is not None:
-        found.values["mean"] = mean.output_mean - zeroth.output_mean
-        moved = zeroth.output_mean.flatten(1).norm(dim=1)
+        found.values["mean"] = (mean.output_mean - zeroth.output_mean)[:, look]
+        moved = zeroth.output_mean[:, look].flatten(1).norm(dim=1)
         size = found.values["mean"].flatten(1).norm(dim=1)
         gauges.append(torch.where(moved > 0, size / torch.where(moved > 0, moved, 1.0), 0.0))
         verdicts.append(mean.validity)
-        spread = work.attempt("the covariance", 2.0, lambda few: training(few, "covariance"))
+        spread = work.attempt("the covariance", 2.0, training("covariance"))
         if spread is not None:
-            change = spread.output_covariance - zeroth.output_covariance
+            change = (spread.output_covariance - zeroth.output_covariance)[:, look, look]
             found.values["projected_variance"] = torch.einsum("ai,tabij,bj->t", direction, change, direction)
             found.values["variances"] = torch.einsum("taaii->tai", change)
             found.spread_validity = spread.validity
@@ -197,11 +224,23 @@ def _with_band(validity: Validity, band: Validity) -> Validity:
     return Validity("caution", f"{validity.reason}. The band is rough: {band.reason}")
 
 
-def _hidden(problem: Problem, steps: Sequence[int], few: int) -> Any:
+def _enough_labels(problem: Problem) -> tuple[int, Problem]:
+    """With as many more probe points, in front, as make moments over all points sampled.
+
+    Over three and four points they are integrated by quadrature, a minute of it; over five and more they are sampled.
+    """
+    different = len(torch.unique(torch.cat([problem.x_train, problem.x_probe]), dim=0))
+    added = 5 - different if different in (3, 4) else 0
+    scales = torch.linspace(0.5, 0.8, added, dtype=problem.x_train.dtype, device=problem.x_train.device)
+    longest = problem.x_train[problem.x_train.norm(dim=1).argmax()]
+    return added, replace(problem, x_probe=torch.cat([scales[:, None] * longest, problem.x_probe]))
+
+
+def _hidden(problem: Problem, steps: Sequence[int]) -> Any:
     return predict_representation(
         problem.ensemble,
-        problem.x_train[:few],
-        problem.y_train[:few],
+        problem.x_train,
+        problem.y_train,
         problem.x_probe,
         problem.learning_rate,
         max(steps),
@@ -216,13 +255,14 @@ def _hidden(problem: Problem, steps: Sequence[int], few: int) -> Any:
 class _Work:
     """One attempt after another, out of one allowance."""
 
-    def __init__(self, points: int, seconds: float, words: list[str]) -> None:
-        self.points, self.left, self.words = points, seconds, words
+    def __init__(self, problem: Problem, seconds: float, words: list[str]) -> None:
+        self.problem, self.left, self.words = problem, seconds, words
 
-    def attempt(self, name: str, growth: float, compute: Callable[[int], Any]) -> Any:
+    def attempt(self, name: str, growth: float, compute: Callable[[Problem], Any]) -> Any:
         """The result, or None; ``words`` says which and why."""
+        problem = self.problem
         try:
-            result, spent = within(self.left, self.points, compute, growth)
+            result, spent = within(self.left, problem.size, lambda size: compute(problem.reduced(size)), growth)
         except (TooDearError, ValueError) as error:
             self.words.append(f"{name} at order 0: {error}")
             self.left -= error.spent if isinstance(error, TooDearError) else 0.0

@@ -173,7 +173,7 @@ class InstanceComparison:
             self._lambdas,
             optimizer.momentum,
             optimizer.nesterov,
-            "sum",
+            "mean" if loss.kind == "given" else "sum",
             order,
             loss.function if loss.kind == "given" else loss.kind,
             output_fn=self._output_fn,

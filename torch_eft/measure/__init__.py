@@ -4,14 +4,17 @@ from torch_eft.measure.alignment import centred, effective_rank, linear_cka, tar
 from torch_eft.measure.dntk import AlmostEverywhereWarning, Contracted, contracted, ddntk, dntk
 from torch_eft.measure.engine import Estimate
 from torch_eft.measure.initialization import NotAnMLPError, ReadEnsemble, read_ensemble
+from torch_eft.measure.interval import Interval, interval
 from torch_eft.measure.jets import NoJetRuleError
 from torch_eft.measure.kinks import kinked_operations
 from torch_eft.measure.learning_rates import LearningRates, read_learning_rates
+from torch_eft.measure.losses import TrainingLoss, recognise_loss
 from torch_eft.measure.metrics import as_matrix, as_trace, kernel_distance, ntk_trace, relative_change, top_eigenvalue
 from torch_eft.measure.ntk import Coverage, coverage, ntk, ntk_estimate
 from torch_eft.measure.output import output
 from torch_eft.measure.probe import Probe
 from torch_eft.measure.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, pull_back
+from torch_eft.measure.recorded import TrajectoryRecorder
 from torch_eft.measure.representation import Representation, hidden_kernels, representation
 from torch_eft.measure.representation_change import (
     LayerChange,
@@ -21,11 +24,14 @@ from torch_eft.measure.representation_change import (
     representation_change,
 )
 from torch_eft.measure.secant import Secant, secant, secant_ntk
-from torch_eft.measure.seeds import Comparison, SeedEnsemble, seed_ensemble
+from torch_eft.measure.seed_statistics import Comparison
+from torch_eft.measure.seeds import SeedEnsemble, seed_ensemble
 from torch_eft.measure.shadow import ShadowModel
 from torch_eft.measure.shadow_perturbative import PerturbativeShadow
+from torch_eft.measure.sized_dntk import SizedDNTK, sized_dntk
 from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.taylor import TaylorSeries, taylor_series, taylor_terms
+from torch_eft.measure.taylor_sizes import TaylorSizes, taylor_sizes
 from torch_eft.measure.training import SquaredError, UnrecognisedLossError, recognise_squared_error
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "Coverage",
     "Eigenpairs",
     "Estimate",
+    "Interval",
     "LayerChange",
     "LearningRates",
     "NoJetRuleError",
@@ -48,9 +55,13 @@ __all__ = [
     "Secant",
     "SeedEnsemble",
     "ShadowModel",
+    "SizedDNTK",
     "Snapshot",
     "SquaredError",
     "TaylorSeries",
+    "TaylorSizes",
+    "TrainingLoss",
+    "TrajectoryRecorder",
     "UnrecognisedLossError",
     "as_matrix",
     "as_trace",
@@ -62,6 +73,7 @@ __all__ = [
     "dntk",
     "effective_rank",
     "hidden_kernels",
+    "interval",
     "kernel_distance",
     "kinked_operations",
     "linear_cka",
@@ -75,6 +87,7 @@ __all__ = [
     "pull_back",
     "read_ensemble",
     "read_learning_rates",
+    "recognise_loss",
     "recognise_squared_error",
     "relative_change",
     "representation",
@@ -82,9 +95,11 @@ __all__ = [
     "secant",
     "secant_ntk",
     "seed_ensemble",
+    "sized_dntk",
     "take_snapshot",
     "target_alignment",
     "taylor_series",
+    "taylor_sizes",
     "taylor_terms",
     "top_eigenvalue",
 ]

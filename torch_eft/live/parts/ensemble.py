@@ -114,7 +114,7 @@ class EnsemblePart(Part):
         reason = seen.refusal()
         if reason is None:
             options = sgd_options(start.optimizers[0])
-            reason = options if isinstance(options, str) else _unlike_the_theory(options)
+            reason = options if isinstance(options, str) else None
         if reason is not None:
             return Report(pages=pages | self._stop(reason))
         self._seen, self._hidden = seen, _activations(start.network, self._ensemble)
@@ -168,6 +168,9 @@ class EnsemblePart(Part):
         if self._seen.batch is None or self._seen.loss is None:
             return self._stop("the batch is not a pair (inputs, targets) of tensors")
         (x, y), network, start = self._seen.batch, self._seen.start.network, self._seen.start
+        options = sgd_options(optimizer)
+        if isinstance(options, str):
+            return self._stop(options)
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         rate = read_learning_rates(network, [optimizer]).learning_rate
         try:
@@ -181,6 +184,7 @@ class EnsemblePart(Part):
                 order=self.order,
                 steps=start.total_steps,
                 seconds=self.seconds,
+                **options,
             )
         except UnrecognisedLossError as error:
             return self._stop(str(error))
@@ -188,7 +192,11 @@ class EnsemblePart(Part):
             return self._stop(str(error))
         self._seen.begin(optimizer)
         self.validity = self._comparison.validity
-        text = f"Full-batch gradient descent on squared error ({loss.name}), learning rate {rate:g}. {self.validity}"
+        momentum = f", momentum {options['momentum']:g}" if options["momentum"] else ""
+        text = (
+            f"Full-batch gradient descent on squared error ({loss.name}), learning rate {rate:g}{momentum}. "
+            f"{self.validity}"
+        )
         return {
             "validity": f"{text}\n\nPredicted for the {self._ensemble} ensemble: {self._comparison.words}.",
         }
@@ -275,13 +283,6 @@ class EnsemblePart(Part):
             f"measured_against_theory/{quantity}": comparison_figure(history, [quantity])
             for quantity in compared_quantities(history)
         }
-
-
-def _unlike_the_theory(options: dict[str, Any]) -> str | None:
-    """What the ensemble's forecast is not derived for."""
-    if options["momentum"]:
-        return f"SGD with momentum={options['momentum']}: the ensemble's forecast is derived without"
-    return None
 
 
 def _activations(network: nn.Module, ensemble: MLPEnsemble) -> list[str]:

@@ -1,0 +1,239 @@
+"""Parts for any run at all: Taylor terms, intervals, dNTK along the gradient, shadows; Adam and minibatches too."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.live.parts.loop import data, fit, mlp
+from torch_eft import measure
+from torch_eft.live.parts.dntk import DNTKPart
+from torch_eft.live.parts.interval import IntervalPart
+from torch_eft.live.parts.shadow import ShadowPart
+from torch_eft.live.parts.taylor import TaylorPart
+from torch_eft.live.parts.theta import too_many
+from torch_eft.measure.interval import interval
+from torch_eft.measure.sized_dntk import sized_dntk
+
+
+def adam(model):
+    return torch.optim.Adam(model.parameters(), lr=1e-3)
+
+
+def test_the_next_interval_in_a_run_with_adam_and_minibatches():
+    """Ratios of realised to predicted near 1, and errors of order 1 below those of order 0, at every visit; five steps
+    of Adam at this rate move H by some per cent, so the neglected third order is a few per cent of that at most."""
+    x, y, x_probe = data(24)
+    model = mlp(64)
+    observer, pages = fit(
+        model, [IntervalPart()], 30, adam(model), x, y, x_probe, batch=8, outside="mini-batches", every=5
+    )
+    visits = [step for step in observer.history if step > 0]
+    assert visits == [5, 10, 15, 20, 25, 30]
+    for step in visits:
+        scalars = observer.history[step]
+        assert scalars["eft_theory/ntk_rate/order_0"] == 0
+        assert scalars["eft_theory/ntk_rate/ratio"] == pytest.approx(1, abs=0.05)
+        assert scalars["eft_theory/interval_ntk_error/order_1"] < 0.2
+        assert (
+            scalars["eft_theory/interval_output_error/order_1"]
+            < 0.2 * scalars["eft_theory/interval_output_error/order_0"]
+        )
+    assert not observer.events
+    assert "a copy of the trainable parameters" in pages["interval"][0][1]
+
+
+def test_the_numbers_of_an_interval():
+    """By hand, from measure.interval between the weights at two visits."""
+    x, y, x_probe = data(24)
+    model = mlp(16)
+    thetas = {0: {name: p.detach().clone() for name, p in model.named_parameters()}}
+
+    def keep(step):
+        thetas[step] = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    observer, _ = fit(model, [IntervalPart(order=1)], 4, adam(model), x, y, x_probe, batch=8, every=4, on_step=keep)
+    scalars = observer.history[4]
+    found = interval(model, thetas[0], thetas[4], x_probe, order=1)
+    H, change, P = found.ntk, found.ntk_change, found.ntk_terms[0]
+    correction, linear = found.output_terms[1:].sum(0), found.output_terms[0]
+    along = float((change * P).sum() / P.norm() / H.norm()) / 4
+    expected = {
+        "eft/ntk_rate/measured": along,
+        "eft_theory/ntk_rate/order_1": float(P.norm() / H.norm()) / 4,
+        "eft_theory/interval_ntk_error/order_1": float((change - P).norm() / change.norm()),
+        "eft_theory/interval_output/order_1": float(correction.norm() / linear.norm()),
+        "eft_theory/interval_output_error/order_0": float(
+            (found.output_change - linear).norm() / found.output_change.norm()
+        ),
+    }
+    for name, value in expected.items():
+        assert scalars[name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_taylor_terms_of_the_real_trajectory():
+    x, y, x_probe = data(24)
+    model = mlp(16)
+    theta_0 = {name: p.detach().clone() for name, p in model.named_parameters()}
+    observer, pages = fit(model, [TaylorPart()], 20, adam(model), x, y, x_probe, batch=8, every=10)
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    series = measure.taylor_series(model, theta_0, theta, x_probe)
+    change = series.value - series.terms[0]
+    scalars = observer.history[20]
+    for order in (1, 2, 3):
+        expected = float(series.terms[order].norm() / change.norm())
+        assert scalars[f"eft_layers/taylor_terms/order_{order}"] == pytest.approx(expected, rel=1e-3)
+    assert scalars["eft/taylor_remainder/measured"] == pytest.approx(
+        float(series.remainder.norm() / change.norm()), rel=1e-2
+    )
+    left = [(change - series.terms[1 : k + 1].sum(0)).norm() / change.norm() for k in (1, 2, 3)]
+    needed = next((k for k, value in enumerate(left, start=1) if value <= 0.05), 4)
+    assert scalars["eft_more/taylor_orders_needed/measured"] == needed
+    assert not any("taylor" in name for name in observer.history[0])
+    assert "of the change of the outputs since theta_0" in pages["taylor"][-1][1]
+
+
+def test_dntk_along_the_gradient_is_logged_where_it_belongs():
+    x, y, x_probe = data()
+    model = mlp(16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    kept = {}
+
+    def keep(step):  # the gradient of this step belongs to the theta before it
+        kept[step - 1] = {name: p.grad.clone() for name, p in model.named_parameters()}
+        kept[step] = None
+
+    thetas = {0: {name: p.detach().clone() for name, p in model.named_parameters()}}
+
+    def both(step):
+        keep(step)
+        thetas[step] = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    observer, _ = fit(model, [DNTKPart()], 6, optimizer, x, y, x_probe, every=2, on_step=both)
+    assert [step for step, scalars in observer.history.items() if "eft/dntk/measured" in scalars] == [0, 2, 4]
+    for step in (0, 2, 4):
+        expected = sized_dntk(model, thetas[step], kept[step], x_probe, 1.0)
+        scalars = observer.history[step]
+        assert scalars["eft/dntk/measured"] == pytest.approx(expected.dntk, rel=1e-3)
+        assert scalars["eft_more/ddntk/measured"] == pytest.approx(expected.ddntk, rel=1e-3)
+        assert scalars["eft_theory/dntk/order_0"] == 0
+
+
+def test_shadows_follow_minibatches_of_any_optimizer():
+    """Order 3 is closer than order 1, and both are what training the Taylor models by hand gives."""
+    x, y, x_probe = data(24)
+    classes = y.argmax(1)
+    model = mlp(128)
+    shadow = measure.ShadowModel(model, 1)
+    optimizer = adam(model)
+    twin = shadow.optimizer_like(optimizer)
+    torch.manual_seed(5)
+    observer, pages = fit(
+        model, [ShadowPart()], 12, optimizer, x, classes, x_probe, F.cross_entropy, batch=8, outside="mini-batches (3)"
+    )
+    torch.manual_seed(5)
+    start = shadow(x_probe).detach()
+    largest = 0.0
+    for _ in range(12):
+        samples = torch.randperm(24)[:8]
+        shadow.step(x[samples], lambda z, samples=samples: F.cross_entropy(z, classes[samples]), twin)
+        moved = shadow(x_probe).detach() - start
+        largest = max(largest, float(moved.norm()))
+    scalars = observer.history[12]
+    assert scalars["eft_theory/shadow_output/order_0"] == pytest.approx(float(moved.norm()) / math.sqrt(6), rel=1e-3)
+    errors = [scalars[f"eft_theory/shadow_output_error/order_{order}"] for order in (0, 1)]
+    assert errors[1] < errors[0]
+    measured = (model(x_probe).detach() - start - moved).norm() / largest
+    assert errors[0] == pytest.approx(float(measured), rel=1e-2)
+    assert "cross-entropy, mean over samples" in pages["shadow"][0][1]
+
+
+def test_shadows_say_why_there_are_none():
+    x, y, x_probe = data()
+    for change, message in (
+        (dict(outside="gradient clipping at 0.1"), "gradient clipping"),
+        (dict(loss_function=F.l1_loss), "neither squared error"),
+        (
+            dict(model=nn.Sequential(mlp(16), nn.Dropout(0.5)).train()),
+            "dropout|drops out|Dropout|gradient differs|usual",
+        ),
+    ):
+        model = change.pop("model", None) or mlp(16)
+        observer, pages = fit(model, [ShadowPart()], 3, adam(model), x, y, x_probe, **change)
+        import re
+
+        assert re.search(message, pages["shadow"][-1][1]), pages["shadow"]
+        assert not any("shadow" in name for scalars in observer.history.values() for name in scalars)
+    with pytest.raises(ValueError, match="orders: \\(2,\\) given"):
+        ShadowPart(orders=(2,))
+
+
+def test_a_network_too_large_is_told_so():
+    x, y, x_probe = data()
+    model = mlp(16)
+    parts = [IntervalPart(largest=10), TaylorPart(largest=10), DNTKPart(largest=10), ShadowPart(largest=10)]
+    observer, pages = fit(model, parts, 3, adam(model), x, y, x_probe)
+    for name in ("interval", "taylor", "dntk", "shadow"):
+        assert "million parameters; copies of them are kept for up to" in pages[name][0][1]
+    logged = {name.split("/")[1] for scalars in observer.history.values() for name in scalars}
+    assert not logged & {"ntk_rate", "taylor_remainder", "dntk", "shadow_output"}
+    assert too_many(model) is None
+
+
+class Convolutional(nn.Module):
+    """With ReLU, group norm and a residual branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.second, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.norm(self.first(x)))
+        return self.head((h + torch.relu(self.second(h))).mean((2, 3)))
+
+
+def test_a_network_with_kinks_is_measured_and_labelled():
+    torch.manual_seed(0)
+    x, x_probe, classes = torch.randn(16, 1, 5, 5), torch.randn(4, 1, 5, 5), torch.randint(0, 3, (16,))
+    model = Convolutional()
+    parts = [IntervalPart(), TaylorPart(), DNTKPart()]
+    observer, pages = fit(model, parts, 8, adam(model), x, classes, x_probe, F.cross_entropy, batch=4, every=2)
+    assert {"eft/ntk_rate/measured", "eft/taylor_remainder/measured"} <= set(observer.history[8])
+    for name in ("interval", "dntk"):
+        assert "almost everywhere" in pages[name][-1][1]
+    assert "do not improve on order 1" in pages["taylor"][-1][1]
+    assert "eft_theory/ntk_rate/truncation" not in observer.history[8]  # nothing estimates what kinks add
+    assert not observer.events
+
+
+SETTINGS = {
+    "full batch": dict(parts=lambda: [IntervalPart(), TaylorPart(), DNTKPart(), ShadowPart()], momentum=True),
+    "minibatches, Adam": dict(parts=lambda: [IntervalPart(), TaylorPart(), DNTKPart(), ShadowPart()], batch=3),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_training_is_left_bit_identical(name):
+    setting = SETTINGS[name]
+    x, y, x_probe = data()
+    ends = []
+    for parts in (None, setting["parts"]()):
+        model = mlp(16)
+        if setting.get("momentum"):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        else:
+            optimizer = adam(model)
+        torch.manual_seed(3)
+        fit(model, parts, 8, optimizer, x, y, x_probe, batch=setting.get("batch"), outside="mini-batches", every=2)
+        state = copy.deepcopy(optimizer.state_dict()["state"])
+        ends.append([torch.get_rng_state(), *(p.detach().clone() for p in model.parameters()), *_tensors(state)])
+    assert len(ends[0]) == len(ends[1])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def _tensors(state):
+    return [value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)]

@@ -1,0 +1,227 @@
+"""Parts for full-batch training: the ensemble's forecast and the network's own; where there is none, why."""
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.live.parts.loop import data, fit, mlp
+from torch_eft.comparison.compared import Compared
+from torch_eft.live.parts.ensemble import EnsemblePart
+from torch_eft.live.parts.gauge import GaugeWatch
+from torch_eft.live.parts.instance import InstancePart
+from torch_eft.live.parts.logged import compared_scalars
+from torch_eft.live.parts.representation import RepresentationPart
+
+PARTS = {"ensemble": lambda: EnsemblePart(order=0), "instance": lambda: InstancePart(seconds=60.0)}
+PAGE = {"ensemble": "validity", "instance": "instance"}
+TAG = {"ensemble": "eft_theory/ntk_trace/order_0", "instance": "eft_theory/instance_output/order_0"}
+
+
+def sgd(model, lr=0.05, **options):
+    return torch.optim.SGD(model.parameters(), lr=lr, **options)
+
+
+def test_both_forecasts_beside_one_training():
+    """Momentum, squared error: order 1 of both; the network's own is closer at order 1 than at order 0 at all steps."""
+    x, y, x_probe = data(4, 3, 1)
+    model = mlp(96, 1)
+    parts = [EnsemblePart(seconds=60.0), InstancePart(seconds=60.0), RepresentationPart()]
+    observer, pages = fit(model, parts, 30, sgd(model, 0.005, momentum=0.5), x, y, x_probe, every=5)
+    assert "eft_theory/output_projection/order_1" in observer.history[0]  # told late
+    for step in (5, 15, 30):
+        scalars = observer.history[step]
+        for quantity in ("instance_output_error", "instance_ntk_error"):
+            errors = [scalars[f"eft_theory/{quantity}/order_{order}"] for order in (0, 1)]
+            assert errors[1] < errors[0], (step, quantity)
+        for quantity in ("output_projection", "output_chi_squared", "ntk_trace"):
+            names = [
+                f"eft_theory/{quantity}/{series}" for series in ("order_0", "order_1", "minus_sigma", "plus_sigma")
+            ]
+            assert set(names) <= set(scalars)
+        assert scalars["eft_theory/ntk_drift/order_0"] == 0
+        drifts = scalars["eft_theory/ntk_drift/order_1"], scalars["eft/ntk_drift/measured"]
+        # Two norms differ by less than the norm of the difference.
+        assert abs(drifts[0] - drifts[1]) <= 1.001 * scalars["eft_theory/instance_ntk_error/order_1"]
+        assert scalars["eft_theory/ntk_mean_drift/order_1"] > 0
+    ratio = observer.history[30]["eft_theory/instance_output/ratio"]
+    error, order_0, order_1 = (
+        observer.history[30][f"eft_theory/{name}"]
+        for name in ("instance_output_error/order_1", "instance_output/order_0", "instance_output/order_1")
+    )
+    # The largest motion is at most a half above the present one (it relaxes towards the targets).
+    assert abs(ratio - 1) <= error * 1.5 * order_0 / order_1
+    assert "learning rate 0.005, momentum 0.5" in pages["validity"][-1][1]
+    assert "the NTK at order 1/n" in pages["validity"][-1][1]
+    assert "dNTK and ddNTK along" in pages["instance"][-1][1]
+    assert parts[0].info()["level"] == "ensemble, order 1"
+    assert parts[1].info()["level"] == "instance, order 1"
+    assert parts[1].info()["validity"]["flag"] in ("valid", "caution")
+
+
+def test_hidden_kernels_beside_their_expectation():
+    x, y, x_probe = data(3, 2, 1)
+    model = mlp(96, 1)
+    observer, pages = fit(
+        model, [EnsemblePart(seconds=60.0), RepresentationPart()], 10, sgd(model, 0.005), x, y, x_probe, every=10
+    )
+    assert {"eft_more/representation_mean_drift/measured", "eft_theory/representation_mean_drift/order_1"} <= set(
+        observer.history[10]
+    )
+    assert "| 1 |" in pages["representation"][-1][1]
+    assert "| 3 |" in pages["representation"][-1][1]
+
+
+def test_any_architecture_and_loss_gets_its_own_forecast():
+    """Cross-entropy, Nesterov, GELU with layer norm; classes; a loss that is told."""
+    torch.manual_seed(0)
+    x, y, x_probe = data()
+    classes = y.argmax(1)
+    base = nn.Sequential(nn.Linear(3, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 2))
+    for loss, told, targets in ((F.cross_entropy, None, classes), (F.smooth_l1_loss, F.smooth_l1_loss, y)):
+        model = copy.deepcopy(base)
+        optimizer = sgd(model, 0.05, momentum=0.5, nesterov=True)
+        part = InstancePart(seconds=60.0, loss=told)
+        observer, _ = fit(model, [part], 20, optimizer, x, targets, x_probe, loss, every=10)
+        errors = [observer.history[20][f"eft_theory/instance_output_error/order_{order}"] for order in (0, 1)]
+        assert errors[1] < errors[0]
+
+
+def test_the_forecast_goes_on_when_the_number_of_steps_was_not_known():
+    x, y, x_probe = data()
+    model = mlp(32)
+    part = InstancePart(seconds=60.0)
+    observer, pages = fit(model, [part], 12, sgd(model), x, y, x_probe, total_steps=4, every=4)
+    assert "eft_theory/instance_output/order_1" in observer.history[12]
+    assert [text[: text.index(":")] for _, text in pages["instance"][1:]][-1].endswith("up to step 16")
+
+
+OUTSIDE = {
+    "weight decay": (dict(optimizer=lambda m: sgd(m, weight_decay=0.1)), r"weight_decay=0.1"),
+    "Adam": (dict(optimizer=lambda m: torch.optim.AdamW(m.parameters())), r"AdamW: forecasts are derived for gradient"),
+    "what the loop says": (dict(outside="mini-batches (3 an epoch)"), r"mini-batches \(3 an epoch\)"),
+    "another loss": (dict(loss_function=F.l1_loss), r"squared error"),
+    "too large a learning rate": (dict(optimizer=lambda m: sgd(m, 30.0)), r"beyond the linear stability bound"),
+    "no tensors": (dict(y=None), r"not a pair"),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("kind", PARTS)
+def test_outside_it_says_so_and_the_training_goes_on(kind, name):
+    change, message = OUTSIDE[name]
+    x, y, x_probe = data()
+    model = mlp(16)
+    optimizer = change.get("optimizer", sgd)(model)
+    options = {key: value for key, value in change.items() if key in ("outside", "loss_function")}
+    part = PARTS[kind]()
+    if "y" in change:
+        part.on_batch = lambda batch, inner=part.on_batch: inner({"x": x})
+    observer, pages = fit(model, [part], 3, optimizer, x, y, x_probe, **options)
+    assert re.search(message, pages[PAGE[kind]][-1][1]), pages
+    assert part.validity.flag == "invalid"
+    assert part.info()["level"] == "measurements only"
+    assert list(observer.history) == [0, 1, 2, 3]
+    assert not any(name.startswith("eft_theory") for scalars in observer.history.values() for name in scalars)
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_it_ends_where_the_training_leaves_it(kind):
+    """A changed learning rate, and a batch with other samples: an event, a page, and no theory from there on."""
+    x, y, x_probe = data()
+    for change, message in (("rate", "learning rate changed at step 3"), ("batch", "other samples than the first")):
+        model = mlp(16)
+        optimizer = sgd(model)
+        part = PARTS[kind]()
+
+        def on_step(step, change=change, optimizer=optimizer):
+            if change == "rate" and step == 3:
+                optimizer.param_groups[0]["lr"] = 0.01
+
+        if change == "batch":
+            part.on_batch = lambda batch, inner=part.on_batch: inner(
+                batch if part._seen is None or part._seen._reference is None else (batch[0][:3], batch[1][:3])
+            )
+        observer, pages = fit(model, [part], 5, optimizer, x, y, x_probe, on_step=on_step)
+        assert any(message in event.text for event in observer.events), observer.events
+        assert message in pages[PAGE[kind]][-1][1]
+        with_theory = [step for step, scalars in observer.history.items() if TAG[kind] in scalars]
+        first = 0 if kind == "ensemble" else 1
+        assert with_theory == list(range(first, 4 if change == "rate" else 2))
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_the_order_of_the_samples_does_not_matter(kind):
+    x, y, x_probe = data()
+    model = mlp(16)
+    observer, _ = fit(model, [PARTS[kind]()], 4, sgd(model), x, y, x_probe, batch=5)
+    assert TAG[kind] in observer.history[4]
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_the_training_is_left_bit_identical(kind):
+    x, y, x_probe = data()
+    ends = []
+    for parts in (None, [PARTS[kind]()]):
+        model = mlp(16)
+        optimizer = sgd(model, momentum=0.5)
+        torch.manual_seed(3)
+        fit(model, parts, 6, optimizer, x, y, x_probe, batch=5)
+        velocity = [entry["momentum_buffer"] for entry in optimizer.state_dict()["state"].values()]
+        ends.append([torch.get_rng_state(), *(p.detach().clone() for p in model.parameters()), *velocity])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_a_forecast_too_dear_says_so():
+    x, y, x_probe = data()
+    model = mlp(16)
+    _, pages = fit(model, [InstancePart(largest=10)], 2, sgd(model), x, y, x_probe)
+    assert (
+        "16 outputs on training and probe points; one network's forecast is made for up to 10"
+        in pages["instance"][-1][1]
+    )
+    observer, pages = fit(model, [InstancePart(seconds=1e-9)], 2, sgd(model), x, y, x_probe)
+    assert "order 0 only" in pages["instance"][-1][1]
+    assert "eft_theory/instance_output/order_1" not in observer.history[2]
+
+
+def test_events_when_the_gauge_crosses_its_bounds():
+    watch = GaugeWatch("Forecast")
+    told = [watch.events(step, gauge) for step, gauge in enumerate([None, 0.1, 0.19, 0.21, 0.3, 1.2, 2.0])]
+    assert [len(events) for events in told] == [0, 0, 0, 1, 0, 1, 0]
+    assert "0.21 times those of order 0, above 0.2" in told[3][0].text
+    assert "not valid from here on" in told[5][0].text
+    assert len(GaugeWatch("Forecast").events(0, 5.0)) == 1
+
+
+def test_comparisons_as_scalars():
+    found = compared_scalars(
+        {
+            "ntk_trace": Compared(3.0, 2.0, 2.5, 0.5, 0.1),
+            "instance_output_error": Compared(None, 0.2, math.nan),
+        }
+    )
+    assert found == {
+        "eft/ntk_trace/measured": 3.0,
+        "eft_theory/ntk_trace/order_0": 2.0,
+        "eft_theory/ntk_trace/order_1": 2.5,
+        "eft_theory/ntk_trace/minus_sigma": 2.0,
+        "eft_theory/ntk_trace/plus_sigma": 3.0,
+        "eft_theory/ntk_trace/truncation": 0.1,
+        "eft_theory/instance_output_error/order_0": 0.2,
+    }
+
+
+@pytest.mark.parametrize("wrong", [dict(order=2), dict(seconds=-1.0)])
+def test_wrong_arguments(wrong):
+    with pytest.raises(ValueError, match="order"):
+        EnsemblePart(**wrong)
+
+
+def test_wrong_arguments_of_the_instance():
+    with pytest.raises(ValueError, match="seconds: 0"):
+        InstancePart(seconds=0)
