@@ -187,7 +187,7 @@ def test_the_schedule_is_thinned_to_the_budget_and_says_so(monkeypatch):
     assert [step for step, _ in part.visits] == [0, 34, 67, 100]
     assert len(observer.history) == 101  # the snapshot itself takes no time on this clock
     assert observer.budget.percent == pytest.approx(4.0, abs=0.01)  # the check before it takes real time
-    assert "left out to stay within 5 %: costly at 97 of them (budget=None makes them all)" in said[-1]
+    assert "left out to stay within 5 %: costly at 97 (budget=None makes them all)" in said[-1]
 
 
 def test_a_measurement_too_dear_is_left_out_whole(monkeypatch):

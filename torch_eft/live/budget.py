@@ -3,14 +3,15 @@
 Everything that runs inside the observer is on its account; everything else since the start is the training's own time
 (validation, loading and logging included). ``limit`` is the ratio of the two that may be reached.
 
-What falls once (start, first and last visit, figures) is spread over the planned steps, where their number is known.
+What falls once (start, first and last visit, figures) is spread over the planned steps, where their number is known;
+the last visit is taken to cost what the latest one did.
 What is left of the allowance is shared among the accounts (the snapshot, and each part): equal parts, and what one
 does not need goes to the others, so that a dear part thins itself before it starves a cheap one.
 """
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,44 +41,47 @@ class Budget:
 
     Args:
         limit: Time spent measuring / the training's own; None for no limit.
+        clock: Seconds; None for the wall clock.
 
     Attributes:
         once: Seconds spent on what falls once.
+        reserve: Seconds that the end will take besides the last visit.
         accounts: By name.
 
     Raises:
         ValueError: If ``limit`` is not positive.
     """
 
-    def __init__(self, limit: float | None) -> None:
+    def __init__(self, limit: float | None, clock: Callable[[], float] | None = None) -> None:
         if limit is not None and (isinstance(limit, bool) or not math.isfinite(limit) or limit <= 0):
             raise ValueError(
                 f"budget: {limit!r} given; give the share of the training's time that measuring may take, such as "
                 "0.05, or None for no limit"
             )
         self.limit = limit
+        self.clock = clock or time.perf_counter
         self.restart()
 
     def restart(self, spent: float = 0.0) -> None:
         """A training starts: all clocks at zero, but for ``spent`` seconds of measuring just before."""
-        self._started = time.perf_counter() - spent
+        self._started = self.clock() - spent
         self._stopped: float | None = None
         self._spent = spent
         self._depth = 0
         self._begun = 0.0
-        self._reserve = 0.0
+        self.reserve = 0.0
         self.once = 0.0
         self.accounts: dict[str, Account] = {}
 
     @property
     def seconds(self) -> float:
         """Time spent measuring."""
-        return self._spent + (time.perf_counter() - self._begun if self._depth else 0.0)
+        return self._spent + (self.clock() - self._begun if self._depth else 0.0)
 
     @property
     def training_seconds(self) -> float:
         """The training's own time."""
-        until = time.perf_counter() if self._stopped is None else self._stopped
+        until = self.clock() if self._stopped is None else self._stopped
         return max(until - self._started - self.seconds, 1e-9)
 
     @property
@@ -89,36 +93,39 @@ class Budget:
     def counting(self) -> Iterator[None]:
         """What happens inside is measuring; may be nested."""
         if self._depth == 0:
-            self._begun = time.perf_counter()
+            self._begun = self.clock()
         self._depth += 1
         try:
             yield
         finally:
             self._depth -= 1
             if self._depth == 0:
-                self._spent += time.perf_counter() - self._begun
+                self._spent += self.clock() - self._begun
 
     @contextmanager
     def account(self, name: str, forced: bool) -> Iterator[None]:
         """What happens inside is a visit on an account; ``forced``: the first or last one, which falls once."""
         account = self.accounts.setdefault(name, Account())
-        begun = time.perf_counter()
+        begun = self.clock()
         try:
             yield
         finally:
-            account.latest = time.perf_counter() - begun
+            account.latest = self.clock() - begun
             account.made += 1
             if not forced:
                 account.spent += account.latest
 
-    def settle(self, figures: float = 0.0) -> None:
-        """The start is over: what was spent so far falls once; the end will cost about the first visit and figures."""
+    def settle(self) -> None:
+        """What was spent so far, but for visits between the first and the last, falls once."""
         self.once = self.seconds - sum(account.spent for account in self.accounts.values())
-        self._reserve = max(self._reserve, figures + sum(account.latest for account in self.accounts.values()))
+
+    def room(self, seconds: float) -> bool:
+        """Whether so much more time stays within the limit now."""
+        return self.limit is None or self.seconds + seconds <= self.limit * self.training_seconds
 
     def stop(self) -> None:
         """The training is over."""
-        self._stopped = time.perf_counter()
+        self._stopped = self.clock()
 
     def affordable(self, name: str, progress: float | None) -> bool:
         """Whether a due visit on an account stays within the budget; if not, it is counted as left out.
@@ -132,7 +139,8 @@ class Budget:
         account = self.accounts.setdefault(name, Account())
         visits = sum(each.spent for each in self.accounts.values())
         hooks = self.seconds - self.once - visits
-        once = (self.once + self._reserve) * (1.0 if progress is None else min(1.0, progress))
+        once = self.once + self.reserve + sum(each.latest for each in self.accounts.values())
+        once *= 1.0 if progress is None else min(1.0, progress)
         demands = [each.spent + each.latest * (1 + each.left_out) for each in self.accounts.values()]
         level = equal_level(demands, self.limit * self.training_seconds - hooks - once)
         if account.spent + account.latest <= level:

@@ -3,7 +3,7 @@
 from torch_eft.live.budget import SNAPSHOT, Budget
 
 
-def cost_sentence(budget: Budget, measurements: int, skipped: int) -> str:
+def cost_sentence(budget: Budget, measurements: int, skipped: int, undrawn: int) -> str:
     """What measuring has cost, and what was left out, in a sentence."""
     failed = f", {skipped} skipped" if skipped else ""
     text = (
@@ -11,10 +11,11 @@ def cost_sentence(budget: Budget, measurements: int, skipped: int) -> str:
         "the training's own time"
     )
     left = {name: account.left_out for name, account in budget.accounts.items() if account.left_out}
-    if budget.limit is None or not left:
+    if budget.limit is None or not (left or undrawn):
         return text
     whole = left.pop(SNAPSHOT, 0)
-    words = [f"{whole} due measurements"] * bool(whole) + [f"{name} at {count} of them" for name, count in left.items()]
+    words = [f"{whole} due measurements"] * bool(whole) + [f"{name} at {count}" for name, count in left.items()]
+    words += [f"{undrawn} figures"] * bool(undrawn)
     return f"{text}; left out to stay within {100 * budget.limit:g} %: {', '.join(words)} (budget=None makes them all)"
 
 

@@ -17,7 +17,6 @@ theta_0 is what the network holds at ``begin``. Measuring leaves weights, buffer
 they are. A failing measurement warns once and is skipped; training goes on (``on_error="raise"`` to debug).
 """
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,14 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.live.budget import SNAPSHOT, Budget
+from torch_eft.live.budget import SNAPSHOT, Account, Budget
 from torch_eft.live.costs import cost_page, cost_sentence, thinning_sentence
 from torch_eft.live.outlet import skipped_page
 from torch_eft.live.part import Event, History, Part, Start, Visit
 from torch_eft.live.planning import plan_of
 from torch_eft.live.presets import Options, Preset, parts_of
 from torch_eft.live.probes import ProbeLike, probe_from
-from torch_eft.live.recorder import Recorder, validity_of
+from torch_eft.live.recorder import DRAWING, LOADING, Recorder, validity_of
 from torch_eft.live.schedule import Every, checked_every, due
 from torch_eft.live.sinks import JSONLSink, Sink, TensorBoardSink
 from torch_eft.measure.learning_rates import read_learning_rates
@@ -114,6 +113,8 @@ class Observer:
         self._probe_shape: list[int] = []
         self._first_step = 0
         self._total_steps: int | None = None
+        self._drawn = False
+        self._listening: dict[str, list[Part]] = {}
         self._parameters: list[str] = []
         self._start_afresh()
 
@@ -155,11 +156,11 @@ class Observer:
         Raises:
             ValueError: If it cannot, with the reason.
         """
-        started = time.perf_counter()
+        started = self.budget.clock()
         if self.model is None or self.probe is None:
             raise ValueError(f"{'model' if self.model is None else 'probe'}: None given; an observer needs one")
         self._plan, self._probe_shape = plan_of(self.parts, self.model, self.probe, self.output_fn, self.recorder.name)
-        self._checking = time.perf_counter() - started
+        self._checking = self.budget.clock() - started
 
     def begin(self, step: int = 0, outside: str | None = None, total_steps: int | None = None) -> None:
         """Take theta_0, or go on from a restored one.
@@ -205,26 +206,41 @@ class Observer:
             self.output_fn,
             self._total_steps,
         )
-        for part in self.parts:
-            self.recorder.ask(lambda part=part: part.begin(start))  # type: ignore[misc]
+        self.recorder.ask_each(self.parts, lambda part: part.begin(start))
         if step not in self.history:
             self._visit(step, last=False, epoch=None)
-        reference = self._reference
-        if reference is not None and not goes_on:
-            self.recorder.draw(self.parts, lambda part: part.first_figures(reference))
+        self._drawn = goes_on
+        if self.recorder.outlet.draws:
+            self.budget.reserve = DRAWING * len(self.parts)  # about one figure each
+        self._draw_start()
         self._tell()
+
+    def _draw_start(self) -> None:
+        """Figures of theta_0, as soon as the budget has room for them."""
+        reference = self._reference
+        if self._drawn or reference is None or not self.budget.room(LOADING):
+            return
+        self._drawn = True
+        self.recorder.draw(self.parts, lambda part: part.first_figures(reference))
+        self.budget.settle()
+
+    def _listeners(self, hook: str) -> list[Part]:
+        """The parts that do something at a hook: most do nothing at most, and there are many steps."""
+        if hook not in self._listening:
+            self._listening[hook] = [p for p in self.parts if getattr(type(p), hook) is not getattr(Part, hook)]
+        return self._listening[hook]
 
     # ---- training
 
     def observe_batch(self, batch: Any) -> None:
         """Show a training batch to the parts, before its forward."""
         if self._reference is not None:
-            self.recorder.each(self.parts, lambda part: part.on_batch(batch))
+            self.recorder.each(self._listeners("on_batch"), lambda part: part.on_batch(batch))
 
     def observe_loss(self, loss: Tensor) -> None:
         """Show the batch's loss to the parts, before its backward."""
         if self._reference is not None:
-            self.recorder.each(self.parts, lambda part: part.on_loss(loss.detach()))
+            self.recorder.each(self._listeners("on_loss"), lambda part: part.on_loss(loss.detach()))
 
     def before_step(self, optimizer: Optimizer | None = None) -> None:
         """Show the gradients, and the learning rates in force, to the parts.
@@ -234,13 +250,10 @@ class Observer:
         """
         chosen = optimizer if optimizer is not None else next(iter(self.optimizers), None)
         if self._reference is not None and chosen is not None:
-            self.recorder.guard(lambda: self._before_step(chosen))
-
-    def _before_step(self, optimizer: Optimizer) -> None:
-        for part in self.parts:
-            self.recorder.ask(lambda part=part: part.on_gradient(self.recorder.step, optimizer))  # type: ignore[misc]
-        if self.recorder.step == self._first_step:
-            self._tell()
+            step = self.recorder.step
+            self.recorder.ask_each(self._listeners("on_gradient"), lambda part: part.on_gradient(step, chosen))
+            if step == self._first_step:
+                self.recorder.guard(self._tell)
 
     def measure(
         self, step: int, due_now: bool | None = None, last: bool = False, epoch: int | None = None
@@ -275,8 +288,7 @@ class Observer:
         first, self.recorder.step = self.recorder.step == self._first_step, step
         model = self.model
         if self._reference is not None and model is not None:
-            for part in self.parts:
-                self.recorder.ask(lambda part=part: part.on_step(step, model))  # type: ignore[misc]
+            self.recorder.ask_each(self._listeners("on_step"), lambda part: part.on_step(step, model))
         if first:  # what the theory needed to know before the first step is in
             self.budget.settle()
 
@@ -299,6 +311,7 @@ class Observer:
 
     def _finish(self) -> None:
         reference, last = self._reference, self._last
+        self._draw_start()
         if reference is not None and last is not None:
             self.recorder.draw(self.parts, lambda part: part.last_figures(self.history, reference, last))
         pages = {"overhead": cost_page(self.budget, len(self.history))}
@@ -314,14 +327,15 @@ class Observer:
 
     def overhead(self) -> str:
         """What measuring has cost, and what was left out, in a sentence."""
-        return cost_sentence(self.budget, len(self.history), len(self.skipped))
+        return cost_sentence(self.budget, len(self.history), len(self.skipped), len(self.recorder.undrawn))
 
     # ---- what it does
 
     def _visit(self, step: int, last: bool, epoch: int | None) -> dict[str, float]:
         assert self.model is not None and self.probe is not None and self._plan is not None
-        forced, progress = last or self._reference is None, self._progress(step)
-        if not forced and not self.budget.affordable(SNAPSHOT, progress):
+        first = self._reference is None
+        forced = first or last
+        if not forced and not self.budget.affordable(SNAPSHOT, self._progress(step)):
             if self.budget.accounts[SNAPSHOT].left_out == 1:
                 self.recorder.say(thinning_sentence(self.budget, step))
             self._left_out_step = step
@@ -353,7 +367,7 @@ class Observer:
         )
         scalars: dict[str, float] = {}
         for part in self.parts:
-            if forced or self.budget.affordable(part.name, progress):
+            if self._affords(part, first, last, step):
                 with self.budget.account(part.name, forced):
                     report = self.recorder.ask(lambda part=part: part.observe(visit))  # type: ignore[misc]
                     scalars |= report.scalars
@@ -362,7 +376,20 @@ class Observer:
         self.recorder.record(step, scalars, epoch)
         self._tell()
         self.flush()
+        if not forced:
+            self._draw_start()
         return dict(self.history.get(step, {}))
+
+    def _affords(self, part: Part, first: bool, last: bool, step: int) -> bool:
+        """All parts see theta_0; at the end what is light is never left out, what is dear if there is no room."""
+        if first or (last and part.cost == "light"):
+            return True
+        if not last:
+            return self.budget.affordable(part.name, self._progress(step))
+        account = self.budget.accounts.setdefault(part.name, Account())
+        fits = account.latest < 1e-3 or self.budget.room(account.latest)
+        account.left_out += not fits
+        return fits
 
     def _tell(self) -> None:
         assert self.model is not None

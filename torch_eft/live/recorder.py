@@ -17,6 +17,9 @@ from torch_eft.trajectory import Validity
 
 _log = logging.getLogger("torch_eft")
 
+DRAWING, LOADING = 0.1, 0.5
+"""Seconds that one figure takes, and those before the first one, in which matplotlib is loaded."""
+
 
 class Recorder:
     """What is known of a run, told to the sinks as it comes.
@@ -30,6 +33,7 @@ class Recorder:
         history: ``{optimizer step: {tag: value}}``.
         events: Quantities that left their band, predictions that left their validity.
         skipped: ``[(step, what went wrong)]``.
+        undrawn: Figures (or all of a part) that the budget left out.
         step: The optimizer steps taken so far.
         say: Prints a sentence.
     """
@@ -50,6 +54,7 @@ class Recorder:
         self.history: History = {}
         self.events: list[Event] = []
         self.skipped: list[tuple[int, str]] = []
+        self.undrawn: list[str] = []
         self._pages: dict[str, str] = {}
         self._watch = BandWatch()
         self._said: Validity | None = None
@@ -76,6 +81,11 @@ class Recorder:
         """Let every part do something."""
         for part in parts:
             self.guard(lambda part=part: action(part))  # type: ignore[misc]
+
+    def ask_each(self, parts: Sequence[Part], question: Callable[[Part], Report]) -> None:
+        """The reports of several parts, of which only pages, events and late numbers are wanted."""
+        for part in parts:
+            self.ask(lambda part=part: question(part))  # type: ignore[misc]
 
     def ask(self, question: Callable[[], Report]) -> Report:
         """A part's report, with its pages, events and late numbers told; an empty one if it fails."""
@@ -118,19 +128,23 @@ class Recorder:
         self.outlet.info(info, self.history)
 
     def draw(self, parts: Sequence[Part], figures_of: Callable[[Part], dict[str, Any]]) -> None:
-        """The parts' figures, if anyone wants them and matplotlib is there."""
-        if not self.outlet.draws:
-            return
-        for part in parts:
+        """The parts' figures, as long as the budget has room; if anyone wants them and matplotlib is there."""
+        for part in parts if self.outlet.draws else ():
+            if not self.budget.room(DRAWING):
+                self.undrawn.append(part.name)
+                continue
             try:
                 figures = figures_of(part)
             except ImportError:
                 self.say("torch_eft: no figures, matplotlib is not installed (pip install 'torch-eft[demo]')")
                 return
             for name, figure in figures.items():
-                self.outlet.each(
-                    lambda sink, name=name, figure=figure: sink.figure(name, figure, self.step)  # type: ignore[misc]
-                )
+                if self.budget.room(DRAWING):
+                    self.outlet.each(
+                        lambda sink, name=name, figure=figure: sink.figure(name, figure, self.step)  # type: ignore[misc]
+                    )
+                else:
+                    self.undrawn.append(name)
 
 
 def validity_of(parts: Sequence[Part]) -> Validity | None:

@@ -25,8 +25,12 @@ def figure(columns: int = 1, rows: int = 1) -> "tuple[Figure, list[Axes]]":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(5.6 * columns, 4.2 * rows), layout="constrained")
+    # matplotlib's own layout takes twice as long as the drawing itself: one panel does without.
+    several = rows * columns > 1
+    drawing = Figure(figsize=(5.6 * columns, 4.2 * rows), layout="constrained" if several else None)
     FigureCanvasAgg(drawing)
+    if not several:
+        drawing.subplots_adjust(left=0.17, right=0.96, bottom=0.16, top=0.88)
     axes = [drawing.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
     return drawing, axes
 
@@ -97,7 +101,8 @@ def layers_figure(histories: Mapping[str, Mapping[int, float]], title: str) -> "
         colour = shades(0.85 * index / max(1, len(histories) - 1))
         axes.plot(list(series), list(series.values()), color=colour, lw=2, label=layer if len(histories) <= 8 else None)
     axes.set_title(title, fontsize=14)
-    axes.set_xlabel("optimizer step", fontsize=13)
+    axes.set_xlabel("optimizer step", fontsize=14)
+    axes.tick_params(labelsize=13)
     axes.margins(x=0.01)
     axes.grid(alpha=0.2)
     if len(histories) <= 8:
