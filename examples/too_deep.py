@@ -58,37 +58,38 @@ def train(model, x, y, learning_rate, steps):
     return losses
 
 
+def diagnosed_and_trained(name, depth, width, initialisation, x, y, steps, seeds):
+    """The diagnosis of the first seed's network, on some of the images, and the losses of all."""
+    curves = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model = build(depth, width, initialisation)
+        if seed == 0:
+            diagnosis = eft.diagnose(model, x[:16])
+        curves.append(train(model, x, y, 0.5 * diagnosis.largest_learning_rate, steps))
+    ends = [curve[-1] for curve in curves]
+    told = ", ".join(finding.code for finding in diagnosis.warnings) or "no warnings"
+    print(
+        f"{name:18} n = {width:3}, r = {diagnosis.aspect_ratio.r:.2f}: loss {curves[0][0]:.3f} -> "
+        f"{sum(ends) / len(ends):.4f} (seeds: {min(ends):.4f} .. {max(ends):.4f}); diagnosis: {told}"
+    )
+    return diagnosis, curves
+
+
 def main(steps: int = 400, seeds: int = 5, depth: int = DEPTH, figure: str | None = "too_deep.png"):
     """Diagnose, repair, train; return ``{stage: (diagnosis, [losses of every seed])}``."""
     x, y = data()
-    probe = x[:16]
-    torch.manual_seed(0)
-    found = eft.diagnose(build(depth, WIDTH), probe)
-    print(found, end="\n\n")
-    recommended, ratio = found.recommended, found.aspect_ratio
-    critical = eft.diagnose(build(depth, WIDTH, recommended), probe).aspect_ratio
-    widened = math.ceil(WIDTH * max(ratio.r / 0.19, critical.epsilon / 0.18))  # r and epsilon below 0.2
-    stages = {
-        "as it was": (WIDTH, None),
-        "critical weights": (WIDTH, recommended),
-        "critical and wide": (widened, recommended),
-    }
     results = {}
-    for name, (width, initialisation) in stages.items():
-        curves = []
-        for seed in range(seeds):
-            torch.manual_seed(seed)
-            model = build(depth, width, initialisation)
-            if seed == 0:
-                diagnosis = eft.diagnose(model, x)
-            curves.append(train(model, x, y, 0.5 * diagnosis.largest_learning_rate, steps))
-        results[name] = diagnosis, curves
-        ends = [curve[-1] for curve in curves]
-        told = ", ".join(finding.code for finding in diagnosis.warnings) or "no warnings"
-        print(
-            f"{name:18} n = {width:3}, r = {diagnosis.aspect_ratio.r:.2f}: loss {curves[0][0]:.3f} -> "
-            f"{sum(ends) / len(ends):.4f} (seeds: {min(ends):.4f} .. {max(ends):.4f}); diagnosis: {told}"
-        )
+
+    def stage(name, width, initialisation):
+        results[name] = diagnosed_and_trained(name, depth, width, initialisation, x, y, steps, seeds)
+        return results[name][0]
+
+    found = stage("as it was", WIDTH, None)
+    print(f"\n{found}\n")
+    critical = stage("critical weights", WIDTH, found.recommended).aspect_ratio
+    widened = math.ceil(WIDTH * max(critical.r / 0.19, critical.epsilon / 0.18))  # both below 0.2
+    stage("critical and wide", widened, found.recommended)
     if figure:
         draw_figure(results, depth, y, figure)
     return results

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch_eft.diagnosis import Diagnosis, MeasuredDiagnosis, diagnose
 from torch_eft.measure.initialization import NotAnMLPError, read_ensemble
 from torch_eft.theory.activations import available_activations
-from torch_eft.theory.aspect_ratio import aspect_ratio
 from torch_eft.theory.ensemble import MLPEnsemble
 
 if TYPE_CHECKING:
@@ -213,7 +212,7 @@ def _drawn(diagnosis: Diagnosis | MeasuredDiagnosis, subject: nn.Module | MLPEns
     ensemble = subject if isinstance(subject, MLPEnsemble) else read_ensemble(subject, x=x).ensemble
     inputs = x.detach().flatten(1).double() if isinstance(x, Tensor) else None
     size = 1.0 if inputs is None else float(inputs.square().mean())
-    ratio = aspect_ratio(ensemble, inputs)
+    ratio = diagnosis.aspect_ratio
     return planes_figure(phase_plane(ensemble, ratio, size), depth_width_plane(ensemble, ratio, size))
 
 

@@ -18,6 +18,7 @@ from torch_eft.theory.learning_rates import (
     LayerGains,
     LearningRateShares,
     equivalence_learning_rates,
+    largest_learning_rate,
     layer_gains,
     layer_shares,
 )
@@ -26,6 +27,9 @@ from torch_eft.theory.validity import first_order_validity, infinite_width_valid
 from torch_eft.trajectory import Validity
 
 Phase = Literal["ordered", "critical", "chaotic"]
+
+_COMPARED = 64
+"""Inputs on which this network and the doubled ones are compared: Theta takes the square of their number."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class Diagnosis:
         spread: How much networks differ from seed to seed.
         drift: How far the NTK moves in training.
         dead: Probability that a hidden layer is silent for a given input (ReLU), 0 for other activations.
-        variants: This network, one twice as deep, one twice as wide, recomputed; empty without a hidden layer.
+        variants: This network, one twice as deep, one twice as wide, recomputed on at most the first 64 inputs; empty
+            without a hidden layer.
         layers: Layer by layer.
         remarks: On the distribution of the weights; empty if there are none.
         inputs: N, the number of inputs it was made for; None for one with |x|^2 = n_0.
@@ -145,7 +150,9 @@ def derived_diagnosis(source: MLPEnsemble | ReadEnsemble, x: Tensor | None = Non
     rows = _layers(ensemble, gains, source if isinstance(source, ReadEnsemble) else None, inputs)
     spread = seed_spread(ensemble, few(inputs))
     drift = expected_drift(ensemble, None if inputs is None else inputs[:1])
-    own = variant("this network", ensemble, inputs, ratio, spread, drift)
+    some = None if inputs is None else inputs[:_COMPARED]
+    own = variant("this network", ensemble, some, ratio, spread, drift)
+    eta = largest_learning_rate(ensemble, inputs, "mean")
     phase = _phase(ratio, own.gradient_growth)
     dead = 0.0 if ensemble.activation.slopes in (None, (0.0, 0.0)) else dead_probability(ensemble)
     findings = _findings(ensemble, ratio, own, phase, rows, dead)
@@ -163,11 +170,11 @@ def derived_diagnosis(source: MLPEnsemble | ReadEnsemble, x: Tensor | None = Non
         spread=spread,
         drift=drift,
         dead=dead,
-        variants=_variants(ensemble, inputs, own),
+        variants=_variants(ensemble, some, own),
         layers=rows,
         remarks=source.remarks if isinstance(source, ReadEnsemble) else (),
         inputs=None if inputs is None else len(inputs),
-        largest_learning_rate=own.largest_learning_rate,
+        largest_learning_rate=eta if math.isfinite(eta) else None,
         validity=infinite_width_validity(ensemble, inputs),
         first_order=first_order_validity(ensemble, inputs),
     )

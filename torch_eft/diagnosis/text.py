@@ -15,6 +15,7 @@ __all__ = ["derived_text", "measured_text", "table"]
 def derived_text(diagnosis: "Diagnosis") -> str:
     """Of an MLP."""
     ratio = diagnosis.aspect_ratio
+    reason = diagnosis.first_order.reason.removeprefix("order 1/n: ")
     sentences = [
         diagnosis.verdict,
         f"over the depth, at infinite width: kernel K^(L) / K^(1) = {diagnosis.kernel_growth:.3g}, squared gradients "
@@ -25,7 +26,7 @@ def derived_text(diagnosis: "Diagnosis") -> str:
         *_drift(diagnosis),
         *_learning_rates(diagnosis),
         f"infinite width (order 0) as a description: {diagnosis.validity.flag}",
-        f"order 1/n as a description: {diagnosis.first_order.flag}",
+        f"validity of order 1/n: {diagnosis.first_order.flag}: {reason}",
     ]
     lines = [f"### {diagnosis.network}", "", *_bullets(sentences), *_bullets(diagnosis.remarks, "weights: ")]
     lines += [*_bullets(map(str, diagnosis.warnings), "WARNING: "), *_bullets(diagnosis.advice, "advice: ")]

@@ -58,7 +58,7 @@ def variant(
         spread: Likewise.
         drift: Likewise.
     """
-    ratio = ratio or aspect_ratio(ensemble, x)
+    ratio = ratio or aspect_ratio(ensemble, x, doubled=False)
     spread = spread or seed_spread(ensemble, few(x))
     drift = drift or expected_drift(ensemble, None if x is None else x[:1])
     gains = layer_gains(ensemble, x)

@@ -22,6 +22,7 @@ from torch_eft.theory.exact import (
     two_layer_linear_map,
 )
 from torch_eft.theory.expectations import QuadratureError
+from torch_eft.theory.expected_drift import ExpectedDrift, expected_drift
 from torch_eft.theory.hierarchy import Hierarchy, train_hierarchy
 from torch_eft.theory.learning_rates import LearningRateShares, equivalence_learning_rates, largest_learning_rate
 from torch_eft.theory.prediction import InfiniteWidthTraining, predict_training
@@ -33,6 +34,7 @@ from torch_eft.theory.representation_drift import (
 )
 from torch_eft.theory.residual import ResidualFlow, residual_flow
 from torch_eft.theory.sampling import ntk_trace_spread, sample_ntk
+from torch_eft.theory.seed_spread import SeedSpread, seed_spread
 from torch_eft.theory.statistics import QUANTITIES, LayerStatistics, initial_statistics, statistics_memory
 from torch_eft.theory.susceptibility import FixedPoint, fixed_points, susceptibilities
 from torch_eft.theory.validity import first_order_validity, infinite_width_validity, output_fluctuation, regime
@@ -42,6 +44,7 @@ __all__ = [
     "Activation",
     "AspectRatio",
     "CriticalPoint",
+    "ExpectedDrift",
     "FiniteWidthTraining",
     "FixedPoint",
     "HiddenLayerForecast",
@@ -55,6 +58,7 @@ __all__ = [
     "RepresentationForecast",
     "RepresentationStatistics",
     "ResidualFlow",
+    "SeedSpread",
     "UnstablePoint",
     "aspect_ratio",
     "available_activations",
@@ -65,6 +69,7 @@ __all__ = [
     "exact_G_moment_ratio",
     "exact_output_moment_ratio",
     "exact_statistics",
+    "expected_drift",
     "first_order_validity",
     "fixed_points",
     "get_activation",
@@ -81,6 +86,7 @@ __all__ = [
     "representation_statistics",
     "residual_flow",
     "sample_ntk",
+    "seed_spread",
     "statistics_memory",
     "susceptibilities",
     "tiles",

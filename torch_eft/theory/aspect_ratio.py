@@ -52,7 +52,7 @@ class AspectRatio:
         estimate: Which estimate that is, for which class.
         spread: sqrt(epsilon), the relative standard deviation of G from seed to seed, to order 1/n.
         seeds: Networks needed to know the mean of G within 10 % (one standard error): 100 epsilon_all_orders.
-        epsilon_twice_depth: epsilon with every hidden layer twice; None without a hidden layer.
+        epsilon_twice_depth: epsilon with every hidden layer twice; None without a hidden layer or if not asked for.
         epsilon_twice_width: epsilon with hidden layers twice as wide; likewise.
         critical: The critical point of the activation, or None where there is none.
         criticality_reason: Why there is none; empty if there is one.
@@ -113,12 +113,13 @@ class AspectRatio:
         return "\n".join([*self.lines(), *(f"caveat: {sentence}" for sentence in self.caveats)])
 
 
-def aspect_ratio(ensemble: MLPEnsemble, x: Tensor | None = None) -> AspectRatio:
+def aspect_ratio(ensemble: MLPEnsemble, x: Tensor | None = None, doubled: bool = True) -> AspectRatio:
     """How deep an ensemble is for its width, what that does, and how well order 1/n describes it.
 
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, n_0); without them, one input with |x|^2 = n_0.
+        doubled: Whether to evaluate epsilon for twice the depth and the width, too.
 
     Returns:
         The aspect ratio. Numbers that need a critical point are None where the activation has none.
@@ -147,8 +148,8 @@ def aspect_ratio(ensemble: MLPEnsemble, x: Tensor | None = None) -> AspectRatio:
         estimate=estimate,
         spread=math.sqrt(epsilon),
         seeds=100 * all_orders,
-        epsilon_twice_depth=output_fluctuation(_twice_as_deep(ensemble), x) if hidden else None,
-        epsilon_twice_width=output_fluctuation(_twice_as_wide(ensemble), x) if hidden else None,
+        epsilon_twice_depth=output_fluctuation(_twice_as_deep(ensemble), x) if hidden and doubled else None,
+        epsilon_twice_width=output_fluctuation(_twice_as_wide(ensemble), x) if hidden and doubled else None,
         critical=point,
         criticality_reason=reason,
         gradient_gain=gain,
