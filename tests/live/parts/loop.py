@@ -51,8 +51,12 @@ def fit(
     every=1,
     on_step=None,
     on_error="raise",
+    shown=True,
 ):
-    """Train; returns the observer and the pages. ``batch``: samples a step, drawn anew every time."""
+    """Train; returns the observer and the pages.
+
+    ``batch``: samples a step, drawn anew every time; ``shown``: whether batches, losses and gradients are.
+    """
     pages = Pages()
     observer = None
     if parts is not None:
@@ -63,14 +67,14 @@ def fit(
     for step in range(1, steps + 1):
         samples = torch.arange(len(x)) if batch is None else torch.randperm(len(x))[:batch]
         pair = (x[samples], y[samples])
-        if observer is not None:
+        if observer is not None and shown:
             observer.observe_batch(pair)
         loss = loss_function(model(pair[0]), pair[1])
-        if observer is not None:
+        if observer is not None and shown:
             observer.observe_loss(loss)
         optimizer.zero_grad()
         loss.backward()
-        if observer is not None:
+        if observer is not None and shown:
             observer.before_step()
         optimizer.step()
         if on_step is not None:

@@ -16,6 +16,7 @@ from torch_eft.live.parts.gauge import GaugeWatch
 from torch_eft.live.parts.instance import InstancePart
 from torch_eft.live.parts.logged import compared_scalars
 from torch_eft.live.parts.representation import RepresentationPart
+from torch_eft.live.parts.shadow import ShadowPart
 
 PARTS = {"ensemble": lambda: EnsemblePart(order=0), "instance": lambda: InstancePart(seconds=60.0)}
 PAGE = {"ensemble": "validity", "instance": "instance"}
@@ -152,6 +153,16 @@ def test_it_ends_where_the_training_leaves_it(kind):
         with_theory = [step for step, scalars in observer.history.items() if TAG[kind] in scalars]
         first = 0 if kind == "ensemble" else 1
         assert with_theory == list(range(first, 4 if change == "rate" else 2))
+
+
+@pytest.mark.parametrize("kind", [*PARTS, "shadow"])
+def test_a_loop_that_shows_nothing_is_told_so(kind):
+    x, y, x_probe = data()
+    model = mlp(16)
+    part = ShadowPart() if kind == "shadow" else PARTS[kind]()
+    observer, pages = fit(model, [part], 3, sgd(model), x, y, x_probe, shown=False)
+    assert "does not show its batches and losses" in pages[PAGE.get(kind, kind)][-1][1]
+    assert list(observer.history) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", PARTS)

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch_eft.comparison.ensemble import EnsembleComparison
 from torch_eft.diagnosis import Diagnosis, diagnose
 from torch_eft.live.part import Event, Part, Report, Start, Visit
-from torch_eft.live.parts.full_batch import FullBatch, sgd_options
+from torch_eft.live.parts.full_batch import UNSHOWN, FullBatch, sgd_options
 from torch_eft.live.parts.gauge import GaugeWatch
 from torch_eft.live.parts.logged import compared_scalars
 from torch_eft.measure.initialization import NotAnMLPError, read_ensemble
@@ -122,9 +122,12 @@ class EnsemblePart(Part):
 
     def observe(self, visit: Visit) -> Report:
         """Theory beside measurement, or nothing where the theory does not apply."""
-        if self._comparison is None or self._seen is None:
-            if self.validity is None:
-                self._waiting.append(visit)
+        if self._seen is None:
+            return Report()
+        if self._comparison is None:
+            if visit.step > self._seen.start.step:
+                return Report(pages=self._stop(UNSHOWN))
+            self._waiting.append(visit)
             return Report()
         reason = self._seen.changed()
         if reason is not None:

@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 from torch_eft.live.part import Start
 from torch_eft.measure.training import batch_fingerprint, same_batch
 
+UNSHOWN = "the loop does not show its batches and losses before its steps, so that nothing tells what it minimises"
+
 
 class FullBatch:
     """What a loop shows of its batches, losses and learning rates.

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch_eft.comparison.affordable import TooDearError
 from torch_eft.comparison.instance import InstanceComparison, SGDOptions
 from torch_eft.live.part import Event, Part, Report, Start, Visit
-from torch_eft.live.parts.full_batch import FullBatch, sgd_options
+from torch_eft.live.parts.full_batch import UNSHOWN, FullBatch, sgd_options
 from torch_eft.live.parts.gauge import GaugeWatch
 from torch_eft.live.parts.logged import compared_scalars
 from torch_eft.measure.learning_rates import read_learning_rates
@@ -96,8 +96,10 @@ class InstancePart(Part):
 
     def observe(self, visit: Visit) -> Report:
         """Forecast beside measurement, or nothing where there is none."""
-        if self._comparison is None or self._seen is None:
+        if self._seen is None:
             return Report()
+        if self._comparison is None:
+            return Report(pages=self._stop(UNSHOWN)) if visit.step > self._seen.start.step else Report()
         reason = self._seen.changed()
         if reason is not None:
             return self._ended(visit.step, reason)

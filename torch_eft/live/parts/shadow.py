@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from torch_eft.comparison.compared import Compared, component
 from torch_eft.live.part import Event, Part, Report, Start, Visit
+from torch_eft.live.parts.full_batch import UNSHOWN
 from torch_eft.live.parts.logged import compared_scalars
 from torch_eft.live.parts.theta import LARGEST, memory, too_many
 from torch_eft.measure.isolation import isolated
@@ -56,7 +57,8 @@ class ShadowPart(Part):
         self._start: Start | None = None
         self._shadows: dict[int, tuple[ShadowModel, Optimizer]] = {}
         self._training_loss: TrainingLoss | None = None
-        self._batches: list[Any] = []
+        self._batch: Any = None
+        self._batches = 0
         self._last_loss: Tensor | None = None
         self._outputs_0: Tensor | None = None
         self._moved = 0.0
@@ -84,7 +86,8 @@ class ShadowPart(Part):
     def on_batch(self, batch: Any) -> None:
         """Keep it for the coming step."""
         if self._start is not None:
-            self._batches.append(batch)
+            self._batch = batch
+            self._batches += 1
 
     def on_loss(self, loss: Tensor) -> None:
         """Keep the first one."""
@@ -95,10 +98,10 @@ class ShadowPart(Part):
         """Take the step that the network is about to take."""
         if self._start is None:
             return Report()
-        batches, self._batches = self._batches, []
-        if len(batches) != 1:
-            return self._stopped(step, f"{len(batches)} batches before one step (gradient accumulation)")
-        batch = batches[0]
+        batch, count = self._batch, self._batches
+        self._batch, self._batches = None, 0
+        if count != 1:
+            return self._stopped(step, f"{count} batches before one step (1 is expected, without accumulation)")
         if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
             return self._stopped(step, "the batch is not a pair (inputs, targets)")
         report = Report()
@@ -123,7 +126,8 @@ class ShadowPart(Part):
         if self._outputs_0 is None:
             self._outputs_0 = visit.snapshot.output
         if not self._shadows:
-            return Report()
+            unshown = self._start is not None and visit.step > self._start.step
+            return self._stopped(visit.step, UNSHOWN) if unshown else Report()
         z, start = visit.snapshot.output, self._outputs_0
         outputs = {order: self._output(shadow, visit.probe) for order, (shadow, _) in self._shadows.items()}
         report = Report()
@@ -186,7 +190,7 @@ class ShadowPart(Part):
 
     def _stopped(self, step: int, reason: str) -> Report:
         had = bool(self._shadows)
-        self._shadows, self._start, self._batches = {}, None, []
+        self._shadows, self._start, self._batch = {}, None, None
         self.validity = Validity("invalid", reason)
         events = [Event(step, "validity", f"Shadows: {reason}")] if had else []
         return Report(pages={"shadow": f"No shadows for this run: {reason}."}, events=events)
