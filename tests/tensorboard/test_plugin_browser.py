@@ -239,7 +239,8 @@ NUMBERS = """
     z: model.residual(q, 'order_1', 'z'), z0: model.residual(q, 'order_0', 'z'),
     relative: model.residual(q, 'order_1', 'relative'), difference: model.residual(q, 'order_0', 'difference'),
     kinds: [[q], [model.readQuantity({measured: [[0, 1]], order_0: [[0, 2]]})],
-      [model.readQuantity({measured: [[0, 1]], order_0: [[0, 0]]})], [model.readQuantity({measured: [[0, 1]]})],
+      [model.readQuantity({measured: [[0, 1]], order_0: [[0, 0]]})],
+      [model.readQuantity({measured: [[0, 1]], order_1: [[0, 1], [1, 1e-4]]})], [model.readQuantity({measured: [[0, 1]]})],
     ].map((list) => model.residualKind(list, 'auto')),
     csv: model.toCsv({'a,"b': {q: {measured: [[1, null], [2, -0.5]]}}, '=1+1': {}, '@x': {q: {s: [[0, 1]]}}}),
     linear: scale.makeScale('linear', [0, 1], [0, 100]).ticks(5),
@@ -264,7 +265,7 @@ def test_numbers_of_the_modules(tensorboard, browser):
     assert found["z0"] == [[2, 1.5]]
     assert found["relative"] == [[0, 0], [2, 0.25]]
     assert found["difference"] == [[0, -1], [2, 3]]
-    assert found["kinds"] == ["z", "relative", "difference", None]
+    assert found["kinds"] == ["z", "relative", "difference", "difference", None]
     assert found["csv"].splitlines() == [
         "run,quantity,series,step,value",
         '"a,""b",q,measured,1,',

@@ -15,6 +15,7 @@ import { legendOf, toolbar } from "./toolbar.js";
 const REFRESH_MS = 5000;
 const FIRST_CHOICE = 5;
 const MANY = 12;
+const VERY_MANY = 18;
 const EMPTY =
   "No run here has data of torch_eft yet. Attach EFTMonitor(probe=x_probe) to a training that logs to TensorBoard; " +
   "its runs appear here by themselves.";
@@ -213,7 +214,7 @@ export class App {
     if (!same) grid.replaceChildren(...elements);
     this.shownCards = cards;
     if (cards.length === 0) return;
-    grid.className = cards.length > MANY ? "grid many" : "grid";
+    grid.className = ["grid", cards.length > MANY && "many", cards.length > VERY_MANY && "very"].filter(Boolean).join(" ");
     cards.forEach((card, i) => card.describe(panels[i], this.about(panels[i].name), single));
     const columns = getComputedStyle(grid).gridTemplateColumns.split(" ").length;
     const frame = 38 + elements[0].offsetHeight - cards[0].host.offsetHeight; // a card without its chart, steps, gap

@@ -83,7 +83,7 @@ function axes(box, x, y, counts, look, withSteps) {
     const at = y.to(tick);
     parts.push(
       svg("line", { x1: box.left, x2: box.right, y1: at, y2: at, stroke: theme.grid }),
-      text(number(tick, 3), { x: box.left - 4, y: at + font * 0.35, "text-anchor": "end", fill: theme.soft }),
+      text(number(tick, 6), { x: box.left - 4, y: at + font * 0.35, "text-anchor": "end", fill: theme.soft }),
     );
   }
   let free = -Infinity;

@@ -4,6 +4,8 @@
 // "minus_sigma" and "plus_sigma", one standard deviation over initialisations around the highest order present;
 // "truncation", the estimated size of the next order; "layer/NAME", measured, a part: a layer, or a Taylor term.
 
+import { extent } from "./scale.js";
+
 // Those that are no curve of their own: they are drawn around others, or follow from them.
 const AROUND = ["minus_sigma", "plus_sigma", "truncation", "z_score", "ratio"];
 const LAYER = "layer/";
@@ -72,8 +74,13 @@ export function residualKind(quantities, wanted) {
   if (wanted !== "auto") return wanted;
   const positiveSigma = compared.some(({ band }) => band.some(([, low, high]) => high > low));
   if (positiveSigma) return "z";
-  const zero = compared.some(({ orders }) => orders.at(-1).points.every(([, value]) => !value));
-  return zero ? "difference" : "relative";
+  // Relative to a theory that vanishes somewhere says little.
+  const vanishes = compared.some(({ orders }) => {
+    const sizes = orders.at(-1).points.map(([, value]) => Math.abs(value)).filter(Number.isFinite);
+    const [least, most] = extent(sizes);
+    return !(least > most / 1000);
+  });
+  return vanishes ? "difference" : "relative";
 }
 
 /** [[step, residual]] of the measured values against one order, at the steps that have both. */
