@@ -112,7 +112,8 @@ def draw_figure(found, samples, figure):
     right.set_yscale("log")
     right.set_xlabel("log₁₀ of one network's NTK over the mean", fontsize=13)
     right.set_title("single ReLU networks, one input", fontsize=13)
-    right.legend(fontsize=11)
+    right.set_ylim(top=40)
+    right.legend(fontsize=11, loc="upper left")
     for axes in (left, right):
         axes.tick_params(labelsize=11)
     canvas.savefig(figure, dpi=110)

@@ -36,6 +36,38 @@ def places(model, x):
         return trunk(network, Probe(x))
 
 
+class Downsampling(nn.Module):
+    """A block of a ResNet with a convolution on its skip connection."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(n_in, n_out, 3, 2, 1), nn.BatchNorm2d(n_out)
+        self.conv2, self.bn2 = nn.Conv2d(n_out, n_out, 3, 1, 1), nn.BatchNorm2d(n_out)
+        self.downsample, self.relu = nn.Conv2d(n_in, n_out, 1, 2), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        inner = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(inner + self.downsample(x))
+
+
+def resnet():
+    blocks = nn.Sequential(Downsampling(4, 6), Downsampling(6, 6))
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+
+
+class Shared(nn.Module):
+    """One layer three times."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = torch.tanh(self.layer(x))
+        return self.head(x)
+
+
 def residual():
     blocks = nn.Sequential(Residual(8), Residual(8))
     return nn.Sequential(nn.Linear(6, 8), blocks, nn.ReLU(inplace=True), nn.Linear(8, 3))
@@ -56,6 +88,8 @@ def transformer():
         (Recurrent, torch.randn(4, 5, 3), ["rnn", "head"]),
         (Branches, torch.randn(4, 4), ["head"]),
         (transformer, torch.randint(0, 11, (4, 5)), ["0", "1.layers.0", "1.layers.1", "1.layers.2", "3"]),
+        (resnet, torch.randn(4, 1, 8, 8), ["0", "1.0", "1.1", "4"]),
+        (Shared, torch.randn(4, 4), ["layer", "layer:2", "layer:3", "head"]),
         (residual, torch.randn(4, 6), ["0", "1.0", "1.1", "3"]),
     ],
 )

@@ -31,7 +31,7 @@ class Place:
     """A place of the trunk, in one network.
 
     Args:
-        name: Of the module whose output it is.
+        name: Of the module whose output it is; ``name:2`` for its second call, and so on.
         kind: Its class.
         features: Numbers a sample.
         variance: Mean square of the features.
@@ -78,10 +78,13 @@ def trunk(network: IsolatedModel, probe: Probe) -> list[Place]:
     if not chosen:
         return []
     squares = _squared_gradients(outputs, [record.edge for record in chosen])
-    return [
-        Place(record.name, type(record.module).__name__, record.features, record.variance, record.entering, float(J))
-        for record, J in zip(chosen, squares, strict=True)
-    ]
+    calls: dict[str, int] = {}
+    found = []
+    for record, J in zip(chosen, squares.tolist(), strict=True):
+        calls[record.name] = calls.get(record.name, 0) + 1
+        name = record.name if calls[record.name] == 1 else f"{record.name}:{calls[record.name]}"
+        found.append(Place(name, type(record.module).__name__, record.features, record.variance, record.entering, J))
+    return found
 
 
 def _recorded(
