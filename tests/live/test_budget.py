@@ -122,6 +122,19 @@ def test_what_falls_once_is_spread_over_the_planned_steps(clock):
     assert 400 < first[False] < 450
 
 
+def test_forecasts_are_told_but_thin_nothing(clock):
+    budget = Budget(0.05)
+    budget.restart()
+    with budget.forecasting(), budget.counting():
+        clock.now += 30
+    budget.settle()
+    clock.now += 100
+    assert budget.affordable("snapshot", None)
+    assert budget.room(4.9)
+    assert not budget.room(5.1)
+    assert (budget.forecasts, budget.once, budget.percent) == (30, 0, 30)
+
+
 def test_a_dear_part_thins_itself_and_not_the_cheap_one(clock):
     budget = Budget(0.05)
     visited = train(budget, clock, 1000, {"snapshot": 0.01, "dear": 5.0}, total=1000)

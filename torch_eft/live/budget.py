@@ -4,9 +4,10 @@ Everything that runs inside the observer is on its account; everything else sinc
 (validation, loading and logging included). ``limit`` is the ratio of the two that may be reached.
 
 What falls once (start, first and last visit, figures) is spread over the planned steps, where their number is known;
-the last visit is taken to cost what the latest one did.
-What is left of the allowance is shared among the accounts (the snapshot, and each part): equal parts, and what one
-does not need goes to the others, so that a dear part thins itself before it starves a cheap one.
+the last visit is taken to cost what the latest one did. Forecasts, made once before the first step, are counted and
+told, but thin nothing: they set their own limits, and without measurements beside them they were in vain. What is left
+of the allowance is shared among the accounts (the snapshot, and each part): equal parts, and what one does not need
+goes to the others, so that a dear part thins itself before it starves a cheap one.
 """
 
 import math
@@ -45,6 +46,7 @@ class Budget:
 
     Attributes:
         once: Seconds spent on what falls once.
+        forecasts: Seconds spent on forecasts before the first step.
         reserve: Seconds that the end will take besides the last visit.
         accounts: By name.
 
@@ -69,7 +71,7 @@ class Budget:
         self._spent = spent
         self._depth = 0
         self._begun = 0.0
-        self.reserve = 0.0
+        self.reserve = self.forecasts = 0.0
         self.once = 0.0
         self.accounts: dict[str, Account] = {}
 
@@ -115,13 +117,22 @@ class Budget:
             if not forced:
                 account.spent += account.latest
 
+    @contextmanager
+    def forecasting(self) -> Iterator[None]:
+        """What happens inside is a forecast."""
+        before = self.seconds
+        try:
+            yield
+        finally:
+            self.forecasts += self.seconds - before
+
     def settle(self) -> None:
         """What was spent so far, but for visits between the first and the last, falls once."""
-        self.once = self.seconds - sum(account.spent for account in self.accounts.values())
+        self.once = self.seconds - self.forecasts - sum(account.spent for account in self.accounts.values())
 
     def room(self, seconds: float) -> bool:
         """Whether so much more time stays within the limit now."""
-        return self.limit is None or self.seconds + seconds <= self.limit * self.training_seconds
+        return self.limit is None or self.seconds - self.forecasts + seconds <= self.limit * self.training_seconds
 
     def stop(self) -> None:
         """The training is over."""
@@ -138,7 +149,7 @@ class Budget:
             return True
         account = self.accounts.setdefault(name, Account())
         visits = sum(each.spent for each in self.accounts.values())
-        hooks = self.seconds - self.once - visits
+        hooks = self.seconds - self.forecasts - self.once - visits
         once = self.once + self.reserve + sum(each.latest for each in self.accounts.values())
         once *= 1.0 if progress is None else min(1.0, progress)
         demands = [each.spent + each.latest * (1 + each.left_out) for each in self.accounts.values()]

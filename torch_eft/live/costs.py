@@ -10,6 +10,8 @@ def cost_sentence(budget: Budget, measurements: int, skipped: int, undrawn: int)
         f"torch_eft: {measurements} measurements{failed} took {budget.seconds:.2f} s, {budget.percent:.1f} % on top of "
         "the training's own time"
     )
+    if budget.forecasts > 0.1 * budget.seconds:
+        text += f" ({budget.forecasts:.2f} s of it forecasts before the first step, outside the budget)"
     left = {name: account.left_out for name, account in budget.accounts.items() if account.left_out}
     if budget.limit is None or not (left or undrawn):
         return text
@@ -34,7 +36,8 @@ def cost_page(budget: Budget, measurements: int) -> str:
     limit = "no limit" if budget.limit is None else f"limit {100 * budget.limit:g} %"
     lines = [
         f"{measurements} measurements took {budget.seconds:.2f} s, {budget.percent:.1f} % on top of the training's own "
-        f"time of {budget.training_seconds:.2f} s ({limit}). {budget.once:.2f} s of it fell at the start.",
+        f"time of {budget.training_seconds:.2f} s ({limit}). {budget.once:.2f} s of it fell at the start, "
+        f"{budget.forecasts:.2f} s on forecasts before the first step, which the budget does not limit.",
         "",
         "| account | visits | left out | seconds between first and last visit | ms at the latest |",
         "|---|---|---|---|---|",

@@ -18,6 +18,7 @@ they are. A failing measurement warns once and is skipped; training goes on (``o
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,8 +252,10 @@ class Observer:
         chosen = optimizer if optimizer is not None else next(iter(self.optimizers), None)
         if self._reference is not None and chosen is not None:
             step = self.recorder.step
-            self.recorder.ask_each(self._listeners("on_gradient"), lambda part: part.on_gradient(step, chosen))
-            if step == self._first_step:
+            first = step == self._first_step
+            with self.budget.forecasting() if first else nullcontext():
+                self.recorder.ask_each(self._listeners("on_gradient"), lambda part: part.on_gradient(step, chosen))
+            if first:
                 self.recorder.guard(self._tell)
 
     def measure(
