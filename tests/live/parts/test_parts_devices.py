@@ -1,0 +1,103 @@
+"""No tensor of the live comparison is made without a device: around everything, tensors without one have no data."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.live.parts.loop import data, mlp
+from tests.measure.devices import poisoned, waits
+from torch_eft.comparison import EnsembleComparison, InstanceComparison
+from torch_eft.comparison.instance import SGDOptions
+from torch_eft.live.parts.full_batch import FullBatch
+from torch_eft.live.parts.interval import interval_compared
+from torch_eft.measure.interval import interval
+from torch_eft.measure.losses import recognise_loss
+from torch_eft.measure.sized_dntk import sized_dntk
+from torch_eft.measure.taylor import taylor_series
+from torch_eft.measure.taylor_sizes import taylor_sizes
+from torch_eft.theory import MLPEnsemble
+
+
+def setting(outputs=1):
+    model = mlp(16, outputs)
+    x, y, x_probe = data(3, 2, outputs)
+    theta = {name: p.detach().clone() for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    moved = {name: p + 0.01 * torch.randn(p.shape, generator=generator) for name, p in theta.items()}
+    return model, theta, moved, x, y, x_probe
+
+
+def step_of(model, x, y):
+    loss = F.mse_loss(model(x), y)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.detach(), dict(zip([name for name, _ in model.named_parameters()], gradients, strict=True))
+
+
+def intervals():
+    model, theta, moved, _, _, x_probe = setting()
+    return lambda: interval_compared(interval(model, theta, moved, x_probe), 3)
+
+
+def dntk():
+    model, theta, moved, _, _, x_probe = setting()
+    return lambda: sized_dntk(model, theta, moved, x_probe)
+
+
+def taylor():
+    model, theta, moved, _, _, x_probe = setting()
+    return lambda: taylor_sizes(taylor_series(model, theta, moved, x_probe))
+
+
+def ensemble():
+    _, _, _, x, y, x_probe = setting()
+    eye = torch.eye(2)[..., None, None]
+    given = MLPEnsemble([3, 16, 16, 1], "tanh")
+
+    found = EnsembleComparison(given, x, y, x_probe, 0.01, 4, steps=5, seconds=60)
+    kernels = [torch.rand(2, 2)] * 2, [torch.rand(2, 2)] * 2
+    return lambda: found.compare(4, torch.ones(2, 1, device="cpu"), 2 * eye, eye, kernels)
+
+
+def instance():
+    model, _, _, x, y, x_probe = setting()
+    loss, gradients = step_of(model, x, y)
+    eye = torch.eye(2)[..., None, None]
+
+    lambdas = dict.fromkeys(gradients, 1.0)
+    forecast = InstanceComparison(
+        model,
+        x,
+        recognise_loss(model, x, y, loss, gradients),
+        x_probe,
+        SGDOptions(0.001, 0.5),
+        lambdas,
+        6,
+        seconds=60,
+    )
+
+    def measured():
+        recognise_loss(model, x, y, loss, gradients)
+        return forecast.compare(5, torch.ones(2, 1, device="cpu"), 2 * eye, eye)
+
+    return measured
+
+
+@pytest.mark.parametrize("make", [intervals, dntk, taylor, ensemble, instance])
+def test_tensors_are_made_where_the_model_is(make):
+    measured = make()
+    expected = measured()  # plans and methods of the model are verified, and remembered
+    with poisoned():
+        assert measured() == expected
+
+
+def test_watching_batches_does_not_wait_for_the_device():
+    """Every training step would; the answer is read when a measurement asks."""
+    _, _, _, x, y, _ = setting()
+    model = mlp(16, 1)
+    seen = FullBatch(None)
+    seen.on_batch((x, y))
+    seen.begin(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert waits(lambda: seen.on_batch((x.flip(0), y.flip(0)))) == 0
+    assert seen.changed() is None
+    seen.on_batch((x[:2], y[:2]))
+    assert "other samples" in seen.changed()
