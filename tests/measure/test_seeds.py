@@ -14,7 +14,8 @@ from torch import nn
 
 from tests.models import ConvNet, Recurrent, mlp
 from torch_eft.measure.differentials import Differentials
-from torch_eft.measure.seeds import MEASURABLE, TOTALS, _estimates, _sums, seed_ensemble
+from torch_eft.measure.seed_statistics import TOTALS, estimates, sums_of
+from torch_eft.measure.seeds import MEASURABLE, seed_ensemble
 from torch_eft.theory import MLPEnsemble, initial_statistics
 from torch_eft.theory.statistics import QUANTITIES
 
@@ -112,7 +113,7 @@ def test_estimators_are_unbiased(outputs):
 
     def estimate(chosen):
         chosen = list(chosen)
-        return _estimates(_sums(Differentials(z[chosen], H[chosen]), names), len(chosen), 5.0)
+        return estimates(sums_of(Differentials(z[chosen], H[chosen]), names), len(chosen), 5.0)
 
     everything = estimate(range(7))
     subsets = [estimate(chosen) for chosen in itertools.combinations(range(7), 4)]

@@ -17,7 +17,7 @@ from torch_eft.measure.isolation import IsolatedModel, isolated
 from torch_eft.measure.ntk import isolated_ntk
 from torch_eft.measure.output import checked_output
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
-from torch_eft.measure.seeds import _Draw
+from torch_eft.measure.seed_draws import Draw
 from torch_eft.measure.trunk import Place, trunk
 
 
@@ -89,7 +89,7 @@ def redraws(
         if seeds == 0:
             return Redraws(own, [], "", memory)
         try:
-            draw = _Draw(network, initialize, seed)
+            draw = Draw(network, initialize, seed)
         except ValueError as error:
             return Redraws(own, [], str(error), memory)
         drawn = []
