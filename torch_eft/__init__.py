@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch_eft import callbacks, measure, tensorboard, theory
+    from torch_eft.averages import average_trajectories
     from torch_eft.diagnosis import Diagnosis, diagnose
     from torch_eft.forecast import predict_from_network
-    from torch_eft.trajectory import Trajectory, Validity
+    from torch_eft.forecast_networks import predict_from_networks
+    from torch_eft.trajectory import Trajectory, Validity, trajectory_from_records
 
 __version__ = "0.1.0"
 
@@ -25,20 +27,26 @@ __all__ = [
     "Diagnosis",
     "Trajectory",
     "Validity",
+    "average_trajectories",
     "callbacks",
     "diagnose",
     "measure",
     "predict_from_network",
+    "predict_from_networks",
     "tensorboard",
     "theory",
+    "trajectory_from_records",
 ]
 
 _HOMES = {
     "Diagnosis": "diagnosis",
     "Trajectory": "trajectory",
     "Validity": "trajectory",
+    "average_trajectories": "averages",
     "diagnose": "diagnosis",
     "predict_from_network": "forecast",
+    "predict_from_networks": "forecast_networks",
+    "trajectory_from_records": "trajectory",
 }
 
 

@@ -14,6 +14,7 @@ from torch_eft.measure.ntk import Coverage, coverage, ntk, ntk_estimate
 from torch_eft.measure.output import output
 from torch_eft.measure.probe import Probe
 from torch_eft.measure.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, pull_back
+from torch_eft.measure.recorded import TrajectoryRecorder
 from torch_eft.measure.representation import Representation, hidden_kernels, representation
 from torch_eft.measure.representation_change import (
     LayerChange,
@@ -23,7 +24,8 @@ from torch_eft.measure.representation_change import (
     representation_change,
 )
 from torch_eft.measure.secant import Secant, secant, secant_ntk
-from torch_eft.measure.seeds import Comparison, SeedEnsemble, seed_ensemble
+from torch_eft.measure.seed_statistics import Comparison
+from torch_eft.measure.seeds import SeedEnsemble, seed_ensemble
 from torch_eft.measure.shadow import ShadowModel
 from torch_eft.measure.shadow_perturbative import PerturbativeShadow
 from torch_eft.measure.sized_dntk import SizedDNTK, sized_dntk
@@ -59,6 +61,7 @@ __all__ = [
     "TaylorSeries",
     "TaylorSizes",
     "TrainingLoss",
+    "TrajectoryRecorder",
     "UnrecognisedLossError",
     "as_matrix",
     "as_trace",
