@@ -19,7 +19,7 @@ function flagBadge(info) {
 function shapeBadges(info) {
   if (!info) return [];
   const badges = [];
-  if (info.r !== null && info.r !== undefined) {
+  if (known(info.r)) {
     const title = `r = L/n: depth ${number(info.depth)} over width ${number(info.width)}`;
     badges.push(h("span", { class: "badge r", title }, `r = ${number(info.r, 3)}`));
   }
@@ -76,20 +76,24 @@ export function runList(runs, styles, actions) {
   );
 }
 
+function known(value) {
+  return value !== null && value !== undefined;
+}
+
 function facts(info) {
   const rows = [
     ["network", info.network],
-    ["depth L, width n", info.depth === null ? null : `${number(info.depth)}, ${number(info.width)}`],
-    ["r = L/n", info.r === null ? null : number(info.r)],
-    ["ε = Var G / E[G]²", info.epsilon === null ? null : number(info.epsilon)],
+    ["depth L, width n", known(info.depth) && `${number(info.depth)}, ${number(info.width)}`],
+    ["r = L/n", known(info.r) && number(info.r)],
+    ["ε = Var G / E[G]²", known(info.epsilon) && number(info.epsilon)],
     ["regime", info.regime],
     ["criticality", info.criticality],
     ["parameters", info.parameters?.toLocaleString("en")],
-    ["probe", Array.isArray(info.probe) ? `${info.probe[0]} inputs, ${info.probe[1]} outputs` : null],
+    ["probe", known(info.probe) && `${info.probe[0]} inputs, ${info.probe[1]} outputs`],
     ["optimizer", info.optimizer],
     ["level of theory", info.level],
   ];
-  return rows.filter(([, value]) => value !== null && value !== undefined && value !== "");
+  return rows.filter(([, value]) => value);
 }
 
 /** All that a run says about itself. */
