@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_eft.theory.drift import ntk_drift
 from torch_eft.theory.dynamics import Descent
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.ensemble_validity import training_validity
+from torch_eft.theory.ensemble_validity import neuron_movement, training_validity
 from torch_eft.theory.mean_output import mean_output
 from torch_eft.theory.order_zero_path import OrderZeroPath
 from torch_eft.theory.output_covariance import output_covariance
@@ -114,11 +114,6 @@ class FiniteWidthTraining:
         array = next(iter(self.vertices.runs(sets))).array("Theta1", self.vertices.depth, "xy").double()
         return array.expand(self.probes, self.probes) / self._n
 
-    def motion(self, steps: Tensor) -> Tensor:
-        """E |theta(t) - theta(0)|^2 / n_{L-1} in units of lambda, at infinite width, (T,): sum_m lambda phi^2 e_m^2."""
-        _, phi = self.path.single(steps)
-        return phi.square() @ (self.path.eigenvalues * self.path.error_gram.diagonal()) / self._n
-
     def validity(self, sizes: dict[str, float], steps: Tensor) -> Validity:
         """Where order 1/n holds, judged by its own size.
 
@@ -126,7 +121,8 @@ class FiniteWidthTraining:
             sizes: ``{"|z1| / |z0|": largest ratio over time, ..}``.
             steps: (T,).
         """
-        return training_validity(self.ensemble, self.x, self.path, sizes, float(self.motion(steps).max()))
+        moved = neuron_movement(self.ensemble, self.vertices.layers, self.path, steps)
+        return training_validity(self.ensemble, self.x, self.path, sizes, float(moved.max()))
 
     def _check_memory(self) -> None:
         train = len(self.path.U)

@@ -310,7 +310,9 @@ def _validity(
 
     What is neglected was measured to be u to 5 u times what is kept (tanh, GELU; 2 and 3 hidden layers; 1 and 2
     outputs; n = 32 to 128), more of a drift whose terms cancel. Where sigma' jumps, neurons next to the kink leave
-    terms of relative order sqrt(u).
+    terms of relative order sqrt(u). On grids of trained ensembles (tanh, GELU, ReLU; 1 to 3 hidden layers; n = 8 to 64;
+    targets of 0.3, 1 and 3; inputs a tenth of their length apart or unrelated; t = 5, 25, 125) nothing exceeded these
+    bounds beyond three standard errors: movements reached 0.4 of them for tanh and GELU and 0.9 for ReLU, kernels 0.2.
     """
     start = first_order_validity(ensemble, x)
     if not layers:

@@ -53,7 +53,7 @@ class VertexTiles:
         self._size = samples // replicas
         K, Theta, pairs = infinite_width(ensemble, x, kinks)
         self.K, self.Theta = K[-1], Theta[-1]
-        self._layers = K, Theta, pairs
+        self.layers = K, Theta, pairs
         activation = ensemble.activation
         self.sampled = activation.slopes is None and not (
             len(x) <= MOST_QUADRATURE_LABELS
@@ -86,7 +86,7 @@ class VertexTiles:
             )
 
     def _integrated(self, sets: Sets) -> Iterator[VertexSource]:
-        K, Theta, pairs = self._layers
+        K, Theta, pairs = self.layers
         if len(K[0]) > MOST_QUADRATURE_LABELS:  # closed forms: as cheap on any sets
             yield from evaluators(self.ensemble, K, Theta, pairs, sets, 1, 2, self._seed, self._kinks)[1]
             return
@@ -99,7 +99,7 @@ class VertexTiles:
 
     def _sampled(self, replica: int, m: int) -> "_PairedMoments":
         if (replica, m) not in self._moments:
-            K = self._layers[0]
+            K = self.layers[0]
             points = sample_points(K[m - 1], self._size, self._seed + 1000 * replica + m)
             self._moments[replica, m] = _PairedMoments(self.ensemble.activation, points, self._single[2][m - 1])
         return self._moments[replica, m]
