@@ -129,6 +129,11 @@ def test_inputs_that_do_not_fit_are_refused():
         eft.diagnose(ensemble, {"x": torch.randn(3, 4)})
 
 
+def test_inputs_too_large_for_the_quadrature_are_named():
+    with pytest.raises(eft.theory.QuadratureError, match=r"\|x\|\^2 / n_0 is up to 1e\+06.*scale the inputs"):
+        eft.diagnose(MLPEnsemble([4, 20, 2], "tanh"), torch.full((1, 4), 1e3))
+
+
 def test_a_signal_beyond_float64_is_named():
     with pytest.raises(ValueError, match=r"the kernel K at layer .* beyond what float64 can square"):
         eft.diagnose(MLPEnsemble([4, *[50] * 600, 2], "relu", C_W=6.0))

@@ -88,6 +88,8 @@ def test_where_there_is_nothing_to_say():
     deep = expected_drift(MLPEnsemble([4, *[2000] * DEEPEST, 2], "tanh"))
     assert deep.size is None
     assert f"beyond {DEEPEST} layers" in deep.validity.reason
+    assert "for kernels beyond" in expected_drift(MLPEnsemble([4, 20, 20, 20, 2], lambda z: z**3)).validity.reason
+    assert "preactivations vanish" in expected_drift(MLPEnsemble([4, 20, 2], "tanh"), torch.zeros(1, 4)).validity.reason
     with pytest.raises(ValueError, match="2 inputs given"):
         expected_drift(MLPEnsemble([4, 20, 2], "tanh"), torch.randn(2, 4))
     assert expected_drift(MLPEnsemble([4, *[3] * 4, 2], "tanh")).validity.flag == "invalid"

@@ -65,3 +65,8 @@ def test_validity_follows_the_size():
     heavy = seed_spread(MLPEnsemble([4, *[6] * 9, 2], "relu", C_W=2.0))
     assert heavy.exact
     assert "heavy tail" in heavy.validity.reason
+
+
+def test_a_spread_beyond_float64_is_refused():
+    with pytest.raises(ValueError, match="beyond float64; use fewer or wider layers"):
+        seed_spread(MLPEnsemble([4, *[2] * 600, 2], "relu", C_W=2.0))

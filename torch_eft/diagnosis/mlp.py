@@ -13,6 +13,7 @@ from torch_eft.theory.aspect_ratio import AspectRatio, aspect_ratio
 from torch_eft.theory.criticality import slope_of_variance, slope_squared
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.exact import dead_probability
+from torch_eft.theory.expectations import QuadratureError
 from torch_eft.theory.expected_drift import ExpectedDrift, expected_drift
 from torch_eft.theory.learning_rates import (
     LayerGains,
@@ -144,8 +145,7 @@ def derived_diagnosis(source: MLPEnsemble | ReadEnsemble, x: Tensor | None = Non
     """
     ensemble = source.ensemble if isinstance(source, ReadEnsemble) else source
     inputs = None if x is None else x.detach().flatten(1).double()
-    gains = layer_gains(ensemble, inputs)
-    _check_finite(gains, ensemble)
+    gains = _gains(ensemble, inputs)
     ratio = aspect_ratio(ensemble, inputs)
     rows = _layers(ensemble, gains, source if isinstance(source, ReadEnsemble) else None, inputs)
     spread = seed_spread(ensemble, few(inputs))
@@ -180,7 +180,15 @@ def derived_diagnosis(source: MLPEnsemble | ReadEnsemble, x: Tensor | None = Non
     )
 
 
-def _check_finite(gains: LayerGains, ensemble: MLPEnsemble) -> None:
+def _gains(ensemble: MLPEnsemble, x: Tensor | None) -> LayerGains:
+    try:
+        gains = layer_gains(ensemble, x)
+    except QuadratureError as error:
+        size = 1.0 if x is None else float(x.square().mean(1).max())
+        raise QuadratureError(
+            f"{error}. The kernel may simply be too large: |x|^2 / n_0 is up to {size:.3g} and C_W up to "
+            f"{max(ensemble.C_W):.3g}; scale the inputs to 1 or use smaller weights"
+        ) from error
     # Squares of K and of J are taken later.
     for name, values in (("kernel K", gains.K), ("squared gradient", gains.J)):
         for layer, value in enumerate(values.amax(1).tolist(), 1):
@@ -189,6 +197,7 @@ def _check_finite(gains: LayerGains, ensemble: MLPEnsemble) -> None:
                     f"ensemble: the {name} at layer {layer} of {ensemble} is {value:.3g}, beyond what float64 can "
                     "square; use smaller C_W, fewer layers or smaller inputs"
                 )
+    return gains
 
 
 def _variants(ensemble: MLPEnsemble, x: Tensor | None, own: Variant) -> tuple[Variant, ...]:

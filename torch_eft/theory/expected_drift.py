@@ -19,13 +19,15 @@ from torch import Tensor
 
 from torch_eft.theory.blocks import check_inputs
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.expectations import QuadratureError
 from torch_eft.theory.learning_rates import layer_gains, layer_shares
 from torch_eft.theory.statistics import initial_statistics
 from torch_eft.trajectory import Validity
 
 DEEPEST = 32
 """Layers beyond which the vertices P .. U are not evaluated: it takes seconds, and r is then rarely small."""
+
+LARGEST = 1e6
+"""Kernel beyond which they are not, either: the quadrature's points grow as its square root."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def expected_drift(ensemble: MLPEnsemble, x: Tensor | None = None) -> ExpectedDr
     if len(x) != 1:
         raise ValueError(f"x: {len(x)} inputs given; the estimate is for one input, (1, {ensemble.widths[0]})")
     n, outputs = ensemble.widths[-2], ensemble.widths[-1]
-    K, Theta = float(layer_gains(ensemble, x).K[-1]), float(torch.stack(layer_shares(ensemble, x)).sum())
+    kernels, Theta = layer_gains(ensemble, x).K, float(torch.stack(layer_shares(ensemble, x)).sum())
+    K = float(kernels[-1])
     if not Theta > 0:
         return ExpectedDrift(None, None, None, None, None, Validity("invalid", "no parameter has a learning rate"))
     if not ensemble.hidden_widths:
@@ -91,11 +94,12 @@ def expected_drift(ensemble: MLPEnsemble, x: Tensor | None = None) -> ExpectedDr
     if ensemble.depth > DEEPEST:
         reason = f"P .. U are not evaluated beyond {DEEPEST} layers"
         return ExpectedDrift(None, None, None, motion, None, _validity(ensemble, motion, None, reason))
+    if float(kernels.max()) > LARGEST:
+        reason = f"P .. U are not evaluated for kernels beyond {LARGEST:g}"
+        return ExpectedDrift(None, None, None, motion, None, _validity(ensemble, motion, None, reason))
     try:
         last = initial_statistics(ensemble, x, ("P", "Q", "R", "S", "T", "U"), any_aspect_ratio=True)[-1]
-    except QuadratureError:
-        raise
-    except ValueError as error:
+    except ValueError as error:  # an input that vanishes, or an integrand too sharp for the quadrature of P .. U
         return ExpectedDrift(None, None, None, motion, None, Validity("invalid", str(error)))
     P, Q, R, S, T, U = (float(value.flatten()[0]) for value in _tensors(last.P, last.Q, last.R, last.S, last.T, last.U))
     phi, psi = 1 / Theta, 1 / (2 * Theta**2)

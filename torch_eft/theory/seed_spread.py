@@ -114,10 +114,14 @@ def seed_spread(ensemble: MLPEnsemble, x: Tensor | None = None) -> SeedSpread:
         The spread; 0 for the NTK where nothing trains or without a hidden layer.
 
     Raises:
-        ValueError: If ``x`` does not fit.
+        ValueError: If ``x`` does not fit, or a relative variance leaves float64.
         QuadratureError: If the activation is not smooth enough for quadrature.
     """
     found = single_input_statistics(ensemble, x)
+    if not all(bool(value.isfinite().all()) for value in (found.K, found.Theta, found.V, found.A, found.B)):
+        raise ValueError(
+            f"ensemble: the spread of {ensemble} from seed to seed is beyond float64; use fewer or wider layers"
+        )
     n, outputs = ensemble.widths[-2], ensemble.widths[-1]
     positive = found.Theta > 0
 
