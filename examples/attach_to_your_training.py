@@ -1,7 +1,7 @@
 """An ordinary Lightning training, mini-batches, Adam and cross-entropy, with one line added.
 
-The theory's order 0 does not cover such a training, and the callback says so; what it measures tells all
-the same how far the run is from the kernel regime. Run: python examples/attach_to_your_training.py
+No forecast is derived for such a training, and the callback says so; what it measures tells all the same how far the
+run is from the kernel regime. Run: python examples/attach_to_your_training.py && tensorboard --logdir lightning_logs
 """
 
 import lightning as L
@@ -48,7 +48,7 @@ def main(epochs: int = 5) -> EFTMonitor:
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     y = torch.tensor(digits.target)
     loader = DataLoader(TensorDataset(x[16:], y[16:]), batch_size=64, shuffle=True)
-    monitor = EFTMonitor(probe=x[:16])  # <- the line
+    monitor = EFTMonitor(probe=x[:16], budget=None)  # <- the line; no limit on its time, as the training takes seconds
     trainer = L.Trainer(max_epochs=epochs, callbacks=[monitor], enable_checkpointing=False, log_every_n_steps=10)
     trainer.fit(Classifier(), loader)
     return monitor
@@ -60,3 +60,4 @@ if __name__ == "__main__":
     for step, scalars in monitor.history.items():
         drift, change = scalars["eft/ntk_drift/measured"], scalars["eft/representation_change/measured"]
         print(f"step {step:4}: NTK drift {drift:.3f}, representation change {change:.3f}")
+    print(monitor.overhead())

@@ -3,6 +3,7 @@
 import csv
 import logging
 import math
+import pickle
 import sys
 import warnings
 
@@ -13,7 +14,14 @@ from torch import nn
 
 from tests.callbacks.trainings import PROBE, Training, digest, normed_net, run, sgd, simple_mlp
 from torch_eft import measure
-from torch_eft.callbacks import EFTMonitor, MeasurementWarning, NTKMonitor, RepresentationMonitor, TheoryComparison
+from torch_eft.callbacks import (
+    EFTMonitor,
+    MeasurementWarning,
+    NTKMonitor,
+    RepresentationMonitor,
+    TheoryComparison,
+    logarithmic,
+)
 from torch_eft.measure import Probe
 from torch_eft.measure.ntk import too_large as measure_too_large
 
@@ -325,10 +333,20 @@ def test_layers_unfrozen_during_training_join_the_kernel():
     assert list(monitor.history) == [0, 3, 6]
 
 
-def test_fast_dev_run_and_zero_steps_are_survived():
-    run([EFTMonitor(PROBE, budget=None)], fast_dev_run=True)
+def test_fast_dev_run_and_zero_steps_are_survived(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(
+        [EFTMonitor(PROBE, budget=None)], fast_dev_run=True, logger=True
+    )  # Lightning puts a dummy in the logger's place
+    assert not list(tmp_path.rglob("*.jsonl"))
     run([EFTMonitor(PROBE, budget=None)], max_steps=0)
     run([EFTMonitor(PROBE, budget=None)], epochs=0)
+
+
+def test_monitors_travel_to_other_processes():
+    monitor = pickle.loads(pickle.dumps(EFTMonitor(PROBE, preset="light", every=logarithmic(3), budget=None)))
+    run([monitor])
+    assert list(monitor.history) == [0, 1, 2, 5, 9]
 
 
 def test_without_matplotlib_there_are_scalars_and_pages_but_no_figures(tmp_path, monkeypatch):
