@@ -139,15 +139,17 @@ class RepresentationMonitor(Monitor):
 
 
 class TheoryComparison(Monitor):
-    """Compare a training with the infinite-width theory, predicted before its first step.
+    """Compare a training with the theory of its ensemble, infinite width and order 1/n, predicted before it starts.
 
     The ensemble (widths, activation, C_b, C_W) is read off the network at theta_0, lambda and the learning
     rate off the optimizer, data and loss off the first batch; its value and gradient must be those of squared
     error. Where the training is not what the theory covers (no MLP, mini-batches, another loss or optimizer), it
     says so in words, in the log and on the page ``eft/validity``, and logs measurements only.
 
-    Logs measured and theory, with the band of one standard deviation over initialisations, of ``ntk_drift``,
-    ``ntk_trace``, ``output_projection`` and ``output_chi_squared``; and the page ``eft/diagnosis``.
+    Logs measured and theory, with the band of one standard deviation over initialisations, of ``ntk_trace``,
+    ``output_projection`` and ``output_chi_squared``, and without a band ``ntk_drift`` and ``ntk_mean_drift``; and the
+    page ``eft/diagnosis``. Order 1/n (smooth activations, up to 64 training points) is computed as far as a few seconds
+    go; the page ``eft/validity`` says what is at which order.
 
     Args:
         probe: As ``EFTMonitor``; a tensor (N, ...).
