@@ -17,7 +17,8 @@ def test_importing_the_package_loads_neither_lightning_nor_tensorboard_nor_matpl
 
 
 def test_public_names_exist_and_are_documented():
-    for package in (torch_eft, torch_eft.theory, torch_eft.measure, torch_eft.callbacks, torch_eft.tensorboard):
+    packages = (torch_eft.theory, torch_eft.measure, torch_eft.live, torch_eft.callbacks, torch_eft.tensorboard)
+    for package in (torch_eft, *packages):
         for name in package.__all__:
             assert getattr(getattr(package, name), "__doc__", None), f"{package.__name__}.{name}"
 
@@ -30,7 +31,7 @@ def test_the_wings_do_not_know_each_other_nor_lightning():
     root = pathlib.Path(torch_eft.__file__).parent
 
     def imports(folder):
-        for file in (root / folder).glob("*.py"):
+        for file in (root / folder).rglob("*.py"):
             for line in file.read_text().splitlines():
                 if re.match(r"\s*(from|import) ", line):
                     yield file.name, line
@@ -40,4 +41,6 @@ def test_the_wings_do_not_know_each_other_nor_lightning():
     for file, line in imports("measure"):
         assert not re.search(r"lightning|callbacks|tensorboard", line), (file, line)
     for file, line in imports("tensorboard"):
+        assert not re.search(r"lightning|callbacks", line), (file, line)
+    for file, line in imports("live"):
         assert not re.search(r"lightning|callbacks", line), (file, line)

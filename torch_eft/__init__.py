@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch_eft import callbacks, measure, tensorboard, theory
+    from torch_eft import callbacks, live, measure, tensorboard, theory
     from torch_eft.averages import average_trajectories
     from torch_eft.diagnosis import Diagnosis, diagnose
     from torch_eft.forecast import predict_from_network
@@ -30,6 +30,7 @@ __all__ = [
     "average_trajectories",
     "callbacks",
     "diagnose",
+    "live",
     "measure",
     "predict_from_network",
     "predict_from_networks",
