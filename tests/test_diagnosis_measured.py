@@ -87,6 +87,16 @@ def test_deep_and_narrow_networks_have_a_large_effective_epsilon():
     assert {"edge", "too deep"} & {finding.code for finding in deep.warnings}
 
 
+def test_dead_networks_are_counted():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    found = eft.diagnose(model, images(), seeds=0)
+    assert found.gradient_growth == 0
+    assert "in 1 of 1 networks no gradient reaches the first place" in str(found)
+
+
 def test_a_frozen_layer_is_found():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))

@@ -141,7 +141,7 @@ def measured_diagnosis(
     found = redraws(model, few, seeds, initialize, output_fn)
     networks = found.drawn or [found.own]
     blocks = _blocks(networks)
-    growth, signal = _growth(networks)
+    growth, signal, dead = _growth(networks)
     shares: dict[str, float] = {}
     largest, eta = None, None
     if not found.memory:
@@ -158,7 +158,7 @@ def measured_diagnosis(
     log_ntk, log_ntk_error = log_variance(traces)
     epsilon_ntk = math.expm1(log_ntk) if math.isfinite(log_ntk) else None
     epsilon_features = _features(found.drawn)
-    findings = _findings(growth, epsilon_ntk, epsilon_features, shares)
+    findings = _findings(growth, (dead, len(networks)), epsilon_ntk, epsilon_features, shares)
     return MeasuredDiagnosis(
         network=f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
         reason=reason,
@@ -200,19 +200,19 @@ def _blocks(networks: list[OneNetwork]) -> tuple[Block, ...]:
     return tuple(found)
 
 
-def _growth(networks: list[OneNetwork]) -> tuple[float | None, float | None]:
-    """Of squared gradients towards the inputs, and of the signal towards the outputs; geometric means."""
+def _growth(networks: list[OneNetwork]) -> tuple[float | None, float | None, int]:
+    """Of squared gradients towards the inputs and of the signal towards the outputs, geometric means; dead networks."""
     if len(networks[0].places) < 2:
-        return None, None
-
-    def mean(ratios: list[tuple[float, float]]) -> float | None:
-        if not all(a > 0 and b > 0 for a, b in ratios):
-            return 0.0 if all(b > 0 for _, b in ratios) else None
-        return math.exp(statistics.fmean(math.log(a / b) for a, b in ratios))
-
+        return None, None, 0
     ends = [(one.places[0], one.places[-1]) for one in networks]
-    gradients = mean([(first.gradient, last.gradient) for first, last in ends])
-    return gradients, mean([(last.variance, first.variance) for first, last in ends])
+    alive = [(first, last) for first, last in ends if first.gradient > 0 and last.gradient > 0]
+    gradients = _geometric([first.gradient / last.gradient for first, last in alive])
+    signals = [last.variance / first.variance for first, last in ends if first.variance > 0 and last.variance > 0]
+    return gradients if alive else 0.0, _geometric(signals), len(ends) - len(alive)
+
+
+def _geometric(ratios: list[float]) -> float | None:
+    return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
 
 
 def _features(networks: list[OneNetwork]) -> float | None:
@@ -244,7 +244,11 @@ def _verdict(growth: float | None, places: int, seeds: int) -> str:
 
 
 def _findings(
-    growth: float | None, epsilon_ntk: float | None, epsilon_features: float | None, shares: dict[str, float]
+    growth: float | None,
+    dead: tuple[int, int],
+    epsilon_ntk: float | None,
+    epsilon_features: float | None,
+    shares: dict[str, float],
 ) -> tuple[Finding, ...]:
     found: list[Finding] = []
     if growth is not None and not 1 / GROWTH <= growth <= GROWTH:
@@ -258,6 +262,9 @@ def _findings(
                 f"{'below' if small else 'above'} 1, or normalisation with residual connections",
             )
         )
+    if dead[0]:
+        message = f"measured: in {dead[0]} of {dead[1]} networks no gradient reaches the first place"
+        found.append(Finding("dead network", message, "use wider layers, or a leaky activation"))
     known = [value for value in (epsilon_ntk, epsilon_features) if value is not None]
     if known:
         size = max(known)
