@@ -11,13 +11,13 @@ import itertools
 import math
 
 import torch
-from torch.func import jvp, vmap
+from torch.func import grad, jvp, vmap
 
 from torch_eft.theory.dynamics import Coefficients
 
 
-def simulate(z, H, dH, ddI, ddII, y, train, descent, record):
-    """Outputs and NTK at the recorded steps, (R, M) and (R, M, M); ``y`` and ``train`` are (M,)."""
+def simulate(z, H, dH, ddI, ddII, errors, descent, record):
+    """Outputs and NTK at the recorded steps, (R, M) and (R, M, M); ``errors`` gives e = dLoss/dz, 0 on probes."""
     M = len(z)
     coefficients = Coefficients(descent, *(z.new_zeros([M] * order) for order in (1, 2, 3, 3)))
     outputs, kernels = [], []
@@ -39,7 +39,7 @@ def simulate(z, H, dH, ddI, ddII, y, train, descent, record):
             outputs.append(now)
             kernels.append(H + half + half.T + torch.einsum("abcd,c,d->ab", ddII, p, p))
         if step < descent.steps:
-            e = (now - y) * train
+            e = errors(now)
             cubic = torch.einsum("b,c,d->bcd", e, p, p) / 2, torch.einsum("b,cd->bcd", e, q)
             coefficients.update(e, torch.outer(e, p), *cubic)
     return torch.stack(outputs), torch.stack(kernels)
@@ -107,8 +107,11 @@ def gaussian_nodes(K):
     return torch.cat(nodes) @ (vectors * values.clamp_min(0).sqrt()).T, weights
 
 
-def first_order(K, Theta, tensors, y, probes, outputs, descent, record):
+def first_order(K, Theta, tensors, y, probes, outputs, descent, record, loss=None, rule=None):
     """n times the corrections of E z, E z z and E H at order 1/n, and the order-0 means of z and zz.
+
+    With ``loss``, a function of the training outputs (N, n_L) other than (1/2) sum (z - y)^2, V enters too, and
+    ``rule`` is to give the (nodes, weights) of N(0, K) on combined indices.
 
     Returns:
         A dict of (R, M), (R, M, M), .. tensors on combined indices: ``"z"``, ``"zz"``, ``"H"`` of order 1/n and
@@ -121,12 +124,18 @@ def first_order(K, Theta, tensors, y, probes, outputs, descent, record):
     train = torch.ones(M // outputs, outputs, dtype=K.dtype)
     train[:probes] = 0
     target = torch.zeros(M // outputs, outputs, dtype=K.dtype)
-    target[probes:] = y
+    target[probes:] = 0 if y is None else y
     zero = [K.new_zeros([M] * k) for k in (3, 4, 4)]
     basis = torch.eye(M, dtype=K.dtype)
 
+    def errors(z):
+        if loss is None:
+            return (z - target.flatten()) * train.flatten()
+        trained = z.reshape(-1, outputs)[probes:]
+        return torch.cat([z.new_zeros(probes * outputs), grad(loss)(trained).flatten()])
+
     def observables(z, H, dH, ddI, ddII):
-        out, kernel = simulate(z, H, dH, ddI, ddII, target.flatten(), train.flatten(), descent, record)
+        out, kernel = simulate(z, H, dH, ddI, ddII, errors, descent, record)
         return torch.cat([out.flatten(), torch.einsum("ra,rb->rab", out, out).flatten(), kernel.flatten()])
 
     def derivative(function, direction):
@@ -137,6 +146,9 @@ def first_order(K, Theta, tensors, y, probes, outputs, descent, record):
             return jvp(function, point, tangents)[1]
 
         return differentiated
+
+    def along_z(function, direction):
+        return lambda z: jvp(function, (z,), (direction,))[1]
 
     def along(z=None, H=None, dH=None, ddI=None, ddII=None):
         return (z, H, dH, ddI, ddII)
@@ -168,9 +180,30 @@ def first_order(K, Theta, tensors, y, probes, outputs, descent, record):
         def cubic(first, direction):
             return derivative(derivative(observables, along(z=first)), along(dH=direction))(*point)
 
-        return total + vmap(cubic)(basis, c["dHz"].movedim(3, 0)).sum(0)
+        total = total + vmap(cubic)(basis, c["dHz"].movedim(3, 0)).sum(0)
+        if loss is None:  # of degree two in z at order 0
+            return total
 
-    nodes, weights = gaussian_nodes(K)
+        def frozen(z):
+            coefficients, outputs = Coefficients(descent, torch.zeros_like(z)), []
+            for step in range(descent.steps + 1):
+                outputs.append(z + Theta @ coefficients.values[0])
+                if step < descent.steps:
+                    coefficients.update(errors(outputs[-1]))
+            out = torch.stack([outputs[step] for step in record])
+            both = torch.einsum("ra,rb->rab", out, out).flatten()
+            return torch.cat([out.flatten(), both, torch.zeros_like(both)])
+
+        def quartic(indices):
+            slope = frozen
+            for index in indices.unbind():
+                slope = along_z(slope, basis[index])
+            return slope(z)
+
+        indices = torch.cartesian_prod(*[torch.arange(M)] * 4)
+        return total + torch.tensordot(c["zzzz"].flatten() / 24, vmap(quartic)(indices), 1)
+
+    nodes, weights = gaussian_nodes(K) if rule is None else rule(K)
     order_1 = vmap(correction)(nodes)
     order_0 = vmap(lambda z: observables(z, Theta, *zero))(nodes)
     R = len(record)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.blocks import check_inputs
-from torch_eft.theory.dynamics import Descent, Reduction, Schedule
+from torch_eft.theory.dynamics import Descent, LossFunction, Reduction, Schedule
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.ensemble_training import FiniteWidthTraining
 from torch_eft.theory.ensemble_validity import relative_size, truncation
+from torch_eft.theory.sampled_prediction import SampledForecast
 from torch_eft.theory.statistics import initial_statistics
 from torch_eft.theory.time_sums import Dynamics, TimeSums
 from torch_eft.theory.training_scope import check_stable, covered_descent
@@ -150,17 +151,19 @@ def predict_training(
     optimizer: str = "sgd",
     weight_decay: float = 0.0,
     batches: Sequence[Sequence[int] | Tensor] | None = None,
+    loss: str | LossFunction = "mse",
+    draws: int = 2048,
 ) -> Trajectory:
     """The trained distribution over initialisations, before anything is trained.
 
     Args:
         ensemble: The ensemble.
         x_train: Training inputs, (N, n_0).
-        y_train: Targets, (N, n_L).
+        y_train: Targets, (N, n_L); classes (N,) for the cross-entropy.
         x_probe: Probe inputs, (N_p, n_0).
         learning_rate: eta > 0, multiplying the learning-rate tensor of the ensemble.
         steps: Number T of optimizer steps.
-        reduction: ``"sum"``: L = (1/2) sum (z - y)^2 (PDLT); ``"mean"``: torch's ``MSELoss``.
+        reduction: ``"sum"``: L = (1/2) sum (z - y)^2 (PDLT), or the sum of cross-entropies; ``"mean"``: torch's.
         order: 0, infinite width; 1, with the first correction in 1/n, n = n_{L-1} (smooth activations).
         dynamics: Full-batch ``"gradient_descent"``, with momentum or a schedule if given, or ``"gradient_flow"`` (time
             in units of the learning rate).
@@ -179,6 +182,9 @@ def predict_training(
         optimizer: ``"sgd"``; others are refused, with what to do instead.
         weight_decay: 0; likewise.
         batches: None; minibatches are refused likewise.
+        loss: ``"mse"``, in closed form; ``"cross_entropy"``, or a differentiable function of (outputs, targets) to a
+            number, by draws of z(0) (``sampled_training``), at order 1 on at most some 30 points in all.
+        draws: How many.
 
     Returns:
         A ``Trajectory``. At order 0 ``ntk_mean`` is constant and ``ntk_drift`` zero: both are
@@ -200,14 +206,23 @@ def predict_training(
     wanted = range(steps + 1) if at_steps is None else at_steps
     if steps < 0 or len(wanted) == 0 or min(wanted) < 0 or max(wanted) > steps:
         raise ValueError(f"steps: {steps}, at_steps: {at_steps} given; need 0 <= at_steps <= steps")
+    exact = loss == "mse"
     descent = covered_descent(
-        learning_rate, steps, dynamics, momentum, dampening, nesterov, schedule, optimizer, weight_decay, batches
+        learning_rate, steps, dynamics, momentum, dampening, nesterov, schedule, optimizer, weight_decay, batches, exact
     )
+    told = f"full-batch {_described(dynamics, descent)}, reduction {reduction}"
+    if not exact:
+        sampled = SampledForecast(ensemble, x_train, y_train, x_probe, loss, reduction, descent, draws, seed, memory)
+        times = torch.tensor(list(wanted), device=sampled.x.device)
+        told += f", loss {loss}" if isinstance(loss, str) else ", a function of the outputs as loss"
+        if order == 0:
+            return sampled.order_0(times, told)
+        return sampled.order_1(times, told, corrections, samples, replicas)
     training = InfiniteWidthTraining(
         ensemble, x_train, y_train, x_probe, learning_rate, reduction, dynamics, optimizer=descent
     )
     times = torch.tensor(list(wanted), device=training.K.device)
-    order_0 = _order_0(training, times, reduction)
+    order_0 = _order_0(training, times, told)
     if order == 0:
         return order_0
     finite = FiniteWidthTraining(
@@ -226,24 +241,23 @@ def predict_training(
     return _corrected(order_0, finite, [name for name in CORRECTIONS if name in corrections])
 
 
-def _order_0(training: InfiniteWidthTraining, times: Tensor, reduction: Reduction) -> Trajectory:
+def _order_0(training: InfiniteWidthTraining, times: Tensor, told: str) -> Trajectory:
     mean, covariance = training.output(times)
     outputs = torch.eye(training.ensemble.widths[-1], dtype=training.K.dtype, device=training.K.device)
     Theta = torch.einsum("ab,ij->abij", training.Theta_probe, outputs).expand(len(times), -1, -1, -1, -1)
-    name = _described(training)
     return Trajectory(
         steps=times,
         output_mean=mean,
         output_covariance=torch.einsum("tab,ij->tabij", covariance, outputs),
         ntk_mean=Theta,
         ntk_drift=Theta.new_zeros(1).expand(Theta.shape),
-        provenance=f"order 0 (infinite width), {training.ensemble}, full-batch {name}, reduction {reduction}",
+        provenance=f"order 0 (infinite width), {training.ensemble}, {told}",
         validity=training.validity,
     )
 
 
-def _described(training: InfiniteWidthTraining) -> str:
-    name, optimizer = training.dynamics.replace("_", " "), training.optimizer
+def _described(dynamics: Dynamics, optimizer: Descent) -> str:
+    name = dynamics.replace("_", " ")
     if optimizer.momentum:
         name += f" with {'Nesterov momentum' if optimizer.nesterov else 'momentum'} {optimizer.momentum:g}"
     return name + " and a schedule" * (len(set(optimizer.learning_rates)) > 1)

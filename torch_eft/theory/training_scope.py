@@ -19,11 +19,12 @@ def covered_descent(
     optimizer: str = "sgd",
     weight_decay: float = 0.0,
     batches: Sequence[Sequence[int] | Tensor] | None = None,
+    squared_error: bool = True,
 ) -> Descent:
     """The optimizer, if the derivation covers it; arguments as ``prediction.predict_training`` takes them.
 
     Returns:
-        Without learning rates if it is plain gradient descent or flow.
+        For squared error without learning rates if it is plain gradient descent or flow.
 
     Raises:
         ValueError: In words, with the alternative, if it does not.
@@ -49,7 +50,12 @@ def covered_descent(
         )
     if dynamics == "gradient_flow" and (momentum or schedule is not None):
         raise ValueError("dynamics: 'gradient_flow' has no momentum and no schedule; give 'gradient_descent'")
-    plain = schedule is None and momentum == 0
+    if dynamics == "gradient_flow" and not squared_error:
+        raise ValueError(
+            "dynamics: 'gradient_flow' is in closed form for the squared error alone; give 'gradient_descent' with a "
+            "small learning rate"
+        )
+    plain = squared_error and schedule is None and momentum == 0
     return descent(learning_rate, 0 if plain else steps, momentum, dampening, nesterov, schedule)
 
 
