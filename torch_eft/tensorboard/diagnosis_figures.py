@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _HERE: dict[str, Any] = dict(marker="*", ms=22, mfc="#F0E442", mec="black", mew=1.5, ls="none", zorder=6)
 _DECADES = 4.0
+"""Growth beyond which the colour saturates."""
 _REGIMES = (
     (0.01, "r → 0\ninfinitely wide", "#C8D6E5"),
     (0.2, "0 < r ≪ 1\neffectively deep", "#7FA8C9"),
@@ -41,9 +42,10 @@ def planes_figure(phase: PhasePlane, shape: DepthWidthPlane) -> "Figure":
 
 def draw_phase_plane(axes: "Axes", plane: PhasePlane) -> None:
     """Log10 of the growth of squared gradients, the line between order and chaos, the critical point, this network."""
-    growth = plane.log_growth.clamp(-_DECADES, _DECADES).numpy()
+    limit = min(_DECADES, max(1.0, float(plane.log_growth.abs().max())))
+    growth = plane.log_growth.clamp(-limit, limit).numpy()
     image = axes.pcolormesh(
-        plane.C_b.numpy(), plane.C_W.numpy(), growth, cmap="RdBu_r", vmin=-_DECADES, vmax=_DECADES, shading="gouraud"
+        plane.C_b.numpy(), plane.C_W.numpy(), growth, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="gouraud"
     )
     bar = axes.figure.colorbar(image, ax=axes, extend="both")
     bar.set_label("log₁₀ squared gradient, layer 1 / L", fontsize=13)
