@@ -9,7 +9,7 @@ from torch import nn
 from tests.trained import network, train
 from torch_eft.comparison import EnsembleComparison
 from torch_eft.comparison.affordable import Size, TooDearError, within
-from torch_eft.comparison.finite_width import time_grid
+from torch_eft.comparison.finite_width import Problem, time_grid
 from torch_eft.measure.metrics import as_trace
 from torch_eft.theory import MLPEnsemble, predict_representation, predict_training
 
@@ -105,7 +105,8 @@ def test_the_forecast_extends_when_the_training_goes_on():
     [
         (dict(activation="relu"), r"the NTK at order 0: .*kink"),
         (dict(points=65), r"65 training points: order 1/n is for up to 64"),
-        (dict(seconds=0.0, points=20), r"so that all 20, 2 and 1 take .* are left of what is allowed"),
+        (dict(seconds=0.0, points=20), r"so that 20 training points, 2 probe points, .* are left of what is allowed"),
+        (dict(widths=[3, *[3] * 12, 1]), r"order 1/n is not drawn: .*too deep for its width"),
         (dict(order=0), r"^order 0 \(infinite width\)$"),
     ],
 )
@@ -114,7 +115,8 @@ def test_without_order_1_it_says_why(change, words):
 
     options = dict(activation="tanh", points=3, seconds=60.0, order=1) | change
     x, y, x_probe = data(options.pop("points"))
-    found = EnsembleComparison(ensemble(options.pop("activation")), x, y, x_probe, 1e-3, 4, steps=10, **options)
+    given = ensemble(options.pop("activation"), options.pop("widths", WIDTHS))
+    found = EnsembleComparison(given, x, y, x_probe, 1e-3, 4, steps=10, **options)
     assert re.search(words, found.words), found.words
     compared = found.compare(5, torch.zeros(2, 1), *(torch.eye(2, dtype=F64)[..., None, None],) * 2)
     assert all(each.order_1 is None and each.order_0 is not None for each in compared.values())
@@ -154,18 +156,28 @@ def test_work_is_tried_on_few_points_first():
     tried = []
 
     def compute(size):
-        tried.append((size.points, size.probes, size.outputs))
+        tried.append((size.points, size.probes, size.outputs, size.layers))
         return size.points
 
-    assert within(10.0, Size(40, 16, 3), compute)[0] == 40
-    assert tried == [(8, 4, 1), (8, 16, 3), (16, 16, 3), (32, 16, 3), (40, 16, 3)]
+    assert within(10.0, Size(40, 16, 3, 7), compute)[0] == 40
+    assert tried == [(8, 4, 1, 3), (8, 16, 3, 7), (16, 16, 3, 7), (32, 16, 3, 7), (40, 16, 3, 7)]
     tried.clear()
-    assert within(0.0, Size(3, 2, 1), compute)[0] == 3
-    assert tried == [(3, 2, 1)]
+    assert within(0.0, Size(3, 2, 1, 2), compute)[0] == 3
+    assert tried == [(3, 2, 1, 2)]
     with pytest.raises(
-        TooDearError, match=r"8 training points, 4 probe points and 1 of the outputs took .* 0 s are left"
+        TooDearError, match=r"8 training points, 4 probe points, 1 outputs and 2 layers took .* 0 s are"
     ):
-        within(0.0, Size(40, 4, 1), compute)
+        within(0.0, Size(40, 4, 1, 2), compute)
+
+
+def test_a_smaller_problem_is_the_whole_one_cut_off():
+    x, y, x_probe = data(5, 3, 2)
+    deep = MLPEnsemble([3, 10, 11, 12, 2], "gelu", [0.1, 0.2, 0.3, 0.4], [1, 2, 3, 4], [5, 6, 7, 8], [1, 3, 5, 7])
+    found = Problem(deep, x, y, x_probe, 0.1).reduced(Size(4, 2, 1, 3))
+    expected = MLPEnsemble([3, 10, 11, 1], "gelu", [0.1, 0.2, 0.4], [1, 2, 4], [5, 6, 8], [1, 3, 7])
+    assert found.ensemble == expected
+    assert (found.x_train.shape, found.y_train.shape, found.x_probe.shape) == ((4, 3), (4, 1), (2, 3))
+    assert Problem(deep, x, y, x_probe, 0.1).size == Size(5, 3, 2, 4)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from tests.trained import network, train
@@ -111,6 +112,17 @@ def test_bounds():
     assert found.gauge(5) is None
     compared = found.compare(5, torch.zeros(2, 2), torch.zeros(2, 2, 2, 2), torch.ones(2, 2, 2, 2))
     assert compared["instance_output"].order_1 is compared["instance_ntk_error"].order_1 is None
+
+
+def test_a_network_with_kinks_has_no_truncation():
+    model, lambdas, x, y, x_probe = setting()
+    model = nn.Sequential(*[nn.ReLU() if isinstance(layer, nn.Tanh) else layer for layer in model])
+    loss = recognised(model, x, y, F.mse_loss)
+    found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, seconds=60)
+    compared = found.compare(5, torch.zeros(2, 2), torch.zeros(2, 2, 2, 2), torch.ones(2, 2, 2, 2))
+    assert compared["ntk_drift"].order_1 is not None
+    assert compared["ntk_drift"].truncation is compared["instance_output"].truncation is None
+    assert "almost everywhere" in found.validity.reason
 
 
 @pytest.mark.slow

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 T = TypeVar("T")
 
-_FIRST = (8, 4, 1)
+_FIRST = (8, 4, 1, 3)
 _GROWTH = 4.0
 """Time grows at most with this power of the number of training points (measured: 1 to 4)."""
 
@@ -30,25 +30,35 @@ class Size:
         points: N, on which is trained.
         probes: N_p, on which is looked.
         outputs: n_L.
+        layers: L.
     """
 
     points: int
     probes: int
     outputs: int
+    layers: int
+
+    def __str__(self) -> str:
+        """In words."""
+        layers = f"{self.outputs} outputs and {self.layers} layers"
+        return f"{self.points} training points, {self.probes} probe points, {layers}"
 
     def ladder(self) -> "list[Size]":
-        """From at most 8 points, 4 probes and one output by doubling the points up to the whole."""
-        points, probes, outputs = _FIRST
+        """From at most 8 points, 4 probes, one output and 3 layers by doubling the points up to the whole."""
+        points, probes, outputs, layers = _FIRST
         count = min(self.points, points)
-        rungs = [Size(count, min(self.probes, probes), outputs), Size(count, self.probes, self.outputs)]
+        rungs = [
+            Size(count, min(self.probes, probes), outputs, min(self.layers, layers)),
+            replace(self, points=count),
+        ]
         while count < self.points:
             count = min(self.points, 2 * count)
-            rungs.append(Size(count, self.probes, self.outputs))
+            rungs.append(replace(self, points=count))
         return list(dict.fromkeys(rungs))
 
     def over(self, other: "Size", power: float) -> float:
-        """How much more it takes than another one, with this power of the points; probes and outputs linearly."""
-        rest = self.probes / other.probes * self.outputs / other.outputs
+        """How much more it takes than another one, with this power of the points; all else linearly."""
+        rest = self.probes / other.probes * self.outputs / other.outputs * self.layers / other.layers
         return (self.points / other.points) ** power * rest
 
 
@@ -78,9 +88,8 @@ def within(seconds: float, size: Size, compute: Callable[[Size], T], growth: flo
         coming = (now - started) * max(size.over(rung, growth), following.over(rung, _GROWTH))
         if now - begun + coming > seconds:
             error = TooDearError(
-                f"{rung.points} training points, {rung.probes} probe points and {rung.outputs} of the outputs took "
-                f"{now - started:.2g} s, so that all {size.points}, {size.probes} and {size.outputs} take about "
-                f"{coming:.2g} s; {max(0.0, seconds):.2g} s are left of what is allowed"
+                f"{rung} took {now - started:.2g} s, so that {size} take about {coming:.2g} s; "
+                f"{max(0.0, seconds):.2g} s are left of what is allowed"
             )
             error.spent = now - begun
             raise error

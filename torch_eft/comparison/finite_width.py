@@ -13,6 +13,7 @@ from torch_eft.measure.metrics import as_trace
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.prediction import predict_training
 from torch_eft.theory.representation_drift import predict_representation
+from torch_eft.theory.validity import first_order_validity
 from torch_eft.trajectory import Trajectory, Validity
 
 MOST_POINTS = 64
@@ -58,16 +59,25 @@ class Problem:
 
     @property
     def size(self) -> Size:
-        """N, N_p, n_L."""
-        return Size(len(self.x_train), len(self.x_probe), self.ensemble.widths[-1])
+        """N, N_p, n_L, L."""
+        return Size(len(self.x_train), len(self.x_probe), self.ensemble.widths[-1], self.ensemble.depth)
 
     def reduced(self, size: Size) -> "Problem":
-        """With the first few points, probes and outputs."""
+        """With the first few points, probes, outputs and layers."""
         if size == self.size:
             return self
-        given = self.ensemble
+        given, kept = self.ensemble, size.layers - 1
+
+        def some(values: Sequence[float]) -> list[float]:
+            return [*values[:kept], values[-1]]
+
         ensemble = MLPEnsemble(
-            [*given.widths[:-1], size.outputs], given.activation, given.C_b, given.C_W, given.lambda_b, given.lambda_W
+            [*given.widths[: kept + 1], size.outputs],
+            given.activation,
+            some(given.C_b),
+            some(given.C_W),
+            some(given.lambda_b),
+            some(given.lambda_W),
         )
         return replace(
             self,
@@ -171,6 +181,10 @@ def finite_width(problem: Problem, steps: int, direction: Tensor, seconds: float
         found.words.append(
             f"{points} training points: order 1/n is for up to {MOST_POINTS} beside a training; order 0 is drawn"
         )
+        return found
+    start = first_order_validity(problem.ensemble, torch.cat([problem.x_probe, problem.x_train]))
+    if start.flag == "invalid":
+        found.words.append(f"order 1/n is not drawn: {start.reason}")
         return found
     added, problem = _enough_labels(problem)
     look = slice(added, None)

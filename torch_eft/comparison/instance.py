@@ -9,7 +9,8 @@ and z_1, H_1 the first order in dNTK and ddNTK, compared on the probe at a step 
 * ``ntk_drift``: |H - H_0| / |H_0|. Order 0: 0; order 1: |H_1| / |H_0|.
 * ``instance_ntk_error``: |H - forecast| / |H_0| of order 0 and order 1.
 
-Truncation is g^2 times order 0, g the forecast's own gauge up to t.
+Truncation is g^2 times order 0, g the forecast's own gauge up to t. A network with kinks has none: nothing estimates
+what their crossings add.
 """
 
 import copy
@@ -26,6 +27,7 @@ from torch_eft.comparison.affordable import TooDearError
 from torch_eft.comparison.compared import Compared, component
 from torch_eft.forecast import predict_from_network
 from torch_eft.measure.isolation import isolated
+from torch_eft.measure.kinks import kinked_operations
 from torch_eft.measure.losses import TrainingLoss
 from torch_eft.measure.metrics import as_trace
 from torch_eft.measure.probe import OutputFn, as_probe
@@ -106,6 +108,7 @@ class InstanceComparison:
                 f"{largest}"
             )
         self.words = ""
+        self._kinked = kinked_operations(self._model, as_probe(x_probe), output_fn) != ()
         self._forecast(steps or _FIRST_HORIZON)
 
     # ---- the forecast
@@ -221,7 +224,8 @@ class InstanceComparison:
             predicted = self.order_1.output_mean[step]
             order_1 = float(component(predicted - start, u)) / count
             error_1 = float((z - predicted).norm() / largest)
-            truncation = g**2 * float(largest) / count + 1e-6 * float(start.norm()) / count
+            if not self._kinked:
+                truncation = g**2 * float(largest) / count + 1e-6 * float(start.norm()) / count
         found = {
             "instance_output": Compared(
                 float(component(z - start, u)) / count, float(u.norm()) / count, order_1, None, truncation
@@ -241,6 +245,6 @@ class InstanceComparison:
         D = self.order_1.ntk_drift[step]
         D = as_trace(D) if ntk.ndim == 2 else D
         return {
-            "ntk_drift": Compared(drifted, 0.0, float(D.norm() / scale), None, g**2 + 1e-6),
+            "ntk_drift": Compared(drifted, 0.0, float(D.norm() / scale), None, None if self._kinked else g**2 + 1e-6),
             "instance_ntk_error": Compared(None, drifted, float((change - D).norm() / scale)),
         }

@@ -207,7 +207,19 @@ def test_a_network_with_kinks_is_measured_and_labelled():
         assert "almost everywhere" in pages[name][-1][1]
     assert "do not improve on order 1" in pages["taylor"][-1][1]
     assert "eft_theory/ntk_rate/truncation" not in observer.history[8]  # nothing estimates what kinks add
-    assert not observer.events
+    assert {event.quantity for event in observer.events} <= {"taylor_remainder"}
+
+
+def test_an_event_where_three_taylor_orders_are_not_enough():
+    x, y, x_probe = data(24)
+    model = mlp(8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    observer, _ = fit(model, [TaylorPart()], 30, optimizer, x, y, x_probe, batch=8, every=5)
+    (event,) = observer.events
+    first = next(s for s in observer.history if observer.history[s].get("eft/taylor_remainder/measured", 0) > 0.05)
+    assert (event.step, event.quantity) == (first, "taylor_remainder")
+    assert "orders k >= 4 are not negligible from here on" in event.text
+    assert observer.history[first]["eft_more/taylor_orders_needed/measured"] == 4
 
 
 SETTINGS = {

@@ -1,6 +1,6 @@
 """How many Taylor orders does this network need? The terms of its real trajectory about theta_0 (PDLT 0.5)."""
 
-from torch_eft.live.part import Part, Report, Start, Visit
+from torch_eft.live.part import Event, Part, Report, Start, Visit
 from torch_eft.live.parts.theta import LARGEST, current, memory, too_many
 from torch_eft.measure.probe import OutputFn
 from torch_eft.measure.taylor import taylor_series
@@ -32,6 +32,7 @@ class TaylorPart(Part):
         self._refusal: str | None = None
         self._remarks: tuple[str, ...] = ()
         self._method = ""
+        self._told = False
 
     def begin(self, start: Start) -> Report:
         """See whether theta_0 is kept."""
@@ -58,6 +59,17 @@ class TaylorPart(Part):
                 tag("taylor_orders_needed", "order_0"): 1.0,
             }
         report = Report(scalars)
+        if sizes.rounding < TOLERANCE < sizes.left[-1] and not self._told:
+            self._told = True
+            report.events.append(
+                Event(
+                    visit.step,
+                    "taylor_remainder",
+                    f"Taylor terms up to order 3 leave {sizes.left[-1]:.3g} of the outputs' change since theta_0, "
+                    f"more than {TOLERANCE:.0%}: orders k >= 4 are not negligible from here on"
+                    + (", or the crossings of kinks, which no term contains" if series.kinked else ""),
+                )
+            )
         if visit.last or (series.remarks, series.method) != (self._remarks, self._method):
             self._remarks, self._method = series.remarks, series.method
             needed = sizes.orders_needed(TOLERANCE)
