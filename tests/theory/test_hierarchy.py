@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from tests.theory.naive_operator import simulate
 from torch_eft.theory import two_layer_linear_differentials, two_layer_linear_map
 from torch_eft.theory.dynamics import Coefficients, Loss, descent
 from torch_eft.theory.hierarchy import train_hierarchy
@@ -183,38 +184,9 @@ def _logistic(z, y):
 
 def self_consistent(tiny, loss, optimizer, tensors):
     """The coefficient form fed into its own errors: p, q, r, s driven by z(t) of all orders. Only a yardstick."""
-    H, dH, ddI, ddII = tensors
-    M, m = len(H), optimizer.momentum
-    coefficients = [torch.zeros([M] * order, dtype=F64) for order in (1, 2, 3, 3)]
-    velocities, zs, Hs = None, [], []
-    for step in range(optimizer.steps + 1):
-        p, q, r, s = coefficients
-        z = (
-            tiny.z
-            + H @ p
-            + torch.einsum("bac,bc->a", dH, q)
-            + torch.einsum("abc,b,c->a", dH, p, p) / 2
-            + torch.einsum("bcda,bcd->a", ddI, r)
-            + torch.einsum("bcad,bcd->a", ddII, s)
-            + torch.einsum("acbd,b,cd->a", ddII, p, q)
-            + torch.einsum("abcd,b,c,d->a", ddI, p, p, p) / 6
-        )
-        half = dH @ p + torch.einsum("acbd,cd->ab", ddII, q) + torch.einsum("abcd,c,d->ab", ddI, p, p) / 2
-        zs.append(z)
-        Hs.append(H + half + half.T + torch.einsum("abcd,c,d->ab", ddII, p, p))
-        if step == optimizer.steps:
-            break
-        e = errors_of(tiny, loss, z, optimizer.batch(step))
-        outer = torch.einsum
-        gradients = [e, outer("b,c->bc", e, p), outer("b,c,d->bcd", e, p, p) / 2, outer("b,cd->bcd", e, q)]
-        if velocities is None:
-            velocities = gradients
-        else:
-            d = 1 - optimizer.dampening
-            velocities = [m * v + d * g for v, g in zip(velocities, gradients, strict=True)]
-        moves = [g + m * v if optimizer.nesterov else v for g, v in zip(gradients, velocities, strict=True)]
-        coefficients = [c - optimizer.learning_rates[step] * v for c, v in zip(coefficients, moves, strict=True)]
-    return torch.stack(zs), torch.stack(Hs)
+    steps = iter(range(optimizer.steps))
+    errors = lambda z: errors_of(tiny, loss, z, optimizer.batch(next(steps)))  # noqa: E731
+    return simulate(tiny.z, *tensors, errors, optimizer, range(optimizer.steps + 1))
 
 
 def test_two_layer_linear_map_at_first_order():
