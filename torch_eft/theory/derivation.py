@@ -15,8 +15,7 @@ cum(z, z, z, z) is V, each a tensor over inputs times Kronecker deltas of the ou
 
 **Parity.** Changing the sign of the last layer's parameters leaves their distribution as it is. It changes the sign of
 
-    odd:   z, dH            (linear in the last layer once the sum over its own lambda is taken)
-    even:  H, ddI, ddII
+    odd:   z, dH                    even:  H, ddI, ddII
 
 so that <dH>, cov(z, H), cov(H, dH), and cum(z, z, z) vanish, and nothing else enters at this order.
 

@@ -18,6 +18,8 @@ first derivative z1, H1 at 0 takes p, q, r, s of order 0 in Y and in H(t), and f
 at order 0: z1_a = H_ab p1_b + Y_a, p1 driven by (d^2 Loss) z1. This linear equation cannot blow up where order 0 does
 not. Fed into themselves, the truncated equations may: H loses positivity, and with it stability. dH (of random sign)
 and ddI, ddII (of non-zero mean) both change the outputs by O(1/n): one without the other is no order.
+
+What is left of this in the mean over networks, vertex by vertex, is on the page ``derivation``.
 """
 
 from collections.abc import Sequence
