@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import torch_eft as eft
+from tests.measure.devices import poisoned
 from torch_eft.forecast import predict_from_network
 from torch_eft.trajectory import Trajectory, Validity
 
@@ -138,6 +139,16 @@ def test_a_small_cnn_on_cross_entropy_with_minibatches():
     assert bool((found.output_error > 0).all()) and not bool(found.ntk_drift_error[0].any())
     assert "SmallCNN" in found.provenance and "fixed minibatches" in found.provenance
     assert "of 3 networks outside" in found.validity.reason and "standard errors: mean output" in found.validity.reason
+
+
+def test_averages_make_nothing_on_the_default_device():
+    singles = [predict_from_network(drawn(8)(), X[1:], Y, X[:1], 0.02, 3) for _ in range(3)]
+    expected = eft.average_trajectories(singles, "three")
+    with poisoned():
+        found = eft.average_trajectories(singles, "three")
+    for name in ("output_mean", "output_covariance", "ntk_drift", "output_error", "train_output_mean"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert found.validity == expected.validity
 
 
 def test_kinks_are_told_for_every_network():

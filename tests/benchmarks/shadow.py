@@ -4,6 +4,7 @@ SGD with momentum on cross-entropy, float32, one thread, processor time; each ro
 ratio is to that round's ordinary step, and medians over rounds are printed.
 """
 
+import os
 import statistics
 import time
 
@@ -88,7 +89,8 @@ def ratios(build, shape, batch, rounds):
 
 def main(rounds=21):
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one thread, {rounds} rounds, medians")
+    load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    print(f"torch {torch.__version__}, one thread, {rounds} rounds, medians; {load}")
     for title, (build, shape) in WORKLOADS.items():
         for batch in (64, 256):
             found, milliseconds = ratios(build, shape, batch, rounds)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.measure.devices import poisoned
 from tests.models import mlp
 from tests.trained import F64, network, train
 from torch_eft import measure, predict_from_network
@@ -106,6 +107,22 @@ def test_single_precision_and_no_ntk():
     late = TrajectoryRecorder(ShadowModel(model), torch.randn(2, 3, dtype=F64))
     late.record(4)
     assert late.trajectory().ntk_mean is not None and late.trajectory().ntk_drift is None  # no record at step 0
+
+
+@pytest.mark.parametrize("kind", [lambda m: m, ShadowModel, PerturbativeShadow])
+def test_nothing_is_made_on_the_default_device(kind):
+    model, x = mlp((3, 5, 2)), torch.randn(2, 3)
+
+    def found():
+        recorder = TrajectoryRecorder(kind(model), x, x)
+        recorder.record(0)
+        return recorder.trajectory()
+
+    expected = found()
+    with poisoned():
+        again = found()
+    assert torch.equal(again.output_mean, expected.output_mean) and torch.equal(again.steps, expected.steps)
+    assert expected.ntk_mean is None or torch.equal(again.ntk_mean, expected.ntk_mean)
 
 
 VALID = Validity("valid", "")
