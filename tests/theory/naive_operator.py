@@ -114,8 +114,8 @@ def first_order(K, Theta, tensors, y, probes, outputs, descent, record, loss=Non
     ``rule`` is to give the (nodes, weights) of N(0, K) on combined indices.
 
     Returns:
-        A dict of (R, M), (R, M, M), .. tensors on combined indices: ``"z"``, ``"zz"``, ``"H"`` of order 1/n and
-        ``"z0"``, ``"zz0"`` of order 0.
+        A dict of (R, M), (R, M, M), .. tensors on combined indices: ``"z"``, ``"zz"``, ``"H"`` of order 1/n, and
+        ``"zzz"``, ``"zzzz"`` of one output (the latter without V unless ``loss`` is given); ``"z0"``, .. of order 0.
     """
     c = cumulants(tensors, outputs)
     eye = torch.eye(outputs, dtype=K.dtype)
@@ -136,7 +136,11 @@ def first_order(K, Theta, tensors, y, probes, outputs, descent, record, loss=Non
 
     def observables(z, H, dH, ddI, ddII):
         out, kernel = simulate(z, H, dH, ddI, ddII, errors, descent, record)
-        return torch.cat([out.flatten(), torch.einsum("ra,rb->rab", out, out).flatten(), kernel.flatten()])
+        return torch.cat([moments(out), kernel.flatten()])
+
+    def moments(out):
+        both = torch.einsum("ra,rb->rab", out, out)
+        return torch.cat([out.flatten(), both.flatten(), out.pow(3).flatten(), out.pow(4).flatten()])
 
     def derivative(function, direction):
         """A function's derivative along fixed tangents of (z, H, dH, ddI, ddII); None is zero."""
@@ -191,8 +195,7 @@ def first_order(K, Theta, tensors, y, probes, outputs, descent, record, loss=Non
                 if step < descent.steps:
                     coefficients.update(errors(outputs[-1]))
             out = torch.stack([outputs[step] for step in record])
-            both = torch.einsum("ra,rb->rab", out, out).flatten()
-            return torch.cat([out.flatten(), both, torch.zeros_like(both)])
+            return torch.cat([moments(out), out.new_zeros(len(record) * M * M)])
 
         def quartic(indices):
             slope = frozen
@@ -207,13 +210,13 @@ def first_order(K, Theta, tensors, y, probes, outputs, descent, record, loss=Non
     order_1 = vmap(correction)(nodes)
     order_0 = vmap(lambda z: observables(z, Theta, *zero))(nodes)
     R = len(record)
-    parts = [(R * M, (R, M)), (R * M * M, (R, M, M)), (R * M * M, (R, M, M))]
+    parts = [(R * M, (R, M)), (R * M * M, (R, M, M)), *[(R * M, (R, M))] * 2, (R * M * M, (R, M, M))]
 
     def split(flat):
         return [
             piece.reshape(shape) for piece, (_, shape) in zip(flat.split([n for n, _ in parts]), parts, strict=True)
         ]
 
-    z, zz, H = split(weights @ order_1)
-    z0, zz0, _ = split(weights @ order_0)
-    return {"z": z, "zz": zz, "H": H, "z0": z0, "zz0": zz0}
+    names = ("z", "zz", "zzz", "zzzz", "H")
+    found = dict(zip(names, split(weights @ order_1), strict=True))
+    return found | {f"{name}0": value for name, value in zip(names, split(weights @ order_0), strict=True)}

@@ -23,6 +23,7 @@ from torch_eft.theory.exact import (
 )
 from torch_eft.theory.expectations import QuadratureError
 from torch_eft.theory.expected_drift import ExpectedDrift, expected_drift
+from torch_eft.theory.fourth_cumulant import FourthCumulant, predict_fourth_cumulant
 from torch_eft.theory.hierarchy import Hierarchy, train_hierarchy
 from torch_eft.theory.learning_rates import LearningRateShares, equivalence_learning_rates, largest_learning_rate
 from torch_eft.theory.prediction import InfiniteWidthTraining, predict_training
@@ -47,6 +48,7 @@ __all__ = [
     "ExpectedDrift",
     "FiniteWidthTraining",
     "FixedPoint",
+    "FourthCumulant",
     "HiddenLayerForecast",
     "Hierarchy",
     "InfiniteWidthTraining",
@@ -79,6 +81,7 @@ __all__ = [
     "leaky_relu",
     "ntk_trace_spread",
     "output_fluctuation",
+    "predict_fourth_cumulant",
     "predict_representation",
     "predict_training",
     "regime",

@@ -22,7 +22,7 @@ Both together are one correction c of order 1/n to each draw, whose e_c is the s
 z + s z' + s^2 c.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,16 +77,23 @@ class SampledTraining:
         loss: The loss on the training points.
         descent: The optimizer.
         tensors: Vertices over all points, divided by n: ``G1``, ``Theta1``, ``F``, ``P`` .. ``U``; None is order 0.
+        inverse: In the place of K^-1, for what is given its zeta.
     """
 
     def __init__(
-        self, K: Tensor, Theta: Tensor, loss: Loss, descent: Descent, tensors: Mapping[str, Tensor] | None = None
+        self,
+        K: Tensor,
+        Theta: Tensor,
+        loss: Loss,
+        descent: Descent,
+        tensors: Mapping[str, Tensor] | None = None,
+        inverse: Tensor | None = None,
     ) -> None:
         self._train = len(K) - len(loss.targets)
         self._Theta, self._loss, self._descent = Theta[:, self._train :], loss, descent
         self._inverse, self._means = torch.zeros_like(K), None
         if tensors is not None:
-            self._inverse = torch.linalg.inv(K)
+            self._inverse = torch.linalg.inv(K) if inverse is None else inverse
             self._means = _Means(tensors, self._train, self._inverse)
 
     def moments(
@@ -106,19 +113,37 @@ class SampledTraining:
             fluctuation: For order 1.
             means: Whether the response to the conditional means is part of the correction.
         """
-        S, points, C = z.shape
-        N = points - self._train
-        new = z.new_zeros
         zeta = torch.einsum("xy,syi->sxi", self._inverse, z)
-        response = self._means if means else None
+        response, sign = self._means if means else None, 1.0 if fluctuation is None else fluctuation.sign
+        found = [
+            self._recorded(now, sign, weights, zeta, p, q, response)
+            for now, p, q in self._walk(z, zeta, steps, fluctuation, response)
+        ]
+        return Moments(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+
+    def response(self, z: Tensor, zeta: Tensor, steps: Sequence[int]) -> Tensor:
+        """The response to the means given z(0), for given zeta, draw by draw: c at R steps, (R, S, N_all, C)."""
+        return torch.stack([now[2] for now, _, _ in self._walk(z, zeta, steps, None, self._means)])
+
+    def _walk(
+        self,
+        z: Tensor,
+        zeta: Tensor,
+        steps: Sequence[int],
+        fluctuation: Fluctuation | None,
+        response: "_Means | None",
+    ) -> Iterator[tuple[list[Tensor], Tensor, Tensor | None]]:
+        """At the wanted steps: z(t), with z' and c at order 1; p; and q if there is a response to means."""
+        S, points, C = z.shape
+        N, sign = points - self._train, 1.0 if fluctuation is None else fluctuation.sign
+        new = z.new_zeros
         start = _starts(z, zeta, self._inverse, fluctuation, response)
-        count = 1 if start is None else 3
-        small = [new(S, N, C) for _ in range(count)]
+        small = [new(S, N, C) for _ in range(1 if start is None else 3)]
         large = [] if response is None else [new(S, N, C, N, C), *(new(S, N, N, N, C) for _ in range(5))]
         coefficients = Coefficients(self._descent, *small, *large)
-        found: list[Sequence[Tensor]] = []
         for step in range(steps[-1] + 1):
             p, *others = coefficients.values
+            q = others[2] if response is not None else None
             now = [z + self._driven(p)]
             if start is not None:
                 moved, corrected = others[:2]
@@ -126,20 +151,16 @@ class SampledTraining:
                 second = start[1] + self._driven(corrected)
                 if fluctuation is not None:
                     first = first + torch.einsum("sxibj,sbj->sxi", fluctuation.DH, p)
-                    second = second + fluctuation.sign * torch.einsum("sxibj,sbj->sxi", fluctuation.DH, moved)
+                    second = second + sign * torch.einsum("sxibj,sbj->sxi", fluctuation.DH, moved)
                 if response is not None:
                     second = second + response.output(zeta, p, others[2:])
                 now += [first, second]
             if step in steps:
-                sign = 1.0 if fluctuation is None else fluctuation.sign
-                q = others[2] if response is not None else None
-                found.append(self._recorded(now, sign, weights, zeta, p, q, response))
+                yield now, p, q
             if step < steps[-1]:
-                sign = 1.0 if fluctuation is None else fluctuation.sign
                 e = self._errors([value[:, self._train :] for value in now], sign)
-                grown = [] if response is None else _gradients(e[0], p, others[2])
+                grown = [] if q is None else _gradients(e[0], p, q)
                 coefficients.update(*e, *grown)
-        return Moments(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
     def _driven(self, p: Tensor) -> Tensor:
         return torch.einsum("xb,sbi->sxi", self._Theta, p)
