@@ -1,7 +1,7 @@
 """A kernel by one process and by several together. Run by hand: python -m tests.benchmarks.sharded [--processes 2]
 
-Every process has one thread. Wall-clock seconds and processor seconds of the busiest process, medians of the rounds, the
-two ways in turn; on a machine that others use, only the processor's count.
+Every process has one thread. Wall-clock seconds and processor seconds of the busiest process, medians of the rounds,
+the two ways in turn; on a machine that others use, only the processor's count.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def workload(name):
         )  # fmt: skip
         return net, torch.randn(64, 3, 16, 16)
     widths = (784, 1024, 1024, 10)
-    layers = [part for n, m in zip(widths, widths[1:]) for part in (nn.Linear(n, m), nn.Tanh())]
+    layers = [part for n, m in zip(widths, widths[1:], strict=False) for part in (nn.Linear(n, m), nn.Tanh())]
     return nn.Sequential(*layers[:-1]), torch.randn(256, 784)
 
 
@@ -49,7 +49,7 @@ def work(rank, name, rounds):
     for _ in range(rounds):
         for way, action in ways.items():
             found[way].append(timed(action))
-    return {way: [statistics.median(column) for column in zip(*times)] for way, times in found.items()}
+    return {way: [statistics.median(column) for column in zip(*times, strict=True)] for way, times in found.items()}
 
 
 if __name__ == "__main__":

@@ -198,3 +198,13 @@ def test_no_parameter_is_copied():
     with isolated(model) as network:
         for name, parameter in model.named_parameters():
             assert network.params[name].data_ptr() == parameter.data_ptr()
+
+
+def test_attributes_without_copies_are_shared():
+    import threading
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    expected = measure.ntk(model, torch.ones(2, 3))
+    model.lock, model[0].handle = threading.Lock(), open(__file__)  # noqa: SIM115
+    with model[0].handle:
+        assert torch.equal(measure.ntk(model, torch.ones(2, 3)), expected)

@@ -164,7 +164,11 @@ def _shadow_of(model: nn.Module, output_fn: OutputFn | None, dtype: torch.dtype 
                 memo[id(value)] = value.detach()
     # Most modules are torch's own leaves, copied a hundred times faster by hand than by deepcopy.
     memo |= {id(module): twin for module in model.modules() if (twin := _twin(module)) is not None}
-    shadow = copy.deepcopy(model, memo).eval()
+    known = dict(memo)
+    try:
+        shadow = copy.deepcopy(model, memo).eval()
+    except (TypeError, RuntimeError):
+        shadow = copy.deepcopy(model, known | _uncopyable(model, known)).eval()
     for module in shadow.modules():
         # Else a compiled LightningModule's copy would go on calling the original.
         module._compiled_call_impl = None
@@ -172,6 +176,20 @@ def _shadow_of(model: nn.Module, output_fn: OutputFn | None, dtype: torch.dtype 
     constants = {name: _readable(p, dtype) for name, p in shadow.named_parameters() if not p.requires_grad}
     constants |= {name: _readable(buffer, dtype) for name, buffer in shadow.named_buffers()}
     return IsolatedModel(shadow, params, constants, output_fn, model)
+
+
+def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """Attributes without copies (locks, open files, hashes ...): the shadow shares them."""
+    found = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules") or isinstance(value, Tensor | nn.Module):
+                continue
+            try:
+                copy.deepcopy(value, dict(memo))
+            except (TypeError, RuntimeError):
+                found[id(value)] = value
+    return found
 
 
 _IMMUTABLE = (type(None), bool, int, float, str, torch.device, torch.dtype)

@@ -137,6 +137,6 @@ def _unpacked(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     for tensor in like:
         size = tensor.numel() * tensor.element_size()
         part = packed[start : start + size].to(tensor.device)
-        found.append(part.view(tensor.dtype).reshape(tensor.shape).clone())
+        found.append(part.view(tensor.dtype).reshape(tensor.shape))
         start += size + -size % 16
     return found
