@@ -175,15 +175,29 @@ QUANTITIES: dict[str, Quantity] = {
         "0 at order 0",
     ),
     "dntk": Quantity(
-        "dNTK along the training gradient",
-        "(||dH v + transpose|| / ||H||) / (||J v|| / sqrt(N C)), v = lambda grad L: relative change of the NTK per "
-        "unit of rms change of the outputs",
+        "dNTK along the real displacement",
+        "(||dH v + transpose|| / ||H||) / (||J v|| / sqrt(N C)), v the displacement over the last interval, at its "
+        "start: relative change of the NTK per unit of rms change of the outputs",
         "1 / unit of the output",
         "PDLT 11.1; the contraction derived here",
         "0: dNTK vanishes as 1/n",
         among_the_first=True,
     ),
     "ddntk": Quantity(
+        "ddNTK along the real displacement",
+        "(||ddI v v + transpose + 2 ddII v v|| / (2 ||H||)) / (||J v||^2 / N C), v as for the dNTK",
+        "1 / (unit of the output)^2",
+        "PDLT chapter infinity; the contraction derived here",
+        "0: ddNTK vanishes as 1/n",
+    ),
+    "dntk_along_gradient": Quantity(
+        "dNTK along the training gradient",
+        "(||dH v + transpose|| / ||H||) / (||J v|| / sqrt(N C)), v = lambda grad L",
+        "1 / unit of the output",
+        "PDLT 11.1; the contraction derived here",
+        "0: dNTK vanishes as 1/n",
+    ),
+    "ddntk_along_gradient": Quantity(
         "ddNTK along the training gradient",
         "(||ddI v v + transpose + 2 ddII v v|| / (2 ||H||)) / (||J v||^2 / N C), v = lambda grad L",
         "1 / (unit of the output)^2",

@@ -55,14 +55,19 @@ def test_the_numbers_of_an_interval():
     def keep(step):
         thetas[step] = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    observer, _ = fit(model, [IntervalPart(order=1)], 4, adam(model), x, y, x_probe, batch=8, every=4, on_step=keep)
+    observer, _ = fit(model, [IntervalPart()], 4, adam(model), x, y, x_probe, batch=8, every=4, on_step=keep)
     scalars = observer.history[4]
-    found = interval(model, thetas[0], thetas[4], x_probe, order=1)
-    H, change, P = found.ntk, found.ntk_change, found.ntk_terms[0]
+    found = interval(model, thetas[0], thetas[4], x_probe)
+    H, change, P = found.ntk, found.ntk_change, found.ntk_terms.sum(0)
     correction, linear = found.output_terms[1:].sum(0), found.output_terms[0]
+    d = {name: thetas[4][name] - thetas[0][name] for name in thetas[0]}
+    sized = sized_dntk(model, thetas[0], d, x_probe)  # along the displacement, whose length drops out
     along = float((change * P).sum() / P.norm() / H.norm()) / 4
     expected = {
         "eft/ntk_rate/measured": along,
+        "eft/dntk/measured": sized.dntk,
+        "eft_more/ddntk/measured": sized.ddntk,
+        "eft_theory/dntk/order_0": 0,
         "eft_theory/ntk_rate/order_1": float(P.norm() / H.norm()) / 4,
         "eft_theory/interval_ntk_error/order_1": float((change - P).norm() / change.norm()),
         "eft_theory/interval_output/order_1": float(correction.norm() / linear.norm()),
@@ -113,13 +118,15 @@ def test_dntk_along_the_gradient_is_logged_where_it_belongs():
         thetas[step] = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     observer, _ = fit(model, [DNTKPart()], 6, optimizer, x, y, x_probe, every=2, on_step=both)
-    assert [step for step, scalars in observer.history.items() if "eft/dntk/measured" in scalars] == [0, 2, 4]
+    assert [
+        step for step, scalars in observer.history.items() if "eft_more/dntk_along_gradient/measured" in scalars
+    ] == [0, 2, 4]
     for step in (0, 2, 4):
         expected = sized_dntk(model, thetas[step], kept[step], x_probe, 1.0)
         scalars = observer.history[step]
-        assert scalars["eft/dntk/measured"] == pytest.approx(expected.dntk, rel=1e-3)
-        assert scalars["eft_more/ddntk/measured"] == pytest.approx(expected.ddntk, rel=1e-3)
-        assert scalars["eft_theory/dntk/order_0"] == 0
+        assert scalars["eft_more/dntk_along_gradient/measured"] == pytest.approx(expected.dntk, rel=1e-3)
+        assert scalars["eft_more/ddntk_along_gradient/measured"] == pytest.approx(expected.ddntk, rel=1e-3)
+        assert scalars["eft_theory/dntk_along_gradient/order_0"] == 0
 
 
 def test_shadows_follow_minibatches_of_any_optimizer():
@@ -179,7 +186,7 @@ def test_a_network_too_large_is_told_so():
     for name in ("interval", "taylor", "dntk", "shadow"):
         assert "million parameters; copies of them are kept for up to" in pages[name][0][1]
     logged = {name.split("/")[1] for scalars in observer.history.values() for name in scalars}
-    assert not logged & {"ntk_rate", "taylor_remainder", "dntk", "shadow_output"}
+    assert not logged & {"ntk_rate", "taylor_remainder", "dntk_along_gradient", "shadow_output"}
     assert too_many(model) is None
 
 

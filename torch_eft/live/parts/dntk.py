@@ -25,7 +25,7 @@ class DNTKPart(Part):
     """Sizes of dNTK and ddNTK relative to the NTK, contracted with lambda times the loss's gradient.
 
     The gradient that belongs to a visited theta is only known with the next step: both are copied, the numbers follow
-    at the next visit and are logged at the step they belong to.
+    at the next visit and are logged at the step they belong to. Along the real displacement ``IntervalPart`` has them.
 
     Args:
         output_fn: Turns what the network returns into (N, C).
@@ -91,9 +91,9 @@ class DNTKPart(Part):
         )
         if found is None:
             return Report()
-        values = {tag("dntk"): found.dntk, tag("dntk", "order_0"): 0.0}
+        values = {tag("dntk_along_gradient"): found.dntk, tag("dntk_along_gradient", "order_0"): 0.0}
         if found.ddntk is not None:
-            values |= {tag("ddntk"): found.ddntk, tag("ddntk", "order_0"): 0.0}
+            values |= {tag("ddntk_along_gradient"): found.ddntk, tag("ddntk_along_gradient", "order_0"): 0.0}
         late: History = {pending.step: values}
         report = Report(late=late)
         if found.validity != self._validity:

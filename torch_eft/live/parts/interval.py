@@ -27,7 +27,7 @@ class _Earlier:
 
 
 class IntervalPart(Part):
-    """Changes of outputs and NTK over the interval between two visits.
+    """Changes of outputs and NTK over the interval between two visits, and dNTK and ddNTK along the displacement.
 
     Args:
         output_fn: Turns what the network returns into (N, C).
@@ -136,6 +136,11 @@ def interval_compared(found: Interval, steps: int) -> dict[str, Compared]:
                 float(P.norm()) / scale / steps,
                 truncation=None if found.kinked else (following / scale + 32 * eps) / steps,
             )
+        if scale > 0 and size > 0:
+            rms = size / linear.numel() ** 0.5
+            compared["dntk"] = Compared(first / scale / rms, 0.0)
+            if second:
+                compared["ddntk"] = Compared(second[0] / scale / rms**2, 0.0)
         if change > 0:
             compared["interval_ntk_error"] = Compared(None, 1.0, float((found.ntk_change - P).norm()) / change)
     return compared
