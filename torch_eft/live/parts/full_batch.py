@@ -11,11 +11,14 @@ from torch_eft.measure.training import batch_fingerprint, same_batch
 
 UNSHOWN = "the loop does not show its batches and losses before its steps, so that nothing tells what it minimises"
 
+SURE = 16
+
 
 class FullBatch:
     """What a loop shows of its batches, losses and learning rates.
 
-    Later batches are compared on their device; the result is read only when a measurement asks for it.
+    Of later batches the first ``SURE`` and every ``SURE``-th after them are compared with the first, on their device
+    (a comparison costs as much as a small network's step); the result is read only when a measurement asks for it.
 
     Args:
         start: The training's beginning.
@@ -28,6 +31,7 @@ class FullBatch:
         self._reference: Tensor | None = None
         self._differs: Tensor | None = None
         self._no_pair = False
+        self._later = 0
         self._rates: list[float] = []
 
     def refusal(self) -> str | None:
@@ -48,6 +52,9 @@ class FullBatch:
             return
         if not pair:
             self._no_pair = True
+            return
+        self._later += 1
+        if self._later > SURE and self._later % SURE:
             return
         differs = ~same_batch(batch_fingerprint(*batch), self._reference)
         self._differs = differs if self._differs is None else self._differs | differs
