@@ -14,14 +14,21 @@ import { legendOf, toolbar } from "./toolbar.js";
 
 const REFRESH_MS = 5000;
 const FIRST_CHOICE = 5;
-const MANY = 12;
-const VERY_MANY = 18;
+const ROWS = 3;
+const WIDE = 290;
+const NARROW = 170;
 const EMPTY =
   "No run here has data of torch_eft yet. Attach EFTMonitor(probe=x_probe) to a training that logs to TensorBoard; " +
   "its runs appear here by themselves.";
 
 const LINES =
   "solid: measured; dotted: order 0 (infinite width); dashed: order 1 (finite width); shaded: ± σ over initialisations";
+
+/** Wide cards if they fit into few rows on one screen; otherwise as many columns as can still be read. */
+function columnsFor(count, width) {
+  const [least, most] = [Math.floor(width / WIDE), Math.floor(width / NARROW)];
+  return Math.max(1, Math.min(most, Math.max(least, Math.ceil(count / ROWS))));
+}
 
 export class App {
   /**
@@ -183,7 +190,7 @@ export class App {
       toolbar: toolbar(this.settings, this.source.live, change, () => this.exports(this.quantities(), "all")),
       legend: h("div", {}),
       nothing: h("p", { class: "empty" }),
-      grid: h("div", {}),
+      grid: h("div", { class: "grid" }),
       status: h("p", { class: "status", role: "status" }),
     };
   }
@@ -214,9 +221,10 @@ export class App {
     if (!same) grid.replaceChildren(...elements);
     this.shownCards = cards;
     if (cards.length === 0) return;
-    grid.className = ["grid", cards.length > MANY && "many", cards.length > VERY_MANY && "very"].filter(Boolean).join(" ");
+    const columns = columnsFor(cards.length, grid.clientWidth);
+    grid.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
+    grid.classList.toggle("narrow", grid.clientWidth / columns < WIDE);
     cards.forEach((card, i) => card.describe(panels[i], this.about(panels[i].name), single));
-    const columns = getComputedStyle(grid).gridTemplateColumns.split(" ").length;
     const frame = 38 + elements[0].offsetHeight - cards[0].host.offsetHeight; // a card without its chart, steps, gap
     const top = grid.getBoundingClientRect().top + window.scrollY;
     const room = (window.innerHeight - top - 30) / Math.ceil(cards.length / columns) - frame;

@@ -2,16 +2,17 @@
 
 import { Chart } from "./chart.js";
 import { h } from "./dom.js";
-import { number, seriesName, signed } from "./format.js";
+import { number, shortName, signed } from "./format.js";
 
 /** The last value of a single run, and its residual; marked where it is outside two standard deviations. */
 function latest(panel) {
   const { measured, orders, layers } = panel.runs[0].quantity;
   const told = measured.length ? { points: measured } : (orders.at(-1) ?? layers.at(-1));
-  const name = told.series ? `${seriesName(told.series).split(" (")[0]}: ` : "";
+  const name = told.series ? `${shortName(told.series)}: ` : "";
   const last = panel.residual?.lines.at(-1)?.points.at(-1)?.[1];
   const outside = panel.residual?.kind === "z" && Math.abs(last) > 2;
-  const beside = last !== undefined && `${panel.residual.short} ${signed(last, 2)}${outside ? " ▲" : ""}`;
+  // A difference from zero is the value itself.
+  const beside = last !== undefined && panel.residual.kind !== "difference" && `${panel.residual.short} ${signed(last, 2)}${outside ? " ▲" : ""}`;
   return h(
     "span",
     { class: "latest" },

@@ -1,7 +1,7 @@
 // One panel as an SVG that stands alone: all colours and sizes are attributes, so that an export looks the same.
 
 import { svg } from "./dom.js";
-import { number, seriesName } from "./format.js";
+import { number, shortName } from "./format.js";
 import { extent, limitsOf, makeScale } from "./scale.js";
 
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif";
@@ -139,7 +139,7 @@ function missing(panel, y) {
   const measured = panel.lines.filter(({ series }) => series === "measured").flatMap(values);
   if (y.log && measured.length && measured.every((value) => value <= 0)) return "nothing above 0 for a log axis";
   const off = panel.lines.filter((line) => values(line).some((v) => (v < y.low || v > y.high) && !(y.log && v <= 0)));
-  if (off.length) return `off the chart: ${[...new Set(off.map(({ series }) => seriesName(series).split(" (")[0]))].join(", ")}`;
+  if (off.length) return `off the chart: ${[...new Set(off.map(({ series }) => shortName(series)))].join(", ")}`;
   return y.log && panel.lines.some((line) => values(line).some((value) => value <= 0)) ? "values ≤ 0 left out" : "";
 }
 
@@ -199,7 +199,7 @@ export function drawFigure(panel, look) {
             opacity: 0.12,
           }),
         ),
-      axes(lower, x, r, { x: counts.x, y: Math.max(3, Math.floor(look.residual / 26)) }, look, true),
+      axes(lower, x, r, { x: counts.x, y: Math.max(2, Math.floor(look.residual / 26)) }, look, true),
       svg("line", { x1: box.left, x2: box.right, y1: r.to(0), y2: r.to(0), stroke: theme.zero }),
       drawLines(lines, x, r, ids[1]),
       text(look.stepLabel ? label : short, {

@@ -29,3 +29,8 @@ export function seriesName(series) {
   if (part) return part[1] ? `term of order ${part[2]}` : `layer ${part[2]}`;
   return SERIES[series] ?? series.replaceAll("_", " ");
 }
+
+/** The same, where there is little room. */
+export function shortName(series) {
+  return series === "truncation" ? "next order" : seriesName(series).split(" (")[0];
+}

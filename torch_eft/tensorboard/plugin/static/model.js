@@ -28,7 +28,7 @@ export function readQuantity(raw) {
     measured: raw.measured ?? [],
     orders: names.filter((name) => ORDER.test(name)).sort().map(named),
     others: names.filter((name) => ![...AROUND, "measured"].includes(name) && !ORDER.test(name) && !layer(name)).map(named),
-    layers: names.filter(layer).map(named),
+    layers: names.filter(layer).sort().map(named),
     band: (raw.minus_sigma ?? [])
       .map(([step, low]) => [step, low, upper.get(step) ?? null])
       .filter(([, low, high]) => low !== null && high !== null),

@@ -1,10 +1,10 @@
 // From values to pixels, and the ticks between.
 
-/** Decimal ticks, at most `count` of them or little more, within [low, high]. */
+/** Decimal ticks, about `count` of them, within [low, high]. */
 function linearTicks(low, high, count) {
   const rough = (high - low) / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= rough * 0.999);
+  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= rough * 0.7);
   const ticks = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i += 1) ticks.push(i * step || 0);
   // Decimal fractions such as 0.30000000000000004.
