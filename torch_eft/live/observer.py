@@ -17,6 +17,8 @@ theta_0 is what the network holds at ``begin``. Measuring leaves weights, buffer
 they are. A failing measurement warns once and is skipped; training goes on (``on_error="raise"`` to debug).
 """
 
+import warnings
+import zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,15 +27,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from torch_eft.live.budget import SNAPSHOT, Account, Budget
 from torch_eft.live.costs import cost_page, cost_sentence, thinning_sentence
 from torch_eft.live.outlet import skipped_page
-from torch_eft.live.part import Event, History, Part, Start, Visit
+from torch_eft.live.part import Event, History, MeasurementWarning, Part, Start, Visit
 from torch_eft.live.planning import plan_of
 from torch_eft.live.presets import Options, Preset, parts_of
 from torch_eft.live.probes import ProbeLike, probe_from
-from torch_eft.live.recorder import DRAWING, LOADING, Recorder, validity_of
+from torch_eft.live.recorder import LOADING, Recorder, validity_of
 from torch_eft.live.schedule import Every, checked_every, due
 from torch_eft.live.sinks import JSONLSink, Sink, TensorBoardSink
 from torch_eft.measure.learning_rates import read_learning_rates
@@ -123,6 +126,8 @@ class Observer:
         self.recorder.forget()
         self.origin = ""
         self._reference: Snapshot | None = None
+        self._probe_of_reference: list[Any] | None = None
+        self._restored = False
         self._last: Snapshot | None = None
         self._theta_0: dict[str, Tensor] | None = None
         self._lambdas: dict[str, float] = {}
@@ -189,13 +194,25 @@ class Observer:
         assert self.model is not None and self.probe is not None
         parameters = [f"{name} {tuple(p.shape)}" for name, p in self.model.named_parameters()]
         goes_on = self._reference is not None and parameters == self._parameters and (self._restored or step > 0)
+        probe = _identity(self.probe)
+        if goes_on and self._probe_of_reference not in (None, probe):
+            goes_on = False
+            warnings.warn(
+                f"{self.recorder.name}: the probe is another than that of the recorded theta_0, whose measurements "
+                "cannot be compared with; training goes on, measured from here as from a new start",
+                MeasurementWarning,
+                stacklevel=2,
+            )
         if not goes_on:
             self._start_afresh()
             self.origin = "initialisation" if step == 0 else f"resumed at step {step} without a recorded theta_0"
             # Learning rates are part of the NTK; those of theta_0 are kept, a schedule is no drift.
             self._lambdas = self._learning_rates()
-        self._parameters, self._restored = parameters, False
+        self._parameters, self._restored, self._probe_of_reference = parameters, False, probe
         fresh = not goes_on and step == 0
+        if step > 0:
+            known = {at: dict(scalars) for at, scalars in self.history.items() if at <= step}
+            self.recorder.outlet.each(lambda sink: sink.resume(step, known))
         start = Start(
             self.model,
             self.probe,
@@ -212,14 +229,14 @@ class Observer:
             self._visit(step, last=False, epoch=None)
         self._drawn = goes_on
         if self.recorder.outlet.draws:
-            self.budget.reserve = DRAWING * len(self.parts)  # about one figure each
+            self.budget.reserve = LOADING
         self._draw_start()
         self._tell()
 
     def _draw_start(self) -> None:
         """Figures of theta_0, as soon as the budget has room for them."""
         reference = self._reference
-        if self._drawn or reference is None or not self.budget.room(LOADING):
+        if self._drawn or reference is None or not self.budget.room(self.recorder.drawing):
             return
         self._drawn = True
         self.recorder.draw(self.parts, lambda part: part.first_figures(reference))
@@ -419,6 +436,7 @@ class Observer:
             "events": [[event.step, event.quantity, event.text] for event in self.events],
             "origin": self.origin,
             "parameters": list(self._parameters),
+            "probe": self._probe_of_reference,
             "lambdas": dict(self._lambdas),
             "reference": None
             if reference is None
@@ -428,21 +446,42 @@ class Observer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's theta_0 and history."""
+        """Go on from a checkpoint's theta_0 and history; one that cannot be read is left alone, with a warning."""
         self._start_afresh()
+        try:
+            self._load(state)
+        except Exception as error:  # a corrupt checkpoint is corrupt in many ways
+            self._start_afresh()
+            for part in self.parts:
+                part.forget()
+            warnings.warn(
+                f"{self.recorder.name}: its state in the checkpoint cannot be read ({type(error).__name__}: {error}); "
+                "training goes on, measured from here as from a new start",
+                MeasurementWarning,
+                stacklevel=2,
+            )
+
+    def _load(self, state: dict[str, Any]) -> None:
         self.recorder.history = {int(step): dict(scalars) for step, scalars in state["history"].items()}
         self.recorder.events = [Event(int(step), quantity, text) for step, quantity, text in state["events"]]
         self.origin = state["origin"]
         self._parameters = list(state["parameters"])
+        self._probe_of_reference = state.get("probe")
         self._lambdas = dict(state["lambdas"])
         stored = state["reference"]
         self._reference = None if stored is None else Snapshot(stored["output"], stored["ntk"], stored["hidden"])
         self._theta_0 = state["theta_0"]
         self._last_step = max(self.history, default=None)
-        self._restored = self._reference is not None
         for part in self.parts:
             part.forget()
             part.load_state(state["parts"].get(part.name, {}))
+        self._restored = self._reference is not None
+
+
+def _identity(probe: Probe) -> list[Any]:
+    """Shapes and checksums of the inputs: what tells one probe from another."""
+    leaves = [leaf.detach().cpu().reshape(-1) for leaf in tree_leaves(probe.inputs) if isinstance(leaf, Tensor)]
+    return [[len(leaf), zlib.crc32(leaf.contiguous().view(torch.uint8).numpy().tobytes())] for leaf in leaves]
 
 
 def _tensorboard(logdir: str | Path) -> Sink:

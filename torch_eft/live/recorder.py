@@ -17,8 +17,8 @@ from torch_eft.trajectory import Validity
 
 _log = logging.getLogger("torch_eft")
 
-DRAWING, LOADING = 0.1, 0.5
-"""Seconds that one figure takes, and those before the first one, in which matplotlib is loaded."""
+LOADING = 1.0
+"""Seconds that the first figure takes, as matplotlib is loaded with it (measured: 0.6)."""
 
 
 class Recorder:
@@ -34,6 +34,7 @@ class Recorder:
         events: Quantities that left their band, predictions that left their validity.
         skipped: ``[(step, what went wrong)]``.
         undrawn: Figures (or all of a part) that the budget left out.
+        drawing: Seconds that the next figure is taken to cost: those of the latest.
         step: The optimizer steps taken so far.
         say: Prints a sentence.
     """
@@ -55,6 +56,7 @@ class Recorder:
         self.events: list[Event] = []
         self.skipped: list[tuple[int, str]] = []
         self.undrawn: list[str] = []
+        self.drawing = LOADING
         self._pages: dict[str, str] = {}
         self._watch = BandWatch()
         self._said: Validity | None = None
@@ -130,7 +132,7 @@ class Recorder:
     def draw(self, parts: Sequence[Part], figures_of: Callable[[Part], dict[str, Any]]) -> None:
         """The parts' figures, as long as the budget has room; if anyone wants them and matplotlib is there."""
         for part in parts if self.outlet.draws else ():
-            if not self.budget.room(DRAWING):
+            if not self.budget.room(self.drawing):
                 self.undrawn.append(part.name)
                 continue
             try:
@@ -139,12 +141,14 @@ class Recorder:
                 self.say("torch_eft: no figures, matplotlib is not installed (pip install 'torch-eft[demo]')")
                 return
             for name, figure in figures.items():
-                if self.budget.room(DRAWING):
-                    self.outlet.each(
-                        lambda sink, name=name, figure=figure: sink.figure(name, figure, self.step)  # type: ignore[misc]
-                    )
-                else:
+                if not self.budget.room(self.drawing):
                     self.undrawn.append(name)
+                    continue
+                begun = self.budget.clock()
+                self.outlet.each(
+                    lambda sink, name=name, figure=figure: sink.figure(name, figure, self.step)  # type: ignore[misc]
+                )
+                self.drawing = self.budget.clock() - begun
 
 
 def validity_of(parts: Sequence[Part]) -> Validity | None:
