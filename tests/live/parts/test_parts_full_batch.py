@@ -92,6 +92,39 @@ def test_any_architecture_and_loss_gets_its_own_forecast():
         assert errors[1] < errors[0]
 
 
+class Two(nn.Module):
+    """A forward with two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp(48)
+
+    def forward(self, a, b=None):
+        return self.body(a if b is None else a + b)
+
+
+def test_batches_with_several_inputs():
+    """The same network with its input as a sum of two: the same forecast; and other samples are seen."""
+    x, y, x_probe = data()
+    plain, part = mlp(48), InstancePart(seconds=60.0)
+    observer, _ = fit(plain, [part], 4, sgd(plain), x, y, x_probe)
+    expected = observer.history[4]["eft_theory/instance_output/order_1"]
+    for changed in (False, True):
+        model, part = Two(), InstancePart(seconds=60.0)
+
+        def shown(batch, inner=part.on_batch, part=part, changed=changed):
+            other = changed and part._comparison is not None
+            inner(({"a": batch[0] + other, "b": torch.zeros_like(batch[0])}, batch[1]))
+
+        part.on_batch = shown
+        observer, pages = fit(model, [part], 4, sgd(model), x, y, {"a": x_probe, "b": torch.zeros_like(x_probe)})
+        if changed:
+            assert "other samples than the first" in pages["instance"][-1][1]
+        else:
+            found = observer.history[4]["eft_theory/instance_output/order_1"]
+            assert found == pytest.approx(expected, rel=1e-6), pages
+
+
 def test_the_forecast_goes_on_when_the_number_of_steps_was_not_known():
     x, y, x_probe = data()
     model = mlp(32)

@@ -174,6 +174,8 @@ class EnsemblePart(Part):
         options = sgd_options(optimizer)
         if isinstance(options, str):
             return self._stop(options)
+        if not isinstance(x, Tensor):
+            return self._stop("not an MLP: its forward takes several inputs")
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         rate = read_learning_rates(network, [optimizer]).learning_rate
         try:

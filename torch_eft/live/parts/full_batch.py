@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from torch_eft.live.part import Start
 from torch_eft.measure.training import batch_fingerprint, same_batch
@@ -12,6 +13,7 @@ from torch_eft.measure.training import batch_fingerprint, same_batch
 UNSHOWN = "the loop does not show its batches and losses before its steps, so that nothing tells what it minimises"
 
 SURE = 16
+"""Later batches that are all looked at; of those after them one in so many is."""
 
 
 class FullBatch:
@@ -46,7 +48,7 @@ class FullBatch:
 
     def on_batch(self, batch: Any) -> None:
         """Keep the first batch; compare the others with it."""
-        pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
+        pair = _is_pair(batch)
         self.batch = (batch[0], batch[1]) if pair and self._reference is None else None
         if self._reference is None:
             return
@@ -56,13 +58,13 @@ class FullBatch:
         self._later += 1
         if self._later > SURE and self._later % SURE:
             return
-        differs = ~same_batch(batch_fingerprint(*batch), self._reference)
+        differs = ~same_batch(_fingerprint(*batch), self._reference)
         self._differs = differs if self._differs is None else self._differs | differs
 
     def begin(self, optimizer: Optimizer) -> None:
         """The forecast is made: from here on batches and learning rates must stay."""
         if self.batch is not None:
-            self._reference = batch_fingerprint(*self.batch)
+            self._reference = _fingerprint(*self.batch)
         self._rates = rates(optimizer)
         self.batch = self.loss = None
 
@@ -79,6 +81,23 @@ class FullBatch:
         if self._differs is not None and bool(self._differs):
             return "a later batch holds other samples than the first: not full-batch training"
         return None
+
+
+def _is_pair(batch: Any) -> bool:
+    """(inputs, targets): a tensor, or tensors in a tuple, list or dict, and a tensor with as many samples."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor) or not batch[1].ndim:
+        return False
+    leaves = tree_leaves(batch[0])
+    return len(leaves) > 0 and all(
+        isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == len(batch[1]) for leaf in leaves
+    )
+
+
+def _fingerprint(x: Any, y: Tensor) -> Tensor:
+    """That of all inputs side by side."""
+    if not isinstance(x, Tensor):
+        x = torch.cat([leaf.reshape(len(leaf), -1).double() for leaf in tree_leaves(x)], 1)
+    return batch_fingerprint(x, y)
 
 
 def rates(optimizer: Optimizer) -> list[float]:
