@@ -93,7 +93,7 @@ function axes(box, x, y, counts, look, withSteps) {
     const half = label.length * font * 0.3;
     parts.push(svg("line", { x1: at, x2: at, y1: box.top, y2: box.bottom, stroke: theme.grid }));
     if (withSteps && at - half > free && at + half < box.right + 14) {
-      parts.push(text(label, { x: at, y: box.bottom + font * 1.2, "text-anchor": "middle", fill: theme.soft }));
+      parts.push(text(label, { x: Math.min(at, box.right + 9 - half), y: box.bottom + font * 1.2, "text-anchor": "middle", fill: theme.soft }));
       free = at + half + 4;
     }
   }
