@@ -8,7 +8,10 @@ import torch
 from tests.theory.validity_grid import data
 from tests.trained_hidden import trained_changes
 from torch_eft.theory import MLPEnsemble, initial_statistics
-from torch_eft.theory.representation_drift import _validity, predict_representation
+from torch_eft.theory.blocks import infinite_width
+from torch_eft.theory.representation_drift import predict_representation
+from torch_eft.theory.representation_validity import difference_movement, representation_validity
+from torch_eft.theory.training_moments import TrainingMoments
 
 C_W = {"tanh": 1.5, "gelu": 1.7, "relu": 2.0}
 HYPER = dict(C_b=0.1, lambda_b=0.3, lambda_W=1.0)
@@ -29,6 +32,11 @@ class Forecast:
         unit = ensemble_of(name, depth, UNIT)
         eigenvalues = torch.linalg.eigvalsh(initial_statistics(unit, self.x[1:], ("K", "Theta"))[-1].Theta)
         self.rate, self.spread = 0.5 / float(eigenvalues[-1]), float(eigenvalues[-1] / eigenvalues[0])
+        K, Theta, pairs = infinite_width(unit, self.x, "distributional")
+        train = torch.arange(1, len(self.x))
+        moments = TrainingMoments(Theta[-1][1:, 1:], K[-1][1:, 1:] + self.y @ self.y.T, self.rate, "gradient_descent")
+        times = torch.tensor(steps, dtype=torch.float64)
+        self.parted = difference_movement(unit, Theta, pairs, train, moments, times)
         spec = dict(reduction="sum", at_steps=steps, ntk=False)
         self.layers = predict_representation(unit, self.x[1:], self.y, self.x, self.rate, steps[-1], **spec).layers
 
@@ -46,7 +54,8 @@ class Forecast:
             )
             for layer in self.layers
         ]
-        return layers, _validity(ensemble_of(self.name, self.depth, n), self.x, layers, self.spread, "distributional")
+        ensemble, parted = ensemble_of(self.name, self.depth, n), scaled * float(self.parted[: index + 1].max())
+        return layers, representation_validity(ensemble, self.x, layers, self.spread, "distributional", parted), parted
 
     def measured(self, n, pairs, seed):
         """{(what, layer, step): (pairs, N, N)}: changes over mirrored pairs."""

@@ -1,8 +1,8 @@
 """What the forecast of hidden layers says of itself, against small trained ensembles: no false confidence.
 
-What is neglected of a neuron's movement is at most 5 u of it (sqrt(u) where sigma' jumps), u the largest squared
-movement of any layer; of a kernel's drift, whose terms may cancel, as much times that. Called valid, that is a quarter;
-called uncertain, all of it.
+What is neglected of a neuron's movement is at most 5 u of it, u the largest squared movement of any layer (where sigma'
+jumps, sqrt(u), or by how much the difference between two inputs moves); of a kernel's drift, whose terms may cancel, as
+much times that. Called valid, that is a quarter.
 """
 
 import math
@@ -28,10 +28,10 @@ def test_no_false_confidence_in_hidden_layers(name, depth, close):
         for n, pairs in PAIRS.items():
             changes = forecast.measured(n, pairs, seed=n)
             for step in STEPS:
-                layers, validity = forecast.at(n, step)
+                layers, validity, parted = forecast.at(n, step)
                 counts[validity.flag] += 1
                 u = max(layer.relative_movement for layer in layers) ** 2
-                jumps = u**0.5 if name == "relu" else 0.0
+                jumps = max(u, parted) ** 0.5 if name == "relu" else 0.0
                 cancelling = max(layer.uncertainty for layer in layers)
                 for layer in layers:
                     for what, expected, share in (

@@ -51,11 +51,12 @@ def training_validity(
 ) -> Validity:
     """Where order 1/n holds, judged by how far neurons move, u its square, by r and epsilon and by its own size.
 
-    Grids of ensembles trained by gradient descent (tanh, GELU; 1 to 3 hidden layers of 4 to 64 neurons; targets of 0.3,
-    1 and 3; training inputs 0.1 and 0.3 of their length apart or unrelated; t = 5, 25, 125) say what is neglected, in
-    the mean output, its covariance and the NTK drift: at most 15 u + r of the largest 1/n term up to then, beside
-    three standard errors, where r, epsilon and the terms themselves are below 0.2. With ten outputs and 64 training images it
-    was a fifth of that. The forecast is called valid up to a half, where it is closer than order 0, and invalid from 1.
+    What is neglected, in the mean output, its covariance and the NTK drift, was measured on grids of ensembles trained
+    by gradient descent (tanh, GELU; 1 to 3 hidden layers of 4 to 64 neurons; targets of 0.3, 1 and 3; training inputs
+    0.1 and 0.3 of their length apart or unrelated; t = 5, 25, 125): at most 15 u + r of the largest term of order 1/n
+    up to then, beside three standard errors, where r, epsilon and the terms themselves are below 0.2. With ten outputs
+    and 64 training images it was a fifth of that. The forecast is called valid up to a half, where it is closer than
+    order 0, and invalid from 1.
 
     Args:
         ensemble: The ensemble.

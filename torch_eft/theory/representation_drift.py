@@ -29,9 +29,9 @@ from torch_eft.theory.kernel import mean_correction
 from torch_eft.theory.pair_moments import Kinks
 from torch_eft.theory.prediction import InfiniteWidthTraining
 from torch_eft.theory.representation import HiddenStatistics, Labels, Observable, divisor
+from torch_eft.theory.representation_validity import difference_movement, representation_validity
 from torch_eft.theory.time_sums import Dynamics
 from torch_eft.theory.training_moments import TrainingMoments
-from torch_eft.theory.validity import first_order_validity
 from torch_eft.theory.vertices import Vertices, divergent
 from torch_eft.trajectory import Validity
 
@@ -169,6 +169,7 @@ def predict_representation(
     read_out = _ReadOut(
         ensemble.widths[-1], observable, ntk and not divergent(ensemble, kinks), moments, times.to(labels.x.device)
     )
+    parted = difference_movement(ensemble, Theta, pairs, labels.train, moments, times.to(labels.x.device))
     rows = labels.probe.split(_tile(labels, memory))
     whole: list[dict[tuple[int, str], tuple[Tensor, float]]] = []
     for part in rows:
@@ -212,7 +213,7 @@ def predict_representation(
         tuple(layers),
         observable,
         f"order 1/n, hidden {observable}, {ensemble}, {what}",
-        _validity(ensemble, labels.x, layers, moments.spread, kinks),
+        representation_validity(ensemble, labels.x, layers, moments.spread, kinks, float(parted.max())),
     )
 
 
@@ -301,52 +302,3 @@ class _ReadOut:
                     size = terms[0].abs() + terms[1].abs() + terms[2].abs()
                     parts.setdefault((key[0], "kernel_terms"), []).append(size)
         return found | {key: torch.cat(value) for key, value in parts.items()}
-
-
-def _validity(
-    ensemble: MLPEnsemble, x: Tensor, layers: Sequence[HiddenLayerForecast], spread: float, kinks: Kinks
-) -> Validity:
-    """By how far neurons move, u its square; and by r and epsilon, as at initialisation.
-
-    What is neglected was measured to be u to 5 u times what is kept (tanh, GELU; 2 and 3 hidden layers; 1 and 2
-    outputs; n = 32 to 128), more of a drift whose terms cancel. Where sigma' jumps, neurons next to the kink leave
-    terms of relative order sqrt(u). On grids of trained ensembles (tanh, GELU, ReLU; 1 to 3 hidden layers; n = 8 to 64;
-    targets of 0.3, 1 and 3; inputs a tenth of their length apart or unrelated; t = 5, 25, 125) nothing exceeded these
-    bounds beyond three standard errors: movements reached 0.4 of them for tanh and GELU and 0.9 for ReLU, kernels 0.2.
-    """
-    start = first_order_validity(ensemble, x)
-    if not layers:
-        return start
-    name, jumps = ensemble.activation.name, divergent(ensemble, "distributional") != ()
-    far = max(layers, key=lambda layer: layer.relative_movement)
-    drift = max(layers, key=lambda layer: layer.relative_drift)
-    u, cancelling = far.relative_movement**2, max(layer.uncertainty for layer in layers)
-    most = max(5 * u, u**0.5 if jumps else 0.0)
-    blind = jumps and kinks == "autograd"
-    levels: tuple[Literal["valid", "caution", "invalid"], ...] = ("valid", "caution", "invalid")
-    flag = levels[
-        max(levels.index(start.flag), (u >= _CAUTION) + (u >= _INVALID), int(blind or cancelling >= _CAUTION))
-    ]
-    reason = (
-        f"neurons move by {100 * far.relative_movement:.2g} % of their size (layer {far.layer}), kernels by up to "
-        f"{100 * drift.relative_drift:.2g} % (layer {drift.layer}); what is neglected is about "
-        f"{100 * min(u, 9.99):.2g} to {100 * min(most, 9.99):.2g} % of the terms of order 1/n"
-    )
-    if cancelling > 1.5 * u:
-        reason += f", which cancel: up to {100 * min(5 * cancelling, 9.99):.0f} % of a kernel's drift at some time"
-    if blind:
-        reason += (
-            f". sigma' of {name} jumps: kernels also move by its delta functions, which kinks='autograd' leaves out"
-        )
-    elif jumps:
-        reason += f". The NTK of {name} has no drift of order 1/n, its sigma' jumps: not predicted"
-    if flag != "valid":
-        reason += (
-            ". Wider layers, smaller targets, fewer steps or less similar inputs (lambda_max / lambda_min = "
-            f"{spread:.2g}) make it better"
-        )
-    return Validity(flag, f"{reason}. At initialisation {start.reason}")
-
-
-_CAUTION, _INVALID = 0.05, 0.25
-"""Tolerances of ours for u: up to 25 % and more than 100 % neglected."""
