@@ -39,7 +39,7 @@ def simulate(z, H, dH, ddI, ddII, errors, descent, record):
             outputs.append(now)
             kernels.append(H + half + half.T + torch.einsum("abcd,c,d->ab", ddII, p, p))
         if step < descent.steps:
-            e = errors(now)
+            e = errors(now, step)
             cubic = torch.einsum("b,c,d->bcd", e, p, p) / 2, torch.einsum("b,cd->bcd", e, q)
             coefficients.update(e, torch.outer(e, p), *cubic)
     return torch.stack(outputs), torch.stack(kernels)
@@ -110,7 +110,8 @@ def gaussian_nodes(K):
 def first_order(K, Theta, tensors, y, probes, outputs, descent, record, loss=None, rule=None):
     """n times the corrections of E z, E z z and E H at order 1/n, and the order-0 means of z and zz.
 
-    With ``loss``, a function of the training outputs (N, n_L) other than (1/2) sum (z - y)^2, V enters too, and
+    With ``loss``, a function of the training outputs (N, n_L) and the step in the place of
+    (1/2) sum (z - y)^2, V enters too, and
     ``rule`` is to give the (nodes, weights) of N(0, K) on combined indices.
 
     Returns:
@@ -128,11 +129,11 @@ def first_order(K, Theta, tensors, y, probes, outputs, descent, record, loss=Non
     zero = [K.new_zeros([M] * k) for k in (3, 4, 4)]
     basis = torch.eye(M, dtype=K.dtype)
 
-    def errors(z):
+    def errors(z, step):
         if loss is None:
             return (z - target.flatten()) * train.flatten()
         trained = z.reshape(-1, outputs)[probes:]
-        return torch.cat([z.new_zeros(probes * outputs), grad(loss)(trained).flatten()])
+        return torch.cat([z.new_zeros(probes * outputs), grad(loss)(trained, step).flatten()])
 
     def observables(z, H, dH, ddI, ddII):
         out, kernel = simulate(z, H, dH, ddI, ddII, errors, descent, record)
@@ -193,7 +194,7 @@ def first_order(K, Theta, tensors, y, probes, outputs, descent, record, loss=Non
             for step in range(descent.steps + 1):
                 outputs.append(z + Theta @ coefficients.values[0])
                 if step < descent.steps:
-                    coefficients.update(errors(outputs[-1]))
+                    coefficients.update(errors(outputs[-1], step))
             out = torch.stack([outputs[step] for step in record])
             return torch.cat([moments(out), out.new_zeros(len(record) * M * M)])
 

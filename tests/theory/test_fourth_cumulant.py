@@ -29,7 +29,7 @@ def test_it_is_that_of_the_naive_operator(probes, outputs, momentum):
     y = torch.randn(count - probes, outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
     optimizer, steps = descent(0.3, 3, momentum), [0, 1, 3]
     naive = first_order(
-        K, Theta, t, y, probes, outputs, optimizer, steps, lambda z: (z - y).square().sum() / 2, gauss_hermite(8)
+        K, Theta, t, y, probes, outputs, optimizer, steps, lambda z, _: (z - y).square().sum() / 2, gauss_hermite(8)
     )
     m1, d1 = naive["z0"], naive["z"]
     m2, d2 = (naive[name].diagonal(dim1=1, dim2=2) for name in ("zz0", "zz"))

@@ -109,7 +109,7 @@ def test_too_deep_a_network_is_declared_invalid():
         (dict(dynamics="adam"), r"dynamics: 'adam' given"),
         (dict(optimizer="Adam"), r"optimizer: 'Adam' given; only SGD .* measure.ShadowModel trains one network's"),
         (dict(weight_decay=0.1), r"weight_decay: 0.1 given; .* for weak decay measure.ShadowModel"),
-        (dict(batches=[[0, 1]]), r"batches: given; .* predict_from_network\(model, .., batches=\)"),
+        (dict(batches=[[0, 9]]), r"batches: \[0, 9\] given; each is a list of sample indices"),
         (dict(dynamics="gradient_flow", momentum=0.5), r"dynamics: 'gradient_flow' has no momentum"),
         (dict(momentum=1.0), r"momentum: 1, dampening: 0 given"),
         (dict(nesterov=True), r"nesterov: needs momentum > 0"),

@@ -118,13 +118,34 @@ def test_another_loss_is_that_of_the_naive_operator(train, outputs):
     nodes, weights = rule(combined(K, outputs))
     nodes = nodes.reshape(-1, train, outputs)
     total, z1, zz1 = corrections(training, nodes, weights, steps, directions(t, outputs, 0))
-    naive = first_order(K, Theta, t, None, 0, outputs, optimizer, steps, lambda z: quartic(z, y), rule)
+    naive = first_order(K, Theta, t, None, 0, outputs, optimizer, steps, lambda z, _: quartic(z, y), rule)
     H = total.H1.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2) + combined(t["Theta1"], outputs)
     for value, exact in ((z1.flatten(1), naive["z"]), (zz1.flatten(3).flatten(1, 2), naive["zz"]), (H, naive["H"])):
         torch.testing.assert_close(value, exact, rtol=0, atol=1e-9 * float(exact.abs().max()))
     found = directions({**t, "V": 0 * t["V"]}, outputs, 0)
     without = corrections(training, nodes, weights, steps, found)[1]
     assert float((without - z1).abs().max()) > 1e-6 * float(z1.abs().max())  # V matters here
+
+
+def test_minibatches_are_those_of_the_naive_operator():
+    """Squared error, one sample a step, with momentum; polynomials of degree 4, exact on 6 nodes a dimension."""
+    K, Theta, t = random_case()
+    K = K + 0.2 * torch.eye(3, dtype=torch.float64)
+    y = torch.randn(2, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    optimizer, steps = descent(0.2, 5, 0.4, batches=[[0], [1], [0, 1]], samples=2), [1, 5]
+    sizes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
+
+    def mean_over_batch(z, step):
+        return (sizes[step % 3][:, None] * (z - y).square()).sum()
+
+    training = SampledTraining(K, Theta, Loss("mse", y, "mean"), optimizer, t)
+    rule = gauss_hermite(6)
+    nodes, weights = rule(K)
+    total, z1, zz1 = corrections(training, nodes[..., None], weights, steps, directions(t, 1, 1))
+    naive = first_order(K, Theta, t, y, 1, 1, optimizer, steps, mean_over_batch, rule)
+    H = total.H1[..., 0, 0] + t["Theta1"]
+    for value, exact in ((z1[..., 0], naive["z"]), (zz1[:, :, 0, :, 0], naive["zz"]), (H, naive["H"])):
+        torch.testing.assert_close(value, exact, rtol=0, atol=1e-10 * float(exact.abs().max()))
 
 
 def test_draws_have_the_covariances_asked_for():
@@ -199,6 +220,10 @@ def test_cross_entropy_at_infinite_width_is_the_mean_of_frozen_training():
     error = covariance.std(0) / math.sqrt(count)
     assert float(((found.output_covariance[15] - covariance.mean(0)).abs() / error).max()) < 5
     assert not found.ntk_drift.any()
+    batches = predict_training(
+        ensemble, x[:3], classes, probe, 0.8, 3, loss="cross_entropy", draws=512, batches=[[0, 1], [2]]
+    )
+    assert "fixed minibatches, gradient descent" in batches.provenance
     torch.testing.assert_close(found.train_output_mean[:, 0], found.output_mean[:, 2])
     for word in ("order 0", "loss cross_entropy", "1024 draws of z(0), standard errors (rms): mean"):
         assert word in found.provenance
@@ -207,9 +232,11 @@ def test_cross_entropy_at_infinite_width_is_the_mean_of_frozen_training():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(dynamics="gradient_flow"), r"dynamics: 'gradient_flow' is in closed form for the squared error alone"),
+        (dict(dynamics="gradient_flow"), r"dynamics: 'gradient_flow' is in closed form for the squared error on full"),
         (dict(y_train=torch.tensor([0, 1, 3])), r"y_train: shape \(3,\) given; .* classes below 3"),
         (dict(y_train=torch.ones(3, 2)), r"y_train: shape \(3, 2\) given; x_train and widths ask for \(3, 3\)"),
+        (dict(loss="mse", batches=[[0]]), r"y_train: shape \(3,\) given; .* ask for \(3, 3\)"),
+        (dict(batches=[[0, 3]]), r"batches: \[0, 3\] given; each is a list of sample indices"),
         (dict(learning_rate=50.0), r"learning_rate: 50 given, beyond the linear stability bound"),
         (dict(draws=64), r"draws: 8 a batch given; 4 independent inputs of 3 outputs ask for more than 24"),
         (dict(loss="hinge"), r"loss: 'hinge' given"),

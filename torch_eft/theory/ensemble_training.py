@@ -10,8 +10,9 @@ that of z and dH and leaves H, ddI and ddII alone. For squared error, where an o
 
 The average over z(0) is then exact by Wick contraction, outputs reduce to n_L as a number and to the Gram matrix of
 the targets, and nothing grows with n_L. Full-batch gradient descent, with momentum (heavy ball or Nesterov) and any
-schedule, and gradient flow: time enters through sums over steps alone (``time_sums``). Minibatches, which mix modes,
-and optimizers that are not linear in gradients are outside this derivation; other losses are in ``sampled_training``.
+schedule, and gradient flow: time enters through sums over steps alone (``time_sums``). Optimizers that
+are not linear in gradients are outside this derivation; other losses, and minibatches, which mix modes, are in
+``sampled_training``.
 """
 
 import torch

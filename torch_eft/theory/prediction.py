@@ -181,7 +181,8 @@ def predict_training(
         schedule: The learning rate of every step in place of ``learning_rate``: a sequence or a function of the step.
         optimizer: ``"sgd"``; others are refused, with what to do instead.
         weight_decay: 0; likewise.
-        batches: None; minibatches are refused likewise.
+        batches: The training samples of every step's minibatch, the same for all networks; gone through again if fewer
+            than ``steps``. By draws of z(0), like any loss but the squared error on full batches.
         loss: ``"mse"``, in closed form; ``"cross_entropy"``, or a differentiable function of (outputs, targets) to a
             number, by draws of z(0) (``sampled_training``), at order 1 on at most some 30 points in all.
         draws: How many.
@@ -206,11 +207,22 @@ def predict_training(
     wanted = range(steps + 1) if at_steps is None else at_steps
     if steps < 0 or len(wanted) == 0 or min(wanted) < 0 or max(wanted) > steps:
         raise ValueError(f"steps: {steps}, at_steps: {at_steps} given; need 0 <= at_steps <= steps")
-    exact = loss == "mse"
+    exact = loss == "mse" and batches is None
     descent = covered_descent(
-        learning_rate, steps, dynamics, momentum, dampening, nesterov, schedule, optimizer, weight_decay, batches, exact
+        learning_rate,
+        steps,
+        dynamics,
+        momentum,
+        dampening,
+        nesterov,
+        schedule,
+        optimizer,
+        weight_decay,
+        batches,
+        exact,
+        len(x_train),
     )
-    told = f"full-batch {_described(dynamics, descent)}, reduction {reduction}"
+    told = f"{_described(dynamics, descent)}, reduction {reduction}"
     if not exact:
         sampled = SampledForecast(ensemble, x_train, y_train, x_probe, loss, reduction, descent, draws, seed, memory)
         times = torch.tensor(list(wanted), device=sampled.x.device)
@@ -257,7 +269,7 @@ def _order_0(training: InfiniteWidthTraining, times: Tensor, told: str) -> Traje
 
 
 def _described(dynamics: Dynamics, optimizer: Descent) -> str:
-    name = dynamics.replace("_", " ")
+    name = ("full-batch " if optimizer.batches is None else "fixed minibatches, ") + dynamics.replace("_", " ")
     if optimizer.momentum:
         name += f" with {'Nesterov momentum' if optimizer.nesterov else 'momentum'} {optimizer.momentum:g}"
     return name + " and a schedule" * (len(set(optimizer.learning_rates)) > 1)

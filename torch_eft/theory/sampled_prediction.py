@@ -1,4 +1,4 @@
-"""The trained distribution of an ensemble under a loss that is not squared error, by draws of z(0)."""
+"""The trained distribution of an ensemble by draws of z(0): under any loss, and on minibatches."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ class SampledForecast:
         x_train: Training inputs, (N, n_0).
         y_train: Targets, as the loss takes them.
         x_probe: Probe inputs, (N_p, n_0); those that are training inputs too, or one another, count once.
-        loss: ``"cross_entropy"``, or a differentiable function of (outputs, targets) to a number.
+        loss: ``"cross_entropy"``, ``"mse"``, or a differentiable function of (outputs, targets) to a number.
         reduction: As in torch, for a named loss.
         optimizer: With the learning rates of all steps.
         draws: Of z(0) in all, in ``BATCHES`` batches of pairs z, -z.
@@ -78,7 +78,10 @@ class SampledForecast:
         if optimizer.steps:
             start = draw_outputs(self.K, self._outputs, self._size, self._generator(0))[:BATCHES, self._train :]
             Theta = self.Theta[self._train :, self._train :]
-            check_stable(1.0, 1.0, max(_sharpness(self.loss, z, Theta) for z in start), optimizer)
+            batches = optimizer.batches or (None,)
+            different = {None if batch is None else tuple(batch.tolist()): batch for batch in batches}.values()
+            sharpest = max(_sharpness(self.loss, z, Theta, batch) for z in start for batch in different)
+            check_stable(1.0, 1.0, sharpest, optimizer)
 
     def order_0(self, steps: Tensor, told: str) -> Trajectory:
         """The distribution at infinite width.
@@ -247,10 +250,10 @@ def _targets(y: Tensor, count: int, outputs: int, loss: str | LossFunction) -> T
     classes = loss == "cross_entropy" and not y.is_floating_point()
     if classes and tuple(y.shape) == (count,) and 0 <= int(y.min()) <= int(y.max()) < outputs:
         return y
-    if len(y) != count or classes or (loss == "cross_entropy" and tuple(y.shape) != (count, outputs)):
+    if len(y) != count or classes or (loss in ("mse", "cross_entropy") and tuple(y.shape) != (count, outputs)):
         raise ValueError(
-            f"y_train: shape {tuple(y.shape)} given; x_train and widths ask for ({count}, {outputs}), or ({count},) "
-            f"classes below {outputs} for the cross-entropy"
+            f"y_train: shape {tuple(y.shape)} given; x_train and widths ask for ({count}, {outputs})"
+            + f", or ({count},) classes below {outputs}" * (loss == "cross_entropy")
         )
     return y.double() if y.is_floating_point() else y
 
@@ -275,11 +278,11 @@ def _distinct(x_probe: Tensor, x_train: Tensor) -> tuple[list[int], Tensor]:
     return kept, torch.tensor([*where, *range(len(kept), total)], device=x.device)
 
 
-def _sharpness(loss: Loss, z: Tensor, Theta: Tensor) -> float:
+def _sharpness(loss: Loss, z: Tensor, Theta: Tensor, batch: Tensor | None) -> float:
     """The largest eigenvalue of the loss's Hessian in parameter space for outputs z (N, C), Theta (N, N)."""
     values, vectors = torch.linalg.eigh(Theta)
     units = torch.eye(z.numel(), dtype=z.dtype, device=z.device).unflatten(1, z.shape)
-    curvature = torch.func.vmap(lambda unit: loss.change_of_error(z, unit))(units).reshape(z.numel(), *z.shape)
+    curvature = torch.func.vmap(lambda unit: loss.change_of_error(z, unit, batch))(units).reshape(z.numel(), *z.shape)
     root = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
     half = torch.einsum("ab,bicj,cd->aidj", root, curvature.unflatten(0, z.shape), root)
     return float(torch.linalg.eigvalsh(half.reshape(z.numel(), -1))[-1])

@@ -158,16 +158,17 @@ class SampledTraining:
             if step in steps:
                 yield now, p, q
             if step < steps[-1]:
-                e = self._errors([value[:, self._train :] for value in now], sign)
+                e = self._errors([value[:, self._train :] for value in now], sign, step)
                 grown = [] if q is None else _gradients(e[0], p, q)
                 coefficients.update(*e, *grown)
 
     def _driven(self, p: Tensor) -> Tensor:
         return torch.einsum("xb,sbi->sxi", self._Theta, p)
 
-    def _errors(self, z: Sequence[Tensor], sign: float) -> list[Tensor]:
+    def _errors(self, z: Sequence[Tensor], sign: float, step: int) -> list[Tensor]:
         """E at z, and its coefficients of s and s^2 along z + s z' + s^2 c, the second derivative with its sign."""
-        errors = vmap(self._loss.error)
+        batch = self._descent.batch(step)
+        errors = vmap(lambda rows: self._loss.error(rows, batch))
         if len(z) == 1:
             return [errors(z[0])]
         at, moved, corrected = z

@@ -19,12 +19,15 @@ def covered_descent(
     optimizer: str = "sgd",
     weight_decay: float = 0.0,
     batches: Sequence[Sequence[int] | Tensor] | None = None,
-    squared_error: bool = True,
+    closed_form: bool = True,
+    samples: int | None = None,
 ) -> Descent:
     """The optimizer, if the derivation covers it; arguments as ``prediction.predict_training`` takes them.
 
+    With ``closed_form`` it is for the squared error on full batches; ``samples`` is the number of training samples.
+
     Returns:
-        For squared error without learning rates if it is plain gradient descent or flow.
+        In closed form without learning rates if it is plain gradient descent or flow.
 
     Raises:
         ValueError: In words, with the alternative, if it does not.
@@ -42,21 +45,15 @@ def covered_descent(
             f"weight_decay: {weight_decay:g} given; it moves all parameters by a part of themselves, out of reach of "
             "an expansion about the start. Give 0; for weak decay measure.ShadowModel follows one network"
         )
-    if batches is not None:
-        raise ValueError(
-            "batches: given; over an ensemble the derivation is for full batches, where modes of the NTK decay each by "
-            "itself: a minibatch mixes them. predict_from_network(model, .., batches=) takes fixed minibatches of one "
-            "network; its mean over seeds is that of the ensemble"
-        )
     if dynamics == "gradient_flow" and (momentum or schedule is not None):
         raise ValueError("dynamics: 'gradient_flow' has no momentum and no schedule; give 'gradient_descent'")
-    if dynamics == "gradient_flow" and not squared_error:
+    if dynamics == "gradient_flow" and not closed_form:
         raise ValueError(
-            "dynamics: 'gradient_flow' is in closed form for the squared error alone; give 'gradient_descent' with a "
-            "small learning rate"
+            "dynamics: 'gradient_flow' is in closed form for the squared error on full batches alone; give "
+            "'gradient_descent' with a small learning rate"
         )
-    plain = squared_error and schedule is None and momentum == 0
-    return descent(learning_rate, 0 if plain else steps, momentum, dampening, nesterov, schedule)
+    plain = closed_form and schedule is None and momentum == 0
+    return descent(learning_rate, 0 if plain else steps, momentum, dampening, nesterov, schedule, batches, samples)
 
 
 def check_stable(learning_rate: float, scale: float, largest: float, optimizer: Descent) -> None:
