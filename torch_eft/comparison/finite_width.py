@@ -275,6 +275,9 @@ class _Work:
     def attempt(self, name: str, growth: float, compute: Callable[[Problem], Any]) -> Any:
         """The result, or None; ``words`` says which and why."""
         problem = self.problem
+        if self.left <= 0:
+            self.words.append(f"{name} at order 0: no time is left of what is allowed")
+            return None
         try:
             result, spent = within(self.left, problem.size, lambda size: compute(problem.reduced(size)), growth)
         except (TooDearError, ValueError) as error:
