@@ -76,7 +76,7 @@ class TaylorPart(Part):
             count = f"{needed}" if needed <= 3 else "more than 3"
             lines = [
                 f"Step {visit.step}: {count} Taylor order{'s leave' if needed != 1 else ' leaves'} less than "
-                f"{TOLERANCE:.0%} of the change of the outputs since theta_0. Terms of order 1, 2, 3 relative to that change: "
+                f"{TOLERANCE:.0%} of the change of the outputs since theta_0. Terms of order 1, 2, 3 relative to it: "
                 f"{', '.join(f'{size:.3g}' for size in sizes.terms)}; they leave {sizes.left[-1]:.3g}.",
                 f"In one pass by {series.method}, {series.cost:.2g} times a forward.",
                 *series.remarks,
