@@ -99,6 +99,23 @@ def test_it_extends_from_theta_0_when_the_training_goes_on():
     torch.testing.assert_close(found.order_1.output_mean, expected.output_mean)
 
 
+def test_a_long_training_is_forecast_piece_by_piece(monkeypatch):
+    """2000 steps at first; on as long as the time for the whole stays within what is allowed."""
+    model, lambdas, x, y, x_probe = setting()
+    loss = recognised(model, x, y, F.mse_loss)
+    monkeypatch.setattr("torch_eft.comparison.instance._LONGEST_AT_ONCE", 20)
+    found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10**6, seconds=60)
+    assert found.steps == 20
+    assert found.reaches(21)
+    assert found.steps == 80
+    found._spent = 50.0  # at this pace 4 times as many take too long, a few more do not
+    assert found.reaches(90)
+    assert found.steps == 90
+    found._spent = 59.0
+    assert not found.reaches(100)
+    assert found.steps == 90
+
+
 def test_bounds():
     model, lambdas, x, y, x_probe = setting()
     loss = recognised(model, x, y, F.mse_loss)

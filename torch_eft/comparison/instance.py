@@ -38,7 +38,8 @@ _EXTENSION = 4
 _LARGEST_INTEGRATION = 4e9
 """Multiplications of the frozen path, T M^2, up to which it is integrated at once."""
 
-_FEWEST_DIRECTIONS = 3
+_FEWEST_DIRECTIONS, _MOST_DIRECTIONS = 3, 24
+_LONGEST_AT_ONCE = 2000
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class InstanceComparison:
             )
         self.words = ""
         self._kinked = kinked_operations(self._model, as_probe(x_probe), output_fn) != ()
-        self._forecast(steps or _FIRST_HORIZON)
+        self._forecast(min(steps or _FIRST_HORIZON, _LONGEST_AT_ONCE))
 
     # ---- the forecast
 
@@ -135,12 +136,13 @@ class InstanceComparison:
 
     def _forecast(self, steps: int) -> None:
         steps = max(1, min(steps, int(_LARGEST_INTEGRATION / self.outputs**2)))
-        begun = time.perf_counter()
+        started = begun = time.perf_counter()
         self.order_0: Trajectory = self._predicted(steps, 0)
         self.order_1: Trajectory | None = None
         modes = self._affordable(steps, time.perf_counter() - begun)
         if modes is not None:
             self.order_1 = self._predicted(steps, 1, modes)
+        self._spent = time.perf_counter() - started
         z = self.order_0.output_mean
         self._moved = (z - z[0]).flatten(1).norm(dim=1)
         self._largest_moved = self._moved.cummax(0)[0]
@@ -154,7 +156,8 @@ class InstanceComparison:
             tried = time.perf_counter() - begun
             # One direction takes 5/2 Gram matrices of derivatives, r of them 3/2 r^2 + r (X is one each).
             each = max(tried - spent, 1e-9) / 2.5
-            self._modes = int(math.sqrt(max(0.0, self._seconds - tried - 2 * spent) / each / 1.5))
+            affordable = math.sqrt(max(0.0, self._seconds - tried - 2 * spent) / each / 1.5)
+            self._modes = int(min(affordable, _MOST_DIRECTIONS))
         if self._modes < _FEWEST_DIRECTIONS:
             self.words = (
                 f"order 0 only: dNTK and ddNTK along {_FEWEST_DIRECTIONS} directions take longer than the "
@@ -185,9 +188,13 @@ class InstanceComparison:
         )
 
     def reaches(self, step: int) -> bool:
-        """Whether there is a forecast for a step; extends it if it can be."""
+        """Whether there is a forecast for a step; extends it if that takes no longer than is allowed."""
         if step > self.steps:
-            self._forecast(max(step, _EXTENSION * self.steps))
+            longer = max(step, _EXTENSION * self.steps)
+            if self._spent * longer / self.steps > self._seconds:
+                longer = step
+            if self._spent * longer / self.steps <= self._seconds:
+                self._forecast(longer)
         return step <= self.steps
 
     # ---- the comparison
