@@ -133,6 +133,21 @@ def test_a_wrong_order_is_refused():
         EnsembleComparison(ensemble(), *data(), 0.05, order=2)
 
 
+@pytest.mark.slow
+def test_with_momentum_order_1_ends(monkeypatch):
+    x, y, x_probe = data()
+    monkeypatch.setattr("torch_eft.comparison.ensemble._SUMMED_AT_FIRST", 3)
+    monkeypatch.setattr("torch_eft.comparison.ensemble._SUMMED_AT_MOST", 10)
+    H = torch.rand(2, 2, 1, 1, dtype=F64)
+    found = EnsembleComparison(ensemble(), x, y, x_probe, 0.05, 4, steps=100, seconds=60, momentum=0.5)
+    numbers = {step: found.compare(step, torch.zeros(2, 1), H, H)["output_projection"] for step in (3, 9, 12)}
+    assert numbers[9].order_1 is not None
+    assert numbers[12].order_1 is None
+    exact = predict_training(ensemble(), x, y, x_probe, 0.05, 12, "sum", 0, at_steps=[12], momentum=0.5)
+    assert numbers[12].order_0 == pytest.approx(float((found.direction * exact.output_mean[0]).sum()), rel=1e-9)
+    assert "with momentum order 1/n ends at step 10" in found.words
+
+
 def test_few_points_are_sampled_too():
     """Two training points and one probe: of another sample than three points more, but the same theory."""
     x, y, x_probe = data(2, 1)

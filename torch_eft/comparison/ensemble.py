@@ -37,6 +37,8 @@ from torch_eft.trajectory import Validity
 
 _FIRST_HORIZON = 1000
 _EXTENSION = 8
+_SUMMED_AT_FIRST, _SUMMED_AT_MOST = 4000, 20000
+"""Steps with momentum: its sums over time are made step by step, 3000 a second at order 1."""
 
 
 class EnsembleComparison:
@@ -81,7 +83,7 @@ class EnsembleComparison:
             {"momentum": momentum, "nesterov": nesterov, "dampening": dampening} if momentum else {}
         )
         self._given = (ensemble, x_train, y_train, x_probe, learning_rate)
-        self._horizon = steps or _FIRST_HORIZON
+        self._horizon = min(steps or _FIRST_HORIZON, _SUMMED_AT_FIRST) if self._options else steps or _FIRST_HORIZON
         self.training = self._order_0()
         self._ntk_trace_sigma = ntk_trace_spread(ensemble, x_probe, ntk_samples)
         direction = self.training.first_direction()
@@ -225,10 +227,14 @@ class EnsembleComparison:
         if step > self.finite.steps[-1]:
             if not self.finite.values and not self.finite.kernels:
                 return AtStep()
-            self._extend(max(step, _EXTENSION * self.finite.steps[-1]))
+            longer = _EXTENSION * self.finite.steps[-1]
+            self._extend(max(step, min(longer, _SUMMED_AT_MOST) if self._options else longer))
         return self.finite.at(step)
 
     def _extend(self, steps: int) -> None:
+        if self._options and steps > _SUMMED_AT_MOST:
+            self.finite = FiniteWidth([steps], words=[f"with momentum order 1/n ends at step {_SUMMED_AT_MOST}"])
+            return
         self.finite = finite_width(self._problem, steps, self.direction, self._seconds)
 
 
