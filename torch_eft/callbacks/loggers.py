@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from torch_eft.live.part import History
 from torch_eft.live.sinks import JSONLSink, Sink, TensorBoardSink
 
 
@@ -22,6 +23,12 @@ class LoggerSink(Sink):
     def scalars(self, step: int, values: Mapping[str, float], epoch: int | None = None) -> None:
         """``log_metrics`` with the optimizer step."""
         self.logger.log_metrics(dict(values), step=step)
+
+    def resume(self, step: int, history: History) -> None:
+        """To a ``CSVLogger``, which begins its file anew, once more what was measured before."""
+        if isinstance(self.logger, CSVLogger):
+            for at, values in sorted(history.items()):
+                self.scalars(at, values)
 
 
 def logger_sinks(trainer: Trainer, jsonl: str | None) -> list[Sink]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from torch import Tensor
 
-from torch_eft.live.part import Event, MeasurementWarning
+from torch_eft.live.part import Event, History, MeasurementWarning
 from torch_eft.tensorboard.run_info import SCHEMA, dump_json, write_run_info
 from torch_eft.tensorboard.tags import PREFIX
 
@@ -48,6 +48,14 @@ class Sink:
 
     def run_info(self, info: Mapping[str, Any]) -> None:
         """What is known of the run, plain types; replaces what came earlier."""
+
+    def resume(self, step: int, history: History) -> None:
+        """The training goes on after ``step`` steps: what an interrupted one left of later steps no longer holds.
+
+        Args:
+            step: Optimizer steps taken.
+            history: What was measured up to then.
+        """
 
     def flush(self) -> None:
         """Bring everything to disk."""
@@ -174,6 +182,14 @@ class TensorBoardSink(Sink):
         """The summary that the EFT tab reads."""
         if self.writer.file_writer is not None:
             write_run_info(self.writer, info)
+
+    def resume(self, step: int, history: History) -> None:
+        """A mark from which TensorBoard drops later steps of earlier event files, as ``purge_step`` does."""
+        if (file_writer := self.writer.file_writer) is not None:
+            from tensorboard.compat.proto.event_pb2 import Event as Record
+            from tensorboard.compat.proto.event_pb2 import SessionLog
+
+            file_writer.add_event(Record(session_log=SessionLog(status=SessionLog.START)), step + 1)
 
     def flush(self) -> None:
         """Write what is queued."""
