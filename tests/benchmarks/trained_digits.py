@@ -3,6 +3,15 @@
 64 images, 8 probes, eta = 0.5 / lambda_max, t = 10, 30, 60; for the rest see ``tests.theory.digits_ensembles``. Prints
 the slope of the measured correction on the predicted one, with its standard error over pairs of networks, and the
 cosine between them, corrected for noise. Widths and numbers of pairs may be given: ``n=pairs``.
+
+Measured (5088 pairs at n = 128, 225 s of one core; 928 at n = 256, 60 s; the forecast's own sampling error is 0.5 % of
+the drift and 1.5 % of the mean, in rms of the entries):
+
+                      n = 128: t = 10     30        60        n = 256: t = 10     30        60
+    mean, probe            .968(4)   .970(4)   .980(4)             .978(9)   .985(9)   .989(10)
+    mean, train            .970(2)   .969(2)   .974(2)             .980(6)   .979(4)   .984(4)
+    drift, trace           .970(4)   .931(3)   .898(2)             .980(8)   .955(6)   .936(6)
+    drift, traceless       .93(7)    .86(4)    .86(3)              1.10(17)  .92(9)    .90(7)
 """
 
 import sys
