@@ -191,7 +191,8 @@ class SampledTraining:
         response: "_Means | None",
     ) -> Sequence[Tensor]:
         def mean(first: Tensor, second: Tensor) -> Tensor:
-            return torch.einsum("s,sxi,syj->xiyj", weights, first, second)
+            product = (weights[:, None] * first.flatten(1)).T @ second.flatten(1)
+            return product.reshape(*first.shape[1:], *second.shape[1:])
 
         z = now[0]
         result = [torch.einsum("s,sxi->xi", weights, z), mean(z, z)]
