@@ -47,7 +47,7 @@ class Budget:
     Attributes:
         once: Seconds spent on what falls once.
         forecasts: Seconds spent on forecasts before the first step.
-        reserve: Seconds that the end will take besides the last visit.
+        reserve: Seconds kept for the end besides the last visit, a quarter of the allowance at most.
         accounts: By name.
 
     Raises:
@@ -150,10 +150,12 @@ class Budget:
         account = self.accounts.setdefault(name, Account())
         visits = sum(each.spent for each in self.accounts.values())
         hooks = self.seconds - self.forecasts - self.once - visits
-        once = self.once + self.reserve + sum(each.latest for each in self.accounts.values())
-        once *= 1.0 if progress is None else min(1.0, progress)
+        allowance = self.limit * self.training_seconds
+        passed = 1.0 if progress is None else min(1.0, progress)
+        once = passed * (self.once + sum(each.latest for each in self.accounts.values()))
+        once += min(passed * self.reserve, allowance / 4)
         demands = [each.spent + each.latest * (1 + each.left_out) for each in self.accounts.values()]
-        level = equal_level(demands, self.limit * self.training_seconds - hooks - once)
+        level = equal_level(demands, allowance - hooks - once)
         if account.spent + account.latest <= level:
             return True
         account.left_out += 1

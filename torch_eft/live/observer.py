@@ -48,6 +48,9 @@ from torch_eft.theory.activations import ActivationLike
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.trajectory import Validity
 
+UNKNOWN = 6.0
+"""Snapshots that a part's visit is taken to last where it is not known (dNTK along the path of a CNN: measured 6)."""
+
 
 class Observer:
     """Measures a network during its training, and lays the theory beside it.
@@ -407,7 +410,10 @@ class Observer:
         if not last:
             return self.budget.affordable(part.name, self._progress(step))
         account = self.budget.accounts.setdefault(part.name, Account())
-        fits = account.latest < 1e-3 or self.budget.room(account.latest)
+        seconds = account.latest
+        if part.looks_back and account.made < 2:
+            seconds = UNKNOWN * self.budget.accounts[SNAPSHOT].latest
+        fits = seconds < 1e-3 or self.budget.room(seconds)
         account.left_out += not fits
         return fits
 

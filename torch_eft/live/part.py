@@ -126,11 +126,13 @@ class Part:
         name: Names it in checkpoints, budgets and messages; one a class (and instance, if there are several).
         cost: The smallest preset that has it.
         needs_theta_0: Whether visits must carry the parameters at the reference.
+        looks_back: Whether it compares with an earlier visit, so that what the first one takes says nothing of others.
     """
 
     name: str = "part"
     cost: Cost = "light"
     needs_theta_0: bool = False
+    looks_back: bool = False
 
     def plan(self, outputs: int, samples: int) -> Plan:
         """What it needs measured in each snapshot, for ``outputs`` = C and ``samples`` = N."""

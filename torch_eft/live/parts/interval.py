@@ -37,6 +37,7 @@ class IntervalPart(Part):
 
     name = "interval"
     cost = "standard"
+    looks_back = True
 
     def __init__(self, output_fn: OutputFn | None = None, order: int = 2, largest: int = LARGEST) -> None:
         if order not in (1, 2):
