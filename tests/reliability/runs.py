@@ -107,8 +107,8 @@ def train(
         module.compile(backend=compiled)
     loader = DataLoader(dataset(), batch_size=batch_size, shuffle=True, num_workers=workers)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", module="torch")
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        warnings.filterwarnings("ignore", module=r"torch\.")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         trainer = pl.Trainer(
             **{
