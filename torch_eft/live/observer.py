@@ -68,6 +68,8 @@ class Observer:
         also: Names of parts beyond the preset's.
         ensemble: C_b and C_W, if known; None estimates them.
         activation: The activation, where it is none of the registered ones.
+        forecast_seconds: Time that each forecast of the theory may take before the first step, at any budget; what is
+            dearer is left out, in words.
         output_fn: Turns what the model returns into (N, C).
         on_error: ``"warn"`` or ``"raise"``.
         parts: The parts themselves, instead of a preset's.
@@ -96,6 +98,7 @@ class Observer:
         also: Sequence[str] = (),
         ensemble: MLPEnsemble | None = None,
         activation: ActivationLike | None = None,
+        forecast_seconds: float = 3.0,
         output_fn: OutputFn | None = None,
         on_error: Literal["warn", "raise"] = "warn",
         parts: Sequence[Part] | None = None,
@@ -107,7 +110,7 @@ class Observer:
         self.every = checked_every(every)
         self.budget = Budget(budget)
         self.output_fn = output_fn
-        chosen = parts_of(preset, also, Options(ensemble, activation, output_fn))
+        chosen = parts_of(preset, also, Options(ensemble, activation, output_fn, forecast_seconds))
         self.parts = chosen if parts is None else list(parts)
         self.sinks = list(sinks)
         if logdir is not None:
@@ -196,16 +199,22 @@ class Observer:
     def _begin(self, step: int, outside: str | None) -> None:
         assert self.model is not None and self.probe is not None
         parameters = [f"{name} {tuple(p.shape)}" for name, p in self.model.named_parameters()]
-        goes_on = self._reference is not None and parameters == self._parameters and (self._restored or step > 0)
-        probe = _identity(self.probe)
-        if goes_on and self._probe_of_reference not in (None, probe):
-            goes_on = False
+        probe, restored = _identity(self.probe), self._restored
+        goes_on = self._reference is not None and (restored or step > 0)
+        other = None  # "": another network, as is normal where nothing was restored
+        if parameters != self._parameters:
+            names = ", ".join(sorted({*parameters} ^ {*self._parameters})[:2])
+            other = f"the parameters are others than those of the recorded theta_0 ({names} ...)" if restored else ""
+        elif goes_on and self._probe_of_reference not in (None, probe):
+            other = "the probe is another than that of the recorded theta_0"
+        if other:
             warnings.warn(
-                f"{self.recorder.name}: the probe is another than that of the recorded theta_0, whose measurements "
-                "cannot be compared with; training goes on, measured from here as from a new start",
+                f"{self.recorder.name}: {other}, whose measurements cannot be compared with; training goes on, "
+                "measured from here as from a new start",
                 MeasurementWarning,
                 stacklevel=2,
             )
+        goes_on = goes_on and other is None
         if not goes_on:
             self._start_afresh()
             self.origin = "initialisation" if step == 0 else f"resumed at step {step} without a recorded theta_0"
@@ -213,9 +222,10 @@ class Observer:
             self._lambdas = self._learning_rates()
         self._parameters, self._restored, self._probe_of_reference = parameters, False, probe
         fresh = not goes_on and step == 0
-        if step > 0:
+        if step > 0 and (restored or not goes_on):
             known = {at: dict(scalars) for at, scalars in self.history.items() if at <= step}
-            self.recorder.outlet.each(lambda sink: sink.resume(step, known))
+            latest = step if step in known else step - 1  # else this step is measured in a moment
+            self.recorder.outlet.each(lambda sink: sink.resume(latest, known))
         start = Start(
             self.model,
             self.probe,
@@ -229,7 +239,7 @@ class Observer:
         )
         self.recorder.ask_each(self.parts, lambda part: part.begin(start))
         if step not in self.history:
-            self._visit(step, last=False, epoch=None)
+            self._visit(step, last=False, epoch=None, start=True)
         self._drawn = goes_on
         if self.recorder.outlet.draws:
             self.budget.reserve = LOADING
@@ -354,9 +364,9 @@ class Observer:
 
     # ---- what it does
 
-    def _visit(self, step: int, last: bool, epoch: int | None) -> dict[str, float]:
+    def _visit(self, step: int, last: bool, epoch: int | None, start: bool = False) -> dict[str, float]:
         assert self.model is not None and self.probe is not None and self._plan is not None
-        first = self._reference is None
+        first = self._reference is None or start
         forced = first or last
         if not forced and not self.budget.affordable(SNAPSHOT, self._progress(step)):
             if self.budget.accounts[SNAPSHOT].left_out == 1:
@@ -468,8 +478,10 @@ class Observer:
             )
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.recorder.history = {int(step): dict(scalars) for step, scalars in state["history"].items()}
-        self.recorder.events = [Event(int(step), quantity, text) for step, quantity, text in state["events"]]
+        self.recorder.recall(
+            {int(step): dict(scalars) for step, scalars in state["history"].items()},
+            [Event(int(step), quantity, text) for step, quantity, text in state["events"]],
+        )
         self.origin = state["origin"]
         self._parameters = list(state["parameters"])
         self._probe_of_reference = state.get("probe")

@@ -61,6 +61,12 @@ class Recorder:
         self._watch = BandWatch()
         self._said: Validity | None = None
 
+    def recall(self, history: History, events: list[Event]) -> None:
+        """Go on from what an earlier process knew; what is outside its band already is not told again."""
+        self.history, self.events = history, events
+        for step, scalars in sorted(history.items()):
+            self._watch.events(step, scalars)
+
     def guard(self, action: Callable[[], Any]) -> None:
         """Run on the observer's own clock; go on without what fails, and warn the first time."""
         with self.budget.counting():

@@ -50,11 +50,11 @@ class Sink:
         """What is known of the run, plain types; replaces what came earlier."""
 
     def resume(self, step: int, history: History) -> None:
-        """The training goes on after ``step`` steps: what an interrupted one left of later steps no longer holds.
+        """The training goes on from a checkpoint: what an interrupted one left of later steps no longer holds.
 
         Args:
-            step: Optimizer steps taken.
-            history: What was measured up to then.
+            step: The latest step that holds.
+            history: What was measured up to it, and holds.
         """
 
     def flush(self) -> None:
@@ -68,9 +68,9 @@ class JSONLSink(Sink):
     """An append-only file of JSON lines, on disk after every measurement.
 
     Lines: ``{"kind": "run", ...}`` what is known of the run (the last one holds), ``{"kind": "measurement", "step",
-    "epoch", "time", "scalars"}`` (of a repeated step, what comes later holds), ``{"kind": "event", "step", "quantity",
-    "text"}`` and ``{"kind": "page", "name", "text", "step"}``. Where the file cannot be written, one warning
-    says so and training goes on.
+    "epoch", "time", "scalars"}`` (of a repeated step, what comes later holds), ``{"kind": "resumed", "step"}`` (later
+    steps above do not hold any more), ``{"kind": "event", "step", "quantity", "text"}`` and ``{"kind": "page", "name",
+    "text", "step"}``. Where the file cannot be written, one warning says so and training goes on.
 
     Args:
         path: The file; its directory is made.
@@ -85,6 +85,13 @@ class JSONLSink(Sink):
         """A line ``measurement``, with the time in seconds since 1970."""
         line = {"kind": "measurement", "step": step, "epoch": epoch, "time": time.time(), "scalars": dict(values)}
         self._write(line)
+
+    def resume(self, step: int, history: History) -> None:
+        """A line ``resumed``; in a new file after those of ``history``, whose time is not known."""
+        if not self.path.exists():
+            for at, values in sorted(history.items()):
+                self._write({"kind": "measurement", "step": at, "epoch": None, "time": None, "scalars": dict(values)})
+        self._write({"kind": "resumed", "step": step})
 
     def text(self, name: str, markdown: str, step: int) -> None:
         """A line ``page``."""

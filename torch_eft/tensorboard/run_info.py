@@ -5,7 +5,8 @@ The *run info* is one JSON object: the network, r = L/n, the level of theory, va
 of ``eft.jsonl``, which ``torch-eft report`` reads. The last one written holds.
 
 ``eft.jsonl`` is append-only, one JSON object a line; its ``kind`` is ``run`` (the run info), ``measurement``
-(``step``, ``scalars``), ``event`` (``step``, ``quantity``, ``text``) or ``page`` (``name``, ``text``, ``step``).
+(``step``, ``scalars``), ``resumed`` (``step``: what is above of later steps was made by an interrupted process and
+made anew), ``event`` (``step``, ``quantity``, ``text``) or ``page`` (``name``, ``text``, ``step``).
 """
 
 import json
@@ -182,6 +183,10 @@ def _take(records: Records, events: list[Any], line: dict[str, Any]) -> None:
         values = {str(name): float(value) for name, value in line["scalars"].items() if value is not None}
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         records.measurements.setdefault(_step(line), {}).update(values)
+    elif kind == "resumed":
+        latest = _step(line)
+        records.measurements = {step: values for step, values in records.measurements.items() if step <= latest}
+        events[:] = [event for event in events if event["step"] <= latest]
     elif kind == "event":
         events.append({**line, "step": _step(line)})
     elif kind == "page":
