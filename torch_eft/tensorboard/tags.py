@@ -9,6 +9,7 @@ Groups, so that the scalars tab shows few cards unless more are opened. Quantiti
 """
 
 from collections.abc import Iterable, Mapping
+from sys import intern  # a history has every tag once a step: as many names, one string each
 
 from torch_eft.tensorboard.quantities import QUANTITIES
 
@@ -37,10 +38,10 @@ def tag(quantity: str, series: str = MEASURED) -> str:
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity: {quantity!r} is not in QUANTITIES; describe it there first")
     if series == MEASURED:
-        return f"{PREFIX if QUANTITIES[quantity].among_the_first else MORE}/{quantity}/{MEASURED}"
+        return intern(f"{PREFIX if QUANTITIES[quantity].among_the_first else MORE}/{quantity}/{MEASURED}")
     if series not in SERIES:
         raise ValueError(f"series: {series!r} given; give {MEASURED!r} or one of {', '.join(SERIES)}")
-    return f"{THEORY}/{quantity}/{series}"
+    return intern(f"{THEORY}/{quantity}/{series}")
 
 
 def layer_tag(quantity: str, layer: str) -> str:
@@ -51,7 +52,7 @@ def layer_tag(quantity: str, layer: str) -> str:
     """
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity: {quantity!r} is not in QUANTITIES; describe it there first")
-    return f"{LAYERS}/{quantity}/{layer}"
+    return intern(f"{LAYERS}/{quantity}/{layer}")
 
 
 def quantity_of(name: str) -> str | None:
