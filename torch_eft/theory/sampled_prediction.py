@@ -29,6 +29,8 @@ _TENSORS = 16
 _SAME, _CONDITION = 1e-7, 1e9
 _NOISY = 0.3
 """Sampling error of a correction, relative to it, from which on the result is no more than an order of magnitude."""
+_UNITS = 16
+"""Directions of the loss's Hessian at once: under vmap each takes megabytes."""
 _SIZES = {"mean": "|z1| / |z0|", "covariance": "|Cov1| / |Cov0|", "ntk": "|H1| / |Theta|"}
 
 
@@ -249,7 +251,8 @@ def _targets(y: Tensor, count: int, outputs: int, loss: str | LossFunction) -> T
     """
     classes = loss == "cross_entropy" and not y.is_floating_point()
     if classes and tuple(y.shape) == (count,) and 0 <= int(y.min()) <= int(y.max()) < outputs:
-        return y
+        # As probabilities: gathering by class index is slower under vmap.
+        return torch.nn.functional.one_hot(y.long(), outputs).double()
     if len(y) != count or classes or (loss in ("mse", "cross_entropy") and tuple(y.shape) != (count, outputs)):
         raise ValueError(
             f"y_train: shape {tuple(y.shape)} given; x_train and widths ask for ({count}, {outputs})"
@@ -282,7 +285,8 @@ def _sharpness(loss: Loss, z: Tensor, Theta: Tensor, batch: Tensor | None) -> fl
     """The largest eigenvalue of the loss's Hessian in parameter space for outputs z (N, C), Theta (N, N)."""
     values, vectors = torch.linalg.eigh(Theta)
     units = torch.eye(z.numel(), dtype=z.dtype, device=z.device).unflatten(1, z.shape)
-    curvature = torch.func.vmap(lambda unit: loss.change_of_error(z, unit, batch))(units).reshape(z.numel(), *z.shape)
+    changes = torch.func.vmap(lambda unit: loss.change_of_error(z, unit, batch), chunk_size=_UNITS)(units)
+    curvature = changes.reshape(z.numel(), *z.shape)
     root = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
     half = torch.einsum("ab,bicj,cd->aidj", root, curvature.unflatten(0, z.shape), root)
     return float(torch.linalg.eigvalsh(half.reshape(z.numel(), -1))[-1])
