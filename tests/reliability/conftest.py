@@ -9,6 +9,7 @@ KINDS = {
     "test_isolation_bits": "configurations, the same bits with and without callbacks",
     "test_careless_controls": "controls that must differ, and do",
     "test_faults": "faults injected",
+    "test_faults_around": "faults injected",
     "test_resume": "resume cases",
     "test_distributed": "distributed cases",
     "test_sharded": "distributed cases",

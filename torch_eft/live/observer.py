@@ -309,13 +309,20 @@ class Observer:
         if step == self._last_step:
             return {}
         last = last or step == self._total_steps
-        if not last and not (due(self.every, step) if due_now is None else due_now):
+        if not last and not (self._due(step) if due_now is None else due_now):
             return {}
         if torch.cuda.is_initialized():  # the measurement itself waits for the device: what is queued is not its cost
             torch.cuda.synchronize()
         found: dict[str, float] = {}
         self.recorder.guard(lambda: found.update(self._visit(step, last, epoch)))
         return found
+
+    def _due(self, step: int) -> bool:
+        try:
+            return due(self.every, step)
+        except Exception as error:  # a function of the user's
+            self.recorder.failed(error)
+            return False
 
     def _after_step(self, step: int) -> None:
         first, self.recorder.step = self.recorder.step == self._first_step, step
@@ -407,7 +414,7 @@ class Observer:
         if step > self._first_step:  # before the first step there is no training time to compare with
             scalars[tag("overhead_percent")] = self.budget.percent
         self.recorder.record(step, scalars, epoch)
-        self._tell()
+        self.recorder.guard(self._tell)
         self.flush()
         if not forced:
             self._draw_start()
@@ -447,6 +454,8 @@ class Observer:
     def state_dict(self) -> dict[str, Any]:
         """History, theta_0's measurements and where they were taken, and the parts' own."""
         reference = self._reference
+        states: dict[str, Any] = {}
+        self.recorder.each(self.parts, lambda part: states.update({part.name: part.state()}))
         return {
             "history": {step: dict(scalars) for step, scalars in self.history.items()},
             "events": [[event.step, event.quantity, event.text] for event in self.events],
@@ -458,7 +467,7 @@ class Observer:
             if reference is None
             else {"output": reference.output, "ntk": reference.ntk, "hidden": dict(reference.hidden)},
             "theta_0": None if self._theta_0 is None else dict(self._theta_0),
-            "parts": {part.name: part.state() for part in self.parts},
+            "parts": states,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -73,17 +73,25 @@ class Recorder:
             try:
                 action()
             except Exception as error:
-                if self.on_error == "raise":
-                    raise
-                reason = f"{type(error).__name__}: {error}"
-                if not self.skipped:
-                    warnings.warn(
-                        f"{self.name} could not measure at step {self.step} and goes on without ({reason}). Further "
-                        "failures are counted in .skipped, not shown",
-                        MeasurementWarning,
-                        stacklevel=3,
-                    )
-                self.skipped.append((self.step, reason))
+                self.failed(error)
+
+    def failed(self, error: Exception) -> None:
+        """Count a failure, and warn of the first.
+
+        Raises:
+            Exception: ``error`` itself, if that is wanted.
+        """
+        if self.on_error == "raise":
+            raise error
+        reason = f"{type(error).__name__}: {error}"
+        if not self.skipped:
+            warnings.warn(
+                f"{self.name} could not measure at step {self.step} and goes on without ({reason}). Further failures "
+                "are counted in .skipped, not shown",
+                MeasurementWarning,
+                stacklevel=4,
+            )
+        self.skipped.append((self.step, reason))
 
     def each(self, parts: Sequence[Part], action: Callable[[Part], None]) -> None:
         """Let every part do something."""
@@ -146,6 +154,9 @@ class Recorder:
             except ImportError:
                 self.say("torch_eft: no figures, matplotlib is not installed (pip install 'torch-eft[demo]')")
                 return
+            except Exception as error:
+                self.failed(error)
+                continue
             for name, figure in figures.items():
                 if not self.budget.room(self.drawing):
                     self.undrawn.append(name)
