@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from tests.trained import network, train
 from torch_eft.comparison import EnsembleComparison
-from torch_eft.comparison.affordable import Size, TooDearError, within
+from torch_eft.comparison.affordable import TooDearError, within
 from torch_eft.comparison.finite_width import Problem, time_grid
 from torch_eft.measure.metrics import as_trace
 from torch_eft.theory import MLPEnsemble, predict_representation, predict_training
@@ -171,64 +169,41 @@ def test_the_grid_of_steps():
     assert time_grid(0) == [0]
 
 
-def test_work_is_tried_on_few_points_first():
-    tried = []
+class Clock:
+    """Time that passes only by what is done."""
 
-    def compute(size):
-        tried.append((size.points, size.probes, size.outputs, size.layers))
-        return size.points
+    def __init__(self, monkeypatch, seconds):
+        self.now, self.tried, self.seconds = 0.0, [], seconds
+        monkeypatch.setattr("torch_eft.comparison.affordable.time.perf_counter", lambda: self.now)
 
-    assert within(10.0, Size(40, 16, 3, 7), compute)[0] == 40
-    assert tried == [(8, 4, 1, 3), (8, 16, 3, 7), (16, 16, 3, 7), (32, 16, 3, 7), (40, 16, 3, 7)]
-    tried.clear()
-    assert within(0.0, Size(3, 2, 1, 2), compute)[0] == 3
-    assert tried == [(3, 2, 1, 2)]
-    with pytest.raises(
-        TooDearError, match=r"8 training points, 4 probe points, 1 outputs and 2 layers took .* 0 s are"
-    ):
-        within(0.0, Size(40, 4, 1, 2), compute)
+    def compute(self, points):
+        self.tried.append(points)
+        self.now += self.seconds(points)
+        return points
 
 
-def test_a_smaller_problem_is_the_whole_one_cut_off():
+def test_work_is_tried_on_few_points_before_it_is_done_on_all(monkeypatch):
+    def square(points):
+        return points**2
+
+    clock = Clock(monkeypatch, lambda points: 1.0 + 1e-3 * square(points))  # 5.1 s for 64 points
+    assert within(30.0, 64, clock.compute, square) == (64, pytest.approx(1.064 + 5.096))
+    # Of what 8 points took at most a quarter may grow, 64-fold: 18 s; that is allowed at once.
+    assert clock.tried == [8, 64]
+    clock = Clock(monkeypatch, lambda points: 1.0 + 1e-3 * square(points))
+    assert within(12.0, 64, clock.compute, square)[0] == 64
+    assert clock.tried == [8, 32, 64]  # 18 s are not; 32 points show that it is less
+    clock = Clock(monkeypatch, lambda points: 1.0 + 1e-1 * square(points))  # 410 s
+    with pytest.raises(TooDearError, match=r"points took .* s, so that 64 would take about .* s are left") as caught:
+        within(30.0, 64, clock.compute, square)
+    assert caught.value.spent == clock.now < 2 * 30.0  # the first trial's time is not all fixed
+    clock = Clock(monkeypatch, lambda points: 100.0)
+    assert within(0.0, 3, clock.compute, square)[0] == 3  # small problems are done in any case
+
+
+def test_a_smaller_problem_has_fewer_training_points():
     x, y, x_probe = data(5, 3, 2)
-    deep = MLPEnsemble([3, 10, 11, 12, 2], "gelu", [0.1, 0.2, 0.3, 0.4], [1, 2, 3, 4], [5, 6, 7, 8], [1, 3, 5, 7])
-    found = Problem(deep, x, y, x_probe, 0.1).reduced(Size(4, 2, 1, 3))
-    expected = MLPEnsemble([3, 10, 11, 1], "gelu", [0.1, 0.2, 0.4], [1, 2, 4], [5, 6, 8], [1, 3, 7])
-    assert found.ensemble == expected
-    assert (found.x_train.shape, found.y_train.shape, found.x_probe.shape) == ((4, 3), (4, 1), (2, 3))
-    assert Problem(deep, x, y, x_probe, 0.1).size == Size(5, 3, 2, 4)
-
-
-@pytest.mark.slow
-def test_on_average_over_networks_order_1_is_closer():
-    """Drift of the NTK along the prediction, and its trace, over 100 mirrored pairs (theta_L -> -theta_L cancels what
-    is odd in the last layer) trained for 30 steps. The forecast's own neglected is O(1/n) of it."""
-    x, y, x_probe = data()
-    rate, steps = 0.08, 30
-    found = EnsembleComparison(ensemble(), x, y, x_probe, rate, 4, steps=steps, seconds=60)
-    generator = torch.Generator().manual_seed(3)
-    drifts, kernels = [], []
-    for _ in range(100):
-        model, lambdas = network(WIDTHS, generator, nn.Tanh, 1.5, 0.1, 1.0, 0.3)
-        both = []
-        for _ in range(2):
-            copy, _ = network(WIDTHS, torch.Generator().manual_seed(0))
-            copy.load_state_dict(model.state_dict())
-            trained = train(
-                copy, lambdas, x, lambda z, _: (z - y).square().sum() / 2, x_probe, rate, steps, record=(0, steps)
-            )
-            H_0, H = trained.ntks[0], trained.ntks[steps]
-            compared = found.compare(steps, trained.outputs[-1][:2], H, H_0)
-            both.append(compared["ntk_mean_drift"].measured)
-            with torch.no_grad():
-                for p in model[-1].parameters():
-                    p.neg_()
-        drifts.append(sum(both) / 2)
-        kernels.append(compared["ntk_mean_drift"].order_1)
-    values = torch.tensor(drifts)
-    mean, error = float(values.mean()), float(values.std()) / math.sqrt(len(values))
-    order_1 = kernels[0]
-    assert mean > 5 * error  # order 0, no drift, is excluded
-    # Measured at n = 32 .. 256 (this ensemble): the ratio is 1 - O(7/n), so 0.9 at n = 64.
-    assert abs(mean - order_1) < 0.2 * order_1 + 3 * error
-    assert abs(mean - order_1) + 3 * error < mean  # order 1 is closer than order 0
+    whole = Problem(MLPEnsemble([3, 10, 2], "gelu"), x, y, x_probe, 0.1)
+    found = whole.of(4)
+    assert (found.x_train.shape, found.y_train.shape, found.x_probe.shape) == ((4, 3), (4, 2), x_probe.shape)
+    assert whole.of(5) is whole

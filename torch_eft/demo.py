@@ -26,6 +26,7 @@ from torch_eft.theory import MLPEnsemble, criticality, get_activation, initial_s
 
 TRAIN_IMAGES, PROBE_IMAGES, CLASSES = 64, 16, 10
 MEASUREMENTS = 30
+FORECAST_SECONDS = 30.0  # the NTK's drift and the hidden kernels to order 1/n; the mean output takes longer
 
 
 class CriticalMLP(pl.LightningModule):
@@ -136,7 +137,12 @@ def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | 
     model = CriticalMLP(ensemble, learning_rate)
     spacing = max(1, steps // MEASUREMENTS)
     # The largest modes of Theta are learned within ten steps.
-    monitor = EFTMonitor(probe=x_probe, every=lambda step: step <= 10 or step % spacing == 0, budget=None)
+    monitor = EFTMonitor(
+        probe=x_probe,
+        every=lambda step: step <= 10 or step % spacing == 0,
+        budget=None,
+        forecast_seconds=FORECAST_SECONDS,
+    )
     logger = TensorBoardLogger(logdir, name=f"{activation}-{width}x{depth}")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():

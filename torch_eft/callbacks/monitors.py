@@ -33,6 +33,8 @@ class EFTMonitor(Monitor):
         also: Names of parts beyond the preset's.
         ensemble: C_b and C_W, if known (lambda is the optimizer's in any case); None estimates them.
         activation: The activation, where it is none of the registered ones.
+        forecast_seconds: Time that each forecast of the theory may take before the first step, at any budget; what is
+            dearer is left out, in words.
         output_fn: Turns what the model returns into (N, C).
         module: Name of the submodule to measure; empty means the LightningModule itself.
         jsonl: Write every measurement to ``eft.jsonl`` too, next to the first logger's files.
@@ -52,13 +54,14 @@ class EFTMonitor(Monitor):
         also: Sequence[str] = (),
         ensemble: MLPEnsemble | None = None,
         activation: ActivationLike | None = None,
+        forecast_seconds: float = 3.0,
         output_fn: OutputFn | None = None,
         module: str = "",
         jsonl: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
         name: str = "",
     ) -> None:
-        parts = parts_of(preset, also, Options(ensemble, activation, output_fn))
+        parts = parts_of(preset, also, Options(ensemble, activation, output_fn, forecast_seconds))
         super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name)
 
 

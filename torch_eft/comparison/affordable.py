@@ -1,15 +1,15 @@
-"""Work whose cost grows with the size of a problem: tried on small ones before it is done on the whole."""
+"""Work whose cost grows with the number of points: tried on a few of them before it is done on all."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import TypeVar
 
 T = TypeVar("T")
 
-_FIRST = (8, 4, 1, 3)
-_GROWTH = 4.0
-"""Time grows at most with this power of the number of training points (measured: 1 to 4)."""
+_FIRST = 8
+"""Points of the first trial; problems no larger are done without one."""
+_NOISE = 0.25
+"""Growth below this share of the first trial's time is not told from chance: it may be as large."""
 
 
 class TooDearError(ValueError):
@@ -22,54 +22,25 @@ class TooDearError(ValueError):
     spent: float = 0.0
 
 
-@dataclass(frozen=True)
-class Size:
-    """Of a forecast.
-
-    Args:
-        points: N, on which is trained.
-        probes: N_p, on which is looked.
-        outputs: n_L.
-        layers: L.
-    """
-
-    points: int
-    probes: int
-    outputs: int
-    layers: int
-
-    def __str__(self) -> str:
-        """In words."""
-        layers = f"{self.outputs} outputs and {self.layers} layers"
-        return f"{self.points} training points, {self.probes} probe points, {layers}"
-
-    def ladder(self) -> "list[Size]":
-        """From at most 8 points, 4 probes, one output and 3 layers by doubling the points up to the whole."""
-        points, probes, outputs, layers = _FIRST
-        count = min(self.points, points)
-        rungs = [
-            Size(count, min(self.probes, probes), outputs, min(self.layers, layers)),
-            replace(self, points=count),
-        ]
-        while count < self.points:
-            count = min(self.points, 2 * count)
-            rungs.append(replace(self, points=count))
-        return list(dict.fromkeys(rungs))
-
-    def over(self, other: "Size", power: float) -> float:
-        """How much more it takes than another one, with this power of the points; all else linearly."""
-        rest = self.probes / other.probes * self.outputs / other.outputs * self.layers / other.layers
-        return (self.points / other.points) ** power * rest
+def trials(points: int) -> list[int]:
+    """On how many points it is tried: 8, twice as many and so on, and all."""
+    counts = [min(points, _FIRST)]
+    while counts[-1] < points:
+        counts.append(min(points, 2 * counts[-1]))
+    return counts
 
 
-def within(seconds: float, size: Size, compute: Callable[[Size], T], growth: float = 2.0) -> tuple[T, float]:
-    """``compute(size)``, after smaller ones, as long as it stays affordable.
+def within(seconds: float, points: int, compute: Callable[[int], T], work: Callable[[int], float]) -> tuple[T, float]:
+    """``compute(points)``, after trials on fewer points, as long as it stays affordable.
+
+    The time is taken as a part that does not grow and one that does as ``work``; what the first trial took counts as
+    the former. From every trial the largest one is gone on to that can be afforded.
 
     Args:
         seconds: Allowed in all.
-        size: Of the whole problem.
-        compute: Does it at a size.
-        growth: Time grows at least with this power of the number of points.
+        points: Of the whole problem.
+        compute: Does it on the first few points.
+        work: How the growing part grows with the number of points, up to a factor.
 
     Returns:
         The result for the whole, and the time that all took.
@@ -78,19 +49,25 @@ def within(seconds: float, size: Size, compute: Callable[[Size], T], growth: flo
         TooDearError: If it would take longer.
     """
     begun = time.perf_counter()
-    rungs = size.ladder()
-    for rung, following in zip(rungs, [*rungs[1:], size], strict=True):
+    left = trials(points)
+    fixed: float | None = None
+    while True:
+        tried = left.pop(0)
         started = time.perf_counter()
-        result = compute(rung)
+        result = compute(tried)
         now = time.perf_counter()
-        if rung == size:
-            break
-        coming = (now - started) * max(size.over(rung, growth), following.over(rung, _GROWTH))
-        if now - begun + coming > seconds:
+        if tried == points:
+            return result, now - begun
+        took = now - started
+        fixed = took if fixed is None else min(fixed, took)
+        each = max(took - fixed, _NOISE * fixed) / work(tried)
+        coming = {count: fixed + each * work(count) for count in left}
+        affordable = [count for count in left if now - begun + coming[count] <= seconds]
+        if not affordable:
             error = TooDearError(
-                f"{rung} took {now - started:.2g} s, so that {size} take about {coming:.2g} s; "
-                f"{max(0.0, seconds):.2g} s are left of what is allowed"
+                f"{tried} training points took {took:.2g} s, so that {points} would take about {coming[points]:.2g} s; "
+                f"{max(0.0, seconds - (now - begun)):.2g} s are left of what is allowed"
             )
             error.spent = now - begun
             raise error
-    return result, now - begun
+        left = left[left.index(affordable[-1]) :]

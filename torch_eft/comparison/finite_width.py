@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torch_eft.comparison.affordable import Size, TooDearError, within
+from torch_eft.comparison.affordable import TooDearError, within
 from torch_eft.measure.metrics import as_trace
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.prediction import predict_training
@@ -57,34 +57,12 @@ class Problem:
     learning_rate: float
     options: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def size(self) -> Size:
-        """N, N_p, n_L, L."""
-        return Size(len(self.x_train), len(self.x_probe), self.ensemble.widths[-1], self.ensemble.depth)
-
-    def reduced(self, size: Size) -> "Problem":
-        """With the first few points, probes, outputs and layers."""
-        if size == self.size:
-            return self
-        given, kept = self.ensemble, size.layers - 1
-
-        def some(values: Sequence[float]) -> list[float]:
-            return [*values[:kept], values[-1]]
-
-        ensemble = MLPEnsemble(
-            [*given.widths[: kept + 1], size.outputs],
-            given.activation,
-            some(given.C_b),
-            some(given.C_W),
-            some(given.lambda_b),
-            some(given.lambda_W),
-        )
-        return replace(
-            self,
-            ensemble=ensemble,
-            x_train=self.x_train[: size.points],
-            y_train=self.y_train[: size.points, : size.outputs],
-            x_probe=self.x_probe[: size.probes],
+    def of(self, points: int) -> "Problem":
+        """With the first few training points."""
+        return (
+            self
+            if points == len(self.x_train)
+            else replace(self, x_train=self.x_train[:points], y_train=self.y_train[:points])
         )
 
     def predicted(self, steps: Sequence[int], order: Literal[0, 1], **options: Any) -> Trajectory:
@@ -196,7 +174,7 @@ def finite_width(problem: Problem, steps: int, direction: Tensor, seconds: float
     zeroth = problem.predicted(found.steps, 0)
     Theta = as_trace(zeroth.ntk_mean[0])[look, look]
     gauges, verdicts = [], []
-    ntk = work.attempt("the NTK", 1.0, training("ntk"))
+    ntk = work.attempt("the NTK", 0, 2, training("ntk"))
     if ntk is not None:
         found.initial_ntk = as_trace(ntk.ntk_mean[0])[look, look] - Theta
         found.values["ntk"] = torch.stack([as_trace(value)[look, look] for value in ntk.ntk_drift])
@@ -205,19 +183,19 @@ def finite_width(problem: Problem, steps: int, direction: Tensor, seconds: float
     if problem.options:
         found.words.append("hidden kernels at order 0: their drift is derived without momentum")
     else:
-        hidden = work.attempt("hidden kernels", 1.0, lambda some: _hidden(some, found.steps))
+        hidden = work.attempt("hidden kernels", 0, 2, lambda some: _hidden(some, found.steps))
         if hidden is not None:
             found.kernels_0 = tuple(layer.kernel_order0[look, look] for layer in hidden.layers)
             found.kernels = [layer.kernel_drift[:, look, look] for layer in hidden.layers]
             verdicts.append(hidden.validity)
-    mean = work.attempt("the mean output", 2.0, training("mean"))
+    mean = work.attempt("the mean output", 1, 3, training("mean"))
     if mean is not None:
         found.values["mean"] = (mean.output_mean - zeroth.output_mean)[:, look]
         moved = zeroth.output_mean[:, look].flatten(1).norm(dim=1)
         size = found.values["mean"].flatten(1).norm(dim=1)
         gauges.append(torch.where(moved > 0, size / torch.where(moved > 0, moved, 1.0), 0.0))
         verdicts.append(mean.validity)
-        spread = work.attempt("the covariance", 2.0, training("covariance"))
+        spread = work.attempt("the covariance", 1, 3, training("covariance"))
         if spread is not None:
             change = (spread.output_covariance - zeroth.output_covariance)[:, look, look]
             found.values["projected_variance"] = torch.einsum("ai,tabij,bj->t", direction, change, direction)
@@ -272,14 +250,23 @@ class _Work:
     def __init__(self, problem: Problem, seconds: float, words: list[str]) -> None:
         self.problem, self.left, self.words = problem, seconds, words
 
-    def attempt(self, name: str, growth: float, compute: Callable[[Problem], Any]) -> Any:
-        """The result, or None; ``words`` says which and why."""
-        problem = self.problem
+    def attempt(self, name: str, over_all: int, over_train: int, compute: Callable[[Problem], Any]) -> Any:
+        """The result, or None; ``words`` says which and why.
+
+        Its largest tensors have ``over_all`` labels that run over all points and ``over_train`` over training points
+        (those over probe points alone do not grow).
+        """
+        problem, probes = self.problem, len(self.problem.x_probe)
         if self.left <= 0:
             self.words.append(f"{name} at order 0: no time is left of what is allowed")
             return None
         try:
-            result, spent = within(self.left, problem.size, lambda size: compute(problem.reduced(size)), growth)
+            result, spent = within(
+                self.left,
+                len(problem.x_train),
+                lambda points: compute(problem.of(points)),
+                lambda points: (points + probes) ** over_all * points**over_train,
+            )
         except (TooDearError, ValueError) as error:
             self.words.append(f"{name} at order 0: {error}")
             self.left -= error.spent if isinstance(error, TooDearError) else 0.0

@@ -34,19 +34,23 @@ class Options:
         ensemble: C_b and C_W, if known.
         activation: The activation, where it is none of the registered ones.
         output_fn: Turns what the network returns into (N, C).
+        forecast_seconds: Time that each forecast may take before the first step.
     """
 
     ensemble: MLPEnsemble | None = None
     activation: ActivationLike | None = None
     output_fn: OutputFn | None = None
+    forecast_seconds: float = 3.0
 
 
 MAKERS: dict[str, Callable[[Options], Part]] = {
     # In the order in which they are asked; of several that hold, the first gives level and validity.
     "ntk": lambda options: NTKPart(),
     "representation": lambda options: RepresentationPart(output_fn=options.output_fn),
-    "theory": lambda options: EnsemblePart(options.ensemble, options.activation, options.output_fn),
-    "instance": lambda options: InstancePart(options.output_fn),
+    "theory": lambda options: EnsemblePart(
+        options.ensemble, options.activation, options.output_fn, seconds=options.forecast_seconds
+    ),
+    "instance": lambda options: InstancePart(options.output_fn, seconds=options.forecast_seconds),
     "interval": lambda options: IntervalPart(options.output_fn),
     "taylor": lambda options: TaylorPart(options.output_fn),
     "dntk": lambda options: DNTKPart(options.output_fn),
@@ -62,10 +66,12 @@ def parts_of(preset: Preset, also: Sequence[str], options: Options) -> list[Part
     """The parts of a preset and those asked for besides.
 
     Raises:
-        ValueError: If the preset or a part is unknown.
+        ValueError: If the preset or a part is unknown, or ``forecast_seconds`` is not positive.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r} given; give one of {', '.join(map(repr, PRESETS))}")
+    if not options.forecast_seconds > 0:
+        raise ValueError(f"forecast_seconds: {options.forecast_seconds} given; give a positive number of seconds")
     unknown = [name for name in also if name not in MAKERS]
     if unknown:
         raise ValueError(f"also: {unknown[0]!r} is no part; there are {', '.join(MAKERS)}")
