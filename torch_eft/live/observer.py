@@ -240,6 +240,8 @@ class Observer:
         self.recorder.ask_each(self.parts, lambda part: part.begin(start))
         if step not in self.history:
             self._visit(step, last=False, epoch=None, start=True)
+        elif restored and any(part.looks_back for part in self.parts):
+            self._look(step)
         self._drawn = goes_on
         if self.recorder.outlet.draws:
             self.budget.reserve = LOADING
@@ -372,7 +374,6 @@ class Observer:
     # ---- what it does
 
     def _visit(self, step: int, last: bool, epoch: int | None, start: bool = False) -> dict[str, float]:
-        assert self.model is not None and self.probe is not None and self._plan is not None
         first = self._reference is None or start
         forced = first or last
         if not forced and not self.budget.affordable(SNAPSHOT, self._progress(step)):
@@ -383,28 +384,7 @@ class Observer:
         if step == self._left_out_step:  # left out first, then seen to be the last
             self.budget.accounts[SNAPSHOT].left_out -= 1
         self._last_step = step  # also if it fails: one attempt a step
-        with self.budget.account(SNAPSHOT, forced):
-            # Parameters that were frozen at theta_0 may have joined: theirs are the rates they have now.
-            lambdas = self._learning_rates()
-            lambdas |= {name: value for name, value in self._lambdas.items() if name in lambdas}
-            snapshot = take_snapshot(self.model, self.probe, self._plan, lambdas, self.output_fn)
-            if self._reference is None:
-                self._reference = snapshot
-                if any(part.needs_theta_0 for part in self.parts):
-                    named = self.model.named_parameters()
-                    self._theta_0 = {name: p.detach().clone() for name, p in named if p.requires_grad}
-        self._last = snapshot
-        visit = Visit(
-            step,
-            self.model,
-            self.probe,
-            self.output_fn,
-            snapshot,
-            self._reference,
-            lambdas,
-            last,
-            self._theta_0,
-        )
+        visit = self._seen(step, last, forced)
         scalars: dict[str, float] = {}
         for part in self.parts:
             if self._affords(part, first, last, step):
@@ -419,6 +399,38 @@ class Observer:
         if not forced:
             self._draw_start()
         return dict(self.history.get(step, {}))
+
+    def _look(self, step: int) -> None:
+        """Show where a resumed training starts, whose numbers are recorded, to the parts that look back to it."""
+        visit = self._seen(step, last=False, forced=True)
+        for part in self.parts:
+            if part.looks_back:
+                self.recorder.ask(lambda part=part: part.observe(visit))  # type: ignore[misc]
+
+    def _seen(self, step: int, last: bool, forced: bool) -> Visit:
+        assert self.model is not None and self.probe is not None and self._plan is not None
+        with self.budget.account(SNAPSHOT, forced):
+            # Parameters that were frozen at theta_0 may have joined: theirs are the rates they have now.
+            lambdas = self._learning_rates()
+            lambdas |= {name: value for name, value in self._lambdas.items() if name in lambdas}
+            snapshot = take_snapshot(self.model, self.probe, self._plan, lambdas, self.output_fn)
+            if self._reference is None:
+                self._reference = snapshot
+                if any(part.needs_theta_0 for part in self.parts):
+                    named = self.model.named_parameters()
+                    self._theta_0 = {name: p.detach().clone() for name, p in named if p.requires_grad}
+        self._last = snapshot
+        return Visit(
+            step,
+            self.model,
+            self.probe,
+            self.output_fn,
+            snapshot,
+            self._reference,
+            lambdas,
+            last,
+            self._theta_0,
+        )
 
     def _affords(self, part: Part, first: bool, last: bool, step: int) -> bool:
         """All parts see theta_0; at the end what is light is never left out, what is dear if there is no room."""
