@@ -64,7 +64,7 @@ def _activation(parser: argparse.ArgumentParser) -> None:
 
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="train an MLP on digits, measured against the theory")
-    demo.add_argument("--width", type=int, default=128, help="hidden width n (default %(default)s)")
+    demo.add_argument("--width", type=int, default=256, help="hidden width n (default %(default)s)")
     demo.add_argument("--depth", type=int, default=3, help="L, number of weight matrices (default %(default)s)")
     _activation(demo)
     demo.add_argument("--steps", type=int, default=300, help="full-batch gradient steps (default %(default)s)")

@@ -67,11 +67,12 @@ def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
         if theory := _series(history, tag(quantity, order)):
             colour, style = LINES[order]
             axes.plot(list(theory), list(theory.values()), color=colour, ls=style, lw=2.5, label=label)
-    axes.plot(list(measured), list(measured.values()), color=MEASURED, lw=2.5, label="measured")
+    if measured:  # errors of forecasts have orders alone
+        axes.plot(list(measured), list(measured.values()), color=MEASURED, lw=2.5, label="measured")
     axes.set_title(QUANTITIES[quantity].title, fontsize=14, wrap=True)
     axes.set_xlabel("optimizer step", fontsize=14)
     axes.tick_params(labelsize=13)
-    if max(measured, default=0) >= 100:  # most of the motion is early
+    if max(history, default=0) >= 100:  # most of the motion is early
         axes.set_xscale("symlog", linthresh=1)
     axes.margins(x=0.01)
     axes.legend(fontsize=13, frameon=False)
