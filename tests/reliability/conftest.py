@@ -29,7 +29,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("markexpr") != "reliability":
         return
     counts = {}
-    for outcome in ("passed", "failed", "error", "skipped"):
+    for outcome in ("passed", "failed", "error", "skipped", "xfailed"):
         for report in terminalreporter.stats.get(outcome, []):
             kind = KINDS.get(Path(report.nodeid.split("::")[0]).stem)
             if kind is not None and (report.when == "call" or outcome != "passed"):
