@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from torch_eft.live import Event, JSONLSink, MeasurementWarning, TensorBoardSink
+from torch_eft.live.outlet import described
 from torch_eft.tensorboard.run_info import read_jsonl
 
 
@@ -85,3 +86,10 @@ def test_tensorboard_takes_everything(tmp_path):
     assert tags["scalars"] == ["eft/ntk_drift/measured"]
     assert tags["histograms"] == ["eft/ntk_spectrum/log10_eigenvalues"]
     assert {"eft/diagnosis/text_summary", "custom_scalars__config__", "eft/run"} <= set(tags["tensors"])
+
+
+def test_optimizers_are_told_in_few_digits():
+    weights = [torch.nn.Parameter(torch.ones(1))]
+    assert described(torch.optim.SGD(weights, lr=0.3991127631592157)) == "SGD, lr 0.399113"
+    adam = torch.optim.AdamW(weights, lr=torch.tensor(0.25))
+    assert described(adam) == "AdamW, lr 0.25, betas (0.9, 0.999), weight_decay 0.01"

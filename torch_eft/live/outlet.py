@@ -116,10 +116,19 @@ def described(optimizer: Optimizer) -> str:
     """An optimizer in words, e.g. ``SGD, lr 0.1, momentum 0.9``."""
     words = [type(optimizer).__name__]
     for option in ("lr", "momentum", "betas", "weight_decay"):
-        values = list(dict.fromkeys(str(group.get(option, "")) for group in optimizer.param_groups))
-        if any(value not in ("", "0", "0.0") for value in values):
+        values = list(dict.fromkeys(_short(group.get(option, "")) for group in optimizer.param_groups))
+        if any(value not in ("", "0") for value in values):
             words.append(f"{option} {'/'.join(values)}")
     return ", ".join(words)
+
+
+def _short(value: object) -> str:
+    """Numbers to six digits."""
+    if isinstance(value, Tensor):  # a capturable optimizer's learning rate
+        value = value.item()
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_short, value))})"
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def skipped_page(skipped: Sequence[tuple[int, str]]) -> str:

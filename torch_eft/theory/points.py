@@ -112,6 +112,8 @@ def quadrature_step(activation: Activation, K: Tensor, tolerance: float = 1e-10)
     label of the largest variance. None if no step down to 1/64 will do, as for powers that outgrow the range.
     """
     deviation = K.diagonal().max().sqrt()
+    if not _HALF_RANGE * float(deviation) * 128 < _MOST_NODES:
+        return None
 
     def means(step: float) -> Tensor:
         count = math.ceil(_HALF_RANGE * float(deviation) / step)
