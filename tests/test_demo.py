@@ -113,8 +113,8 @@ def test_every_measured_step_has_its_theory_and_all_are_finite(events):
         assert [event.step for event in values] == (steps[1:] if "overhead" in tag else steps)
         assert all(math.isfinite(event.value) for event in values)
     for lower, upper in zip(
-        events.Scalars("eft_theory/ntk_trace/minus_sigma"),
-        events.Scalars("eft_theory/ntk_trace/plus_sigma"),
+        events.Scalars("eft-theory/ntk_trace/minus_sigma"),
+        events.Scalars("eft-theory/ntk_trace/plus_sigma"),
         strict=True,
     ):
         assert lower.value < upper.value
@@ -129,12 +129,12 @@ def test_layout_has_a_margin_chart_for_every_band(events):
     margins = {chart.margin.series[0].value: chart.margin for chart in category.chart if chart.HasField("margin")}
     # Around the highest order there is: within the demo's time that of the mean output is 0.
     orders = {"ntk_trace": "order_1", "output_chi_squared": "order_0", "output_projection": "order_0"}
-    assert sorted(margins) == [f"eft_theory/{quantity}/{orders[quantity]}" for quantity in BANDED]
+    assert sorted(margins) == [f"eft-theory/{quantity}/{orders[quantity]}" for quantity in BANDED]
     for quantity in BANDED:
-        band, line = margins[f"eft_theory/{quantity}/{orders[quantity]}"].series
+        band, line = margins[f"eft-theory/{quantity}/{orders[quantity]}"].series
         assert (band.lower, band.upper) == (
-            f"eft_theory/{quantity}/minus_sigma",
-            f"eft_theory/{quantity}/plus_sigma",
+            f"eft-theory/{quantity}/minus_sigma",
+            f"eft-theory/{quantity}/plus_sigma",
         )
         assert line.value == f"eft/{quantity}/measured"
     lines = [tag for chart in category.chart for tag in chart.multiline.tag]

@@ -22,7 +22,7 @@ def test_a_bare_loop_beside_its_theory(tmp_path):
     observer = bare_pytorch.main(steps=30, width=32, logdir=str(tmp_path))
     assert observer.validity.flag in ("valid", "caution")
     assert {0, 1, 10, 30} <= set(observer.history)
-    assert "eft_theory/output_projection/order_0" in observer.history[30]
+    assert "eft-theory/output_projection/order_0" in observer.history[30]
     assert {"eft.jsonl"} < {path.name for path in tmp_path.iterdir()}
     assert not observer.skipped
 

@@ -73,7 +73,7 @@ def test_values_are_those_of_the_weights_at_that_step():
         assert hidden.history[step]["eft/representation_change/measured"] == pytest.approx(
             sum(changes) / len(changes), abs=1e-6
         )
-        assert hidden.history[step]["eft_layers/representation_change/net.2"] == pytest.approx(changes[0], abs=1e-6)
+        assert hidden.history[step]["eft-layers/representation_change/net.2"] == pytest.approx(changes[0], abs=1e-6)
     assert ntk.history[9]["eft/ntk_drift/measured"] > 0.01
 
 

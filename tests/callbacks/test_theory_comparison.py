@@ -41,15 +41,15 @@ def test_theory_is_that_of_the_ensemble_read_off_the_network():
     for step, scalars in monitor.history.items():
         mean, covariance = prediction.output_mean[step], prediction.output_covariance[step, ..., 0, 0]
         sigma = math.sqrt(float(torch.einsum("ai,ab,bi->", direction, covariance, direction)))
-        assert scalars["eft_theory/output_projection/order_0"] == pytest.approx(
+        assert scalars["eft-theory/output_projection/order_0"] == pytest.approx(
             float((direction * mean).sum()), abs=1e-6
         )
-        upper = scalars["eft_theory/output_projection/plus_sigma"]
-        assert upper - scalars["eft_theory/output_projection/order_0"] == pytest.approx(sigma, rel=1e-5)
+        upper = scalars["eft-theory/output_projection/plus_sigma"]
+        assert upper - scalars["eft-theory/output_projection/order_0"] == pytest.approx(sigma, rel=1e-5)
         trace = float(prediction.ntk_mean[0].diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1).mean())
-        assert scalars["eft_theory/ntk_trace/order_0"] == pytest.approx(trace, rel=1e-6)
-        assert scalars["eft_theory/ntk_drift/order_0"] == 0
-        assert scalars["eft_theory/representation_change/order_0"] == 0
+        assert scalars["eft-theory/ntk_trace/order_0"] == pytest.approx(trace, rel=1e-6)
+        assert scalars["eft-theory/ntk_drift/order_0"] == 0
+        assert scalars["eft-theory/representation_change/order_0"] == 0
 
 
 def test_a_wide_network_follows_its_forecast():
@@ -70,11 +70,11 @@ def test_a_wide_network_follows_its_forecast():
     assert monitor.validity.flag == "valid"
     last = monitor.history[60]
     moved = abs(
-        last["eft_theory/output_projection/order_0"] - monitor.history[0]["eft_theory/output_projection/order_0"]
+        last["eft-theory/output_projection/order_0"] - monitor.history[0]["eft-theory/output_projection/order_0"]
     )
     for quantity in ("output_projection", "output_chi_squared"):
-        theory = last[f"eft_theory/{quantity}/order_0"]
-        sigma = last[f"eft_theory/{quantity}/plus_sigma"] - theory
+        theory = last[f"eft-theory/{quantity}/order_0"]
+        sigma = last[f"eft-theory/{quantity}/plus_sigma"] - theory
         assert abs(last[f"eft/{quantity}/measured"] - theory) < 4 * sigma
         if quantity == "output_projection":
             assert moved > 0.5 * sigma  # the training moved what is compared
@@ -117,7 +117,7 @@ def test_outside_the_theory_it_says_so_and_measures_on(name):
     assert len(monitor.history) > 2
     for scalars in monitor.history.values():
         assert "eft/ntk_top_eigenvalue/measured" in scalars
-        assert not any(tag.startswith("eft_theory") for tag in scalars)
+        assert not any(tag.startswith("eft-theory") for tag in scalars)
 
 
 def test_a_failing_theory_does_not_cost_theta_0(monkeypatch):
@@ -145,7 +145,7 @@ def test_a_learning_rate_schedule_ends_the_comparison_when_it_acts():
     monitor = beside(every=1, on_error="raise")
     run([monitor, Scheduled()], **FULL)
     assert "learning rate changed at step 3" in monitor.validity.reason
-    with_theory = [step for step, scalars in monitor.history.items() if "eft_theory/ntk_trace/order_0" in scalars]
+    with_theory = [step for step, scalars in monitor.history.items() if "eft-theory/ntk_trace/order_0" in scalars]
     assert with_theory == [0, 1, 2, 3]
     assert list(monitor.history) == list(range(7))
 
@@ -155,14 +155,14 @@ def test_a_batch_with_other_samples_ends_the_comparison():
     monitor = beside(every=1, on_error="raise")
     run([monitor], **FULL | {"batch_size": 8, "limit_train_batches": 1})
     assert "other samples than the first" in monitor.validity.reason
-    with_theory = [step for step, scalars in monitor.history.items() if "eft_theory/ntk_trace/order_0" in scalars]
+    with_theory = [step for step, scalars in monitor.history.items() if "eft-theory/ntk_trace/order_0" in scalars]
     assert with_theory == [0, 1]
 
 
 def test_shuffling_the_full_batch_is_still_full_batch():
     monitor = beside(every=1, on_error="raise")
     run([monitor], **FULL)  # shuffle=True
-    assert "eft_theory/ntk_trace/order_0" in monitor.history[6]
+    assert "eft-theory/ntk_trace/order_0" in monitor.history[6]
 
 
 def test_a_known_ensemble_can_be_given():
@@ -172,7 +172,7 @@ def test_a_known_ensemble_can_be_given():
     # Its lambda is the optimizer's, one torch learning rate for all, not the default of MLPEnsemble.
     with_lambda = MLPEnsemble([5, 16, 16, 3], "tanh", 0.03, 1 / 3, lambda_W=[5.0, 16.0, 16.0])
     Theta = initial_statistics(with_lambda, PROBE, ("K", "Theta"))[-1].Theta
-    assert monitor.history[6]["eft_theory/ntk_trace/order_0"] == pytest.approx(float(Theta.diagonal().mean()))
+    assert monitor.history[6]["eft-theory/ntk_trace/order_0"] == pytest.approx(float(Theta.diagonal().mean()))
 
 
 def test_a_given_ensemble_of_other_widths_stops_before_training():

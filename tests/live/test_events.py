@@ -20,12 +20,12 @@ def scalars(measured, order_0=1.0, sigma=None, order_1=None, truncation=None, qu
 
 
 def test_z_score_is_taken_from_the_highest_order():
-    assert deviations(scalars(2.0, sigma=0.5)) == {"eft_theory/ntk_trace/z_score": 2.0}
-    assert deviations(scalars(2.0, sigma=0.5, order_1=1.5)) == {"eft_theory/ntk_trace/z_score": 1.0}
+    assert deviations(scalars(2.0, sigma=0.5)) == {"eft-theory/ntk_trace/z_score": 2.0}
+    assert deviations(scalars(2.0, sigma=0.5, order_1=1.5)) == {"eft-theory/ntk_trace/z_score": 1.0}
 
 
 def test_the_ratio_where_there_is_no_sigma():
-    assert deviations(scalars(3.0, order_0=2.0)) == {"eft_theory/ntk_trace/ratio": 1.5}
+    assert deviations(scalars(3.0, order_0=2.0)) == {"eft-theory/ntk_trace/ratio": 1.5}
     assert deviations(scalars(3.0, order_0=0.0)) == {}
     assert deviations({tag("ntk_trace"): 1.0}) == {}
 

@@ -96,6 +96,11 @@ def in_csv(folder):
     return Counter(step for step, _ in points), dict(points)
 
 
+def in_a_process_of_its_own(*arguments):
+    torch.set_num_threads(1)  # a fork has none of the threads that its parent's OpenMP counts on
+    first_part(*arguments)
+
+
 def first_part(folder, every, checkpoint, stop_at, action, kind=Training):
     saver = ModelCheckpoint(folder / "ckpt", filename="{step}", save_top_k=-1, **checkpoint)
     fit([light(every=every), saver, StopAt(stop_at, action)], loggers(folder), kind=kind)
@@ -105,7 +110,7 @@ def interrupted(folder, every, checkpoint, stop_at, action, kind=Training):
     """A training that stopped; its checkpoints by step."""
     if action is kill:
         child = multiprocessing.get_context("fork").Process(
-            target=first_part, args=(folder, every, checkpoint, stop_at, action, kind)
+            target=in_a_process_of_its_own, args=(folder, every, checkpoint, stop_at, action, kind)
         )
         child.start()
         child.join(120)

@@ -128,7 +128,7 @@ def test_a_report_of_hostile_names_holds_no_markup_of_theirs(tmp_path):
     lines = [
         {"kind": "run", "schema": 1, "network": evil, "optimizer": evil, "diagnosis": f"# {evil}", "level": evil},
         {"kind": "measurement", "step": 0, "scalars": {"eft/ntk_drift/measured": 0.0, f"eft/{evil}/measured": 1.0}},
-        {"kind": "measurement", "step": 1, "scalars": {"eft/ntk_drift/measured": 0.1, f"eft_layers/x/{evil}": 1.0}},
+        {"kind": "measurement", "step": 1, "scalars": {"eft/ntk_drift/measured": 0.1, f"eft-layers/x/{evil}": 1.0}},
         {"kind": "event", "step": 1, "quantity": evil, "text": evil},
         {"kind": "page", "name": evil, "text": evil, "step": 1},
     ]

@@ -14,13 +14,13 @@ def drift(step: int, scale: float) -> dict[str, float]:
     order_1 = scale * step
     return {
         "eft/ntk_drift/measured": order_1 + 0.5,
-        "eft_theory/ntk_drift/order_0": 0.0,
-        "eft_theory/ntk_drift/order_1": order_1,
-        "eft_theory/ntk_drift/minus_sigma": order_1 - 0.5,
-        "eft_theory/ntk_drift/plus_sigma": order_1 + 0.5,
+        "eft-theory/ntk_drift/order_0": 0.0,
+        "eft-theory/ntk_drift/order_1": order_1,
+        "eft-theory/ntk_drift/minus_sigma": order_1 - 0.5,
+        "eft-theory/ntk_drift/plus_sigma": order_1 + 0.5,
         "eft/ntk_top_eigenvalue/measured": 300.0 + step,
-        "eft_theory/interval_ntk_error/order_0": 1.0,
-        "eft_layers/taylor_terms/order_2": 0.01 * step,
+        "eft-theory/interval_ntk_error/order_0": 1.0,
+        "eft-layers/taylor_terms/order_2": 0.01 * step,
     }
 
 

@@ -27,8 +27,8 @@ def banded(quantity, measured, order_0, sigma):
 
 def test_tags_are_built_and_read():
     assert tag("ntk_trace") == "eft/ntk_trace/measured"
-    assert tag("ntk_trace", "order_1") == "eft_theory/ntk_trace/order_1"
-    assert layer_tag("representation_change", "net.2/a") == "eft_layers/representation_change/net.2/a"
+    assert tag("ntk_trace", "order_1") == "eft-theory/ntk_trace/order_1"
+    assert layer_tag("representation_change", "net.2/a") == "eft-layers/representation_change/net.2/a"
     for name in (tag("ntk_trace"), tag("ntk_trace", "z_score"), layer_tag("ntk_trace", "a/b")):
         assert quantity_of(name) == "ntk_trace"
     assert quantity_of("eft/nothing/measured") is None
@@ -69,10 +69,10 @@ def test_the_layout_has_the_highest_order_in_the_band():
         return {category.title: list(category.chart) for category in layout.category}
 
     (found,) = charts(*banded("ntk_trace", 1, 2, 3), tag("ntk_trace", "order_1")).values()
-    assert found[0].margin.series[0].value == "eft_theory/ntk_trace/order_1"
+    assert found[0].margin.series[0].value == "eft-theory/ntk_trace/order_1"
     both = charts(tag("ntk_drift"), tag("ntk_drift", "order_0"), tag("ntk_top_eigenvalue"), tag("overhead_percent"))
     compared, measured = both.values()
-    assert list(compared[0].multiline.tag) == ["^eft/ntk_drift/measured$", "^eft_theory/ntk_drift/order_0$"]
+    assert list(compared[0].multiline.tag) == ["^eft/ntk_drift/measured$", "^eft-theory/ntk_drift/order_0$"]
     assert [chart.title for chart in measured] == ["NTK: largest eigenvalue"]
 
 

@@ -19,9 +19,9 @@ from torch_eft.tensorboard.run_info import (
 
 def test_tags_split_into_quantity_and_series():
     assert split_tag("eft/ntk_drift/measured") == ("ntk_drift", "measured")
-    assert split_tag("eft_theory/ntk_drift/order_1") == ("ntk_drift", "order_1")
-    assert split_tag("eft_more/ntk_drift/measured") == ("ntk_drift", "measured")
-    assert split_tag("eft_layers/representation_change/body.2") == ("representation_change", "layer/body.2")
+    assert split_tag("eft-theory/ntk_drift/order_1") == ("ntk_drift", "order_1")
+    assert split_tag("eft-more/ntk_drift/measured") == ("ntk_drift", "measured")
+    assert split_tag("eft-layers/representation_change/body.2") == ("representation_change", "layer/body.2")
     for other in ("loss", "eft/run", "eft//measured", "eft/ntk_drift/", "other/ntk_drift/measured"):
         assert split_tag(other) is None
 

@@ -106,7 +106,7 @@ class RepresentationMonitor(Monitor):
 
     Logs ``representation_change`` and ``representation_cka_distance``, on the probe, with K_0 a layer's kernel
     (1/n) sum_j s_j s_j at theta_0: the mean over layers, and with ``per_layer`` each as
-    ``eft_layers/<quantity>/<layer>``.
+    ``eft-layers/<quantity>/<layer>``.
 
     Args:
         probe: As ``EFTMonitor``.

@@ -20,7 +20,7 @@ class Quantity:
         source: PDLT, a paper, or ``"derived here"``.
         at_infinite_width: What it is there, in words.
         among_the_first: Whether the scalars tab shows its measured values in the group ``eft``; at most 12 do, the
-            others are in ``eft_more``.
+            others are in ``eft-more``.
     """
 
     title: str

@@ -1,9 +1,9 @@
 """The names under which results are logged.
 
 * ``eft/<quantity>/measured``: what this network does; quantities beyond the first twelve as
-  ``eft_more/<quantity>/measured``;
-* ``eft_theory/<quantity>/<series>``: what the theory says of it, by order, with its band (``SERIES``);
-* ``eft_layers/<quantity>/<layer>``: a measured quantity of one layer, where asked for.
+  ``eft-more/<quantity>/measured``;
+* ``eft-theory/<quantity>/<series>``: what the theory says of it, by order, with its band (``SERIES``);
+* ``eft-layers/<quantity>/<layer>``: a measured quantity of one layer, where asked for.
 
 Groups, so that the scalars tab shows few cards unless more are opened. Quantities are those of ``QUANTITIES``.
 """
@@ -13,7 +13,7 @@ from sys import intern  # a history has every tag once a step: as many names, on
 
 from torch_eft.tensorboard.quantities import QUANTITIES
 
-PREFIX, MORE, THEORY, LAYERS = "eft", "eft_more", "eft_theory", "eft_layers"
+PREFIX, MORE, THEORY, LAYERS = "eft", "eft-more", "eft-theory", "eft-layers"
 
 MEASURED = "measured"
 BAND = ("minus_sigma", "plus_sigma")
@@ -30,7 +30,7 @@ SPECTRUM = "eft/ntk_spectrum/log10_eigenvalues"
 
 
 def tag(quantity: str, series: str = MEASURED) -> str:
-    """``eft/<quantity>/measured`` (or ``eft_more/...``), or ``eft_theory/<quantity>/<series>``.
+    """``eft/<quantity>/measured`` (or ``eft-more/...``), or ``eft-theory/<quantity>/<series>``.
 
     Raises:
         ValueError: If the quantity is not registered or the series unknown.
@@ -45,7 +45,7 @@ def tag(quantity: str, series: str = MEASURED) -> str:
 
 
 def layer_tag(quantity: str, layer: str) -> str:
-    """``eft_layers/<quantity>/<layer>``.
+    """``eft-layers/<quantity>/<layer>``.
 
     Raises:
         ValueError: If the quantity is not registered.

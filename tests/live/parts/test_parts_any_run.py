@@ -35,12 +35,12 @@ def test_the_next_interval_in_a_run_with_adam_and_minibatches():
     assert visits == [5, 10, 15, 20, 25, 30]
     for step in visits:
         scalars = observer.history[step]
-        assert scalars["eft_theory/ntk_rate/order_0"] == 0
-        assert scalars["eft_theory/ntk_rate/ratio"] == pytest.approx(1, abs=0.05)
-        assert scalars["eft_theory/interval_ntk_error/order_1"] < 0.2
+        assert scalars["eft-theory/ntk_rate/order_0"] == 0
+        assert scalars["eft-theory/ntk_rate/ratio"] == pytest.approx(1, abs=0.05)
+        assert scalars["eft-theory/interval_ntk_error/order_1"] < 0.2
         assert (
-            scalars["eft_theory/interval_output_error/order_1"]
-            < 0.2 * scalars["eft_theory/interval_output_error/order_0"]
+            scalars["eft-theory/interval_output_error/order_1"]
+            < 0.2 * scalars["eft-theory/interval_output_error/order_0"]
         )
     assert not observer.events
     assert "a copy of the trainable parameters" in pages["interval"][0][1]
@@ -66,12 +66,12 @@ def test_the_numbers_of_an_interval():
     expected = {
         "eft/ntk_rate/measured": along,
         "eft/dntk/measured": sized.dntk,
-        "eft_more/ddntk/measured": sized.ddntk,
-        "eft_theory/dntk/order_0": 0,
-        "eft_theory/ntk_rate/order_1": float(P.norm() / H.norm()) / 4,
-        "eft_theory/interval_ntk_error/order_1": float((change - P).norm() / change.norm()),
-        "eft_theory/interval_output/order_1": float(correction.norm() / linear.norm()),
-        "eft_theory/interval_output_error/order_0": float(
+        "eft-more/ddntk/measured": sized.ddntk,
+        "eft-theory/dntk/order_0": 0,
+        "eft-theory/ntk_rate/order_1": float(P.norm() / H.norm()) / 4,
+        "eft-theory/interval_ntk_error/order_1": float((change - P).norm() / change.norm()),
+        "eft-theory/interval_output/order_1": float(correction.norm() / linear.norm()),
+        "eft-theory/interval_output_error/order_0": float(
             (found.output_change - linear).norm() / found.output_change.norm()
         ),
     }
@@ -90,13 +90,13 @@ def test_taylor_terms_of_the_real_trajectory():
     scalars = observer.history[20]
     for order in (1, 2, 3):
         expected = float(series.terms[order].norm() / change.norm())
-        assert scalars[f"eft_layers/taylor_terms/order_{order}"] == pytest.approx(expected, rel=1e-3)
+        assert scalars[f"eft-layers/taylor_terms/order_{order}"] == pytest.approx(expected, rel=1e-3)
     assert scalars["eft/taylor_remainder/measured"] == pytest.approx(
         float(series.remainder.norm() / change.norm()), rel=1e-2
     )
     left = [(change - series.terms[1 : k + 1].sum(0)).norm() / change.norm() for k in (1, 2, 3)]
     needed = next((k for k, value in enumerate(left, start=1) if value <= 0.05), 4)
-    assert scalars["eft_more/taylor_orders_needed/measured"] == needed
+    assert scalars["eft-more/taylor_orders_needed/measured"] == needed
     assert not any("taylor" in name for name in observer.history[0])
     assert "of the change of the outputs since theta_0" in pages["taylor"][-1][1]
 
@@ -119,14 +119,14 @@ def test_dntk_along_the_gradient_is_logged_where_it_belongs():
 
     observer, _ = fit(model, [DNTKPart()], 6, optimizer, x, y, x_probe, every=2, on_step=both)
     assert [
-        step for step, scalars in observer.history.items() if "eft_more/dntk_along_gradient/measured" in scalars
+        step for step, scalars in observer.history.items() if "eft-more/dntk_along_gradient/measured" in scalars
     ] == [0, 2, 4]
     for step in (0, 2, 4):
         expected = sized_dntk(model, thetas[step], kept[step], x_probe, 1.0)
         scalars = observer.history[step]
-        assert scalars["eft_more/dntk_along_gradient/measured"] == pytest.approx(expected.dntk, rel=1e-3)
-        assert scalars["eft_more/ddntk_along_gradient/measured"] == pytest.approx(expected.ddntk, rel=1e-3)
-        assert scalars["eft_theory/dntk_along_gradient/order_0"] == 0
+        assert scalars["eft-more/dntk_along_gradient/measured"] == pytest.approx(expected.dntk, rel=1e-3)
+        assert scalars["eft-more/ddntk_along_gradient/measured"] == pytest.approx(expected.ddntk, rel=1e-3)
+        assert scalars["eft-theory/dntk_along_gradient/order_0"] == 0
 
 
 def test_shadows_follow_minibatches_of_any_optimizer():
@@ -150,8 +150,8 @@ def test_shadows_follow_minibatches_of_any_optimizer():
         moved = shadow(x_probe).detach() - start
         largest = max(largest, float(moved.norm()))
     scalars = observer.history[12]
-    assert scalars["eft_theory/shadow_output/order_0"] == pytest.approx(float(moved.norm()) / math.sqrt(6), rel=1e-3)
-    errors = [scalars[f"eft_theory/shadow_output_error/order_{order}"] for order in (0, 1)]
+    assert scalars["eft-theory/shadow_output/order_0"] == pytest.approx(float(moved.norm()) / math.sqrt(6), rel=1e-3)
+    errors = [scalars[f"eft-theory/shadow_output_error/order_{order}"] for order in (0, 1)]
     assert errors[1] < errors[0]
     measured = (model(x_probe).detach() - start - moved).norm() / largest
     assert errors[0] == pytest.approx(float(measured), rel=1e-2)
@@ -213,7 +213,7 @@ def test_a_network_with_kinks_is_measured_and_labelled():
     for name in ("interval", "dntk"):
         assert "almost everywhere" in pages[name][-1][1]
     assert "do not improve on order 1" in pages["taylor"][-1][1]
-    assert "eft_theory/ntk_rate/truncation" not in observer.history[8]  # nothing estimates what kinks add
+    assert "eft-theory/ntk_rate/truncation" not in observer.history[8]  # nothing estimates what kinks add
     assert {event.quantity for event in observer.events} <= {"taylor_remainder"}
 
 
@@ -226,7 +226,7 @@ def test_an_event_where_three_taylor_orders_are_not_enough():
     first = next(s for s in observer.history if observer.history[s].get("eft/taylor_remainder/measured", 0) > 0.05)
     assert (event.step, event.quantity) == (first, "taylor_remainder")
     assert "orders k >= 4 are not negligible from here on" in event.text
-    assert observer.history[first]["eft_more/taylor_orders_needed/measured"] == 4
+    assert observer.history[first]["eft-more/taylor_orders_needed/measured"] == 4
 
 
 SETTINGS = {

@@ -20,7 +20,7 @@ from torch_eft.live.parts.shadow import ShadowPart
 
 PARTS = {"ensemble": lambda: EnsemblePart(order=0), "instance": lambda: InstancePart(seconds=60.0)}
 PAGE = {"ensemble": "validity", "instance": "instance"}
-TAG = {"ensemble": "eft_theory/ntk_trace/order_0", "instance": "eft_theory/instance_output/order_0"}
+TAG = {"ensemble": "eft-theory/ntk_trace/order_0", "instance": "eft-theory/instance_output/order_0"}
 
 
 def sgd(model, lr=0.05, **options):
@@ -33,25 +33,25 @@ def test_both_forecasts_beside_one_training():
     model = mlp(96, 1)
     parts = [EnsemblePart(seconds=60.0), InstancePart(seconds=60.0), RepresentationPart()]
     observer, pages = fit(model, parts, 30, sgd(model, 0.005, momentum=0.5), x, y, x_probe, every=5)
-    assert "eft_theory/output_projection/order_1" in observer.history[0]  # told late
+    assert "eft-theory/output_projection/order_1" in observer.history[0]  # told late
     for step in (5, 15, 30):
         scalars = observer.history[step]
         for quantity in ("instance_output_error", "instance_ntk_error"):
-            errors = [scalars[f"eft_theory/{quantity}/order_{order}"] for order in (0, 1)]
+            errors = [scalars[f"eft-theory/{quantity}/order_{order}"] for order in (0, 1)]
             assert errors[1] < errors[0], (step, quantity)
         for quantity in ("output_projection", "output_chi_squared", "ntk_trace"):
             names = [
-                f"eft_theory/{quantity}/{series}" for series in ("order_0", "order_1", "minus_sigma", "plus_sigma")
+                f"eft-theory/{quantity}/{series}" for series in ("order_0", "order_1", "minus_sigma", "plus_sigma")
             ]
             assert set(names) <= set(scalars)
-        assert scalars["eft_theory/ntk_drift/order_0"] == 0
-        drifts = scalars["eft_theory/ntk_drift/order_1"], scalars["eft/ntk_drift/measured"]
+        assert scalars["eft-theory/ntk_drift/order_0"] == 0
+        drifts = scalars["eft-theory/ntk_drift/order_1"], scalars["eft/ntk_drift/measured"]
         # Two norms differ by less than the norm of the difference.
-        assert abs(drifts[0] - drifts[1]) <= 1.001 * scalars["eft_theory/instance_ntk_error/order_1"]
-        assert scalars["eft_theory/ntk_mean_drift/order_1"] > 0
-    ratio = observer.history[30]["eft_theory/instance_output/ratio"]
+        assert abs(drifts[0] - drifts[1]) <= 1.001 * scalars["eft-theory/instance_ntk_error/order_1"]
+        assert scalars["eft-theory/ntk_mean_drift/order_1"] > 0
+    ratio = observer.history[30]["eft-theory/instance_output/ratio"]
     error, order_0, order_1 = (
-        observer.history[30][f"eft_theory/{name}"]
+        observer.history[30][f"eft-theory/{name}"]
         for name in ("instance_output_error/order_1", "instance_output/order_0", "instance_output/order_1")
     )
     # The largest motion is at most a half above the present one (it relaxes towards the targets).
@@ -70,7 +70,7 @@ def test_hidden_kernels_beside_their_expectation():
     observer, pages = fit(
         model, [EnsemblePart(seconds=60.0), RepresentationPart()], 10, sgd(model, 0.005), x, y, x_probe, every=10
     )
-    assert {"eft_more/representation_mean_drift/measured", "eft_theory/representation_mean_drift/order_1"} <= set(
+    assert {"eft-more/representation_mean_drift/measured", "eft-theory/representation_mean_drift/order_1"} <= set(
         observer.history[10]
     )
     assert "| 1 |" in pages["representation"][-1][1]
@@ -88,7 +88,7 @@ def test_any_architecture_and_loss_gets_its_own_forecast():
         optimizer = sgd(model, 0.05, momentum=0.5, nesterov=True)
         part = InstancePart(seconds=60.0, loss=told)
         observer, _ = fit(model, [part], 20, optimizer, x, targets, x_probe, loss, every=10)
-        errors = [observer.history[20][f"eft_theory/instance_output_error/order_{order}"] for order in (0, 1)]
+        errors = [observer.history[20][f"eft-theory/instance_output_error/order_{order}"] for order in (0, 1)]
         assert errors[1] < errors[0]
 
 
@@ -108,7 +108,7 @@ def test_batches_with_several_inputs():
     x, y, x_probe = data()
     plain, part = mlp(48), InstancePart(seconds=60.0)
     observer, _ = fit(plain, [part], 4, sgd(plain), x, y, x_probe)
-    expected = observer.history[4]["eft_theory/instance_output/order_1"]
+    expected = observer.history[4]["eft-theory/instance_output/order_1"]
     for changed in (False, True):
         model, part = Two(), InstancePart(seconds=60.0)
 
@@ -121,7 +121,7 @@ def test_batches_with_several_inputs():
         if changed:
             assert "other samples than the first" in pages["instance"][-1][1]
         else:
-            found = observer.history[4]["eft_theory/instance_output/order_1"]
+            found = observer.history[4]["eft-theory/instance_output/order_1"]
             assert found == pytest.approx(expected, rel=1e-6), pages
 
 
@@ -130,7 +130,7 @@ def test_the_forecast_goes_on_when_the_number_of_steps_was_not_known():
     model = mlp(32)
     part = InstancePart(seconds=60.0)
     observer, pages = fit(model, [part], 12, sgd(model), x, y, x_probe, total_steps=4, every=4)
-    assert "eft_theory/instance_output/order_1" in observer.history[12]
+    assert "eft-theory/instance_output/order_1" in observer.history[12]
     assert [text[: text.index(":")] for _, text in pages["instance"][1:]][-1].endswith("up to step 16")
 
 
@@ -160,7 +160,7 @@ def test_outside_it_says_so_and_the_training_goes_on(kind, name):
     assert part.validity.flag == "invalid"
     assert part.info()["level"] == "measurements only"
     assert list(observer.history) == [0, 1, 2, 3]
-    assert not any(name.startswith("eft_theory") for scalars in observer.history.values() for name in scalars)
+    assert not any(name.startswith("eft-theory") for scalars in observer.history.values() for name in scalars)
 
 
 @pytest.mark.parametrize("kind", PARTS)
@@ -230,7 +230,7 @@ def test_a_forecast_too_dear_says_so():
     )
     observer, pages = fit(model, [InstancePart(seconds=1e-9)], 2, sgd(model), x, y, x_probe)
     assert "order 0 only" in pages["instance"][-1][1]
-    assert "eft_theory/instance_output/order_1" not in observer.history[2]
+    assert "eft-theory/instance_output/order_1" not in observer.history[2]
 
 
 def test_events_when_the_gauge_crosses_its_bounds():
@@ -251,12 +251,12 @@ def test_comparisons_as_scalars():
     )
     assert found == {
         "eft/ntk_trace/measured": 3.0,
-        "eft_theory/ntk_trace/order_0": 2.0,
-        "eft_theory/ntk_trace/order_1": 2.5,
-        "eft_theory/ntk_trace/minus_sigma": 2.0,
-        "eft_theory/ntk_trace/plus_sigma": 3.0,
-        "eft_theory/ntk_trace/truncation": 0.1,
-        "eft_theory/instance_output_error/order_0": 0.2,
+        "eft-theory/ntk_trace/order_0": 2.0,
+        "eft-theory/ntk_trace/order_1": 2.5,
+        "eft-theory/ntk_trace/minus_sigma": 2.0,
+        "eft-theory/ntk_trace/plus_sigma": 3.0,
+        "eft-theory/ntk_trace/truncation": 0.1,
+        "eft-theory/instance_output_error/order_0": 0.2,
     }
 
 
