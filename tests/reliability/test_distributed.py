@@ -5,7 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,16 +15,19 @@ import pytest
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 LIMIT = 100  # seconds, after which a training that hangs is ended
+TIMEOUT = 24  # seconds, that of the process group
 STEPS = [0, 2, 4, 6]  # 24 samples in batches of 8, on 2 ranks: 2 steps an epoch
 
 
 class Switch:
     """An output function that fails once it is thrown."""
 
-    thrown = False
+    thrown, slow = False, True
 
     def __call__(self, outputs):
         if self.thrown:
+            time.sleep(TIMEOUT / 4 + 0.2 if self.slow else 0)
+            self.slow = False
             raise RuntimeError("thrown")
         return outputs
 
@@ -32,6 +37,7 @@ def trainings(directory):
     import lightning.pytorch as pl
     import torch
     from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.strategies import DDPStrategy
 
     from tests.callbacks.trainings import dataset
     from tests.reliability.runs import left_behind, train
@@ -50,12 +56,14 @@ def trainings(directory):
         monitor = EFTMonitor(probe, budget=None, output_fn=switch)
         logger = TensorBoardLogger(directory, name="", version=case)
         callbacks = {"without": [], "with": [monitor], "failing": [Throws(), monitor]}[case]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer, module = train(callbacks, strategy="ddp", devices=2, logger=logger)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            strategy = DDPStrategy(timeout=timedelta(seconds=TIMEOUT))
+            trainer, module = train(callbacks, strategy=strategy, devices=2, logger=logger)
         found[case] = {
             "left behind": left_behind(trainer, module),
             "parameters": [p.detach().double().sum().item() for p in module.parameters()],
+            "of the timeout": sum("a quarter of the 24 s" in str(each.message) for each in told),
             "steps": trainer.global_step,
             "measured": sorted(monitor.history),
             "skipped": [step for step, _ in monitor.skipped],
@@ -104,6 +112,12 @@ def test_failing_measurement_of_one_rank(ranks):
         assert rank["failing"]["steps"] == STEPS[-1]
     assert found[0]["failing"]["skipped"] and not found[1]["failing"]["skipped"]
     assert found[0]["failing"]["measured"] == STEPS[:2]
+
+
+def test_warning_of_the_timeout(ranks):
+    _, found = ranks
+    assert [rank["failing"]["of the timeout"] for rank in found] == [1, 0]
+    assert [rank["with"]["of the timeout"] for rank in found] == [0, 0]
 
 
 def test_logged_once(ranks):

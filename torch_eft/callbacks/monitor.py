@@ -5,9 +5,13 @@ after a checkpoint is loaded). Measurements follow in ``on_train_batch_end`` or 
 validation hooks, where weights may be averaged ones. Only rank 0 measures, and without collectives.
 """
 
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -17,10 +21,11 @@ from torch.optim import Optimizer
 from torch_eft.callbacks.applicability import outside_the_theory
 from torch_eft.callbacks.loggers import logger_sinks
 from torch_eft.live.observer import Observer
-from torch_eft.live.part import Event, History, Part
+from torch_eft.live.part import Event, History, MeasurementWarning, Part
 from torch_eft.live.probes import ProbeLike, first_count, first_samples
 from torch_eft.live.schedule import Every
 from torch_eft.measure.probe import OutputFn
+from torch_eft.measure.ranks import Ranks
 from torch_eft.trajectory import Validity
 
 
@@ -61,6 +66,7 @@ class Monitor(Callback):
         self.jsonl = jsonl
         self.name = name
         self._first = first_count(probe)
+        self._timeout: float | None = None
 
     @property
     def history(self) -> History:
@@ -139,7 +145,27 @@ class Monitor(Callback):
             self.observer.model = self._network(pl_module)
             self.observer.optimizers = list(trainer.optimizers)
             self.observer.sinks = logger_sinks(trainer, self._file(trainer))
-            self.observer.begin(trainer.global_step, outside_the_theory(trainer, pl_module), _planned_steps(trainer))
+            self._timeout = Ranks().timeout if trainer.world_size > 1 and dist.is_initialized() else None
+            with self._waited_for():
+                self.observer.begin(
+                    trainer.global_step, outside_the_theory(trainer, pl_module), _planned_steps(trainer)
+                )
+
+    @contextmanager
+    def _waited_for(self) -> Iterator[None]:
+        """Rank 0 works and the others wait in their next collective: warn once, long before they give up."""
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+        if self._timeout is not None and seconds > self._timeout / 4:
+            warnings.warn(
+                f"{type(self).__name__}: one measurement took {seconds:.1f} s, more than a quarter of the "
+                f"{self._timeout:g} s after which the other ranks give up waiting and the training dies; use fewer "
+                "samples or a lighter preset, or give the process group a longer timeout",
+                MeasurementWarning,
+                stacklevel=3,
+            )
+            self._timeout = None
 
     def _file(self, trainer: Trainer) -> str | None:
         """The name of its JSONL file: two monitors do not write to one."""
@@ -169,14 +195,16 @@ class Monitor(Callback):
     ) -> None:
         """Measure if an optimizer step was made and the schedule says so."""
         if trainer.is_global_zero:
-            self.observer.measure(trainer.global_step, epoch=trainer.current_epoch)
+            with self._waited_for():
+                self.observer.measure(trainer.global_step, epoch=trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if the schedule is by epochs, and the final weights before anything averages or restores others."""
         if trainer.is_global_zero:
             by_epoch = self.observer.every == "epoch"
             ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-            self.observer.measure(trainer.global_step, due_now=by_epoch, last=ends, epoch=trainer.current_epoch)
+            with self._waited_for():
+                self.observer.measure(trainer.global_step, due_now=by_epoch, last=ends, epoch=trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights if that was not done, draw, and say what it cost."""
