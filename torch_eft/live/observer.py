@@ -18,7 +18,6 @@ they are. A failing measurement warns once and is skipped; training goes on (``o
 """
 
 import warnings
-import zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,8 +26,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
+from torch_eft.live.beginning import Beginning
 from torch_eft.live.budget import SNAPSHOT, Account, Budget
 from torch_eft.live.costs import cost_page, cost_sentence, thinning_sentence
 from torch_eft.live.outlet import skipped_page
@@ -79,7 +78,6 @@ class Observer:
         history: ``{optimizer step: {tag: value}}``, everything measured so far.
         events: Quantities that left their band, predictions that left their validity.
         skipped: ``[(step, what went wrong)]``.
-        origin: Where theta_0 was taken, in words.
         budget: The account of what measuring has cost.
 
     Raises:
@@ -116,29 +114,27 @@ class Observer:
         if logdir is not None:
             self.sinks += [_tensorboard(logdir), JSONLSink(Path(logdir) / JSONL_NAME)]
         self.recorder = Recorder(type(self).__name__, self.budget, on_error)
-        self.origin = ""
         self._plan: Plan | None = None
         self._checking = 0.0
-        self._begun = self._restored = False
+        self._begun = False
         self._probe_shape: list[int] = []
         self._first_step = 0
         self._total_steps: int | None = None
         self._drawn = False
         self._listening: dict[str, list[Part]] = {}
-        self._parameters: list[str] = []
         self._start_afresh()
 
     def _start_afresh(self) -> None:
         self.recorder.forget()
-        self.origin = ""
-        self._reference: Snapshot | None = None
-        self._probe_of_reference: list[Any] | None = None
-        self._restored = False
+        self._beginning = Beginning()
         self._last: Snapshot | None = None
-        self._theta_0: dict[str, Tensor] | None = None
-        self._lambdas: dict[str, float] = {}
         self._last_step: int | None = None
         self._left_out_step: int | None = None
+
+    @property
+    def origin(self) -> str:
+        """Where theta_0 was taken, in words."""
+        return self._beginning.origin
 
     @property
     def history(self) -> History:
@@ -198,29 +194,24 @@ class Observer:
 
     def _begin(self, step: int, outside: str | None) -> None:
         assert self.model is not None and self.probe is not None
-        parameters = [f"{name} {tuple(p.shape)}" for name, p in self.model.named_parameters()]
-        probe, restored = _identity(self.probe), self._restored
-        goes_on = self._reference is not None and (restored or step > 0)
-        other = None  # "": another network, as is normal where nothing was restored
-        if parameters != self._parameters:
-            names = ", ".join(sorted({*parameters} ^ {*self._parameters})[:2])
-            other = f"the parameters are others than those of the recorded theta_0 ({names} ...)" if restored else ""
-        elif goes_on and self._probe_of_reference not in (None, probe):
-            other = "the probe is another than that of the recorded theta_0"
-        if other:
+        restored = self._beginning.restored
+        going_on = restored or step > 0
+        unlike = self._beginning.unlike(self.model, self.probe)
+        if unlike and going_on:
             warnings.warn(
-                f"{self.recorder.name}: {other}, whose measurements cannot be compared with; training goes on, "
+                f"{self.recorder.name}: {unlike}, whose measurements cannot be compared with; training goes on, "
                 "measured from here as from a new start",
                 MeasurementWarning,
                 stacklevel=2,
             )
-        goes_on = goes_on and other is None
+        goes_on = self._beginning.snapshot is not None and going_on and unlike is None
         if not goes_on:
             self._start_afresh()
-            self.origin = "initialisation" if step == 0 else f"resumed at step {step} without a recorded theta_0"
+            where = "initialisation" if step == 0 else f"resumed at step {step} without a recorded theta_0"
+            self._beginning.origin = where
             # Learning rates are part of the NTK; those of theta_0 are kept, a schedule is no drift.
-            self._lambdas = self._learning_rates()
-        self._parameters, self._restored, self._probe_of_reference = parameters, False, probe
+            self._beginning.lambdas = self._learning_rates()
+        self._beginning.belongs_to(self.model, self.probe)
         fresh = not goes_on and step == 0
         if step > 0 and (restored or not goes_on):
             known = {at: dict(scalars) for at, scalars in self.history.items() if at <= step}
@@ -233,7 +224,7 @@ class Observer:
             step,
             fresh,
             outside,
-            dict(self._lambdas),
+            dict(self._beginning.lambdas),
             self.output_fn,
             self._total_steps,
         )
@@ -250,7 +241,7 @@ class Observer:
 
     def _draw_start(self) -> None:
         """Figures of theta_0, as soon as the budget has room for them."""
-        reference = self._reference
+        reference = self._beginning.snapshot
         if self._drawn or reference is None or not self.budget.room(self.recorder.drawing):
             return
         self._drawn = True
@@ -267,12 +258,12 @@ class Observer:
 
     def observe_batch(self, batch: Any) -> None:
         """Show a training batch to the parts, before its forward."""
-        if self._reference is not None:
+        if self._beginning.snapshot is not None:
             self.recorder.each(self._listeners("on_batch"), lambda part: part.on_batch(batch))
 
     def observe_loss(self, loss: Tensor) -> None:
         """Show the batch's loss to the parts, before its backward."""
-        if self._reference is not None:
+        if self._beginning.snapshot is not None:
             self.recorder.each(self._listeners("on_loss"), lambda part: part.on_loss(loss.detach()))
 
     def before_step(self, optimizer: Optimizer | None = None) -> None:
@@ -282,7 +273,7 @@ class Observer:
             optimizer: The one that is about to take a step; None: the only one.
         """
         chosen = optimizer if optimizer is not None else next(iter(self.optimizers), None)
-        if self._reference is not None and chosen is not None:
+        if self._beginning.snapshot is not None and chosen is not None:
             step = self.recorder.step
             first = step == self._first_step
             with self.budget.forecasting() if first else nullcontext():
@@ -329,7 +320,7 @@ class Observer:
     def _after_step(self, step: int) -> None:
         first, self.recorder.step = self.recorder.step == self._first_step, step
         model = self.model
-        if self._reference is not None and model is not None:
+        if self._beginning.snapshot is not None and model is not None:
             self.recorder.ask_each(self._listeners("on_step"), lambda part: part.on_step(step, model))
         if first:  # what the theory needed to know before the first step is in
             self.budget.settle()
@@ -352,7 +343,7 @@ class Observer:
         self.recorder.say(self.overhead())
 
     def _finish(self) -> None:
-        reference, last = self._reference, self._last
+        reference, last = self._beginning.snapshot, self._last
         self._draw_start()
         if reference is not None and last is not None:
             self.recorder.draw(self.parts, lambda part: part.last_figures(self.history, reference, last))
@@ -374,7 +365,7 @@ class Observer:
     # ---- what it does
 
     def _visit(self, step: int, last: bool, epoch: int | None, start: bool = False) -> dict[str, float]:
-        first = self._reference is None or start
+        first = self._beginning.snapshot is None or start
         forced = first or last
         if not forced and not self.budget.affordable(SNAPSHOT, self._progress(step)):
             if self.budget.accounts[SNAPSHOT].left_out == 1:
@@ -412,13 +403,11 @@ class Observer:
         with self.budget.account(SNAPSHOT, forced):
             # Parameters that were frozen at theta_0 may have joined: theirs are the rates they have now.
             lambdas = self._learning_rates()
-            lambdas |= {name: value for name, value in self._lambdas.items() if name in lambdas}
+            lambdas |= {name: value for name, value in self._beginning.lambdas.items() if name in lambdas}
             snapshot = take_snapshot(self.model, self.probe, self._plan, lambdas, self.output_fn)
-            if self._reference is None:
-                self._reference = snapshot
-                if any(part.needs_theta_0 for part in self.parts):
-                    named = self.model.named_parameters()
-                    self._theta_0 = {name: p.detach().clone() for name, p in named if p.requires_grad}
+            if self._beginning.snapshot is None:
+                self._beginning.take(snapshot, self.model, any(part.needs_theta_0 for part in self.parts))
+        assert self._beginning.snapshot is not None
         self._last = snapshot
         return Visit(
             step,
@@ -426,10 +415,10 @@ class Observer:
             self.probe,
             self.output_fn,
             snapshot,
-            self._reference,
+            self._beginning.snapshot,
             lambdas,
             last,
-            self._theta_0,
+            self._beginning.theta_0,
         )
 
     def _affords(self, part: Part, first: bool, last: bool, step: int) -> bool:
@@ -465,20 +454,12 @@ class Observer:
 
     def state_dict(self) -> dict[str, Any]:
         """History, theta_0's measurements and where they were taken, and the parts' own."""
-        reference = self._reference
         states: dict[str, Any] = {}
         self.recorder.each(self.parts, lambda part: states.update({part.name: part.state()}))
         return {
             "history": {step: dict(scalars) for step, scalars in self.history.items()},
             "events": [[event.step, event.quantity, event.text] for event in self.events],
-            "origin": self.origin,
-            "parameters": list(self._parameters),
-            "probe": self._probe_of_reference,
-            "lambdas": dict(self._lambdas),
-            "reference": None
-            if reference is None
-            else {"output": reference.output, "ntk": reference.ntk, "hidden": dict(reference.hidden)},
-            "theta_0": None if self._theta_0 is None else dict(self._theta_0),
+            **self._beginning.state(),
             "parts": states,
         }
 
@@ -503,24 +484,11 @@ class Observer:
             {int(step): dict(scalars) for step, scalars in state["history"].items()},
             [Event(int(step), quantity, text) for step, quantity, text in state["events"]],
         )
-        self.origin = state["origin"]
-        self._parameters = list(state["parameters"])
-        self._probe_of_reference = state.get("probe")
-        self._lambdas = dict(state["lambdas"])
-        stored = state["reference"]
-        self._reference = None if stored is None else Snapshot(stored["output"], stored["ntk"], stored["hidden"])
-        self._theta_0 = state["theta_0"]
+        self._beginning = Beginning.from_state(state)
         self._last_step = max(self.history, default=None)
         for part in self.parts:
             part.forget()
             part.load_state(state["parts"].get(part.name, {}))
-        self._restored = self._reference is not None
-
-
-def _identity(probe: Probe) -> list[Any]:
-    """Shapes and checksums of the inputs: what tells one probe from another."""
-    leaves = [leaf.detach().cpu().reshape(-1) for leaf in tree_leaves(probe.inputs) if isinstance(leaf, Tensor)]
-    return [[len(leaf), zlib.crc32(leaf.contiguous().view(torch.uint8).numpy().tobytes())] for leaf in leaves]
 
 
 def _tensorboard(logdir: str | Path) -> Sink:
