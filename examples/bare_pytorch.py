@@ -15,14 +15,14 @@ from torch_eft.demo import load_digits_split
 from torch_eft.live import Observer, logarithmic
 
 
-def main(steps: int = 300, width: int = 128, logdir: str = "bare_pytorch_run") -> Observer:
+def main(steps: int = 300, width: int = 256, logdir: str = "bare_pytorch_run") -> Observer:
     torch.manual_seed(0)
     x, y, x_probe = load_digits_split()
     model = nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10))
     for layer in model[::2]:
         nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
         nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
 
     observer = Observer(model, x_probe, optimizer, every=logarithmic(10), budget=None, logdir=logdir)
     observer.begin(total_steps=steps)  # theta_0

@@ -103,7 +103,7 @@ def test_the_forecast_extends_when_the_training_goes_on():
     [
         (dict(activation="relu"), r"the NTK at order 0: .*kink"),
         (dict(points=65), r"65 training points: order 1/n is for up to 64"),
-        (dict(seconds=1e-9, points=20), r"so that 20 training points, 2 probe points, .* are left of what is allowed"),
+        (dict(seconds=1e-9, points=20), r"the NTK at order 0: .* so that 20 would take .* are left of what is allowed"),
         (dict(widths=[3, *[3] * 12, 1]), r"order 1/n is not drawn: .*too deep for its width"),
         (
             dict(seconds=0.0),

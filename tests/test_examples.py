@@ -19,7 +19,7 @@ def test_attaching_to_an_ordinary_training(tmp_path, monkeypatch):
 
 
 def test_a_bare_loop_beside_its_theory(tmp_path):
-    observer = bare_pytorch.main(steps=30, width=32, logdir=str(tmp_path))
+    observer = bare_pytorch.main(steps=30, logdir=str(tmp_path))
     assert observer.validity.flag in ("valid", "caution")
     assert {0, 1, 10, 30} <= set(observer.history)
     assert "eft-theory/output_projection/order_0" in observer.history[30]

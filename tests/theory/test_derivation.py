@@ -77,7 +77,7 @@ ENTERS = {  # (factor, derivatives) of each vertex in 0 z, 1 H, 2 dH, 3 ddI, 4 d
 def trained(*point):
     """Output and NTK of the trained network as a function of its tensors, () each."""
     shaped = [value.reshape([1] * order) for value, order in zip(point, (1, 2, 3, 4, 4), strict=True)]
-    z, H = simulate(*shaped, lambda now: now - Y, descent(RATE, T), [T])
+    z, H = simulate(*shaped, lambda now, step: now - Y, descent(RATE, T), [T])
     return z.flatten()[0], H.flatten()[0]
 
 

@@ -184,9 +184,13 @@ def _logistic(z, y):
 
 def self_consistent(tiny, loss, optimizer, tensors):
     """The coefficient form fed into its own errors: p, q, r, s driven by z(t) of all orders. Only a yardstick."""
-    steps = iter(range(optimizer.steps))
-    errors = lambda z: errors_of(tiny, loss, z, optimizer.batch(next(steps)))  # noqa: E731
-    return simulate(tiny.z, *tensors, errors, optimizer, range(optimizer.steps + 1))
+    return simulate(
+        tiny.z,
+        *tensors,
+        lambda z, step: errors_of(tiny, loss, z, optimizer.batch(step)),
+        optimizer,
+        range(optimizer.steps + 1),
+    )
 
 
 def test_two_layer_linear_map_at_first_order():

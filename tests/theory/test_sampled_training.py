@@ -127,6 +127,7 @@ def test_another_loss_is_that_of_the_naive_operator(train, outputs):
     assert float((without - z1).abs().max()) > 1e-6 * float(z1.abs().max())  # V matters here
 
 
+@pytest.mark.slow
 def test_minibatches_are_those_of_the_naive_operator():
     """Squared error, one sample a step, with momentum; polynomials of degree 4, exact on 6 nodes a dimension."""
     K, Theta, t = random_case()
