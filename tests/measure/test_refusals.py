@@ -12,7 +12,8 @@ from tests.models import ConvNet, Recurrent, Tied, mlp
 from torch_eft import measure
 from torch_eft.measure.isolation import isolated
 from torch_eft.measure.output import checked_output
-from torch_eft.measure.refusals import all_finite, check_function_of_each_sample, check_measurable, check_structure
+from torch_eft.measure.refusals import check_function_of_each_sample, check_measurable
+from torch_eft.measure.structure import all_finite, check_structure
 
 
 class Two(nn.Module):

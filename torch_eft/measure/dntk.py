@@ -28,7 +28,8 @@ from torch_eft.measure.jets import NoJetRuleError, watch_kinks
 from torch_eft.measure.output import checked_output
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.products import NTKOperator
-from torch_eft.measure.refusals import all_finite, check_measurable
+from torch_eft.measure.refusals import check_measurable
+from torch_eft.measure.structure import all_finite
 
 Direction = Tensor | Mapping[str, Tensor]
 

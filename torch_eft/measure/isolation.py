@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.probe import OutputFn, Probe
-from torch_eft.measure.refusals import check_structure
+from torch_eft.measure.structure import check_structure
 
 
 @dataclass(frozen=True)

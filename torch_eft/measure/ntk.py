@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch_eft.measure.engine import DEFAULT_MEMORY, Engine, Estimate
 from torch_eft.measure.isolation import IsolatedModel, isolated
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
-from torch_eft.measure.refusals import all_finite, check_measurable
+from torch_eft.measure.refusals import check_measurable
+from torch_eft.measure.structure import all_finite
 
 Per = Literal["parameter", "layer"]
 

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from torch_eft.measure.refusals import all_finite
+from torch_eft.measure.structure import all_finite
 
 OutputFn: TypeAlias = Callable[[Any], Tensor]
 

@@ -1,64 +1,26 @@
 """What cannot be measured, each with its name and its remedy; a number is never given instead.
 
-``check_structure`` looks at modules and parameters and never waits for the device. ``check_measurable`` reads all
-parameters once and ``check_function_of_each_sample`` runs the forward on half of the probe; each waits for the device
+``structure.check_structure`` looks at modules and parameters before. Here ``check_measurable`` reads all parameters
+once and ``check_function_of_each_sample`` runs the forward on half of the probe; each waits for the device
 once. On the device "meta" there are no values, and none are checked.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-if TYPE_CHECKING:
-    from torch_eft.measure.isolation import IsolatedModel
-    from torch_eft.measure.probe import Probe
+from torch_eft.measure.isolation import IsolatedModel
+from torch_eft.measure.probe import Probe
+from torch_eft.measure.structure import all_finite, check_structure, has_values, place
 
 ROUNDING = 1e3
 """Units of rounding by which a sample's output may depend on the size of the batch: kernels differ with the shape."""
 
-_SHARDED = ("DTensor", "ShardedTensor")
 
-
-def check_structure(module: nn.Module) -> None:
-    """Refuse modules without parameters of their own, real and in one place; no values are read.
-
-    Raises:
-        ValueError: For sharded, lazy and complex parameters, and for several devices; the message names one.
-    """
-    sharded = (
-        "is sharded over processes (FSDP, DTensor); gather the parameters on every rank, parameter.full_tensor() or "
-        "FSDP.summon_full_params, into an unsharded twin of the module and measure that"
-    )
-    for name, part in module.named_modules():
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(part).__mro__):
-            raise ValueError(f"model: {_place(name, part)} {sharded}")
-    devices: dict[torch.device, str] = {}
-    for name, parameter in module.named_parameters():
-        kinds = [kind.__name__ for tensor in (parameter, parameter.data) for kind in type(tensor).__mro__]
-        if any(kind in _SHARDED for kind in kinds):
-            raise ValueError(f"model: the parameter {name!r} {sharded}")
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                f"model: the parameter {name!r} is not initialised yet (a lazy module); run a batch through it first"
-            )
-        if parameter.is_complex() and parameter.requires_grad:
-            raise ValueError(
-                f"model: the parameter {name!r} is complex; store real and imaginary part, torch.view_as_real, as a "
-                "real parameter, and torch.view_as_complex in the forward"
-            )
-        devices.setdefault(parameter.device, name)
-    if len(devices) > 1:
-        (first, one), (second, other) = list(devices.items())[:2]
-        raise ValueError(
-            f"model: the parameter {one!r} is on {first}, {other!r} on {second}; bring all to one device, "
-            "model.to(device), or measure a copy that is on one"
-        )
-
-
-def check_measurable(network: "nn.Module | IsolatedModel") -> None:
+def check_measurable(network: nn.Module | IsolatedModel) -> None:
     """Refuse networks whose outputs are no finite functions of each sample, as far as this shows without a forward.
 
     Raises:
@@ -71,7 +33,7 @@ def check_measurable(network: "nn.Module | IsolatedModel") -> None:
             part.running_mean is None or part.running_var is None
         ):
             raise ValueError(
-                f"model: {_place(name, part)} normalises with the statistics of the batch in evaluation, too "
+                f"model: {place(name, part)} normalises with the statistics of the batch in evaluation, too "
                 "(track_running_stats=False), so that a sample's output depends on the others; track running "
                 "statistics, or use GroupNorm or LayerNorm"
             )
@@ -86,7 +48,7 @@ def check_measurable(network: "nn.Module | IsolatedModel") -> None:
     )
 
 
-def check_function_of_each_sample(network: "IsolatedModel", probe: "Probe", outputs: Tensor) -> None:
+def check_function_of_each_sample(network: IsolatedModel, probe: Probe, outputs: Tensor) -> None:
     """Refuse forwards that are no differentiable functions of each sample.
 
     Every second sample is run once more, from the last to the first and with gradients: half a forward.
@@ -105,7 +67,7 @@ def check_function_of_each_sample(network: "IsolatedModel", probe: "Probe", outp
     part = tree_map_only(Tensor, lambda tensor: tensor[order], inputs)
     again = _run_with_gradients(network, part)
     _check_graph(again)
-    if not _has_values(outputs):
+    if not has_values(outputs):
         return
     outputs, again = outputs.detach(), again.detach()
     finite = outputs.isfinite().all(1)
@@ -132,27 +94,12 @@ def check_function_of_each_sample(network: "IsolatedModel", probe: "Probe", outp
     )
 
 
-def all_finite(*tensors: Tensor) -> bool:
-    """Whether every number is finite, waiting for the device once; True on "meta", where there are none."""
-    floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
-    found = [tensor.isfinite().all() for tensor in floating if _has_values(tensor)]
-    return bool(torch.stack(found).all()) if found else True
-
-
-def _has_values(tensor: Tensor) -> bool:
-    return tensor.device.type != "meta"
-
-
 def _alike(values: Tensor, reference: Tensor) -> Tensor:
     scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
     return ((values - reference).abs() <= ROUNDING * torch.finfo(reference.dtype).eps * scale).all()
 
 
-def _place(name: str, module: nn.Module) -> str:
-    return f"{name!r} ({type(module).__name__})" if name else type(module).__name__
-
-
-def _run_with_gradients(network: "IsolatedModel", inputs: Any) -> Tensor:
+def _run_with_gradients(network: IsolatedModel, inputs: Any) -> Tensor:
     """With respect to the inputs, too: a reentrant checkpoint is no node of the graph unless its inputs are."""
     leaves = {name: value.detach().requires_grad_() for name, value in network.params.items()}
 

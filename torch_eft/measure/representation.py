@@ -15,7 +15,7 @@ from torch_eft.measure.alignment import target_kernel
 from torch_eft.measure.isolation import IsolatedModel, isolated
 from torch_eft.measure.output import checked_output
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
-from torch_eft.measure.refusals import all_finite
+from torch_eft.measure.structure import all_finite
 
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.rnn.RNNBase, nn.MultiheadAttention)
 

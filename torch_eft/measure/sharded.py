@@ -24,9 +24,10 @@ from torch_eft.measure.jacobians import jacobian_factors
 from torch_eft.measure.output import checked_output
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.ranks import Ranks
-from torch_eft.measure.refusals import all_finite, check_measurable
+from torch_eft.measure.refusals import check_measurable
 from torch_eft.measure.representation import isolated_hidden_kernels
 from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
+from torch_eft.measure.structure import all_finite
 
 
 def sharded_snapshot(

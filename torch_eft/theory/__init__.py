@@ -24,15 +24,12 @@ from torch_eft.theory.exact import (
 from torch_eft.theory.expectations import QuadratureError
 from torch_eft.theory.expected_drift import ExpectedDrift, expected_drift
 from torch_eft.theory.fourth_cumulant import FourthCumulant, predict_fourth_cumulant
+from torch_eft.theory.hidden_layer import HiddenLayerForecast
 from torch_eft.theory.hierarchy import Hierarchy, train_hierarchy
 from torch_eft.theory.learning_rates import LearningRateShares, equivalence_learning_rates, largest_learning_rate
 from torch_eft.theory.prediction import InfiniteWidthTraining, predict_training
 from torch_eft.theory.representation import RepresentationStatistics, representation_statistics
-from torch_eft.theory.representation_drift import (
-    HiddenLayerForecast,
-    RepresentationForecast,
-    predict_representation,
-)
+from torch_eft.theory.representation_drift import RepresentationForecast, predict_representation
 from torch_eft.theory.residual import ResidualFlow, residual_flow
 from torch_eft.theory.sampling import ntk_trace_spread, sample_ntk
 from torch_eft.theory.seed_spread import SeedSpread, seed_spread

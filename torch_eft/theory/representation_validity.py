@@ -1,20 +1,18 @@
 """Where the forecast of hidden layers holds: by how far neurons move, and across which kinks."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.hidden_layer import HiddenLayerForecast
 from torch_eft.theory.pair_moments import Kinks, PairMoments
 from torch_eft.theory.training_moments import TrainingMoments
 from torch_eft.theory.validity import first_order_validity
 from torch_eft.theory.vertices import divergent
 from torch_eft.trajectory import Validity
-
-if TYPE_CHECKING:
-    from torch_eft.theory.representation_drift import HiddenLayerForecast
 
 
 def difference_movement(
@@ -54,7 +52,7 @@ def _differences(gram: Tensor) -> Tensor:
 def representation_validity(
     ensemble: MLPEnsemble,
     x: Tensor,
-    layers: "Sequence[HiddenLayerForecast]",
+    layers: Sequence[HiddenLayerForecast],
     spread: float,
     kinks: Kinks,
     parted: float = 0.0,
