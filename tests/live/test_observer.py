@@ -191,7 +191,7 @@ def test_the_schedule_is_thinned_to_the_budget_and_says_so(monkeypatch):
 
 
 def test_a_measurement_too_dear_is_left_out_whole(monkeypatch):
-    from torch_eft.live import observer as module
+    from torch_eft.live import subject as module
 
     clock, said = _Clock(), []
     monkeypatch.setattr(budget_module, "time", clock)

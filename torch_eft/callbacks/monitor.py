@@ -2,7 +2,8 @@
 
 Hooks. ``setup`` checks probe and model. theta_0 is taken in ``on_train_start`` (after the sanity check and
 after a checkpoint is loaded). Measurements follow in ``on_train_batch_end`` or ``on_train_epoch_end``, never in
-validation hooks, where weights may be averaged ones. Only rank 0 measures, and without collectives.
+validation hooks, where weights may be averaged ones. Only rank 0 measures, and without collectives, unless
+``distributed="sharded"`` or a twin asks for the other ranks.
 """
 
 import time
@@ -24,6 +25,7 @@ from torch_eft.live.observer import Observer
 from torch_eft.live.part import Event, History, MeasurementWarning, Part
 from torch_eft.live.probes import ProbeLike, first_count, first_samples
 from torch_eft.live.schedule import Every
+from torch_eft.live.subject import Distributed
 from torch_eft.measure.probe import OutputFn
 from torch_eft.measure.ranks import Ranks
 from torch_eft.trajectory import Validity
@@ -56,9 +58,19 @@ class Monitor(Callback):
         jsonl: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
         name: str = "",
+        distributed: Distributed = "rank_zero",
+        twin: nn.Module | None = None,
     ) -> None:
         self.observer = Observer(
-            None, probe, every=every, budget=budget, output_fn=output_fn, on_error=on_error, parts=parts
+            None,
+            probe,
+            every=every,
+            budget=budget,
+            output_fn=output_fn,
+            distributed=distributed,
+            twin=twin,
+            on_error=on_error,
+            parts=parts,
         )
         self.observer.recorder.name = type(self).__name__
         self.observer.recorder.say = rank_zero_info
@@ -115,7 +127,7 @@ class Monitor(Callback):
             self._check(pl_module)
 
     def _check(self, pl_module: LightningModule) -> None:
-        self.observer.model = self._network(pl_module)
+        self.observer.subject.model = self._network(pl_module)
         self.observer.check()
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
@@ -139,17 +151,21 @@ class Monitor(Callback):
                     f"probe: 'first_batch:{self._first}' needs one training DataLoader, not {type(loader).__name__}; "
                     "give the inputs as a tensor or a .pt file"
                 )
-            self.observer.probe = first_samples(dataset, self._first, collate)
+            self.observer.subject.probe = first_samples(dataset, self._first, collate)
             self._check(pl_module)
-        if trainer.is_global_zero:
-            self.observer.model = self._network(pl_module)
-            self.observer.optimizers = list(trainer.optimizers)
-            self.observer.sinks = logger_sinks(trainer, self._file(trainer))
-            self._timeout = Ranks().timeout if trainer.world_size > 1 and dist.is_initialized() else None
+        if self._takes_part(trainer):
+            self.observer.subject.model = self._network(pl_module)
+            self.observer.subject.optimizers = list(trainer.optimizers)
+            self.observer.sinks = logger_sinks(trainer, self._file(trainer)) if trainer.is_global_zero else []
+            waiting = trainer.is_global_zero and trainer.world_size > 1 and dist.is_initialized()
+            self._timeout = Ranks().timeout if waiting else None
             with self._waited_for():
                 self.observer.begin(
                     trainer.global_step, outside_the_theory(trainer, pl_module), _planned_steps(trainer)
                 )
+
+    def _takes_part(self, trainer: Trainer) -> bool:
+        return trainer.is_global_zero or self.observer.subject.shared
 
     @contextmanager
     def _waited_for(self) -> Iterator[None]:
@@ -194,13 +210,13 @@ class Monitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure if an optimizer step was made and the schedule says so."""
-        if trainer.is_global_zero:
+        if self._takes_part(trainer):
             with self._waited_for():
                 self.observer.measure(trainer.global_step, epoch=trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if the schedule is by epochs, and the final weights before anything averages or restores others."""
-        if trainer.is_global_zero:
+        if self._takes_part(trainer):
             by_epoch = self.observer.every == "epoch"
             ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
             with self._waited_for():
@@ -208,7 +224,7 @@ class Monitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights if that was not done, draw, and say what it cost."""
-        if trainer.is_global_zero:
+        if self._takes_part(trainer):
             self.observer.finish(trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from torch import nn
+
 from torch_eft.callbacks.monitor import Monitor
 from torch_eft.live.parts.ensemble import EnsemblePart
 from torch_eft.live.parts.ntk import NTKPart
@@ -10,6 +12,7 @@ from torch_eft.live.parts.representation import RepresentationPart
 from torch_eft.live.presets import Options, Preset, parts_of
 from torch_eft.live.probes import ProbeLike
 from torch_eft.live.schedule import Every
+from torch_eft.live.subject import Distributed
 from torch_eft.measure.probe import OutputFn
 from torch_eft.theory.activations import ActivationLike
 from torch_eft.theory.ensemble import MLPEnsemble
@@ -40,6 +43,12 @@ class EFTMonitor(Monitor):
         jsonl: Write every measurement to ``eft.jsonl`` too, next to the first logger's files.
         on_error: ``"warn"`` or ``"raise"``.
         name: Tells several monitors of this class apart in checkpoints.
+        distributed: In a training on several devices: ``"rank_zero"``: rank 0 measures, the others wait for it in their
+            next collective; ``"sharded"``: every rank takes its share of the samples (outputs and NTK), wherever
+            ``every``, which must be the same on all ranks, may ask for it.
+        twin: For a model whose parameters are sharded (FSDP2): the same architecture built plainly. The parameters are
+            gathered into it for every measurement, and it needs that much memory on every rank; batches and gradients
+            are not looked at, so that there are measurements only.
 
     Raises:
         ValueError: Here, in ``setup`` or at the start of training, if an argument or the model is not usable.
@@ -60,9 +69,11 @@ class EFTMonitor(Monitor):
         jsonl: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
         name: str = "",
+        distributed: Distributed = "rank_zero",
+        twin: nn.Module | None = None,
     ) -> None:
         parts = parts_of(preset, also, Options(ensemble, activation, output_fn, forecast_seconds))
-        super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name)
+        super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name, distributed, twin)
 
 
 class NTKMonitor(Monitor):
@@ -81,6 +92,8 @@ class NTKMonitor(Monitor):
         jsonl: As ``EFTMonitor``.
         on_error: ``"warn"`` or ``"raise"``.
         name: Tells several monitors of this class apart in checkpoints.
+        distributed: As ``EFTMonitor``.
+        twin: As ``EFTMonitor``.
 
     Raises:
         ValueError: As ``EFTMonitor``.
@@ -97,8 +110,12 @@ class NTKMonitor(Monitor):
         jsonl: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
         name: str = "",
+        distributed: Distributed = "rank_zero",
+        twin: nn.Module | None = None,
     ) -> None:
-        super().__init__(probe, [NTKPart(outputs)], every, budget, output_fn, module, jsonl, on_error, name)
+        super().__init__(
+            probe, [NTKPart(outputs)], every, budget, output_fn, module, jsonl, on_error, name, distributed, twin
+        )
 
 
 class RepresentationMonitor(Monitor):
@@ -119,6 +136,8 @@ class RepresentationMonitor(Monitor):
         jsonl: As ``EFTMonitor``.
         on_error: ``"warn"`` or ``"raise"``.
         name: Tells several monitors of this class apart in checkpoints.
+        distributed: As ``EFTMonitor``.
+        twin: As ``EFTMonitor``.
 
     Raises:
         ValueError: As ``EFTMonitor``.
@@ -136,9 +155,11 @@ class RepresentationMonitor(Monitor):
         jsonl: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
         name: str = "",
+        distributed: Distributed = "rank_zero",
+        twin: nn.Module | None = None,
     ) -> None:
         parts = [RepresentationPart(layers, per_layer, output_fn)]
-        super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name)
+        super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name, distributed, twin)
 
 
 class TheoryComparison(Monitor):
@@ -165,6 +186,8 @@ class TheoryComparison(Monitor):
         jsonl: As ``EFTMonitor``.
         on_error: ``"warn"`` or ``"raise"``.
         name: Tells several monitors of this class apart in checkpoints.
+        distributed: As ``EFTMonitor``.
+        twin: As ``EFTMonitor``.
 
     Raises:
         ValueError: As ``EFTMonitor``.
@@ -182,6 +205,8 @@ class TheoryComparison(Monitor):
         jsonl: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
         name: str = "",
+        distributed: Distributed = "rank_zero",
+        twin: nn.Module | None = None,
     ) -> None:
         parts = [EnsemblePart(ensemble, activation, output_fn)]
-        super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name)
+        super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name, distributed, twin)

@@ -15,6 +15,8 @@
 
 theta_0 is what the network holds at ``begin``. Measuring leaves weights, buffers, gradients, modes and random state as
 they are. A failing measurement warns once and is skipped; training goes on (``on_error="raise"`` to debug).
+
+In a distributed training every rank calls the same; rank 0 decides, records and writes.
 """
 
 import warnings
@@ -32,15 +34,14 @@ from torch_eft.live.budget import SNAPSHOT, Account, Budget
 from torch_eft.live.costs import cost_page, cost_sentence, thinning_sentence
 from torch_eft.live.outlet import skipped_page
 from torch_eft.live.part import Event, History, MeasurementWarning, Part, Start, Visit
-from torch_eft.live.planning import plan_of
 from torch_eft.live.presets import Options, Preset, parts_of
 from torch_eft.live.probes import ProbeLike, probe_from
 from torch_eft.live.recorder import LOADING, Recorder, validity_of
 from torch_eft.live.schedule import Every, checked_every, due
 from torch_eft.live.sinks import JSONLSink, Sink, TensorBoardSink
-from torch_eft.measure.learning_rates import read_learning_rates
-from torch_eft.measure.probe import OutputFn, Probe
-from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
+from torch_eft.live.subject import Distributed, Subject
+from torch_eft.measure.probe import OutputFn
+from torch_eft.measure.snapshot import Snapshot
 from torch_eft.tensorboard.run_info import JSONL_NAME
 from torch_eft.tensorboard.tags import tag
 from torch_eft.theory.activations import ActivationLike
@@ -70,11 +71,17 @@ class Observer:
         forecast_seconds: Time that each forecast of the theory may take before the first step, at any budget; what is
             dearer is left out, in words.
         output_fn: Turns what the model returns into (N, C).
+        distributed: In a training by several processes: ``"rank_zero"``, where rank 0 measures and the others do
+            nothing; or ``"sharded"``, where every rank takes its share of the snapshot's samples, wherever ``every``
+            (which must be the same on all ranks) may ask for one. What else the parts compute, rank 0 does alone.
+        twin: A plain network like the model, for a model whose parameters are sharded (FSDP2): they are gathered into
+            it for every measurement, on all ranks. What parts learn from batches and gradients is left out then.
         on_error: ``"warn"`` or ``"raise"``.
         parts: The parts themselves, instead of a preset's.
         sinks: More places where results go.
 
     Attributes:
+        subject: What is looked at.
         history: ``{optimizer step: {tag: value}}``, everything measured so far.
         events: Quantities that left their band, predictions that left their validity.
         skipped: ``[(step, what went wrong)]``.
@@ -98,26 +105,24 @@ class Observer:
         activation: ActivationLike | None = None,
         forecast_seconds: float = 3.0,
         output_fn: OutputFn | None = None,
+        distributed: Distributed = "rank_zero",
+        twin: nn.Module | None = None,
         on_error: Literal["warn", "raise"] = "warn",
         parts: Sequence[Part] | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        self.model = model
-        self.probe: Probe | None = probe_from(probe)
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+        self.subject = Subject(model, probe_from(probe), optimizers, output_fn, distributed, twin)
         self.every = checked_every(every)
         self.budget = Budget(budget)
-        self.output_fn = output_fn
         chosen = parts_of(preset, also, Options(ensemble, activation, output_fn, forecast_seconds))
         self.parts = chosen if parts is None else list(parts)
         self.sinks = list(sinks)
         if logdir is not None:
             self.sinks += [_tensorboard(logdir), JSONLSink(Path(logdir) / JSONL_NAME)]
         self.recorder = Recorder(type(self).__name__, self.budget, on_error)
-        self._plan: Plan | None = None
         self._checking = 0.0
         self._begun = False
-        self._probe_shape: list[int] = []
         self._first_step = 0
         self._total_steps: int | None = None
         self._drawn = False
@@ -165,9 +170,7 @@ class Observer:
             ValueError: If it cannot, with the reason.
         """
         started = self.budget.clock()
-        if self.model is None or self.probe is None:
-            raise ValueError(f"{'model' if self.model is None else 'probe'}: None given; an observer needs one")
-        self._plan, self._probe_shape = plan_of(self.parts, self.model, self.probe, self.output_fn, self.recorder.name)
+        self.subject.check(self.parts, self.recorder.name)
         self._checking = self.budget.clock() - started
 
     def begin(self, step: int = 0, outside: str | None = None, total_steps: int | None = None) -> None:
@@ -182,21 +185,25 @@ class Observer:
         Raises:
             ValueError: If the model cannot be measured; the message says why.
         """
-        if self._plan is None:
+        if not self.subject.checked:
             self.check()
         self.budget.restart(self._checking)
         self._checking, self._begun = 0.0, True
         self._first_step, self._total_steps = step, total_steps
         self.recorder.step = step
+        if not self.subject.leads:
+            self.recorder.guard(self.subject.follow)
+            return
         self.recorder.outlet.open(self.sinks)
-        self.recorder.guard(lambda: self._begin(step, outside))
+        with self.subject.awaited():
+            self.recorder.guard(lambda: self._begin(step, outside))
         self.budget.settle()
 
     def _begin(self, step: int, outside: str | None) -> None:
-        assert self.model is not None and self.probe is not None
+        network, probe = self.subject.network, self.subject.inputs
         restored = self._beginning.restored
         going_on = restored or step > 0
-        unlike = self._beginning.unlike(self.model, self.probe)
+        unlike = self._beginning.unlike(network, probe)
         if unlike and going_on:
             warnings.warn(
                 f"{self.recorder.name}: {unlike}, whose measurements cannot be compared with; training goes on, "
@@ -210,22 +217,24 @@ class Observer:
             where = "initialisation" if step == 0 else f"resumed at step {step} without a recorded theta_0"
             self._beginning.origin = where
             # Learning rates are part of the NTK; those of theta_0 are kept, a schedule is no drift.
-            self._beginning.lambdas = self._learning_rates()
-        self._beginning.belongs_to(self.model, self.probe)
+            self._beginning.lambdas = self.subject.learning_rates()
+        self._beginning.belongs_to(network, probe)
         fresh = not goes_on and step == 0
         if step > 0 and (restored or not goes_on):
             known = {at: dict(scalars) for at, scalars in self.history.items() if at <= step}
             latest = step if step in known else step - 1  # else this step is measured in a moment
             self.recorder.outlet.each(lambda sink: sink.resume(latest, known))
+        if self.subject.twin is not None:
+            outside = outside or "its parameters are sharded over the ranks"
         start = Start(
-            self.model,
-            self.probe,
-            list(self.optimizers),
+            network,
+            probe,
+            list(self.subject.optimizers),
             step,
             fresh,
             outside,
             dict(self._beginning.lambdas),
-            self.output_fn,
+            self.subject.output_fn,
             self._total_steps,
         )
         self.recorder.ask_each(self.parts, lambda part: part.begin(start))
@@ -250,6 +259,8 @@ class Observer:
 
     def _listeners(self, hook: str) -> list[Part]:
         """The parts that do something at a hook: most do nothing at most, and there are many steps."""
+        if self._beginning.snapshot is None or not self.subject.leads or self.subject.twin is not None:
+            return []
         if hook not in self._listening:
             self._listening[hook] = [p for p in self.parts if getattr(type(p), hook) is not getattr(Part, hook)]
         return self._listening[hook]
@@ -258,13 +269,11 @@ class Observer:
 
     def observe_batch(self, batch: Any) -> None:
         """Show a training batch to the parts, before its forward."""
-        if self._beginning.snapshot is not None:
-            self.recorder.each(self._listeners("on_batch"), lambda part: part.on_batch(batch))
+        self.recorder.each(self._listeners("on_batch"), lambda part: part.on_batch(batch))
 
     def observe_loss(self, loss: Tensor) -> None:
         """Show the batch's loss to the parts, before its backward."""
-        if self._beginning.snapshot is not None:
-            self.recorder.each(self._listeners("on_loss"), lambda part: part.on_loss(loss.detach()))
+        self.recorder.each(self._listeners("on_loss"), lambda part: part.on_loss(loss.detach()))
 
     def before_step(self, optimizer: Optimizer | None = None) -> None:
         """Show the gradients, and the learning rates in force, to the parts.
@@ -272,12 +281,13 @@ class Observer:
         Args:
             optimizer: The one that is about to take a step; None: the only one.
         """
-        chosen = optimizer if optimizer is not None else next(iter(self.optimizers), None)
-        if self._beginning.snapshot is not None and chosen is not None:
+        chosen = optimizer if optimizer is not None else next(iter(self.subject.optimizers), None)
+        listeners = self._listeners("on_gradient")
+        if listeners and chosen is not None:
             step = self.recorder.step
             first = step == self._first_step
             with self.budget.forecasting() if first else nullcontext():
-                self.recorder.ask_each(self._listeners("on_gradient"), lambda part: part.on_gradient(step, chosen))
+                self.recorder.ask_each(listeners, lambda part: part.on_gradient(step, chosen))
             if first:
                 self.recorder.guard(self._tell)
 
@@ -299,15 +309,19 @@ class Observer:
             self.begin(step)
         if step != self.recorder.step:
             self._after_step(step)
-        if step == self._last_step:
-            return {}
         last = last or step == self._total_steps
         if not last and not (self._due(step) if due_now is None else due_now):
             return {}
-        if torch.cuda.is_initialized():  # the measurement itself waits for the device: what is queued is not its cost
-            torch.cuda.synchronize()
         found: dict[str, float] = {}
-        self.recorder.guard(lambda: found.update(self._visit(step, last, epoch)))
+        if not self.subject.leads:
+            self.recorder.guard(self.subject.follow)
+            return found
+        with self.subject.awaited():
+            if step == self._last_step:
+                return found
+            if torch.cuda.is_initialized():  # the measurement itself waits for the device: its queue is not its cost
+                torch.cuda.synchronize()
+            self.recorder.guard(lambda: found.update(self._visit(step, last, epoch)))
         return found
 
     def _due(self, step: int) -> bool:
@@ -319,9 +333,8 @@ class Observer:
 
     def _after_step(self, step: int) -> None:
         first, self.recorder.step = self.recorder.step == self._first_step, step
-        model = self.model
-        if self._beginning.snapshot is not None and model is not None:
-            self.recorder.ask_each(self._listeners("on_step"), lambda part: part.on_step(step, model))
+        network = self.subject.network
+        self.recorder.ask_each(self._listeners("on_step"), lambda part: part.on_step(step, network))
         if first:  # what the theory needed to know before the first step is in
             self.budget.settle()
 
@@ -336,10 +349,12 @@ class Observer:
             return
         step = self.recorder.step if step is None else step
         self.measure(step, last=True, epoch=epoch)
+        self._begun = False
+        if not self.subject.leads:
+            return
         self.recorder.guard(self._finish)
         self.budget.stop()
         self.recorder.outlet.each(lambda sink: sink.close())
-        self._begun = False
         self.recorder.say(self.overhead())
 
     def _finish(self) -> None:
@@ -399,21 +414,21 @@ class Observer:
                 self.recorder.ask(lambda part=part: part.observe(visit))  # type: ignore[misc]
 
     def _seen(self, step: int, last: bool, forced: bool) -> Visit:
-        assert self.model is not None and self.probe is not None and self._plan is not None
         with self.budget.account(SNAPSHOT, forced):
             # Parameters that were frozen at theta_0 may have joined: theirs are the rates they have now.
-            lambdas = self._learning_rates()
+            lambdas = self.subject.learning_rates()
             lambdas |= {name: value for name, value in self._beginning.lambdas.items() if name in lambdas}
-            snapshot = take_snapshot(self.model, self.probe, self._plan, lambdas, self.output_fn)
+            snapshot = self.subject.take(lambdas)
+            network = self.subject.network
             if self._beginning.snapshot is None:
-                self._beginning.take(snapshot, self.model, any(part.needs_theta_0 for part in self.parts))
+                self._beginning.take(snapshot, network, any(part.needs_theta_0 for part in self.parts))
         assert self._beginning.snapshot is not None
         self._last = snapshot
         return Visit(
             step,
-            self.model,
-            self.probe,
-            self.output_fn,
+            network,
+            self.subject.inputs,
+            self.subject.output_fn,
             snapshot,
             self._beginning.snapshot,
             lambdas,
@@ -436,14 +451,8 @@ class Observer:
         return fits
 
     def _tell(self) -> None:
-        assert self.model is not None
-        self.recorder.tell(self.parts, self.model, self.optimizers, self._probe_shape)
-
-    def _learning_rates(self) -> dict[str, float]:
-        assert self.model is not None
-        if not self.optimizers:
-            return {name: 1.0 for name, p in self.model.named_parameters() if p.requires_grad}
-        return read_learning_rates(self.model, self.optimizers).lambdas
+        subject = self.subject
+        self.recorder.tell(self.parts, subject.network, subject.optimizers, subject.probe_shape)
 
     def _progress(self, step: int) -> float | None:
         if self._total_steps is None or self._total_steps <= self._first_step:
