@@ -155,7 +155,7 @@ class DTensor(torch.Tensor):
         (nn.Parameter(torch.ones(2, dtype=torch.complex64)), r"'extra' is complex; .*view_as_real"),
         (nn.UninitializedParameter(), r"'extra' is not initialised yet \(a lazy module\)"),
         (nn.Parameter(torch.ones(2, device="meta")), r"'0.weight' is on cpu, 'extra' on meta; bring all to one device"),
-        (nn.Parameter(torch.ones(2).as_subclass(DTensor)), r"'extra' is sharded .*full_tensor\(\)"),
+        (nn.Parameter(torch.ones(2).as_subclass(DTensor)), r"'extra' is sharded .*full_copy"),
     ],
 )
 def test_parameters_that_cannot_be_measured_are_named(parameter, message):

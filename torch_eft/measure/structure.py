@@ -13,8 +13,9 @@ def check_structure(module: nn.Module) -> None:
         ValueError: For sharded, lazy and complex parameters, and for several devices; the message names one.
     """
     sharded = (
-        "is sharded over processes (FSDP, DTensor); gather the parameters on every rank, parameter.full_tensor() or "
-        "FSDP.summon_full_params, into an unsharded twin of the module and measure that"
+        "is sharded over processes (FSDP, DTensor); give monitor or observer the same module built plainly (twin=...), "
+        "or gather the parameters into it yourself on every rank (torch_eft.measure.sharded.full_copy, "
+        "FSDP.summon_full_params) and measure that"
     )
     for name, part in module.named_modules():
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(part).__mro__):
