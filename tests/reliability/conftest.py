@@ -11,6 +11,8 @@ KINDS = {
     "test_faults": "faults injected",
     "test_faults_around": "faults injected",
     "test_resume": "resume cases",
+    "test_resume_forecasts": "resume cases",
+    "test_theta_0": "resume cases",
     "test_distributed": "distributed cases",
     "test_sharded": "distributed cases",
     "test_derivatives": "derivative checks",

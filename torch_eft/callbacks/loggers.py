@@ -43,10 +43,15 @@ def logger_sinks(trainer: Trainer, jsonl: str | None) -> list[Sink]:
         sinks.append(LoggerSink(logger))
         if isinstance(logger, TensorBoardLogger):
             sinks.append(TensorBoardSink(logger.experiment, scalars=False))
-    directory = next((place for logger in trainer.loggers if (place := _directory(logger)) is not None), None)
+    directory = log_directory(trainer)
     if jsonl is not None and directory is not None:
         sinks.append(JSONLSink(directory / jsonl))
     return sinks
+
+
+def log_directory(trainer: Trainer) -> Path | None:
+    """Where the first logger with files keeps them."""
+    return next((place for logger in trainer.loggers if (place := _directory(logger)) is not None), None)
 
 
 def _directory(logger: Logger) -> Path | None:

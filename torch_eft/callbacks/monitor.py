@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.callbacks.applicability import outside_the_theory
-from torch_eft.callbacks.loggers import logger_sinks
+from torch_eft.callbacks.loggers import log_directory, logger_sinks
 from torch_eft.live.observer import Observer
 from torch_eft.live.part import Event, History, MeasurementWarning, Part
 from torch_eft.live.probes import ProbeLike, first_count, first_samples
 from torch_eft.live.schedule import Every
 from torch_eft.live.subject import Distributed
+from torch_eft.live.theta_file import KeepTheta
 from torch_eft.measure.probe import OutputFn
 from torch_eft.measure.ranks import Ranks
 from torch_eft.trajectory import Validity
@@ -60,6 +62,7 @@ class Monitor(Callback):
         name: str = "",
         distributed: Distributed = "rank_zero",
         twin: nn.Module | None = None,
+        keep_theta_0: KeepTheta = "checkpoint",
     ) -> None:
         self.observer = Observer(
             None,
@@ -69,6 +72,7 @@ class Monitor(Callback):
             output_fn=output_fn,
             distributed=distributed,
             twin=twin,
+            keep_theta_0=keep_theta_0,
             on_error=on_error,
             parts=parts,
         )
@@ -156,7 +160,11 @@ class Monitor(Callback):
         if self._takes_part(trainer):
             self.observer.subject.model = self._network(pl_module)
             self.observer.subject.optimizers = list(trainer.optimizers)
-            self.observer.sinks = logger_sinks(trainer, self._file(trainer)) if trainer.is_global_zero else []
+            if trainer.is_global_zero:
+                self.observer.sinks = logger_sinks(trainer, self._file(trainer) if self.jsonl else None)
+                directory = log_directory(trainer)
+                stem = Path(self._file(trainer)).stem
+                self.observer.theta_file = None if directory is None else directory / f"{stem}-theta_0.pt"
             waiting = trainer.is_global_zero and trainer.world_size > 1 and dist.is_initialized()
             self._timeout = Ranks().timeout if waiting else None
             with self._waited_for():
@@ -183,10 +191,8 @@ class Monitor(Callback):
             )
             self._timeout = None
 
-    def _file(self, trainer: Trainer) -> str | None:
+    def _file(self, trainer: Trainer) -> str:
         """The name of its JSONL file: two monitors do not write to one."""
-        if not self.jsonl:
-            return None
         others = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]  # type: ignore[attr-defined]
         place = sorted(others, key=lambda each: -len(each.observer.parts)).index(self)
         return "eft.jsonl" if place == 0 else f"eft-{place + 1}.jsonl"

@@ -13,6 +13,7 @@ from torch_eft.live.presets import Options, Preset, parts_of
 from torch_eft.live.probes import ProbeLike
 from torch_eft.live.schedule import Every
 from torch_eft.live.subject import Distributed
+from torch_eft.live.theta_file import KeepTheta
 from torch_eft.measure.probe import OutputFn
 from torch_eft.theory.activations import ActivationLike
 from torch_eft.theory.ensemble import MLPEnsemble
@@ -49,6 +50,9 @@ class EFTMonitor(Monitor):
         twin: For a model whose parameters are sharded (FSDP2): the same architecture built plainly. The parameters are
             gathered into it for every measurement, and it needs that much memory on every rank; batches and gradients
             are not looked at, so that there are measurements only.
+        keep_theta_0: Where the parameters of theta_0 are kept for a resumed training, if something needs them (Taylor
+            terms do): ``"checkpoint"``; ``"file"``, ``eft-theta_0.pt`` next to ``eft.jsonl``, to which checkpoints
+            point; ``"none"``.
 
     Raises:
         ValueError: Here, in ``setup`` or at the start of training, if an argument or the model is not usable.
@@ -71,9 +75,12 @@ class EFTMonitor(Monitor):
         name: str = "",
         distributed: Distributed = "rank_zero",
         twin: nn.Module | None = None,
+        keep_theta_0: KeepTheta = "checkpoint",
     ) -> None:
         parts = parts_of(preset, also, Options(ensemble, activation, output_fn, forecast_seconds))
-        super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name, distributed, twin)
+        super().__init__(
+            probe, parts, every, budget, output_fn, module, jsonl, on_error, name, distributed, twin, keep_theta_0
+        )
 
 
 class NTKMonitor(Monitor):

@@ -40,6 +40,7 @@ from torch_eft.live.recorder import LOADING, Recorder, validity_of
 from torch_eft.live.schedule import Every, checked_every, due
 from torch_eft.live.sinks import JSONLSink, Sink, TensorBoardSink
 from torch_eft.live.subject import Distributed, Subject
+from torch_eft.live.theta_file import KeepTheta, load_theta_0, save_theta_0
 from torch_eft.measure.probe import OutputFn
 from torch_eft.measure.snapshot import Snapshot
 from torch_eft.tensorboard.run_info import JSONL_NAME
@@ -76,12 +77,15 @@ class Observer:
             (which must be the same on all ranks) may ask for one. What else the parts compute, rank 0 does alone.
         twin: A plain network like the model, for a model whose parameters are sharded (FSDP2): they are gathered into
             it for every measurement, on all ranks. What parts learn from batches and gradients is left out then.
+        keep_theta_0: Where the parameters of theta_0 are kept for a resumed training, if a part needs them:
+            ``"checkpoint"``; ``"file"``, written once to ``theta_file``, to which checkpoints point; or ``"none"``.
         on_error: ``"warn"`` or ``"raise"``.
         parts: The parts themselves, instead of a preset's.
         sinks: More places where results go.
 
     Attributes:
         subject: What is looked at.
+        theta_file: ``eft-theta_0.pt`` in ``logdir``; None: ``"file"`` is as ``"checkpoint"``.
         history: ``{optimizer step: {tag: value}}``, everything measured so far.
         events: Quantities that left their band, predictions that left their validity.
         skipped: ``[(step, what went wrong)]``.
@@ -107,12 +111,17 @@ class Observer:
         output_fn: OutputFn | None = None,
         distributed: Distributed = "rank_zero",
         twin: nn.Module | None = None,
+        keep_theta_0: KeepTheta = "checkpoint",
         on_error: Literal["warn", "raise"] = "warn",
         parts: Sequence[Part] | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
         self.subject = Subject(model, probe_from(probe), optimizers, output_fn, distributed, twin)
+        if keep_theta_0 not in ("checkpoint", "file", "none"):
+            raise ValueError(f"keep_theta_0: {keep_theta_0!r} given; give 'checkpoint', 'file' or 'none'")
+        self.keep_theta_0 = keep_theta_0
+        self.theta_file = None if logdir is None else Path(logdir) / "eft-theta_0.pt"
         self.every = checked_every(every)
         self.budget = Budget(budget)
         chosen = parts_of(preset, also, Options(ensemble, activation, output_fn, forecast_seconds))
@@ -132,6 +141,7 @@ class Observer:
     def _start_afresh(self) -> None:
         self.recorder.forget()
         self._beginning = Beginning()
+        self._theta_record: dict[str, Any] | None = None
         self._last: Snapshot | None = None
         self._last_step: int | None = None
         self._left_out_step: int | None = None
@@ -214,11 +224,20 @@ class Observer:
         goes_on = self._beginning.snapshot is not None and going_on and unlike is None
         if not goes_on:
             self._start_afresh()
+            self.recorder.each(self.parts, lambda part: part.forget())  # what a checkpoint told them of another theta_0
             where = "initialisation" if step == 0 else f"resumed at step {step} without a recorded theta_0"
             self._beginning.origin = where
             # Learning rates are part of the NTK; those of theta_0 are kept, a schedule is no drift.
             self._beginning.lambdas = self.subject.learning_rates()
         self._beginning.belongs_to(network, probe)
+        lacking = [part.name for part in self.parts if part.needs_theta_0]
+        if goes_on and lacking and self._beginning.theta_0 is None:
+            warnings.warn(
+                f"{self.recorder.name}: the parameters of theta_0 were not kept or are not to be had, so that "
+                f"what needs them ({', '.join(lacking)}) is left out from here; the rest goes on",
+                MeasurementWarning,
+                stacklevel=2,
+            )
         fresh = not goes_on and step == 0
         if step > 0 and (restored or not goes_on):
             known = {at: dict(scalars) for at, scalars in self.history.items() if at <= step}
@@ -465,12 +484,22 @@ class Observer:
         """History, theta_0's measurements and where they were taken, and the parts' own."""
         states: dict[str, Any] = {}
         self.recorder.each(self.parts, lambda part: states.update({part.name: part.state()}))
+        beginning = self._beginning.state()
+        if self.keep_theta_0 == "none" or (self.keep_theta_0 == "file" and self.theta_file is not None):
+            self.recorder.guard(self._put_aside)
+            beginning |= {"theta_0": None, "theta_0_file": self._theta_record}
         return {
             "history": {step: dict(scalars) for step, scalars in self.history.items()},
             "events": [[event.step, event.quantity, event.text] for event in self.events],
-            **self._beginning.state(),
+            **beginning,
             "parts": states,
         }
+
+    def _put_aside(self) -> None:
+        theta_0 = self._beginning.theta_0
+        if theta_0 is not None and self._theta_record is None and self.keep_theta_0 == "file" and self.subject.leads:
+            assert self.theta_file is not None
+            self._theta_record = save_theta_0(self.theta_file, theta_0)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's theta_0 and history; one that cannot be read is left alone, with a warning."""
@@ -494,10 +523,17 @@ class Observer:
             [Event(int(step), quantity, text) for step, quantity, text in state["events"]],
         )
         self._beginning = Beginning.from_state(state)
+        self._theta_record = state.get("theta_0_file")
+        if self._theta_record is not None:
+            self.recorder.guard(self._fetch)
         self._last_step = max(self.history, default=None)
         for part in self.parts:
             part.forget()
             part.load_state(state["parts"].get(part.name, {}))
+
+    def _fetch(self) -> None:
+        assert self._theta_record is not None
+        self._beginning.theta_0 = load_theta_0(self._theta_record)
 
 
 def _tensorboard(logdir: str | Path) -> Sink:
