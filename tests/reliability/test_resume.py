@@ -4,11 +4,6 @@ Each case trains to a checkpoint, goes on a little, stops (by an exception, or b
 into the same log directory, and compares with the steps of a training that nothing stopped.
 """
 
-import csv
-import multiprocessing
-import os
-import signal
-import time
 import warnings
 from collections import Counter
 
@@ -16,111 +11,27 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from tests.callbacks.trainings import PROBE, Training, dataset, digest, plain_sgd, simple_mlp
-from torch_eft.callbacks import EFTMonitor, MeasurementWarning
+from tests.reliability.interruptions import (
+    DRIFT,
+    StopAt,
+    Stopped,
+    fit,
+    in_csv,
+    in_tensorboard,
+    interrupted,
+    kill,
+    light,
+    loggers,
+    stop,
+)
+from torch_eft.callbacks import MeasurementWarning
 from torch_eft.live import Observer
 from torch_eft.tensorboard import tag
 from torch_eft.tensorboard.run_info import read_jsonl
-
-DRIFT = tag("ntk_drift")
-EPOCHS, STEPS_AN_EPOCH = 4, 3
-
-
-def light(**options):
-    return EFTMonitor(PROBE, **{"preset": "light", "budget": None, "on_error": "raise"} | options)
-
-
-class StopAt(pl.Callback):
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def on_train_batch_end(self, trainer, *unused):
-        if trainer.global_step == self.step:
-            self.action()
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop():
-    raise Stopped
-
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fit(callbacks, loggers=(), net=simple_mlp, epochs=EPOCHS, ckpt_path=None, kind=Training, batch_size=8):
-    """Three batches an epoch, always in one order, so that every training passes through the same weights."""
-    pl.seed_everything(0, verbose=False)
-    module = kind(net(), plain_sgd)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        trainer = pl.Trainer(
-            max_epochs=epochs,
-            callbacks=callbacks,
-            logger=list(loggers) or False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-            accelerator="cpu",
-            log_every_n_steps=1,
-        )
-        trainer.fit(module, DataLoader(dataset(), batch_size=batch_size), ckpt_path=ckpt_path, weights_only=True)
-    return trainer, module
-
-
-def loggers(folder, purge_step=None):
-    return [
-        TensorBoardLogger(folder, name="tb", version=0, purge_step=purge_step),
-        CSVLogger(folder, name="csv", version=0),
-    ]
-
-
-def in_tensorboard(folder):
-    """``{step: how often}`` of the drift, and its value by step."""
-    events = EventAccumulator(str(folder / "tb" / "version_0"), size_guidance={"scalars": 0}).Reload()
-    points = events.Scalars(DRIFT)
-    return Counter(point.step for point in points), {point.step: point.value for point in points}
-
-
-def in_csv(folder):
-    with open(folder / "csv" / "version_0" / "metrics.csv") as file:
-        points = [(int(row["step"]), float(row[DRIFT])) for row in csv.DictReader(file) if row.get(DRIFT)]
-    return Counter(step for step, _ in points), dict(points)
-
-
-def in_a_process_of_its_own(*arguments):
-    torch.set_num_threads(1)  # a fork has none of the threads that its parent's OpenMP counts on
-    first_part(*arguments)
-
-
-def first_part(folder, every, checkpoint, stop_at, action, kind=Training):
-    saver = ModelCheckpoint(folder / "ckpt", filename="{step}", save_top_k=-1, **checkpoint)
-    fit([light(every=every), saver, StopAt(stop_at, action)], loggers(folder), kind=kind)
-
-
-def interrupted(folder, every, checkpoint, stop_at, action, kind=Training):
-    """A training that stopped; its checkpoints by step."""
-    if action is kill:
-        child = multiprocessing.get_context("fork").Process(
-            target=in_a_process_of_its_own, args=(folder, every, checkpoint, stop_at, action, kind)
-        )
-        child.start()
-        child.join(120)
-        assert child.exitcode == -signal.SIGKILL
-    else:
-        with pytest.raises(Stopped):
-            first_part(folder, every, checkpoint, stop_at, action, kind)
-    time.sleep(1.01 - time.time() % 1)  # event files are read in the order of their second
-    return {int(path.stem.split("=")[1]): path for path in (folder / "ckpt").glob("*.ckpt")}
-
 
 CASES = {
     # schedule, when checkpoints are written, when it stops, the checkpoint from which it goes on
@@ -283,44 +194,6 @@ def test_without_theta_0_in_the_checkpoint_the_origin_says_so(tmp_path):
     assert monitor.origin == "resumed at step 6 without a recorded theta_0"
     assert sorted(monitor.history) == [6, 9, 12]
     assert monitor.history[6][DRIFT] == 0
-
-
-def compared(tmp_path, batch_size):
-    """A training that nothing stopped and one resumed after its second epoch, both with the theory, every step."""
-    whole, first, resumed = (light(preset="standard", every=1) for _ in range(3))
-    fit([whole], batch_size=batch_size)
-    trainer, _ = fit([first], epochs=2, batch_size=batch_size)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    fit([resumed], ckpt_path=tmp_path / "half.ckpt", batch_size=batch_size)
-    return whole, resumed
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="parts that compare with a forecast of the whole training keep no state: after a resume there is none, and "
-    "the validity says 'training starts at step 2, the theory at initialisation'",
-)
-def test_a_forecast_goes_on_after_a_resume(tmp_path):
-    whole, resumed = compared(tmp_path, batch_size=24)
-    name = tag("ntk_trace", "order_0")
-    assert name in whole.history[4]
-    assert resumed.history[4][name] == pytest.approx(whole.history[4][name], rel=1e-4)
-
-
-def test_a_forecast_that_ends_with_a_resume_says_so(tmp_path):
-    whole, resumed = compared(tmp_path, batch_size=24)
-    assert whole.validity.flag != "invalid"
-    assert resumed.validity.flag == "invalid"
-    assert resumed.validity.reason == "training starts at step 2, the theory at initialisation"
-    name = tag("ntk_trace", "order_0")
-    assert [step for step in resumed.history if name in resumed.history[step]] == [0, 1, 2]  # nothing earlier is lost
-
-
-def test_the_first_interval_after_a_resume_is_measured(tmp_path):
-    whole, resumed = compared(tmp_path, batch_size=8)
-    for step in (7, 8, 12):
-        for name in (tag("interval_output"), tag("interval_output", "order_1"), tag("dntk")):
-            assert resumed.history[step][name] == pytest.approx(whole.history[step][name], rel=1e-3)
 
 
 # ---- one callback, several models

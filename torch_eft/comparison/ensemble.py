@@ -21,6 +21,7 @@ drift itself.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class EnsembleComparison:
         momentum: Of ``torch.optim.SGD``.
         nesterov: Likewise.
         dampening: Likewise.
+        earlier: What ``state`` returned of the same forecast: it is that one, not computed anew.
 
     Raises:
         ValueError: If shapes do not fit, or the learning rate is beyond the stability bound.
@@ -76,6 +78,7 @@ class EnsembleComparison:
         momentum: float = 0.0,
         nesterov: bool = False,
         dampening: float = 0.0,
+        earlier: Mapping[str, Any] | None = None,
     ) -> None:
         if order not in (0, 1):
             raise ValueError(f"order: {order} given; give 0 (infinite width) or 1 (with corrections of order 1/n)")
@@ -84,8 +87,12 @@ class EnsembleComparison:
         )
         self._given = (ensemble, x_train, y_train, x_probe, learning_rate)
         self._horizon = min(steps or _FIRST_HORIZON, _SUMMED_AT_FIRST) if self._options else steps or _FIRST_HORIZON
+        if earlier is not None:
+            self._horizon = int(earlier["horizon"])
         self.training = self._order_0()
-        self._ntk_trace_sigma = ntk_trace_spread(ensemble, x_probe, ntk_samples)
+        self._ntk_trace_sigma = (
+            ntk_trace_spread(ensemble, x_probe, ntk_samples) if earlier is None else float(earlier["ntk_trace_sigma"])
+        )
         direction = self.training.first_direction()
         self.direction = direction / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)
         training = self.training
@@ -94,8 +101,19 @@ class EnsembleComparison:
         )
         self.order, self._seconds = order, seconds
         self.finite: FiniteWidth | None = None
-        if order == 1:
+        if earlier is not None:
+            stored = earlier["finite"]
+            self.finite = None if stored is None else FiniteWidth.from_state(stored, self.direction.device)
+        elif order == 1:
             self._extend(self._horizon)
+
+    def state(self) -> dict[str, Any]:
+        """What cannot be computed anew at no cost, or would not come out the same within its time; plain types."""
+        return {
+            "horizon": self._horizon,
+            "ntk_trace_sigma": self._ntk_trace_sigma,
+            "finite": None if self.finite is None else self.finite.state(),
+        }
 
     def _order_0(self) -> InfiniteWidthTraining:
         """In closed form at any step; with momentum, summed up to the horizon."""

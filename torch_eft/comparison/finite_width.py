@@ -1,7 +1,7 @@
 """What order 1/n adds to the observables that are compared, on a grid of steps, bounded in cost."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -142,6 +142,42 @@ class FiniteWidth:
             kernels=tuple(between(value) for value in self.kernels),
             gauge=None if gauge is None else float(gauge),
         )
+
+    def state(self) -> dict[str, Any]:
+        """Plain types and tensors."""
+        return {
+            "steps": list(self.steps),
+            "values": dict(self.values),
+            "kernels": list(self.kernels),
+            "initial_ntk": self.initial_ntk,
+            "kernels_0": list(self.kernels_0),
+            "validity": _plain(self.validity),
+            "spread_validity": _plain(self.spread_validity),
+            "words": list(self.words),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "FiniteWidth":
+        """From what ``state`` returned.
+
+        Raises:
+            Exception: Of any kind, if it is something else.
+        """
+        initial, validity, spread = state["initial_ntk"], state["validity"], state["spread_validity"]
+        return cls(
+            [int(step) for step in state["steps"]],
+            {name: value.to(device) for name, value in state["values"].items()},
+            [value.to(device) for value in state["kernels"]],
+            None if initial is None else initial.to(device),
+            tuple(value.to(device) for value in state["kernels_0"]),
+            None if validity is None else Validity(*validity),
+            None if spread is None else Validity(*spread),
+            list(state["words"]),
+        )
+
+
+def _plain(validity: Validity | None) -> list[str] | None:
+    return None if validity is None else [validity.flag, validity.reason]
 
 
 def finite_width(problem: Problem, steps: int, direction: Tensor, seconds: float) -> FiniteWidth:

@@ -73,6 +73,7 @@ class InstanceComparison:
         output_fn: Turns what the model returns into (N, C).
         seconds: Allowed for the forecast.
         largest: M = N C over training and probe points, at most.
+        earlier: What ``state`` returned of the same forecast: it is made again, of the theta_0 in there.
 
     Raises:
         TooDearError: If M is too large.
@@ -91,15 +92,18 @@ class InstanceComparison:
         output_fn: OutputFn | None = None,
         seconds: float = 3.0,
         largest: int = 512,
+        earlier: Mapping[str, Any] | None = None,
     ) -> None:
         with isolated(model) as network:
             self._model = copy.deepcopy(network.shadow)
+        if earlier is not None:
+            self._put(earlier["theta_0"])
         for parameter in self._model.parameters():
             parameter.grad = None
         self._x, self._probe, self._loss = x_train, as_probe(x_probe).inputs, loss
         self._optimizer, self._lambdas, self._output_fn = optimizer, dict(lambdas), output_fn
         self._seconds = seconds
-        self._modes: int | None = None
+        self._modes: int | None = None if earlier is None else earlier["modes"]
         with isolated(self._model, output_fn) as network, torch.no_grad():
             channels = network(network.params, network.place(as_probe(x_probe))).shape[1]
         self.outputs = (as_probe(x_train).size + as_probe(x_probe).size) * channels
@@ -110,7 +114,30 @@ class InstanceComparison:
             )
         self.words = ""
         self._kinked = kinked_operations(self._model, as_probe(x_probe), output_fn) != ()
-        self._forecast(min(steps or _FIRST_HORIZON, _LONGEST_AT_ONCE))
+        self._forecast(min(steps or _FIRST_HORIZON, _LONGEST_AT_ONCE) if earlier is None else int(earlier["steps"]))
+
+    # ---- theta_0 in a checkpoint
+
+    def state(self) -> dict[str, Any]:
+        """Values at theta_0, and how far and along how many directions it is forecast; plain types and tensors."""
+        return {
+            "theta_0": {name: value.detach() for name, value in _values(self._model).items()},
+            "modes": self._modes,
+            "steps": self.steps,
+        }
+
+    def _put(self, theta_0: Mapping[str, Tensor]) -> None:
+        """Give the copied network the values it had at theta_0."""
+        own = _values(self._model)
+        if set(own) != set(theta_0):
+            raise ValueError(
+                f"parameters and buffers are others than at theta_0: {sorted(set(own) ^ set(theta_0))[:2]}"
+            )
+        with torch.no_grad():
+            for name, value in own.items():
+                if value.shape != theta_0[name].shape:
+                    raise ValueError(f"{name}: {tuple(value.shape)}, at theta_0 {tuple(theta_0[name].shape)}")
+                value.copy_(theta_0[name])
 
     # ---- the forecast
 
@@ -255,3 +282,7 @@ class InstanceComparison:
             "ntk_drift": Compared(drifted, 0.0, float(D.norm() / scale), None, None if self._kinked else g**2 + 1e-6),
             "instance_ntk_error": Compared(None, drifted, float((change - D).norm() / scale)),
         }
+
+
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -35,6 +35,7 @@ class DNTKPart(Part):
 
     name = "dntk"
     cost = "full"
+    looks_back = True
 
     def __init__(self, output_fn: OutputFn | None = None, order: int = 2, largest: int = LARGEST // 2) -> None:
         if order not in (1, 2):

@@ -7,21 +7,19 @@ from torch.optim import Optimizer
 
 from torch_eft.comparison.ensemble import EnsembleComparison
 from torch_eft.diagnosis import Diagnosis, diagnose
-from torch_eft.live.part import Event, Part, Report, Start, Visit
-from torch_eft.live.parts.full_batch import UNSHOWN, FullBatch, sgd_options
-from torch_eft.live.parts.gauge import GaugeWatch
+from torch_eft.live.part import Report, Start, Visit
+from torch_eft.live.parts.forecast import ForecastPart
 from torch_eft.live.parts.logged import compared_scalars
 from torch_eft.measure.initialization import NotAnMLPError, read_ensemble
 from torch_eft.measure.learning_rates import read_learning_rates
 from torch_eft.measure.probe import OutputFn, Probe
 from torch_eft.measure.snapshot import Plan, Snapshot
-from torch_eft.measure.training import UnrecognisedLossError, recognise_squared_error
+from torch_eft.measure.training import recognise_squared_error
 from torch_eft.tensorboard.figures import comparison_figure
 from torch_eft.tensorboard.tags import compared_quantities, tag
 from torch_eft.theory.activations import ActivationLike
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.expectations import QuadratureError
-from torch_eft.trajectory import Validity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
     from torch_eft.live.part import History
 
 
-class EnsemblePart(Part):
+class EnsemblePart(ForecastPart):
     """The ensemble's forecast, as long as the training is what it covers.
 
     Args:
@@ -43,6 +41,8 @@ class EnsemblePart(Part):
 
     name = "theory"
     cost = "standard"
+    what = "Forecast of the ensemble"
+    page = "validity"
 
     def __init__(
         self,
@@ -58,19 +58,15 @@ class EnsemblePart(Part):
         self.activation = activation
         self.output_fn = output_fn
         self.order, self.seconds = order, seconds
-        self.forget()
+        super().__init__()
 
     def forget(self) -> None:
         """Drop what belongs to an earlier run."""
-        self.validity: Validity | None = None
+        super().forget()
         self._diagnosis: Diagnosis | None = None
         self._comparison: EnsembleComparison | None = None
-        self._seen: FullBatch | None = None
-        self._waiting: list[Visit] = []
         self._ensemble: MLPEnsemble | None = None
         self._hidden: list[str] = []
-        self._watch = GaugeWatch("Forecast of the ensemble")
-        self._last_table: str | None = None
 
     def plan(self, outputs: int, samples: int) -> Plan:
         """Outputs (always there) and the NTK."""
@@ -92,16 +88,16 @@ class EnsemblePart(Part):
 
     def begin(self, start: Start) -> Report:
         """Read the ensemble off the network; rule out what the loop already shows to be outside."""
-        if not start.fresh and self._comparison is not None:
-            return Report()  # a second fit of the same trainer goes on where the first one stopped
-        self.forget()
+        if self._goes_on(start):
+            return Report()
         pages: dict[str, str] = {}
         inputs = start.probe.inputs
         try:
             activation = self.activation or (self.given.activation if self.given else None)
             read = read_ensemble(start.network, start.optimizers, inputs, activation, self.output_fn)
-            self._ensemble = read.ensemble if self.given is None else _with_lambda_of(self.given, read.ensemble)
-            diagnosis = diagnose(read if self.given is None else self.given, inputs)
+            given = self._drawn(read.ensemble) or self.given
+            self._ensemble = read.ensemble if given is None else _with_lambda_of(given, read.ensemble)
+            diagnosis = diagnose(given or read, inputs)
             self._diagnosis = diagnosis if isinstance(diagnosis, Diagnosis) else None
             pages["diagnosis"] = str(diagnosis)
         except (NotAnMLPError, QuadratureError) as error:
@@ -110,92 +106,48 @@ class EnsemblePart(Part):
         except Exception as error:
             self._stop(f"{type(error).__name__}: {error}")
             raise
-        seen = FullBatch(start)
-        reason = seen.refusal()
-        if reason is None:
-            options = sgd_options(start.optimizers[0])
-            reason = options if isinstance(options, str) else None
+        reason = self._look(start)
         if reason is not None:
             return Report(pages=pages | self._stop(reason))
-        self._seen, self._hidden = seen, _activations(start.network, self._ensemble)
+        self._hidden = _activations(start.network, self._ensemble)
         return Report(pages=pages)
 
-    def observe(self, visit: Visit) -> Report:
-        """Theory beside measurement, or nothing where the theory does not apply."""
-        if self._seen is None:
-            return Report()
-        if self._comparison is None:
-            if visit.step > self._seen.start.step:
-                return Report(pages=self._stop(UNSHOWN))
-            self._waiting.append(visit)
-            return Report()
-        reason = self._seen.changed()
-        if reason is not None:
-            return self._ended(visit.step, reason)
-        scalars = self._scalars(visit)
-        report = Report(scalars, events=self._watch.events(visit.step, self._comparison.gauge(visit.step)))
-        if visit.last:
-            report.pages |= self._layers_page(visit)
-        return report
-
-    def on_batch(self, batch: Any) -> None:
-        """Keep the first batch; compare the others with it."""
-        if self._seen is not None:
-            self._seen.on_batch(batch)
-
-    def on_loss(self, loss: Tensor) -> None:
-        """Keep the first loss."""
-        if self._seen is not None and self._comparison is None:
-            self._seen.loss = loss
-
-    def on_gradient(self, step: int, optimizer: Optimizer) -> Report:
-        """Decide, before the first step is taken; later, see that learning rates stay."""
-        if self._seen is None:
-            return Report()
-        if self._comparison is not None:
-            reason = self._seen.end(step, optimizer)
-            return Report() if reason is None else self._ended(step, reason)
+    def _drawn(self, now: MLPEnsemble) -> MLPEnsemble | None:
+        """The ensemble that a checkpoint says theta_0 was drawn from: trained weights do not show it any more."""
+        if not self._kept or "ended" in self._kept:
+            return None
         try:
-            pages = self._decide(optimizer)
-        except Exception as error:
-            self._stop(f"{type(error).__name__}: {error}")
-            raise
-        late: History = {visit.step: self._scalars(visit) for visit in self._waiting} if self._comparison else {}
-        self._waiting = []
-        return Report(late=late, pages=pages)
+            kept = self._kept["ensemble"]
+            if kept["activation"] != now.activation.name or list(kept["widths"]) != list(now.widths):
+                raise ValueError(f"it was {kept['activation']} with widths {kept['widths']}, the network is {now}")
+            return MLPEnsemble(now.widths, now.activation, kept["C_b"], kept["C_W"])
+        except Exception as error:  # a corrupt state is corrupt in many ways
+            self._kept = {
+                "ended": f"what the checkpoint says of the ensemble does not fit ({type(error).__name__}: {error})"
+            }
+            return None
 
-    # ---- the decision
-
-    def _decide(self, optimizer: Optimizer) -> dict[str, str]:
-        assert self._seen is not None and self._ensemble is not None
-        if self._seen.batch is None or self._seen.loss is None:
-            return self._stop("the batch is not a pair (inputs, targets) of tensors")
-        (x, y), network, start = self._seen.batch, self._seen.start.network, self._seen.start
-        options = sgd_options(optimizer)
-        if isinstance(options, str):
-            return self._stop(options)
+    def _forecast(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> dict[str, str]:
+        assert self._seen is not None and self._seen.loss is not None and self._ensemble is not None
+        network, start, kept = self._seen.start.network, self._seen.start, self._kept
         if not isinstance(x, Tensor):
-            return self._stop("not an MLP: its forward takes several inputs")
+            raise ValueError("not an MLP: its forward takes several inputs")
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         rate = read_learning_rates(network, [optimizer]).learning_rate
-        try:
-            loss = recognise_squared_error(network, x, y, self._seen.loss, gradients, self.output_fn)
-            self._comparison = EnsembleComparison(
-                self._ensemble,
-                x.flatten(1),
-                loss.targets,
-                start.probe.inputs.flatten(1).to(x.device),
-                rate * loss.rate_factor,
-                order=self.order,
-                steps=start.total_steps,
-                seconds=self.seconds,
-                **options,
-            )
-        except UnrecognisedLossError as error:
-            return self._stop(str(error))
-        except ValueError as error:  # the learning rate is unstable, or inputs do not fit the ensemble
-            return self._stop(str(error))
-        self._seen.begin(optimizer)
+        loss = recognise_squared_error(network, x, y, self._seen.loss, gradients, self.output_fn)
+        self._same_loss(loss.name, loss.rate_factor)
+        self._comparison = EnsembleComparison(
+            self._ensemble,
+            x.flatten(1),
+            loss.targets,
+            start.probe.inputs.flatten(1).to(x.device),
+            rate * loss.rate_factor,
+            order=self.order,
+            steps=start.total_steps,
+            seconds=self.seconds,
+            earlier=kept["comparison"] if kept else None,
+            **options,
+        )
         self.validity = self._comparison.validity
         momentum = f", momentum {options['momentum']:g}" if options["momentum"] else ""
         text = (
@@ -206,17 +158,32 @@ class EnsemblePart(Part):
             "validity": f"{text}\n\nPredicted for the {self._ensemble} ensemble: {self._comparison.words}.",
         }
 
-    def _stop(self, reason: str) -> dict[str, str]:
-        """From here on measurements only, and why."""
-        self.validity = Validity("invalid", reason)
-        self._comparison = self._seen = None
-        self._waiting = []
-        return {"validity": f"No theory of the ensemble for this run, measurements only: {reason}."}
+    def _none(self, reason: str) -> str:
+        return f"No theory of the ensemble for this run, measurements only: {reason}."
 
-    def _ended(self, step: int, reason: str) -> Report:
-        return Report(pages=self._stop(reason), events=[Event(step, "validity", f"Forecast of the ensemble: {reason}")])
+    def state(self) -> dict[str, Any]:
+        """The forecast, and the ensemble that it is of."""
+        state, ensemble = super().state(), self._ensemble
+        if "comparison" not in state or ensemble is None:
+            return state
+        return state | {
+            "ensemble": {
+                "widths": list(ensemble.widths),
+                "activation": ensemble.activation.name,
+                "C_b": list(ensemble.C_b),
+                "C_W": list(ensemble.C_W),
+            }
+        }
 
     # ---- the numbers
+
+    def _compared(self, visit: Visit) -> Report:
+        assert self._comparison is not None
+        report = Report(self._scalars(visit))
+        report.events += self._watch.events(visit.step, self._comparison.gauge(visit.step))
+        if visit.last:
+            report.pages |= self._layers_page(visit)
+        return report
 
     def _scalars(self, visit: Visit) -> dict[str, float]:
         assert self._comparison is not None
@@ -264,11 +231,7 @@ class EnsemblePart(Part):
 
     def info(self) -> dict[str, Any]:
         """Network, r, epsilon and criticality as diagnosed; level and validity of the comparison."""
-        validity = self.validity
-        info: dict[str, Any] = {
-            "level": "measurements only" if self._comparison is None else self._comparison.level,
-            "validity": None if validity is None else {"flag": validity.flag, "reason": validity.reason},
-        }
+        info = super().info()
         if self._diagnosis is not None:
             ratio = self._diagnosis.aspect_ratio
             info |= {

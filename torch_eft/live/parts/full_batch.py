@@ -38,8 +38,6 @@ class FullBatch:
 
     def refusal(self) -> str | None:
         """Why there can be no forecast of this training, as far as its beginning shows, in words."""
-        if not self.start.fresh:
-            return f"training starts at step {self.start.step}, the theory at initialisation"
         if self.start.outside is not None:
             return self.start.outside
         if len(self.start.optimizers) != 1:
@@ -76,6 +74,25 @@ class FullBatch:
             return f"the learning rate changed at step {step}: the forecast is for a constant one"
         return None
 
+    def unlike(self, kept: dict[str, Any], optimizer: Optimizer) -> str | None:
+        """Why a forecast that a checkpoint kept does not go on, in words; ``kept`` is what ``state`` returned.
+
+        Raises:
+            Exception: Of any kind, if it is something else.
+        """
+        rates_then, rates_now = [float(rate) for rate in kept["rates"]], rates(optimizer)
+        if rates_then != rates_now:
+            return f"the learning rate is another after the resume: {rates_now}, it was {rates_then}"
+        assert self.batch is not None
+        now = _fingerprint(*self.batch)
+        if not bool(same_batch(now, kept["fingerprint"].to(now))):
+            return "the batch holds other samples after the resume than before: not those of the forecast"
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """What the forecast was made for; plain types and tensors."""
+        return {"rates": list(self._rates), "fingerprint": self._reference}
+
     def changed(self) -> str | None:
         """Whether a batch held other samples, in words; waits for the device."""
         if self._differs is not None and bool(self._differs):
@@ -105,8 +122,13 @@ def rates(optimizer: Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def sgd_options(optimizer: Optimizer) -> dict[str, Any] | str:
-    """Momentum, Nesterov and dampening of ``torch.optim.SGD``; or why it is none that is linear in gradients."""
+def sgd_options(optimizer: Optimizer, at_rest: bool = True) -> dict[str, Any] | str:
+    """Momentum, Nesterov and dampening of ``torch.optim.SGD``; or why it is none that is linear in gradients.
+
+    Args:
+        optimizer: The optimizer, or Lightning's wrapper of it.
+        at_rest: Whether its first step is to come: the forecast's momentum is zero there, and not after a resume.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
     if type(inner) is not torch.optim.SGD:
         return f"{type(inner).__name__}: forecasts are derived for gradient descent (torch.optim.SGD)"
@@ -117,6 +139,14 @@ def sgd_options(optimizer: Optimizer) -> dict[str, Any] | str:
     found = [{key: group[key] for key in ("momentum", "nesterov", "dampening")} for group in inner.param_groups]
     if any(options != found[0] for options in found):
         return "SGD with another momentum for some parameters: forecasts are derived for one"
-    if any(inner.state[p] for group in inner.param_groups for p in group["params"] if p in inner.state):
+    moving = any(
+        inner.state[p].get("momentum_buffer") is not None
+        for group in inner.param_groups
+        for p in group["params"]
+        if p in inner.state
+    )
+    if at_rest and moving:
         return "the optimizer carries momentum of earlier steps: forecasts start at rest"
+    if not at_rest and not moving and found[0]["momentum"]:
+        return "the optimizer lost its momentum with the resume: the forecast has it all along"
     return found[0]

@@ -10,17 +10,20 @@ class GaugeWatch:
 
     Args:
         what: Of which forecast, in words.
+
+    Attributes:
+        told: 1 if the first bound has been told of, 2 if both.
     """
 
     def __init__(self, what: str) -> None:
-        self.what, self._told = what, 0
+        self.what, self.told = what, 0
 
     def events(self, step: int, gauge: float | None) -> list[Event]:
         """What to say at a step."""
         level = 0 if gauge is None else (gauge >= CAUTION) + (gauge >= INVALID)
-        if level <= self._told:
+        if level <= self.told:
             return []
-        self._told = level
+        self.told = level
         meaning = (
             "order 1 is a rough correction from here on, what is neglected about the square of that"
             if level == 1
