@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.live.beginning import Beginning
-from torch_eft.live.budget import SNAPSHOT, Account, Budget
-from torch_eft.live.costs import cost_page, cost_sentence, thinning_sentence
+from torch_eft.live.budget import Budget
+from torch_eft.live.costs import cost_page, cost_sentence
 from torch_eft.live.outlet import skipped_page
-from torch_eft.live.part import Event, History, MeasurementWarning, Part, Start, Visit
+from torch_eft.live.part import Event, History, MeasurementWarning, Part, Start
 from torch_eft.live.presets import Options, Preset, parts_of
 from torch_eft.live.probes import ProbeLike, probe_from
 from torch_eft.live.recorder import LOADING, Recorder, validity_of
@@ -41,16 +41,12 @@ from torch_eft.live.schedule import Every, checked_every, due
 from torch_eft.live.sinks import JSONLSink, Sink, TensorBoardSink
 from torch_eft.live.subject import Distributed, Subject
 from torch_eft.live.theta_file import KeepTheta, load_theta_0, save_theta_0
+from torch_eft.live.visits import Visits
 from torch_eft.measure.probe import OutputFn
-from torch_eft.measure.snapshot import Snapshot
 from torch_eft.tensorboard.run_info import JSONL_NAME
-from torch_eft.tensorboard.tags import tag
 from torch_eft.theory.activations import ActivationLike
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.trajectory import Validity
-
-UNKNOWN = 6.0
-"""Snapshots that a part's visit is taken to last where it is not known (dNTK along the path of a CNN: measured 6)."""
 
 
 class Observer:
@@ -130,26 +126,22 @@ class Observer:
         if logdir is not None:
             self.sinks += [_tensorboard(logdir), JSONLSink(Path(logdir) / JSONL_NAME)]
         self.recorder = Recorder(type(self).__name__, self.budget, on_error)
+        self._visits = Visits(self.subject, self.parts, self.recorder)
         self._checking = 0.0
         self._begun = False
-        self._first_step = 0
-        self._total_steps: int | None = None
         self._drawn = False
         self._listening: dict[str, list[Part]] = {}
         self._start_afresh()
 
     def _start_afresh(self) -> None:
         self.recorder.forget()
-        self._beginning = Beginning()
+        self._visits.forget()
         self._theta_record: dict[str, Any] | None = None
-        self._last: Snapshot | None = None
-        self._last_step: int | None = None
-        self._left_out_step: int | None = None
 
     @property
     def origin(self) -> str:
         """Where theta_0 was taken, in words."""
-        return self._beginning.origin
+        return self._visits.beginning.origin
 
     @property
     def history(self) -> History:
@@ -199,7 +191,7 @@ class Observer:
             self.check()
         self.budget.restart(self._checking)
         self._checking, self._begun = 0.0, True
-        self._first_step, self._total_steps = step, total_steps
+        self._visits.first_step, self._visits.total_steps = step, total_steps
         self.recorder.step = step
         if not self.subject.leads:
             self.recorder.guard(self.subject.follow)
@@ -211,9 +203,9 @@ class Observer:
 
     def _begin(self, step: int, outside: str | None) -> None:
         network, probe = self.subject.network, self.subject.inputs
-        restored = self._beginning.restored
+        restored = self._visits.beginning.restored
         going_on = restored or step > 0
-        unlike = self._beginning.unlike(network, probe)
+        unlike = self._visits.beginning.unlike(network, probe)
         if unlike and going_on:
             warnings.warn(
                 f"{self.recorder.name}: {unlike}, whose measurements cannot be compared with; training goes on, "
@@ -221,17 +213,17 @@ class Observer:
                 MeasurementWarning,
                 stacklevel=2,
             )
-        goes_on = self._beginning.snapshot is not None and going_on and unlike is None
+        goes_on = self._visits.beginning.snapshot is not None and going_on and unlike is None
         if not goes_on:
             self._start_afresh()
             self.recorder.each(self.parts, lambda part: part.forget())  # what a checkpoint told them of another theta_0
             where = "initialisation" if step == 0 else f"resumed at step {step} without a recorded theta_0"
-            self._beginning.origin = where
+            self._visits.beginning.origin = where
             # Learning rates are part of the NTK; those of theta_0 are kept, a schedule is no drift.
-            self._beginning.lambdas = self.subject.learning_rates()
-        self._beginning.belongs_to(network, probe)
+            self._visits.beginning.lambdas = self.subject.learning_rates()
+        self._visits.beginning.belongs_to(network, probe)
         lacking = [part.name for part in self.parts if part.needs_theta_0]
-        if goes_on and lacking and self._beginning.theta_0 is None:
+        if goes_on and lacking and self._visits.beginning.theta_0 is None:
             warnings.warn(
                 f"{self.recorder.name}: the parameters of theta_0 were not kept or are not to be had, so that "
                 f"what needs them ({', '.join(lacking)}) is left out from here; the rest goes on",
@@ -252,24 +244,25 @@ class Observer:
             step,
             fresh,
             outside,
-            dict(self._beginning.lambdas),
+            dict(self._visits.beginning.lambdas),
             self.subject.output_fn,
-            self._total_steps,
+            self._visits.total_steps,
         )
         self.recorder.ask_each(self.parts, lambda part: part.begin(start))
         if step not in self.history:
-            self._visit(step, last=False, epoch=None, start=True)
+            self._visits.visit(step, last=False, epoch=None, start=True)
         elif restored and any(part.looks_back for part in self.parts):
-            self._look(step)
+            self._visits.look(step)
         self._drawn = goes_on
         if self.recorder.outlet.draws:
             self.budget.reserve = LOADING
         self._draw_start()
         self._tell()
+        self.flush()
 
     def _draw_start(self) -> None:
         """Figures of theta_0, as soon as the budget has room for them."""
-        reference = self._beginning.snapshot
+        reference = self._visits.beginning.snapshot
         if self._drawn or reference is None or not self.budget.room(self.recorder.drawing):
             return
         self._drawn = True
@@ -278,7 +271,7 @@ class Observer:
 
     def _listeners(self, hook: str) -> list[Part]:
         """The parts that do something at a hook: most do nothing at most, and there are many steps."""
-        if self._beginning.snapshot is None or not self.subject.leads or self.subject.twin is not None:
+        if self._visits.beginning.snapshot is None or not self.subject.leads or self.subject.twin is not None:
             return []
         if hook not in self._listening:
             self._listening[hook] = [p for p in self.parts if getattr(type(p), hook) is not getattr(Part, hook)]
@@ -304,7 +297,7 @@ class Observer:
         listeners = self._listeners("on_gradient")
         if listeners and chosen is not None:
             step = self.recorder.step
-            first = step == self._first_step
+            first = step == self._visits.first_step
             with self.budget.forecasting() if first else nullcontext():
                 self.recorder.ask_each(listeners, lambda part: part.on_gradient(step, chosen))
             if first:
@@ -328,7 +321,7 @@ class Observer:
             self.begin(step)
         if step != self.recorder.step:
             self._after_step(step)
-        last = last or step == self._total_steps
+        last = last or step == self._visits.total_steps
         if not last and not (self._due(step) if due_now is None else due_now):
             return {}
         found: dict[str, float] = {}
@@ -336,11 +329,16 @@ class Observer:
             self.recorder.guard(self.subject.follow)
             return found
         with self.subject.awaited():
-            if step == self._last_step:
+            if step == self._visits.latest_step:
                 return found
             if torch.cuda.is_initialized():  # the measurement itself waits for the device: its queue is not its cost
                 torch.cuda.synchronize()
-            self.recorder.guard(lambda: found.update(self._visit(step, last, epoch)))
+            self.recorder.guard(lambda: found.update(self._visits.visit(step, last, epoch)))
+        if found:
+            self.recorder.guard(self._tell)
+            self.flush()
+            if not last:
+                self.recorder.guard(self._draw_start)
         return found
 
     def _due(self, step: int) -> bool:
@@ -351,7 +349,7 @@ class Observer:
             return False
 
     def _after_step(self, step: int) -> None:
-        first, self.recorder.step = self.recorder.step == self._first_step, step
+        first, self.recorder.step = self.recorder.step == self._visits.first_step, step
         network = self.subject.network
         self.recorder.ask_each(self._listeners("on_step"), lambda part: part.on_step(step, network))
         if first:  # what the theory needed to know before the first step is in
@@ -377,7 +375,7 @@ class Observer:
         self.recorder.say(self.overhead())
 
     def _finish(self) -> None:
-        reference, last = self._beginning.snapshot, self._last
+        reference, last = self._visits.beginning.snapshot, self._visits.latest
         self._draw_start()
         if reference is not None and last is not None:
             self.recorder.draw(self.parts, lambda part: part.last_figures(self.history, reference, last))
@@ -396,87 +394,9 @@ class Observer:
         """What measuring has cost, and what was left out, in a sentence."""
         return cost_sentence(self.budget, len(self.history), len(self.skipped), len(self.recorder.undrawn))
 
-    # ---- what it does
-
-    def _visit(self, step: int, last: bool, epoch: int | None, start: bool = False) -> dict[str, float]:
-        first = self._beginning.snapshot is None or start
-        forced = first or last
-        if not forced and not self.budget.affordable(SNAPSHOT, self._progress(step)):
-            if self.budget.accounts[SNAPSHOT].left_out == 1:
-                self.recorder.say(thinning_sentence(self.budget, step))
-            self._left_out_step = step
-            return {}
-        if step == self._left_out_step:  # left out first, then seen to be the last
-            self.budget.accounts[SNAPSHOT].left_out -= 1
-        self._last_step = step  # also if it fails: one attempt a step
-        visit = self._seen(step, last, forced)
-        scalars: dict[str, float] = {}
-        for part in self.parts:
-            if self._affords(part, first, last, step):
-                with self.budget.account(part.name, forced):
-                    report = self.recorder.ask(lambda part=part: part.observe(visit))  # type: ignore[misc]
-                    scalars |= report.scalars
-        if step > self._first_step:  # before the first step there is no training time to compare with
-            scalars[tag("overhead_percent")] = self.budget.percent
-        self.recorder.record(step, scalars, epoch)
-        self.recorder.guard(self._tell)
-        self.flush()
-        if not forced:
-            self._draw_start()
-        return dict(self.history.get(step, {}))
-
-    def _look(self, step: int) -> None:
-        """Show where a resumed training starts, whose numbers are recorded, to the parts that look back to it."""
-        visit = self._seen(step, last=False, forced=True)
-        for part in self.parts:
-            if part.looks_back:
-                self.recorder.ask(lambda part=part: part.observe(visit))  # type: ignore[misc]
-
-    def _seen(self, step: int, last: bool, forced: bool) -> Visit:
-        with self.budget.account(SNAPSHOT, forced):
-            # Parameters that were frozen at theta_0 may have joined: theirs are the rates they have now.
-            lambdas = self.subject.learning_rates()
-            lambdas |= {name: value for name, value in self._beginning.lambdas.items() if name in lambdas}
-            snapshot = self.subject.take(lambdas)
-            network = self.subject.network
-            if self._beginning.snapshot is None:
-                self._beginning.take(snapshot, network, any(part.needs_theta_0 for part in self.parts))
-        assert self._beginning.snapshot is not None
-        self._last = snapshot
-        return Visit(
-            step,
-            network,
-            self.subject.inputs,
-            self.subject.output_fn,
-            snapshot,
-            self._beginning.snapshot,
-            lambdas,
-            last,
-            self._beginning.theta_0,
-        )
-
-    def _affords(self, part: Part, first: bool, last: bool, step: int) -> bool:
-        """All parts see theta_0; at the end what is light is never left out, what is dear if there is no room."""
-        if first or (last and part.cost == "light"):
-            return True
-        if not last:
-            return self.budget.affordable(part.name, self._progress(step))
-        account = self.budget.accounts.setdefault(part.name, Account())
-        seconds = account.latest
-        if part.looks_back and account.made < 2:
-            seconds = UNKNOWN * self.budget.accounts[SNAPSHOT].latest
-        fits = seconds < 1e-3 or self.budget.room(seconds)
-        account.left_out += not fits
-        return fits
-
     def _tell(self) -> None:
         subject = self.subject
         self.recorder.tell(self.parts, subject.network, subject.optimizers, subject.probe_shape)
-
-    def _progress(self, step: int) -> float | None:
-        if self._total_steps is None or self._total_steps <= self._first_step:
-            return None
-        return (step - self._first_step) / (self._total_steps - self._first_step)
 
     # ---- state: plain types and tensors, so that it loads with weights_only=True
 
@@ -484,7 +404,7 @@ class Observer:
         """History, theta_0's measurements and where they were taken, and the parts' own."""
         states: dict[str, Any] = {}
         self.recorder.each(self.parts, lambda part: states.update({part.name: part.state()}))
-        beginning = self._beginning.state()
+        beginning = self._visits.beginning.state()
         if self.keep_theta_0 == "none" or (self.keep_theta_0 == "file" and self.theta_file is not None):
             self.recorder.guard(self._put_aside)
             beginning |= {"theta_0": None, "theta_0_file": self._theta_record}
@@ -496,7 +416,7 @@ class Observer:
         }
 
     def _put_aside(self) -> None:
-        theta_0 = self._beginning.theta_0
+        theta_0 = self._visits.beginning.theta_0
         if theta_0 is not None and self._theta_record is None and self.keep_theta_0 == "file" and self.subject.leads:
             assert self.theta_file is not None
             self._theta_record = save_theta_0(self.theta_file, theta_0)
@@ -522,18 +442,18 @@ class Observer:
             {int(step): dict(scalars) for step, scalars in state["history"].items()},
             [Event(int(step), quantity, text) for step, quantity, text in state["events"]],
         )
-        self._beginning = Beginning.from_state(state)
+        self._visits.beginning = Beginning.from_state(state)
         self._theta_record = state.get("theta_0_file")
         if self._theta_record is not None:
             self.recorder.guard(self._fetch)
-        self._last_step = max(self.history, default=None)
+        self._visits.latest_step = max(self.history, default=None)
         for part in self.parts:
             part.forget()
             part.load_state(state["parts"].get(part.name, {}))
 
     def _fetch(self) -> None:
         assert self._theta_record is not None
-        self._beginning.theta_0 = load_theta_0(self._theta_record)
+        self._visits.beginning.theta_0 = load_theta_0(self._theta_record)
 
 
 def _tensorboard(logdir: str | Path) -> Sink:
