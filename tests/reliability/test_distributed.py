@@ -136,6 +136,44 @@ def sharded_parameters():
     return found
 
 
+def bare_loop(directory):
+    """A loop without Lightning, which calls the observer on every rank."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    from tests.callbacks.trainings import dataset, simple_mlp
+    from torch_eft.live import Observer
+
+    x, y = dataset().tensors
+    found = {}
+    for case in ("without", "rank_zero", "sharded"):
+        torch.manual_seed(0)
+        net = simple_mlp()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        logdir, distributed = directory / f"bare {case}", "sharded" if case == "sharded" else "rank_zero"
+        options = {"every": 2, "budget": None, "logdir": logdir, "distributed": distributed}
+        observer = None if case == "without" else Observer(net, x[:5], optimizer, **options)
+        trained = DistributedDataParallel(net)
+        if observer is not None:
+            observer.begin(total_steps=6)
+        for step in range(1, 7):
+            rows = torch.randperm(24)[torch.distributed.get_rank() :: 2]
+            loss = torch.nn.functional.mse_loss(trained(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if observer is not None:
+                observer.measure(step)
+        if observer is not None:
+            observer.finish()
+        found[case] = {
+            "parameters": [p.detach().double().sum().item() for p in net.parameters()],
+            "drift": {} if observer is None else {k: v["eft/ntk_drift/measured"] for k, v in observer.history.items()},
+            "skipped": [] if observer is None else observer.skipped,
+        }
+    return found
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ddp")
@@ -225,6 +263,19 @@ def test_sharded_parameters_without_a_twin_are_refused_before_training(ranks):
         assert "sharded" in rank["FSDP2"]["no twin"] and "twin=" in rank["FSDP2"]["no twin"]
 
 
+def test_a_bare_loop_calls_the_observer_on_every_rank(ranks):
+    directory, found = ranks
+    for rank, here in enumerate(found):
+        for case in ("rank_zero", "sharded"):
+            assert here["bare"][case]["parameters"] == here["bare"]["without"]["parameters"]
+            assert here["bare"][case]["skipped"] == []
+            assert list(here["bare"][case]["drift"]) == (["0", "2", "4", "6"] if rank == 0 else [])
+    alone, together = (list(found[0]["bare"][case]["drift"].values()) for case in ("rank_zero", "sharded"))
+    assert together == pytest.approx(alone, abs=8 * 1.2e-7) and min(alone[1:]) > 1e-3
+    for case in ("rank_zero", "sharded"):
+        assert len(list((directory / f"bare {case}").glob("events*"))) == 1
+
+
 def test_warning_of_the_timeout(ranks):
     _, found = ranks
     assert [rank["failing"]["of the timeout"] for rank in found] == [1, 0]
@@ -247,5 +298,5 @@ def test_logged_once(ranks):
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    results = {**trainings(place), "FSDP2": sharded_parameters()}
+    results = {**trainings(place), "FSDP2": sharded_parameters(), "bare": bare_loop(place)}
     (place / f"{os.environ['RANK']}.json").write_text(json.dumps(results))

@@ -122,8 +122,10 @@ class Observer:
         self.budget = Budget(budget)
         chosen = parts_of(preset, also, Options(ensemble, activation, output_fn, forecast_seconds))
         self.parts = chosen if parts is None else list(parts)
+        for part in self.parts:
+            part.keeps_theta_0 = keep_theta_0 == "checkpoint"
         self.sinks = list(sinks)
-        if logdir is not None:
+        if logdir is not None and self.subject.leads:
             self.sinks += [_tensorboard(logdir), JSONLSink(Path(logdir) / JSONL_NAME)]
         self.recorder = Recorder(type(self).__name__, self.budget, on_error)
         self._visits = Visits(self.subject, self.parts, self.recorder)
