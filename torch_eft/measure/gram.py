@@ -97,7 +97,8 @@ class Outer:
                     )
                 else:
                     total = total + torch.einsum("nto,ntd->od", weighted, a)
-        found = {self.weight: torch.as_tensor(total)}
+        # as_tensor would take it to torch's default device
+        found = {self.weight: total if isinstance(total, Tensor) else u.new_zeros(())}
         return found if self.bias is None else found | self.of_bias().pulled_back(u, order)
 
 

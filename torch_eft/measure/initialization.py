@@ -88,8 +88,8 @@ def read_ensemble(
         layers = _linear_layers(network, model)
         if x is None:
             first = next(iter(layers.values()))
-            generator = torch.Generator().manual_seed(0)
-            x = torch.randn(8, first.in_features, generator=generator)
+            generator = torch.Generator(device="cpu").manual_seed(0)
+            x = torch.randn(8, first.in_features, generator=generator, device="cpu")
         probe = as_probe(x)
         found = _verified_activation(network, probe, layers, activation)
     rates = read_learning_rates(model, optimizers).lambdas if optimizers else None
