@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_eft.measure.composite import WrittenOut
 from torch_eft.measure.differentials import differentials
-from torch_eft.measure.engine import DEFAULT_MEMORY, Engine, checked_lambdas
+from torch_eft.measure.engine import DEFAULT_MEMORY, Engine
 from torch_eft.measure.isolation import IsolatedModel, isolated
 from torch_eft.measure.jets import NoJetRuleError, watch_kinks
 from torch_eft.measure.output import checked_output
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.products import NTKOperator
-from torch_eft.measure.refusals import check_measurable
+from torch_eft.measure.refusals import check_measurable, derivatives_of_order
 from torch_eft.measure.structure import all_finite
 
 Direction = Tensor | Mapping[str, Tensor]
@@ -240,18 +241,20 @@ def _whole(
     """By reverse mode of reverse mode, then compared with jets in one direction."""
     probe = as_probe(x)
     with isolated(model, output_fn) as network:
-        scales = checked_lambdas(network, lambdas)
+        scales = Engine(network, probe, lambdas, memory).lambdas  # refuses what cannot be measured
         with torch.no_grad():
             outputs = checked_output(network, probe)
         _check_memory(outputs, sum(network.params[name].numel() for name in scales), names, memory)
         inputs = network.place(probe)
         stacked = {name: value[None] for name, value in network.params.items()}
-        found = differentials(
-            lambda params: network({name: value[0] for name, value in params.items()}, inputs)[None],
-            stacked,
-            scales,
-            names,
-        )
+        # Written out in the backward, too, where a checkpoint runs its part of the forward again.
+        with derivatives_of_order(2 if names == ("dH",) else 3, model), WrittenOut():
+            found = differentials(
+                lambda params: network({name: value[0] for name, value in params.items()}, inputs)[None],
+                stacked,
+                scales,
+                names,
+            )
         tensors = [getattr(found, name)[0] for name in names]
         kinked = _check_in_one_direction(network, probe, lambdas, dict(zip(names, tensors, strict=True)), memory)
     _warn(kinked)

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from torch_eft.measure.gram import Factor, Orders, Outer, add_gram, mirror
 from torch_eft.measure.isolation import IsolatedModel
@@ -18,7 +19,7 @@ from torch_eft.measure.jets import NoJetRuleError
 from torch_eft.measure.output import checked_output
 from torch_eft.measure.plan import Plan, make_plan, sample_count, slice_of
 from torch_eft.measure.probe import Probe
-from torch_eft.measure.refusals import check_function_of_each_sample, check_measurable
+from torch_eft.measure.refusals import check_function_of_each_sample, check_measurable, derivatives_of_order
 from torch_eft.measure.sample_jacobians import reverse_factors
 from torch_eft.measure.verification import mismatches
 
@@ -138,7 +139,12 @@ class Engine:
     def _verified(self, plan: Plan, few: Any) -> Plan:
         """The plan, with what does not agree with an ordinary backward pass left to the fallback."""
         for attempt in range(2):
-            factors = jacobian_factors(self.network, few, self.moving, plan)
+            try:
+                factors = jacobian_factors(self.network, few, self.moving, plan)
+            except CheckpointError:
+                reason = "a checkpoint runs its part of the forward again, unrecorded"
+                plan = make_plan(self.network, self.inputs, self.moving, dict.fromkeys(self.moving, reason))
+                factors = jacobian_factors(self.network, few, self.moving, plan)
             wrong = mismatches(self.network, few, factors, self.moving)
             if not wrong:
                 return plan
@@ -292,11 +298,13 @@ class Engine:
             method = JETS
             try:
                 factors = jacobian_factors(self.network, few, self.moving, self.plan, direction, order)
-            except NoJetRuleError as error:
-                method = f"reverse mode ({error})"
-                factors = reverse_factors(self.network, few, self.moving, direction, order)
+            except (NoJetRuleError, CheckpointError) as error:  # a checkpoint's second forward knows no jets
+                method = f"reverse mode ({str(error).splitlines()[0]})"
+                with derivatives_of_order(order + 1, self.network.origin):
+                    factors = reverse_factors(self.network, few, self.moving, direction, order)
             for m in range(1, order + 1):
-                wrong = mismatches(self.network, few, factors, self.moving, direction, m)
+                with derivatives_of_order(m + 1, self.network.origin):
+                    wrong = mismatches(self.network, few, factors, self.moving, direction, m)
                 if wrong:
                     name, found = next(iter(wrong.items()))
                     raise ValueError(

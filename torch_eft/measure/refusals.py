@@ -6,6 +6,7 @@ once. On the device "meta" there are no values, and none are checked.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,18 +81,60 @@ def check_function_of_each_sample(network: IsolatedModel, probe: Probe, outputs:
             f"{probe.size} samples); look at that input, or measure in float64"
         )
     with torch.no_grad():
-        repeated = network(network.params, inputs)
+        _check_repeated(network(network.params, inputs), outputs)
+    raise ValueError(
+        f"model: a sample's output depends on the other samples of the batch: with half of them it differs by "
+        f"{float((again - outputs[order]).abs().max()):.3g}; normalise over features or with running statistics, "
+        "and use no sample's place in the batch"
+    )
+
+
+def check_differentiable_function(network: IsolatedModel, inputs: Any) -> None:
+    """Refuse forwards that are no differentiable functions of the whole batch; samples may see each other.
+
+    The forward is run twice: without, and with gradients.
+
+    Args:
+        network: Isolated.
+        inputs: Where the network is.
+
+    Raises:
+        ValueError: For outputs that depend on chance, and for reentrant checkpointing.
+    """
+    with torch.no_grad():
+        outputs = network(network.params, tree_map_only(Tensor, torch.clone, inputs))
+    again = _run_with_gradients(network, inputs)
+    _check_graph(again)
+    if has_values(outputs):
+        _check_repeated(again.detach(), outputs)
+
+
+@contextmanager
+def derivatives_of_order(order: int, module: nn.Module) -> Iterator[None]:
+    """What torch says where it has no derivative, as a refusal in words.
+
+    Raises:
+        ValueError: If an operation has no derivative of that order.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"model: an operation of {type(module).__name__} has no derivative of order {order} "
+            f"({str(error).splitlines()[0]}); ask for a lower order, or write it in elementary operations (an "
+            "embedding bag as a sum over an embedding, cdist as norms of differences)"
+        ) from error
+
+
+def _check_repeated(repeated: Tensor, outputs: Tensor) -> None:
     if not bool(_alike(repeated, outputs)):
         raise ValueError(
             f"model: a sample's output depends on chance: the same inputs twice gave outputs that differ by "
             f"{float((repeated - outputs).abs().max()):.3g}, in evaluation mode; use nn.Dropout, or "
             "F.dropout(x, p, training=self.training), and draw nothing in the forward"
         )
-    raise ValueError(
-        f"model: a sample's output depends on the other samples of the batch: with half of them it differs by "
-        f"{float((again - outputs[order]).abs().max()):.3g}; normalise over features or with running statistics, "
-        "and use no sample's place in the batch"
-    )
 
 
 def _alike(values: Tensor, reference: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch.func import jacrev, vmap
 from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.composite import WrittenOut
+from torch_eft.measure.differentials import _check_twice_differentiable
 from torch_eft.measure.gram import Direct, Factor
 from torch_eft.measure.isolation import IsolatedModel
 from torch_eft.measure.jets import coefficients_of, jet
@@ -18,12 +19,19 @@ from torch_eft.measure.plan import sample_count, slice_of
 def reverse_factors(
     network: IsolatedModel, inputs: Any, moving: Sequence[str], direction: Mapping[str, Tensor], order: int
 ) -> list[Factor]:
-    """J_0 .. J_order of every parameter by reverse mode of reverse mode, for operations that jets do not know."""
+    """J_0 .. J_order of every parameter by reverse mode of reverse mode, for operations that jets do not know.
+
+    Raises:
+        RuntimeError: If an operation has no derivative of order + 1.
+    """
     leaves = [network.params[name].detach().requires_grad_() for name in moving]
     with WrittenOut():
         outputs = network({**network.params, **dict(zip(moving, leaves, strict=True))}, inputs)
-    along = [direction[name] for name in moving]
-    rows = [[_reverse_series(value, leaves, along, order) for value in row] for row in outputs]
+        if order:
+            _check_twice_differentiable(outputs)
+        along = [direction[name] for name in moving]
+        # A checkpoint runs its part of the forward again, and must find it written out as before.
+        rows = [[_reverse_series(value, leaves, along, order) for value in row] for row in outputs]
     return [
         Direct(
             name,

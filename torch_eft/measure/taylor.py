@@ -24,6 +24,7 @@ from torch_eft.measure.jet_reverse import series_by_reverse_mode
 from torch_eft.measure.jets import MAX_ORDER, NoJetRuleError, coefficients_of, lift, watch_kinks
 from torch_eft.measure.output import checked_output
 from torch_eft.measure.probe import OutputFn, Probe, as_probe
+from torch_eft.measure.refusals import check_differentiable_function
 
 JETS = "jets"
 REVERSE = "reverse-over-reverse"
@@ -170,6 +171,7 @@ def _terms(
         return terms, JETS, tuple(kinks), ()
     except Exception as error:  # the plain forward has run: whatever it is, jets are the cause
         reason = str(error).splitlines()[0] if isinstance(error, NoJetRuleError) else f"{type(error).__name__}: {error}"
+    check_differentiable_function(base, base.place(probe))  # which jets would have found out
     with watch_kinks() as kinks:
         terms = series_by_reverse_mode(base, direction, probe, order)
     return terms, REVERSE, tuple(kinks), (f"computed by {REVERSE} differentiation: {reason}",)

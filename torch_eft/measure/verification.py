@@ -7,6 +7,7 @@ parameter, which for the whole is u . H . u.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -75,11 +76,16 @@ def _by_backward(
     """U . J_order by reverse mode of reverse mode; above order 0 with fused operations written out."""
     leaves = {name: network.params[name].detach().requires_grad_() for name in moving}
     params = {**network.params, **leaves}
-    if order:
-        with WrittenOut():
-            outputs = network(params, inputs)
-    else:
-        outputs = network(params, inputs)
+    # A checkpoint runs its part of the forward again, and must find it written out as before.
+    with WrittenOut() if order else nullcontext():
+        gradients, factorial = _repeated_backward(network(params, inputs), u, leaves, direction, order)
+    return {name: g.detach() / factorial for name, g in zip(moving, gradients, strict=True)}
+
+
+def _repeated_backward(
+    outputs: Tensor, u: Tensor, leaves: Mapping[str, Tensor], direction: Mapping[str, Tensor] | None, order: int
+) -> tuple[Sequence[Tensor], float]:
+    """Order! times the gradients of u . z_order, and order!."""
     value, factorial = (outputs * u.T).sum(), 1.0
     for step in range(order + 1):
         gradients = torch.autograd.grad(
@@ -88,8 +94,8 @@ def _by_backward(
         if step < order:
             assert direction is not None
             factorial *= step + 1
-            value = torch.stack([(g * direction[n]).sum() for g, n in zip(gradients, moving, strict=True)]).sum()
+            value = torch.stack([(g * direction[n]).sum() for g, n in zip(gradients, leaves, strict=True)]).sum()
             if not value.requires_grad:
                 gradients = tuple(torch.zeros_like(leaf) for leaf in leaves.values())
                 break
-    return {name: g.detach() / factorial for name, g in zip(moving, gradients, strict=True)}
+    return gradients, factorial
