@@ -38,7 +38,9 @@ def forecasts():
 class Run:
     """A bare loop with an observer, that can be saved and brought back."""
 
-    def __init__(self, lr=0.05, parts=None, every=1, probe=None, seed=0, momentum=0.0, loss=F.mse_loss, total=STEPS):
+    def __init__(
+        self, lr=0.05, parts=None, every=1, probe=None, seed=0, momentum=0.0, loss=F.mse_loss, total=STEPS, **more
+    ):
         self.net, self.loss, self.total = mlp(24, seed=seed), loss, total
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr, momentum=momentum)
         self.x, self.y, x_probe = data()
@@ -50,6 +52,7 @@ class Run:
             budget=None,
             parts=forecasts() if parts is None else parts,
             on_error="raise",
+            **more,
         )
 
     def saved(self):
@@ -161,6 +164,7 @@ def test_it_goes_on_after_two_resumes_one_of_them_without_a_step():
     same(resumed, whole, range(STEPS + 1))
 
 
+@pytest.mark.slow
 def test_it_goes_on_beyond_its_horizon():
     """Of a training whose length is another after the resume."""
     run = Run(total=HALF).train(1, HALF)
@@ -310,6 +314,21 @@ def test_a_state_that_cannot_be_read_ends_it_and_nothing_else(change):
         assert words in part.validity.reason
     assert list(resumed.history) == list(range(STEPS + 1))
     same(resumed, whole, range(HALF + 1))
+
+
+@pytest.mark.parametrize("keep", ["file", "none"])
+def test_without_theta_0_in_the_checkpoint_this_networks_forecast_ends(keep, tmp_path):
+    """It is made again of theta_0; that of the ensemble needs none."""
+    parts = [EnsemblePart(order=0), InstancePart()]
+    stopped = Run(parts=parts, keep_theta_0=keep, logdir=tmp_path).train(1, HALF)
+    assert stopped.parts()["instance"].validity.flag != "invalid"
+    saved = stopped.saved()
+    values = torch.load(io.BytesIO(saved), weights_only=True)[2]["parts"]
+    assert "comparison" in values["theory"] and set(values["instance"]) == {"ended"}
+    parts = [EnsemblePart(order=0), InstancePart()]
+    resumed = Run(parts=parts, keep_theta_0=keep, seed=1).resume(saved).train(HALF + 1, STEPS)
+    assert "checkpoints are without theta_0" in resumed.parts()["instance"].validity.reason
+    assert tag("output_projection", "order_0") in resumed.history[STEPS]
 
 
 def test_a_state_of_another_kind_is_a_new_start():

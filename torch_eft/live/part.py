@@ -127,12 +127,14 @@ class Part:
         cost: The smallest preset that has it.
         needs_theta_0: Whether visits must carry the parameters at the reference.
         looks_back: Whether it compares with an earlier visit, so that what the first one takes says nothing of others.
+        keeps_theta_0: Whether its state may hold the parameters of theta_0; the observer sets it.
     """
 
     name: str = "part"
     cost: Cost = "light"
     needs_theta_0: bool = False
     looks_back: bool = False
+    keeps_theta_0: bool = True
 
     def plan(self, outputs: int, samples: int) -> Plan:
         """What it needs measured in each snapshot, for ``outputs`` = C and ``samples`` = N."""

@@ -111,6 +111,13 @@ class InstancePart(ForecastPart):
             f"{found.words}. At the last step, {found.validity}"
         }
 
+    def state(self) -> dict[str, Any]:
+        """The forecast, by theta_0, if that may be in checkpoints."""
+        state = super().state()
+        if "comparison" not in state or self.keeps_theta_0:
+            return state
+        return {"ended": "checkpoints are without theta_0 (keep_theta_0), of which it would be made again"}
+
     def _none(self, reason: str) -> str:
         return f"No forecast of this network, measurements only: {reason}."
 
