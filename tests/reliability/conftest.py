@@ -16,6 +16,7 @@ KINDS = {
     "test_distributed": "distributed cases",
     "test_sharded": "distributed cases",
     "test_derivatives": "derivative checks",
+    "test_lightning_hazards": "what Lightning does behind a callback's back",
     "test_soak": "soak: a thousand measurements",
     "test_untrusted": "untrusted input",
 }
