@@ -273,7 +273,7 @@ def of_an_older_version(state):
 
 
 def without_the_ensemble(state):
-    del state["parts"]["theory"]["ensemble"], state["parts"]["instance"]["comparison"]["theta_0"]
+    del state["parts"]["theory"]["ensemble"], state["parts"]["instance"]["comparison"]["modes"]
 
 
 def of_wrong_types(state):
@@ -282,7 +282,7 @@ def of_wrong_types(state):
 
 def of_another_shape(state):
     state["parts"]["theory"]["ensemble"]["widths"] = [1, 2]
-    theta_0 = state["parts"]["instance"]["comparison"]["theta_0"]
+    theta_0 = state["parts"]["instance"]["theta_0"]
     theta_0 |= {name: value[:1] for name, value in theta_0.items()}
 
 
@@ -316,19 +316,37 @@ def test_a_state_that_cannot_be_read_ends_it_and_nothing_else(change):
     same(resumed, whole, range(HALF + 1))
 
 
-@pytest.mark.parametrize("keep", ["file", "none"])
-def test_without_theta_0_in_the_checkpoint_this_networks_forecast_ends(keep, tmp_path):
-    """It is made again of theta_0; that of the ensemble needs none."""
-    parts = [EnsemblePart(order=0), InstancePart()]
-    stopped = Run(parts=parts, keep_theta_0=keep, logdir=tmp_path).train(1, HALF)
-    assert stopped.parts()["instance"].validity.flag != "invalid"
-    saved = stopped.saved()
-    values = torch.load(io.BytesIO(saved), weights_only=True)[2]["parts"]
-    assert "comparison" in values["theory"] and set(values["instance"]) == {"ended"}
-    parts = [EnsemblePart(order=0), InstancePart()]
-    resumed = Run(parts=parts, keep_theta_0=keep, seed=1).resume(saved).train(HALF + 1, STEPS)
-    assert "checkpoints are without theta_0" in resumed.parts()["instance"].validity.reason
-    assert tag("output_projection", "order_0") in resumed.history[STEPS]
+@pytest.mark.parametrize("keep", ["file", "a file that is gone", "none"])
+def test_theta_0_beside_the_checkpoint_or_not_at_all(keep, tmp_path):
+    """This network's forecast is made again of theta_0, and ends without; that of the ensemble needs none."""
+
+    def parts():
+        return [EnsemblePart(order=0), InstancePart(seconds=SECONDS)]
+
+    options = dict(keep_theta_0="none" if keep == "none" else "file", logdir=tmp_path)
+    whole = Run(parts=parts(), **options).train(1, HALF)
+    saved = whole.saved()
+    whole.train(HALF + 1, STEPS)
+    state = torch.load(io.BytesIO(saved), weights_only=True)[2]
+    assert state["theta_0"] is state["parts"]["instance"]["theta_0"] is None
+    files = [path.name for path in tmp_path.glob("*.pt")]
+    assert files == ([] if keep == "none" else ["eft-theta_0-instance.pt"])
+    resumed = Run(parts=parts(), seed=1, **options)
+    if keep == "a file that is gone":
+        (tmp_path / files[0]).unlink()
+        resumed.observer.recorder.on_error = "warn"
+        with pytest.warns(MeasurementWarning, match="is not there"):
+            resumed.resume(saved)
+    else:
+        resumed.resume(saved)
+    again = torch.load(io.BytesIO(resumed.saved()), weights_only=True)[2]  # no step taken since
+    assert again["parts"]["instance"]["theta_0_file"] == state["parts"]["instance"]["theta_0_file"]
+    resumed.train(HALF + 1, STEPS)
+    if keep == "file":
+        same(resumed, whole, range(STEPS + 1))
+    else:
+        assert "theta_0, of which it would be made again" in resumed.parts()["instance"].validity.reason
+        assert tag("output_projection", "order_0") in resumed.history[STEPS]
 
 
 def test_a_state_of_another_kind_is_a_new_start():

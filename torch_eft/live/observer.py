@@ -122,8 +122,6 @@ class Observer:
         self.budget = Budget(budget)
         chosen = parts_of(preset, also, Options(ensemble, activation, output_fn, forecast_seconds))
         self.parts = chosen if parts is None else list(parts)
-        for part in self.parts:
-            part.keeps_theta_0 = keep_theta_0 == "checkpoint"
         self.sinks = list(sinks)
         if logdir is not None and self.subject.leads:
             self.sinks += [_tensorboard(logdir), JSONLSink(Path(logdir) / JSONL_NAME)]
@@ -138,7 +136,7 @@ class Observer:
     def _start_afresh(self) -> None:
         self.recorder.forget()
         self._visits.forget()
-        self._theta_record: dict[str, Any] | None = None
+        self._theta_records: dict[str, dict[str, Any]] = {}
 
     @property
     def origin(self) -> str:
@@ -408,8 +406,9 @@ class Observer:
         self.recorder.each(self.parts, lambda part: states.update({part.name: part.state()}))
         beginning = self._visits.beginning.state()
         if self.keep_theta_0 == "none" or (self.keep_theta_0 == "file" and self.theta_file is not None):
-            self.recorder.guard(self._put_aside)
-            beginning |= {"theta_0": None, "theta_0_file": self._theta_record}
+            beginning = self._put_aside("", beginning)
+            holding = [name for name, kept in states.items() if isinstance(kept, dict) and kept.get("theta_0")]
+            states |= {name: self._put_aside(name, states[name]) for name in holding}
         return {
             "history": {step: dict(scalars) for step, scalars in self.history.items()},
             "events": [[event.step, event.quantity, event.text] for event in self.events],
@@ -417,11 +416,14 @@ class Observer:
             "parts": states,
         }
 
-    def _put_aside(self) -> None:
-        theta_0 = self._visits.beginning.theta_0
-        if theta_0 is not None and self._theta_record is None and self.keep_theta_0 == "file" and self.subject.leads:
-            assert self.theta_file is not None
-            self._theta_record = save_theta_0(self.theta_file, theta_0)
+    def _put_aside(self, name: str, state: dict[str, Any]) -> dict[str, Any]:
+        """A state (that of a part, if it has a name) without theta_0, which is written to a file once, or nowhere."""
+        theta_0, records, file = state["theta_0"], self._theta_records, self.theta_file
+        if self.keep_theta_0 == "file" and theta_0 is not None and name not in records and self.subject.leads:
+            assert file is not None
+            path = file.with_stem(f"{file.stem}-{name}") if name else file
+            self.recorder.guard(lambda: records.update({name: save_theta_0(path, theta_0)}))
+        return state | {"theta_0": None, "theta_0_file": records.get(name)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's theta_0 and history; one that cannot be read is left alone, with a warning."""
@@ -444,18 +446,19 @@ class Observer:
             {int(step): dict(scalars) for step, scalars in state["history"].items()},
             [Event(int(step), quantity, text) for step, quantity, text in state["events"]],
         )
-        self._visits.beginning = Beginning.from_state(state)
-        self._theta_record = state.get("theta_0_file")
-        if self._theta_record is not None:
-            self.recorder.guard(self._fetch)
+        self._visits.beginning = Beginning.from_state(self._fetched("", state))
         self._visits.latest_step = max(self.history, default=None)
         for part in self.parts:
             part.forget()
-            part.load_state(state["parts"].get(part.name, {}))
+            part.load_state(self._fetched(part.name, dict(state["parts"].get(part.name, {}))))
 
-    def _fetch(self) -> None:
-        assert self._theta_record is not None
-        self._visits.beginning.theta_0 = load_theta_0(self._theta_record)
+    def _fetched(self, name: str, state: dict[str, Any]) -> dict[str, Any]:
+        """A state with the theta_0 that it points to, if that is to be had."""
+        record, found = state.get("theta_0_file"), dict(state)
+        if record is not None:
+            self._theta_records[name] = record
+            self.recorder.guard(lambda: found.update(theta_0=load_theta_0(record)))
+        return found
 
 
 def _tensorboard(logdir: str | Path) -> Sink:

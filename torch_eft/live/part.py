@@ -127,14 +127,12 @@ class Part:
         cost: The smallest preset that has it.
         needs_theta_0: Whether visits must carry the parameters at the reference.
         looks_back: Whether it compares with an earlier visit, so that what the first one takes says nothing of others.
-        keeps_theta_0: Whether its state may hold the parameters of theta_0; the observer sets it.
     """
 
     name: str = "part"
     cost: Cost = "light"
     needs_theta_0: bool = False
     looks_back: bool = False
-    keeps_theta_0: bool = True
 
     def plan(self, outputs: int, samples: int) -> Plan:
         """What it needs measured in each snapshot, for ``outputs`` = C and ``samples`` = N."""
@@ -169,7 +167,11 @@ class Part:
         """Drop what belongs to an earlier run: a new one starts, or another one's state is about to be loaded."""
 
     def state(self) -> dict[str, Any]:
-        """What it needs to go on after a checkpoint: plain types and tensors only."""
+        """What it needs to go on after a checkpoint: plain types and tensors only.
+
+        Parameters of theta_0, ``{name: value}``, go by the key ``"theta_0"``: they may be kept beside the checkpoint,
+        or not at all, and then are None in the state that is loaded.
+        """
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:

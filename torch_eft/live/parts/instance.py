@@ -82,6 +82,10 @@ class InstancePart(ForecastPart):
     def _forecast(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> dict[str, str]:
         assert self._seen is not None and self._seen.loss is not None
         start, kept = self._seen.start, self._kept
+        if kept and kept.get("theta_0") is None:
+            raise ValueError(
+                "theta_0, of which it would be made again, was not kept (keep_theta_0) or is not to be had"
+            )
         network, rates = start.network, read_learning_rates(start.network, [optimizer])
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         self._lambdas = rates.lambdas
@@ -98,7 +102,7 @@ class InstancePart(ForecastPart):
             self.output_fn,
             self.seconds,
             self.largest,
-            kept["comparison"] if kept else None,
+            kept["comparison"] | {"theta_0": kept["theta_0"]} if kept else None,
         )
         return self._page(f"Loss: {loss.name}. ")
 
@@ -112,11 +116,11 @@ class InstancePart(ForecastPart):
         }
 
     def state(self) -> dict[str, Any]:
-        """The forecast, by theta_0, if that may be in checkpoints."""
+        """The forecast, by theta_0, of which it is made again."""
         state = super().state()
-        if "comparison" not in state or self.keeps_theta_0:
+        if self._comparison is None or "comparison" not in state:
             return state
-        return {"ended": "checkpoints are without theta_0 (keep_theta_0), of which it would be made again"}
+        return state | {"theta_0": state["comparison"].pop("theta_0")}
 
     def _none(self, reason: str) -> str:
         return f"No forecast of this network, measurements only: {reason}."
