@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_eft.diagnosis.derived_report import Diagnosis, LayerDiagnosis
 from torch_eft.diagnosis.findings import Finding
-from torch_eft.diagnosis.measured import MeasuredDiagnosis, measured_diagnosis
-from torch_eft.diagnosis.mlp import Diagnosis, LayerDiagnosis, derived_diagnosis
+from torch_eft.diagnosis.measured import measured_diagnosis
+from torch_eft.diagnosis.measured_report import MeasuredDiagnosis
+from torch_eft.diagnosis.mlp import derived_diagnosis
 from torch_eft.diagnosis.variants import Variant
 from torch_eft.measure.initialization import NotAnMLPError, ReadEnsemble, read_ensemble
 from torch_eft.measure.probe import OutputFn, Probe

@@ -3,14 +3,14 @@
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torch_eft.diagnosis.findings import FROZEN, Finding, advice, depth_finding
+from torch_eft.diagnosis.measured_report import Block, MeasuredDiagnosis
 from torch_eft.measure.ntk import ntk
 from torch_eft.measure.probe import OutputFn, as_probe
 from torch_eft.measure.products import ntk_eigenpairs
@@ -21,98 +21,6 @@ GROWTH = 10.0
 
 _INPUTS = 4
 """On as many inputs everything but the step size is measured."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """A place that everything passes: the output of a layer or residual block.
-
-    Args:
-        name: Of the module.
-        kind: Its class.
-        features: Numbers a sample.
-        variance: Mean square of the features, the mean over the networks measured.
-        gradient: Squared gradient of an output summed over the features, the mean over the networks.
-        chi: Susceptibility from here to the next place, the mean of the ratio of their squared gradients; None for the
-            last place.
-        chi_error: Its standard error over networks; None for a single one.
-    """
-
-    name: str
-    kind: str
-    features: int
-    variance: float
-    gradient: float
-    chi: float | None
-    chi_error: float | None
-
-
-@dataclass(frozen=True)
-class MeasuredDiagnosis:
-    """What was measured of a network at initialisation; ``str()`` prints it. Nothing here is derived.
-
-    Args:
-        network: Its class and size.
-        reason: Why the theory does not cover it.
-        verdict: Whether gradients vanish or explode, in words.
-        warnings: What is wrong, each with its remedy.
-        advice: The remedies.
-        blocks: The trunk, place by place; empty if nothing could be told apart.
-        gradient_growth: Squared gradients at the first place over those at the last; None with fewer than two places.
-        signal_growth: Mean square of the features at the last place over that at the first; None likewise.
-        seeds: Networks drawn anew.
-        output_scale: Root mean square of the outputs over networks (of this one if no others were drawn).
-        output_spread: Standard deviation of an output from seed to seed; None without seeds.
-        ntk_log_variance: Var log tr H over seeds; None without.
-        epsilon_ntk: e^that - 1, the effective epsilon of the NTK: Var tr H / E[tr H]^2 if lognormal.
-        epsilon_ntk_error: Its standard error.
-        epsilon_features: e^Var - 1 of the mean square that enters the last layer, which sets the outputs' variance, as
-            epsilon does for an MLP; None where that is not seen. A normalisation in front of it makes it 0.
-        shares: The part of the NTK's trace that each layer's parameters make, 0 .. 1, by name.
-        lambda_max: Largest eigenvalue of this network's NTK on all inputs.
-        largest_learning_rate: N C / lambda_max: below it full-batch gradient descent on ``MSELoss`` with these inputs
-            decreases the loss monotonically in the linearised network.
-        remarks: What limits the measurement.
-        inputs: N.
-        kind: ``"measured"``.
-    """
-
-    network: str
-    reason: str
-    verdict: str
-    warnings: tuple[Finding, ...]
-    advice: tuple[str, ...]
-    blocks: tuple[Block, ...]
-    gradient_growth: float | None
-    signal_growth: float | None
-    seeds: int
-    output_scale: float
-    output_spread: float | None
-    ntk_log_variance: float | None
-    epsilon_ntk: float | None
-    epsilon_ntk_error: float | None
-    epsilon_features: float | None
-    shares: dict[str, float]
-    lambda_max: float | None
-    largest_learning_rate: float | None
-    remarks: tuple[str, ...]
-    inputs: int
-    kind: Literal["measured"] = "measured"
-
-    @property
-    def status(self) -> int:
-        """0 without warnings, 1 with."""
-        return int(bool(self.warnings))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts, ready for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        """The report as Markdown, readable as plain text too."""
-        from torch_eft.diagnosis.text import measured_text
-
-        return measured_text(self)
 
 
 def measured_diagnosis(

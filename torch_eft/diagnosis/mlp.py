@@ -1,11 +1,11 @@
 """The diagnosis of an MLP, derived from its architecture."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
+from torch_eft.diagnosis.derived_report import Diagnosis, LayerDiagnosis, Phase
 from torch_eft.diagnosis.findings import DEAD, EDGE, FROZEN, SIGNAL, Finding, advice, depth_finding
 from torch_eft.diagnosis.variants import Variant, few, twice_as_deep, twice_as_wide, variant
 from torch_eft.measure.initialization import ReadEnsemble
@@ -14,7 +14,7 @@ from torch_eft.theory.criticality import slope_of_variance, slope_squared
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.exact import dead_probability
 from torch_eft.theory.expectations import QuadratureError
-from torch_eft.theory.expected_drift import ExpectedDrift, expected_drift
+from torch_eft.theory.expected_drift import expected_drift
 from torch_eft.theory.learning_rates import (
     LayerGains,
     LearningRateShares,
@@ -23,114 +23,11 @@ from torch_eft.theory.learning_rates import (
     layer_gains,
     layer_shares,
 )
-from torch_eft.theory.seed_spread import SeedSpread, seed_spread
+from torch_eft.theory.seed_spread import seed_spread
 from torch_eft.theory.validity import first_order_validity, infinite_width_validity
-from torch_eft.trajectory import Validity
-
-Phase = Literal["ordered", "critical", "chaotic"]
 
 _COMPARED = 64
 """Inputs on which this network and the doubled ones are compared: Theta takes the square of their number."""
-
-
-@dataclass(frozen=True)
-class LayerDiagnosis:
-    """One layer against criticality, and its part in training.
-
-    Args:
-        layer: l = 1 .. L.
-        C_b: Bias variance.
-        C_W: Rescaled weight variance.
-        C_b_error: Standard error, if C_b was estimated from weights.
-        C_W_error: Standard error, if C_W was estimated from weights.
-        K: Mean diagonal of the kernel K^(l).
-        chi_par: C_W d<s^2>/dK at the kernel of the layer before; None for the first layer.
-        chi_perp: C_W <s'^2> there; None for the first layer.
-        share: The part of the NTK (mean diagonal) that comes from this layer's parameters, 0 .. 1; None where no
-            parameter has a learning rate.
-        lr_b: Torch learning rate of the bias, relative to eta, that gives all layers equal shares of the same NTK;
-            None where that does not exist.
-        lr_W: The same of the weight.
-    """
-
-    layer: int
-    C_b: float
-    C_W: float
-    C_b_error: float | None
-    C_W_error: float | None
-    K: float
-    chi_par: float | None
-    chi_perp: float | None
-    share: float | None
-    lr_b: float | None
-    lr_W: float | None
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What the theory says of a network at initialisation; ``str()`` prints it.
-
-    Args:
-        network: The ensemble in words.
-        phase: ``"ordered"``, ``"critical"`` or ``"chaotic"``: squared gradients over this depth below half, within a
-            factor of 2 of, or above twice those at criticality (those at layer L where there is no criticality).
-        verdict: The same in words, with the size.
-        warnings: What is wrong, each with its remedy.
-        advice: The remedies; empty if nothing is to be changed.
-        recommended: (C_b, C_W) at criticality; None where the activation has none.
-        kernel_growth: K^(L) / K^(1) at infinite width.
-        gradient_growth: E|dz/dz^(1)|^2 of an output, at infinite width.
-        aspect_ratio: Depth, width, r = L / n, epsilon and what follows from them, with the critical point.
-        spread: How much networks differ from seed to seed.
-        drift: How far the NTK moves in training.
-        dead: Probability that a hidden layer is silent for a given input (ReLU), 0 for other activations.
-        variants: This network, one twice as deep, one twice as wide, recomputed on at most the first 64 inputs; empty
-            without a hidden layer.
-        layers: Layer by layer.
-        remarks: On the distribution of the weights; empty if there are none.
-        inputs: N, the number of inputs it was made for; None for one with |x|^2 = n_0.
-        largest_learning_rate: Below it gradient descent on ``MSELoss`` decreases the loss monotonically, at infinite
-            width, with these inputs as training set; None where no parameter has a learning rate.
-        validity: Of the infinite-width theory.
-        first_order: Validity of order 1/n.
-        kind: ``"derived"``.
-    """
-
-    network: str
-    phase: Phase
-    verdict: str
-    warnings: tuple[Finding, ...]
-    advice: tuple[str, ...]
-    recommended: tuple[float, float] | None
-    kernel_growth: float
-    gradient_growth: float
-    aspect_ratio: AspectRatio
-    spread: SeedSpread
-    drift: ExpectedDrift
-    dead: float
-    variants: tuple[Variant, ...]
-    layers: tuple[LayerDiagnosis, ...]
-    remarks: tuple[str, ...]
-    inputs: int | None
-    largest_learning_rate: float | None
-    validity: Validity
-    first_order: Validity
-    kind: Literal["derived"] = "derived"
-
-    @property
-    def status(self) -> int:
-        """0 without warnings, 1 with."""
-        return int(bool(self.warnings))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts, ready for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        """The report as Markdown, readable as plain text too."""
-        from torch_eft.diagnosis.text import derived_text
-
-        return derived_text(self)
 
 
 def derived_diagnosis(source: MLPEnsemble | ReadEnsemble, x: Tensor | None = None) -> Diagnosis:

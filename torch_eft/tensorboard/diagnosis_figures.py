@@ -6,7 +6,7 @@ The diverging map (RdBu) and cividis are told apart by colour-blind readers; bor
 import math
 from typing import TYPE_CHECKING, Any
 
-from torch_eft.diagnosis.measured import MeasuredDiagnosis
+from torch_eft.diagnosis.measured_report import MeasuredDiagnosis
 from torch_eft.diagnosis.planes import DepthWidthPlane, PhasePlane
 from torch_eft.tensorboard.figures import MEASURED, THEORY, figure
 

@@ -1,0 +1,154 @@
+"""What the diagnosis of a network that was measured says, and how it prints: as Markdown, readable as plain text."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch_eft.diagnosis.findings import Finding
+from torch_eft.diagnosis.text import bullets, table, with_error
+
+
+@dataclass(frozen=True)
+class Block:
+    """A place that everything passes: the output of a layer or residual block.
+
+    Args:
+        name: Of the module.
+        kind: Its class.
+        features: Numbers a sample.
+        variance: Mean square of the features, the mean over the networks measured.
+        gradient: Squared gradient of an output summed over the features, the mean over the networks.
+        chi: Susceptibility from here to the next place, the mean of the ratio of their squared gradients; None for the
+            last place.
+        chi_error: Its standard error over networks; None for a single one.
+    """
+
+    name: str
+    kind: str
+    features: int
+    variance: float
+    gradient: float
+    chi: float | None
+    chi_error: float | None
+
+
+@dataclass(frozen=True)
+class MeasuredDiagnosis:
+    """What was measured of a network at initialisation; ``str()`` prints it. Nothing here is derived.
+
+    Args:
+        network: Its class and size.
+        reason: Why the theory does not cover it.
+        verdict: Whether gradients vanish or explode, in words.
+        warnings: What is wrong, each with its remedy.
+        advice: The remedies.
+        blocks: The trunk, place by place; empty if nothing could be told apart.
+        gradient_growth: Squared gradients at the first place over those at the last; None with fewer than two places.
+        signal_growth: Mean square of the features at the last place over that at the first; None likewise.
+        seeds: Networks drawn anew.
+        output_scale: Root mean square of the outputs over networks (of this one if no others were drawn).
+        output_spread: Standard deviation of an output from seed to seed; None without seeds.
+        ntk_log_variance: Var log tr H over seeds; None without.
+        epsilon_ntk: e^that - 1, the effective epsilon of the NTK: Var tr H / E[tr H]^2 if lognormal.
+        epsilon_ntk_error: Its standard error.
+        epsilon_features: e^Var - 1 of the mean square that enters the last layer, which sets the outputs' variance, as
+            epsilon does for an MLP; None where that is not seen. A normalisation in front of it makes it 0.
+        shares: The part of the NTK's trace that each layer's parameters make, 0 .. 1, by name.
+        lambda_max: Largest eigenvalue of this network's NTK on all inputs.
+        largest_learning_rate: N C / lambda_max: below it full-batch gradient descent on ``MSELoss`` with these inputs
+            decreases the loss monotonically in the linearised network.
+        remarks: What limits the measurement.
+        inputs: N.
+        kind: ``"measured"``.
+    """
+
+    network: str
+    reason: str
+    verdict: str
+    warnings: tuple[Finding, ...]
+    advice: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    gradient_growth: float | None
+    signal_growth: float | None
+    seeds: int
+    output_scale: float
+    output_spread: float | None
+    ntk_log_variance: float | None
+    epsilon_ntk: float | None
+    epsilon_ntk_error: float | None
+    epsilon_features: float | None
+    shares: dict[str, float]
+    lambda_max: float | None
+    largest_learning_rate: float | None
+    remarks: tuple[str, ...]
+    inputs: int
+    kind: Literal["measured"] = "measured"
+
+    @property
+    def status(self) -> int:
+        """0 without warnings, 1 with."""
+        return int(bool(self.warnings))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """The report as Markdown, readable as plain text too."""
+        return _text(self)
+
+
+def _text(diagnosis: MeasuredDiagnosis) -> str:
+    """Of any other module."""
+    sentences = [
+        f"measured, not derived: {diagnosis.reason}",
+        diagnosis.verdict,
+        *_measured(diagnosis),
+    ]
+    lines = [f"### {diagnosis.network}", "", *bullets(sentences), *bullets(diagnosis.remarks, "remark: ")]
+    lines += [*bullets(map(str, diagnosis.warnings), "WARNING: "), *bullets(diagnosis.advice, "advice: ")]
+    if diagnosis.blocks:
+        rows = [
+            [
+                block.name,
+                block.kind,
+                f"{block.features:g}",
+                f"{block.variance:.4g}",
+                f"{block.gradient:.3g}",
+                "-" if block.chi is None else with_error(block.chi, block.chi_error),
+            ]
+            for block in diagnosis.blocks
+        ]
+        head = ["measured: block", "kind", "features", "mean square", "squared gradient", "chi to the next"]
+        lines += ["", *table(head, rows)]
+    if diagnosis.shares:
+        rows = [[name or "(top)", f"{100 * share:.3g} %"] for name, share in diagnosis.shares.items()]
+        lines += ["", *table(["measured: layer", "NTK share"], rows)]
+    return "\n".join(lines)
+
+
+def _measured(diagnosis: MeasuredDiagnosis) -> list[str]:
+    found, over = [], f"measured over {diagnosis.seeds} seeds"
+    if diagnosis.signal_growth is not None:
+        found.append(f"measured: mean square of the features, last place over first: {diagnosis.signal_growth:.3g}")
+    if diagnosis.output_spread is not None:
+        found.append(
+            f"{over}: outputs have root mean square {diagnosis.output_scale:.3g} and standard deviation "
+            f"{diagnosis.output_spread:.3g} from seed to seed"
+        )
+    if (epsilon := diagnosis.epsilon_ntk) is not None:
+        found.append(
+            f"{over}: Var log tr H = {diagnosis.ntk_log_variance:.3g}, so that the NTK's effective epsilon, "
+            f"Var tr H/E[tr H]^2, is {with_error(epsilon, diagnosis.epsilon_ntk_error)}: its trace varies by "
+            f"{100 * math.sqrt(epsilon):.3g} % from seed to seed"
+        )
+    if (epsilon := diagnosis.epsilon_features) is not None:
+        size = "0 (normalised)" if epsilon < 1e-6 else f"{epsilon:.3g}"
+        found.append(f"{over}: effective epsilon of what enters the last layer {size}")
+    if diagnosis.largest_learning_rate is not None:
+        found.append(
+            f"measured: lambda_max = {diagnosis.lambda_max:.4g} on these {diagnosis.inputs} inputs; full-batch "
+            f"gradient descent on MSELoss is stable below eta = {diagnosis.largest_learning_rate:.3g} (linearised "
+            "network, one learning rate for all parameters)"
+        )
+    return found
