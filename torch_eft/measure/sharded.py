@@ -101,9 +101,24 @@ def full_copy(model: nn.Module, twin: nn.Module) -> nn.Module:
         The twin.
 
     Raises:
-        ValueError: If their names or shapes differ; on all ranks, before anything is gathered.
+        ValueError: If their names or shapes differ, before anything is gathered.
+        PeerError: If they differ on another rank.
     """
     source, target = _tensors_of(model), _tensors_of(twin)
+    if dist.is_available() and dist.is_initialized():
+        Ranks().together(lambda: _check_twin(source, target))
+    else:
+        _check_twin(source, target)
+    with torch.no_grad():
+        for name, value in source.items():
+            gather = getattr(value, "full_tensor", None)
+            target[name].copy_(value if gather is None else gather())
+    for name, parameter in model.named_parameters():
+        twin.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return twin
+
+
+def _check_twin(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     wrong = sorted(set(source) ^ set(target))
     wrong = wrong or [name for name in source if source[name].shape != target[name].shape]
     if wrong:
@@ -113,13 +128,6 @@ def full_copy(model: nn.Module, twin: nn.Module) -> nn.Module:
             f"twin: {name!r} is {sides[0]} in the model and {sides[1]} in the twin; build it as the model was built "
             "before it was sharded"
         )
-    with torch.no_grad():
-        for name, value in source.items():
-            gather = getattr(value, "full_tensor", None)
-            target[name].copy_(value if gather is None else gather())
-    for name, parameter in model.named_parameters():
-        twin.get_parameter(name).requires_grad_(parameter.requires_grad)
-    return twin
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -199,30 +207,45 @@ def _by_exchange(engine: Engine, trace: bool, ranks: Ranks) -> Tensor:
     ranks.check_equal({"how its Jacobian is had": torch.tensor(zlib.crc32(repr(kinds).encode()))})
     blocks = [_like(own, tensors) for tensors in ranks.gather(packed)] if packed else [own] * ranks.size
 
+    like = next(iter(engine.network.params.values()))
+    shares = [list(_share(rank, ranks.size, each, N)) for rank in range(ranks.size)]
+    sizes = [sum(len(range(N)[rows]) * len(range(N)[columns]) for rows, columns in share) for share in shares]
+
     def own_share() -> Tensor:
-        like = next(iter(engine.network.params.values()))
-        H = like.new_zeros(C, N, C, N)
-        for row, column in _share(ranks.rank, ranks.size, each):
-            rows, columns = (slice(s.start, min(s.stop, N)) for s in (row, column))
-            if rows.start >= rows.stop or columns.start >= columns.stop:
-                continue  # nothing but repeated samples
-            same = rows == columns
-            part = like.new_zeros(C, rows.stop - rows.start, C, columns.stop - columns.start)
+        """The own blocks, one after the other, as long as the longest share."""
+        found = [like.new_zeros(0)]
+        for rows, columns in shares[ranks.rank]:
+            part = like.new_zeros(C, len(range(N)[rows]), C, len(range(N)[columns]))
             first = _chosen(blocks, rows, each, trace)
-            second = first if same else _chosen(blocks, columns, each, trace)
+            second = first if rows == columns else _chosen(blocks, columns, each, trace)
             for a, b in zip(first, second, strict=True):
-                add_gram({(0, 0): part}, a, b, engine.lambdas, same)
-            if same:
+                add_gram({(0, 0): part}, a, b, engine.lambdas, rows == columns)
+            if rows == columns:
                 mirror(part)
-            H[:, rows, :, columns] = part
-            if not same:
+            found.append(part.reshape(-1))
+        own = torch.cat(found)
+        return torch.nn.functional.pad(own, (0, C * C * max(sizes) - len(own)))
+
+    H = like.new_empty(C, N, C, N)
+    for share, (found,) in zip(shares, ranks.gather([ranks.together(own_share)]), strict=True):
+        for rows, columns in share:
+            part = H[:, rows, :, columns]
+            part.copy_(found[: part.numel()].view(part.shape))
+            found = found[part.numel() :]
+            if rows != columns:
                 H[:, columns, :, rows] = part.permute(2, 3, 0, 1)
-        return H
-
-    return _finished(ranks.sum(ranks.together(own_share)), engine.outputs, trace)
+    return _finished(H, engine.outputs, trace)
 
 
-def _share(rank: int, size: int, each: int) -> Iterator[tuple[slice, slice]]:
+def _share(rank: int, size: int, each: int, samples: int) -> Iterator[tuple[slice, slice]]:
+    """A rank's blocks (rows, columns) of the kernel, without the samples that are only repeated."""
+    for row, column in _pairs(rank, size, each):
+        rows, columns = (slice(s.start, min(s.stop, samples)) for s in (row, column))
+        if rows.start < rows.stop and columns.start < columns.stop:
+            yield rows, columns
+
+
+def _pairs(rank: int, size: int, each: int) -> Iterator[tuple[slice, slice]]:
     """Blocks (rows, columns) on and beside the diagonal, so that every pair of samples is one rank's, once.
 
     Rank r takes the blocks (r, r + d) with d up to W/2, cyclically; of d = W/2, which two ranks could take, one takes
