@@ -17,7 +17,7 @@ from torch_eft import measure
 from torch_eft.measure.sharded import sharded_ntk
 
 
-def workload(name):
+def workload(name, samples):
     torch.manual_seed(0)
     if name == "convolutional":
         net = nn.Sequential(
@@ -25,10 +25,10 @@ def workload(name):
             nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
             nn.Flatten(), nn.Linear(64 * 64, 10),
         )  # fmt: skip
-        return net, torch.randn(64, 3, 16, 16)
+        return net, torch.randn(samples // 4, 3, 16, 16)
     widths = (784, 1024, 1024, 10)
     layers = [part for n, m in zip(widths, widths[1:], strict=False) for part in (nn.Linear(n, m), nn.Tanh())]
-    return nn.Sequential(*layers[:-1]), torch.randn(256, 784)
+    return nn.Sequential(*layers[:-1]), torch.randn(samples, 784)
 
 
 def timed(action):
@@ -40,8 +40,8 @@ def timed(action):
     return time.perf_counter() - wall, own
 
 
-def work(rank, name, rounds):
-    net, x = workload(name)
+def work(rank, name, samples, rounds):
+    net, x = workload(name, samples)
     ways = {"together": lambda: sharded_ntk(net, x), "alone": lambda: measure.ntk(net, x) if rank == 0 else None}
     for action in ways.values():
         action()
@@ -55,10 +55,11 @@ def work(rank, name, rounds):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=256, help="of the perceptron; the other has a quarter")
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
     for name in ("perceptron", "convolutional"):
-        ranks = spread(given.processes, work, name, given.rounds)
+        ranks = spread(given.processes, work, name, given.samples, given.rounds)
         alone, together = ranks[0]["alone"], [max(rank["together"][i] for rank in ranks) for i in (0, 1)]
         print(
             f"{name}: alone {alone[0]:.3f} s ({alone[1]:.3f} s of processor), {given.processes} together "
