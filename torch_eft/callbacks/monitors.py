@@ -46,7 +46,8 @@ class EFTMonitor(Monitor):
         name: Tells several monitors of this class apart in checkpoints.
         distributed: In a training on several devices: ``"rank_zero"``: rank 0 measures, the others wait for it in their
             next collective; ``"sharded"``: every rank takes its share of the samples (outputs and NTK), wherever
-            ``every``, which must be the same on all ranks, may ask for it.
+            ``every``, which must be the same on all ranks, may ask for it; it pays where a sample's passes are dear
+            (convolutions, attention).
         twin: For a model whose parameters are sharded (FSDP2): the same architecture built plainly. The parameters are
             gathered into it for every measurement, and it needs that much memory on every rank; batches and gradients
             are not looked at, so that there are measurements only.
