@@ -4,7 +4,7 @@ With N samples and W ranks each rank runs N/W of them through the network and ba
 (``gram.py``) are exchanged, and each rank computes 1/W of the blocks of the symmetric kernel. Where the factors of all
 samples do not fit into memory, they are not exchanged but made again block by block, and only the kernel is shared out.
 
-It pays where a sample's passes are dear (convolutions, attention); for a perceptron the exchange takes longer than what it
+It pays where a sample's passes are dear (convolutions, attention); for a perceptron the exchange takes longer than it
 saves. ``python -m tests.benchmarks.sharded`` times both.
 
 Running statistics differ between the ranks of a DistributedDataParallel: those of rank 0 are used by all, in copies.
