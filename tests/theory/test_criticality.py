@@ -261,6 +261,7 @@ def test_fluctuation_is_the_four_point_vertex_of_one_label(name):
     assert output_fluctuation(ensemble, x) == pytest.approx(float((V / K.square()).mean()) / 10, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tanh", "gelu"])
 def test_fluctuation_agrees_with_sampled_networks(name):
     """Var(G)/E[G]^2, G = C_W |s|^2 / n the output variance given the last hidden layer; two widths, extrapolated."""

@@ -226,6 +226,7 @@ def _against_trained_networks(width, networks, batch, steps, record):
     return worst
 
 
+@pytest.mark.slow
 def test_trained_networks_follow_mean_and_covariance():
     """600 networks of width 512. The 1/n shift of the mean, about 1/512 of the output, is a twentieth of a
     standard error 1/sqrt(600); 4 + 16 numbers at each of three steps: the largest deviate stays below 4."""

@@ -89,7 +89,7 @@ class SmoothPairs:
         self.K = K
         self._moments: dict[tuple[Orders, Orders], Tensor] = {}
         self._coefficients: dict[Orders, Tensor] = {}
-        self._rho, self._sine, self._scale = correlation(K)
+        self._rho, _, self._scale = correlation(K)
 
     def single(self, orders: Orders) -> Tensor:
         """<prod sigma^(p)_a>, (N,)."""
