@@ -3,8 +3,8 @@
 Which vertex contributes to which observable, and why, is told in ``derivation``. For squared error an output depends on
 z(0) linearly at order 0: the average over z(0) is then exact by Wick contraction, outputs reduce to n_L as a number and
 to the Gram matrix of the targets, and nothing grows with n_L. Full-batch gradient descent, with momentum (heavy ball or
-Nesterov) and any schedule, and gradient flow: time enters through sums over steps alone (``time_sums``). Optimizers that
-are not linear in gradients are outside this derivation; other losses, and minibatches, which mix modes, are in
+Nesterov) and any schedule, and gradient flow: time enters through sums over steps alone (``time_sums``). Optimizers
+that are not linear in gradients are outside this derivation; other losses, and minibatches, which mix modes, are in
 ``sampled_training``.
 """
 
