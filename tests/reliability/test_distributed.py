@@ -174,6 +174,17 @@ def bare_loop(directory):
     return found
 
 
+def each_its_own():
+    """Steps measured where every process trains a network of its own, beside a process group of something else."""
+    from tests.callbacks.trainings import dataset, plain_sgd, simple_mlp
+    from tests.reliability.runs import train
+    from torch_eft.callbacks import NTKMonitor
+
+    monitor = NTKMonitor(dataset()[:5][0], budget=None, distributed="sharded")
+    train([monitor], net=simple_mlp, optimizer=plain_sgd, devices=1, strategy="auto")
+    return sorted(monitor.history)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ddp")
@@ -276,6 +287,11 @@ def test_a_bare_loop_calls_the_observer_on_every_rank(ranks):
         assert len(list((directory / f"bare {case}").glob("events*"))) == 1
 
 
+def test_processes_that_train_each_its_own_network_measure_each_its_own(ranks):
+    _, found = ranks
+    assert [rank["each its own"] for rank in found] == [[0, 3, 6, 9]] * 2
+
+
 def test_warning_of_the_timeout(ranks):
     _, found = ranks
     assert [rank["failing"]["of the timeout"] for rank in found] == [1, 0]
@@ -299,4 +315,5 @@ def test_logged_once(ranks):
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     results = {**trainings(place), "FSDP2": sharded_parameters(), "bare": bare_loop(place)}
+    results["each its own"] = each_its_own()
     (place / f"{os.environ['RANK']}.json").write_text(json.dumps(results))

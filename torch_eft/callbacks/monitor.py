@@ -158,6 +158,7 @@ class Monitor(Callback):
             self.observer.subject.probe = first_samples(dataset, self._first, collate)
             self._check(pl_module)
         if self._takes_part(trainer):
+            self.observer.subject.place = (trainer.global_rank, trainer.world_size)
             self.observer.subject.model = self._network(pl_module)
             self.observer.subject.optimizers = list(trainer.optimizers)
             if trainer.is_global_zero:

@@ -37,6 +37,8 @@ class Subject:
 
     Attributes:
         probe_shape: [N, C], once it is checked.
+        place: (rank, number of ranks) of this process in the training, where a trainer knows it; None: in torch's
+            default process group.
 
     Raises:
         ValueError: If ``distributed`` is something else.
@@ -57,6 +59,7 @@ class Subject:
         self.output_fn = output_fn
         self.distributed, self.twin = distributed, twin
         self.probe_shape: list[int] = []
+        self.place: tuple[int, int] | None = None
         self._plan: Plan | None = None
         self._told = True
 
@@ -98,9 +101,16 @@ class Subject:
     # ---- the ranks
 
     @property
+    def _place(self) -> tuple[int, int]:
+        if self.place is not None:
+            return self.place
+        grouped = dist.is_available() and dist.is_initialized()
+        return (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+
+    @property
     def leads(self) -> bool:
         """Whether this process decides and records: rank 0, or the only one."""
-        return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        return self._place[0] == 0
 
     @property
     def shared(self) -> bool:
@@ -110,10 +120,7 @@ class Subject:
     @property
     def _ranks(self) -> Ranks | None:
         """All ranks, where it takes all of them; else None."""
-        if not self.shared:
-            return None
-        alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-        return None if alone else Ranks()
+        return Ranks() if self.shared and self._place[1] > 1 else None
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
