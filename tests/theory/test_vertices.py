@@ -131,7 +131,7 @@ def extrapolated(name, narrow, wide, networks):
         yield key, value, error, left
 
 
-@pytest.mark.parametrize("name", ["tanh", "gelu"])
+@pytest.mark.parametrize("name", ["tanh"])  # others, and more networks, below
 def test_layer_3_tends_to_theory(name):
     """Unequal widths (n, 3n/2), n = 16 and 32, extrapolated in 1/n."""
     for key, value, error, left in extrapolated(name, (16, 24), (32, 48), ((1000, 50), (600, 20))):
