@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torch_eft.demo import load_digits_split
+from torch_eft.cli.demo import load_digits_split
 from torch_eft.live import Observer, logarithmic
 
 

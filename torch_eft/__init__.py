@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch_eft import callbacks, live, measure, tensorboard, theory
-    from torch_eft.averages import average_trajectories
     from torch_eft.diagnosis import Diagnosis, diagnose
-    from torch_eft.forecast import predict_from_network
-    from torch_eft.forecast_networks import predict_from_networks
-    from torch_eft.trajectory import Trajectory, Validity, trajectory_from_records
+    from torch_eft.forecast.network import predict_from_network
+    from torch_eft.forecast.networks import predict_from_networks
+    from torch_eft.results.averages import average_trajectories
+    from torch_eft.results.trajectory import Trajectory, Validity, trajectory_from_records
 
 __version__ = "0.1.0"
 
@@ -41,13 +41,13 @@ __all__ = [
 
 _HOMES = {
     "Diagnosis": "diagnosis",
-    "Trajectory": "trajectory",
-    "Validity": "trajectory",
-    "average_trajectories": "averages",
+    "Trajectory": "results.trajectory",
+    "Validity": "results.trajectory",
+    "average_trajectories": "results.averages",
     "diagnose": "diagnosis",
-    "predict_from_network": "forecast",
-    "predict_from_networks": "forecast_networks",
-    "trajectory_from_records": "trajectory",
+    "predict_from_network": "forecast.network",
+    "predict_from_networks": "forecast.networks",
+    "trajectory_from_records": "results.trajectory",
 }
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torch_eft.measure.shadow import ShadowModel
-from torch_eft.measure.shadow_perturbative import PerturbativeShadow
+from torch_eft.measure.taylor.model import ShadowModel
+from torch_eft.measure.taylor.perturbative import PerturbativeShadow
 
 
 def mlp(width, activation):

@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.reliability.processes import spread
 from torch_eft import measure
-from torch_eft.measure.sharded import sharded_ntk
+from torch_eft.measure.network.sharded import sharded_ntk
 
 
 def workload(name, samples):

@@ -1,6 +1,6 @@
 """The forecast of order 1/n against networks really trained on digits: python -m tests.benchmarks.trained_digits
 
-64 images, 8 probes, eta = 0.5 / lambda_max, t = 10, 30, 60; for the rest see ``tests.theory.digits_ensembles``. Prints
+64 images, 8 probes, eta = 0.5 / lambda_max, t = 10, 30, 60; see ``tests.theory.trained.digits_ensembles``. Prints
 the slope of the measured correction on the predicted one, with its standard error over pairs of networks, and the
 cosine between them, corrected for noise. Widths and numbers of pairs may be given: ``n=pairs``.
 
@@ -17,7 +17,7 @@ the drift and 1.5 % of the mean, in rms of the entries):
 import sys
 import time
 
-from tests.theory.digits_ensembles import DigitsForecast, slopes
+from tests.theory.trained.digits_ensembles import DigitsForecast, slopes
 
 DEFAULT = {128: 5088, 256: 928}
 STEPS = (10, 30, 60)

@@ -13,7 +13,7 @@ import time
 import torch
 
 from torch_eft.theory import MLPEnsemble
-from torch_eft.theory.ensemble_training import FiniteWidthTraining
+from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
 
 
 def digits(train, outputs):

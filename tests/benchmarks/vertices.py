@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from torch_eft.demo import load_digits_split
+from torch_eft.cli.demo import load_digits_split
 from torch_eft.theory import QUANTITIES, MLPEnsemble, block, initial_statistics, tiles
 
 

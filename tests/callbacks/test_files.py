@@ -5,7 +5,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from tests.callbacks.trainings import PROBE, digest, plain_sgd, run, simple_mlp
 from torch_eft.callbacks import EFTMonitor, MeasurementWarning, NTKMonitor
-from torch_eft.live.parts.ensemble import EnsemblePart
+from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
 from torch_eft.tensorboard.run_info import find_jsonl, read_jsonl
 
 

@@ -23,7 +23,7 @@ from torch_eft.callbacks import (
     logarithmic,
 )
 from torch_eft.measure import Probe
-from torch_eft.measure.ntk import too_large as measure_too_large
+from torch_eft.measure.kernels.ntk import too_large as measure_too_large
 
 
 class _Keep(pl.Callback):
@@ -237,7 +237,7 @@ def test_misnamed_layers_stop_before_training():
 
 
 def test_a_kernel_too_large_is_left_out_in_words_and_the_rest_is_measured(monkeypatch):
-    from torch_eft.live import planning as module
+    from torch_eft.live.run import planning as module
 
     monkeypatch.setattr(module, "too_large", lambda *args: measure_too_large(*args, memory=100))
     monitor = EFTMonitor(PROBE, budget=None, on_error="raise")

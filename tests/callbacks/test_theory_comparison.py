@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.callbacks.trainings import PROBE, adamw, dataset, normed_net, plain_sgd, run, simple_mlp
 from torch_eft import measure
 from torch_eft.callbacks.monitor import Monitor
-from torch_eft.live.parts.ensemble import EnsemblePart
+from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
 from torch_eft.live.parts.ntk import NTKPart
 from torch_eft.live.parts.representation import RepresentationPart
 from torch_eft.theory import MLPEnsemble, initial_statistics, predict_training
@@ -82,7 +82,7 @@ def test_a_wide_network_follows_its_forecast():
 
 
 def simple_mlp_of(width):
-    from tests.models import mlp
+    from tests.oracles.models import mlp
 
     return mlp((5, width, width, 3))
 
@@ -122,7 +122,7 @@ def test_outside_the_theory_it_says_so_and_measures_on(name):
 
 def test_a_failing_theory_does_not_cost_theta_0(monkeypatch):
     from torch_eft.live import MeasurementWarning
-    from torch_eft.live.parts import ensemble
+    from torch_eft.live.parts.forecasts import ensemble
 
     def broken(*unused):
         raise RuntimeError("no diagnosis today")
@@ -182,7 +182,7 @@ def test_a_given_ensemble_of_other_widths_stops_before_training():
 
 def test_a_deep_narrow_network_is_flagged_before_training():
     def deep():
-        from tests.models import mlp
+        from tests.oracles.models import mlp
 
         return mlp((5, *[4] * 12, 3), nn.ReLU)
 

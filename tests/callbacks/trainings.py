@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.models import mlp
+from tests.oracles.models import mlp
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 

@@ -12,13 +12,13 @@ from tests.callbacks.trainings import PROBE, dataset, normed_net, plain_sgd, run
 from torch_eft.callbacks.monitor import Monitor
 from torch_eft.live import MeasurementWarning, Observer, Part, Report, Sink
 from torch_eft.live import budget as budget_module
-from torch_eft.live.parts.ensemble import EnsemblePart
+from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
 from torch_eft.live.parts.ntk import NTKPart
 from torch_eft.live.parts.representation import RepresentationPart
-from torch_eft.measure.snapshot import Plan
+from torch_eft.measure.network.snapshot import Plan
+from torch_eft.results.tags import quantity_of
 from torch_eft.tensorboard import QUANTITIES, tag
 from torch_eft.tensorboard.run_info import read_jsonl
-from torch_eft.tensorboard.tags import quantity_of
 
 
 def train(make_net=simple_mlp, make_optimizer=plain_sgd, steps=6, batch=24, observe=None):
@@ -191,7 +191,7 @@ def test_the_schedule_is_thinned_to_the_budget_and_says_so(monkeypatch):
 
 
 def test_a_measurement_too_dear_is_left_out_whole(monkeypatch):
-    from torch_eft.live import subject as module
+    from torch_eft.live.run import subject as module
 
     clock, said = _Clock(), []
     monkeypatch.setattr(budget_module, "time", clock)

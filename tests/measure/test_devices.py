@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from tests.measure.devices import poisoned, waits
-from tests.models import ConvNet, mlp
+from tests.oracles.models import ConvNet, mlp
 from torch_eft import measure
-from torch_eft.measure.alignment import effective_rank, target_alignment
-from torch_eft.measure.isolation import isolated
-from torch_eft.measure.kinks import kinked_operations
-from torch_eft.measure.output import checked_output
-from torch_eft.measure.refusals import check_function_of_each_sample, check_measurable
-from torch_eft.measure.representation import representation
-from torch_eft.measure.representation_change import block_drift, representation_change
-from torch_eft.measure.secant import secant_ntk
+from torch_eft.measure.forward.checks import check_function_of_each_sample, check_measurable
+from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.forward.kinks import kinked_operations
+from torch_eft.measure.forward.output import checked_output
+from torch_eft.measure.representations.alignment import effective_rank, target_alignment
+from torch_eft.measure.representations.change import block_drift, representation_change
+from torch_eft.measure.representations.hidden_kernels import representation
+from torch_eft.measure.taylor.secant import secant_ntk
 
 
 def directions(model):

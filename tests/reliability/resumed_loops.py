@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from tests.live.parts.loop import data, mlp
 from torch_eft.live import Observer
-from torch_eft.live.parts.ensemble import EnsemblePart
-from torch_eft.live.parts.instance import InstancePart
+from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
+from torch_eft.live.parts.forecasts.instance import InstancePart
 from torch_eft.tensorboard import tag
 
 HALF, STEPS = 4, 8

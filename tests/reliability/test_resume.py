@@ -200,7 +200,7 @@ def test_without_theta_0_in_the_checkpoint_the_origin_says_so(tmp_path):
 
 
 def other_mlp():
-    from tests.models import mlp
+    from tests.oracles.models import mlp
 
     return mlp((5, 8, 3))
 

@@ -19,10 +19,10 @@ from tests.reliability.interruptions import light
 from tests.reliability.resumed_loops import HALF, SECONDS, STEPS, Run, same
 from torch_eft.callbacks import MeasurementWarning
 from torch_eft.live.parts.dntk import DNTKPart
-from torch_eft.live.parts.ensemble import EnsemblePart
-from torch_eft.live.parts.instance import InstancePart
+from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
+from torch_eft.live.parts.forecasts.instance import InstancePart
 from torch_eft.live.parts.interval import IntervalPart
-from torch_eft.measure.interval import interval
+from torch_eft.measure.taylor.displacement import interval
 from torch_eft.tensorboard import tag
 
 THEORY = {"ensemble": ("output_projection", "ntk_mean_drift"), "instance": ("instance_output",)}

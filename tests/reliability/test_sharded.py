@@ -8,8 +8,8 @@ from torch import nn
 
 from tests.reliability.processes import spread
 from torch_eft import measure
-from torch_eft.measure.ranks import PeerError, Ranks
-from torch_eft.measure.sharded import full_copy, sharded_ntk, sharded_snapshot
+from torch_eft.measure.network.ranks import PeerError, Ranks
+from torch_eft.measure.network.sharded import full_copy, sharded_ntk, sharded_snapshot
 
 pytestmark = pytest.mark.reliability
 

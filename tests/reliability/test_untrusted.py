@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import torch_eft
 from tests.callbacks.trainings import PROBE, run, simple_mlp
 from torch_eft.callbacks import EFTMonitor
 from torch_eft.live import Observer
-from torch_eft.report import write_report
+from torch_eft.tensorboard.report import write_report
 from torch_eft.tensorboard.run_info import read_jsonl
 
 
@@ -79,7 +80,7 @@ def test_a_probe_file_with_code_in_it_is_refused(tmp_path, mark):
 
 def test_nothing_in_the_package_unpickles_freely():
     """Every ``torch.load`` says weights_only=True, and there is no other unpickler, eval or exec."""
-    package = Path(read_jsonl.__code__.co_filename).parents[1]
+    package = Path(torch_eft.__file__).parent
     sources = {path: path.read_text() for path in package.rglob("*.py")}
     assert len(sources) > 50
     for path, text in sources.items():
@@ -142,7 +143,7 @@ def test_a_report_of_hostile_names_holds_no_markup_of_theirs(tmp_path):
 PROGRAM = """
 import sys
 before = set(sys.modules)
-from torch_eft.cli import main
+from torch_eft.cli.main import main
 sys.argv = ["torch-eft", "diagnose", "--model", "named:net", "--input-shape", "3"]
 try:
     main()
@@ -167,7 +168,7 @@ def test_a_models_name_imports_only_what_it_names(tmp_path):
     "reference", ["named.py:net", "named", ":net", "named:", "named:net()", "named:__import__('os')"]
 )
 def test_what_is_no_name_is_refused_in_words(tmp_path, monkeypatch, reference):
-    from torch_eft.cli import _model
+    from torch_eft.cli.main import _model
 
     (tmp_path / "named.py").write_text("net = None\n")
     monkeypatch.chdir(tmp_path)

@@ -5,11 +5,11 @@ import torch
 from matplotlib import colormaps
 
 import torch_eft as eft
-from tests.models import ConvNet
+from tests.oracles.models import ConvNet
 from torch_eft.diagnosis.planes import depth_width_plane, phase_plane
 from torch_eft.tensorboard.diagnosis_figures import _REGIMES, measured_figure, planes_figure
 from torch_eft.theory import MLPEnsemble, aspect_ratio, susceptibilities
-from torch_eft.theory.learning_rates import layer_gains
+from torch_eft.theory.estimates.learning_rates import layer_gains
 
 
 @pytest.mark.parametrize("name", ["relu", "tanh", pytest.param("gelu", marks=pytest.mark.slow)])

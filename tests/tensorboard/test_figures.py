@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from torch_eft.results.tags import quantity_of
 from torch_eft.tensorboard import (
     QUANTITIES,
     compared_quantities,
@@ -13,7 +14,6 @@ from torch_eft.tensorboard import (
     layers_figure,
     tag,
 )
-from torch_eft.tensorboard.tags import quantity_of
 
 
 def banded(quantity, measured, order_0, sigma):

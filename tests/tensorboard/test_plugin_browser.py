@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tests.tensorboard.chromium import EXECUTABLE, NAMES, Browser
 from tests.tensorboard.eft_runs import drift, run_info, write_run
-from torch_eft.report import write_report
+from torch_eft.tensorboard.report import write_report
 
 pytestmark = pytest.mark.skipif(
     EXECUTABLE is None, reason=f"no browser found ({', '.join(NAMES)}); on Debian: apt-get install chromium"

@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch.func import jvp, vmap
 
-from tests.theory.naive_operator import simulate
-from tests.theory.test_ensemble_training import KnownTensors, random_case
+from tests.oracles.naive_operator import simulate
+from tests.theory.training.test_finite_width import KnownTensors, random_case
 from torch_eft.theory import MLPEnsemble
 from torch_eft.theory.derivation import CONTRIBUTIONS
-from torch_eft.theory.drift import ntk_drift
-from torch_eft.theory.dynamics import descent
-from torch_eft.theory.mean_output import mean_output
-from torch_eft.theory.order_zero_path import OrderZeroPath
-from torch_eft.theory.output_covariance import output_covariance
-from torch_eft.theory.representation import HiddenStatistics
-from torch_eft.theory.representation_drift import predict_representation
-from torch_eft.theory.vertices import SYMMETRIES, Vertices
+from torch_eft.theory.hidden_layers.predict import predict_representation
+from torch_eft.theory.hidden_layers.statistics import HiddenStatistics
+from torch_eft.theory.initialization.evaluator import SYMMETRIES, Vertices
+from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
+from torch_eft.theory.training.corrections.mean_output import mean_output
+from torch_eft.theory.training.corrections.ntk_drift import ntk_drift
+from torch_eft.theory.training.corrections.output_covariance import output_covariance
+from torch_eft.theory.training.optimizer import descent
 
 F64 = torch.float64
 VERTICES = tuple(SYMMETRIES)

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from torch_eft.live.part import History
-from torch_eft.live.sinks import JSONLSink, Sink, TensorBoardSink
+from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink
 
 
 class LoggerSink(Sink):

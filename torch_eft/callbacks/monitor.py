@@ -22,15 +22,15 @@ from torch.optim import Optimizer
 
 from torch_eft.callbacks.applicability import outside_the_theory
 from torch_eft.callbacks.loggers import log_directory, logger_sinks
+from torch_eft.live.config.probes import ProbeLike, first_count, first_samples
+from torch_eft.live.config.schedule import Every
 from torch_eft.live.observer import Observer
 from torch_eft.live.part import Event, History, MeasurementWarning, Part
-from torch_eft.live.probes import ProbeLike, first_count, first_samples
-from torch_eft.live.schedule import Every
-from torch_eft.live.subject import Distributed
-from torch_eft.live.theta_file import KeepTheta
-from torch_eft.measure.probe import OutputFn
-from torch_eft.measure.ranks import Ranks
-from torch_eft.trajectory import Validity
+from torch_eft.live.run.subject import Distributed
+from torch_eft.live.run.theta_file import KeepTheta
+from torch_eft.measure.forward.probe import OutputFn
+from torch_eft.measure.network.ranks import Ranks
+from torch_eft.results.trajectory import Validity
 
 
 class Monitor(Callback):

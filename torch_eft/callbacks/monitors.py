@@ -6,17 +6,17 @@ from typing import Literal
 from torch import nn
 
 from torch_eft.callbacks.monitor import Monitor
-from torch_eft.live.parts.ensemble import EnsemblePart
+from torch_eft.live.config.presets import Options, Preset, parts_of
+from torch_eft.live.config.probes import ProbeLike
+from torch_eft.live.config.schedule import Every
+from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
 from torch_eft.live.parts.ntk import NTKPart
 from torch_eft.live.parts.representation import RepresentationPart
-from torch_eft.live.presets import Options, Preset, parts_of
-from torch_eft.live.probes import ProbeLike
-from torch_eft.live.schedule import Every
-from torch_eft.live.subject import Distributed
-from torch_eft.live.theta_file import KeepTheta
-from torch_eft.measure.probe import OutputFn
-from torch_eft.theory.activations import ActivationLike
+from torch_eft.live.run.subject import Distributed
+from torch_eft.live.run.theta_file import KeepTheta
+from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.activations import ActivationLike
 
 
 class EFTMonitor(Monitor):

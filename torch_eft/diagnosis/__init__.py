@@ -15,8 +15,8 @@ from torch_eft.diagnosis.measured import measured_diagnosis
 from torch_eft.diagnosis.measured_report import MeasuredDiagnosis
 from torch_eft.diagnosis.mlp import derived_diagnosis
 from torch_eft.diagnosis.variants import Variant
-from torch_eft.measure.initialization import NotAnMLPError, ReadEnsemble, read_ensemble
-from torch_eft.measure.probe import OutputFn, Probe
+from torch_eft.measure.ensembles.read import NotAnMLPError, ReadEnsemble, read_ensemble
+from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.theory.ensemble import MLPEnsemble
 
 __all__ = ["Diagnosis", "Finding", "LayerDiagnosis", "MeasuredDiagnosis", "Variant", "diagnose"]

@@ -7,10 +7,10 @@ from typing import Any, Literal
 from torch_eft.diagnosis.findings import Finding
 from torch_eft.diagnosis.text import bullets, or_dash, table, with_error
 from torch_eft.diagnosis.variants import Variant
-from torch_eft.theory.aspect_ratio import AspectRatio
-from torch_eft.theory.expected_drift import ExpectedDrift
-from torch_eft.theory.seed_spread import SeedSpread
-from torch_eft.trajectory import Validity
+from torch_eft.results.trajectory import Validity
+from torch_eft.theory.estimates.aspect_ratio import AspectRatio
+from torch_eft.theory.estimates.expected_drift import ExpectedDrift
+from torch_eft.theory.estimates.seed_spread import SeedSpread
 
 Phase = Literal["ordered", "critical", "chaotic"]
 

@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_map_only
 
 from torch_eft.diagnosis.findings import FROZEN, Finding, advice, depth_finding
 from torch_eft.diagnosis.measured_report import Block, MeasuredDiagnosis
-from torch_eft.measure.ntk import ntk
-from torch_eft.measure.probe import OutputFn, as_probe
-from torch_eft.measure.products import ntk_eigenpairs
-from torch_eft.measure.redraws import OneNetwork, Redraws, log_variance, redraws
+from torch_eft.measure.ensembles.redraws import OneNetwork, Redraws, log_variance, redraws
+from torch_eft.measure.forward.probe import OutputFn, as_probe
+from torch_eft.measure.kernels.ntk import ntk
+from torch_eft.measure.kernels.products import ntk_eigenpairs
 
 GROWTH = 10.0
 """Growth or decay of squared gradients over the trunk that is worth a warning: a tolerance of ours."""

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from torch_eft.theory.aspect_ratio import AspectRatio, aspect_ratio
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.expected_drift import ExpectedDrift, expected_drift
-from torch_eft.theory.learning_rates import largest_learning_rate, layer_gains
-from torch_eft.theory.seed_spread import SeedSpread, seed_spread
+from torch_eft.theory.estimates.aspect_ratio import AspectRatio, aspect_ratio
+from torch_eft.theory.estimates.expected_drift import ExpectedDrift, expected_drift
+from torch_eft.theory.estimates.learning_rates import largest_learning_rate, layer_gains
+from torch_eft.theory.estimates.seed_spread import SeedSpread, seed_spread
 
 
 @dataclass(frozen=True)

@@ -29,24 +29,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.live.beginning import Beginning
 from torch_eft.live.budget import Budget
+from torch_eft.live.config.presets import Options, Preset, parts_of
+from torch_eft.live.config.probes import ProbeLike, probe_from
+from torch_eft.live.config.schedule import Every, checked_every, due
 from torch_eft.live.costs import cost_page, cost_sentence
-from torch_eft.live.outlet import skipped_page
 from torch_eft.live.part import Event, History, MeasurementWarning, Part, Start
-from torch_eft.live.presets import Options, Preset, parts_of
-from torch_eft.live.probes import ProbeLike, probe_from
-from torch_eft.live.recorder import LOADING, Recorder, validity_of
-from torch_eft.live.schedule import Every, checked_every, due
-from torch_eft.live.sinks import JSONLSink, Sink, TensorBoardSink
-from torch_eft.live.subject import Distributed, Subject
-from torch_eft.live.theta_file import KeepTheta, load_theta_0, save_theta_0
-from torch_eft.live.visits import Visits
-from torch_eft.measure.probe import OutputFn
+from torch_eft.live.record.outlet import skipped_page
+from torch_eft.live.record.recorder import LOADING, Recorder, validity_of
+from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink
+from torch_eft.live.run.reference import Beginning
+from torch_eft.live.run.subject import Distributed, Subject
+from torch_eft.live.run.theta_file import KeepTheta, load_theta_0, save_theta_0
+from torch_eft.live.run.visits import Visits
+from torch_eft.measure.forward.probe import OutputFn
+from torch_eft.results.trajectory import Validity
 from torch_eft.tensorboard.run_info import JSONL_NAME
-from torch_eft.theory.activations import ActivationLike
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.trajectory import Validity
+from torch_eft.theory.gaussian.activations import ActivationLike
 
 
 class Observer:
@@ -57,8 +57,8 @@ class Observer:
         probe: Fixed inputs: a tensor (N, ...), a tuple of arguments or a dict of keyword arguments of the forward, or
             the path of a file that holds one (``torch.save``).
         optimizer: That of the training, or several; gives the learning-rate tensor lambda. None: lambda = 1.
-        preset: ``"light"``, ``"standard"`` or ``"full"``: which parts (``torch_eft.live.presets``).
-        every: When to measure besides the first and the last time (``torch_eft.live.schedule``).
+        preset: ``"light"``, ``"standard"`` or ``"full"``: which parts (``torch_eft.live.config.presets``).
+        every: When to measure besides the first and the last time (``torch_eft.live.config.schedule``).
         budget: Time that measuring may take, as a share of the training's own; the schedule is thinned to stay within.
             None: no limit.
         logdir: Where TensorBoard files and ``eft.jsonl`` go; None: nowhere, results are in ``history``.

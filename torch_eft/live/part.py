@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.measure.probe import OutputFn, Probe
-from torch_eft.measure.snapshot import Plan, Snapshot
+from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.network.snapshot import Plan, Snapshot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,7 +103,7 @@ class Report:
     """What a part has to say.
 
     Args:
-        scalars: ``{tag: value}`` of this step; tags by ``torch_eft.tensorboard.tags.tag``. What is not finite is
+        scalars: ``{tag: value}`` of this step; tags by ``torch_eft.results.tags.tag``. What is not finite is
             dropped.
         pages: ``{name: Markdown}``; logged as ``eft/<name>``.
         events: Marks on the time axis. That a measured quantity leaves the band that is logged beside it need not

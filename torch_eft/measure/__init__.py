@@ -1,38 +1,45 @@
 """What one real network does: ``nn.Module`` in, tensors out; no Lightning."""
 
-from torch_eft.measure.alignment import centred, effective_rank, linear_cka, target_alignment
-from torch_eft.measure.dntk import AlmostEverywhereWarning, Contracted, contracted, ddntk, dntk
-from torch_eft.measure.engine import Estimate
-from torch_eft.measure.initialization import NotAnMLPError, ReadEnsemble, read_ensemble
-from torch_eft.measure.interval import Interval, interval
-from torch_eft.measure.jets import NoJetRuleError
-from torch_eft.measure.kinks import kinked_operations
-from torch_eft.measure.learning_rates import LearningRates, read_learning_rates
+from torch_eft.measure.ensembles.learning_rates import LearningRates, read_learning_rates
+from torch_eft.measure.ensembles.read import NotAnMLPError, ReadEnsemble, read_ensemble
+from torch_eft.measure.ensembles.seeds import SeedEnsemble, seed_ensemble
+from torch_eft.measure.ensembles.statistics import Comparison
+from torch_eft.measure.forward.kinks import kinked_operations
+from torch_eft.measure.forward.output import output
+from torch_eft.measure.forward.probe import Probe
+from torch_eft.measure.jacobian.engine import Estimate
+from torch_eft.measure.jets.jet import NoJetRuleError
+from torch_eft.measure.kernels.dntk import AlmostEverywhereWarning, Contracted, contracted, ddntk, dntk
+from torch_eft.measure.kernels.metrics import (
+    as_matrix,
+    as_trace,
+    kernel_distance,
+    ntk_trace,
+    relative_change,
+    top_eigenvalue,
+)
+from torch_eft.measure.kernels.ntk import Coverage, coverage, ntk, ntk_estimate
+from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, pull_back
 from torch_eft.measure.losses import TrainingLoss, recognise_loss
-from torch_eft.measure.metrics import as_matrix, as_trace, kernel_distance, ntk_trace, relative_change, top_eigenvalue
-from torch_eft.measure.ntk import Coverage, coverage, ntk, ntk_estimate
-from torch_eft.measure.output import output
-from torch_eft.measure.probe import Probe
-from torch_eft.measure.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, pull_back
-from torch_eft.measure.recorded import TrajectoryRecorder
-from torch_eft.measure.representation import Representation, hidden_kernels, representation
-from torch_eft.measure.representation_change import (
+from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
+from torch_eft.measure.representations.alignment import centred, effective_rank, linear_cka, target_alignment
+from torch_eft.measure.representations.change import (
     LayerChange,
     RepresentationChange,
     block_drift,
     movement,
     representation_change,
 )
-from torch_eft.measure.secant import Secant, secant, secant_ntk
-from torch_eft.measure.seed_statistics import Comparison
-from torch_eft.measure.seeds import SeedEnsemble, seed_ensemble
-from torch_eft.measure.shadow import ShadowModel
-from torch_eft.measure.shadow_perturbative import PerturbativeShadow
-from torch_eft.measure.sized_dntk import SizedDNTK, sized_dntk
-from torch_eft.measure.snapshot import Plan, Snapshot, take_snapshot
-from torch_eft.measure.taylor import TaylorSeries, taylor_series, taylor_terms
-from torch_eft.measure.taylor_sizes import TaylorSizes, taylor_sizes
-from torch_eft.measure.training import SquaredError, UnrecognisedLossError, recognise_squared_error
+from torch_eft.measure.representations.hidden_kernels import Representation, hidden_kernels, representation
+from torch_eft.measure.taylor.displacement import Interval, interval
+from torch_eft.measure.taylor.model import ShadowModel
+from torch_eft.measure.taylor.perturbative import PerturbativeShadow
+from torch_eft.measure.taylor.recorder import TrajectoryRecorder
+from torch_eft.measure.taylor.secant import Secant, secant, secant_ntk
+from torch_eft.measure.taylor.series import TaylorSeries, taylor_series, taylor_terms
+from torch_eft.measure.taylor.sized_dntk import SizedDNTK, sized_dntk
+from torch_eft.measure.taylor.sizes import TaylorSizes, taylor_sizes
+from torch_eft.measure.training_loss import SquaredError, UnrecognisedLossError, recognise_squared_error
 
 __all__ = [
     "AlmostEverywhereWarning",

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_eft.measure.isolation import isolated
-from torch_eft.measure.output import checked_output
-from torch_eft.measure.probe import OutputFn, Probe
-from torch_eft.measure.training import (
+from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.forward.output import checked_output
+from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.training_loss import (
     LOSS_TOLERANCE,
     UnrecognisedLossError,
     check_gradients,

@@ -1,9 +1,9 @@
 """Results to scalars, layouts, figures and pages of TensorBoard; no Trainer needed."""
 
+from torch_eft.results.quantities import QUANTITIES, Quantity
+from torch_eft.results.tags import compared_quantities, layer_tag, tag
 from torch_eft.tensorboard.figures import comparison_figure, kernel_figure, layers_figure
 from torch_eft.tensorboard.layout import comparison_layout
-from torch_eft.tensorboard.quantities import QUANTITIES, Quantity
-from torch_eft.tensorboard.tags import compared_quantities, layer_tag, tag
 
 __all__ = [
     "QUANTITIES",

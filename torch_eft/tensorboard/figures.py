@@ -7,8 +7,8 @@ told apart by colour-blind readers: measured in vermilion, order 1 and the band 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from torch_eft.tensorboard.quantities import QUANTITIES
-from torch_eft.tensorboard.tags import BAND, ORDERS, tag
+from torch_eft.results.quantities import QUANTITIES
+from torch_eft.results.tags import BAND, ORDERS, tag
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

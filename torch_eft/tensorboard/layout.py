@@ -7,8 +7,8 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
-from torch_eft.tensorboard.quantities import QUANTITIES
-from torch_eft.tensorboard.tags import BAND, MEASURED, ORDERS, tag
+from torch_eft.results.quantities import QUANTITIES
+from torch_eft.results.tags import BAND, MEASURED, ORDERS, tag
 
 _NOT_DRAWN = ("overhead_percent",)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch_eft.tensorboard.tags import LAYERS, MORE, PREFIX, THEORY
+from torch_eft.results.tags import LAYERS, MORE, PREFIX, THEORY
 
 PLUGIN_NAME = "eft"
 RUN_INFO_TAG = "eft/run"

@@ -1,18 +1,8 @@
 """What an ensemble of networks does: pure functions of tensors, float64, no ``nn.Module``."""
 
-from torch_eft.theory.activations import (
-    Activation,
-    available_activations,
-    get_activation,
-    leaky_relu,
-    register_activation,
-)
-from torch_eft.theory.aspect_ratio import AspectRatio, aspect_ratio
-from torch_eft.theory.blocks import block, tiles
-from torch_eft.theory.criticality import CriticalPoint, UnstablePoint, criticality
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.ensemble_training import FiniteWidthTraining
-from torch_eft.theory.exact import (
+from torch_eft.theory.estimates.aspect_ratio import AspectRatio, aspect_ratio
+from torch_eft.theory.estimates.exact import (
     LinearDifferentials,
     dead_probability,
     exact_G_moment_ratio,
@@ -21,21 +11,45 @@ from torch_eft.theory.exact import (
     two_layer_linear_differentials,
     two_layer_linear_map,
 )
-from torch_eft.theory.expectations import QuadratureError
-from torch_eft.theory.expected_drift import ExpectedDrift, expected_drift
-from torch_eft.theory.fourth_cumulant import FourthCumulant, predict_fourth_cumulant
-from torch_eft.theory.hidden_layer import HiddenLayerForecast
-from torch_eft.theory.hierarchy import Hierarchy, train_hierarchy
-from torch_eft.theory.learning_rates import LearningRateShares, equivalence_learning_rates, largest_learning_rate
-from torch_eft.theory.prediction import InfiniteWidthTraining, predict_training
-from torch_eft.theory.representation import RepresentationStatistics, representation_statistics
-from torch_eft.theory.representation_drift import RepresentationForecast, predict_representation
-from torch_eft.theory.residual import ResidualFlow, residual_flow
-from torch_eft.theory.sampling import ntk_trace_spread, sample_ntk
-from torch_eft.theory.seed_spread import SeedSpread, seed_spread
-from torch_eft.theory.statistics import QUANTITIES, LayerStatistics, initial_statistics, statistics_memory
-from torch_eft.theory.susceptibility import FixedPoint, fixed_points, susceptibilities
-from torch_eft.theory.validity import first_order_validity, infinite_width_validity, output_fluctuation, regime
+from torch_eft.theory.estimates.expected_drift import ExpectedDrift, expected_drift
+from torch_eft.theory.estimates.learning_rates import (
+    LearningRateShares,
+    equivalence_learning_rates,
+    largest_learning_rate,
+)
+from torch_eft.theory.estimates.sampling import ntk_trace_spread, sample_ntk
+from torch_eft.theory.estimates.seed_spread import SeedSpread, seed_spread
+from torch_eft.theory.gaussian.activations import (
+    Activation,
+    available_activations,
+    get_activation,
+    leaky_relu,
+    register_activation,
+)
+from torch_eft.theory.gaussian.quadrature import QuadratureError
+from torch_eft.theory.hidden_layers.predict import RepresentationForecast, predict_representation
+from torch_eft.theory.hidden_layers.result import HiddenLayerForecast
+from torch_eft.theory.hidden_layers.statistics import RepresentationStatistics, representation_statistics
+from torch_eft.theory.hierarchy.evolution import Hierarchy, train_hierarchy
+from torch_eft.theory.initialization.estimators import block, tiles
+from torch_eft.theory.initialization.statistics import (
+    QUANTITIES,
+    LayerStatistics,
+    initial_statistics,
+    statistics_memory,
+)
+from torch_eft.theory.signal_propagation.critical_point import CriticalPoint, UnstablePoint, criticality
+from torch_eft.theory.signal_propagation.regimes import (
+    first_order_validity,
+    infinite_width_validity,
+    output_fluctuation,
+    regime,
+)
+from torch_eft.theory.signal_propagation.residual import ResidualFlow, residual_flow
+from torch_eft.theory.signal_propagation.susceptibility import FixedPoint, fixed_points, susceptibilities
+from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
+from torch_eft.theory.training.fourth_cumulant import FourthCumulant, predict_fourth_cumulant
+from torch_eft.theory.training.predict import InfiniteWidthTraining, predict_training
 
 __all__ = [
     "QUANTITIES",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch_eft.theory.activations import Activation, ActivationLike, get_activation
+from torch_eft.theory.gaussian.activations import Activation, ActivationLike, get_activation
 
 
 @dataclass(frozen=True, init=False)

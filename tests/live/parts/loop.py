@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_eft.live.observer import Observer
-from torch_eft.live.sinks import Sink
+from torch_eft.live.record.sinks import Sink
 
 
 class Pages(Sink):

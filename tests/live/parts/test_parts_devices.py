@@ -6,15 +6,15 @@ from torch.nn import functional as F
 
 from tests.live.parts.loop import data, mlp
 from tests.measure.devices import poisoned, waits
-from torch_eft.comparison import EnsembleComparison, InstanceComparison
-from torch_eft.comparison.instance import SGDOptions
-from torch_eft.live.parts.full_batch import FullBatch
+from torch_eft.forecast.comparison import EnsembleComparison, InstanceComparison
+from torch_eft.forecast.comparison.instance import SGDOptions
+from torch_eft.live.parts.forecasts.full_batch import FullBatch
 from torch_eft.live.parts.interval import interval_compared
-from torch_eft.measure.interval import interval
 from torch_eft.measure.losses import recognise_loss
-from torch_eft.measure.sized_dntk import sized_dntk
-from torch_eft.measure.taylor import taylor_series
-from torch_eft.measure.taylor_sizes import taylor_sizes
+from torch_eft.measure.taylor.displacement import interval
+from torch_eft.measure.taylor.series import taylor_series
+from torch_eft.measure.taylor.sized_dntk import sized_dntk
+from torch_eft.measure.taylor.sizes import taylor_sizes
 from torch_eft.theory import MLPEnsemble
 
 

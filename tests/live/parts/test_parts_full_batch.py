@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.live.parts.loop import data, fit, mlp
-from torch_eft.comparison.compared import Compared
-from torch_eft.live.parts.ensemble import EnsemblePart
-from torch_eft.live.parts.gauge import GaugeWatch
-from torch_eft.live.parts.instance import InstancePart
-from torch_eft.live.parts.logged import compared_scalars
+from torch_eft.forecast.comparison.compared import Compared
+from torch_eft.live.parts.common import compared_scalars
+from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
+from torch_eft.live.parts.forecasts.gauge import GaugeWatch
+from torch_eft.live.parts.forecasts.instance import InstancePart
 from torch_eft.live.parts.representation import RepresentationPart
 from torch_eft.live.parts.shadow import ShadowPart
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from torch_eft.live.presets import Options, parts_of
+from torch_eft.live.config.presets import Options, parts_of
 
 LIGHT = ["ntk", "representation"]
 STANDARD = [*LIGHT, "theory", "instance", "interval", "taylor"]

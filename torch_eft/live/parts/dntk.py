@@ -8,9 +8,9 @@ from torch.optim import Optimizer
 
 from torch_eft.live.part import History, Part, Report, Start, Visit
 from torch_eft.live.parts.theta import LARGEST, copied, memory, too_many
-from torch_eft.measure.probe import OutputFn
-from torch_eft.measure.sized_dntk import sized_dntk
-from torch_eft.tensorboard.tags import tag
+from torch_eft.measure.forward.probe import OutputFn
+from torch_eft.measure.taylor.sized_dntk import sized_dntk
+from torch_eft.results.tags import tag
 
 
 @dataclass

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_eft.comparison.compared import Compared, component
+from torch_eft.forecast.comparison.compared import Compared, component
 from torch_eft.live.part import Part, Report, Start, Visit
-from torch_eft.live.parts.logged import compared_scalars
+from torch_eft.live.parts.common import compared_scalars
 from torch_eft.live.parts.theta import LARGEST, copied, current, memory, too_many
-from torch_eft.measure.interval import Interval, interval
-from torch_eft.measure.probe import OutputFn
-from torch_eft.measure.snapshot import Plan
+from torch_eft.measure.forward.probe import OutputFn
+from torch_eft.measure.network.snapshot import Plan
+from torch_eft.measure.taylor.displacement import Interval, interval
 
 
 @dataclass

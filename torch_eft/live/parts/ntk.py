@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from torch_eft.live.part import History, Part, Report, Visit
-from torch_eft.measure.metrics import as_matrix, as_trace, kernel_distance, ntk_trace, relative_change
-from torch_eft.measure.snapshot import Plan, Snapshot
+from torch_eft.measure.kernels.metrics import as_matrix, as_trace, kernel_distance, ntk_trace, relative_change
+from torch_eft.measure.network.snapshot import Plan, Snapshot
+from torch_eft.results.tags import SPECTRUM, tag
 from torch_eft.tensorboard.figures import kernel_figure
-from torch_eft.tensorboard.tags import SPECTRUM, tag
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

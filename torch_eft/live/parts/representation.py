@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from torch_eft.live.part import History, Part, Report, Visit
-from torch_eft.measure.alignment import linear_cka
-from torch_eft.measure.metrics import relative_change
-from torch_eft.measure.probe import OutputFn, Probe
-from torch_eft.measure.representation import hidden_kernels
-from torch_eft.measure.snapshot import Plan, Snapshot
+from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.kernels.metrics import relative_change
+from torch_eft.measure.network.snapshot import Plan, Snapshot
+from torch_eft.measure.representations.alignment import linear_cka
+from torch_eft.measure.representations.hidden_kernels import hidden_kernels
+from torch_eft.results.tags import layer_tag, tag
 from torch_eft.tensorboard.figures import layers_figure
-from torch_eft.tensorboard.tags import layer_tag, tag
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

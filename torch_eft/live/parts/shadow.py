@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_eft.comparison.compared import Compared, component
+from torch_eft.forecast.comparison.compared import Compared, component
 from torch_eft.live.part import Event, Part, Report, Start, Visit
-from torch_eft.live.parts.full_batch import UNSHOWN
-from torch_eft.live.parts.logged import compared_scalars
+from torch_eft.live.parts.common import compared_scalars
+from torch_eft.live.parts.forecasts.full_batch import UNSHOWN
 from torch_eft.live.parts.theta import LARGEST, memory, too_many
-from torch_eft.measure.isolation import isolated
+from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.measure.losses import LossFunction, TrainingLoss, recognise_loss
-from torch_eft.measure.probe import OutputFn, Probe
-from torch_eft.measure.shadow import ShadowModel, as_call
-from torch_eft.measure.training import UnrecognisedLossError
-from torch_eft.trajectory import Validity
+from torch_eft.measure.taylor.model import ShadowModel, as_call
+from torch_eft.measure.training_loss import UnrecognisedLossError
+from torch_eft.results.trajectory import Validity
 
 _MINIBATCHES = "mini-batches"
 """What a loop may be outside of the theory for, and a shadow follow all the same."""

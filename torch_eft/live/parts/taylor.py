@@ -2,10 +2,10 @@
 
 from torch_eft.live.part import Event, Part, Report, Start, Visit
 from torch_eft.live.parts.theta import LARGEST, current, memory, too_many
-from torch_eft.measure.probe import OutputFn
-from torch_eft.measure.taylor import taylor_series
-from torch_eft.measure.taylor_sizes import taylor_sizes
-from torch_eft.tensorboard.tags import layer_tag, tag
+from torch_eft.measure.forward.probe import OutputFn
+from torch_eft.measure.taylor.series import taylor_series
+from torch_eft.measure.taylor.sizes import taylor_sizes
+from torch_eft.results.tags import layer_tag, tag
 
 TOLERANCE = 0.05
 """Of ``orders_needed``: what may be left of the outputs' change."""

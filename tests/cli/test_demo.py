@@ -1,0 +1,151 @@
+"""The demo, end to end, and its TensorBoard files through TensorBoard's own event reader."""
+
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.util import tensor_util
+
+from torch_eft.cli.demo import demo_ensemble, load_digits_split
+from torch_eft.cli.main import main
+from torch_eft.results.tags import quantity_of
+from torch_eft.tensorboard import tag as tag_of
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One short demo run: its printed text and its directory."""
+    import contextlib
+    import io
+
+    logdir = tmp_path_factory.mktemp("demo")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["demo", "--width", "32", "--steps", "12", "--logdir", str(logdir)]) == 0
+    (run,) = (logdir / "tanh-32x3").iterdir()
+    return printed.getvalue(), run
+
+
+@pytest.fixture(scope="module")
+def events(demo):
+    accumulator = EventAccumulator(str(demo[1]), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
+    return accumulator.Reload()
+
+
+def test_data_are_centred_images_of_unit_scale():
+    x_train, y_train, x_probe = load_digits_split()
+    assert x_train.shape == (64, 64)
+    assert y_train.shape == (64, 10)
+    assert x_probe.shape == (16, 64)
+    torch.testing.assert_close(torch.cat([x_train, x_probe]).square().mean(1), torch.ones(80))
+    assert (y_train.sum(1) == 1).all()
+    assert not (x_train[:, None] == x_probe).all(-1).any()  # the probe was held out
+
+
+def test_ensemble_is_critical_and_has_one_torch_learning_rate():
+    ensemble = demo_ensemble(32, 4, "relu", 64)
+    assert ensemble.widths == (64, 32, 32, 32, 10)
+    assert ensemble.C_W == (2.0,) * 4
+    assert ensemble.lambda_W == (64.0, 32.0, 32.0, 32.0)
+
+
+def test_it_prints_diagnosis_table_cost_and_the_tensorboard_line(demo):
+    text, run = demo
+    assert "### MLP 64-32-32-10, tanh" in text
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line[:3] in ("ntk", "out", "rep")}
+    assert float(rows["ntk_drift"][2]) == 0  # the theory's column
+    measured, theory, sigma = map(float, rows["output_projection"][1:4])
+    assert rows["output_projection"][4] == f"{(measured - theory) / sigma:+.1f}"
+    assert "measurements took" in text
+    assert f"tensorboard --logdir {run.parent.parent}" in text
+    assert any(f"theory {flag}: " in text for flag in ("valid", "caution", "invalid"))
+    assert "order 1/n" in text.split("theory ")[-1]
+    assert float(rows["ntk_mean_drift"][2]) > 0  # at order 1/n
+
+
+def test_it_draws_a_picture(demo):
+    picture = demo[1] / "measured_against_theory.png"
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.stat().st_size > 20_000
+
+
+BANDED = ["ntk_trace", "output_chi_squared", "output_projection"]
+MEASURED = [
+    *BANDED,
+    "ntk_drift",
+    "ntk_kernel_distance",
+    "ntk_top_eigenvalue",
+    "overhead_percent",
+    "representation_cka_distance",
+    "representation_change",
+]
+EXPECTED_SCALARS = sorted(
+    [tag_of(q) for q in MEASURED]
+    + [tag_of(q, s) for q in BANDED for s in ("minus_sigma", "order_0", "plus_sigma", "z_score")]
+    + [tag_of(q, "order_0") for q in ("ntk_drift", "representation_change")]
+)
+
+
+def test_the_tags_are_there_and_the_first_group_is_small(events):
+    tags = events.Tags()
+    ours = {tag for tag in tags["scalars"] if tag.startswith("eft")}
+    assert set(EXPECTED_SCALARS) <= ours
+    assert all(quantity_of(tag) is not None for tag in ours)
+    assert len([tag for tag in ours if tag.startswith("eft/")]) <= 12
+    assert {
+        *(f"eft/measured_against_theory/{quantity}" for quantity in (*BANDED, "ntk_drift", "representation_change")),
+        "eft/ntk_matrix/change",
+        "eft/ntk_matrix/end",
+        "eft/ntk_matrix/start",
+        "eft/representation_change",
+    } <= set(tags["images"])
+    assert "eft/ntk_spectrum/log10_eigenvalues" in tags["histograms"]
+    assert {"eft/diagnosis/text_summary", "eft/validity/text_summary", "eft/run"} <= set(tags["tensors"])
+
+
+def test_every_measured_step_has_its_theory_and_all_are_finite(events):
+    steps = [event.step for event in events.Scalars("eft/ntk_trace/measured")]
+    assert steps == list(range(13))
+    for tag in EXPECTED_SCALARS:
+        values = events.Scalars(tag)
+        assert [event.step for event in values] == (steps[1:] if "overhead" in tag else steps)
+        assert all(math.isfinite(event.value) for event in values)
+    for lower, upper in zip(
+        events.Scalars("eft-theory/ntk_trace/minus_sigma"),
+        events.Scalars("eft-theory/ntk_trace/plus_sigma"),
+        strict=True,
+    ):
+        assert lower.value < upper.value
+
+
+def test_layout_has_a_margin_chart_for_every_band(events):
+    *_, event = events.Tensors("custom_scalars__config__")  # the last one holds
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(tensor_util.make_ndarray(event.tensor_proto).item())
+    category, measured_only = layout.category
+    assert all(chart.HasField("multiline") for chart in measured_only.chart)
+    margins = {chart.margin.series[0].value: chart.margin for chart in category.chart if chart.HasField("margin")}
+    # Around the highest order there is: within the demo's time that of the mean output is 0.
+    orders = {"ntk_trace": "order_1", "output_chi_squared": "order_0", "output_projection": "order_0"}
+    assert sorted(margins) == [f"eft-theory/{quantity}/{orders[quantity]}" for quantity in BANDED]
+    for quantity in BANDED:
+        band, line = margins[f"eft-theory/{quantity}/{orders[quantity]}"].series
+        assert (band.lower, band.upper) == (
+            f"eft-theory/{quantity}/minus_sigma",
+            f"eft-theory/{quantity}/plus_sigma",
+        )
+        assert line.value == f"eft/{quantity}/measured"
+    lines = [tag for chart in category.chart for tag in chart.multiline.tag]
+    assert "^eft/ntk_drift/measured$" in lines
+
+
+def test_pages_hold_the_diagnosis_and_the_validity(events):
+    def page(name):
+        (event,) = events.Tensors(f"eft/{name}/text_summary")
+        return tensor_util.make_ndarray(event.tensor_proto).item().decode()
+
+    assert "| critical (K*=0) | 0 | 1 | K* = 0 | 1 | 1 |" in page("diagnosis")
+    assert "mean over samples and outputs (torch's MSELoss)" in page("validity")
+    assert "the NTK at order 1/n; hidden kernels at order 1/n" in page("validity")

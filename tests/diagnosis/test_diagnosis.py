@@ -1,0 +1,195 @@
+"""The diagnosis: its numbers, its verdicts, its text."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import torch_eft as eft
+from tests.oracles.models import ConvNet, mlp
+from torch_eft.theory import MLPEnsemble
+
+
+def test_critical_relu_by_hand():
+    """PDLT 5.2: at C_W = 2 both susceptibilities are 1 at every layer, epsilon = 5 (L - 1) / n."""
+    diagnosis = eft.diagnose(MLPEnsemble([10, 100, 100, 100, 1], "relu", C_W=2.0))
+    ratio = diagnosis.aspect_ratio
+    assert (ratio.depth, ratio.width) == (4, 100)
+    assert ratio.r == pytest.approx(0.04)
+    assert ratio.epsilon == pytest.approx(15 / 100)
+    assert ratio.gradient_gain == pytest.approx(1)
+    assert diagnosis.verdict.startswith("critical within a factor of 2")
+    for layer in diagnosis.layers[1:]:
+        assert layer.chi_par == layer.chi_perp == pytest.approx(1)
+        assert pytest.approx(2) == layer.K
+
+
+def test_default_initialisation_is_found_subcritical_with_advice():
+    torch.manual_seed(0)
+    diagnosis = eft.diagnose(mlp((64, 128, 128, 128, 10), nn.ReLU), torch.randn(8, 64))
+    assert "subcritical" in diagnosis.verdict
+    assert diagnosis.aspect_ratio.gradient_gain == pytest.approx(1 / 6**3, rel=0.1)  # nn.Linear: C_W = 1/3
+    assert diagnosis.advice == ("initialise weights with variance 2 / n_in and biases with 0",)
+    assert diagnosis.layers[1].C_W_error > 0
+
+
+def test_biases_alone_take_tanh_off_criticality():
+    diagnosis = eft.diagnose(MLPEnsemble([10, *[100] * 10, 1], "tanh", C_b=0.1))
+    assert "subcritical" in diagnosis.verdict
+    assert diagnosis.advice == ("initialise weights with variance 1 / n_in and biases with 0",)
+
+
+def test_learning_rates_are_those_of_torch():
+    """Plain SGD of the module: its shares of the NTK, and rates that make them equal, by measurement."""
+    torch.manual_seed(0)
+    model = mlp((6, 1000, 1000, 2), nn.ReLU).double()
+    x = torch.randn(1, 6, dtype=torch.float64)
+    diagnosis = eft.diagnose(model, x)
+    names = [f"{index}.{kind}" for index in (0, 2, 4) for kind in ("weight", "bias")]
+    total = float(eft.measure.ntk_trace(eft.measure.ntk(model, x)))
+    # Fluctuations of one wide network: relative order n^(-1/2), a few times 3 %.
+    assert 2 / total == pytest.approx(diagnosis.largest_learning_rate, rel=0.15)
+    for index, layer in enumerate(diagnosis.layers):
+        own = dict.fromkeys(names, 0.0) | dict.fromkeys(names[2 * index : 2 * index + 2], 1.0)
+        part = float(eft.measure.ntk_trace(eft.measure.ntk(model, x, lambdas=own)))
+        assert layer.share == pytest.approx(part / total, rel=0.15)
+        own |= {names[2 * index]: layer.lr_W, names[2 * index + 1]: layer.lr_b}
+        part = float(eft.measure.ntk_trace(eft.measure.ntk(model, x, lambdas=own)))
+        assert part / total == pytest.approx(1 / 3, rel=0.15)
+
+
+def test_a_network_that_does_not_train_has_no_learning_rates():
+    diagnosis = eft.diagnose(MLPEnsemble([4, 50, 2], "tanh", lambda_b=0.0, lambda_W=0.0))
+    assert diagnosis.largest_learning_rate is None
+    assert diagnosis.layers[0].share is None
+    assert [finding.code for finding in diagnosis.warnings] == ["nothing trains"]
+    assert "stable below" not in str(diagnosis)
+
+
+def test_where_no_gradient_is_left_no_rates_are_given():
+    diagnosis = eft.diagnose(MLPEnsemble([4, *[50] * 600, 2], "relu", C_b=0.1, C_W=0.1))
+    assert diagnosis.layers[0].lr_W is None
+    assert diagnosis.layers[-1].share == pytest.approx(1, abs=0.1)
+    assert "| - | - |" in str(diagnosis)
+
+
+def test_remarks_on_the_weights_are_passed_on():
+    torch.manual_seed(0)
+    read = eft.measure.read_ensemble(mlp((64, 128, 10)))
+    assert len(read.remarks) > 0  # nn.Linear draws uniform weights
+    diagnosis = eft.diagnose(read)
+    assert diagnosis.remarks == read.remarks
+    assert all(f"- weights: {remark}" in str(diagnosis) for remark in read.remarks)
+    assert eft.diagnose(read.ensemble).remarks == ()
+
+
+def test_following_the_advice_cures():
+    torch.manual_seed(0)
+    model = mlp((64, 128, 128, 128, 10), nn.ReLU)
+    for layer in model[::2]:
+        nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features))
+        nn.init.zeros_(layer.bias)
+    diagnosis = eft.diagnose(model)
+    assert diagnosis.verdict.startswith("critical")
+    assert diagnosis.advice == ()
+
+
+def test_too_deep_and_too_chaotic():
+    diagnosis = eft.diagnose(MLPEnsemble([10, *[8] * 20, 1], "tanh", C_W=3.0))
+    assert "supercritical (chaotic)" in diagnosis.verdict
+    assert diagnosis.validity.flag == "invalid"
+    assert {finding.code for finding in diagnosis.warnings} == {"gradients explode", "too deep"}
+    assert any("hidden widths times 13.2" in sentence for sentence in diagnosis.advice)
+
+
+def test_activations_without_critical_point():
+    diagnosis = eft.diagnose(MLPEnsemble([10, 20, 1], "sigmoid"))
+    assert diagnosis.aspect_ratio.critical is None
+    assert "no critical initialisation" in diagnosis.verdict
+
+
+def test_dictionary_is_json():
+    for name in ("tanh", "sigmoid", "gelu"):
+        report = eft.diagnose(MLPEnsemble([4, 50, 50, 2], name)).to_dict()
+        assert json.loads(json.dumps(report, allow_nan=False))["aspect_ratio"]["r"] == pytest.approx(0.06)
+
+
+def test_other_networks_need_inputs_to_be_measured_on():
+    with pytest.raises(eft.measure.NotAnMLPError, match=r"Conv2d.*give inputs x"):
+        eft.diagnose(ConvNet())
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    ensemble = MLPEnsemble([4, 8, 2], "tanh")
+    with pytest.raises(ValueError, match=r"x: \(3, 5\) given"):
+        eft.diagnose(ensemble, torch.randn(3, 5))
+    with pytest.raises(ValueError, match="x: dict given"):
+        eft.diagnose(ensemble, {"x": torch.randn(3, 4)})
+
+
+def test_inputs_too_large_for_the_quadrature_are_named():
+    with pytest.raises(eft.theory.QuadratureError, match=r"\|x\|\^2 / n_0 is up to 1e\+06.*scale the inputs"):
+        eft.diagnose(MLPEnsemble([4, 20, 2], "tanh"), torch.full((1, 4), 1e3))
+
+
+def test_a_signal_beyond_float64_is_named():
+    with pytest.raises(ValueError, match=r"the kernel K at layer .* beyond what float64 can square"):
+        eft.diagnose(MLPEnsemble([4, *[50] * 600, 2], "relu", C_W=6.0))
+
+
+@pytest.mark.parametrize("name", ["tanh", "relu"])
+def test_the_doubled_networks_are_recomputed(name):
+    """Twice the width halves epsilon and the NTK's relative variance at order 1/n; all else comes from the ensemble."""
+    widths = [10, 40, 60, 40, 3]
+    ensemble = MLPEnsemble(widths, name, C_b=0.02, C_W=1.3, lambda_W=widths[:-1])
+    own, deep, wide = eft.diagnose(ensemble).variants
+    assert wide.epsilon == pytest.approx(own.epsilon / 2)
+    assert wide.r == pytest.approx(own.r / 2)
+    twice = [10, 40, 40, 60, 60, 40, 40, 3]
+    again = eft.diagnose(MLPEnsemble(twice, name, C_b=0.02, C_W=1.3, lambda_W=twice[:-1])).variants[0]
+    for field in ("r", "epsilon", "ntk_spread", "kernel_growth", "gradient_growth", "drift", "largest_learning_rate"):
+        assert getattr(deep, field) == pytest.approx(getattr(again, field), rel=1e-9)
+
+
+def test_growth_over_the_depth_is_that_of_the_layers():
+    diagnosis = eft.diagnose(MLPEnsemble([5, 30, 30, 30, 2], "gelu", C_b=0.1, C_W=1.7))
+    assert diagnosis.kernel_growth == pytest.approx(diagnosis.layers[-1].K / diagnosis.layers[0].K)
+    assert diagnosis.gradient_growth == pytest.approx(math.prod(layer.chi_perp for layer in diagnosis.layers[1:]))
+    assert diagnosis.recommended == (pytest.approx(0.172922391), pytest.approx(1.983058257))
+
+
+CASES = {
+    "fine": (MLPEnsemble([8, 200, 200, 4], "relu", C_W=2.0), set()),
+    "gradients vanish": (MLPEnsemble([8, 300, 300, 300, 4], "relu", C_W=1.2), {"gradients vanish"}),
+    "gradients explode": (MLPEnsemble([8, 300, 300, 300, 4], "relu", C_W=3.0), {"gradients explode"}),
+    "no criticality": (MLPEnsemble([8, 300, 4], "sigmoid", C_W=5.0), {"no criticality", "gradients vanish"}),
+    "edge": (MLPEnsemble([8, *[50] * 4, 4], "relu", C_W=2.0), {"edge"}),
+    "too deep by epsilon beyond order 1/n": (MLPEnsemble([8, *[50] * 8, 4], "relu", C_W=2.0), {"too deep"}),
+    "too deep by r": (MLPEnsemble([8, *[8] * 9, 4], "tanh"), {"too deep"}),
+    "dead network": (MLPEnsemble([8, 4, 4, 4], "relu", C_W=2.0), {"too deep", "dead network"}),
+    "frozen layer": (MLPEnsemble([8, 300, 4], "relu", C_W=2.0, lambda_W=[1e-4, 1.0], lambda_b=0.0), {"frozen layer"}),
+    "nothing trains": (MLPEnsemble([8, 300, 4], "relu", C_W=2.0, lambda_W=0.0, lambda_b=0.0), {"nothing trains"}),
+    "signal": (MLPEnsemble([8, *[900] * 10, 4], "relu", C_W=0.7), {"gradients vanish", "signal", "frozen layer"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_warning_has_its_case(case):
+    ensemble, codes = CASES[case]
+    diagnosis = eft.diagnose(ensemble)
+    assert {finding.code for finding in diagnosis.warnings} == codes
+    assert diagnosis.status == (1 if codes else 0)
+    for finding in diagnosis.warnings:
+        assert f"- WARNING: {finding.message}" in str(diagnosis)
+        assert not finding.remedy or finding.remedy in diagnosis.advice
+
+
+def test_large_epsilon_is_called_a_lower_bound_or_unreliable():
+    assert "read the exact value, 0.4641" in str(eft.diagnose(CASES["edge"][0]))
+    deep = str(eft.diagnose(MLPEnsemble([8, *[12] * 7, 4], "tanh")))
+    assert "at order 1/n is a lower bound" in deep
+    off = eft.diagnose(MLPEnsemble([8, *[10] * 6, 4], "gelu", C_W=1.2))
+    assert off.aspect_ratio.epsilon > 0.2
+    assert "at order 1/n is unreliable" in str(off)

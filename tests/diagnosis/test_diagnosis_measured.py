@@ -1,0 +1,139 @@
+"""The diagnosis of networks that are no MLP: what is measured, against what is known of it."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import torch_eft as eft
+from tests.oracles.models import ConvNet, Recurrent
+from torch_eft.diagnosis import MeasuredDiagnosis
+from torch_eft.measure import as_matrix, ntk, top_eigenvalue
+
+
+def images(count=5):
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def narrow(depth, gain):
+    layers = [nn.Conv2d(1, 6, 3, padding=1)]
+    for _ in range(depth):
+        layers += [nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 64, 2))
+    for layer in model:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            draw(layer, gain)
+    return model
+
+
+def draw(layer, gain):
+    nn.init.normal_(layer.weight, std=(gain / layer.weight[0].numel()) ** 0.5)
+    nn.init.zeros_(layer.bias)
+
+
+def test_step_size_and_shares_are_those_of_the_ntk():
+    torch.manual_seed(0)
+    model, x = ConvNet(), images()
+    found = eft.diagnose(model, x, seeds=3)
+    assert isinstance(found, MeasuredDiagnosis)
+    H = ntk(model, x)
+    assert found.lambda_max == pytest.approx(float(top_eigenvalue(H)), rel=1e-3)
+    assert found.largest_learning_rate == pytest.approx(len(as_matrix(H)) / found.lambda_max)
+    assert sum(found.shares.values()) == pytest.approx(1)
+    head = ntk(model, x[:4], {n: float(n.startswith("head")) for n, _ in model.named_parameters()}, trace=True)
+    whole = ntk(model, x[:4], trace=True)
+    assert found.shares["head"] == pytest.approx(float(head.trace() / whole.trace()), rel=1e-5)
+
+
+def test_the_result_is_json_and_the_model_untouched():
+    torch.manual_seed(0)
+    model = Recurrent().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = eft.diagnose(model, torch.randn(4, 5, 3), seeds=4)
+    report = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert report["kind"] == "measured"
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert str(found).count("measured") > 5
+
+
+@pytest.mark.parametrize(
+    ("gain", "code"), [(0.4, "gradients vanish"), (8.0, "gradients explode")]
+)  # ReLU is critical at 2
+def test_vanishing_and_exploding_gradients_are_found(gain, code):
+    torch.manual_seed(0)
+    model = narrow(6, gain)
+    found = eft.diagnose(
+        model, images(), seeds=6, initialize=lambda m: [draw(p, gain) for p in m if hasattr(p, "weight")]
+    )
+    assert code in {finding.code for finding in found.warnings}
+    assert found.status == 1
+    assert (found.gradient_growth < 0.1) == (gain < 2)
+
+
+def test_deep_and_narrow_networks_have_a_large_effective_epsilon():
+    torch.manual_seed(0)
+
+    def initialize(module):
+        for part in module:
+            if hasattr(part, "weight"):
+                draw(part, 2.0)
+
+    deep = eft.diagnose(narrow(10, 2.0), images(), seeds=24, initialize=initialize)
+    shallow = eft.diagnose(narrow(1, 2.0), images(), seeds=24, initialize=initialize)
+    # A sample variance of 24 logarithms is good to sqrt(2 / 23) = 0.29.
+    assert deep.ntk_log_variance * (1 - 2 * 0.29) > shallow.ntk_log_variance * (1 + 2 * 0.29)
+    assert {"edge", "too deep"} & {finding.code for finding in deep.warnings}
+
+
+def test_dead_networks_are_counted():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    found = eft.diagnose(model, images(), seeds=0)
+    assert found.gradient_growth == 0
+    assert "in 1 of 1 networks no gradient reaches the first place" in str(found)
+
+
+def test_a_frozen_layer_is_found():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    with torch.no_grad():
+        model[3].weight.mul_(1e-3)
+    found = eft.diagnose(model, images(), seeds=0)
+    assert "frozen layer" in {finding.code for finding in found.warnings}
+    assert "'0' makes" in str(found)
+
+
+def test_remarks_say_what_limits_the_measurement():
+    torch.manual_seed(0)
+
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 2)
+            self.position = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x):
+            return self.head((self.embedding(x) + self.position).mean(1))
+
+    found = eft.diagnose(Positions(), torch.randint(0, 5, (4, 3)))
+    assert "no other seeds were drawn" in str(found)
+    assert found.epsilon_ntk is None
+    normed = eft.diagnose(ConvNet(), images(), seeds=0)
+    assert any("BatchNorm in evaluation mode" in remark for remark in normed.remarks)
+
+
+def test_output_fn_and_bad_inputs():
+    class Dictionary(ConvNet):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    found = eft.diagnose(Dictionary(), images(), output_fn=lambda out: out["logits"], seeds=0)
+    assert found.inputs == 5
+    with pytest.raises(ValueError, match="output_fn"):
+        eft.diagnose(Dictionary(), images(), seeds=0)
+    with pytest.raises(ValueError, match="probe"):
+        eft.diagnose(ConvNet(), torch.randn(3, 1, 5, 5))

@@ -1,0 +1,172 @@
+"""One network's forecast beside its training: the numbers by hand, the bounds, and really trained networks."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.forecast.trained import network, train
+from torch_eft import measure
+from torch_eft.forecast.comparison import InstanceComparison
+from torch_eft.forecast.comparison.affordable import TooDearError
+from torch_eft.forecast.comparison.instance import SGDOptions
+from torch_eft.forecast.network import predict_from_network
+from torch_eft.measure.losses import recognise_loss
+
+F64 = torch.float64
+
+
+def setting(width=24, seed=0, outputs=2):
+    generator = torch.Generator().manual_seed(seed)
+    model, lambdas = network([3, width, width, outputs], generator, C_b=0.1, lambda_b=0.5)
+    points = torch.Generator().manual_seed(11)
+    x = torch.randn(6, 3, dtype=F64, generator=points)
+    y = torch.randn(4, outputs, dtype=F64, generator=points)
+    return model, lambdas, x[2:], y, x[:2]
+
+
+def recognised(model, x, y, function, told=None):
+    loss = function(model(x), y)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    named = dict(zip([name for name, _ in model.named_parameters()], gradients, strict=True))
+    return recognise_loss(model, x, y, loss.detach(), named, told=told)
+
+
+CASES = {
+    "mean squared error": (F.mse_loss, dict(learning_rate=0.05), dict()),
+    "momentum": (F.mse_loss, dict(learning_rate=0.02, momentum=0.8), dict()),
+    "cross-entropy, Nesterov": (
+        F.cross_entropy,
+        dict(learning_rate=0.05, momentum=0.5, nesterov=True),
+        dict(loss="cross_entropy"),
+    ),
+    "any loss": (F.smooth_l1_loss, dict(learning_rate=0.05, momentum=0.5, dampening=0.5), dict(loss=F.smooth_l1_loss)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_numbers_are_those_of_the_forecast(name):
+    function, options, told = CASES[name]
+    model, lambdas, x, y, x_probe = setting()
+    if function is F.cross_entropy:
+        y = torch.tensor([0, 1, 1, 0])
+    loss = recognised(model, x, y, function, function if function is F.smooth_l1_loss else None)
+    found = InstanceComparison(model, x, loss, x_probe, SGDOptions(**options), lambdas, 30, seconds=60)
+    forecasts = [
+        predict_from_network(model, x, y, x_probe, steps=30, lambdas=lambdas, order=order, **options, **told)
+        for order in (0, 1)
+    ]
+    assert found.level == "instance, order 1"
+    assert found.validity == forecasts[1].validity
+    z, H, H_0 = torch.randn(2, 2), torch.randn(2, 2, 2, 2), torch.randn(2, 2, 2, 2)
+    compared = found.compare(20, z, H, H_0)
+    (z_0, z_1), start = (each.output_mean[20] for each in forecasts), forecasts[0].output_mean[0]
+    u = (z_0 - start) / (z_0 - start).norm()
+    output = compared["instance_output"]
+    assert output.measured == pytest.approx(float(((z - start) * u).sum()) / 2)
+    assert output.order_0 == pytest.approx(float((z_0 - start).norm()) / 2)
+    assert output.order_1 == pytest.approx(float(((z_1 - start) * u).sum()) / 2)
+    largest = (forecasts[0].output_mean[:21] - start).flatten(1).norm(dim=1).max()
+    error = compared["instance_output_error"]
+    assert error.order_0 == pytest.approx(float((z - z_0).norm() / largest))
+    assert error.order_1 == pytest.approx(float((z - z_1).norm() / largest))
+    D = forecasts[1].ntk_drift[20]
+    drift, ntk_error = compared["ntk_drift"], compared["instance_ntk_error"]
+    assert (drift.order_0, drift.order_1) == (0, pytest.approx(float(D.norm() / H_0.norm()), rel=1e-6))
+    assert drift.measured == ntk_error.order_0 == pytest.approx(float((H - H_0).norm() / H_0.norm()), rel=1e-6)
+    assert ntk_error.order_1 == pytest.approx(float((H - H_0 - D).norm() / H_0.norm()), rel=1e-6)
+    rms = forecasts[1].ntk_mean[0].square().mean().sqrt()
+    g = math.sqrt(float(forecasts[1].ntk_truncation[20].max() / rms))
+    assert found.gauge(20) == pytest.approx(g)
+    assert drift.truncation == pytest.approx(g**2, abs=2e-6)
+    assert found.compare(0, z, H, H_0) == {}
+    assert set(found.compare(20, z, None, None)) == {"instance_output", "instance_output_error"}
+
+
+def test_it_extends_from_theta_0_when_the_training_goes_on():
+    model, lambdas, x, y, x_probe = setting()
+    loss = recognised(model, x, y, F.mse_loss)
+    found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, seconds=60)
+    expected = predict_from_network(model, x, y, x_probe, 0.05, 40, lambdas)
+    with torch.no_grad():  # the live network has moved since
+        for p in model.parameters():
+            p.add_(1.0)
+    assert found.steps == 10
+    assert found.reaches(25)
+    assert found.steps == 40
+    torch.testing.assert_close(found.order_1.output_mean, expected.output_mean)
+
+
+def test_a_long_training_is_forecast_piece_by_piece(monkeypatch):
+    """2000 steps at first; on as long as the time for the whole stays within what is allowed."""
+    model, lambdas, x, y, x_probe = setting()
+    loss = recognised(model, x, y, F.mse_loss)
+    monkeypatch.setattr("torch_eft.forecast.comparison.instance._LONGEST_AT_ONCE", 20)
+    found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10**6, seconds=60)
+    assert found.steps == 20
+    assert found.reaches(21)
+    assert found.steps == 80
+    found._spent = 50.0  # at this pace 4 times as many take too long, a few more do not
+    assert found.reaches(90)
+    assert found.steps == 90
+    found._spent = 59.0
+    assert not found.reaches(100)
+    assert found.steps == 90
+
+
+def test_bounds():
+    model, lambdas, x, y, x_probe = setting()
+    loss = recognised(model, x, y, F.mse_loss)
+    with pytest.raises(TooDearError, match=r"12 outputs on training and probe points; .* up to 11"):
+        InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, largest=11)
+    with pytest.raises(ValueError, match="beyond the linear stability bound"):
+        InstanceComparison(model, x, loss, x_probe, SGDOptions(1e3), lambdas, 10)
+    found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, seconds=1e-9)
+    assert found.level == "instance, order 0"
+    assert "take longer than the 1e-09 s that are allowed" in found.words
+    assert found.gauge(5) is None
+    compared = found.compare(5, torch.zeros(2, 2), torch.zeros(2, 2, 2, 2), torch.ones(2, 2, 2, 2))
+    assert compared["instance_output"].order_1 is compared["instance_ntk_error"].order_1 is None
+
+
+def test_a_network_with_kinks_has_no_truncation():
+    model, lambdas, x, y, x_probe = setting()
+    model = nn.Sequential(*[nn.ReLU() if isinstance(layer, nn.Tanh) else layer for layer in model])
+    loss = recognised(model, x, y, F.mse_loss)
+    found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, seconds=60)
+    compared = found.compare(5, torch.zeros(2, 2), torch.zeros(2, 2, 2, 2), torch.ones(2, 2, 2, 2))
+    assert compared["ntk_drift"].order_1 is not None
+    assert compared["ntk_drift"].truncation is compared["instance_output"].truncation is None
+    assert "almost everywhere" in found.validity.reason
+
+
+@pytest.mark.slow
+def test_on_average_order_1_is_closer_in_real_trainings():
+    """Errors of outputs and NTK after 60 steps at n = 96, over 24 networks: log-ratios of the two orders."""
+    ratios = []
+    for seed in range(24):
+        model, lambdas, x, y, x_probe = setting(96, seed, outputs=1)
+        loss = recognised(model, x, y, F.mse_loss)
+        found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.2), lambdas, 60, seconds=60)
+        trained = train(model, lambdas, x, lambda z, _, y=y: F.mse_loss(z, y), x_probe, 0.2, 60, record=(0, 60))
+        compared = found.compare(60, trained.outputs[-1][:2], trained.ntks[60], trained.ntks[0])
+        row = [compared[name] for name in ("instance_output_error", "instance_ntk_error")]
+        ratios.append([math.log(each.order_1 / each.order_0) for each in row])
+    values = torch.tensor(ratios)
+    mean, error = values.mean(0), values.std(0) / math.sqrt(24)
+    assert (mean + 3 * error < 0).all(), (mean, error)
+
+
+def test_the_network_is_left_alone():
+    model, lambdas, x, y, x_probe = setting()
+    loss = recognised(model, x, y, F.mse_loss)
+    model.train()
+    before = [p.detach().clone() for p in model.parameters()]
+    random = torch.get_rng_state()
+    InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, seconds=60)
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.training
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
+    assert measure.output(model, x).dtype == F64

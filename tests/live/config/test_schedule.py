@@ -1,0 +1,45 @@
+"""When measurements are due."""
+
+import pytest
+
+from torch_eft.live import linear, logarithmic
+from torch_eft.live.config.schedule import checked_every, due
+
+
+def steps_of(every, until=1000):
+    every = checked_every(every)
+    return [step for step in range(until + 1) if due(every, step)]
+
+
+def test_linear_is_every_k_steps():
+    assert (
+        steps_of(250) == steps_of("250") == steps_of("linear:250") == steps_of(linear(250)) == [0, 250, 500, 750, 1000]
+    )
+
+
+def test_logarithmic_has_so_many_a_decade():
+    assert steps_of(logarithmic(1)) == steps_of("log:1") == [1, 10, 100, 1000]
+    # round(10^(j/3)): 1, 2.15, 4.64, 10, 21.5, 46.4, 100, 215.4, 464.2, 1000
+    assert steps_of("log:3") == [1, 2, 5, 10, 22, 46, 100, 215, 464, 1000]
+    assert len([step for step in steps_of("log:10") if 100 <= step < 1000]) == 10
+
+
+def test_any_function_of_the_step():
+    assert steps_of(lambda step: step in (3, 5)) == [3, 5]
+
+
+def test_epochs_are_announced_by_the_loop():
+    assert steps_of("epoch") == []
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 2.5, "step", "log:", "log:0", "log:-3", "cubic:3", "", None])
+def test_anything_else_is_refused_with_what_is_allowed(wrong):
+    with pytest.raises(ValueError, match=r"every: .* given; give 'epoch', a positive number .*'log:10'"):
+        checked_every(wrong)
+
+
+@pytest.mark.parametrize("make", [linear, logarithmic])
+@pytest.mark.parametrize("wrong", [0, 1.5, True, "3"])
+def test_schedules_take_positive_integers(make, wrong):
+    with pytest.raises(ValueError, match="give a positive integer"):
+        make(wrong)

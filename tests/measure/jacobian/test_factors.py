@@ -1,0 +1,200 @@
+"""Every kind of layer by its factors, at orders one to three, against reverse mode of reverse mode."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.measure.zoo import ZOO, Lambda, build, randn
+from torch_eft import measure
+from torch_eft.measure.forward.decompositions import WrittenOut
+from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.forward.probe import as_probe
+from torch_eft.measure.jacobian import capture, gram
+from torch_eft.measure.jacobian.engine import Engine
+
+PAIRS = [(0, 0), (1, 0), (2, 0), (1, 1)]
+FALLBACK = {
+    "weight norm": {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"},
+    "tied embedding": {"embed.weight"},
+    "cross attention": {"attention.in_proj_bias"},
+    "raw": {"power"},
+    "twice": {"a.weight", "b.weight"},
+}
+
+
+def directions(network, names):
+    generator = torch.Generator().manual_seed(1)
+    return {n: torch.randn(network.params[n].shape, dtype=torch.float64, generator=generator) for n in names}
+
+
+def jacobians(network, inputs, v, names):
+    """J_0, J_1, J_2 along v, (N C, P) each; fused operations, wrong at third order, written out."""
+    leaves = [network.params[name].detach().requires_grad_() for name in names]
+    with WrittenOut():
+        z = network({**network.params, **dict(zip(names, leaves, strict=True))}, inputs)
+    rows = [[], [], []]
+    for value in z.flatten():
+        for order in range(3):
+            if value.requires_grad:
+                g = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+            else:
+                g = [torch.zeros_like(leaf) for leaf in leaves]
+            rows[order].append(torch.cat([part.detach().flatten() for part in g]) / max(1, order))
+            value = sum((part * v[name]).sum() for part, name in zip(g, names, strict=True))
+    return [torch.stack(row) for row in rows], z.shape
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_gram_matrices_of_all_orders(name):
+    model, x, output_fn = build(name)
+    with isolated(model, output_fn) as network:
+        engine = Engine(network, as_probe(x), {n: 0.5 + 0.1 * i for i, n in enumerate(network.params)})
+        v = directions(network, engine.moving)
+        found, trace = engine.gram(PAIRS, v)[""], engine.gram(PAIRS, v, trace=True)[""]
+        J, (N, C) = jacobians(network, engine.inputs, v, engine.moving)
+        scale = torch.cat(
+            [torch.full((network.params[n].numel(),), engine.lambdas[n], dtype=torch.float64) for n in engine.moving]
+        )
+    for m, n in PAIRS:
+        expected = ((J[m] * scale) @ J[n].T).view(N, C, N, C).permute(0, 2, 1, 3)
+        atol = 1e-12 * float(expected.abs().max())
+        torch.testing.assert_close(found[m, n], expected, rtol=0, atol=atol)
+        torch.testing.assert_close(trace[m, n], measure.as_trace(expected), rtol=0, atol=atol)
+    assert set(engine.plan.fallback) == FALLBACK.get(name, set())
+    assert engine.method == "jets"
+
+
+@pytest.mark.parametrize("name", ["conv2d", "transposed", "transformer", "lstm", "flattened"])
+def test_the_explicit_and_the_mixed_form_agree(name, monkeypatch):
+    model, x, _ = build(name)
+    with isolated(model) as network:
+        engine = Engine(network, as_probe(x))
+        v = directions(network, engine.moving)
+        kernels = []
+        for weight in (0.0, 1e9):  # mixed where it is possible; explicit where it is possible
+            monkeypatch.setattr(gram, "_MIXED", weight)
+            kernels.append(engine.gram(PAIRS, v)[""])
+    for pair in PAIRS:
+        atol = 1e-13 * float(kernels[0][pair].abs().max())
+        torch.testing.assert_close(kernels[0][pair], kernels[1][pair], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv1d", "layer norm", "transformer"])
+def test_blocks_and_crossings_of_every_order(name, monkeypatch):
+    """Small blocks of rows, of samples and of columns; rows and columns of different inputs."""
+    model, x, _ = build(name)
+    with isolated(model) as network:
+        engine = Engine(network, as_probe(x))
+        v = directions(network, engine.moving)
+        whole = engine.gram(PAIRS, v)[""]
+        few = Engine(network, as_probe(x[:1]))
+        crossed = few.gram(PAIRS, v, other=engine)[""]
+        monkeypatch.setattr(gram, "_ROWS", 1)
+        monkeypatch.setattr(gram, "FORMED", 1)
+        monkeypatch.setattr(gram, "BLOCK_BYTES", 1)
+        engine.memory = engine.estimate(3, 4).kernels + 2 * engine.estimate(3, 4).sample
+        assert engine.estimate(3, 4).block == 1
+        blocks = engine.gram(PAIRS, v)[""]
+    for pair in PAIRS:
+        atol = 1e-13 * float(whole[pair].abs().max())
+        torch.testing.assert_close(blocks[pair], whole[pair], rtol=0, atol=atol)
+        torch.testing.assert_close(crossed[pair], whole[pair][:1], rtol=0, atol=atol)
+
+
+def test_a_handler_that_is_wrong_is_found_out_and_replaced(monkeypatch):
+    """The check at first use sees a dropped bias; the parameter falls back and the kernel is right."""
+    right = capture._RULES[F.linear]
+
+    def forgetful(recorder, func, input, weight, bias=None):
+        output = right(recorder, func, input, weight, bias)
+        if output is not None and len(recorder.sites) == 2:  # the second layer's bias gets half its gradient
+            site = recorder.sites[-1]
+            recorder.sites[-1] = type(site)(
+                site.kind, site.weight, site.bias, (0.5 * site.inputs[0],), site.edges, site.shape, site.options
+            )
+        return output
+
+    model, x, _ = build("mlp")
+    expected = measure.ntk(model, x)
+    monkeypatch.setitem(capture._RULES, F.linear, forgetful)
+    model, x, _ = build("mlp")  # another instance: nothing is remembered of it
+    torch.testing.assert_close(measure.ntk(model, x), expected, rtol=0, atol=1e-12)
+    assert "its factors disagree with backward" in measure.coverage(model, x).fallback["2.weight"]
+
+
+def test_what_no_way_gets_right_is_refused():
+    class Memory(nn.Module):
+        """Adds what its forward has seen."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls = nn.Linear(3, 2), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.layer(x) * self.calls
+
+    with pytest.raises(ValueError, match="depends on chance"):
+        measure.ntk(Memory().double(), randn(3, 3))
+
+
+def test_coverage_says_how_each_parameter_is_had():
+    model, x, _ = build("raw")
+    lambdas = {name: float(name != "b") for name, _ in model.named_parameters()}
+    found = measure.coverage(model, x, lambdas)
+    assert found.structured == {"w": "linear", "scale": "scale", "v": "linear"}
+    assert found.fallback == {"power": "a use that is not recognised"}
+    assert found.constant == ("b",)
+    assert str(found).splitlines()[-2:] == [
+        "power: fallback, a use that is not recognised",
+        "b: constant (lambda = 0)",
+    ]
+
+
+def test_a_recording_that_breaks_falls_back_with_its_reason():
+    class Picky(nn.Module):
+        """Refuses to be watched."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            if torch.overrides._get_current_function_mode() is not None:
+                raise RuntimeError("not while you look")
+            return torch.tanh(self.layer(x))
+
+    torch.manual_seed(0)
+    model, x = Picky().double(), randn(3, 3)
+    assert "not while you look" in measure.coverage(model, x).fallback["layer.weight"]
+    plain = nn.Sequential(model.layer, nn.Tanh())
+    torch.testing.assert_close(measure.ntk(model, x), measure.ntk(plain, x), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "transformer, time first", "raw"])
+def test_one_or_two_samples(name, count):
+    model, x, _ = build(name)
+    H = measure.ntk(model, x)
+    torch.testing.assert_close(measure.ntk(model, x[:count]), H[:count, :count], rtol=0, atol=1e-12)
+
+
+def test_many_outputs_and_places_go_the_other_way_through_the_backward():
+    """Large layers take outputs one after the other, small ones all at once."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.GELU(), Lambda(lambda z: z.mean((2, 3))), nn.Linear(8, 3)).double()
+    x = randn(30, 1, 50, 50)
+    H = measure.ntk(net, x)
+    torch.testing.assert_close(H[:2, :2], measure.ntk(net, x[:2]), rtol=0, atol=1e-12)
+
+
+def test_what_is_remembered_of_a_module_is_bounded():
+    from torch_eft.measure.jacobian import engine
+
+    model, x, _ = build("mlp")
+    expected = measure.ntk(model, x)
+    for scale in range(1, 40):  # functions that are made anew each time, and differ
+        found = measure.ntk(model, x, output_fn=lambda z, scale=scale: scale * z)
+        torch.testing.assert_close(found, scale**2 * expected, rtol=1e-12, atol=0)
+    assert len(engine._plans[model]) == engine._REMEMBERED

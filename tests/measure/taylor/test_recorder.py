@@ -1,0 +1,156 @@
+"""Trajectories recorded of networks and shadows: against what was measured by hand, and beside their forecast."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.forecast.trained import F64, network, train
+from tests.measure.devices import poisoned
+from tests.oracles.models import mlp
+from torch_eft import measure, predict_from_network
+from torch_eft.measure import PerturbativeShadow, ShadowModel, TrajectoryRecorder
+from torch_eft.results.trajectory import Validity, trajectory_from_records
+
+STEPS, RATE = 20, 0.05
+
+
+def case(n=128):
+    generator = torch.Generator().manual_seed(3)
+    model, lambdas = network([3, n, n, 2], generator, C_b=0.1)
+    x = torch.randn(5, 3, dtype=F64, generator=generator)
+    return model, lambdas, x[2:], torch.randn(3, 2, dtype=F64, generator=generator), x[:2]
+
+
+def squared(y):
+    return lambda z: (z - y).square().sum() / 2
+
+
+def sgd(model, lambdas):
+    return torch.optim.SGD([dict(params=[p], lr=RATE * lambdas[name]) for name, p in model.named_parameters()])
+
+
+def recorded(model, step, arguments):
+    recorder = TrajectoryRecorder(model, **arguments)
+    for t in range(STEPS + 1):
+        if t % 5 == 0:
+            recorder.record(t)
+        if t < STEPS:
+            step()
+    return recorder.trajectory()
+
+
+def test_a_measured_run_is_a_trajectory():
+    model, lambdas, x, y, x_probe = case()
+    forecast = predict_from_network(model, x, y, x_probe, RATE, STEPS, lambdas, reduction="sum")
+    optimizer, loss = sgd(model, lambdas), squared(y)
+
+    def step():
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        optimizer.step()
+
+    found = recorded(model, step, dict(x_probe=x_probe, x_train=x, lambdas=lambdas))
+    again = case()
+    real = train(*again[:3], lambda z, samples: squared(y[samples])(z), x_probe, RATE, STEPS, range(0, STEPS + 1, 5))
+    assert found.steps.tolist() == [0, 5, 10, 15, 20]
+    torch.testing.assert_close(found.output_mean, real.outputs[::5, :2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.train_output_mean, real.outputs[::5, 2:], rtol=0, atol=1e-12)
+    H = torch.stack(list(real.ntks.values()))
+    torch.testing.assert_close(found.ntk_mean, H, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.ntk_drift, H - H[0], rtol=1e-8, atol=1e-9)
+    assert found.output_covariance is None and found.output_truncation is None and found.output_error is None
+    assert found.validity.flag == "valid" and found.provenance == "measured: Sequential, trained"
+    # Order 1 is twice closer than the frozen forecast, which errs by the whole drift.
+    assert float((found.ntk_drift[-1] - forecast.ntk_drift[-1]).norm()) < float(found.ntk_drift[-1].norm()) / 2
+
+
+@pytest.mark.parametrize("kind", [lambda m: ShadowModel(m, 1), lambda m: ShadowModel(m, 3), PerturbativeShadow])
+def test_shadows_are_trajectories(kind):
+    """At order 1 the NTK stands still and outputs are those of the frozen forecast; at order 3 it moves as order 1."""
+    model, lambdas, x, y, x_probe = case()
+    shadow = kind(model)
+    order = 0 if shadow.order == 1 else 1
+    forecast = predict_from_network(
+        model, x, y, x_probe, RATE, STEPS, lambdas, reduction="sum", order=order, tolerance=1e-8
+    )
+    own = shadow.optimizer_like(sgd(model, lambdas))
+    arguments = dict(x_probe=x_probe, lambdas=lambdas)
+    found = recorded(shadow, lambda: shadow.step(x, squared(y), own), arguments)
+    moved = float((found.output_mean[-1] - found.output_mean[0]).norm())
+    # Estimated within a factor of a few, counted as five as in test_forecast.
+    next_order = 0.0 if order == 0 else 5 * float(forecast.output_truncation[-1].norm())
+    off = float((found.output_mean - forecast.output_mean[::5]).norm(dim=(1, 2)).max())
+    assert found.train_output_mean is None and found.output_covariance is None
+    assert found.validity.reason.startswith("at step")
+    if isinstance(shadow, PerturbativeShadow):
+        assert found.ntk_mean is None and found.ntk_drift is None
+        assert off < next_order  # dNTK twice is in one, not in the other
+        return
+    torch.testing.assert_close(found.ntk_mean[0], measure.ntk(model, x_probe, lambdas), rtol=1e-10, atol=1e-10)
+    if shadow.order == 1:
+        assert off < 1e-9 * moved
+        assert float(found.ntk_drift.abs().max()) < 1e-12
+        assert "shadow of order 1" in found.provenance
+        return
+    assert off < next_order
+    drift = forecast.ntk_drift[-1]
+    assert float((found.ntk_drift[-1] - drift).norm()) < float(drift.norm()) / 2
+
+
+def test_single_precision_and_no_ntk():
+    model = mlp((3, 8, 2))
+    recorder = TrajectoryRecorder(model, torch.randn(2, 3, dtype=F64), record_ntk=False)
+    recorder.record(4)
+    found = recorder.trajectory()
+    assert found.output_mean.dtype == torch.float32 and "float32" in found.validity.reason
+    assert found.ntk_mean is None and found.ntk_drift is None
+    late = TrajectoryRecorder(ShadowModel(model), torch.randn(2, 3, dtype=F64))
+    late.record(4)
+    assert late.trajectory().ntk_mean is not None and late.trajectory().ntk_drift is None  # no record at step 0
+
+
+@pytest.mark.parametrize("kind", [lambda m: m, ShadowModel, PerturbativeShadow])
+def test_nothing_is_made_on_the_default_device(kind):
+    model, x = mlp((3, 5, 2)), torch.randn(2, 3)
+
+    def found():
+        recorder = TrajectoryRecorder(kind(model), x, x)
+        recorder.record(0)
+        return recorder.trajectory()
+
+    expected = found()
+    with poisoned():
+        again = found()
+    assert torch.equal(again.output_mean, expected.output_mean) and torch.equal(again.steps, expected.steps)
+    assert expected.ntk_mean is None or torch.equal(again.ntk_mean, expected.ntk_mean)
+
+
+VALID = Validity("valid", "")
+Z = [torch.zeros(2, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: trajectory_from_records([], [], "", VALID), r"steps: \[\] given"),
+        (lambda: trajectory_from_records([1, 1], Z, "", VALID), r"steps: \[1, 1\] given"),
+        (
+            lambda: trajectory_from_records([0, 1, 2], Z, "", VALID),
+            r"outputs: 2 records of shapes \[\(2, 1\)\] given for 3",
+        ),
+        (lambda: trajectory_from_records([0, 1], [Z[0], Z[0].T], "", VALID), r"outputs: 2 records of shapes"),
+        (lambda: trajectory_from_records([0, 1], Z, "", VALID, [torch.zeros(3, 3, 1, 1)] * 2), r"ntks: \(3, 3, 1, 1\)"),
+        (lambda: TrajectoryRecorder(ShadowModel(mlp((3, 4, 1))), Z[0], output_fn=lambda z: z), r"output_fn: given for"),
+        (lambda: TrajectoryRecorder(nn.Linear(1, 1), Z[0]).trajectory(), r"steps: \[\] given"),
+    ],
+)
+def test_errors_name_the_argument(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_steps_increase():
+    recorder = TrajectoryRecorder(nn.Linear(1, 1), torch.zeros(1, 1))
+    recorder.record(3)
+    with pytest.raises(ValueError, match="step: 3 given after 3"):
+        recorder.record(3)

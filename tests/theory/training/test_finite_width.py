@@ -1,0 +1,255 @@
+"""Order-1/n corrections of training: the reduced formulas against the naive operator, limits and cost."""
+
+import pytest
+import torch
+
+from tests.oracles.naive_operator import first_order
+from torch_eft.theory import MLPEnsemble, initial_statistics, predict_training
+from torch_eft.theory.initialization.evaluator import SYMMETRIES
+from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
+from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
+from torch_eft.theory.training.corrections.mean_output import mean_output
+from torch_eft.theory.training.corrections.ntk_drift import ntk_drift
+from torch_eft.theory.training.corrections.output_covariance import output_covariance
+from torch_eft.theory.training.optimizer import descent
+
+PROBES, TRAIN, OUTPUTS = 1, 2, 2
+STEPS = torch.tensor([1, 4, 8])
+RATE = 0.08
+
+
+class KnownTensors:
+    """Vertices given as tensors over all points, in the place of the evaluators."""
+
+    depth, refined = 3, True
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def runs(self, sets):
+        return [KnownOnSets(self.tensors, sets)]
+
+
+class KnownOnSets:
+    def __init__(self, tensors, sets):
+        self.tensors, self.sets, self.axes = tensors, sets, list(sets)
+
+    def array(self, name, layer, letters):
+        index = []
+        for letter in letters:
+            shape = [1] * len(self.axes)
+            shape[self.axes.index(letter)] = -1
+            index.append(self.sets[letter].reshape(shape))
+        return self.tensors[name][tuple(index)]
+
+
+def symmetrised(tensor, generators):
+    """The mean over the group that the generators span."""
+    identity = tuple(range(tensor.ndim))
+    group, new = {identity}, [identity]
+    while new:
+        word = new.pop()
+        for generator in generators:
+            image = tuple(word[slot] for slot in generator)
+            if image not in group:
+                group.add(image)
+                new.append(image)
+    return torch.stack([tensor.permute(word) for word in group]).mean(0)
+
+
+def exact_case():
+    """Vertices of a tanh ensemble of unequal widths on 1 probe and 2 training points."""
+    ensemble = MLPEnsemble([3, 20, 30, 2], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3, lambda_W=1.0)
+    x = torch.randn(PROBES + TRAIN, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    last = initial_statistics(ensemble, x)[-1]
+    return last.K, last.Theta, {name: getattr(last, name) for name in SYMMETRIES}
+
+
+def random_case():
+    """Nothing but the symmetries."""
+    generator = torch.Generator().manual_seed(6)
+    count = PROBES + TRAIN
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    K, Theta = (root @ root.T / count for root in (normal(count, count), normal(count, count)))
+    tensors = {}
+    for name, generators in SYMMETRIES.items():
+        order = 2 if name in ("G1", "Theta1") else 4
+        tensors[name] = symmetrised(normal(*[count] * order), generators)
+    return K, Theta + 0.3 * torch.eye(count, dtype=torch.float64), tensors
+
+
+PLAIN = descent(RATE, int(STEPS.max()))
+HEAVY_BALL = descent(RATE, int(STEPS.max()), momentum=0.7)
+SCHEDULED = descent(RATE, int(STEPS.max()), 0.6, nesterov=True, schedule=lambda step: RATE * (1 + step) / (2 + step**2))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(exact_case, PLAIN), (random_case, HEAVY_BALL), (random_case, SCHEDULED)],
+    ids=["plain", "heavy ball", "Nesterov with a schedule"],
+)
+def case(request):
+    tensors_of, optimizer = request.param
+    K, Theta, tensors = tensors_of()
+    y = torch.randn(TRAIN, OUTPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    naive = first_order(K, Theta, tensors, y, PROBES, OUTPUTS, optimizer, STEPS.tolist())
+    path = OrderZeroPath(K, Theta, y, RATE, "gradient_descent", optimizer)
+    return KnownTensors(tensors), path, naive
+
+
+def test_mean_output_is_that_of_the_naive_operator(case):
+    vertices, path, naive = case
+    found, error = mean_output(vertices, path, STEPS, tile=2)
+    expected = naive["z"].reshape(len(STEPS), PROBES + TRAIN, OUTPUTS)
+    assert error == 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+    order_0 = naive["z0"].reshape(len(STEPS), PROBES + TRAIN, OUTPUTS)
+    torch.testing.assert_close(path.mean_output(STEPS), order_0, rtol=0, atol=1e-12)
+
+
+def test_drift_is_that_of_the_naive_operator(case):
+    """All points stand as probes, so that x = y, probe and train are all there; tiles of one training label."""
+    vertices, path, naive = case
+    count = PROBES + TRAIN
+    mean, off, _ = ntk_drift(vertices, path, count, STEPS, tile=1)
+    found = off + torch.einsum("txy,ij->txyij", mean, torch.eye(OUTPUTS, dtype=torch.float64))
+    expected = naive["H"].reshape(len(STEPS), count, OUTPUTS, count, OUTPUTS).permute(0, 1, 3, 2, 4)
+    Theta1 = vertices.tensors["Theta1"]  # there before training
+    expected = expected - torch.einsum("xy,ij->xyij", Theta1, torch.eye(OUTPUTS, dtype=torch.float64))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+    trace, nothing, _ = ntk_drift(vertices, path, count, STEPS, trace=True)
+    assert nothing is None
+    mean_trace = expected.diagonal(dim1=3, dim2=4).mean(3)
+    torch.testing.assert_close(trace, mean_trace, rtol=0, atol=1e-10 * float(expected.abs().max()))
+
+
+def test_covariance_is_that_of_the_naive_operator(case):
+    """Cov = E zz - E z E z, its part of order 1/n; all points as probes, in tiles of two."""
+    vertices, path, naive = case
+    count = PROBES + TRAIN
+    mean, off, _ = output_covariance(vertices, path, count, STEPS, tile=2)
+    found = off + torch.einsum("txy,ij->txyij", mean, torch.eye(OUTPUTS, dtype=torch.float64))
+    cross = torch.einsum("ta,tb->tab", naive["z"], naive["z0"])
+    expected = (naive["zz"] - cross - cross.mT).reshape(len(STEPS), count, OUTPUTS, count, OUTPUTS)
+    expected = expected.permute(0, 1, 3, 2, 4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+
+
+def corrections(vertices, path, steps):
+    return [
+        mean_output(vertices, path, steps)[0],
+        *ntk_drift(vertices, path, PROBES, steps)[:2],
+        *output_covariance(vertices, path, PROBES, steps)[:2],
+    ]
+
+
+def test_gradient_flow_is_the_limit_of_small_steps():
+    """Linear in eta: halving the step halves the distance to the flow, but for the next order, a part in 12 * 64."""
+    K, Theta, tensors = random_case()
+    y = torch.randn(TRAIN, OUTPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    vertices = KnownTensors(tensors)
+    flow = corrections(vertices, OrderZeroPath(K, Theta, y, RATE, "gradient_flow"), torch.tensor([12.0]))
+    fine, finer = (
+        corrections(vertices, OrderZeroPath(K, Theta, y, RATE / parts, "gradient_descent"), torch.tensor([12 * parts]))
+        for parts in (64, 128)
+    )
+    for value, first, second in zip(flow, fine, finer, strict=True):
+        assert float((first - value).norm() / (second - value).norm()) == pytest.approx(2, rel=0.02)
+
+
+def test_sampled_vertices_agree_with_integrated_ones():
+    """One probe and 2 training points, integrated; with two more probes, sampled. Probes do not enter one another's
+    corrections, so that the difference is the sampling error: a few entries within 4 of it."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(5, 3, dtype=torch.float64, generator=generator)
+    y = torch.randn(2, 2, dtype=torch.float64, generator=generator)
+    ensemble = MLPEnsemble([3, 40, 40, 2], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    steps = torch.tensor([5, 20])
+    exact = FiniteWidthTraining(ensemble, x[:1], x[3:], y, 0.1, "gradient_descent")
+    sampled = FiniteWidthTraining(ensemble, x[:3], x[3:], y, 0.1, "gradient_descent", samples=2**15, replicas=8)
+    assert sampled.vertices.sampled
+    assert not exact.vertices.sampled
+    value, error = sampled.ntk_drift(steps)
+    expected, none = exact.ntk_drift(steps)
+    assert none == 0
+    assert float((value[:, :1, :1] - expected).square().mean().sqrt()) < 4 * error
+    mean, error = sampled.mean_output(steps)
+    assert float((mean[:, [0, 3, 4]] - exact.mean_output(steps)[0]).square().mean().sqrt()) < 4 * error
+    covariance, error = sampled.covariance(steps)
+    assert float((covariance[:, :1, :1] - exact.covariance(steps)[0]).square().mean().sqrt()) < 4 * error
+    torch.testing.assert_close(sampled.initial_ntk()[:1, :1], exact.initial_ntk(), rtol=1e-4, atol=1e-6)
+
+
+def test_forecast_of_order_1():
+    """Order 0 plus the corrections, each over n; what is not asked for stays at order 0."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(5, 3, dtype=torch.float64, generator=generator)
+    y = torch.randn(4, 2, dtype=torch.float64, generator=generator)
+    ensemble = MLPEnsemble([3, 64, 80, 2], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    arguments = (ensemble, x[1:], y, x[:1], 0.05, 6, "sum")
+    zeroth = predict_training(*arguments)
+    first = predict_training(*arguments, order=1, samples=1024)
+    theory = FiniteWidthTraining(ensemble, x[:1], x[1:], y, 0.05, "gradient_descent", samples=1024)
+    mean = theory.mean_output(first.steps)[0]
+    torch.testing.assert_close(first.output_mean - zeroth.output_mean, mean[:, :1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(first.ntk_drift, theory.ntk_drift(first.steps)[0])
+    assert not first.ntk_drift[0].any()
+    started = first.ntk_mean[0, 0, 0, 0, 0] - zeroth.ntk_mean[0, 0, 0, 0, 0]
+    assert float(started) == pytest.approx(float(theory.initial_ntk()), rel=1e-6)
+    assert float(first.output_truncation[6, 0, 0]) > 0
+    assert first.train_output_mean.shape == (7, 4, 2)
+    assert "order 1/n, n = 80" in first.provenance
+    assert "standard errors of sampled moments (rms): mean output" in first.provenance
+    for word in ("|z1| / |z0|", "|Cov1| / |Cov0|", "|H1| / |Theta|", "|e|^2 / (n lambda_min)"):
+        assert word in first.validity.reason
+    ntk = predict_training(*arguments, order=1, samples=1024, corrections=("ntk",))
+    assert torch.equal(ntk.output_mean, zeroth.output_mean)
+    assert ntk.output_truncation is None
+    assert "(mean, covariance at order 0)" in ntk.provenance
+
+
+def test_momentum_of_nothing_is_gradient_descent():
+    """To rounding, at order 1, where momentum goes step by step and descent does not."""
+    x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    y = torch.ones(2, 2, dtype=torch.float64)
+    ensemble = MLPEnsemble([3, 64, 80, 2], "erf", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    arguments = (ensemble, x[1:], y, x[:1], 0.1, 6, "sum", 1)
+    plain, stepped = predict_training(*arguments), predict_training(*arguments, momentum=1e-300)
+    for name in ("output_mean", "output_covariance", "ntk_drift", "train_output_mean"):
+        torch.testing.assert_close(getattr(stepped, name), getattr(plain, name), rtol=1e-12, atol=1e-14)
+    moved = predict_training(*arguments, momentum=0.9)
+    assert float((moved.ntk_drift[6] / plain.ntk_drift[6]).abs().max()) > 1.5
+    assert "gradient descent with momentum 0.9" in moved.provenance
+
+
+def test_what_order_1_does_not_cover_is_refused():
+    x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    y = torch.ones(3, 2, dtype=torch.float64)
+    y[2] = -1
+    ensemble = MLPEnsemble([3, 64, 64, 2], "tanh")
+    twice = torch.cat([x[:2], x[:1]])
+    with pytest.raises(ValueError, match=r"points 0 and 2 coincide .* conflicting targets \(they differ by 2.83\)"):
+        predict_training(ensemble, twice, y, x[:1], 0.05, 6, order=1)
+    with pytest.raises(
+        ValueError, match=r"activation: relu has a kink; its ddNTK contains products of delta functions"
+    ):
+        predict_training(MLPEnsemble([3, 64, 64, 2], "relu"), x, y, x[:1], 0.05, 6, order=1)
+    with pytest.raises(ValueError, match=r"beyond the linear stability bound"):
+        predict_training(ensemble, x, y, x[:1], 50.0, 6, order=1)
+
+
+def test_a_forecast_that_cannot_hold_says_so():
+    """Targets of 20 at width 64: terms of order 1/n as large as those of order 0; and r = L/n >= 1."""
+    x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    y = torch.randn(2, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    wide = MLPEnsemble([3, 64, 64, 1], "erf", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    large = predict_training(wide, x[1:], 20 * y, x[:1], 0.05, 30, "sum", order=1, corrections=("ntk",))
+    assert large.validity.flag == "invalid"
+    assert "smaller targets" in large.validity.reason
+    narrow = MLPEnsemble([3, 3, 3, 1], "erf", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    assert predict_training(narrow, x[1:], y, x[:1], 0.05, 3, "sum", order=1, corrections=("ntk",)).validity.flag == (
+        "invalid"
+    )

@@ -1,0 +1,1 @@
+"""The command line: ``torch-eft demo | diagnose | report``."""

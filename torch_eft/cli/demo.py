@@ -1,0 +1,198 @@
+"""``torch-eft demo``: a critical MLP on scikit-learn's digits, trained with the callbacks attached.
+
+Full-batch gradient descent on 64 training images with one-hot targets and ``MSELoss``; the probe is
+16 other images. What the theory says was fixed before the first step.
+"""
+
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+from torch_eft.callbacks import EFTMonitor
+from torch_eft.diagnosis import diagnose
+from torch_eft.results.tags import sigma_of, theory_of
+from torch_eft.tensorboard import QUANTITIES, compared_quantities, comparison_figure, tag
+from torch_eft.theory import MLPEnsemble, criticality, get_activation, initial_statistics
+
+TRAIN_IMAGES, PROBE_IMAGES, CLASSES = 64, 16, 10
+MEASUREMENTS = 30
+PICTURE = (
+    "output_projection",
+    "output_chi_squared",
+    "ntk_trace",
+    "ntk_drift",
+    "ntk_mean_drift",
+    "representation_change",
+)
+FORECAST_SECONDS = 30.0  # the NTK's drift and the hidden kernels to order 1/n; the mean output takes longer
+
+
+class CriticalMLP(pl.LightningModule):
+    """An MLP drawn from an ensemble, trained by plain gradient descent on squared error."""
+
+    def __init__(self, ensemble: MLPEnsemble, learning_rate: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(n_in, n_out) for n_in, n_out in zip(ensemble.widths[:-1], ensemble.widths[1:], strict=True)
+        )
+        self.activation = ensemble.activation.function
+        self.learning_rate = learning_rate
+        for layer, C_b, C_W in zip(self.layers, ensemble.C_b, ensemble.C_W, strict=True):
+            assert isinstance(layer, nn.Linear)
+            nn.init.normal_(layer.weight, std=math.sqrt(C_W / layer.in_features))
+            nn.init.normal_(layer.bias, std=math.sqrt(C_b))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, n_0) to (N, n_L)."""
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return self.layers[-1](x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """``MSELoss`` on the whole training set."""
+        x, y = batch
+        return F.mse_loss(self(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain gradient descent."""
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+
+
+class _Progress(pl.Callback):
+    """One bar over all steps: an epoch here is a single step."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar = tqdm(total=trainer.max_steps, desc="training", unit="step")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *unused: Any) -> None:
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar.close()
+
+
+def load_digits_split() -> tuple[Tensor, Tensor, Tensor]:
+    """Training inputs (64, 64), one-hot targets (64, 10) and probe inputs (16, 64), centred, |x|^2 = n_0.
+
+    Raises:
+        ImportError: If scikit-learn is missing.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the demo needs scikit-learn: pip install 'torch-eft[demo]'") from error
+    digits = load_digits()
+    x = torch.tensor(digits.data[: TRAIN_IMAGES + PROBE_IMAGES], dtype=torch.float32)
+    y = torch.tensor(digits.target[:TRAIN_IMAGES])
+    x = x - x[:TRAIN_IMAGES].mean(0)
+    x = x / x.norm(dim=1, keepdim=True) * math.sqrt(x.shape[1])
+    return x[:TRAIN_IMAGES], F.one_hot(y, CLASSES).float(), x[TRAIN_IMAGES:]
+
+
+def demo_ensemble(width: int, depth: int, activation: str, n_0: int) -> MLPEnsemble:
+    """A critical MLP whose single torch learning rate is the learning-rate tensor.
+
+    Raises:
+        ValueError: If the shape is not usable, or the activation has no critical initialisation.
+    """
+    if depth < 2 or width < 1:
+        raise ValueError(f"--depth {depth} --width {width} given; need depth >= 2 and width >= 1")
+    point = criticality(activation)
+    if point.C_b is None or point.C_W is None:
+        raise ValueError(f"--activation {activation}: it has no critical initialisation; try tanh, relu or gelu")
+    widths = [n_0, *[width] * (depth - 1), CLASSES]
+    return MLPEnsemble(widths, get_activation(activation), point.C_b, point.C_W, lambda_b=1.0, lambda_W=widths[:-1])
+
+
+def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | Path, seed: int) -> EFTMonitor:
+    """Train, measure, compare; print a table, write a PNG and TensorBoard files.
+
+    Args:
+        width: Hidden width n.
+        depth: L, number of weight matrices.
+        activation: A registered activation with a critical initialisation.
+        steps: Full-batch gradient steps.
+        logdir: Directory of the TensorBoard files and of the PNG.
+        seed: Seed of the initialisation.
+
+    Returns:
+        The callback, with its history.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        ImportError: If scikit-learn or matplotlib is missing.
+    """
+    if steps < 1:
+        raise ValueError(f"--steps {steps} given; need at least 1")
+    x_train, y_train, x_probe = load_digits_split()
+    ensemble = demo_ensemble(width, depth, activation, x_train.shape[1])
+    print(diagnose(ensemble, x_train), end="\n\n")
+    # MSELoss is the mean over N C entries: half of its bound 2 / lambda_max(2 Theta / (N C)).
+    Theta = initial_statistics(ensemble, x_train, ("K", "Theta"))[-1].Theta
+    learning_rate = 0.5 * y_train.numel() / float(torch.linalg.eigvalsh(Theta)[-1])
+
+    pl.seed_everything(seed, verbose=False)
+    model = CriticalMLP(ensemble, learning_rate)
+    spacing = max(1, steps // MEASUREMENTS)
+    # The largest modes of Theta are learned within ten steps.
+    monitor = EFTMonitor(
+        probe=x_probe,
+        every=lambda step: step <= 10 or step % spacing == 0,
+        budget=None,
+        forecast_seconds=FORECAST_SECONDS,
+    )
+    logger = TensorBoardLogger(logdir, name=f"{activation}-{width}x{depth}")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        # Advice on data-loader workers and logging intervals, beside the point for one batch an epoch.
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer = pl.Trainer(
+            max_steps=steps,
+            max_epochs=-1,
+            logger=logger,
+            callbacks=[monitor, _Progress()],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            log_every_n_steps=1,
+            accelerator="auto",
+            devices=1,
+        )
+        trainer.fit(model, DataLoader(TensorDataset(x_train, y_train), batch_size=len(x_train)))
+
+    print(f"\n{comparison_table(monitor)}\n")
+    print(f"theory {monitor.validity}")
+    print(monitor.overhead())
+    picture = Path(logger.log_dir) / "measured_against_theory.png"
+    title = f"{ensemble}, {len(x_train)} digits, full batch"
+    drawn = [quantity for quantity in compared_quantities(monitor.history) if quantity in PICTURE]
+    drawing = comparison_figure(monitor.history, drawn, title)
+    drawing.savefig(picture, dpi=100)
+    print(f"picture:     {picture}")
+    print(f"TensorBoard: tensorboard --logdir {logdir}")
+    return monitor
+
+
+def comparison_table(monitor: EFTMonitor) -> str:
+    """The last measurement beside the theory, as plain text."""
+    step = max(monitor.history)
+    scalars = monitor.history[step]
+    lines = [f"{'after step ' + str(step):28}{'measured':>12}{'theory':>12}{'sigma':>12}{'deviation':>12}"]
+    for quantity in QUANTITIES:
+        measured, theory, sigma = scalars.get(tag(quantity)), theory_of(scalars, quantity), sigma_of(scalars, quantity)
+        if measured is None or quantity.startswith("overhead"):
+            continue
+        deviation = "" if sigma is None or theory is None else f"{(measured - theory) / sigma:+.1f} sigma"
+        cells = [f"{value:.4g}" if value is not None else "-" for value in (measured, theory, sigma)]
+        lines.append(f"{quantity:28}{''.join(f'{cell:>12}' for cell in cells)}{deviation:>12}")
+    return "\n".join(lines)

@@ -1,0 +1,235 @@
+"""The command ``torch-eft``: a demonstration on real data, and the diagnosis of an architecture.
+
+A command is a function that adds its arguments to the parser, and one that runs it and returns the exit status.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_eft.diagnosis import Diagnosis, MeasuredDiagnosis, diagnose
+from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.activations import available_activations
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Run = Callable[[argparse.Namespace], int]
+
+_INPUTS = 8
+"""Standard normal inputs that --input-shape draws."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: The words after the command; None takes the process's.
+
+    Returns:
+        The exit status: 0, 1 where a diagnosis warns, or 2 for unusable arguments.
+    """
+    options = _parser().parse_args(arguments)
+    run: Run = options.run
+    try:
+        return run(options)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        print(f"torch-eft {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="torch-eft", description="The effective theory of deep learning at work.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_add_demo, _add_diagnose, _add_report):
+        add(commands)
+    return parser
+
+
+def _activation(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(available_activations())
+    parser.add_argument("--activation", default="tanh", help=f"one of {names} (default %(default)s)")
+
+
+# ---- demo
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser("demo", help="train an MLP on digits, measured against the theory")
+    demo.add_argument("--width", type=int, default=256, help="hidden width n (default %(default)s)")
+    demo.add_argument("--depth", type=int, default=3, help="L, number of weight matrices (default %(default)s)")
+    _activation(demo)
+    demo.add_argument("--steps", type=int, default=300, help="full-batch gradient steps (default %(default)s)")
+    demo.add_argument("--logdir", default="torch_eft_demo", help="where TensorBoard files go (default %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the initialisation (default %(default)s)")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from torch_eft.cli.demo import run_demo
+
+    run_demo(
+        width=options.width,
+        depth=options.depth,
+        activation=options.activation,
+        steps=options.steps,
+        logdir=options.logdir,
+        seed=options.seed,
+    )
+    return 0
+
+
+# ---- diagnose
+
+
+def _add_diagnose(commands: Any) -> None:
+    check = commands.add_parser(
+        "diagnose",
+        help="criticality, depth against width, spread, drift and learning rates of a network before training",
+        description="Diagnose a network trained by torch.optim.SGD with one learning rate eta for all parameters: an "
+        "MLP by theory, from --widths or --model; any other --model by measurement. Exit status 0: fine, 1: warnings, "
+        "2: unusable.",
+    )
+    source = check.add_mutually_exclusive_group(required=True)
+    source.add_argument("--widths", type=int, nargs="+", help="n_0 n_1 ... n_L of an MLP")
+    source.add_argument(
+        "--model",
+        help="package.module:factory, importable from the working directory: a module, or a function without "
+        "arguments that returns one, or a pair (module, inputs)",
+    )
+    _activation(check)
+    check.add_argument("--C_b", type=float, nargs="+", default=[0.0], help="bias variance, one value or one a layer")
+    check.add_argument("--C_W", type=float, nargs="+", default=[1.0], help="n_in * weight variance, one or one a layer")
+    check.add_argument(
+        "--input-shape", type=int, nargs="+", help=f"of one input of --model: {_INPUTS} standard normal ones are drawn"
+    )
+    check.add_argument("--seeds", type=int, default=16, help="networks to draw where it is measured (default 16)")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument("--picture", metavar="FILE", help="draw where the network stands: .png, .svg or .pdf")
+    check.set_defaults(run=_diagnose)
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    if options.model is None:
+        if options.input_shape is not None:
+            raise ValueError("--input-shape: given with --widths, which have it; leave it out")
+        subject: nn.Module | MLPEnsemble = _ensemble(options)
+        x = None
+    else:
+        if options.C_W != [1.0] or options.C_b != [0.0]:
+            raise ValueError("--C_b, --C_W: given with --model, whose weights tell them; leave them out")
+        subject, x = _model(options.model)
+        if options.input_shape is not None:
+            x = _inputs(options.input_shape)
+    try:
+        diagnosis = diagnose(subject, x, seeds=options.seeds)
+    except NotAnMLPError as error:
+        raise ValueError(f"--model {options.model}: {error} (--input-shape, or a pair (module, inputs))") from error
+    if options.picture is not None:
+        _save(options.picture, diagnosis, subject, x)
+    print(json.dumps(diagnosis.to_dict(), indent=2) if options.json else diagnosis)
+    return diagnosis.status
+
+
+def _ensemble(options: argparse.Namespace) -> MLPEnsemble:
+    return MLPEnsemble(
+        options.widths,
+        options.activation,
+        C_b=options.C_b if len(options.C_b) > 1 else options.C_b[0],
+        C_W=options.C_W if len(options.C_W) > 1 else options.C_W[0],
+        lambda_W=options.widths[:-1],
+    )
+
+
+def _inputs(shape: Sequence[int]) -> Tensor:
+    if any(size < 1 for size in shape):
+        raise ValueError(f"--input-shape {' '.join(map(str, shape))}: give positive sizes, without the batch")
+    return torch.randn(_INPUTS, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _model(reference: str) -> tuple[nn.Module, Any]:
+    """The module and the inputs that ``package.module:factory`` names; nothing else is imported.
+
+    Raises:
+        ValueError: If it names none, with what it names.
+    """
+    place, separator, name = reference.partition(":")
+    if not (place and separator and name):
+        raise ValueError(f"--model {reference}: give package.module:factory")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found: Any = importlib.import_module(place)
+    except Exception as error:
+        raise ValueError(
+            f"--model {reference}: importing {place} failed ({type(error).__name__}: {error}); it must be importable "
+            f"from {folder}"
+        ) from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"--model {reference}: {place} has no {name!r}")
+        found = getattr(found, part)
+    if callable(found) and not isinstance(found, nn.Module):
+        try:
+            found = found()
+        except Exception as error:
+            raise ValueError(
+                f"--model {reference}: calling {name}() failed ({type(error).__name__}: {error}); it must take no "
+                "arguments"
+            ) from error
+    model, x = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {reference}: gives {type(model).__name__}, not a torch.nn.Module")
+    return model, x
+
+
+def _save(path: str, diagnosis: Diagnosis | MeasuredDiagnosis, subject: nn.Module | MLPEnsemble, x: Any) -> None:
+    try:
+        drawing = _drawn(diagnosis, subject, x)
+    except ModuleNotFoundError as error:
+        raise ImportError("--picture needs matplotlib: pip install 'torch-eft[demo]'") from error
+    try:
+        drawing.savefig(path, dpi=100)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--picture {path}: {error}") from error
+
+
+def _drawn(diagnosis: Diagnosis | MeasuredDiagnosis, subject: nn.Module | MLPEnsemble, x: Any) -> "Figure":
+    from torch_eft.diagnosis.planes import depth_width_plane, phase_plane
+    from torch_eft.tensorboard.diagnosis_figures import measured_figure, planes_figure
+
+    if isinstance(diagnosis, MeasuredDiagnosis):
+        return measured_figure(diagnosis)
+    ensemble = subject if isinstance(subject, MLPEnsemble) else read_ensemble(subject, x=x).ensemble
+    inputs = x.detach().flatten(1).double() if isinstance(x, Tensor) else None
+    size = 1.0 if inputs is None else float(inputs.square().mean())
+    ratio = diagnosis.aspect_ratio
+    return planes_figure(phase_plane(ensemble, ratio, size), depth_width_plane(ensemble, ratio, size))
+
+
+# ---- report
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="one HTML file of measured against theory, from the runs' eft.jsonl")
+    report.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a log directory, searched for eft.jsonl, or such a file"
+    )
+    report.add_argument("--out", default="report.html", help="the file to write (default %(default)s)")
+    report.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from torch_eft.tensorboard.report import write_report
+
+    print(write_report(options.runs, options.out))
+    return 0

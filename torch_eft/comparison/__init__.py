@@ -1,7 +1,0 @@
-"""The join of the two wings: what the theory says of a network on a probe, beside what is measured of it."""
-
-from torch_eft.comparison.compared import Compared
-from torch_eft.comparison.ensemble import EnsembleComparison
-from torch_eft.comparison.instance import InstanceComparison
-
-__all__ = ["Compared", "EnsembleComparison", "InstanceComparison"]

@@ -1,0 +1,1 @@
+"""What a user sets: presets of parts, probe inputs, schedules."""

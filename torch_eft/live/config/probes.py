@@ -1,0 +1,81 @@
+"""The probe, as tensors, from a file, or as the first samples of a data set."""
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy
+import torch
+from torch import Tensor
+
+from torch_eft.measure.forward.probe import Probe, as_probe
+
+ProbeLike: TypeAlias = str | Path | Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | Probe
+
+_FIRST = re.compile(r"first_batch:([1-9][0-9]*)")
+
+
+def probe_from(given: ProbeLike | None) -> Probe | None:
+    """The probe; None for ``"first_batch:N"``, which needs a data set, and for None.
+
+    Raises:
+        ValueError: If the file cannot be read, or does not hold a probe.
+        TypeError: If what is given is no probe.
+    """
+    if given is None or first_count(given) is not None:
+        return None
+    if not isinstance(given, str | Path):
+        return as_probe(given)
+    hint = "give a file of torch.save with a tensor (N, ...) in it, or 'first_batch:16'"
+    try:
+        stored = torch.load(given, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise ValueError(f"probe: {str(given)!r} cannot be read ({error.strerror or error}); {hint}") from None
+    except Exception as error:  # the unpickler's own errors are of many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"probe: {str(given)!r} is no file of tensors ({reason}); {hint}") from None
+    try:
+        return as_probe(stored)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"probe: in {str(given)!r}, {str(error).removeprefix('probe: ')}") from None
+
+
+def first_count(given: Any) -> int | None:
+    """N of ``"first_batch:N"``; None for anything else."""
+    match = _FIRST.fullmatch(given) if isinstance(given, str) else None
+    return int(match[1]) if match else None
+
+
+def first_samples(dataset: Any, count: int, collate: Callable[[list[Any]], Any]) -> Probe:
+    """The inputs of the first samples of a data set, read by index and leaving the random state as it is.
+
+    Args:
+        dataset: A map-style data set of (input, target) pairs, or of inputs.
+        count: How many.
+        collate: Makes a batch of a list of samples.
+
+    Raises:
+        ValueError: If the data set has no indices, or its batches are not pairs or tensors.
+    """
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise ValueError(
+            f"probe: 'first_batch:{count}' needs a data set that is read by index, not {type(dataset).__name__}; give "
+            "the inputs as a tensor or a .pt file"
+        )
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):  # a transform may be random
+            torch.manual_seed(0)
+            batch = collate([dataset[index] for index in range(min(count, len(dataset)))])
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(inputs, Tensor):
+        raise ValueError(
+            f"probe: 'first_batch:{count}' needs batches (inputs, targets) or tensors; they are "
+            f"{type(batch).__name__} here: give the inputs as the forward takes them, as a tensor or a .pt file"
+        )
+    return as_probe(inputs)

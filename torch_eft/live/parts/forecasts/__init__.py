@@ -1,0 +1,1 @@
+"""Parts that lay a forecast beside the measured values."""

@@ -1,0 +1,263 @@
+"""Measured against theory: the forecast of the ensemble, order 0 and order 1/n, beside the running training."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_eft.diagnosis import Diagnosis, diagnose
+from torch_eft.forecast.comparison.ensemble import EnsembleComparison
+from torch_eft.live.part import Report, Start, Visit
+from torch_eft.live.parts.common import compared_scalars
+from torch_eft.live.parts.forecasts.base import ForecastPart
+from torch_eft.measure.ensembles.learning_rates import read_learning_rates
+from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
+from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.network.snapshot import Plan, Snapshot
+from torch_eft.measure.training_loss import recognise_squared_error
+from torch_eft.results.tags import compared_quantities, tag
+from torch_eft.tensorboard.figures import comparison_figure
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.activations import ActivationLike
+from torch_eft.theory.gaussian.quadrature import QuadratureError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from torch_eft.live.part import History
+
+
+class EnsemblePart(ForecastPart):
+    """The ensemble's forecast, as long as the training is what it covers.
+
+    Args:
+        ensemble: C_b and C_W, if known, with the network's widths and activation; None reads them off the network
+            at theta_0. lambda is the optimizer's in any case.
+        activation: The activation to look for, where it is none of the registered ones.
+        output_fn: Turns what the model returns into (N, C).
+        order: 0, or 1 with what can be had of order 1/n within ``seconds``.
+        seconds: Time that order 1/n may take before the first step.
+    """
+
+    name = "theory"
+    cost = "standard"
+    what = "Forecast of the ensemble"
+    page = "validity"
+
+    def __init__(
+        self,
+        ensemble: MLPEnsemble | None = None,
+        activation: ActivationLike | None = None,
+        output_fn: OutputFn | None = None,
+        order: int = 1,
+        seconds: float = 3.0,
+    ) -> None:
+        if order not in (0, 1) or not seconds >= 0:
+            raise ValueError(f"order: {order}, seconds: {seconds} given; give order 0 or 1, and seconds >= 0")
+        self.given = ensemble
+        self.activation = activation
+        self.output_fn = output_fn
+        self.order, self.seconds = order, seconds
+        super().__init__()
+
+    def forget(self) -> None:
+        """Drop what belongs to an earlier run."""
+        super().forget()
+        self._diagnosis: Diagnosis | None = None
+        self._comparison: EnsembleComparison | None = None
+        self._ensemble: MLPEnsemble | None = None
+        self._hidden: list[str] = []
+
+    def plan(self, outputs: int, samples: int) -> Plan:
+        """Outputs (always there) and the NTK."""
+        return Plan(ntk=True)
+
+    def check(self, network: nn.Module, probe: Probe, outputs: int) -> None:
+        """A given ensemble must have the network's widths."""
+        if self.given is None:
+            return
+        activation = self.activation or self.given.activation
+        try:
+            widths = read_ensemble(network, None, probe.inputs, activation, self.output_fn)
+        except NotAnMLPError:
+            return  # said in words when training begins
+        if widths.ensemble.widths != self.given.widths:
+            raise ValueError(f"ensemble: widths {self.given.widths} given, the network has {widths.ensemble.widths}")
+
+    # ---- the training
+
+    def begin(self, start: Start) -> Report:
+        """Read the ensemble off the network; rule out what the loop already shows to be outside."""
+        if self._goes_on(start):
+            return Report()
+        pages: dict[str, str] = {}
+        inputs = start.probe.inputs
+        try:
+            activation = self.activation or (self.given.activation if self.given else None)
+            read = read_ensemble(start.network, start.optimizers, inputs, activation, self.output_fn)
+            given = self._drawn(read.ensemble) or self.given
+            self._ensemble = read.ensemble if given is None else _with_lambda_of(given, read.ensemble)
+            diagnosis = diagnose(given or read, inputs)
+            self._diagnosis = diagnosis if isinstance(diagnosis, Diagnosis) else None
+            pages["diagnosis"] = str(diagnosis)
+        except (NotAnMLPError, QuadratureError) as error:
+            pages["diagnosis"] = f"No diagnosis: {error}."
+            return Report(pages=pages | self._stop(str(error)))
+        except Exception as error:
+            self._stop(f"{type(error).__name__}: {error}")
+            raise
+        reason = self._look(start)
+        if reason is not None:
+            return Report(pages=pages | self._stop(reason))
+        self._hidden = _activations(start.network, self._ensemble)
+        return Report(pages=pages)
+
+    def _drawn(self, now: MLPEnsemble) -> MLPEnsemble | None:
+        """The ensemble that a checkpoint says theta_0 was drawn from: trained weights do not show it any more."""
+        if not self._kept or "ended" in self._kept:
+            return None
+        try:
+            kept = self._kept["ensemble"]
+            if kept["activation"] != now.activation.name or list(kept["widths"]) != list(now.widths):
+                raise ValueError(f"it was {kept['activation']} with widths {kept['widths']}, the network is {now}")
+            return MLPEnsemble(now.widths, now.activation, kept["C_b"], kept["C_W"])
+        except Exception as error:  # a corrupt state is corrupt in many ways
+            self._kept = {
+                "ended": f"what the checkpoint says of the ensemble does not fit ({type(error).__name__}: {error})"
+            }
+            return None
+
+    def _forecast(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> dict[str, str]:
+        assert self._seen is not None and self._seen.loss is not None and self._ensemble is not None
+        network, start, kept = self._seen.start.network, self._seen.start, self._kept
+        if not isinstance(x, Tensor):
+            raise ValueError("not an MLP: its forward takes several inputs")
+        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        rate = read_learning_rates(network, [optimizer]).learning_rate
+        loss = recognise_squared_error(network, x, y, self._seen.loss, gradients, self.output_fn)
+        self._same_loss(loss.name, loss.rate_factor)
+        self._comparison = EnsembleComparison(
+            self._ensemble,
+            x.flatten(1),
+            loss.targets,
+            start.probe.inputs.flatten(1).to(x.device),
+            rate * loss.rate_factor,
+            order=self.order,
+            steps=start.total_steps,
+            seconds=self.seconds,
+            earlier=kept["comparison"] if kept else None,
+            **options,
+        )
+        self.validity = self._comparison.validity
+        momentum = f", momentum {options['momentum']:g}" if options["momentum"] else ""
+        text = (
+            f"Full-batch gradient descent on squared error ({loss.name}), learning rate {rate:g}{momentum}. "
+            f"{self.validity}"
+        )
+        return {
+            "validity": f"{text}\n\nPredicted for the {self._ensemble} ensemble: {self._comparison.words}.",
+        }
+
+    def _none(self, reason: str) -> str:
+        return f"No theory of the ensemble for this run, measurements only: {reason}."
+
+    def state(self) -> dict[str, Any]:
+        """The forecast, and the ensemble that it is of."""
+        state, ensemble = super().state(), self._ensemble
+        if "comparison" not in state or ensemble is None:
+            return state
+        return state | {
+            "ensemble": {
+                "widths": list(ensemble.widths),
+                "activation": ensemble.activation.name,
+                "C_b": list(ensemble.C_b),
+                "C_W": list(ensemble.C_W),
+            }
+        }
+
+    # ---- the numbers
+
+    def _compared(self, visit: Visit) -> Report:
+        assert self._comparison is not None
+        report = Report(self._scalars(visit))
+        report.events += self._watch.events(visit.step, self._comparison.gauge(visit.step))
+        if visit.last:
+            report.pages |= self._layers_page(visit)
+        return report
+
+    def _scalars(self, visit: Visit) -> dict[str, float]:
+        assert self._comparison is not None
+        snapshot, reference = visit.snapshot, visit.reference
+        if snapshot.ntk is None or reference.ntk is None:
+            return {}
+        ntk_0 = reference.ntk.to(snapshot.ntk)  # a checkpoint may have brought it back elsewhere
+        compared = self._comparison.compare(visit.step, snapshot.output, snapshot.ntk, ntk_0, self._kernels(visit))
+        scalars = compared_scalars(compared)
+        if snapshot.hidden:
+            scalars[tag("representation_change", "order_0")] = 0.0  # representations are frozen
+        return scalars
+
+    def _kernels(self, visit: Visit) -> tuple[list[Tensor], list[Tensor]] | None:
+        now, then = visit.snapshot.hidden, visit.reference.hidden
+        if not self._hidden or not all(name in now and name in then for name in self._hidden):
+            return None
+        return [now[name] for name in self._hidden], [then[name].to(now[name]) for name in self._hidden]
+
+    def _layers_page(self, visit: Visit) -> dict[str, str]:
+        kernels = self._kernels(visit)
+        if kernels is None or self._comparison is None:
+            return {}
+        layers = self._comparison.layers(visit.step, *kernels)
+        if not layers:
+            return {}
+        rows = [
+            f"| {name} | {measured:.3g} | 0 | {predicted:.3g} |"
+            for name, (measured, predicted) in zip(self._hidden, layers, strict=True)
+        ]
+        return {
+            "representation": "\n".join(
+                [
+                    f"Drift of hidden kernels at step {visit.step}, along the ensemble's mean drift, relative to the "
+                    "kernel at infinite width. One network's may differ from the mean by as much as the mean.",
+                    "",
+                    "| layer | measured | order 0 | order 1 |",
+                    "|---|---|---|---|",
+                    *rows,
+                ]
+            )
+        }
+
+    # ---- what it knows
+
+    def info(self) -> dict[str, Any]:
+        """Network, r, epsilon and criticality as diagnosed; level and validity of the comparison."""
+        info = super().info()
+        if self._diagnosis is not None:
+            ratio = self._diagnosis.aspect_ratio
+            info |= {
+                "network": self._diagnosis.network,
+                "depth": ratio.depth,
+                "width": ratio.width,
+                "r": ratio.r,
+                "epsilon": ratio.epsilon,
+                "regime": ratio.regime,
+                "criticality": self._diagnosis.verdict,
+            }
+        return info
+
+    def last_figures(self, history: "History", reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
+        """Measured against theory, a figure a quantity: several panels are unreadable at thumbnail size."""
+        return {
+            f"measured_against_theory/{quantity}": comparison_figure(history, [quantity])
+            for quantity in compared_quantities(history)
+        }
+
+
+def _activations(network: nn.Module, ensemble: MLPEnsemble) -> list[str]:
+    """Names of the activations in the order of the hidden layers, if they are modules and used once each."""
+    names = [name for name, m in network.named_modules() if type(m).__module__ == "torch.nn.modules.activation"]
+    return names if len(names) == len(ensemble.hidden_widths) else []
+
+
+def _with_lambda_of(ensemble: MLPEnsemble, other: MLPEnsemble) -> MLPEnsemble:
+    return MLPEnsemble(ensemble.widths, ensemble.activation, ensemble.C_b, ensemble.C_W, other.lambda_b, other.lambda_W)

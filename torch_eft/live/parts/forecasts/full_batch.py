@@ -1,0 +1,152 @@
+"""Is this full-batch gradient descent on one batch? Seen before the first step, and watched ever after."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from torch_eft.live.part import Start
+from torch_eft.measure.training_loss import batch_fingerprint, same_batch
+
+UNSHOWN = "the loop does not show its batches and losses before its steps, so that nothing tells what it minimises"
+
+SURE = 16
+"""Later batches that are all looked at; of those after them one in so many is."""
+
+
+class FullBatch:
+    """What a loop shows of its batches, losses and learning rates.
+
+    Of later batches the first ``SURE`` and every ``SURE``-th after them are compared with the first, on their device
+    (a comparison costs as much as a small network's step); the result is read only when a measurement asks for it.
+
+    Args:
+        start: The training's beginning.
+    """
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+        self.batch: tuple[Any, Tensor] | None = None
+        self.loss: Tensor | None = None
+        self._reference: Tensor | None = None
+        self._differs: Tensor | None = None
+        self._no_pair = False
+        self._later = 0
+        self._rates: list[float] = []
+
+    def refusal(self) -> str | None:
+        """Why there can be no forecast of this training, as far as its beginning shows, in words."""
+        if self.start.outside is not None:
+            return self.start.outside
+        if len(self.start.optimizers) != 1:
+            return f"{len(self.start.optimizers)} optimizers"
+        return None
+
+    def on_batch(self, batch: Any) -> None:
+        """Keep the first batch; compare the others with it."""
+        pair = _is_pair(batch)
+        self.batch = (batch[0], batch[1]) if pair and self._reference is None else None
+        if self._reference is None:
+            return
+        if not pair:
+            self._no_pair = True
+            return
+        self._later += 1
+        if self._later > SURE and self._later % SURE:
+            return
+        differs = ~same_batch(_fingerprint(*batch), self._reference)
+        self._differs = differs if self._differs is None else self._differs | differs
+
+    def begin(self, optimizer: Optimizer) -> None:
+        """The forecast is made: from here on batches and learning rates must stay."""
+        if self.batch is not None:
+            self._reference = _fingerprint(*self.batch)
+        self._rates = rates(optimizer)
+        self.batch = self.loss = None
+
+    def end(self, step: int, optimizer: Optimizer) -> str | None:
+        """Why the forecast ends with the coming step, in words; without waiting for the device."""
+        if self._no_pair:
+            return "a later batch is not a pair (inputs, targets) of tensors"
+        if rates(optimizer) != self._rates:
+            return f"the learning rate changed at step {step}: the forecast is for a constant one"
+        return None
+
+    def unlike(self, kept: dict[str, Any], optimizer: Optimizer) -> str | None:
+        """Why a forecast that a checkpoint kept does not go on, in words; ``kept`` is what ``state`` returned.
+
+        Raises:
+            Exception: Of any kind, if it is something else.
+        """
+        rates_then, rates_now = [float(rate) for rate in kept["rates"]], rates(optimizer)
+        if rates_then != rates_now:
+            return f"the learning rate is another after the resume: {rates_now}, it was {rates_then}"
+        assert self.batch is not None
+        now = _fingerprint(*self.batch)
+        if not bool(same_batch(now, kept["fingerprint"].to(now))):
+            return "the batch holds other samples after the resume than before: not those of the forecast"
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """What the forecast was made for; plain types and tensors."""
+        return {"rates": list(self._rates), "fingerprint": self._reference}
+
+    def changed(self) -> str | None:
+        """Whether a batch held other samples, in words; waits for the device."""
+        if self._differs is not None and bool(self._differs):
+            return "a later batch holds other samples than the first: not full-batch training"
+        return None
+
+
+def _is_pair(batch: Any) -> bool:
+    """(inputs, targets): a tensor, or tensors in a tuple, list or dict, and a tensor with as many samples."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor) or not batch[1].ndim:
+        return False
+    leaves = tree_leaves(batch[0])
+    return len(leaves) > 0 and all(
+        isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == len(batch[1]) for leaf in leaves
+    )
+
+
+def _fingerprint(x: Any, y: Tensor) -> Tensor:
+    """That of all inputs side by side."""
+    if not isinstance(x, Tensor):
+        x = torch.cat([leaf.reshape(len(leaf), -1).double() for leaf in tree_leaves(x)], 1)
+    return batch_fingerprint(x, y)
+
+
+def rates(optimizer: Optimizer) -> list[float]:
+    """The learning rate of every parameter group, as in force for the coming step."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def sgd_options(optimizer: Optimizer, at_rest: bool = True) -> dict[str, Any] | str:
+    """Momentum, Nesterov and dampening of ``torch.optim.SGD``; or why it is none that is linear in gradients.
+
+    Args:
+        optimizer: The optimizer, or Lightning's wrapper of it.
+        at_rest: Whether its first step is to come: the forecast's momentum is zero there, and not after a resume.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+    if type(inner) is not torch.optim.SGD:
+        return f"{type(inner).__name__}: forecasts are derived for gradient descent (torch.optim.SGD)"
+    for option in ("weight_decay", "maximize"):
+        used = [group[option] for group in inner.param_groups if group[option]]
+        if used:
+            return f"SGD with {option}={used[0]}: forecasts are derived without"
+    found = [{key: group[key] for key in ("momentum", "nesterov", "dampening")} for group in inner.param_groups]
+    if any(options != found[0] for options in found):
+        return "SGD with another momentum for some parameters: forecasts are derived for one"
+    moving = any(
+        inner.state[p].get("momentum_buffer") is not None
+        for group in inner.param_groups
+        for p in group["params"]
+        if p in inner.state
+    )
+    if at_rest and moving:
+        return "the optimizer carries momentum of earlier steps: forecasts start at rest"
+    if not at_rest and not moving and found[0]["momentum"]:
+        return "the optimizer lost its momentum with the resume: the forecast has it all along"
+    return found[0]

@@ -1,0 +1,1 @@
+"""Records what is measured and passes it on to files and loggers."""

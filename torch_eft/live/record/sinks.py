@@ -1,0 +1,203 @@
+"""Where results go. A sink takes what it can show and ignores the rest."""
+
+import time
+import warnings
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from torch import Tensor
+
+from torch_eft.live.part import Event, History, MeasurementWarning
+from torch_eft.results.tags import PREFIX
+from torch_eft.tensorboard.run_info import SCHEMA, dump_json, write_run_info
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Sink:
+    """Base of all sinks; every method does nothing.
+
+    Attributes:
+        draws: Whether figures are wanted: if no sink wants them, none is drawn.
+    """
+
+    draws = False
+
+    def scalars(self, step: int, values: Mapping[str, float], epoch: int | None = None) -> None:
+        """``{tag: value}`` of one step; a step may come more than once, with other tags."""
+
+    def text(self, name: str, markdown: str, step: int) -> None:
+        """A page; a later one of the same name replaces it."""
+
+    def event(self, event: Event) -> None:
+        """A mark on the time axis."""
+
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
+        """A figure."""
+
+    def histogram(self, tag: str, values: Tensor, step: int) -> None:
+        """The distribution of ``values``."""
+
+    def layout(self, logged: Collection[str]) -> None:
+        """Charts for the tags that were logged; replaces an earlier layout."""
+
+    def run_info(self, info: Mapping[str, Any]) -> None:
+        """What is known of the run, plain types; replaces what came earlier."""
+
+    def resume(self, step: int, history: History) -> None:
+        """The training goes on from a checkpoint: what an interrupted one left of later steps no longer holds.
+
+        Args:
+            step: The latest step that holds.
+            history: What was measured up to it, and holds.
+        """
+
+    def flush(self) -> None:
+        """Bring everything to disk."""
+
+    def close(self) -> None:
+        """The training is over."""
+
+
+class JSONLSink(Sink):
+    """An append-only file of JSON lines, on disk after every measurement.
+
+    Lines: ``{"kind": "run", ...}`` what is known of the run (the last one holds), ``{"kind": "measurement", "step",
+    "epoch", "time", "scalars"}`` (of a repeated step, what comes later holds), ``{"kind": "resumed", "step"}`` (later
+    steps above do not hold any more), ``{"kind": "event", "step", "quantity", "text"}`` and ``{"kind": "page", "name",
+    "text", "step"}``. Where the file cannot be written, one warning says so and training goes on.
+
+    Args:
+        path: The file; its directory is made.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.broken = False
+        self._file: TextIO | None = None
+
+    def scalars(self, step: int, values: Mapping[str, float], epoch: int | None = None) -> None:
+        """A line ``measurement``, with the time in seconds since 1970."""
+        line = {"kind": "measurement", "step": step, "epoch": epoch, "time": time.time(), "scalars": dict(values)}
+        self._write(line)
+
+    def resume(self, step: int, history: History) -> None:
+        """A line ``resumed``; in a new file after those of ``history``, whose time is not known."""
+        if not self.path.exists():
+            for at, values in sorted(history.items()):
+                self._write({"kind": "measurement", "step": at, "epoch": None, "time": None, "scalars": dict(values)})
+        self._write({"kind": "resumed", "step": step})
+
+    def text(self, name: str, markdown: str, step: int) -> None:
+        """A line ``page``."""
+        self._write({"kind": "page", "name": name, "text": markdown, "step": step})
+
+    def event(self, event: Event) -> None:
+        """A line ``event``."""
+        self._write({"kind": "event", **asdict(event)})
+
+    def run_info(self, info: Mapping[str, Any]) -> None:
+        """A line ``run``."""
+        self._write({"kind": "run", "schema": SCHEMA, **info})
+
+    def close(self) -> None:
+        """Close the file; a later line opens it again."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # told when the line was written
+                file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.broken:
+            return
+        try:
+            if self._file is None:
+                self._file = self._open()
+            self._file.write(dump_json(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self.broken = True
+            warnings.warn(
+                f"torch_eft: {self.path} cannot be written ({error.strerror or error}); training and the other loggers "
+                "go on without it",
+                MeasurementWarning,
+                stacklevel=2,
+            )
+
+    def _open(self) -> TextIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - stays open during the training
+        if not _ends_a_line(self.path):  # a process that was killed left half a line
+            file.write("\n")
+        return file
+
+
+def _ends_a_line(path: Path) -> bool:
+    with open(path, "rb") as file:
+        if file.seek(0, 2) == 0:
+            return True
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"
+
+
+class TensorBoardSink(Sink):
+    """A torch ``SummaryWriter``.
+
+    Args:
+        writer: The writer, or anything with its methods.
+        scalars: Whether scalars go there too; False if a logger already writes them.
+    """
+
+    draws = True
+
+    def __init__(self, writer: "SummaryWriter", scalars: bool = True) -> None:
+        self.writer = writer
+        self._scalars = scalars
+
+    def scalars(self, step: int, values: Mapping[str, float], epoch: int | None = None) -> None:
+        """One point a tag."""
+        if self._scalars:
+            for name, value in sorted(values.items()):
+                self.writer.add_scalar(name, value, step)
+
+    def text(self, name: str, markdown: str, step: int) -> None:
+        """A page of the text tab, ``eft/<name>``."""
+        self.writer.add_text(f"{PREFIX}/{name}", markdown, step)
+
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
+        """A picture of the images tab, ``eft/<name>``."""
+        self.writer.add_figure(f"{PREFIX}/{name}", figure, step, close=False)
+
+    def histogram(self, tag: str, values: Tensor, step: int) -> None:
+        """A histogram."""
+        self.writer.add_histogram(tag, values.detach().cpu(), step, bins="auto")
+
+    def layout(self, logged: Collection[str]) -> None:
+        """The custom-scalars page."""
+        from torch_eft.tensorboard.layout import comparison_layout
+
+        if (file_writer := self.writer.file_writer) is not None:
+            # The time as step: of two events at one step, readers disagree on which one holds.
+            file_writer.add_summary(comparison_layout(logged), time.time_ns() // 1_000_000)
+
+    def run_info(self, info: Mapping[str, Any]) -> None:
+        """The summary that the EFT tab reads."""
+        if self.writer.file_writer is not None:
+            write_run_info(self.writer, info)
+
+    def resume(self, step: int, history: History) -> None:
+        """A mark from which TensorBoard drops later steps of earlier event files, as ``purge_step`` does."""
+        if (file_writer := self.writer.file_writer) is not None:
+            from tensorboard.compat.proto.event_pb2 import Event as Record
+            from tensorboard.compat.proto.event_pb2 import SessionLog
+
+            file_writer.add_event(Record(session_log=SessionLog(status=SessionLog.START)), step + 1)
+
+    def flush(self) -> None:
+        """Write what is queued."""
+        self.writer.flush()

@@ -1,0 +1,1 @@
+"""Reads an ensemble off a module, and statistics over re-initialized networks."""

@@ -1,0 +1,241 @@
+"""Reading the ensemble off a network: is it an MLP, which activation, which C_b, C_W, lambda.
+
+Nothing is taken from names or class hierarchies on trust: the network is run once, and it
+is an MLP only if every linear layer's input is the activation of the one before, to rounding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_eft.measure.ensembles.learning_rates import read_learning_rates
+from torch_eft.measure.ensembles.weights import WeightStatistics, remarks, weight_statistics
+from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.output import checked_output
+from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.activations import (
+    Activation,
+    ActivationLike,
+    available_activations,
+    get_activation,
+    leaky_relu,
+)
+
+_ENLARGEMENTS = 3
+
+
+class NotAnMLPError(ValueError):
+    """The network is no multilayer perceptron of the kind that the theory covers; the message says why."""
+
+
+@dataclass(frozen=True)
+class ReadEnsemble:
+    """An ensemble estimated from the weights of one network.
+
+    Args:
+        ensemble: Widths, activation, and per layer C_b = mean(b^2), C_W = n_in mean(W^2), lambda_b, lambda_W.
+        C_b_error: Standard error of C_b, one a layer.
+        C_W_error: Standard error of C_W, one a layer.
+        excess_kurtosis: Of the weights, one a layer: 0 for Gaussian, -1.2 for uniform.
+        distribution: Of the weights, one a layer, as ``measure.weights`` tells them apart: ``"gaussian"``,
+            ``"uniform"``, ``"orthogonal"``, ``"constant"``, ``"other"``, ``"too few to tell"``.
+        remarks: What weights and biases that are not Gaussian change in the theory, in words; empty if nothing.
+    """
+
+    ensemble: MLPEnsemble
+    C_b_error: tuple[float, ...]
+    C_W_error: tuple[float, ...]
+    excess_kurtosis: tuple[float, ...]
+    distribution: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
+def read_ensemble(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    x: Any = None,
+    activation: ActivationLike | None = None,
+    output_fn: OutputFn | None = None,
+) -> ReadEnsemble:
+    """Read an ``MLPEnsemble`` off a freshly initialised network and its optimizer.
+
+    The second moments are those of the weights as they are: for a trained or pretrained
+    network they do not describe its initialisation.
+
+    Args:
+        model: A network whose forward is linear layers with one elementwise activation between them.
+        optimizer: Gives lambda (a parameter group's learning rate relative to the first group's); None means 1.
+        x: Inputs of the forward; None draws a few standard normal ones.
+        activation: The activation, where it is none of the registered ones.
+        output_fn: Turns what the model returns into (N, C).
+
+    Returns:
+        The ensemble with standard errors.
+
+    Raises:
+        NotAnMLPError: If the network is not such an MLP, with the reason.
+        ValueError: If the forward rejects ``x``.
+    """
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    with isolated(model, output_fn) as network:
+        layers = _linear_layers(network, model)
+        if x is None:
+            first = next(iter(layers.values()))
+            generator = torch.Generator(device="cpu").manual_seed(0)
+            x = torch.randn(8, first.in_features, generator=generator, device="cpu")
+        probe = as_probe(x)
+        found = _verified_activation(network, probe, layers, activation)
+    rates = read_learning_rates(model, optimizers).lambdas if optimizers else None
+    weights = [_weight_statistics(name, layer) for name, layer in found.layers.items()]
+    biases = [None if layer.bias is None else weight_statistics(layer.bias) for layer in found.layers.values()]
+    lambda_b, lambda_W = [], []
+    for name, layer in found.layers.items():
+        lambda_W.append(_lambda(rates, name, "weight", layer.weight) * layer.in_features)
+        lambda_b.append(0.0 if layer.bias is None else _lambda(rates, name, "bias", layer.bias))
+    linear = list(found.layers.values())
+    ensemble = MLPEnsemble(
+        widths=[linear[0].in_features, *(layer.out_features for layer in linear)],
+        activation=found.activation,
+        C_b=[0.0 if bias is None else bias.variance for bias in biases],
+        C_W=[layer.in_features * weight.variance for layer, weight in zip(linear, weights, strict=True)],
+        lambda_b=lambda_b,
+        lambda_W=lambda_W,
+    )
+    return ReadEnsemble(
+        ensemble,
+        tuple(0.0 if bias is None else bias.variance_error for bias in biases),
+        tuple(layer.in_features * weight.variance_error for layer, weight in zip(linear, weights, strict=True)),
+        tuple(weight.excess_kurtosis for weight in weights),
+        tuple(weight.distribution for weight in weights),
+        remarks(weights, biases, found.K, found.inputs),
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    layers: dict[str, nn.Linear]
+    activation: Activation
+    K: list[float]
+    inputs: Tensor
+
+
+Call: TypeAlias = tuple[str, Tensor, Tensor]
+"""One use of a linear layer: its name, input and output."""
+
+
+def _linear_layers(network: IsolatedModel, model: nn.Module) -> dict[str, nn.Linear]:
+    layers = {name: module for name, module in network.shadow.named_modules() if isinstance(module, nn.Linear)}
+    if not layers:
+        raise NotAnMLPError(f"not an MLP: {type(model).__name__} has no nn.Linear")
+    used = [id(p) for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None]
+    covered = set(used)
+    if len(covered) < len(used):
+        raise NotAnMLPError("not an MLP: layers share a parameter, so their weights are not independent")
+    owners = dict(network.shadow.named_modules())
+    for name, parameter in network.shadow.named_parameters():
+        if id(parameter) not in covered:
+            owner = owners[name.rpartition(".")[0]]
+            raise NotAnMLPError(f"not an MLP: the parameter {name!r} ({type(owner).__name__}) belongs to no nn.Linear")
+    return layers
+
+
+def _verified_activation(
+    network: IsolatedModel, probe: Probe, layers: dict[str, nn.Linear], given: ActivationLike | None
+) -> _Found:
+    calls, output = _recorded(network, probe, layers)
+    names = [name for name, _, _ in calls]
+    if sorted(names) != sorted(layers):
+        odd = next(name for name in layers if names.count(name) != 1)
+        raise NotAnMLPError(f"not an MLP: the layer {odd!r} is used {names.count(odd)} times in one forward")
+    if not bool(output.isfinite().all()):
+        raise NotAnMLPError("not a random MLP: its outputs are not finite; some weights or inputs are too large")
+    inputs = network.place(probe)
+    if not isinstance(inputs, Tensor):
+        raise NotAnMLPError("not an MLP: its forward takes several inputs")
+    if not _same(calls[0][1], inputs.flatten(1)):
+        raise NotAnMLPError(f"not an MLP: {names[0]!r} does not act on the flattened inputs, they are processed before")
+    if not _same(calls[-1][2], output):
+        raise NotAnMLPError(f"not an MLP: the output is not that of its last layer {names[-1]!r}")
+    matching = _matching_activations(calls, given)
+    for _ in range(_ENLARGEMENTS):  # activations can be alike near 0, or on one side of it
+        if len(matching) == 1:
+            break
+        inputs = -10 * inputs
+        larger, _ = _recorded(network, Probe(inputs), layers)
+        matching = [candidate for candidate in matching if _agrees(candidate, larger)] or matching
+    K = [float(z.double().square().mean()) for _, _, z in calls]
+    return _Found({name: layers[name] for name in names}, matching[0], K, calls[0][1])
+
+
+def _recorded(network: IsolatedModel, probe: Probe, layers: dict[str, nn.Linear]) -> tuple[list[Call], Tensor]:
+    """What enters and leaves the linear layers in one forward, in order, and the output."""
+    calls: list[Call] = []
+    handles = [
+        layer.register_forward_hook(
+            lambda module, args, value, name=name: calls.append((name, args[0].detach(), value.detach()))
+        )
+        for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            return calls, checked_output(network, probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _matching_activations(calls: list[Call], given: ActivationLike | None) -> list[Activation]:
+    if given is not None:
+        candidates = [get_activation(given)]
+    elif len(calls) == 1:
+        candidates = [get_activation("linear")]
+    else:
+        candidates = [get_activation(name) for name in available_activations()]
+        candidates += _leaky_candidates(calls[0][2], calls[1][1])
+    matching = [candidate for candidate in candidates if _agrees(candidate, calls)]
+    if matching:
+        return matching
+    raise NotAnMLPError(
+        "not an MLP: what enters a layer is not the same elementwise activation of the previous layer everywhere "
+        f"(tried {', '.join(candidate.name for candidate in candidates)}); pass activation= if it is another one"
+    )
+
+
+def _agrees(candidate: Activation, calls: list[Call]) -> bool:
+    pairs = [(before[2], after[1]) for before, after in pairwise(calls)]
+    return all(z.shape == s.shape and _same(candidate(z), s) for z, s in pairs)
+
+
+def _leaky_candidates(z: Tensor, s: Tensor) -> list[Activation]:
+    if z.shape != s.shape or not bool((z < 0).any()):
+        return []
+    slope = float((s[z < 0] / z[z < 0]).median())
+    return [leaky_relu(slope)] if 0 < slope < 1 else []
+
+
+def _same(value: Tensor, reference: Tensor) -> bool:
+    if value.shape != reference.shape:
+        return False
+    tolerance = 32 * torch.finfo(reference.dtype).eps
+    return bool(torch.allclose(value, reference, rtol=tolerance, atol=tolerance * float(reference.abs().max())))
+
+
+def _weight_statistics(name: str, layer: nn.Linear) -> WeightStatistics:
+    found = weight_statistics(layer.weight)
+    if found.variance == 0 or not math.isfinite(found.variance):
+        state = "all zero" if found.variance == 0 else "not finite"
+        raise NotAnMLPError(f"not a random MLP: the weights of {name!r} are {state}")
+    return found
+
+
+def _lambda(rates: dict[str, float] | None, layer: str, kind: str, parameter: Tensor) -> float:
+    if not parameter.requires_grad:
+        return 0.0
+    return 1.0 if rates is None else rates[f"{layer}.{kind}" if layer else kind]

@@ -1,0 +1,1 @@
+"""How the user's network is run: probe inputs, isolated copies, outputs, checks, decompositions."""

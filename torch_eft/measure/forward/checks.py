@@ -1,0 +1,172 @@
+"""What cannot be measured, each with its name and its remedy; a number is never given instead.
+
+``structure.check_structure`` looks at modules and parameters before. Here ``check_measurable`` reads all parameters
+once and ``check_function_of_each_sample`` runs the forward on half of the probe; each waits for the device
+once. On the device "meta" there are no values, and none are checked.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from torch_eft.measure.forward.isolation import IsolatedModel
+from torch_eft.measure.forward.probe import Probe
+from torch_eft.measure.forward.structure import all_finite, check_structure, has_values, place
+
+ROUNDING = 1e3
+"""Units of rounding by which a sample's output may depend on the size of the batch: kernels differ with the shape."""
+
+
+def check_measurable(network: nn.Module | IsolatedModel) -> None:
+    """Refuse networks whose outputs are no finite functions of each sample, as far as this shows without a forward.
+
+    Raises:
+        ValueError: As ``check_structure``; for batch statistics in evaluation, and for parameters that are not finite.
+    """
+    module = network if isinstance(network, nn.Module) else network.shadow
+    check_structure(module)
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and (
+            part.running_mean is None or part.running_var is None
+        ):
+            raise ValueError(
+                f"model: {place(name, part)} normalises with the statistics of the batch in evaluation, too "
+                "(track_running_stats=False), so that a sample's output depends on the others; track running "
+                "statistics, or use GroupNorm or LayerNorm"
+            )
+    parameters = dict(module.named_parameters())
+    if all_finite(*parameters.values()):
+        return
+    wrong = next(name for name, value in parameters.items() if not all_finite(value))
+    value = parameters[wrong].detach()
+    raise ValueError(
+        f"model: the parameter {wrong!r} is not finite, {int((~value.isfinite()).sum())} of its {value.numel()} "
+        "numbers are NaN or infinite (a training that diverged?); measure an earlier state"
+    )
+
+
+def check_function_of_each_sample(network: IsolatedModel, probe: Probe, outputs: Tensor) -> None:
+    """Refuse forwards that are no differentiable functions of each sample.
+
+    Every second sample is run once more, from the last to the first and with gradients: half a forward.
+
+    Args:
+        network: Isolated.
+        probe: N samples.
+        outputs: (N, C), as ``checked_output`` gives them.
+
+    Raises:
+        ValueError: For outputs that are not finite, depend on chance or on the other samples, and for reentrant
+            checkpointing, through which there are no such derivatives as are needed here.
+    """
+    inputs = network.place(probe)
+    order = torch.arange(probe.size - 1, -1, -2, device=outputs.device)
+    part = tree_map_only(Tensor, lambda tensor: tensor[order], inputs)
+    again = _run_with_gradients(network, part)
+    _check_graph(again)
+    if not has_values(outputs):
+        return
+    outputs, again = outputs.detach(), again.detach()
+    finite = outputs.isfinite().all(1)
+    if bool(finite.all() & _alike(again, outputs[order])):
+        return
+    if not bool(finite.all()):
+        first = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"model: the output for sample {first} of the probe is NaN or infinite ({int((~finite).sum())} of "
+            f"{probe.size} samples); look at that input, or measure in float64"
+        )
+    with torch.no_grad():
+        _check_repeated(network(network.params, inputs), outputs)
+    raise ValueError(
+        f"model: a sample's output depends on the other samples of the batch: with half of them it differs by "
+        f"{float((again - outputs[order]).abs().max()):.3g}; normalise over features or with running statistics, "
+        "and use no sample's place in the batch"
+    )
+
+
+def check_differentiable_function(network: IsolatedModel, inputs: Any) -> None:
+    """Refuse forwards that are no differentiable functions of the whole batch; samples may see each other.
+
+    The forward is run twice: without, and with gradients.
+
+    Args:
+        network: Isolated.
+        inputs: Where the network is.
+
+    Raises:
+        ValueError: For outputs that depend on chance, and for reentrant checkpointing.
+    """
+    with torch.no_grad():
+        outputs = network(network.params, tree_map_only(Tensor, torch.clone, inputs))
+    again = _run_with_gradients(network, inputs)
+    _check_graph(again)
+    if has_values(outputs):
+        _check_repeated(again.detach(), outputs)
+
+
+@contextmanager
+def derivatives_of_order(order: int, module: nn.Module) -> Iterator[None]:
+    """What torch says where it has no derivative, as a refusal in words.
+
+    Raises:
+        ValueError: If an operation has no derivative of that order.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"model: an operation of {type(module).__name__} has no derivative of order {order} "
+            f"({str(error).splitlines()[0]}); ask for a lower order, or write it in elementary operations (an "
+            "embedding bag as a sum over an embedding, cdist as norms of differences)"
+        ) from error
+
+
+def _check_repeated(repeated: Tensor, outputs: Tensor) -> None:
+    if not bool(_alike(repeated, outputs)):
+        raise ValueError(
+            f"model: a sample's output depends on chance: the same inputs twice gave outputs that differ by "
+            f"{float((repeated - outputs).abs().max()):.3g}, in evaluation mode; use nn.Dropout, or "
+            "F.dropout(x, p, training=self.training), and draw nothing in the forward"
+        )
+
+
+def _alike(values: Tensor, reference: Tensor) -> Tensor:
+    scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
+    return ((values - reference).abs() <= ROUNDING * torch.finfo(reference.dtype).eps * scale).all()
+
+
+def _run_with_gradients(network: IsolatedModel, inputs: Any) -> Tensor:
+    """With respect to the inputs, too: a reentrant checkpoint is no node of the graph unless its inputs are."""
+    leaves = {name: value.detach().requires_grad_() for name, value in network.params.items()}
+
+    def moving(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_().clone() if tensor.is_floating_point() else tensor
+
+    return network(leaves, tree_map_only(Tensor, moving, inputs))
+
+
+def _check_graph(value: Tensor) -> None:
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(value)):
+        raise ValueError(
+            "model: its forward uses reentrant checkpointing, which has no derivatives by torch.autograd.grad (and "
+            "loses those of a block whose inputs have none); pass use_reentrant=False to torch.utils.checkpoint, or "
+            "checkpoint in training mode only"
+        )
+
+
+def _nodes(value: Tensor) -> Iterator[Any]:
+    pending, seen = [value.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending += [previous for previous, _ in node.next_functions]

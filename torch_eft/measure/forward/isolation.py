@@ -1,0 +1,226 @@
+"""Evaluation that leaves a training untouched, and that the training's settings leave untouched.
+
+What is guarded: parameters and buffers (a shadow module; parameters shared and only read, buffers cloned), train/eval
+flags and attributes set in ``forward`` (they are set on the shadow), gradients (nothing calls ``backward``), the random
+state of torch, CUDA, NumPy and Python, torch's default dtype, and the surrounding autocast, grad and inference modes.
+
+What is set meanwhile: attention in elementary operations, as its fused kernels lack derivatives; float32 products in
+full float32, as TF32 and bfloat16 round at 1e-3, the size of the changes that are looked for; compiled modules run as
+they are written.
+"""
+
+import copy
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
+
+from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.forward.structure import check_structure
+
+
+@dataclass(frozen=True)
+class IsolatedModel:
+    """A network as a pure function of its trainable parameters, in evaluation mode.
+
+    Args:
+        shadow: The module, safe to call; its buffers are copies.
+        params: Trainable parameters by name, detached; half precision is widened to float32.
+        constants: Frozen parameters and buffers by name.
+        output_fn: Turns the module's output into (N, C), or None if it already is.
+        origin: The module itself, to remember findings by; never called.
+    """
+
+    shadow: nn.Module
+    params: dict[str, Tensor]
+    constants: dict[str, Tensor]
+    output_fn: OutputFn | None
+    origin: nn.Module
+
+    def __call__(self, params: dict[str, Tensor], inputs: Any) -> Tensor:
+        """The output (N, C) on a batch ``inputs`` (a tensor, a tuple of arguments or a dict of keyword arguments)."""
+        args, kwargs = (), {}
+        if isinstance(inputs, dict):
+            kwargs = inputs
+        else:
+            args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+        output = functional_call(self.shadow, {**params, **self.constants}, args, kwargs)
+        return output if self.output_fn is None else self.output_fn(output)
+
+    def place(self, probe: Probe) -> Any:
+        """The probe's inputs on the device of the parameters, floating tensors in their dtype.
+
+        A probe on the CPU goes to wherever the model is. Between other devices nothing is moved silently.
+
+        Raises:
+            ValueError: If a tensor is on a device other than the CPU and the model's.
+        """
+        tensors = [*self.params.values(), *self.constants.values()]
+        reference = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+        if reference is None:
+            return probe.inputs
+
+        def move(tensor: Tensor) -> Tensor:
+            if tensor.device.type != "cpu" and tensor.device != reference.device:
+                raise ValueError(
+                    f"probe: a tensor is on {tensor.device}, the model on {reference.device}; move one of them, for "
+                    f"example x.to({str(reference.device)!r}), or keep the probe on the CPU"
+                )
+            return tensor.to(reference.device, reference.dtype if tensor.is_floating_point() else None)
+
+        return tree_map_only(Tensor, move, probe.inputs)
+
+
+@contextmanager
+def isolated(
+    model: nn.Module, output_fn: OutputFn | None = None, dtype: torch.dtype | None = None
+) -> Iterator[IsolatedModel]:
+    """Evaluate ``model`` without leaving a trace in it or in the process.
+
+    Args:
+        model: Any module; a ``LightningModule``, a compiled or a wrapped one included.
+        output_fn: Turns the module's output into (N, C).
+        dtype: Of all floating parameters and buffers, and so of the probe; None keeps theirs, but widens half
+            precision to float32.
+
+    Yields:
+        The network as a pure function.
+
+    Raises:
+        ValueError: If the module has no parameters of its own, real and on one device (a lazy module that has not seen
+            a batch yet, FSDP); nothing waits for the device.
+    """
+    check_structure(model)
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    default_dtype = torch.get_default_dtype()
+    try:
+        with (
+            torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+            _elementary_operations(),
+        ):
+            yield _shadow_of(model, output_fn, dtype)
+    finally:
+        torch.set_default_dtype(default_dtype)
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def _elementary_operations() -> Iterator[None]:
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    products = torch.get_float32_matmul_precision()
+    cudnn: Any = torch.backends.cudnn  # typed by hand: both have attributes that torch's annotations lack
+    mkldnn: Any = torch.backends.mkldnn
+    backends = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    precisions = [backend.fp32_precision for backend in backends]
+    try:
+        convolutions: bool | None = cudnn.allow_tf32
+    except RuntimeError:  # only the newer switches were set
+        convolutions = None
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        # The older switches first: where only the newer ones are set, reading an older one is an error in torch.
+        torch.set_float32_matmul_precision("highest")
+        if convolutions is not None:
+            cudnn.allow_tf32 = False
+        for backend in backends:
+            if backend.fp32_precision not in ("ieee", "none"):
+                backend.fp32_precision = "ieee"
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import takes seconds
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            cudnn.allow_tf32 = convolutions
+        for backend, precision in zip(backends, precisions, strict=True):
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
+
+
+def _shadow_of(model: nn.Module, output_fn: OutputFn | None, dtype: torch.dtype | None) -> IsolatedModel:
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    for module in model.modules():
+        # A forward may have cached an activation: deepcopy refuses non-leaf tensors.
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach()
+    # Most modules are torch's own leaves, copied a hundred times faster by hand than by deepcopy.
+    memo |= {id(module): twin for module in model.modules() if (twin := _twin(module)) is not None}
+    known = dict(memo)
+    try:
+        shadow = copy.deepcopy(model, memo).eval()
+    except (TypeError, RuntimeError):
+        shadow = copy.deepcopy(model, known | _uncopyable(model, known)).eval()
+    for module in shadow.modules():
+        # Else a compiled LightningModule's copy would go on calling the original.
+        module._compiled_call_impl = None
+    params = {name: _readable(p, dtype) for name, p in shadow.named_parameters() if p.requires_grad}
+    constants = {name: _readable(p, dtype) for name, p in shadow.named_parameters() if not p.requires_grad}
+    constants |= {name: _readable(buffer, dtype) for name, buffer in shadow.named_buffers()}
+    return IsolatedModel(shadow, params, constants, output_fn, model)
+
+
+def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """Attributes without copies (locks, open files, hashes ...): the shadow shares them."""
+    found = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules") or isinstance(value, Tensor | nn.Module):
+                continue
+            try:
+                copy.deepcopy(value, dict(memo))
+            except (TypeError, RuntimeError):
+                found[id(value)] = value
+    return found
+
+
+_IMMUTABLE = (type(None), bool, int, float, str, torch.device, torch.dtype)
+
+
+def _twin(module: nn.Module) -> nn.Module | None:
+    """What deepcopy makes of a torch.nn module without children, hooks and attributes of unknown kinds, or None."""
+    if not type(module).__module__.startswith("torch.nn.modules.") or module._modules:
+        return None
+    state: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if isinstance(value, _IMMUTABLE):
+            state[name] = value
+        elif isinstance(value, tuple | list) and all(isinstance(part, _IMMUTABLE) for part in value):
+            state[name] = type(value)(value)
+        elif isinstance(value, dict) and (not value or name in ("_parameters", "_buffers")):
+            state[name] = value.copy()
+        elif isinstance(value, set) and name == "_non_persistent_buffers_set":
+            state[name] = set(value)
+        else:
+            return None
+    buffers = state["_buffers"]
+    for name, buffer in buffers.items():
+        buffers[name] = None if buffer is None else buffer.detach().clone()
+    twin = module.__new__(type(module))
+    vars(twin).update(state)
+    return twin
+
+
+def _readable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.detach()
+    if dtype is None:
+        return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

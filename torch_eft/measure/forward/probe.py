@@ -1,0 +1,68 @@
+"""The probe: a few fixed inputs on which everything is measured."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from torch_eft.measure.forward.structure import all_finite
+
+OutputFn: TypeAlias = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed inputs, checked.
+
+    Args:
+        inputs: A tensor (N, ...), a tuple or list of positional arguments, or a dict of keyword
+            arguments of the model's forward; every tensor in it has the N samples first. On the CPU, or where
+            the model is.
+
+    Raises:
+        ValueError: If there is no tensor, no sample, the numbers of samples or the devices differ, or an input is
+            complex or not finite.
+        TypeError: If something other than a tensor, tuple, list or dict is given.
+    """
+
+    inputs: Any
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inputs, Tensor | tuple | list | dict):
+            raise TypeError(
+                f"probe: {type(self.inputs).__name__} given; give a tensor (N, ...), a tuple of arguments or a dict of "
+                "keyword arguments for the model's forward"
+            )
+        tensors = [leaf for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
+        if not tensors or any(tensor.ndim == 0 for tensor in tensors):
+            raise ValueError("probe: needs at least one tensor, and every tensor needs the samples as its first axis")
+        sizes = sorted({len(tensor) for tensor in tensors})
+        if len(sizes) > 1:
+            raise ValueError(f"probe: tensors of {sizes} samples given; all must have the same number")
+        if sizes[0] == 0:
+            raise ValueError("probe: 0 samples given; give at least one")
+        if any(tensor.is_complex() for tensor in tensors):
+            raise ValueError("probe: complex inputs given; the measurements are for real numbers")
+        if len({tensor.device for tensor in tensors}) > 1:
+            places = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+            raise ValueError(f"probe: its tensors are on {places}; bring all to one device, or to the CPU")
+        if not all_finite(*tensors):
+            raise ValueError("probe: contains NaN or infinite values; inputs must be finite")
+
+    @property
+    def size(self) -> int:
+        """N, the number of samples."""
+        return next(len(leaf) for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor))
+
+    @property
+    def description(self) -> str:
+        """Shape and dtype, for messages."""
+        tensors = [leaf for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
+        return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+
+
+def as_probe(x: Any) -> Probe:
+    """``x`` itself if it is a probe, else the probe with these inputs."""
+    return x if isinstance(x, Probe) else Probe(x)

@@ -1,0 +1,1 @@
+"""Jacobian factors per layer, and the kernels that they give."""

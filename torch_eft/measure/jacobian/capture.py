@@ -1,0 +1,370 @@
+"""Recording what a network does with its parameters: the inputs and outputs of every layer, in one forward.
+
+A ``TorchFunctionMode`` replaces each parameter, where it recognises what is done with it, by a copy of its value, and
+keeps the operation's input and the place of its output in the autograd graph. What still leads from the output to a
+parameter afterwards is a use that was not recognised: nothing can be dropped silently.
+
+The same rules serve plain tensors and jets along theta + s v (``jets.py``): there inputs and outputs are series.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from torch_eft.measure.forward.decompositions import WRITTEN_OUT, undispatched
+from torch_eft.measure.jets.jet import Jet, coefficients_of, jet
+
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of one or two parameters.
+
+    Args:
+        kind: How the Jacobian follows from inputs and gradients: ``"linear"``, ``"convolution"``,
+            ``"transposed convolution"``, ``"embedding"`` or ``"scale"``.
+        weight: Name of the weight, or None.
+        bias: Name of what is added, or None.
+        inputs: Coefficients of the operation's input, outside the autograd graph; None for zero.
+        edges: Where the coefficients of its output stand in the graph.
+        shape: The output's shape.
+        options: What else the kind needs.
+    """
+
+    kind: str
+    weight: str | None
+    bias: str | None
+    inputs: tuple[Tensor | None, ...]
+    edges: tuple[GradientEdge, ...]
+    shape: torch.Size
+    options: Mapping[str, Any]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters."""
+        return tuple(name for name in (self.weight, self.bias) if name is not None)
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What tells it from other uses in other networks."""
+        return self.kind, self.weight, self.bias, self.shape
+
+
+class Capture(TorchFunctionMode):
+    """A context in which the recognised uses of ``params`` are recorded.
+
+    Args:
+        params: The very tensors (or jets) that the network is called with, by name.
+        excluded: Names of parameters to leave alone.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], excluded: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.sites: list[Site] = []
+        self._names = {id(tensor): name for name, tensor in params.items() if name not in set(excluded)}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Records what a rule recognises; everything else is passed on."""
+        kwargs = kwargs or {}
+        rule = _RULES.get(func)
+        if rule is not None:
+            try:
+                value = rule(self, func, *args, **kwargs)
+            except TypeError:  # called in a form that the rule does not know: the use stays unrecognised
+                value = None
+            if value is not None:
+                return value
+        if func in _RECURRENT:  # its weights are used by the operations it is made of
+            with self:
+                value = WRITTEN_OUT[func](*args, **kwargs)
+            if value is not None:
+                return value
+        python = undispatched(func)
+        if python is not None:
+            with self:
+                return python(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def name(self, tensor: Any) -> str | None:
+        """Of a parameter, or None."""
+        return self._names.get(id(tensor))
+
+    def record(self, kind: str, weight: str | None, bias: str | None, x: Any, output: Tensor, **options: Any) -> Tensor:
+        """Note an operation whose parameters were replaced by ``fresh``; returns its output."""
+        if isinstance(output, Jet):
+            # A zero coefficient (a linear layer's third order, say) has a gradient all the same.
+            parts = [output.primal.new_zeros(output.shape) if part is None else part for part in output.coefficients]
+            output = jet([part if part.requires_grad else part.detach().requires_grad_() for part in parts])
+            coefficients = [part for part in output.coefficients if part is not None]
+        elif output.requires_grad:
+            coefficients = [output]
+        else:  # under no_grad: nothing depends on it
+            return output
+        inputs = tuple(None if part is None else part.detach() for part in coefficients_of(x, len(coefficients) - 1))
+        edges = tuple(get_gradient_edge(part) for part in coefficients)
+        self.sites.append(Site(kind, weight, bias, inputs, edges, output.shape, options))
+        return output
+
+
+def fresh(parameter: Any) -> Any:
+    """A copy of the parameter's value that the graph of the original does not know."""
+    if isinstance(parameter, Jet):
+        first, *others = parameter.coefficients
+        assert first is not None
+        return jet([first.detach().requires_grad_(), *(part if part is None else part.detach() for part in others)])
+    return parameter.detach().requires_grad_() if isinstance(parameter, Tensor) else parameter
+
+
+def unrecognised(outputs: Tensor, params: Mapping[str, Tensor]) -> set[str]:
+    """Names of the parameters that the graph of ``outputs`` still leads to."""
+    leaves = {id(coefficients_of(tensor, 0)[0]): name for name, tensor in params.items()}
+    pending = [part.grad_fn for part in coefficients_of(outputs, 0) if part is not None]
+    seen, found = set(), set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in leaves:
+            found.add(leaves[id(variable)])
+        pending += [previous for previous, _ in node.next_functions]
+    return found
+
+
+# ---- rules: each returns None for a use that it does not recognise
+
+Rule = Callable[..., Tensor | None]
+_RULES: dict[Callable[..., Any], Rule] = {}
+
+
+def _rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return register
+
+
+@_rule(F.linear)
+def _linear(capture: Capture, func: Any, input: Any, weight: Any, bias: Any = None) -> Tensor | None:
+    w, b = capture.name(weight), capture.name(bias)
+    if (w is None and b is None) or weight.ndim != 2:
+        return None
+    output = func(input, fresh(weight) if w else weight, fresh(bias) if b else bias)
+    if w is None:
+        return capture.record("scale", None, b, output, output, shape=bias.shape)
+    return capture.record("linear", w, b, input, output)
+
+
+@_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def _matmul(capture: Capture, func: Any, input: Any, weight: Any) -> Tensor | None:
+    w = capture.name(weight)
+    if w is None or weight.ndim != 2 or capture.name(input) is not None:
+        return None
+    return capture.record("linear", w, None, input, func(input, fresh(weight)))
+
+
+@_rule(torch.addmm)
+def _addmm(capture: Capture, func: Any, bias: Any, input: Any, weight: Any) -> Tensor | None:
+    w, b = capture.name(weight), capture.name(bias)
+    if w is None or bias.ndim != 1 or capture.name(input) is not None:
+        return None
+    return capture.record("linear", w, b, input, func(fresh(bias) if b else bias, input, fresh(weight)))
+
+
+def _convolution(
+    capture: Capture,
+    func: Any,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    w, b = capture.name(weight), capture.name(bias)
+    if w is None or input.ndim != weight.ndim:
+        return None
+    output = func(input, fresh(weight), fresh(bias) if b else bias, stride, padding, dilation, groups)
+    options = dict(kernel=weight.shape[2:], stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return capture.record("convolution", w, b, input, output, **options)
+
+
+def _transposed(
+    capture: Capture,
+    func: Any,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor | None:
+    w, b = capture.name(weight), capture.name(bias)
+    if w is None or input.ndim != weight.ndim:
+        return None
+    # The bias apart: the weight's Jacobian needs the gradient in windows, the bias's does not.
+    output = func(input, fresh(weight), None if b else bias, stride, padding, output_padding, groups, dilation)
+    options = dict(kernel=weight.shape[2:], stride=stride, padding=padding, dilation=dilation, groups=groups)
+    output = capture.record("transposed convolution", w, None, input, output, **options)
+    if b is None:
+        return output
+    shape = (-1, *[1] * (weight.ndim - 2))
+    output = output + fresh(bias).reshape(shape)
+    return capture.record("scale", None, b, output, output, shape=bias.reshape(shape).shape)
+
+
+for _dimension in ("1d", "2d", "3d"):
+    _RULES[getattr(torch, f"conv{_dimension}")] = _convolution
+    _RULES[getattr(F, f"conv{_dimension}")] = _convolution
+    _RULES[getattr(torch, f"conv_transpose{_dimension}")] = _transposed
+    _RULES[getattr(F, f"conv_transpose{_dimension}")] = _transposed
+
+
+@_rule(torch.embedding)
+def _embedding(
+    capture: Capture,
+    func: Any,
+    weight: Any,
+    indices: Any,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    w = capture.name(weight)
+    if w is None or scale_grad_by_freq:
+        return None
+    table, tokens = fresh(weight), indices
+    if padding_idx >= 0:  # torch holds this row constant
+        tokens = torch.where(indices == padding_idx, -1, indices)
+        if isinstance(table, Jet):
+            first, *others = table.coefficients
+            kept = torch.arange(len(weight), device=weight.device)[:, None] != padding_idx
+            table = jet([first, *(part if part is None else part * kept for part in others)])
+    return capture.record("embedding", w, None, tokens, func(table, indices))
+
+
+def _scaled(capture: Capture, normalised: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Tensor:
+    """Normalised * weight + bias, both brought to ``shape``."""
+    w, b = capture.name(weight), capture.name(bias)
+    shape = (bias if weight is None else weight).reshape(shape).shape
+    output = normalised
+    if weight is not None:
+        output = output * (fresh(weight) if w else weight).reshape(shape)
+    if bias is not None:
+        output = output + (fresh(bias) if b else bias).reshape(shape)
+    return capture.record("scale", w, b, normalised, output, shape=shape)
+
+
+@_rule(torch.layer_norm)
+def _layer_norm(
+    capture: Capture,
+    func: Any,
+    input: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor | None:
+    if capture.name(weight) is None and capture.name(bias) is None:
+        return None
+    plain = func(input, normalized_shape, None, None, eps)
+    return _scaled(capture, plain, weight, bias, tuple(normalized_shape))
+
+
+@_rule(torch.rms_norm)
+def _rms_norm(
+    capture: Capture, func: Any, input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None
+) -> Tensor | None:
+    if capture.name(weight) is None:
+        return None
+    return _scaled(capture, func(input, normalized_shape, None, eps), weight, None, tuple(normalized_shape))
+
+
+@_rule(torch.group_norm)
+def _group_norm(
+    capture: Capture,
+    func: Any,
+    input: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor | None:
+    if capture.name(weight) is None and capture.name(bias) is None:
+        return None
+    return _scaled(capture, func(input, num_groups, None, None, eps), weight, bias, _channels(input))
+
+
+def _channel_norm(
+    capture: Capture, func: Any, input: Any, weight: Any, bias: Any, mean: Any, variance: Any, *others: Any
+) -> Tensor | None:
+    if capture.name(weight) is None and capture.name(bias) is None:
+        return None
+    return _scaled(capture, func(input, None, None, mean, variance, *others), weight, bias, _channels(input))
+
+
+_RULES[torch.batch_norm] = _RULES[torch.instance_norm] = _channel_norm
+
+
+@_rule(torch.prelu, F.prelu)
+def _prelu(capture: Capture, func: Any, input: Any, weight: Any) -> Tensor | None:
+    w = capture.name(weight)
+    if w is None:
+        return None
+    below = -torch.relu(-input)
+    shape = _channels(input) if weight.numel() > 1 else tuple([1] * input.ndim)
+    return torch.relu(input) + _scaled(capture, below, weight, None, shape)
+
+
+@_rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def _add(capture: Capture, func: Any, input: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
+    for x, parameter in ((input, other), (other, input)):
+        b = capture.name(parameter)
+        if b is not None and alpha == 1 and _broadcasts(parameter, x):
+            return capture.record("scale", None, b, x, x + fresh(parameter), shape=parameter.shape)
+    return None
+
+
+@_rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def _mul(capture: Capture, func: Any, input: Any, other: Any) -> Tensor | None:
+    for x, parameter in ((input, other), (other, input)):
+        w = capture.name(parameter)
+        if w is not None and _broadcasts(parameter, x):
+            return capture.record("scale", w, None, x, x * fresh(parameter), shape=parameter.shape)
+    return None
+
+
+@_rule(Tensor.expand)
+def _expand(capture: Capture, func: Any, input: Any, *sizes: Any) -> Tensor | None:
+    b = capture.name(input)
+    if b is None:
+        return None
+    output = func(fresh(input), *sizes)
+    return capture.record("scale", None, b, output, output, shape=input.shape)
+
+
+def _broadcasts(parameter: Tensor, x: Any) -> bool:
+    """Whether ``parameter`` is stretched to the shape of ``x``, and not the other way round."""
+    return (
+        isinstance(x, Tensor) and x.is_floating_point() and torch.broadcast_shapes(parameter.shape, x.shape) == x.shape
+    )
+
+
+def _channels(x: Tensor) -> tuple[int, ...]:
+    return (-1, *[1] * (x.ndim - 2))

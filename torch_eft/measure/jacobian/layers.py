@@ -1,0 +1,300 @@
+"""From recorded uses of parameters and gradients to the factors of the Jacobian, kind by kind."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torch_eft.measure.jacobian.capture import Site
+from torch_eft.measure.jacobian.gram import Direct, Factor, Outer, PerOutput
+
+Gradients = tuple[PerOutput, ...]
+"""g_0, g_1, ... of one use's output: for every output of the network a tensor of the use's shape."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where the samples are in a layer's output.
+
+    Args:
+        index: The axis; its length may be a multiple of N.
+        inner: Whether samples run faster than what else is on this axis.
+    """
+
+    index: int
+    inner: bool = False
+
+    def split(self, x: Tensor, samples: int) -> Tensor:
+        """(..., N m, ...) as (N, m, ...)."""
+        x = x.movedim(self.index, 0)
+        return x.unflatten(0, (-1, samples)).transpose(0, 1) if self.inner else x.unflatten(0, (samples, -1))
+
+
+def factors(sites: Sequence[Site], gradients: Sequence[Gradients], axes: Sequence[Axis], samples: int) -> list[Factor]:
+    """One factor a parameter (a layer's bias may stand with its weight).
+
+    Args:
+        sites: The uses.
+        gradients: Of their outputs.
+        axes: The samples' axis in each output.
+        samples: N.
+    """
+    outer: dict[tuple[str, int], list[Outer]] = {}
+    direct: dict[str, list[Direct]] = {}
+    for site, g, axis in zip(sites, gradients, axes, strict=True):
+        for factor in _KINDS[site.kind](site, g, axis, samples):
+            if isinstance(factor, Outer):
+                group = len(outer)  # groups of a convolution are different parameters
+                outer.setdefault((factor.weight, 0 if _mergeable(site) else group), []).append(factor)
+            else:
+                direct.setdefault(factor.weight, []).append(factor)
+    found: list[Factor] = []
+    for (_, _), uses in outer.items():
+        alone = len(uses) == 1 and uses[0].bias not in direct and _uses(outer, uses[0].bias) == 1
+        for use in uses:
+            if use.bias is not None and not alone:
+                direct.setdefault(use.bias, []).append(use.of_bias())
+        found.append(uses[0] if alone else _merged(uses))
+    return found + [_summed(uses) for uses in direct.values()]
+
+
+def _mergeable(site: Site) -> bool:
+    return site.options.get("groups", 1) == 1
+
+
+def _uses(outer: Mapping[tuple[str, int], Sequence[Outer]], bias: str | None) -> int:
+    return sum(use.bias == bias for uses in outer.values() for use in uses) if bias is not None else 1
+
+
+def _merged(uses: Sequence[Outer]) -> Outer:
+    """A weight used several times: the places of all uses side by side."""
+    if len(uses) == 1:
+        return replace(uses[0], bias=None)
+    inputs = tuple(_joined(uses, q) for q in range(len(uses[0].inputs)))
+    gradients = tuple(
+        tuple(torch.cat(parts, 1) for parts in zip(*(use.gradients[p] for use in uses), strict=True))
+        for p in range(len(uses[0].gradients))
+    )
+    return Outer(uses[0].weight, inputs, gradients)
+
+
+def _joined(uses: Sequence[Outer], q: int) -> Tensor | None:
+    if all(use.inputs[q] is None for use in uses):
+        return None
+    return torch.cat(
+        [torch.zeros_like(_given(use.inputs[0])) if (a := use.inputs[q]) is None else a for use in uses], 1
+    )
+
+
+def _given(x: Tensor | None) -> Tensor:
+    """The zeroth coefficient of an input is never left out."""
+    assert x is not None
+    return x
+
+
+def _summed(uses: Sequence[Direct]) -> Direct:
+    if len(uses) == 1:
+        return uses[0]
+    return Direct(
+        uses[0].weight, tuple(torch.stack(parts).sum(0) for parts in zip(*(use.jacobians for use in uses), strict=True))
+    )
+
+
+# ---- kinds
+
+
+def _each_output(gradients: Gradients, function: Callable[[Tensor], Tensor]) -> Gradients:
+    return tuple(tuple(function(part) for part in g) for g in gradients)
+
+
+def _inputs(site: Site, axis: Axis, samples: int) -> tuple[Tensor | None, ...]:
+    """Of a linear layer or an ungrouped convolution, (N, T, D) each."""
+    if site.kind == "linear":
+        return tuple(None if a is None else axis.split(a, samples).flatten(1, -2) for a in site.inputs)
+    windows = [None if a is None else _windows(a, site).flatten(2) for a in site.inputs]
+    return tuple(None if w is None else _samples(w, axis, samples) for w in windows)
+
+
+def _places(x: Tensor, site: Site, axis: Axis, samples: int) -> Tensor:
+    """The gradient at its output, (N, T, E)."""
+    return axis.split(x, samples).flatten(1, -2) if site.kind == "linear" else _samples(x.flatten(2).mT, axis, samples)
+
+
+def _linear(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+    gradients = _each_output(g, partial(_places, site=site, axis=axis, samples=samples))
+    return [Outer(site.names[0], _inputs(site, axis, samples), gradients, site.bias)]
+
+
+def _convolution(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+    groups = site.options["groups"]
+    if groups == 1:
+        return _linear(site, g, axis, samples)
+    windows = [None if a is None else _windows(a, site) for a in site.inputs]  # (N, places, k, Cin)
+    parts = _each_output(g, lambda x: x.flatten(2).mT)
+    found: list[Factor] = []
+    for index in range(groups):
+        inputs = tuple(None if w is None else _group(w, index, groups, axis, samples) for w in windows)
+        gradients = _each_output(parts, partial(_group, index=index, groups=groups, axis=axis, samples=samples))
+        found.append(Outer(site.names[0], inputs, gradients))
+    if site.bias is not None:
+        summed = _each_output(parts, lambda x: _samples(x, axis, samples).sum(1))
+        found.append(Direct(site.bias, tuple(torch.stack(rows) for rows in summed)))
+    return found
+
+
+class Formed:
+    """The Jacobian of a layer used at more places than it has inputs, formed as gradients come in.
+
+    It is then smaller than the gradients: of a convolution on large images by an order of magnitude.
+
+    Args:
+        site: The use.
+        axis: The samples' axis.
+        samples: N.
+    """
+
+    def __init__(self, site: Site, axis: Axis, samples: int) -> None:
+        self.site, self.axis, self.samples = site, axis, samples
+        self._inputs = _inputs(site, axis, samples)
+        self._rows: list[list[Tensor]] = []
+        self._biases: list[list[Tensor]] = []
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """The next output's g_0, g_1, ..."""
+        g = [_places(part, self.site, self.axis, self.samples) for part in gradients]
+        one = Outer(self.site.names[0], self._inputs, tuple((part,) for part in g))
+        self._rows.append([J[0] for J in one.formed(range(len(g)))])
+        self._biases.append([part.sum(1) for part in g])
+
+    def factors(self) -> list[Factor]:
+        """J_m of the weight and of the bias."""
+        found: list[Factor] = [Direct(self.site.names[0], tuple(torch.stack(J) for J in zip(*self._rows, strict=True)))]
+        if self.site.bias is not None:
+            found.append(Direct(self.site.bias, tuple(torch.stack(J) for J in zip(*self._biases, strict=True))))
+        return found
+
+
+def worth_forming(site: Site, sites: Sequence[Site], samples: int) -> bool:
+    """Whether a use has more places than inputs, and its parameters no other use."""
+    if site.weight is None or site.kind not in ("linear", "convolution") or site.options.get("groups", 1) > 1:
+        return False
+    if sum(bool({*site.names} & {*other.names}) for other in sites) > 1:
+        return False
+    x = _given(site.inputs[0])
+    if site.kind == "linear":
+        inputs, outputs = x.shape[-1], site.shape[-1]
+    else:
+        inputs, outputs = x.shape[1] * torch.Size(site.options["kernel"]).numel(), site.shape[1]
+    return site.shape.numel() // (samples * outputs) > inputs
+
+
+def _transposed(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+    """The roles are exchanged: windows of the gradient meet the input, place by place."""
+    groups = site.options["groups"]
+    places = _given(site.inputs[0]).shape[2:]
+    windows = _each_output(g, lambda x: _windows(x, site, places))
+    found: list[Factor] = []
+    for index in range(groups):
+        inputs = tuple(
+            None if a is None else _group(a.flatten(2).mT, index, groups, axis, samples) for a in site.inputs
+        )
+        gradients = _each_output(windows, partial(_group, index=index, groups=groups, axis=axis, samples=samples))
+        found.append(Outer(site.names[0], inputs, gradients))
+    return found
+
+
+def _group(x: Tensor, index: int, groups: int, axis: Axis, samples: int) -> Tensor:
+    """The channels of one group, (N m, places, ..., channels) as (N, m places, ... channels)."""
+    return _samples(x.chunk(groups, -1)[index].flatten(2), axis, samples)
+
+
+def _samples(x: Tensor, axis: Axis, samples: int) -> Tensor:
+    """(N m, places, channels) as (N, m places, channels)."""
+    return x if len(x) == samples else axis.split(x, samples).flatten(1, 2)
+
+
+def _windows(x: Tensor, site: Site, places: Sequence[int] | None = None) -> Tensor:
+    """What a convolution's kernel sees, (N, places, kernel, channels)."""
+    kernel = site.options["kernel"]
+    count = len(kernel)
+    stride, dilation = (_each(site.options[name], count) for name in ("stride", "dilation"))
+    x = F.pad(x, _padding(site.options["padding"], kernel, dilation))
+    if places is None:
+        places = [
+            (size - d * (k - 1) - 1) // s + 1
+            for size, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
+        ]
+    else:  # an output that output_padding has made longer than the windows reach, or shorter
+        short = [
+            max(0, (n - 1) * s + d * (k - 1) + 1 - size)
+            for size, n, k, s, d in zip(x.shape[2:], places, kernel, stride, dilation, strict=True)
+        ]
+        if any(short):
+            x = F.pad(x, [edge for extra in reversed(short) for edge in (0, extra)])
+    x = x.movedim(1, -1).contiguous()  # channels last: then windows are copied in long runs
+    steps = x.stride()
+    strides = (
+        steps[0],
+        *(s * step for s, step in zip(stride, steps[1:-1], strict=True)),
+        *(d * step for d, step in zip(dilation, steps[1:-1], strict=True)),
+        1,
+    )
+    view = x.as_strided((len(x), *places, *kernel, x.shape[-1]), strides)
+    return view.reshape(len(x), torch.Size(places).numel(), torch.Size(kernel).numel(), x.shape[-1])
+
+
+def _each(value: int | Sequence[int], count: int) -> tuple[int, ...]:
+    return (value,) * count if isinstance(value, int) else tuple(value) * (count if len(value) == 1 else 1)
+
+
+def _padding(padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Before and after, last axis first, as ``torch.nn.functional.pad`` takes them."""
+    if padding == "same":
+        whole = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        pairs = [(total // 2, total - total // 2) for total in whole]
+    else:
+        pairs = [(p, p) for p in _each(0 if isinstance(padding, str) else padding, len(kernel))]
+    return [edge for pair in reversed(pairs) for edge in pair]
+
+
+def _embedding(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+    tokens = axis.split(_given(site.inputs[0]), samples).flatten(1)
+    inputs = (tokens, *[None] * (len(g) - 1))
+    return [Outer(site.names[0], inputs, _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2)))]
+
+
+def _scale(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+    found: list[Factor] = []
+    if site.weight is not None:
+        jacobians = []
+        for order in range(len(g)):
+            rows = []
+            for i in range(len(g[0])):
+                terms = [g[p][i] * a for p in range(order + 1) if (a := site.inputs[order - p]) is not None]
+                rows.append(_reduced(sum(terms[1:], terms[0]), site, axis, samples))
+            jacobians.append(torch.stack(rows))
+        found.append(Direct(site.weight, tuple(jacobians)))
+    if site.bias is not None:
+        reduced = _each_output(g, lambda x: _reduced(x, site, axis, samples))
+        found.append(Direct(site.bias, tuple(torch.stack(parts) for parts in reduced)))
+    return found
+
+
+def _reduced(x: Tensor, site: Site, axis: Axis, samples: int) -> Tensor:
+    """A use's output summed over what the parameter is stretched along, (N, P)."""
+    shape = [*[1] * (x.ndim - len(site.options["shape"])), *site.options["shape"]]
+    del shape[axis.index]
+    x = axis.split(x, samples)  # (N, m, ...)
+    return x.sum([1, *(index + 2 for index, size in enumerate(shape) if size == 1)]).reshape(samples, -1)
+
+
+_KINDS = {
+    "linear": _linear,
+    "convolution": _convolution,
+    "transposed convolution": _transposed,
+    "embedding": _embedding,
+    "scale": _scale,
+}

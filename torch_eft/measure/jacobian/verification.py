@@ -1,0 +1,101 @@
+"""Is the structured Jacobian the network's own? Checked at first use, against ordinary backward passes.
+
+For a random u, u . J of every parameter, put together from the recorded factors, must be the gradient of u . z that
+one backward pass through the untouched network gives; along a direction v, u . J_1 must be the gradient of
+(gradient . v), and 2 u . J_2 that of (second gradient . v). Sizes are compared, |lambda^(1/2) u . J| parameter by
+parameter, which for the whole is u . H . u.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_eft.measure.forward.decompositions import WrittenOut
+from torch_eft.measure.forward.isolation import IsolatedModel
+from torch_eft.measure.jacobian.gram import Factor
+from torch_eft.measure.jacobian.plan import sample_count
+
+
+def mismatches(
+    network: IsolatedModel,
+    inputs: Any,
+    factors: Sequence[Factor],
+    moving: Sequence[str],
+    direction: Mapping[str, Tensor] | None = None,
+    order: int = 0,
+) -> dict[str, str]:
+    """``{parameter: what was found}`` for those whose factors are not what backward passes give.
+
+    The tolerance is half the digits of the dtype, of the parameter's own size, plus a thousand roundings of the
+    largest one's (a gradient that vanishes identically is rounding).
+    """
+    if not moving or network.params[moving[0]].device.type == "meta":  # nothing to compare, or no values
+        return {}
+    channels = factors[0].size[0]
+    u = _signs(channels, sample_count(inputs), network.params[moving[0]])
+    expected = _by_backward(network, inputs, u, moving, direction, order)
+    parts: dict[str, list[Tensor]] = {}
+    for factor in factors:
+        for name, value in factor.pulled_back(u, order).items():
+            parts.setdefault(name, []).append(value)
+    sizes = torch.stack([expected[name].norm() for name in moving])
+    found = torch.stack(
+        [
+            torch.stack([part.norm() for part in parts[name]]).norm() if name in parts else sizes.new_zeros(())
+            for name in moving
+        ]
+    )
+    eps = torch.finfo(sizes.dtype).eps
+    allowed = eps**0.5 * sizes + 1e3 * eps * sizes.max()
+    wrong = (~((found - sizes).abs() <= allowed)).tolist()  # the one host sync
+    return {
+        name: f"{float(found[index]):.6g} by its factors, {float(sizes[index]):.6g} by backward"
+        for index, name in enumerate(moving)
+        if wrong[index]
+    }
+
+
+def _signs(channels: int, samples: int, like: Tensor) -> Tensor:
+    """Random signs that do not touch the global random state."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    signs = torch.randint(0, 2, (channels, samples), generator=generator, device="cpu") * 2 - 1
+    return signs.to(like.device, like.dtype)
+
+
+def _by_backward(
+    network: IsolatedModel,
+    inputs: Any,
+    u: Tensor,
+    moving: Sequence[str],
+    direction: Mapping[str, Tensor] | None,
+    order: int,
+) -> dict[str, Tensor]:
+    """U . J_order by reverse mode of reverse mode; above order 0 with fused operations written out."""
+    leaves = {name: network.params[name].detach().requires_grad_() for name in moving}
+    params = {**network.params, **leaves}
+    # A checkpoint runs its part of the forward again, and must find it written out as before.
+    with WrittenOut() if order else nullcontext():
+        gradients, factorial = _repeated_backward(network(params, inputs), u, leaves, direction, order)
+    return {name: g.detach() / factorial for name, g in zip(moving, gradients, strict=True)}
+
+
+def _repeated_backward(
+    outputs: Tensor, u: Tensor, leaves: Mapping[str, Tensor], direction: Mapping[str, Tensor] | None, order: int
+) -> tuple[Sequence[Tensor], float]:
+    """Order! times the gradients of u . z_order, and order!."""
+    value, factorial = (outputs * u.T).sum(), 1.0
+    for step in range(order + 1):
+        gradients = torch.autograd.grad(
+            value, list(leaves.values()), create_graph=step < order, allow_unused=True, materialize_grads=True
+        )
+        if step < order:
+            assert direction is not None
+            factorial *= step + 1
+            value = torch.stack([(g * direction[n]).sum() for g, n in zip(gradients, leaves, strict=True)]).sum()
+            if not value.requires_grad:
+                gradients = tuple(torch.zeros_like(leaf) for leaf in leaves.values())
+                break
+    return gradients, factorial

@@ -1,0 +1,1 @@
+"""Taylor series through a network: one rule per torch operation."""

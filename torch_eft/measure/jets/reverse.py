@@ -1,0 +1,81 @@
+"""Taylor terms of a network along a line by repeated reverse mode: slow, and independent of the rules of jets."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from torch_eft.measure.forward.checks import derivatives_of_order
+from torch_eft.measure.forward.decompositions import WrittenOut
+from torch_eft.measure.forward.isolation import IsolatedModel
+from torch_eft.measure.forward.probe import Probe
+from torch_eft.measure.jets.kinked import KINKED_RULES
+from torch_eft.measure.jets.names import COMPARISONS
+from torch_eft.measure.jets.series import note_kink
+from torch_eft.measure.kernels.reverse_mode import _check_twice_differentiable
+
+
+def series_by_reverse_mode(
+    base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe, order: int, pattern: Tensor | None = None
+) -> Tensor:
+    """The derivatives along s -> f(theta_0 + s d), of all outputs, or of their product with a fixed ``pattern``.
+
+    A derivative of many outputs with respect to the one s takes two backward passes: (d/dw) (d/ds) (w . f).
+
+    Raises:
+        ValueError: If an operation has no derivative of that order.
+    """
+    with _differentiable_backends(), _Watching():
+        s = next(iter(base.params.values())).new_zeros(()).requires_grad_()
+        moved = {name: value + s * direction[name] for name, value in base.params.items()}
+        current = base(moved, tree_map_only(Tensor, torch.clone, base.place(probe)))
+        with derivatives_of_order(max(order, 2), base.shadow):  # two passes even for the first term
+            if order > 1 or (order and pattern is None):
+                _check_twice_differentiable(current)
+            if pattern is not None:
+                current = (current * pattern).sum()
+            terms = [current.detach()]
+            w = torch.zeros_like(terms[0], requires_grad=True)
+            for degree in range(1, order + 1):
+                if pattern is None:
+                    current = _slope(_slope((current * w).sum(), s), w)
+                else:
+                    current = _slope(current, s)
+                terms.append(current.detach() / math.factorial(degree))
+    return torch.stack(terms)
+
+
+def _slope(value: Tensor, variable: Tensor) -> Tensor:
+    if not value.requires_grad:
+        return torch.zeros_like(variable)
+    return torch.autograd.grad(value, variable, create_graph=True, allow_unused=True, materialize_grads=True)[0]
+
+
+@contextmanager
+def _differentiable_backends() -> Iterator[None]:
+    """Fused recurrent kernels have a first derivative only."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
+    before = [backend.enabled for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
+        yield
+    finally:
+        for backend, enabled in zip(backends, before, strict=True):
+            backend.enabled = enabled
+
+
+class _Watching(WrittenOut):
+    """Written out, and telling of the kinks that are met."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kinked = func in KINKED_RULES or func in COMPARISONS
+        if kinked and any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            note_kink(func.__name__.strip("_"))
+        return super().__torch_function__(func, types, args, kwargs)

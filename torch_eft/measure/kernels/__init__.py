@@ -1,0 +1,1 @@
+"""The NTK and its differentials dNTK and ddNTK."""

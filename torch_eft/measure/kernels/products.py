@@ -1,0 +1,208 @@
+"""The NTK without its matrix: products H v, parameter-space directions lambda J^T e, leading eigenpairs.
+
+By reverse mode alone: J^T u is one backward pass, and J w is the derivative of w . (J^T u) with respect to u, which
+needs no forward rule of any operation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.output import checked_output
+from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
+from torch_eft.measure.jacobian.engine import checked_lambdas
+
+
+class NTKOperator:
+    """H = J lambda J^T of an isolated network on a probe, as a map of (N, C) to (N, C).
+
+    Args:
+        network: The network.
+        probe: The inputs.
+        lambdas: As ``ntk`` takes them.
+    """
+
+    def __init__(
+        self, network: IsolatedModel, probe: Probe, lambdas: Mapping[str, float] | float | None = None
+    ) -> None:
+        self.lambdas = checked_lambdas(network, lambdas)
+        self.leaves = {name: network.params[name].detach().requires_grad_() for name in self.lambdas}
+        self.outputs = checked_output(network, probe, {**network.params, **self.leaves})
+        self._linear: tuple[Tensor, list[Tensor]] | None = None
+
+    def _map(self) -> tuple[Tensor, list[Tensor]]:
+        """A vector u and J^T u, which is linear in it; made when first asked for."""
+        if self._linear is None:
+            u = torch.zeros_like(self.outputs).requires_grad_()
+            self._linear = u, self._backward(u, create_graph=True)
+        return self._linear
+
+    def _backward(self, u: Tensor, create_graph: bool = False) -> list[Tensor]:
+        return list(
+            torch.autograd.grad(
+                self.outputs,
+                list(self.leaves.values()),
+                u,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+
+    def pull_back(self, e: Tensor) -> dict[str, Tensor]:
+        """Lambda J^T e of e (N, C), by parameter."""
+        gradients = self._backward(e.to(self.outputs))
+        return {name: g * self.lambdas[name] for name, g in zip(self.leaves, gradients, strict=True)}
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """H v of v (N, C)."""
+        u, images = self._map()
+        directions = list(self.pull_back(v).values())
+        used = [(p, d) for p, d in zip(images, directions, strict=True) if p.requires_grad]
+        if not used:
+            return torch.zeros_like(u)
+        pulled, along = zip(*used, strict=True)
+        return torch.autograd.grad(pulled, u, along, retain_graph=True)[0]
+
+
+def ntk_vector_product(
+    model: nn.Module,
+    x: Any,
+    v: Tensor,
+    lambdas: Mapping[str, float] | float | None = None,
+    output_fn: OutputFn | None = None,
+) -> Tensor:
+    """``sum_{b,j} H_{ij;ab} v_{bj}`` in two backward passes, without H.
+
+    Args:
+        model: Any module.
+        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        v: (N, C).
+        lambdas: As ``ntk`` takes them.
+        output_fn: Turns what the model returns into (N, C).
+
+    Raises:
+        ValueError: As ``ntk``, or if ``v`` is not (N, C).
+    """
+    with isolated(model, output_fn) as network:
+        operator = NTKOperator(network, as_probe(x), lambdas)
+        return operator(_checked(v, operator))
+
+
+def pull_back(
+    model: nn.Module,
+    x: Any,
+    e: Tensor,
+    lambdas: Mapping[str, float] | float | None = None,
+    output_fn: OutputFn | None = None,
+) -> dict[str, Tensor]:
+    """The direction ``lambda J^T e`` in parameter space; a step of gradient descent is -eta times that of dL/dz.
+
+    Args:
+        model: Any module.
+        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        e: (N, C): the training error, an eigenvector of H, or any other.
+        lambdas: As ``ntk`` takes them.
+        output_fn: Turns what the model returns into (N, C).
+
+    Returns:
+        ``{parameter: tensor}``, 0 where lambda is 0.
+    """
+    with isolated(model, output_fn) as network:
+        operator = NTKOperator(network, as_probe(x), lambdas)
+        found = operator.pull_back(_checked(e, operator))
+        return {name: found.get(name, torch.zeros_like(value)) for name, value in network.params.items()}
+
+
+def _checked(v: Tensor, operator: NTKOperator) -> Tensor:
+    expected = tuple(operator.outputs.shape)
+    if not isinstance(v, Tensor) or tuple(v.shape) != expected:
+        given = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+        raise ValueError(f"direction: {given} given; give a tensor {expected}, a number for every sample and output")
+    return v.to(operator.outputs)
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Leading eigenpairs of H.
+
+    Args:
+        values: (k,), descending.
+        vectors: (k, N, C), orthonormal.
+        residuals: (k,), |H v - l v|: an eigenvalue lies within this distance of each value.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+
+
+def ntk_eigenpairs(
+    model: nn.Module,
+    x: Any,
+    count: int,
+    lambdas: Mapping[str, float] | float | None = None,
+    output_fn: OutputFn | None = None,
+    tolerance: float = 1e-5,
+    steps: int | None = None,
+) -> Eigenpairs:
+    """The largest eigenvalues of H and their eigenvectors, by Lanczos iteration, without H.
+
+    Args:
+        model: Any module.
+        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        count: k, number of eigenpairs.
+        lambdas: As ``ntk`` takes them.
+        output_fn: Turns what the model returns into (N, C).
+        tolerance: Residuals to reach, relative to the largest eigenvalue.
+        steps: Products with H at most; None means min(N C, 20 + 10 k).
+
+    Returns:
+        Eigenpairs with their residuals, which may exceed the tolerance if ``steps`` ran out.
+
+    Raises:
+        ValueError: As ``ntk``, or if ``count`` is not in 1 .. N C.
+    """
+    with isolated(model, output_fn) as network:
+        operator = NTKOperator(network, as_probe(x), lambdas)
+        size = operator.outputs.numel()
+        if not 1 <= count <= size:
+            raise ValueError(f"count: {count} given; H has {size} eigenvalues, give 1 .. {size}")
+        return _lanczos(operator, count, tolerance, min(size, steps or 20 + 10 * count))
+
+
+def _lanczos(operator: NTKOperator, count: int, tolerance: float, steps: int) -> Eigenpairs:
+    """With full reorthogonalisation (Golub & Van Loan, chapter 10): exact in at most N C steps."""
+    shape = operator.outputs.shape
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    basis = [_unit(torch.randn(shape.numel(), generator=generator, device="cpu").to(operator.outputs))]
+    images: list[Tensor] = []
+    while True:
+        image = operator(basis[-1].view(shape)).flatten()
+        images.append(image)
+        Q, W = torch.stack(basis), torch.stack(images)
+        T = Q @ W.T
+        values, rotation = torch.linalg.eigh((T + T.T) / 2)
+        top = rotation[:, -count:].flip(1).T
+        vectors, found = top @ Q, values[-count:].flip(0)
+        residuals = (top @ W - found[:, None] * vectors).norm(dim=1)
+        done = len(basis) >= count and bool((residuals <= tolerance * found[0].abs()).all())
+        if done or len(basis) >= max(steps, count):
+            return Eigenpairs(found, vectors.unflatten(1, shape), residuals)
+        rest = image
+        for _ in range(2):  # once more than in exact arithmetic
+            rest = rest - Q.T @ (Q @ rest)
+        if float(rest.norm()) <= 1e-6 * float(found[-1].abs()):  # an invariant subspace: go on elsewhere
+            rest = torch.randn(shape.numel(), generator=generator, device="cpu").to(rest)
+            for _ in range(2):
+                rest = rest - Q.T @ (Q @ rest)
+        basis.append(_unit(rest))
+
+
+def _unit(v: Tensor) -> Tensor:
+    return v / v.norm()

@@ -1,0 +1,1 @@
+"""One network under measurement: snapshots, also shared between ranks."""

@@ -1,0 +1,334 @@
+"""A snapshot taken by several processes together, each with its rows of the probe. Needs no Lightning.
+
+With N samples and W ranks each rank runs N/W of them through the network and back, the factors of the Jacobian
+(``gram.py``) are exchanged, and each rank computes 1/W of the blocks of the symmetric kernel. Where the factors of all
+samples do not fit into memory, they are not exchanged but made again block by block, and only the kernel is shared out.
+
+It pays where a sample's passes are dear (convolutions, attention); for a perceptron the exchange takes longer than it
+saves. ``python -m tests.benchmarks.sharded`` times both.
+
+Running statistics differ between the ranks of a DistributedDataParallel: those of rank 0 are used by all, in copies.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from torch_eft.measure.forward.checks import check_measurable
+from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.output import checked_output
+from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
+from torch_eft.measure.forward.structure import all_finite
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, Engine
+from torch_eft.measure.jacobian.factors import jacobian_factors
+from torch_eft.measure.jacobian.gram import Direct, Factor, Outer, add_gram, mirror
+from torch_eft.measure.network.ranks import Ranks
+from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
+from torch_eft.measure.representations.hidden_kernels import isolated_hidden_kernels
+
+
+def sharded_snapshot(
+    model: nn.Module,
+    probe: Probe,
+    plan: Plan,
+    lambdas: Mapping[str, float] | float | None = None,
+    output_fn: OutputFn | None = None,
+    group: dist.ProcessGroup | None = None,
+    memory: int = DEFAULT_MEMORY,
+) -> Snapshot:
+    """As ``take_snapshot``, by all ranks of a process group together; all must call, with equal arguments.
+
+    Outputs and NTK are shared out over the ranks; hidden kernels, which take a forward only, are not.
+
+    Args:
+        model: The module that every rank holds (of a DistributedDataParallel, its ``.module``).
+        probe: All the samples, on every rank.
+        plan: What to measure.
+        lambdas: The learning-rate tensor.
+        output_fn: Turns what the model returns into (N, C).
+        group: The process group; None for the default one.
+        memory: Bytes allowed on each rank.
+
+    Returns:
+        The whole snapshot, on every rank.
+
+    Raises:
+        ValueError: If the model cannot be measured, or is not the same on all ranks; parameters that are sharded
+            (FSDP) are refused: see ``full_copy``.
+        PeerError: If another rank failed.
+    """
+    ranks = Ranks(group)
+    if ranks.size == 1:
+        return take_snapshot(model, probe, plan, lambdas, output_fn)
+    with ExitStack() as stack:
+        network = ranks.together(lambda: stack.enter_context(isolated(model, output_fn)))
+        ranks.check_equal(_fingerprint(network, probe))
+        _equal_buffers(network, ranks)
+        output = _outputs(network, probe, ranks)
+        ntk = _kernel(network, probe, lambdas, plan.ntk_trace, memory, ranks) if plan.ntk else None
+        hidden = ranks.together(lambda: isolated_hidden_kernels(network, probe, plan.layers) if plan.hidden else {})
+    return Snapshot(output, ntk, hidden)
+
+
+def sharded_ntk(
+    model: nn.Module,
+    x: object,
+    lambdas: Mapping[str, float] | float | None = None,
+    trace: bool = False,
+    output_fn: OutputFn | None = None,
+    group: dist.ProcessGroup | None = None,
+    memory: int = DEFAULT_MEMORY,
+) -> Tensor:
+    """As ``ntk``, by all ranks of a process group together; arguments and errors as ``sharded_snapshot``."""
+    found = sharded_snapshot(model, as_probe(x), Plan(ntk=True, ntk_trace=trace), lambdas, output_fn, group, memory).ntk
+    assert found is not None
+    return found
+
+
+def full_copy(model: nn.Module, twin: nn.Module) -> nn.Module:
+    """Gather the sharded parameters and buffers of ``model`` (FSDP2, DTensor) into a plain ``twin``.
+
+    A collective: every rank must call it. The twin can then be measured by every rank, alone or together.
+
+    Args:
+        model: The module whose tensors may be sharded.
+        twin: The same architecture, built plainly, with real tensors.
+
+    Returns:
+        The twin.
+
+    Raises:
+        ValueError: If their names or shapes differ, before anything is gathered.
+        PeerError: If they differ on another rank.
+    """
+    source, target = _tensors_of(model), _tensors_of(twin)
+    if dist.is_available() and dist.is_initialized():
+        Ranks().together(lambda: _check_twin(source, target))
+    else:
+        _check_twin(source, target)
+    with torch.no_grad():
+        for name, value in source.items():
+            gather = getattr(value, "full_tensor", None)
+            target[name].copy_(value if gather is None else gather())
+    for name, parameter in model.named_parameters():
+        twin.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return twin
+
+
+def _check_twin(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    wrong = sorted(set(source) ^ set(target))
+    wrong = wrong or [name for name in source if source[name].shape != target[name].shape]
+    if wrong:
+        name = wrong[0]
+        sides = [tuple(side[name].shape) if name in side else "missing" for side in (source, target)]
+        raise ValueError(
+            f"twin: {name!r} is {sides[0]} in the model and {sides[1]} in the twin; build it as the model was built "
+            "before it was sharded"
+        )
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def _fingerprint(network: IsolatedModel, probe: Probe) -> dict[str, Tensor]:
+    """Numbers that are equal where the ranks hold the same."""
+    values = {f"the parameter {name!r} (its norm)": value.double().norm() for name, value in network.params.items()}
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(probe.inputs) if isinstance(leaf, Tensor)]
+    numbers = {f"input {i} of the probe (its norm)": leaf.double().norm() for i, leaf in enumerate(leaves)}
+    return {**values, **numbers, "the number of samples": torch.tensor(probe.size)}
+
+
+def _equal_buffers(network: IsolatedModel, ranks: Ranks) -> None:
+    """Rank 0's buffers on all: into the network's constants, which are copies; frozen parameters stay."""
+    names = [name for name, _ in network.shadow.named_buffers()]
+    values = ranks.from_first([network.constants[name] for name in names])
+    network.constants.update(zip(names, values, strict=True))
+
+
+def _own_rows(samples: int, ranks: Ranks, device: torch.device) -> Tensor:
+    """The numbers of this rank's samples; equally many on all, the last ones repeated."""
+    each = -(-samples // ranks.size)
+    return (torch.arange(each, device=device) + ranks.rank * each).clamp_max(samples - 1)
+
+
+def _outputs(network: IsolatedModel, probe: Probe, ranks: Ranks) -> Tensor:
+    def own() -> Tensor:
+        inputs = network.place(probe)
+        device = next(leaf.device for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+        rows = _own_rows(probe.size, ranks, device)
+        with torch.no_grad():
+            return checked_output(network, Probe(tree_map_only(Tensor, lambda tensor: tensor[rows], inputs)))
+
+    output = ranks.together(own)
+    return torch.cat([part for (part,) in ranks.gather([output])])[: probe.size]
+
+
+def _kernel(
+    network: IsolatedModel,
+    probe: Probe,
+    lambdas: Mapping[str, float] | float | None,
+    trace: bool,
+    memory: int,
+    ranks: Ranks,
+) -> Tensor:
+    def prepared() -> tuple[Engine, bool]:
+        engine = Engine(network, probe, lambdas, memory)
+        return engine, engine.estimate(outputs=1 if trace else None).blocks == 1
+
+    engine, fits = ranks.together(prepared)
+    if fits:
+        H = _by_exchange(engine, trace, ranks)
+    else:
+        H = _by_recomputation(engine, probe, lambdas, trace, memory, ranks)
+    if not all_finite(torch.stack(torch.aminmax(H))):  # one pass; the same H on all ranks: all raise
+        check_measurable(network)
+        raise ValueError("model: the NTK is not finite though the parameters are; outputs or derivatives overflow")
+    return H
+
+
+def _by_exchange(engine: Engine, trace: bool, ranks: Ranks) -> Tensor:
+    """Factors of the own rows, gathered; then the own share of the pairs of blocks."""
+    N, C = engine.samples, 1 if trace else engine.outputs
+    each = -(-N // ranks.size)
+
+    def own_factors() -> list[Factor]:
+        rows = _own_rows(N, ranks, next(iter(engine.network.params.values())).device)
+        inputs = tree_map_only(Tensor, lambda tensor: tensor[rows], engine.inputs)
+        found = jacobian_factors(engine.network, inputs, engine.moving, engine.plan)
+        return sorted(found, key=lambda factor: factor.weight)  # fallbacks come in no certain order
+
+    own = ranks.together(own_factors)
+    packed = [tensor for factor in own for tensor in _parts(factor)]
+    kinds = [(factor.names, [(part.shape, part.dtype) for part in _parts(factor)]) for factor in own]
+    ranks.check_equal({"how its Jacobian is had": torch.tensor(zlib.crc32(repr(kinds).encode()))})
+    blocks = [_like(own, tensors) for tensors in ranks.gather(packed)] if packed else [own] * ranks.size
+
+    like = next(iter(engine.network.params.values()))
+    shares = [list(_share(rank, ranks.size, each, N)) for rank in range(ranks.size)]
+    sizes = [sum(len(range(N)[rows]) * len(range(N)[columns]) for rows, columns in share) for share in shares]
+
+    def own_share() -> Tensor:
+        """The own blocks, one after the other, as long as the longest share."""
+        found = [like.new_zeros(0)]
+        for rows, columns in shares[ranks.rank]:
+            part = like.new_zeros(C, len(range(N)[rows]), C, len(range(N)[columns]))
+            first = _chosen(blocks, rows, each, trace)
+            second = first if rows == columns else _chosen(blocks, columns, each, trace)
+            for a, b in zip(first, second, strict=True):
+                add_gram({(0, 0): part}, a, b, engine.lambdas, rows == columns)
+            if rows == columns:
+                mirror(part)
+            found.append(part.reshape(-1))
+        own = torch.cat(found)
+        return torch.nn.functional.pad(own, (0, C * C * max(sizes) - len(own)))
+
+    H = like.new_empty(C, N, C, N)
+    for share, (found,) in zip(shares, ranks.gather([ranks.together(own_share)]), strict=True):
+        for rows, columns in share:
+            part = H[:, rows, :, columns]
+            part.copy_(found[: part.numel()].view(part.shape))
+            found = found[part.numel() :]
+            if rows != columns:
+                H[:, columns, :, rows] = part.permute(2, 3, 0, 1)
+    return _finished(H, engine.outputs, trace)
+
+
+def _share(rank: int, size: int, each: int, samples: int) -> Iterator[tuple[slice, slice]]:
+    """A rank's blocks (rows, columns) of the kernel, without the samples that are only repeated."""
+    for row, column in _pairs(rank, size, each):
+        rows, columns = (slice(s.start, min(s.stop, samples)) for s in (row, column))
+        if rows.start < rows.stop and columns.start < columns.stop:
+            yield rows, columns
+
+
+def _pairs(rank: int, size: int, each: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks (rows, columns) on and beside the diagonal, so that every pair of samples is one rank's, once.
+
+    Rank r takes the blocks (r, r + d) with d up to W/2, cyclically; of d = W/2, which two ranks could take, one takes
+    the first half of the rows and the other the rest.
+    """
+    whole = [slice(number * each, (number + 1) * each) for number in range(size)]
+    yield whole[rank], whole[rank]
+    for distance in range(1, (size - 1) // 2 + 1):
+        yield whole[rank], whole[(rank + distance) % size]
+    if size % 2 == 0:
+        other = (rank + size // 2) % size
+        first, second = sorted((rank, other))
+        start, middle, stop = whole[first].start, whole[first].start + each // 2, whole[first].stop
+        yield (slice(start, middle) if rank == first else slice(middle, stop)), whole[second]
+
+
+def _parts(factor: Factor) -> list[Tensor]:
+    """Its tensors at order 0."""
+    if isinstance(factor, Direct):
+        return [factor.jacobians[0]]
+    a = factor.inputs[0]
+    assert a is not None
+    return [a, *factor.gradients[0]]
+
+
+def _like(factors: list[Factor], tensors: list[Tensor]) -> list[Factor]:
+    """The same factors with other tensors."""
+    remaining = iter(tensors)
+    found: list[Factor] = []
+    for factor in factors:
+        new = [next(remaining) for _ in _parts(factor)]
+        if isinstance(factor, Direct):
+            found.append(replace(factor, jacobians=(new[0],)))
+        else:
+            found.append(replace(factor, inputs=(new[0],), gradients=(tuple(new[1:]),)))
+    return found
+
+
+def _chosen(blocks: list[list[Factor]], samples: slice, each: int, trace: bool) -> list[Factor]:
+    """The factors of some samples of one block."""
+    number = samples.start // each
+    inside = slice(samples.start - number * each, samples.stop - number * each)
+    found: list[Factor] = []
+    for factor in blocks[number]:
+        if isinstance(factor, Outer):
+            a = factor.inputs[0]
+            assert a is not None
+            gradients = tuple(g[inside] for g in factor.gradients[0])
+            part: Factor = replace(factor, inputs=(a[inside],), gradients=(gradients,))
+        else:
+            part = replace(factor, jacobians=(factor.jacobians[0][:, inside],))
+        found += part.traced() if trace else [part]
+    return found
+
+
+def _by_recomputation(
+    engine: Engine,
+    probe: Probe,
+    lambdas: Mapping[str, float] | float | None,
+    trace: bool,
+    memory: int,
+    ranks: Ranks,
+) -> Tensor:
+    """The own rows of H, (own, N), block by block within ``memory``."""
+    N = engine.samples
+
+    def own_rows() -> Tensor:
+        rows = _own_rows(N, ranks, torch.device("cpu")).unique()
+        wanted = rows[rows >= ranks.rank * -(-N // ranks.size)]  # a rank with repeated samples only has none
+        H = next(iter(engine.network.params.values())).new_zeros(*(N, N) if trace else (N, N, *2 * (engine.outputs,)))
+        if len(wanted):
+            inputs = tree_map_only(Tensor, lambda tensor: tensor[wanted.to(tensor.device)], probe.inputs)
+            own = Engine(engine.network, Probe(inputs), lambdas, memory)
+            H[wanted.to(H.device)] = own.gram(trace=trace, other=engine)[""][0, 0]
+        return H
+
+    H = ranks.sum(ranks.together(own_rows))
+    return (H + (H.T if trace else H.permute(1, 0, 3, 2))) / 2  # rounding only: H is symmetric
+
+
+def _finished(H: Tensor, outputs: int, trace: bool) -> Tensor:
+    """(C, N, C, N) as (N, N, C, C), or (N, N) of a trace."""
+    return H[0, :, 0] / outputs if trace else H.permute(1, 3, 0, 2)

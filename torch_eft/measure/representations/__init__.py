@@ -1,0 +1,1 @@
+"""Hidden kernels and how they change."""

@@ -1,0 +1,186 @@
+"""How signals and gradients pass through any network, block by block, from its Jacobians.
+
+The *trunk* is the chain of places that everything passes: the outputs of modules with parameters without which no path
+leads from the inputs to the output. Inside a residual block there is none, so that the blocks themselves are its
+elements. Found in the autograd graph, not by names.
+
+At a place t of the trunk, J = (1/N C) sum_{a,i} |dz_{i;a} / dt_a|^2, the squared gradient of an output summed over the
+features of t; chi = J / J_next is the susceptibility of what lies between, chi_perp of PDLT 5.1 for a layer of an MLP
+(averaged partial Jacobian norm: Doshi, He, Gromov 2021).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from torch_eft.measure.forward.isolation import IsolatedModel
+from torch_eft.measure.forward.output import checked_output
+from torch_eft.measure.forward.probe import Probe
+
+EXACT_OUTPUTS = 16
+"""Up to as many outputs are taken one by one; of more, as many random combinations."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place of the trunk, in one network.
+
+    Args:
+        name: Of the module whose output it is; ``name:2`` for its second call, and so on.
+        kind: Its class.
+        features: Numbers a sample.
+        variance: Mean square of the features.
+        entering: Mean square of what enters the module, input by input, (N,); None where that is no tensor of N rows.
+        gradient: J.
+    """
+
+    name: str
+    kind: str
+    features: int
+    variance: float
+    entering: Tensor | None
+    gradient: float
+
+
+@dataclass(frozen=True)
+class _Record:
+    name: str
+    module: nn.Module
+    node: Any
+    edge: Any
+    features: int
+    variance: float
+    entering: Tensor | None
+
+
+def trunk(network: IsolatedModel, probe: Probe) -> list[Place]:
+    """The trunk of an isolated network, in the order of execution; empty if there is none.
+
+    Args:
+        network: The network.
+        probe: Inputs; samples must not depend on one another.
+
+    Raises:
+        ValueError: If the forward rejects the probe.
+    """
+    params = {name: value.detach().requires_grad_() for name, value in network.params.items()}
+    moving = tree_map_only(
+        Tensor, lambda t: t.detach().clone().requires_grad_() if t.is_floating_point() else t, network.place(probe)
+    )
+    records, outputs = _recorded(network, params, Probe(moving), probe)
+    leaves = {id(leaf) for leaf in tree_leaves(moving) if isinstance(leaf, Tensor)}
+    chosen = _trunk_of(records, outputs, leaves)
+    if not chosen:
+        return []
+    squares = _squared_gradients(outputs, [record.edge for record in chosen])
+    calls: dict[str, int] = {}
+    found = []
+    for record, J in zip(chosen, squares.tolist(), strict=True):
+        calls[record.name] = calls.get(record.name, 0) + 1
+        name = record.name if calls[record.name] == 1 else f"{record.name}:{calls[record.name]}"
+        found.append(Place(name, type(record.module).__name__, record.features, record.variance, record.entering, J))
+    return found
+
+
+def _recorded(
+    network: IsolatedModel, params: dict[str, Tensor], moving: Probe, probe: Probe
+) -> tuple[list[_Record], Tensor]:
+    records: list[_Record] = []
+
+    def record(name: str, module: nn.Module, args: Any, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple) and value else value
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.grad_fn is None:
+            return
+        entering = args[0] if args and isinstance(args[0], Tensor) and args[0].is_floating_point() else None
+        if entering is not None and len(entering) == probe.size:
+            entering = entering.detach().double().flatten(1).square().mean(1)
+        else:
+            entering = None
+        # Before a later operation changes the tensor in place.
+        edge, size = get_gradient_edge(value), value.numel() // probe.size
+        records.append(
+            _Record(name, module, edge.node, edge, size, float(value.detach().double().square().mean()), entering)
+        )
+
+    handles = [
+        module.register_forward_hook(lambda module, args, value, name=name: record(name, module, args, value))
+        for name, module in network.shadow.named_modules()
+        if name
+    ]
+    try:
+        return records, _output(network, moving, params)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _output(network: IsolatedModel, moving: Probe, params: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        checked_output(network, moving, params)  # says what is wrong with the inputs, if anything
+    return network(params, moving.inputs)
+
+
+def _trunk_of(records: Sequence[_Record], outputs: Tensor, leaves: set[int]) -> list[_Record]:
+    order: list[Any] = []
+    by_node: dict[Any, list[_Record]] = {}
+    for record in records:
+        if record.node not in by_node:
+            order.append(record.node)
+        if type(record.module) is not nn.Sequential and _weighted(record.module):
+            by_node.setdefault(record.node, []).append(record)
+        else:
+            by_node.setdefault(record.node, [])
+    cuts = [
+        by_node[node]
+        for index, node in enumerate(order)
+        if by_node[node] and not _reaches(outputs.grad_fn, node, set(order[:index]), leaves)
+    ]
+    return [_named(cut, [record.name for other in cuts if other is not cut for record in other]) for cut in cuts]
+
+
+def _named(cut: Sequence[_Record], others: Sequence[str]) -> _Record:
+    """Of the modules that end at one place the outermost that holds no other place: a block, not its last layer."""
+    free = [record for record in cut if not any(name.startswith(f"{record.name}.") for name in others)]
+    return min(free or cut, key=lambda record: record.name.count("."))
+
+
+def _weighted(module: nn.Module) -> bool:
+    return "Norm" not in type(module).__name__ and any(True for _ in module.parameters())
+
+
+def _reaches(start: Any, stop: Any, earlier: set[Any], leaves: set[int]) -> bool:
+    """Whether a path from ``start`` that avoids ``stop`` leads to the inputs or to something computed earlier."""
+    pending, seen = [start], {stop}
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if node in earlier or id(getattr(node, "variable", None)) in leaves:
+            return True
+        seen.add(node)
+        pending += [previous for previous, _ in node.next_functions]
+    return False
+
+
+def _squared_gradients(outputs: Tensor, edges: Sequence[Any]) -> Tensor:
+    """J at every edge: exact for few outputs, else by random signs (Hutchinson)."""
+    count, channels = outputs.shape
+    if channels <= EXACT_OUTPUTS:
+        rows = torch.eye(channels, dtype=outputs.dtype, device=outputs.device)[:, None, :].expand(-1, count, -1)
+        weight = 1 / (count * channels)
+    else:
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        signs = torch.randint(0, 2, (EXACT_OUTPUTS, count, channels), generator=generator, device="cpu") * 2 - 1
+        rows, weight = signs.to(outputs), 1 / (count * channels * EXACT_OUTPUTS)
+    total = [0.0] * len(edges)
+    for u in rows:
+        gradients = torch.autograd.grad(outputs, edges, u, retain_graph=True, allow_unused=True)
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                total[index] += weight * float(gradient.detach().double().square().sum())
+    return torch.tensor(total, dtype=torch.float64, device="cpu")

@@ -1,0 +1,161 @@
+"""Hidden representations of one network on the probe, and how far they have moved.
+
+The kernel of a hidden layer is ``(1 / n) sum_j s_{j;a} s_{j;b}`` over its n features s (PDLT 4.1, there
+with the activations as features; preactivations if their layers are named).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.output import checked_output
+from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
+from torch_eft.measure.forward.structure import all_finite
+from torch_eft.measure.representations.alignment import target_kernel
+
+_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.rnn.RNNBase, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class Representation:
+    """The hidden layers of one network on N samples.
+
+    Args:
+        K: ``{layer: (N, N)}``, the kernels, in the order of execution.
+        widths: ``{layer: n}``, the numbers of features (channels times places).
+        target_kernel: y y^T of the targets, (N, N), or None if none were given.
+        activations: ``{layer: (N, n)}`` if they were to be kept, else empty.
+    """
+
+    K: dict[str, Tensor]
+    widths: dict[str, int]
+    target_kernel: Tensor | None = None
+    activations: dict[str, Tensor] | None = None
+
+
+def representation(
+    model: nn.Module,
+    x: Any,
+    targets: Tensor | None = None,
+    layers: Sequence[str] | None = None,
+    output_fn: OutputFn | None = None,
+    keep: bool = False,
+) -> Representation:
+    """The hidden layers of ``model`` on ``x``, in evaluation mode.
+
+    Args:
+        model: Any module.
+        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        targets: (N, C) or (N,), or class numbers (N,), taken as one-hot.
+        layers: Names of submodules whose outputs are the features; None picks them as ``hidden_kernels`` does.
+        output_fn: Turns what the model returns into (N, C).
+        keep: Keep the activations, which ``movement`` needs: N n numbers a layer.
+
+    Raises:
+        ValueError: If a name is no submodule, the forward rejects ``x``, a kernel is not finite, or the targets are
+            not N.
+    """
+    probe = as_probe(x)
+    kernels: dict[str, Tensor] = {}
+    widths: dict[str, int] = {}
+    kept: dict[str, Tensor] = {}
+    with isolated(model, output_fn) as network:
+        for name, features in _features(network, probe, layers, keep).items():
+            kernels[name], widths[name] = features.kernel, features.width
+            if features.values is not None:
+                kept[name] = features.values
+    if not all_finite(*kernels.values()):
+        wrong = next(name for name, K in kernels.items() if not all_finite(K))
+        first = int((~kernels[wrong].diagonal().isfinite()).nonzero()[0])
+        raise ValueError(
+            f"model: the activations of layer {wrong!r} on sample {first} of the probe are NaN or infinite, or their "
+            "squares are; look at that input and the parameters, or measure in float64"
+        )
+    return Representation(kernels, widths, target_kernel(targets, probe.size), kept if keep else None)
+
+
+def hidden_kernels(
+    model: nn.Module, x: Any, layers: Sequence[str] | None = None, output_fn: OutputFn | None = None
+) -> dict[str, Tensor]:
+    """The kernels of hidden layers on ``x``, in evaluation mode.
+
+    Args:
+        model: Any module.
+        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        layers: Names of submodules whose outputs are the features. None picks the activation modules
+            (``nn.Tanh``, ``nn.ReLU`` ...), or, where there is none, every layer with weights but the last.
+        output_fn: Turns what the model returns into (N, C).
+
+    Returns:
+        ``{name: (N, N)}`` in the order of execution; a module called several times appears as
+        ``name``, ``name:2``, ... Layers whose output is not a tensor with N rows are left out.
+
+    Raises:
+        ValueError: If a name is no submodule, or the forward rejects ``x``.
+    """
+    with isolated(model, output_fn) as network:
+        return isolated_hidden_kernels(network, as_probe(x), layers)
+
+
+def isolated_hidden_kernels(
+    network: IsolatedModel, probe: Probe, layers: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """As ``hidden_kernels``, for a network that is already isolated."""
+    return {name: features.kernel for name, features in _features(network, probe, layers).items()}
+
+
+@dataclass(frozen=True)
+class _Features:
+    kernel: Tensor
+    width: int
+    values: Tensor | None
+
+
+def _features(
+    network: IsolatedModel, probe: Probe, layers: Sequence[str] | None, keep: bool = False
+) -> dict[str, _Features]:
+    modules = dict(network.shadow.named_modules())
+    if layers is not None:
+        unknown = [name for name in layers if name not in modules]
+        if unknown:
+            raise ValueError(f"layers: {unknown[0]!r} is no submodule; there are {', '.join(n for n in modules if n)}")
+        watched = list(layers)
+    else:
+        watched = [name for name, module in modules.items() if _is_activation(module)]
+    weighted = layers is None and not watched
+    if weighted:
+        watched = [name for name, module in modules.items() if isinstance(module, _WEIGHTED)]
+    found: dict[str, _Features] = {}
+    calls: dict[str, int] = {}
+
+    def record(name: str, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(value, Tensor) and value.ndim >= 2 and len(value) == probe.size and value.is_floating_point():
+            calls[name] = calls.get(name, 0) + 1
+            features = value.detach().flatten(1)
+            key = name if calls[name] == 1 else f"{name}:{calls[name]}"
+            # A clone: a later operation may change the output in place.
+            values = features.clone() if keep else None
+            found[key] = _Features(features @ features.T / features.shape[1], features.shape[1], values)
+
+    handles = [
+        modules[name].register_forward_hook(lambda module, args, value, name=name: record(name, value))
+        for name in watched
+    ]
+    try:
+        with torch.no_grad():
+            checked_output(network, probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if weighted and len(found) > 1:
+        found.popitem()  # the last one is the output
+    return found
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, nn.MultiheadAttention)

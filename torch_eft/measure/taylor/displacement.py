@@ -1,0 +1,125 @@
+"""What a displacement of the parameters did to outputs and NTK, beside what derivatives at its start say of it.
+
+With d = theta' - theta, the real displacement (of any optimizer), and J = J_0 + s J_1 + s^2 J_2 + .. along theta + s d,
+
+    f(theta') - f(theta) = f' d + f'' d d / 2 + f''' d d d / 6 + O(d^4),
+    H(theta') - H(theta) = (J_1 lambda J_0^T + transpose) + (J_2 lambda J_0^T + transpose + J_1 lambda J_1^T) + O(d^3).
+
+For a step of gradient descent, d = - eta lambda J^T e, the first terms are -eta H e and the dNTK, - eta (dH e + its
+transpose), the second ones dH e e and the ddNTKs (PDLT 11.1 and chapter infinity): outputs with the NTK frozen are of
+order 0 in 1/n, everything else here is of order 1/n.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.forward.probe import OutputFn, as_probe
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
+from torch_eft.measure.kernels.dntk import almost_everywhere, isolated_contracted
+from torch_eft.measure.kernels.ntk import isolated_ntk
+from torch_eft.measure.taylor.secant import _complete
+from torch_eft.measure.taylor.series import taylor_series
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Realised changes over a displacement, and their terms from its start.
+
+    Args:
+        output: (N, C), at the start.
+        output_change: (N, C), realised.
+        output_terms: (3, N, C): f' d, f'' d d / 2, f''' d d d / 6.
+        ntk: At the start, (N, N, C, C) or (N, N); None if it was not asked for.
+        ntk_change: Realised.
+        ntk_terms: (1 or 2, ...): from dNTK, and from the ddNTKs.
+        kinked: Operations with kinks, whose crossings no term contains.
+        frozen_moved: |d| of the parameters with lambda = 0, relative to |d|: the NTK's terms leave them out.
+    """
+
+    output: Tensor
+    output_change: Tensor
+    output_terms: Tensor
+    ntk: Tensor | None
+    ntk_change: Tensor | None
+    ntk_terms: Tensor | None
+    kinked: tuple[str, ...]
+    frozen_moved: float
+
+    @property
+    def validity(self) -> str:
+        """What the terms stand for, in words."""
+        text = almost_everywhere(self.kinked) or "the derivatives of a smooth network"
+        if self.frozen_moved > 0:
+            text += f"; {100 * self.frozen_moved:.2g} % of the displacement is of parameters with lambda = 0"
+        return text
+
+
+def interval(
+    model: nn.Module,
+    params0: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    x: Any,
+    lambdas: Mapping[str, float] | float | None = None,
+    order: int = 2,
+    trace: bool = False,
+    output_fn: OutputFn | None = None,
+    kernels: tuple[Tensor, Tensor] | None = None,
+    ntk: bool = True,
+    memory: int = DEFAULT_MEMORY,
+) -> Interval:
+    """Changes of outputs and NTK from ``params0`` to ``params``, realised and by derivatives at ``params0``.
+
+    Args:
+        model: Any module, in evaluation mode; its own parameters are not used.
+        params0: theta, ``{name: tensor}`` of every trainable parameter.
+        params: theta', likewise.
+        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        lambdas: The learning-rate tensor of the NTK, as ``ntk`` takes it.
+        order: 1: the NTK's change by dNTK; 2: by the ddNTKs as well.
+        trace: Average the NTK over outputs.
+        output_fn: Turns what the model returns into (N, C).
+        kernels: H at ``params0`` and at ``params``, where they are known.
+        ntk: Whether the NTK is wanted.
+        memory: Bytes allowed.
+
+    Raises:
+        ValueError: As ``taylor_series`` and ``contracted``; if ``order`` is not 1 or 2.
+    """
+    if order not in (1, 2):
+        raise ValueError(f"order: {order} given; 1 is dNTK, 2 is dNTK and ddNTK")
+    probe = as_probe(x)
+    series = taylor_series(model, params0, params, probe, 3, output_fn)
+    with isolated(model, output_fn) as network:
+        first, second = _complete(network, params0, "params0"), _complete(network, params, "params")
+        at_start = replace(network, params=first)
+        d = {name: second[name] - value for name, value in first.items()}
+        moving = set(first) if not isinstance(lambdas, Mapping) else {name for name in first if lambdas[name] > 0}
+        H = change = terms = None
+        kinked = series.kinked
+        if ntk:
+            if kernels is None:
+                H, H_end = (
+                    isolated_ntk(replace(network, params=at), probe, lambdas, trace, memory) for at in (first, second)
+                )
+            else:
+                H, H_end = (value.to(next(iter(first.values())).device) for value in kernels)
+            found = isolated_contracted(at_start, probe, d, lambdas, order, H.ndim == 2, memory, kernel=False)
+            kinked = tuple(dict.fromkeys((*kinked, *found.kinked)))
+            change, linear = H_end - H, symmetrised(found.dH)
+            terms = linear[None]
+            if found.ddI is not None and found.ddII is not None:
+                terms = torch.stack([linear, symmetrised(found.ddI) / 2 + found.ddII])
+        squares = torch.stack([value.double().square().sum() for value in d.values()])
+        left = torch.tensor([name not in moving for name in d], device=squares.device)
+        share = float((squares[left].sum() / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+    return Interval(series.terms[0], series.value - series.terms[0], series.terms[1:], H, change, terms, kinked, share)
+
+
+def symmetrised(dH: Tensor) -> Tensor:
+    """dH_{ij;ab} + dH_{ji;ba}: the NTK's own rate of change, of a one-sided dNTK (N, N, C, C) or (N, N)."""
+    return dH + (dH.transpose(0, 1) if dH.ndim == 2 else dH.permute(1, 0, 3, 2))

@@ -1,0 +1,87 @@
+"""The names under which results are logged.
+
+* ``eft/<quantity>/measured``: what this network does; quantities beyond the first twelve as
+  ``eft-more/<quantity>/measured``;
+* ``eft-theory/<quantity>/<series>``: what the theory says of it, by order, with its band (``SERIES``);
+* ``eft-layers/<quantity>/<layer>``: a measured quantity of one layer, where asked for.
+
+Groups, so that the scalars tab shows few cards unless more are opened. Quantities are those of ``QUANTITIES``.
+"""
+
+from collections.abc import Iterable, Mapping
+from sys import intern  # a history has every tag once a step: as many names, one string each
+
+from torch_eft.results.quantities import QUANTITIES
+
+PREFIX, MORE, THEORY, LAYERS = "eft", "eft-more", "eft-theory", "eft-layers"
+
+MEASURED = "measured"
+BAND = ("minus_sigma", "plus_sigma")
+ORDERS = {"order_0": "order 0 (infinite width)", "order_1": "order 1 (finite width)"}
+SERIES = {
+    **ORDERS,
+    "minus_sigma": "the highest order there is, minus one standard deviation over initialisations",
+    "plus_sigma": "the highest order there is, plus one standard deviation over initialisations",
+    "truncation": "estimated size of what the next order would add",
+    "z_score": "(measured - theory) / sigma",
+    "ratio": "measured / theory, where there is no sigma",
+}
+SPECTRUM = "eft/ntk_spectrum/log10_eigenvalues"
+
+
+def tag(quantity: str, series: str = MEASURED) -> str:
+    """``eft/<quantity>/measured`` (or ``eft-more/...``), or ``eft-theory/<quantity>/<series>``.
+
+    Raises:
+        ValueError: If the quantity is not registered or the series unknown.
+    """
+    if quantity not in QUANTITIES:
+        raise ValueError(f"quantity: {quantity!r} is not in QUANTITIES; describe it there first")
+    if series == MEASURED:
+        return intern(f"{PREFIX if QUANTITIES[quantity].among_the_first else MORE}/{quantity}/{MEASURED}")
+    if series not in SERIES:
+        raise ValueError(f"series: {series!r} given; give {MEASURED!r} or one of {', '.join(SERIES)}")
+    return intern(f"{THEORY}/{quantity}/{series}")
+
+
+def layer_tag(quantity: str, layer: str) -> str:
+    """``eft-layers/<quantity>/<layer>``.
+
+    Raises:
+        ValueError: If the quantity is not registered.
+    """
+    if quantity not in QUANTITIES:
+        raise ValueError(f"quantity: {quantity!r} is not in QUANTITIES; describe it there first")
+    return intern(f"{LAYERS}/{quantity}/{layer}")
+
+
+def quantity_of(name: str) -> str | None:
+    """The quantity that a tag belongs to; None if it is none of ours."""
+    parts = name.split("/", 2)
+    known = len(parts) == 3 and parts[0] in (PREFIX, MORE, THEORY, LAYERS) and parts[1] in QUANTITIES
+    return parts[1] if known else None
+
+
+def logged_tags(history: Mapping[int, Iterable[str]]) -> set[str]:
+    """All tags of a history ``{step: {tag: value}}``."""
+    return {name for scalars in history.values() for name in scalars}
+
+
+def compared_quantities(history: Mapping[int, Iterable[str]]) -> list[str]:
+    """The quantities of a history that have a theory beside them, in the order in which they are drawn."""
+    logged = logged_tags(history)
+    return [quantity for quantity in QUANTITIES if any(tag(quantity, order) in logged for order in ORDERS)]
+
+
+def theory_of(scalars: Mapping[str, float], quantity: str) -> float | None:
+    """The highest order of the theory there is for a quantity."""
+    for order in reversed(ORDERS):
+        if (value := scalars.get(tag(quantity, order))) is not None:
+            return value
+    return None
+
+
+def sigma_of(scalars: Mapping[str, float], quantity: str) -> float | None:
+    """Half the width of the band, one standard deviation over initialisations; None without a band."""
+    lower, upper = (scalars.get(tag(quantity, series)) for series in BAND)
+    return None if lower is None or upper is None else (upper - lower) / 2

@@ -1,0 +1,133 @@
+"""``torch-eft report``: the EFT tab of one or more runs as one HTML file, rebuilt from their ``eft.jsonl``.
+
+The file holds the tab's own modules, style and data, and asks nothing of the network.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch_eft.tensorboard.run_info import Records, find_jsonl, read_jsonl
+
+STATIC = Path(__file__).parent / "plugin" / "static"
+ENTRY = "report.js"
+_IMPORT = re.compile(r'^import [^;]*? from "\./([\w.-]+)";\n', re.MULTILINE)
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path) -> str:
+    """Write the report of some runs.
+
+    Args:
+        runs: Log directories, searched for ``eft.jsonl`` files, or such files.
+        out: The HTML file; its directory is made.
+
+    Returns:
+        What was written and what was skipped, in sentences.
+
+    Raises:
+        FileNotFoundError: If a path does not exist or has none of our files at or below it.
+        ValueError: If the files hold no measurement.
+        OSError: If a file cannot be read or ``out`` cannot be written.
+    """
+    files = list(dict.fromkeys(file for run in runs for file in find_jsonl(run)))
+    records = [read_jsonl(file) for file in files]
+    usable = [record for record in records if record.measurements]
+    notes = [record.note for record in records if record.note]
+    notes += [
+        f"{record.path}: it holds no measurement and was left out." for record in records if not record.measurements
+    ]
+    if not usable:
+        raise ValueError(" ".join(["no measurement in what was given.", *notes]))
+    page = report_page(report_data(usable, " ".join(notes)))
+    out = Path(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"{out} cannot be written ({error.strerror}); give another --out") from error
+    runs_word = "1 run" if len(usable) == 1 else f"{len(usable)} runs"
+    return "\n".join([f"{out}: {runs_word}", *notes])
+
+
+def report_data(records: Sequence[Records], note: str = "") -> dict[str, Any]:
+    """What the tab's modules read: the answer of ``/runs``, and under ``series`` and ``pages`` the rest by run."""
+    names = _names([record.path for record in records])
+    runs, series, pages = [], {}, {}
+    for name, record in zip(names, records, strict=True):
+        found = record.series()
+        info = {**record.info, "events": record.events} if record.info is not None else None
+        problem = "" if info else "This run's file does not describe it: r and validity are not known."
+        quantities = {quantity: list(values) for quantity, values in found.items()}
+        runs.append({"name": name, "info": info, "problem": problem, "quantities": quantities})
+        series[name] = found
+        # The diagnosis is part of the run info.
+        pages[name] = {page: text for page, text in record.pages.items() if text != (info or {}).get("diagnosis")}
+    return {"runs": runs, "series": series, "pages": pages, "others": 0, "note": note}
+
+
+def report_page(data: dict[str, Any]) -> str:
+    """The self-contained HTML page of such data."""
+    # "</script>" inside a string would end the element.
+    content = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    script = f"\n{bundle(ENTRY)}"
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:"
+    style = (STATIC / "style.css").read_text("utf-8")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f'<meta name="viewport" content="width=device-width">\n<title>torch_eft report</title>\n'
+        f"<style>\n{style}</style>\n"
+        f"</head>\n<body>\n<main></main>\n<noscript>This report draws its charts with JavaScript.</noscript>\n"
+        f'<script type="application/json" id="eft-data">{content}</script>\n'
+        f'<script type="module">{script}</script>\n</body>\n</html>\n'
+    )
+
+
+def bundle(entry: str) -> str:
+    """A module and all that it imports as one text, each before those that need it.
+
+    The modules share one scope there, so their top-level names must differ, and imports are of the one form
+    ``import { a, b } from "./x.js";``.
+
+    Raises:
+        ValueError: If an import of another form is left.
+    """
+    order: list[str] = []
+
+    def visit(name: str) -> None:
+        if name in order:
+            return
+        for imported in _IMPORT.findall(_module(name)):
+            visit(imported)
+        order.append(name)
+
+    visit(entry)
+    return "\n".join(_inlined(name) for name in order)
+
+
+def _module(name: str) -> str:
+    return (STATIC / name).read_text("utf-8")
+
+
+def _inlined(name: str) -> str:
+    text = re.sub(
+        r"^export (?=(async )?(function|class|const|let))", "", _IMPORT.sub("", _module(name)), flags=re.MULTILINE
+    )
+    if left := re.search(r"^(import|export)\b.*", text, re.MULTILINE):
+        raise ValueError(f"{name}: {left.group()!r} cannot be inlined")
+    return f"// ---- {name}\n{text}"
+
+
+def _names(paths: Iterable[Path]) -> list[str]:
+    """The shortest ends of the directories' paths that tell them apart, as far as two parts if they allow."""
+    parts = [path.resolve().parent.parts for path in paths]
+    for length in range(min(2, max(map(len, parts))), max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]

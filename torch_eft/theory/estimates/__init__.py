@@ -1,0 +1,1 @@
+"""Single numbers that follow from the statistics at initialization."""

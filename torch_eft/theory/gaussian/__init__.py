@@ -1,0 +1,1 @@
+"""Expectations of activations under N(0, K)."""

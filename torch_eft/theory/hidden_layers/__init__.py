@@ -1,0 +1,1 @@
+"""Hidden kernels and NTKs, and how training changes them at order 1/n."""

@@ -1,0 +1,1 @@
+"""One network's coupled equations of NTK, dNTK and ddNTK."""

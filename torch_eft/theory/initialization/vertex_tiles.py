@@ -1,0 +1,251 @@
+"""Vertices on tiles of probe and training labels, for contractions that run over many of them.
+
+One set of random points serves all tiles and all vertices. Two labels that are many and two that are few are paired
+so that both pair features have few columns; tensors of sampled moments are kept in single precision, far below the
+sampling error.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.activations import Activation
+from torch_eft.theory.gaussian.four_point_moments import Factor
+from torch_eft.theory.gaussian.points import MOST_QUADRATURE_LABELS, Points, quadrature_spacings, sample_points
+from torch_eft.theory.gaussian.scale_invariant import Orders
+from torch_eft.theory.gaussian.two_point_moments import Kinks, PairMoments
+from torch_eft.theory.initialization.estimators import RECURSIONS, evaluators, infinite_width
+from torch_eft.theory.initialization.evaluator import Vertices
+
+Sets = Mapping[str, Tensor]
+
+
+class VertexSource(Protocol):
+    """What the contractions ask: the vertex for printed letters, a broadcast array with one axis a letter."""
+
+    def array(self, name: str, layer: int, letters: str) -> Tensor:
+        """The vertex ``name`` at ``layer``."""
+        ...
+
+
+class VertexTiles:
+    """Evaluators of the vertices on any sets of labels.
+
+    Args:
+        ensemble: The ensemble.
+        x: All inputs, checked, (N_all, n_0).
+        samples: Sample size in all, where moments are sampled.
+        replicas: Independent samples it is shared by; of one, no error can be told.
+        seed: Seed of the samples.
+        kinks: What explicit derivatives are at a kink.
+    """
+
+    def __init__(
+        self, ensemble: MLPEnsemble, x: Tensor, samples: int, replicas: int, seed: int, kinks: Kinks = "autograd"
+    ) -> None:
+        self.ensemble, self.depth = ensemble, ensemble.depth
+        self._kinks, self._seed, self._replicas = kinks, seed, replicas
+        self._size = samples // replicas
+        K, Theta, pairs = infinite_width(ensemble, x, kinks)
+        self.K, self.Theta = K[-1], Theta[-1]
+        self.layers = K, Theta, pairs
+        activation = ensemble.activation
+        self.sampled = activation.slopes is None and not (
+            len(x) <= MOST_QUADRATURE_LABELS
+            and (activation.kinked or all(quadrature_spacings(activation, k) is not None for k in K[:-1]))
+        )
+        self.refined = not self.sampled
+        self._single = [k.float() for k in K], [k.float() for k in Theta], [_SinglePairs(pair) for pair in pairs]
+        self._moments: dict[tuple[int, int], _PairedMoments] = {}
+        self._whole: list[_Whole] = []
+
+    def runs(self, sets: Sets) -> Iterator[VertexSource]:
+        """Evaluators to be combined: independent samples, or ever finer quadratures (``refined``).
+
+        One at a time: what an evaluator has computed is given back with it.
+        """
+        if not self.sampled:
+            yield from self._integrated(sets)
+            return
+        K, Theta, rounded = self._single
+        for replica in range(self._replicas):
+            yield Vertices(
+                self.ensemble,
+                K,
+                Theta,
+                list(rounded),
+                functools.partial(self._sampled, replica),
+                sets,
+                RECURSIONS,
+                self._kinks,
+            )
+
+    def _integrated(self, sets: Sets) -> Iterator[VertexSource]:
+        K, Theta, pairs = self.layers
+        if len(K[0]) > MOST_QUADRATURE_LABELS:  # closed forms: as cheap on any sets
+            yield from evaluators(self.ensemble, K, Theta, pairs, sets, 1, 2, self._seed, self._kinks)[1]
+            return
+        if not self._whole:
+            everything = dict.fromkeys("abcd", torch.arange(len(K[0]), device=K[0].device))
+            found = evaluators(self.ensemble, K, Theta, pairs, everything, 1, 2, self._seed, self._kinks)[1]
+            self._whole = [_Whole(evaluator, len(K[0])) for evaluator in found]
+        for whole in self._whole:
+            yield _Part(whole, sets)
+
+    def _sampled(self, replica: int, m: int) -> "_PairedMoments":
+        if (replica, m) not in self._moments:
+            K = self.layers[0]
+            points = sample_points(K[m - 1], self._size, self._seed + 1000 * replica + m)
+            self._moments[replica, m] = _PairedMoments(self.ensemble.activation, points, self._single[2][m - 1])
+        return self._moments[replica, m]
+
+
+class _Whole:
+    """Vertices of a few points, each integrated once for all of them."""
+
+    def __init__(self, vertices: Vertices, count: int) -> None:
+        self._vertices, self._count = vertices, count
+        self._known: dict[tuple[str, int], Tensor] = {}
+
+    def tensor(self, name: str, layer: int) -> Tensor:
+        """The vertex on all points, in the printed order of labels."""
+        if (name, layer) not in self._known:
+            letters = "ab" if name in ("G1", "Theta1") else "abcd"
+            value = self._vertices.array(name, layer, letters)
+            value = value.reshape(value.shape[: len(letters)])
+            self._known[name, layer] = value.expand([self._count] * len(letters))
+        return self._known[name, layer]
+
+
+class _Part:
+    """Vertices of a few points on sets of labels."""
+
+    def __init__(self, whole: _Whole, sets: Sets) -> None:
+        self._whole, self._sets, self._axes = whole, sets, list(sets)
+
+    def array(self, name: str, layer: int, letters: str) -> Tensor:
+        """The vertex for the printed letters."""
+        index = []
+        for letter in letters:
+            shape = [1] * len(self._axes)
+            shape[self._axes.index(letter)] = -1
+            index.append(self._sets[letter].reshape(shape))
+        return self._whole.tensor(name, layer)[tuple(index)]
+
+
+class _PairedMoments:
+    """Moments with three and four labels over a sample, split so that the two matrices multiplied are narrow.
+
+    With f and g the products of functions on the two sides and means of the sample in a bar, what is returned is the
+    exact <f> <g> and the covariance about exact means: fg - f <g> - <f> g + 2 <f> <g>, each over the sample.
+
+    Args:
+        activation: sigma.
+        points: The sample.
+        pairs: The exact two-label moments.
+    """
+
+    def __init__(self, activation: Activation, points: Points, pairs: PairMoments) -> None:
+        self._activation, self._z, self._pairs = activation, points.z, pairs
+        self._functions: dict[Orders, Tensor] = {}
+
+    def moment(self, factors: Sequence[Factor]) -> Tensor:
+        """<prod f>, one axis a factor."""
+        n = [len(index) for _, index in factors]
+        columns = [
+            math.prod(n[slot] for slot in left) + math.prod(n[slot] for slot in right)
+            for left, right in _SPLITS[len(n)]
+        ]
+        left, right = _SPLITS[len(n)][columns.index(min(columns))]
+        first, second = [factors[slot] for slot in left], [factors[slot] for slot in right]
+        mean_first, mean_second = self._mean(first), self._mean(second)
+        product = self._z.new_zeros(len(mean_first), len(mean_second))
+        sum_first, sum_second = torch.zeros_like(mean_first), torch.zeros_like(mean_second)
+        columns_first, columns_second = self._columns(first), self._columns(second)
+        rows = max(1, _FEATURES // min(columns))
+        for start in range(0, len(self._z), rows):  # small enough for the features to stay in the cache
+            part = slice(start, start + rows)
+            f, g = _products(columns_first, part), _products(columns_second, part)
+            product.addmm_(f.T, g)
+            sum_first, sum_second = sum_first + f.sum(0), sum_second + g.sum(0)
+        count = len(self._z)
+        product /= count
+        product -= torch.outer(sum_first / count - mean_first, mean_second)
+        product -= torch.outer(mean_first, sum_second / count - mean_second)
+        order = (*left, *right)
+        value = product.reshape([n[slot] for slot in order])
+        return value.permute([order.index(axis) for axis in range(len(n))])
+
+    def _mean(self, factors: Sequence[Factor]) -> Tensor:
+        """The exact mean of one or two factors, flat."""
+        if len(factors) == 1:
+            orders, index = factors[0]
+            return self._pairs.single(orders)[index]
+        (first, rows), (second, columns) = factors
+        return self._pairs.explicit(first, second)[rows][:, columns].flatten()
+
+    def _columns(self, factors: Sequence[Factor]) -> list[Tensor]:
+        """Every factor at all points, (S, n)."""
+        for orders, _ in factors:
+            if orders not in self._functions:
+                self._functions[orders] = torch.stack([self._activation(self._z, order) for order in orders]).prod(0)
+        return [self._functions[orders][:, _consecutive(index)] for orders, index in factors]
+
+
+_SPLITS = {
+    3: (((0,), (1, 2)), ((1,), (0, 2)), ((2,), (0, 1))),
+    4: (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))),
+}
+
+_FEATURES = 2**21
+"""Entries of the features multiplied at once."""
+
+
+def _consecutive(index: Tensor) -> Tensor | slice:
+    """Consecutive numbers as a slice, which copies nothing."""
+    if len(index) and bool((index.diff() == 1).all()):
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return index
+
+
+def _products(columns: Sequence[Tensor], part: slice) -> Tensor:
+    """Products over all entries of one or two factors at some points, (S, n)."""
+    if len(columns) == 1:
+        return columns[0][part]
+    return (columns[0][part, :, None] * columns[1][part, None, :]).flatten(1)
+
+
+class _SinglePairs:
+    """Exact two-label moments, rounded to single precision."""
+
+    def __init__(self, pairs: PairMoments) -> None:
+        self._pairs = pairs
+        self._known: dict[tuple, Tensor] = {}
+
+    def single(self, orders: Orders) -> Tensor:
+        """<prod sigma^(p)_a>, (N,)."""
+        return self._pairs.single(orders).float()
+
+    def explicit(self, first: Orders, second: Orders) -> Tensor:
+        """<prod sigma^(p)_a prod sigma^(q)_b>, (N, N)."""
+        key = ("explicit", first, second)
+        if key not in self._known:
+            self._known[key] = self._pairs.explicit(first, second).float()
+        return self._known[key]
+
+    def response(self, p: int, q: int, i: int, j: int) -> Tensor:
+        """<d_a^i d_b^j sigma^(p)_a sigma^(q)_b>, (N, N)."""
+        key = ("response", p, q, i, j)
+        if key not in self._known:
+            self._known[key] = self._pairs.response(p, q, i, j).float()
+        return self._known[key]
+
+
+def expanded(source: VertexSource, name: str, depth: int, letters: str, sizes: Sequence[int]) -> Tensor:
+    """A vertex at the output on the full product of the sets, float64."""
+    return source.array(name, depth, letters).double().expand(*sizes)

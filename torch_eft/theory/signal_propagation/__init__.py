@@ -1,0 +1,1 @@
+"""Susceptibilities, critical points and regimes."""

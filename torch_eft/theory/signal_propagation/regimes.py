@@ -1,0 +1,91 @@
+"""Where the expansion in 1/n holds: epsilon, the regime in words, and the validity of order 0 and order 1.
+
+A network's last hidden layer sets the variance G of its output given everything before; epsilon = Var(G) / E[G]^2
+over initialisations controls the expansion. To order 1/n, epsilon = V / (n_{L-1} K^2) at the output, with V the
+four-point vertex for one input (PDLT 4.3, single-input form):
+
+    V^(l+1) = C_W^2 { <s^4> - <s^2>^2 + (n_l / n_{l-1}) (d<s^2>/dK)^2 V^(l) },    V^(1) = 0.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torch_eft.results.trajectory import Validity
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.signal_propagation.susceptibility import power_mean, slope_of_variance
+
+
+def output_fluctuation(ensemble: MLPEnsemble, x: Tensor | None = None) -> float:
+    """The fluctuation epsilon = V / (n_{L-1} K^2) at the output, to order 1/n, the mean over the inputs.
+
+    Args:
+        ensemble: The ensemble.
+        x: Inputs, (N, n_0); without them, one input with |x|^2 = n_0.
+
+    Returns:
+        epsilon >= 0; 0 without a hidden layer.
+    """
+    size = (
+        torch.ones(1, dtype=torch.float64, device="cpu")
+        if x is None
+        else x.to(torch.float64).square().sum(1).unique() / ensemble.widths[0]
+    )
+    K = ensemble.C_b[0] + ensemble.C_W[0] * size
+    V = torch.zeros_like(K)
+    for index in range(1, ensemble.depth):
+        n_l, n_before = ensemble.widths[index], ensemble.widths[index - 1]
+        variance = power_mean(ensemble.activation, K, 2)
+        spread = power_mean(ensemble.activation, K, 4) - variance.square()
+        response = slope_of_variance(ensemble.activation, K).square() * V
+        V = ensemble.C_W[index] ** 2 * (spread + n_l / n_before * response)
+        K = ensemble.C_b[index] + ensemble.C_W[index] * variance
+    epsilon = torch.where(K > 0, V / (ensemble.widths[-2] * K.square().clamp_min(torch.finfo(K.dtype).tiny)), 0.0)
+    return float(epsilon.mean())
+
+
+def regime(r: float, epsilon: float) -> str:
+    """The regime in words, by the larger of r and epsilon.
+
+    Off criticality one of them alone misleads: in the ordered phase biases keep epsilon small at any depth.
+    The cut-offs 0.01, 0.2 and 1 are tolerances of ours: first-order errors in epsilon of 0.5, 9 and 42 %.
+    """
+    size = max(r, epsilon)
+    if size < 0.01:
+        return "r -> 0: at initialisation practically infinitely wide"
+    if size < 0.2:
+        return "0 < r << 1: effectively deep, finite-width corrections small and predictable"
+    if size < 1.0:
+        return "edge: finite-width corrections large, order 1/n is rough"
+    return "r >~ 1, chaotic: too deep for its width, networks differ from one another by order one"
+
+
+def infinite_width_validity(ensemble: MLPEnsemble, x: Tensor | None = None) -> Validity:
+    """Where the infinite-width theory (order 0) holds for this ensemble, judged by the larger of r and epsilon."""
+    r, epsilon = ensemble.aspect_ratio, output_fluctuation(ensemble, x)
+    size = f"r = L/n = {r:.3g}, epsilon = Var G/E[G]^2 = {epsilon:.3g}; {regime(r, epsilon)}"
+    if max(r, epsilon) >= 1.0:
+        return Validity("invalid", f"infinite width does not describe this network: {size}. Use fewer or wider layers")
+    remark = (
+        "In training the NTK and the representations of a real network move by order r, more for larger targets; "
+        "order 0 has neither: read it against the measured NTK drift"
+    )
+    flag: Literal["valid", "caution"] = "valid" if max(r, epsilon) < 0.2 else "caution"
+    return Validity(flag, f"infinite width (order 0): {size}. {remark}")
+
+
+def first_order_validity(ensemble: MLPEnsemble, x: Tensor | None = None) -> Validity:
+    """Where order 1/n holds for this ensemble, judged by the larger of r and epsilon.
+
+    What it neglects is, relative to the terms that it keeps, of the size 1 - epsilon / (e^epsilon - 1) where G is
+    lognormal, as in scale-invariant networks (PDLT 3.2), and of that order elsewhere.
+    """
+    r, epsilon = ensemble.aspect_ratio, output_fluctuation(ensemble, x)
+    neglected = 1 - epsilon / math.expm1(epsilon) if 0 < epsilon < 700 else float(epsilon > 0)
+    size = f"r = L/n = {r:.3g}, epsilon = Var G/E[G]^2 = {epsilon:.3g}; {regime(r, epsilon)}"
+    if max(r, epsilon) >= 1.0:
+        return Validity("invalid", f"order 1/n does not describe this network: {size}. Use fewer or wider layers")
+    flag: Literal["valid", "caution"] = "valid" if max(r, epsilon) < 0.2 else "caution"
+    return Validity(flag, f"order 1/n: {size}. Neglected terms are about {100 * neglected:.2g} % of those of order 1/n")

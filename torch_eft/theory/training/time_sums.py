@@ -1,0 +1,152 @@
+"""Sums over the time of the order-0 path, mode by mode: what training at infinite width and its corrections take.
+
+With Theta_AA = U diag(lambda) U^T on the training points and e = z - y, every mode decays by itself (PDLT 10.1):
+e_m(t) = g_m e_m(0). An optimizer that is linear in gradients moves a coefficient with gradient x(s) by
+- W x, W x (t) = sum_{s<t} W(t, s) x(s): eta sum_{s<t} x(s) for gradient descent, the integral for gradient flow,
+eta sum_s (1 - m^(t-s)) / (1 - m) x(s) for the heavy ball. In terms of it
+
+    phi_m = W g_m        g_m = 1 - lambda_m phi_m        psi_cd = W (g_c phi_d)        f_mc = W (g_c - lambda_m f_mc)
+
+f_mc, mode m driven by mode c, is the divided difference (g_c - g_m) / (lambda_m - lambda_c) (derived here).
+Descent at one rate is summed by doubling the number of steps: positive terms below the critical learning rate
+1 / lambda_max, so that nothing cancels at tiny eta lambda t or equal modes. Momentum and schedules go step by step.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torch_eft.theory.gaussian.quadrature import gauss_legendre
+from torch_eft.theory.training.optimizer import Coefficients, Descent
+
+Dynamics = Literal["gradient_descent", "gradient_flow"]
+
+Sums = tuple[Tensor, Tensor, Tensor, Tensor]
+"""g, phi, (T, modes), psi and f, (T, modes, modes)."""
+
+_LAST = 800.0
+"""exp(-800) is 0 in double precision."""
+
+
+class TimeSums:
+    """g, phi, psi and f at any times.
+
+    Args:
+        eigenvalues: lambda >= 0, (modes,), ascending.
+        rate: eta, for L = (1/2) sum (z - y)^2.
+        dynamics: ``"gradient_descent"`` or ``"gradient_flow"`` (time in units of the learning rate).
+        descent: Momentum or a schedule; its learning rates stand in for ``rate``.
+    """
+
+    def __init__(self, eigenvalues: Tensor, rate: float, dynamics: Dynamics, descent: Descent | None = None) -> None:
+        self.eigenvalues, self.flows = eigenvalues, dynamics == "gradient_flow"
+        plain = descent is not None and descent.is_plain
+        self.rate = descent.learning_rates[0] if descent is not None and plain and descent.steps else rate
+        self._descent = None if plain else descent
+
+    def single(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Decay g and phi, (T, modes); steps may be infinite at one rate."""
+        g, phi, *_ = self._at(steps, pairs=False)
+        return g, phi
+
+    def double(self, steps: Tensor) -> Sums:
+        """Decay g and phi, (T, modes); psi and f, (T, modes, modes)."""
+        return self._at(steps, pairs=True)
+
+    def descent(self, steps: int) -> Descent:
+        """The optimizer over so many steps."""
+        return self._descent or Descent((self.rate,) * steps)
+
+    def _at(self, steps: Tensor, pairs: bool) -> Sums:
+        if self.flows:
+            return self._flow(steps, pairs)
+        return self._doubled(steps, pairs) if self._descent is None else self._stepped(self._descent, steps, pairs)
+
+    def _doubled(self, steps: Tensor, pairs: bool) -> Sums:
+        factor = 1 - self.rate * self.eigenvalues
+        slowest = float(-factor.abs().clamp(1e-300, 1 - 1e-16).log().max())
+        count = torch.round(steps.double().clamp_max(math.ceil(_LAST / slowest))).long()
+        modes, empty = len(self.eigenvalues), factor.new_zeros(0)
+        shape = (len(steps), modes, modes) if pairs else (0,)
+        done = (
+            factor.new_ones(len(steps), modes),
+            factor.new_zeros(len(steps), modes),
+            factor.new_zeros(shape),
+            factor.new_zeros(shape),
+        )
+        block = (
+            factor,
+            torch.full_like(factor, self.rate),
+            factor.new_zeros(modes, modes) if pairs else empty,
+            factor.new_full((modes, modes), self.rate) if pairs else empty,
+        )
+        for bit in range(int(count.max()).bit_length()):
+            taken = ((count >> bit) & 1).bool()
+            if bool(taken.any()):
+                longer = _joined(tuple(part[taken] if len(part) else part for part in done), block, pairs)
+                for part, value in zip(done, longer, strict=True):
+                    if len(part):
+                        part[taken] = value
+            block = _joined(block, block, pairs)
+        return done
+
+    def _stepped(self, descent: Descent, steps: Tensor, pairs: bool) -> Sums:
+        """Coefficients with the gradients g, g_c phi_d and g_c - lambda_m f_mc, up to the last step."""
+        rates, count = self.eigenvalues, torch.round(steps).long()
+        starts = [torch.zeros_like(rates)]
+        if pairs:
+            starts += [rates.new_zeros(len(rates), len(rates)) for _ in range(2)]
+        coefficients = Coefficients(descent, *starts)
+        wanted = count.tolist()
+        found: dict[int, list[Tensor]] = {}
+        for step in range(max(wanted) + 1):
+            phi, *others = (-value for value in coefficients.values)
+            g = 1 - rates * phi
+            if step in wanted:
+                found[step] = [g, phi, *others]
+            if step < max(wanted):
+                gradients = [g]
+                if pairs:
+                    gradients += [torch.outer(g, phi), g - rates[:, None] * others[1]]
+                coefficients.update(*gradients)
+        g, phi, *others = (torch.stack(parts) for parts in zip(*(found[step] for step in wanted), strict=True))
+        psi, f = others if pairs else (g, phi)
+        return g, phi, psi, f
+
+    def _flow(self, steps: Tensor, pairs: bool) -> Sums:
+        slowest = self.rate * float(self.eigenvalues[0])
+        steps = steps.to(self.eigenvalues)
+        t = self.rate * (steps.clamp_max(_LAST / slowest) if slowest > 0 else steps)[:, None]
+        g, phi = torch.exp(-self.eigenvalues * t), _exponential_integral(self.eigenvalues, t)
+        if not pairs:
+            return g, phi, g, phi
+        first, second = self.eigenvalues[:, None], self.eigenvalues[None, :]
+        t = t[:, :, None]
+        total = first + second
+        closed = (phi[:, :, None] - g[:, :, None] * phi[:, None, :]) / total
+        # The difference cancels where the sum of both exponents is small: there a Gauss rule is exact.
+        nodes, weights = gauss_legendre(12, t)
+        summed = torch.zeros_like(closed)
+        for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
+            s = t * (1 + node) / 2
+            summed += weight * t / 2 * torch.exp(-first * s) * _exponential_integral(second, s)
+        f = torch.exp(-torch.minimum(first, second) * t) * _exponential_integral((first - second).abs(), t)
+        return g, phi, torch.where(total * t < 1, summed, closed), f
+
+
+def _joined(first: tuple[Tensor, ...], then: tuple[Tensor, ...], pairs: bool) -> Sums:
+    """The sums over a stretch of time followed by another."""
+    (g, phi, psi, f), (g_2, phi_2, psi_2, f_2) = first, then
+    joint_g, joint_phi = g * g_2, phi + g * phi_2
+    if not pairs:
+        return joint_g, joint_phi, psi, f
+    after = phi[..., None, :] * phi_2[..., :, None] + g[..., None, :] * psi_2
+    return joint_g, joint_phi, psi + g[..., :, None] * after, g_2[..., :, None] * f + g[..., None, :] * f_2
+
+
+def _exponential_integral(rate: Tensor, t: Tensor) -> Tensor:
+    """The integral of exp(-rate s) over 0 < s < t."""
+    x = rate * t
+    return torch.where(x < math.sqrt(torch.finfo(x.dtype).eps) / 100, t * (1 - x / 2), -torch.expm1(-x) / rate)
