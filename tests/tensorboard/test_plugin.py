@@ -129,8 +129,10 @@ def test_no_data_provider_means_no_runs():
 
 
 def test_every_module_is_served_with_its_type_and_no_other_file(two_runs):
-    for file in STATIC.iterdir():
-        answer = two_runs.get(f"/data/plugin/eft/static/{file.name}")
+    files = [file for file in STATIC.rglob("*") if file.is_file()]
+    assert len(files) > 10
+    for file in files:
+        answer = two_runs.get(f"/data/plugin/eft/static/{file.relative_to(STATIC).as_posix()}")
         assert answer.status_code == 200
         assert answer.mimetype == {".js": "text/javascript", ".css": "text/css"}[file.suffix]
         assert answer.get_data(as_text=True) == file.read_text("utf-8")
@@ -138,12 +140,12 @@ def test_every_module_is_served_with_its_type_and_no_other_file(two_runs):
 
 
 def test_modules_make_no_markup_of_data_and_ask_nothing_of_the_network():
-    for file in STATIC.glob("*.js"):
+    for file in STATIC.rglob("*.js"):
         code = file.read_text("utf-8")
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", code), (
             file
         )
-    for file in STATIC.iterdir():
+    for file in STATIC.rglob("*.*"):
         addresses = set(re.findall(r"https?://[^\s\"']+", file.read_text("utf-8")))
         assert addresses <= {"http://www.w3.org/2000/svg"}, file  # a namespace, never fetched
 

@@ -224,9 +224,9 @@ def test_a_report_shows_the_same_page_without_a_server(tmp_path, browser):
 
 NUMBERS = """
 (async () => {
-  const model = await import(new URL('plugin/eft/static/model.js', location).href);
-  const scale = await import(new URL('plugin/eft/static/scale.js', location).href);
-  const format = await import(new URL('plugin/eft/static/format.js', location).href);
+  const model = await import(new URL('plugin/eft/static/data/model.js', location).href);
+  const scale = await import(new URL('plugin/eft/static/data/scale.js', location).href);
+  const format = await import(new URL('plugin/eft/static/data/format.js', location).href);
   const raw = {
     measured: [[0, 1], [1, null], [2, 5], [3, 7]], order_0: [[0, 2], [1, 2], [2, 2]], order_1: [[0, 1], [1, 2], [2, 4]],
     minus_sigma: [[0, 1], [1, 1], [2, 2]], plus_sigma: [[0, 1], [1, 3], [2, 6]], truncation: [[2, 0.5]],

@@ -34,7 +34,7 @@ def contrast(a, b):
 
 
 def palette(name):
-    block = re.search(rf"const {name} = {{(.*?)}};", (STATIC / "theme.js").read_text("utf-8"), re.S)[1]
+    block = re.search(rf"const {name} = {{(.*?)}};", (STATIC / "charts" / "theme.js").read_text("utf-8"), re.S)[1]
     single = dict(re.findall(r'(\w+): "(#\w{6})"', block))
     return single, re.findall(r"#\w{6}", re.search(r"runs: \[(.*?)\]", block)[1])
 

@@ -97,6 +97,6 @@ def test_the_bundle_has_every_module_once_and_no_name_twice():
     assert not re.search(r"^(import|export)\b", text, re.M)
     modules = re.findall(r"^// ---- (\S+)$", text, re.M)
     assert len(modules) == len(set(modules))
-    assert set(modules) == {file.name for file in STATIC.glob("*.js")} - {"index.js"}
+    assert set(modules) == {file.relative_to(STATIC).as_posix() for file in STATIC.rglob("*.js")} - {"index.js"}
     names = re.findall(r"^(?:async )?(?:function|class|const|let) (\w+)", text, re.M)
     assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)

@@ -6,6 +6,7 @@ The file holds the tab's own modules, style and data, and asks nothing of the ne
 import base64
 import hashlib
 import json
+import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch_eft.tensorboard.run_info import Records, find_jsonl, read_jsonl
 
 STATIC = Path(__file__).parent / "plugin" / "static"
 ENTRY = "report.js"
-_IMPORT = re.compile(r'^import [^;]*? from "\./([\w.-]+)";\n', re.MULTILINE)
+_IMPORT = re.compile(r'^import [^;]*? from "(\.[\w./-]+)";\n', re.MULTILINE)
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> str:
@@ -103,7 +104,7 @@ def bundle(entry: str) -> str:
         if name in order:
             return
         for imported in _IMPORT.findall(_module(name)):
-            visit(imported)
+            visit(posixpath.normpath(posixpath.join(posixpath.dirname(name), imported)))
         order.append(name)
 
     visit(entry)

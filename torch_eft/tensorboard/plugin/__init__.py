@@ -1,7 +1,7 @@
 """The tab EFT of TensorBoard: measured against theory, quantity by quantity.
 
 TensorBoard finds ``EFTPlugin`` by the entry point ``tensorboard_plugins``. Its pages are the plain ES modules and the
-style sheet in ``static``: ``index.js`` starts the tab, ``app.js`` builds it, ``source.js`` fetches what
+style sheet in ``static``: ``index.js`` starts the tab, ``app.js`` builds it, ``data/source.js`` fetches what
 ``reader.py`` reads through TensorBoard's data provider.
 """
 
@@ -37,9 +37,9 @@ class EFTPlugin(base_plugin.TBPlugin):
     def get_plugin_apps(self) -> dict[str, Any]:
         """The routes."""
         routes = {"/runs": self._runs, "/series": self._series, "/events": self._events}
-        for file in sorted(STATIC.iterdir()):
+        for file in sorted(STATIC.rglob("*.*")):
             if file.suffix in (".js", ".css"):
-                routes[f"/static/{file.name}"] = self._static
+                routes[f"/static/{file.relative_to(STATIC).as_posix()}"] = self._static
         return {path: werkzeug.Request.application(route) for path, route in routes.items()}
 
     def is_active(self) -> bool:
@@ -70,7 +70,7 @@ class EFTPlugin(base_plugin.TBPlugin):
         return http_util.Respond(request, content, "application/json")
 
     def _static(self, request: werkzeug.Request) -> werkzeug.Response:
-        file = STATIC / Path(request.path).name
+        file = STATIC / request.path.rpartition("/static/")[2]  # only files found in get_plugin_apps are routed here
         kind = "text/javascript" if file.suffix == ".js" else mimetypes.types_map[file.suffix]
         return http_util.Respond(request, file.read_text("utf-8"), kind)
 

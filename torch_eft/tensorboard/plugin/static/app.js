@@ -1,16 +1,16 @@
 // The tab: which runs and quantities are on the screen, and when to look for new measurements.
 
-import { Card } from "./card.js";
-import { Detail, openDialog } from "./detail.js";
-import { h } from "./dom.js";
-import { download, fileName, pngBlob, sheet, svgText } from "./export.js";
-import { stepRange } from "./figure.js";
-import { hasTheory, readQuantity, toCsv } from "./model.js";
-import { makePanel } from "./panel.js";
-import { runDetails, runList } from "./runs.js";
-import { loadSettings, saveSettings } from "./settings.js";
-import { currentTheme, onThemeChange, runStyle } from "./theme.js";
-import { legendOf, toolbar } from "./toolbar.js";
+import { h } from "./charts/dom.js";
+import { download, fileName, pngBlob, sheet, svgText } from "./charts/export.js";
+import { stepRange } from "./charts/figure.js";
+import { currentTheme, onThemeChange, runStyle } from "./charts/theme.js";
+import { hasTheory, readQuantity, toCsv } from "./data/model.js";
+import { loadSettings, saveSettings } from "./data/settings.js";
+import { Card } from "./page/card.js";
+import { Detail, openDialog } from "./page/detail.js";
+import { makePanel } from "./page/panel.js";
+import { runDetails, runList } from "./page/runs.js";
+import { legendOf, toolbar } from "./page/toolbar.js";
 
 const REFRESH_MS = 5000;
 const FIRST_CHOICE = 5;

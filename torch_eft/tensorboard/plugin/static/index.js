@@ -1,8 +1,8 @@
 // Where TensorBoard starts the tab.
 
 import { App } from "./app.js";
-import { h } from "./dom.js";
-import { TensorBoardSource } from "./source.js";
+import { h } from "./charts/dom.js";
+import { TensorBoardSource } from "./data/source.js";
 
 /** Called by TensorBoard once this module is loaded. */
 export async function render() {

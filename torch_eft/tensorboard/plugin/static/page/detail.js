@@ -1,7 +1,7 @@
 // One quantity, large, with its formula, unit and source.
 
-import { Chart } from "./chart.js";
-import { h } from "./dom.js";
+import { Chart } from "../charts/chart.js";
+import { h } from "../charts/dom.js";
 import { eventList, swatch } from "./runs.js";
 import { exportButtons, legendOf } from "./toolbar.js";
 

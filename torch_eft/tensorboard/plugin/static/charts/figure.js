@@ -1,8 +1,8 @@
 // One panel as an SVG that stands alone: all colours and sizes are attributes, so that an export looks the same.
 
+import { number, shortName } from "../data/format.js";
 import { svg } from "./dom.js";
-import { number, shortName } from "./format.js";
-import { extent, limitsOf, makeScale } from "./scale.js";
+import { extent, limitsOf, makeScale } from "../data/scale.js";
 
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif";
 // A forecast that explodes must not flatten what was measured: beyond this many times it, the line leaves the chart.

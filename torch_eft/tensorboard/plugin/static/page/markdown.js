@@ -1,7 +1,7 @@
 // The little Markdown that torch_eft's pages use: headings, lists, tables, paragraphs, **bold** and `code`.
 // Anything else, HTML above all, stays text.
 
-import { h } from "./dom.js";
+import { h } from "../charts/dom.js";
 
 function inline(text) {
   return text.split(/(\*\*[^*]+\*\*|`[^`]+`)/).map((part) => {

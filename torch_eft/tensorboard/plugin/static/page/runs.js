@@ -1,7 +1,7 @@
 // The list of runs: choose, and see at a glance r, regime and whether the theory is valid.
 
-import { h, svg } from "./dom.js";
-import { number } from "./format.js";
+import { h, svg } from "../charts/dom.js";
+import { number } from "../data/format.js";
 import { markdown } from "./markdown.js";
 
 const FLAGS = {

@@ -1,8 +1,8 @@
 // A figure on the page with a cursor: hover, or arrow keys, read off the values at a step.
 
+import { nearest, stepsOf } from "../data/model.js";
 import { h } from "./dom.js";
 import { drawFigure } from "./figure.js";
-import { nearest, stepsOf } from "./model.js";
 import { readout } from "./readout.js";
 
 export class Chart {

@@ -1,8 +1,8 @@
 // The values at a step, as the tooltip shows them.
 
+import { number, seriesName, signed } from "../data/format.js";
+import { residual, valuesAt } from "../data/model.js";
 import { h } from "./dom.js";
-import { number, seriesName, signed } from "./format.js";
-import { residual, valuesAt } from "./model.js";
 
 function residualAt(panel, quantity, step) {
   if (!panel.residual || !quantity.best) return null;

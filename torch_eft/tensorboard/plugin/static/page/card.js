@@ -1,8 +1,8 @@
 // One quantity among the small multiples.
 
-import { Chart } from "./chart.js";
-import { h } from "./dom.js";
-import { number, shortName, signed } from "./format.js";
+import { Chart } from "../charts/chart.js";
+import { h } from "../charts/dom.js";
+import { number, shortName, signed } from "../data/format.js";
 
 /** The last value of a single run, and its residual; marked where it is outside two standard deviations. */
 function latest(panel) {

@@ -3,8 +3,8 @@
 // One run: measured, order 0 and order 1 have colours of their own. Several: the colour says which run, the
 // line's dashes which series.
 
-import { RESIDUALS, readQuantity, residual, residualKind } from "./model.js";
-import { runStyle } from "./theme.js";
+import { runStyle } from "../charts/theme.js";
+import { RESIDUALS, readQuantity, residual, residualKind } from "../data/model.js";
 
 const DASHES = { order_0: "1.5 3", order_1: "6 3", truncation: "1 4" };
 const PARTS = [null, "7 2", "2 2", "7 2 2 2"];

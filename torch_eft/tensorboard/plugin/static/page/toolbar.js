@@ -1,7 +1,7 @@
 // The switches above the charts, and the legend.
 
-import { h, svg } from "./dom.js";
-import { seriesName } from "./format.js";
+import { h, svg } from "../charts/dom.js";
+import { seriesName } from "../data/format.js";
 
 function choice(label, name, options, settings, changed) {
   const select = h(
