@@ -2,7 +2,7 @@
 
 Critical networks of many depths and widths are drawn again and again, and their NTK on one input is measured. What the
 diagnosis of the architecture alone predicts for its spread from seed to seed is drawn beside it: exactly at any width
-for ReLU, to order 1/n for tanh. On the right, the NTKs of single networks, one regime a colour: all alike, alike within
+for ReLU, to order 1/n for tanh. On the right, the NTKs of single networks, one regime a color: all alike, alike within
 some percent, and different by orders of magnitude.
 
 Run: python examples/depth_to_width.py [--networks 300] [--figure depth_to_width.png]
@@ -86,14 +86,14 @@ def main(networks: int = 300, shapes=SHAPES, figure: str | None = "depth_to_widt
 def draw_figure(found, samples, figure):
     """Spread against r with the predictions; and the NTKs of single ReLU networks, the shallowest to the deepest."""
     canvas, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for name, colour in COLOURS.items():
+    for name, color in COLOURS.items():
         rows = sorted(
             (d.aspect_ratio.r, d.spread.ntk, v, e) for (kind, _, _), (v, e, d) in found.items() if kind == name
         )
         r, predicted, value, error = zip(*rows, strict=True)
         how = "exact" if name == "relu" else "order 1/n"
-        left.plot(r, predicted, color=colour, label=f"{name}: predicted ({how})")
-        left.errorbar(r, value, error, fmt="o" if name == "relu" else "s", color=colour, mfc="white", ms=7, capsize=3,
+        left.plot(r, predicted, color=color, label=f"{name}: predicted ({how})")
+        left.errorbar(r, value, error, fmt="o" if name == "relu" else "s", color=color, mfc="white", ms=7, capsize=3,
                       label=f"{name}: measured")  # fmt: skip
     left.set(xscale="log", yscale="log")
     left.set_xlabel("depth over width, r = L / n", fontsize=13)
@@ -103,10 +103,10 @@ def draw_figure(found, samples, figure):
     deep = {(L, n): d.aspect_ratio for (name, L, n), (_, _, d) in found.items() if name == "relu"}
     first, last = next(iter(deep)), list(deep)[-1]
     middle = min(deep, key=lambda shape: abs(math.log(deep[shape].epsilon / 0.1)))
-    for shape, (label, colour) in zip((first, middle, last), REGIMES, strict=True):
+    for shape, (label, color) in zip((first, middle, last), REGIMES, strict=True):
         values = (samples["relu", shape[0], shape[1]] / samples["relu", shape[0], shape[1]].mean()).log10()
         right.hist(
-            values.clamp_min(-3), bins=torch.linspace(-3, 1.5, 46), density=True, color=colour, alpha=0.7,
+            values.clamp_min(-3), bins=torch.linspace(-3, 1.5, 46), density=True, color=color, alpha=0.7,
             label=f"{label}: L = {shape[0]}, n = {shape[1]}, r = {deep[shape].r:.2g}",
         )  # fmt: skip
     right.set_yscale("log")

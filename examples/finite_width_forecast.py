@@ -104,12 +104,12 @@ def draw_errors(widths, medians, slopes, figure):
     canvas, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
     styles = {0: ("#d55e00", "o--", "frozen NTK (order 0)"), 1: ("#0072b2", "s-", "with dNTK and ddNTK (order 1)")}
     for axis, quantity in zip(axes, ("outputs", "NTK"), strict=True):
-        for order, (colour, style, label) in styles.items():
+        for order, (color, style, label) in styles.items():
             axis.loglog(
                 widths,
                 medians[order, quantity],
                 style,
-                color=colour,
+                color=color,
                 label=f"{label}: n^{slopes[order, quantity]:.1f}",
             )
         axis.set(title=f"{quantity} on the probe", xlabel="width n")

@@ -1,6 +1,6 @@
 """A network that is too deep, diagnosed before training and repaired as the diagnosis says.
 
-Twenty layers of sixteen tanh neurons, torch's default initialisation, on scikit-learn's digits: it does not train. Its
+Twenty layers of sixteen tanh neurons, torch's default initialization, on scikit-learn's digits: it does not train. Its
 diagnosis names two causes, in this order: gradients vanish, as the weights are too small; and L / n > 1, so that
 networks of different seeds differ by order one. Each remedy is applied in turn, and every network is trained from a few
 seeds at half the step size that the diagnosis gives.
@@ -33,13 +33,13 @@ def data():
     return x, F.one_hot(torch.tensor(digits.target[:IMAGES]), 10).float()
 
 
-def build(depth, width, initialisation=None):
-    """A tanh MLP; ``initialisation`` is (C_b, C_W), None leaves torch's."""
+def build(depth, width, initialization=None):
+    """A tanh MLP; ``initialization`` is (C_b, C_W), None leaves torch's."""
     layers = []
     for n_in, n_out in itertools.pairwise([64, *[width] * (depth - 1), 10]):
         layer = nn.Linear(n_in, n_out)
-        if initialisation is not None:
-            C_b, C_W = initialisation
+        if initialization is not None:
+            C_b, C_W = initialization
             nn.init.normal_(layer.weight, std=math.sqrt(C_W / n_in))
             nn.init.normal_(layer.bias, std=math.sqrt(C_b))
         layers += [layer, nn.Tanh()]
@@ -58,12 +58,12 @@ def train(model, x, y, learning_rate, steps):
     return losses
 
 
-def diagnosed_and_trained(name, depth, width, initialisation, x, y, steps, seeds):
+def diagnosed_and_trained(name, depth, width, initialization, x, y, steps, seeds):
     """The diagnosis of the first seed's network, on some of the images, and the losses of all."""
     curves = []
     for seed in range(seeds):
         torch.manual_seed(seed)
-        model = build(depth, width, initialisation)
+        model = build(depth, width, initialization)
         if seed == 0:
             diagnosis = eft.diagnose(model, x[:16])
         curves.append(train(model, x, y, 0.5 * diagnosis.largest_learning_rate, steps))
@@ -81,8 +81,8 @@ def main(steps: int = 400, seeds: int = 5, depth: int = DEPTH, figure: str | Non
     x, y = data()
     results = {}
 
-    def stage(name, width, initialisation):
-        results[name] = diagnosed_and_trained(name, depth, width, initialisation, x, y, steps, seeds)
+    def stage(name, width, initialization):
+        results[name] = diagnosed_and_trained(name, depth, width, initialization, x, y, steps, seeds)
         return results[name][0]
 
     found = stage("as it was", WIDTH, None)
@@ -98,12 +98,12 @@ def main(steps: int = 400, seeds: int = 5, depth: int = DEPTH, figure: str | Non
 def draw_figure(results, depth, y, figure):
     """Loss against steps, a line a seed."""
     canvas, axes = pyplot.subplots(figsize=(7.5, 5.4), layout="constrained")
-    for (name, (diagnosis, curves)), colour in zip(results.items(), COLOURS, strict=True):
+    for (name, (diagnosis, curves)), color in zip(results.items(), COLOURS, strict=True):
         width = diagnosis.aspect_ratio.width
         told = ", ".join(finding.code for finding in diagnosis.warnings) or "no warnings"
         for index, curve in enumerate(curves):
             label = f"{name} (n = {width:g}): {told}" if index == 0 else None
-            axes.semilogy(curve, color=colour, lw=1.8, alpha=0.85, label=label)
+            axes.semilogy(curve, color=color, lw=1.8, alpha=0.85, label=label)
     axes.axhline(float(y.var(0, unbiased=False).mean()), color="black", ls=":", lw=1.5)
     axes.text(0.99, 0.97, "dotted: constant output", fontsize=11, va="top", ha="right", transform=axes.transAxes)
     axes.set_xlabel("full-batch gradient steps", fontsize=13)

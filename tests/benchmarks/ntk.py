@@ -126,7 +126,7 @@ DIFFERENTIALS = {"dH": ("dntk", {}), "H, dH": ("contracted", {"order": 1}), "H, 
 """What is contracted with a direction: the function of ``measure`` and its arguments."""
 
 
-def contracted(model, x):
+def ntk_derivatives(model, x):
     """Those of ``DIFFERENTIALS`` that ``measure`` has, along a random e (N, C)."""
     with torch.no_grad():
         e = torch.randn(model(x).shape, generator=torch.Generator().manual_seed(1))
@@ -180,7 +180,7 @@ def row(key, rounds, names, peak):
 def differentials_row(key, rounds):
     """Cost of the differentials along one direction in units of an NTK, or None where the library has none."""
     model, x = WORKLOADS[key].build()
-    found = contracted(model, x)
+    found = ntk_derivatives(model, x)
     if not found:
         return None
     seconds, _ = interleaved({"ntk": lambda: ours(model, x), **found}, rounds)

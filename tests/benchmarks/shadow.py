@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torch_eft.measure.taylor.model import ShadowModel
-from torch_eft.measure.taylor.perturbative import PerturbativeShadow
+from torch_eft.measure.taylor.model import TaylorModel
+from torch_eft.measure.taylor.perturbative import PerturbativeTaylorModel
 
 
 def mlp(width, activation):
@@ -57,9 +57,9 @@ def contenders(build, x, y):
 
     found = {"ordinary": ordinary}
     shadows = {
-        "k = 1": ShadowModel(model, 1),
-        "k = 3": ShadowModel(model, 3),
-        "perturbative": PerturbativeShadow(model),
+        "k = 1": TaylorModel(model, 1),
+        "k = 3": TaylorModel(model, 3),
+        "perturbative": PerturbativeTaylorModel(model),
     }
     for name, shadow in shadows.items():
         own = shadow.optimizer_like(optimizer)

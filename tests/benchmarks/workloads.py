@@ -1,4 +1,4 @@
-"""The five networks whose NTK is timed: float32, random initialisation and inputs, fixed seeds."""
+"""The five networks whose NTK is timed: float32, random initialization and inputs, fixed seeds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -294,7 +294,7 @@ def test_state_loads_as_plain_types_and_resumes_from_theta_0(tmp_path):
         assert second.history[step] == first.history[step]
     # Other batches after the resume (shuffling), but the drift still counts from the first theta_0.
     assert second.history[12]["eft/ntk_drift/measured"] > second.history[1]["eft/ntk_drift/measured"]
-    assert second.origin == "initialisation"
+    assert second.origin == "initialization"
 
 
 def test_a_callback_used_again_starts_afresh():

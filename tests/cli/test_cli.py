@@ -140,7 +140,7 @@ def test_diagnose_speaks_of_plain_sgd(capsys):
         (["diagnose", "--widths", "4", "8", "2", "--activation", "tahn"], "activation: 'tahn' is unknown"),
         (["demo", "--depth", "1"], "--depth 1"),
         (["demo", "--steps", "0"], "--steps 0 given"),
-        (["demo", "--activation", "sigmoid"], "no critical initialisation"),
+        (["demo", "--activation", "sigmoid"], "no critical initialization"),
     ],
 )
 def test_unusable_arguments_are_one_sentence_and_status_2(arguments, message, capsys):

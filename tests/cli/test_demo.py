@@ -34,7 +34,7 @@ def events(demo):
     return accumulator.Reload()
 
 
-def test_data_are_centred_images_of_unit_scale():
+def test_data_are_centered_images_of_unit_scale():
     x_train, y_train, x_probe = load_digits_split()
     assert x_train.shape == (64, 64)
     assert y_train.shape == (64, 10)

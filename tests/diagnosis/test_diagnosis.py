@@ -26,19 +26,19 @@ def test_critical_relu_by_hand():
         assert pytest.approx(2) == layer.K
 
 
-def test_default_initialisation_is_found_subcritical_with_advice():
+def test_default_initialization_is_found_subcritical_with_advice():
     torch.manual_seed(0)
     diagnosis = eft.diagnose(mlp((64, 128, 128, 128, 10), nn.ReLU), torch.randn(8, 64))
     assert "subcritical" in diagnosis.verdict
     assert diagnosis.aspect_ratio.gradient_gain == pytest.approx(1 / 6**3, rel=0.1)  # nn.Linear: C_W = 1/3
-    assert diagnosis.advice == ("initialise weights with variance 2 / n_in and biases with 0",)
+    assert diagnosis.advice == ("initialize weights with variance 2 / n_in and biases with 0",)
     assert diagnosis.layers[1].C_W_error > 0
 
 
 def test_biases_alone_take_tanh_off_criticality():
     diagnosis = eft.diagnose(MLPEnsemble([10, *[100] * 10, 1], "tanh", C_b=0.1))
     assert "subcritical" in diagnosis.verdict
-    assert diagnosis.advice == ("initialise weights with variance 1 / n_in and biases with 0",)
+    assert diagnosis.advice == ("initialize weights with variance 1 / n_in and biases with 0",)
 
 
 def test_learning_rates_are_those_of_torch():
@@ -107,7 +107,7 @@ def test_too_deep_and_too_chaotic():
 def test_activations_without_critical_point():
     diagnosis = eft.diagnose(MLPEnsemble([10, 20, 1], "sigmoid"))
     assert diagnosis.aspect_ratio.critical is None
-    assert "no critical initialisation" in diagnosis.verdict
+    assert "no critical initialization" in diagnosis.verdict
 
 
 def test_dictionary_is_json():

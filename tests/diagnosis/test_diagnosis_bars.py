@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torch_eft as eft
-from torch_eft.measure import seed_ensemble
+from torch_eft.measure import statistics_over_seeds
 from torch_eft.theory import MLPEnsemble
 
 CRITICAL = {"tanh": (nn.Tanh, 1.0), "relu": (nn.ReLU, 2.0)}
@@ -36,7 +36,9 @@ def measured_spread(name, depth, seeds):
     activation, C_W = CRITICAL[name]
     model = network([8, *[WIDTH] * (depth - 1), 2], activation, 0.0, C_W).double()
     x = torch.ones(1, 8, dtype=torch.float64)
-    found = seed_ensemble(model, x, seeds, ("Theta", "A", "B"), initialize=lambda m: drawn(m, 0.0, C_W), width=WIDTH)
+    found = statistics_over_seeds(
+        model, x, seeds, ("Theta", "A", "B"), initialize=lambda m: drawn(m, 0.0, C_W), width=WIDTH
+    )
 
     def spread(values):
         A, B, Theta = (values[key].flatten() for key in ("A", "B", "Theta"))

@@ -8,7 +8,7 @@ from torch_eft.live import budget as module
 from torch_eft.live.budget import Budget, equal_level
 
 
-class Clock:
+class TimeGrid:
     now = 100.0
 
     def perf_counter(self):
@@ -17,7 +17,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
+    clock = TimeGrid()
     monkeypatch.setattr(module, "time", clock)
     return clock
 

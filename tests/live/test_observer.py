@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tests.callbacks.trainings import PROBE, dataset, normed_net, plain_sgd, run, sgd, simple_mlp
 from torch_eft.callbacks.monitor import Monitor
-from torch_eft.live import MeasurementWarning, Observer, Part, Report, Sink
+from torch_eft.live import Instrument, MeasurementWarning, Observer, Reading, Sink
 from torch_eft.live import budget as budget_module
 from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
 from torch_eft.live.parts.ntk import NTKPart
@@ -96,7 +96,7 @@ def test_measure_alone_is_enough():
     assert [bool(scalars) for scalars in found if scalars is not found[0]].count(True) == 2
     observer.finish()
     assert list(observer.history) == [0, 10, 20]
-    assert observer.origin == "initialisation"
+    assert observer.origin == "initialization"
     late = Observer(net, PROBE, preset="light")
     late.measure(5)
     assert late.origin == "resumed at step 5 without a recorded theta_0"
@@ -146,7 +146,7 @@ def test_state_goes_on_where_it_stopped():
     assert second.history[2][tag("ntk_drift")] == pytest.approx(0, abs=1e-6)
 
 
-class _Costly(Part):
+class _Costly(Instrument):
     """Each visit takes a second on the clock of the test."""
 
     name = "costly"
@@ -160,7 +160,7 @@ class _Costly(Part):
     def observe(self, visit):
         self.clock.now += self.seconds
         self.visits.append((visit.step, visit.last))
-        return Report()
+        return Reading()
 
 
 class _Clock:
@@ -241,13 +241,13 @@ def test_a_sink_that_fails_does_not_keep_others_from_their_numbers():
     assert len(observer.skipped) == 3
 
 
-class _FailsSometimes(Part):
+class _FailsSometimes(Instrument):
     name = "moody"
 
     def observe(self, visit):
         if visit.step == 1:
             raise RuntimeError("not today")
-        return Report(scalars={tag("dntk"): 1.0})
+        return Reading(scalars={tag("dntk"): 1.0})
 
 
 def test_a_part_that_fails_is_skipped_and_the_others_go_on():

@@ -11,14 +11,14 @@ from torch import nn
 from tests.measure.devices import poisoned, waits
 from tests.oracles.models import ConvNet, mlp
 from torch_eft import measure
-from torch_eft.measure.forward.checks import check_function_of_each_sample, check_measurable
+from torch_eft.measure.forward.checks import check_batch_independence, check_measurable
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.kinks import kinked_operations
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.representations.alignment import effective_rank, target_alignment
 from torch_eft.measure.representations.change import block_drift, representation_change
 from torch_eft.measure.representations.hidden_kernels import representation
-from torch_eft.measure.taylor.secant import secant_ntk
+from torch_eft.measure.taylor.secant import ntk_finite_difference
 
 
 def directions(model):
@@ -32,7 +32,7 @@ def checked(model, x):
     with isolated(model) as network:
         check_measurable(network)
         outputs = checked_output(network, probe)
-        check_function_of_each_sample(network, probe, outputs)
+        check_batch_independence(network, probe, outputs)
     return outputs.detach()
 
 
@@ -58,8 +58,8 @@ MEASUREMENTS = {
     "representation": lambda model, x: representation(model, x, torch.arange(len(x), device="cpu") % 2, keep=True).K,
     "kinked operations": lambda model, x: len(kinked_operations(model, x)),
     "ntk": measure.ntk,
-    "dntk": lambda model, x: measure.contracted(model, x, directions(model)).dH,
-    "secant": lambda model, x: secant_ntk(model, x, directions(model), 0.1).value,
+    "dntk": lambda model, x: measure.ntk_derivatives(model, x, directions(model)).dH,
+    "secant": lambda model, x: ntk_finite_difference(model, x, directions(model), 0.1).value,
     "change": lambda model, x: [layer.effective_rank[0] for layer in change(model, x).layers.values()],
     "taylor": taylor,
 }

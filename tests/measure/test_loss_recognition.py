@@ -1,12 +1,12 @@
-"""Recognising losses: those that are, and everything that is not."""
+"""Recognizing losses: those that are, and everything that is not."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from tests.oracles.models import mlp
-from torch_eft.measure.losses import recognise_loss
-from torch_eft.measure.training_loss import UnrecognisedLossError
+from torch_eft.measure.losses import recognize_loss
+from torch_eft.measure.training_loss import UnrecognizedLossError
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
@@ -20,7 +20,7 @@ def step(loss_function, y=Y, told=None, count=6):
     loss = loss_function(model(x), y)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    return recognise_loss(model, x, y, loss.detach(), gradients, told=told)
+    return recognize_loss(model, x, y, loss.detach(), gradients, told=told)
 
 
 CASES = {
@@ -48,7 +48,7 @@ def test_the_function_found_is_the_loss_on_other_outputs_and_batches_too(name):
 
 def test_a_loss_that_is_told_is_checked():
     assert step(F.l1_loss, told=F.l1_loss).kind == "given"
-    with pytest.raises(UnrecognisedLossError, match="the loss that was given on the batch"):
+    with pytest.raises(UnrecognizedLossError, match="the loss that was given on the batch"):
         step(F.l1_loss, told=F.mse_loss)
 
 
@@ -61,5 +61,5 @@ def test_a_loss_that_is_told_is_checked():
     ],
 )
 def test_others_are_told_apart(loss_function, y):
-    with pytest.raises(UnrecognisedLossError, match=r"neither squared error .* nor cross-entropy; give loss="):
+    with pytest.raises(UnrecognizedLossError, match=r"neither squared error .* nor cross-entropy; give loss="):
         step(loss_function, y)

@@ -1,4 +1,4 @@
-"""Recognising squared error by value and gradient, and seeing everything that is not it."""
+"""Recognizing squared error by value and gradient, and seeing everything that is not it."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def step(loss_function, model=None, y=Y):
     loss = loss_function(model(X), y)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    return measure.recognise_squared_error(model, X, y, loss.detach(), gradients)
+    return measure.recognize_squared_error(model, X, y, loss.detach(), gradients)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def step(loss_function, model=None, y=Y):
         (lambda z, y: 0.5 * F.mse_loss(z, y), 1 / 36),
     ],
 )
-def test_the_usual_normalisations_are_told_apart(loss_function, c):
+def test_the_usual_normalizations_are_told_apart(loss_function, c):
     loss = step(loss_function)
     assert loss.c == pytest.approx(c)
     assert loss.rate_factor == pytest.approx(2 * c)
@@ -60,14 +60,14 @@ def test_class_numbers_are_taken_as_one_hot():
 )
 def test_other_losses_are_seen(loss_function, model, y, message):
     wanted = (lambda z, t: F.cross_entropy(z, t.flatten())) if y.shape == (6, 1) else loss_function
-    with pytest.raises(measure.UnrecognisedLossError, match=message):
+    with pytest.raises(measure.UnrecognizedLossError, match=message):
         step(wanted, model, y)
 
 
 def test_dropout_in_training_is_seen():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Dropout(0.5), nn.Linear(12, 3))
-    with pytest.raises(measure.UnrecognisedLossError):
+    with pytest.raises(measure.UnrecognizedLossError):
         step(F.mse_loss, model)
 
 

@@ -1,8 +1,8 @@
 """The ensemble at order 1/n the long way: a differential operator on the trained network as a function of its tensors.
 
 Combined indices a = (input x, output i) throughout, no reduction of any kind. ``simulate`` trains one network given
-z, H, dH, ddI, ddII at initialisation, in the coefficient form: theta_t - theta_0 = p J + q u + r v + s w. The mean over
-initialisations to order 1/n is a sum of derivatives of its results, one for each cumulant, at
+z, H, dH, ddI, ddII at initialization, in the coefficient form: theta_t - theta_0 = p J + q u + r v + s w. The mean over
+initializations to order 1/n is a sum of derivatives of its results, one for each cumulant, at
 (z ~ N(0, K), H = Theta, 0, 0, 0), under any optimizer as torch defines it; all of them are polynomials in z of degree
 four at most, whose Gaussian mean a cubature of degree five takes exactly.
 """
@@ -13,13 +13,13 @@ import math
 import torch
 from torch.func import grad, jvp, vmap
 
-from torch_eft.theory.training.optimizer import Coefficients
+from torch_eft.theory.training.optimizer import SGDState
 
 
 def simulate(z, H, dH, ddI, ddII, errors, descent, record):
     """Outputs and NTK at the recorded steps, (R, M) and (R, M, M); ``errors`` gives e = dLoss/dz, 0 on probes."""
     M = len(z)
-    coefficients = Coefficients(descent, *(z.new_zeros([M] * order) for order in (1, 2, 3, 3)))
+    coefficients = SGDState(descent, *(z.new_zeros([M] * order) for order in (1, 2, 3, 3)))
     outputs, kernels = [], []
     for step in range(descent.steps + 1):
         p, q, r, s = coefficients.values
@@ -58,9 +58,9 @@ def with_outputs(tensors, outputs):
         order = len(printed)
         labels = "abcd"[:order]
         array = vertex.permute([printed.index(slot) for slot in range(order)])
-        colours = "ijkl"[:order]
-        deltas = ",".join(colours[first] + colours[second] for first, second in pairs)
-        out = "".join(labels[slot] + colours[slot] for slot in range(order))
+        colors = "ijkl"[:order]
+        deltas = ",".join(colors[first] + colors[second] for first, second in pairs)
+        out = "".join(labels[slot] + colors[slot] for slot in range(order))
         term = torch.einsum(f"{labels},{deltas}->{out}", array, *[eye] * len(pairs))
         term = term.reshape([N * outputs] * order)
         total = term if total is None else total + term
@@ -190,7 +190,7 @@ def first_order(K, Theta, tensors, y, probes, outputs, descent, record, loss=Non
             return total
 
         def frozen(z):
-            coefficients, outputs = Coefficients(descent, torch.zeros_like(z)), []
+            coefficients, outputs = SGDState(descent, torch.zeros_like(z)), []
             for step in range(descent.steps + 1):
                 outputs.append(z + Theta @ coefficients.values[0])
                 if step < descent.steps:

@@ -285,14 +285,14 @@ OPERATIONS = {
     "tied weights": (Tied, words),
     "a layer used twice": (Twice, vector),
     "parameters by hand, frozen": (Raw, vector),
-    # reparametrised
+    # reparametrized
     "weight_norm": (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), between(width=4)[1:]), vector),
     "spectral_norm": (
         lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)),
         vector,
     ),
     "orthogonal": (lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(3, 3)), between(nn.Tanh())), vector),
-    # normalised
+    # normalized
     "BatchNorm1d": (lambda: running_statistics(between(nn.BatchNorm1d(4), nn.Tanh())), vector),
     "BatchNorm2d": (lambda: running_statistics(images(nn.BatchNorm2d(2), nn.Tanh())), image),
     "GroupNorm": (lambda: between(nn.GroupNorm(2, 4), nn.Tanh()), vector),

@@ -36,7 +36,7 @@ REFUSED = {
     "checkpoint, reentrant": (1, "reentrant checkpointing"),
     "checkpoint, reentrant, of the inputs": (1, "reentrant checkpointing"),
     "dropout while evaluating": (1, "depends on chance"),
-    "lazy module": (1, "not initialised yet"),
+    "lazy module": (1, "not initialized yet"),
     "BatchNorm1d without running statistics": (1, "statistics of the batch"),
 }
 """Operation: (the first order that is refused, why)."""
@@ -66,8 +66,8 @@ TAYLOR_REFUSED = {
 
 
 def plain_layer_norm(self, x):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / ((centred**2).mean(-1, keepdim=True) + self.eps) ** 0.5 * self.weight + self.bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / ((centered**2).mean(-1, keepdim=True) + self.eps) ** 0.5 * self.weight + self.bias
 
 
 def plain_norm(self, x):
@@ -210,7 +210,7 @@ def check_kernels(name, order):
     if order == 1:
         assert_gram(measure.ntk(model, x, output_fn=output_fn), J[0], J[0], z, allowed)
         return
-    found = measure.contracted(model, x, e, order=order - 1, output_fn=output_fn)
+    found = measure.ntk_derivatives(model, x, e, order=order - 1, output_fn=output_fn)
     assert found.method.startswith("reverse mode" if name in REVERSE else "jets")
     if order == 3:
         assert_gram(found.ddI, 2 * J[2], J[0], z, allowed)
@@ -247,7 +247,7 @@ def refused(name, order):
         yield lambda: measure.ntk(model, x, output_fn=output_fn)
         return
     e = error_of(torch.zeros(3, 2))
-    yield lambda: measure.contracted(model, x, e, order=order - 1, output_fn=output_fn)
+    yield lambda: measure.ntk_derivatives(model, x, e, order=order - 1, output_fn=output_fn)
     yield lambda: (measure.dntk if order == 2 else measure.ddntk)(model, x, output_fn=output_fn)
 
 

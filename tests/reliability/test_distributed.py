@@ -235,7 +235,7 @@ def test_both_ranks_measure_together(ranks):
             assert rank[case]["left behind"] == rank["without"]["left behind"]
             assert rank[case]["skipped"] == []
     assert found[0]["sharded"]["measured"] == STEPS and found[1]["sharded"]["measured"] == []
-    # The running statistics of the normalisation differ between the ranks (which would show at 1e-2); both take rank
+    # The running statistics of the normalization differ between the ranks (which would show at 1e-2); both take rank
     # 0's. Measured in float32, in another order: a relative drift is off by some units of 1.2e-7.
     assert found[0]["sharded"]["drift"] == pytest.approx(found[0]["with"]["drift"], abs=8 * 1.2e-7)
     assert min(found[0]["sharded"]["drift"][1:]) > 1e-2

@@ -18,7 +18,7 @@ from tests.callbacks.trainings import PROBE, Training, dataset, normed_net, sgd
 from tests.reliability.runs import left_behind, train
 from torch_eft.callbacks import EFTMonitor, MeasurementWarning
 from torch_eft.callbacks.monitor import Monitor
-from torch_eft.live import Part
+from torch_eft.live import Instrument
 from torch_eft.live.parts.ntk import NTKPart
 from torch_eft.tensorboard import tag
 from torch_eft.tensorboard.run_info import find_jsonl, read_jsonl
@@ -58,7 +58,7 @@ def fail(*unused):
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_part_that_fails_in_a_hook(tmp_path, hook):
-    broken = type("Broken", (Part,), {hook: fail, "name": "broken"})()
+    broken = type("Broken", (Instrument,), {hook: fail, "name": "broken"})()
     monitor = Monitor(PROBE, [broken, NTKPart()], every=1, budget=None)
     logger = TensorBoardLogger(tmp_path)
     saver = pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", save_top_k=-1, every_n_train_steps=4)

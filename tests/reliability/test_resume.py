@@ -56,7 +56,7 @@ def test_no_point_is_lost_and_none_is_doubled(tmp_path, case, action):
     # A checkpoint between two due measurements adds one: the weights from which the training goes on.
     steps = sorted({*whole.history, goes_on_from} if every == "epoch" else whole.history)
     assert sorted(resumed.history) == steps
-    assert resumed.origin == "initialisation"
+    assert resumed.origin == "initialization"
     for step in whole.history:
         if step <= goes_on_from:
             assert resumed.history[step][DRIFT] == pytest.approx(whole.history[step][DRIFT], rel=1e-6)
@@ -181,7 +181,7 @@ def test_theta_0_travels_in_the_checkpoint(tmp_path, preset):
     fit([resumed], ckpt_path=tmp_path / "half.ckpt")
     whole = light(preset=preset, every=3)
     fit([whole])
-    assert resumed.origin == whole.origin == "initialisation"
+    assert resumed.origin == whole.origin == "initialization"
     for name in (DRIFT, tag("representation_change"), *[tag("taylor_remainder")] * (preset == "full")):
         assert resumed.history[12][name] == pytest.approx(whole.history[12][name], rel=1e-4), name
 
@@ -211,7 +211,7 @@ def test_a_callback_used_for_another_model_starts_afresh(tmp_path, net):
     fit([monitor], epochs=2)
     fit([monitor], net=net, epochs=1)
     assert sorted(monitor.history) == [0, 3]
-    assert monitor.origin == "initialisation"
+    assert monitor.origin == "initialization"
     assert monitor.history[0][DRIFT] == 0
 
 
@@ -281,14 +281,14 @@ def test_a_bare_loop_resumed_into_its_own_directory(tmp_path):
 
 def test_events_are_not_told_again_after_a_resume():
     """What had left its band before the checkpoint does not leave it anew."""
-    from torch_eft.live import Part, Report
+    from torch_eft.live import Instrument, Reading
 
-    class Outside(Part):
+    class Outside(Instrument):
         name = "outside"
 
         def observe(self, visit):
             values = {tag("ntk_drift", series): 1.0 * (series == "truncation") for series in ("order_0", "truncation")}
-            return Report(scalars={tag("ntk_drift"): 10.0 * (visit.step > 0)} | values)
+            return Reading(scalars={tag("ntk_drift"): 10.0 * (visit.step > 0)} | values)
 
     first = Observer(simple_mlp(), PROBE, every=1, budget=None, parts=[Outside()], on_error="raise")
     for step in range(3):

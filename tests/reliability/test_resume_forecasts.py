@@ -213,7 +213,7 @@ def without_batches(state):
         del kept["batches"]
 
 
-NO_STATE = "training starts at step 4, the theory at initialisation"
+NO_STATE = "training starts at step 4, the theory at initialization"
 UNREADABLE = {
     emptied: (NO_STATE, NO_STATE),
     of_an_older_version: (NO_STATE, NO_STATE),

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.reliability
 
 
 class Tied(nn.Module):
-    """Tokens, a tied matrix and a parameter whose use is not recognised."""
+    """Tokens, a tied matrix and a parameter whose use is not recognized."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ def inputs(count):
     return torch.randn(count, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-NETWORKS = ["batch norm, dense", "batch norm, convolution", "tokens, tied, unrecognised use"]
+NETWORKS = ["batch norm, dense", "batch norm, convolution", "tokens, tied, unrecognized use"]
 COUNTS = [1, 7, 8]
 PLAN = measure.Plan(ntk=True, hidden=True)
 
@@ -137,7 +137,7 @@ def test_a_failure_on_one_rank_is_one_on_all_and_nobody_waits():
     assert all("'0.weight'" in said[1] and "differs between the ranks" in said[1] for said in (first, second))
     assert first[2] == second[2] and "the parameter '0.weight' (its norm) differs between the ranks" in first[2]
     assert first[3] == second[3] and "of the probe (its norm) differs" in first[3]
-    assert first[4].startswith("PeerError") and "not initialised yet" in second[4]
+    assert first[4].startswith("PeerError") and "not initialized yet" in second[4]
     assert first[5] == second[5] == "measured"
     assert first[6] == second[6] == 37
 

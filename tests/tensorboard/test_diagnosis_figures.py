@@ -48,15 +48,15 @@ def test_the_depth_width_plane_is_the_theory(name, C_W):
         assert size == pytest.approx(max(ratio.r, ratio.epsilon), rel=1e-6)
 
 
-def luminance(colour):
-    red, green, blue = (int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5))
+def luminance(color):
+    red, green, blue = (int(color[index : index + 2], 16) / 255 for index in (1, 3, 5))
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_neighbouring_regimes_differ_in_lightness_or_hue():
+def test_neighboring_regimes_differ_in_lightness_or_hue():
     """To a reader without red-green vision: in lightness, or on the blue-yellow axis."""
-    colours = [colour for _, _, colour in _REGIMES]
-    for first, second in zip(colours[:-1], colours[1:], strict=True):
+    colors = [color for _, _, color in _REGIMES]
+    for first, second in zip(colors[:-1], colors[1:], strict=True):
         blue_yellow = [int(c[5:7], 16) / 255 - luminance(c) for c in (first, second)]
         assert abs(luminance(first) - luminance(second)) + abs(blue_yellow[0] - blue_yellow[1]) > 0.2
     assert "RdBu_r" in colormaps

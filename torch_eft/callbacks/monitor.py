@@ -25,7 +25,7 @@ from torch_eft.callbacks.loggers import log_directory, logger_sinks
 from torch_eft.live.config.probes import ProbeLike, first_count, first_samples
 from torch_eft.live.config.schedule import Every
 from torch_eft.live.observer import Observer
-from torch_eft.live.part import Event, History, MeasurementWarning, Part
+from torch_eft.live.part import Event, History, Instrument, MeasurementWarning
 from torch_eft.live.run.subject import Distributed
 from torch_eft.live.run.theta_file import KeepTheta
 from torch_eft.measure.forward.probe import OutputFn
@@ -52,7 +52,7 @@ class Monitor(Callback):
     def __init__(
         self,
         probe: ProbeLike,
-        parts: Sequence[Part],
+        parts: Sequence[Instrument],
         every: Every = "epoch",
         budget: float | None = 0.05,
         output_fn: OutputFn | None = None,

@@ -178,7 +178,7 @@ class TheoryComparison(Monitor):
     error. Where the training is not what the theory covers (no MLP, mini-batches, another loss or optimizer), it
     says so in words, in the log and on the page ``eft/validity``, and logs measurements only.
 
-    Logs measured and theory, with the band of one standard deviation over initialisations, of ``ntk_trace``,
+    Logs measured and theory, with the band of one standard deviation over initializations, of ``ntk_trace``,
     ``output_projection`` and ``output_chi_squared``, and without a band ``ntk_drift`` and ``ntk_mean_drift``; and the
     page ``eft/diagnosis``. Order 1/n (smooth activations, up to 64 training points) is computed as far as a few seconds
     go; the page ``eft/validity`` says what is at which order.

@@ -82,7 +82,7 @@ class _Progress(pl.Callback):
 
 
 def load_digits_split() -> tuple[Tensor, Tensor, Tensor]:
-    """Training inputs (64, 64), one-hot targets (64, 10) and probe inputs (16, 64), centred, |x|^2 = n_0.
+    """Training inputs (64, 64), one-hot targets (64, 10) and probe inputs (16, 64), centered, |x|^2 = n_0.
 
     Raises:
         ImportError: If scikit-learn is missing.
@@ -103,13 +103,13 @@ def demo_ensemble(width: int, depth: int, activation: str, n_0: int) -> MLPEnsem
     """A critical MLP whose single torch learning rate is the learning-rate tensor.
 
     Raises:
-        ValueError: If the shape is not usable, or the activation has no critical initialisation.
+        ValueError: If the shape is not usable, or the activation has no critical initialization.
     """
     if depth < 2 or width < 1:
         raise ValueError(f"--depth {depth} --width {width} given; need depth >= 2 and width >= 1")
     point = criticality(activation)
     if point.C_b is None or point.C_W is None:
-        raise ValueError(f"--activation {activation}: it has no critical initialisation; try tanh, relu or gelu")
+        raise ValueError(f"--activation {activation}: it has no critical initialization; try tanh, relu or gelu")
     widths = [n_0, *[width] * (depth - 1), CLASSES]
     return MLPEnsemble(widths, get_activation(activation), point.C_b, point.C_W, lambda_b=1.0, lambda_W=widths[:-1])
 
@@ -120,10 +120,10 @@ def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | 
     Args:
         width: Hidden width n.
         depth: L, number of weight matrices.
-        activation: A registered activation with a critical initialisation.
+        activation: A registered activation with a critical initialization.
         steps: Full-batch gradient steps.
         logdir: Directory of the TensorBoard files and of the PNG.
-        seed: Seed of the initialisation.
+        seed: Seed of the initialization.
 
     Returns:
         The callback, with its history.

@@ -69,7 +69,7 @@ def _add_demo(commands: Any) -> None:
     _activation(demo)
     demo.add_argument("--steps", type=int, default=300, help="full-batch gradient steps (default %(default)s)")
     demo.add_argument("--logdir", default="torch_eft_demo", help="where TensorBoard files go (default %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the initialisation (default %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the initialization (default %(default)s)")
     demo.set_defaults(run=_demo)
 
 

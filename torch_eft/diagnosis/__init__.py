@@ -32,13 +32,13 @@ def diagnose(
     """Diagnose a network before training.
 
     Args:
-        model_or_ensemble: An ``MLPEnsemble``, what ``read_ensemble`` returned, or a freshly initialised module. An MLP
+        model_or_ensemble: An ``MLPEnsemble``, what ``read_ensemble`` returned, or a freshly initialized module. An MLP
             has its C_b and C_W estimated from its weights; any other module is measured.
         x: Inputs, (N, ...) or whatever the module takes; without them, one input with |x|^2 = n_0. A module that is
             no MLP needs some.
         output_fn: Turns what the module returns into (N, C).
         seeds: Networks to draw where it is measured; 0 measures this one alone.
-        initialize: Draws the parameters of a module in place, as ``measure.seed_ensemble`` takes it.
+        initialize: Draws the parameters of a module in place, as ``measure.statistics_over_seeds`` takes it.
 
     Returns:
         A ``Diagnosis`` for an MLP, else a ``MeasuredDiagnosis``: ``str()`` prints, ``to_dict()`` is ready for JSON,

@@ -50,7 +50,7 @@ class LayerDiagnosis:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the theory says of a network at initialisation; ``str()`` prints it.
+    """What the theory says of a network at initialization; ``str()`` prints it.
 
     Args:
         network: The ensemble in words.
@@ -190,10 +190,10 @@ def _learning_rates(diagnosis: Diagnosis) -> list[str]:
             "table's lr makes them equal, same NTK"
         )
         if diagnosis.recommended is not None and diagnosis.phase != "critical":
-            parts += "; first initialise closer to criticality"
+            parts += "; first initialize closer to criticality"
     return [
         f"full-batch gradient descent on MSELoss is stable below eta = {diagnosis.largest_learning_rate:.3g} ({of}; "
-        "linearised model: finite networks can survive more)",
+        "linearized model: finite networks can survive more)",
         parts,
     ]
 

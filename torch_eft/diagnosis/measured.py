@@ -1,4 +1,4 @@
-"""The diagnosis of a network that the theory does not cover: what can be measured, and labelled so."""
+"""The diagnosis of a network that the theory does not cover: what can be measured, and labeled so."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from torch_eft.diagnosis.findings import FROZEN, Finding, advice, depth_finding
 from torch_eft.diagnosis.measured_report import Block, MeasuredDiagnosis
-from torch_eft.measure.ensembles.redraws import OneNetwork, Redraws, log_variance, redraws
+from torch_eft.measure.ensembles.reinitialized_networks import OneNetwork, Redraws, log_variance, reinitialized_networks
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.kernels.ntk import ntk
 from torch_eft.measure.kernels.products import ntk_eigenpairs
@@ -46,7 +46,7 @@ def measured_diagnosis(
     """
     probe = as_probe(x)
     few = tree_map_only(Tensor, lambda tensor: tensor[:_INPUTS], probe.inputs)
-    found = redraws(model, few, seeds, initialize, output_fn)
+    found = reinitialized_networks(model, few, seeds, initialize, output_fn)
     networks = found.drawn or [found.own]
     blocks = _blocks(networks)
     growth, signal, dead = _growth(networks)
@@ -167,7 +167,7 @@ def _findings(
                 f"measured: squared gradients change {growth:.3g}-fold from the last place to the first, outside "
                 f"1/{GROWTH:g} .. {GROWTH:g}",
                 f"{'larger' if small else 'smaller'} initial weights in the blocks whose chi is "
-                f"{'below' if small else 'above'} 1, or normalisation with residual connections",
+                f"{'below' if small else 'above'} 1, or normalization with residual connections",
             )
         )
     if dead[0]:
@@ -202,7 +202,7 @@ def _remarks(model: nn.Module, found: Redraws, seeds: int) -> tuple[str, ...]:
         remarks.append(f"the NTK itself was not measured: {found.memory}")
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
         remarks.append(
-            "BatchNorm in evaluation mode normalises with its running statistics: none yet at initialisation"
+            "BatchNorm in evaluation mode normalizes with its running statistics: none yet at initialization"
         )
     if not all(p.requires_grad for p in model.parameters()):
         remarks.append("frozen parameters take no part in the NTK")

@@ -34,7 +34,7 @@ class Block:
 
 @dataclass(frozen=True)
 class MeasuredDiagnosis:
-    """What was measured of a network at initialisation; ``str()`` prints it. Nothing here is derived.
+    """What was measured of a network at initialization; ``str()`` prints it. Nothing here is derived.
 
     Args:
         network: Its class and size.
@@ -52,11 +52,11 @@ class MeasuredDiagnosis:
         epsilon_ntk: e^that - 1, the effective epsilon of the NTK: Var tr H / E[tr H]^2 if lognormal.
         epsilon_ntk_error: Its standard error.
         epsilon_features: e^Var - 1 of the mean square that enters the last layer, which sets the outputs' variance, as
-            epsilon does for an MLP; None where that is not seen. A normalisation in front of it makes it 0.
+            epsilon does for an MLP; None where that is not seen. A normalization in front of it makes it 0.
         shares: The part of the NTK's trace that each layer's parameters make, 0 .. 1, by name.
         lambda_max: Largest eigenvalue of this network's NTK on all inputs.
         largest_learning_rate: N C / lambda_max: below it full-batch gradient descent on ``MSELoss`` with these inputs
-            decreases the loss monotonically in the linearised network.
+            decreases the loss monotonically in the linearized network.
         remarks: What limits the measurement.
         inputs: N.
         kind: ``"measured"``.
@@ -143,12 +143,12 @@ def _measured(diagnosis: MeasuredDiagnosis) -> list[str]:
             f"{100 * math.sqrt(epsilon):.3g} % from seed to seed"
         )
     if (epsilon := diagnosis.epsilon_features) is not None:
-        size = "0 (normalised)" if epsilon < 1e-6 else f"{epsilon:.3g}"
+        size = "0 (normalized)" if epsilon < 1e-6 else f"{epsilon:.3g}"
         found.append(f"{over}: effective epsilon of what enters the last layer {size}")
     if diagnosis.largest_learning_rate is not None:
         found.append(
             f"measured: lambda_max = {diagnosis.lambda_max:.4g} on these {diagnosis.inputs} inputs; full-batch "
-            f"gradient descent on MSELoss is stable below eta = {diagnosis.largest_learning_rate:.3g} (linearised "
+            f"gradient descent on MSELoss is stable below eta = {diagnosis.largest_learning_rate:.3g} (linearized "
             "network, one learning rate for all parameters)"
         )
     return found

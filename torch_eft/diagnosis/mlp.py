@@ -181,7 +181,7 @@ def _findings(
     point = ratio.critical
     remedy = ""
     if point is not None:
-        remedy = f"initialise weights with variance {point.C_W:.4g} / n_in and biases with {point.C_b:.4g}"
+        remedy = f"initialize weights with variance {point.C_W:.4g} / n_in and biases with {point.C_b:.4g}"
     if point is None and ensemble.hidden_widths:
         found.append(Finding("no criticality", ratio.criticality_reason, "use an activation with a critical point"))
     if phase != "critical":

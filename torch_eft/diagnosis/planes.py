@@ -1,4 +1,4 @@
-"""Where a network stands among its neighbours: the phase plane (C_b, C_W) and the depth-width plane, as numbers.
+"""Where a network stands among its neighbors: the phase plane (C_b, C_W) and the depth-width plane, as numbers.
 
 In the phase plane, the growth of squared gradients over the depth, J = prod chi_perp (PDLT 5.1), on a grid. The line
 where chi_perp = 1 at the kernel's fixed point, which parts order from chaos, has a closed form with K as parameter:
@@ -20,7 +20,7 @@ from torch_eft.theory.signal_propagation.susceptibility import slope_of_variance
 
 _CELLS = 41
 _LARGEST_K = 1e2
-"""Beyond it smooth activations are as good as their asymptotes, and the colour has saturated."""
+"""Beyond it smooth activations are as good as their asymptotes, and the color has saturated."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PhasePlane:
 
 @dataclass(frozen=True)
 class DepthWidthPlane:
-    """How large max(r, epsilon) is for every depth and width, at the initialisation of this network.
+    """How large max(r, epsilon) is for every depth and width, at the initialization of this network.
 
     Args:
         depths: 2, 3, ...
@@ -85,10 +85,10 @@ def phase_plane(ensemble: MLPEnsemble, ratio: AspectRatio, mean_square: float = 
     layers = ensemble.depth - 1
     at = (sum(ensemble.C_b[1:]) / layers, sum(ensemble.C_W[1:]) / layers)
     point = ratio.critical
-    centre = at[1] if point is None or point.C_W is None else point.C_W
+    center = at[1] if point is None or point.C_W is None else point.C_W
     offset = 0.0 if point is None or point.C_b is None else point.C_b
     C_b = torch.linspace(0.0, 1.3 * max(at[0], offset, 0.25), _CELLS, dtype=torch.float64, device="cpu")
-    low, high = 0.7 * min(at[1], 0.6 * centre), 1.15 * max(at[1], 2.0 * centre)
+    low, high = 0.7 * min(at[1], 0.6 * center), 1.15 * max(at[1], 2.0 * center)
     C_W = torch.linspace(low, high, _CELLS, dtype=torch.float64, device="cpu")
     growth = _log_growth(ensemble.activation, C_b[None, :], C_W[:, None], ensemble.depth, mean_square)
     line = _line(ensemble.activation, float(C_b[-1]))

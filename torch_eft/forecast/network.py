@@ -5,7 +5,7 @@ error of order 1/n^2 where that of order 0 is of order 1/n. The tensors are meas
 moves in (``theory.path_tensors``), so that time and memory do not grow with powers of the number of training points.
 
 Of this network's tensors, dNTK (of random sign, correlated with the outputs) and ddNTK (of non-zero mean) enter outputs
-and NTK at the same order. Cumulants over initialisations are not needed: z, H, dH, ddI and ddII of this network are all
+and NTK at the same order. Cumulants over initializations are not needed: z, H, dH, ddI and ddII of this network are all
 that PDLT's update equations take.
 """
 

@@ -34,7 +34,7 @@ def predict_from_networks(
     order: int = 1,
     **options: Any,
 ) -> Trajectory:
-    """The trained distribution over initialisations of any architecture, by ``networks`` forecasts of single networks.
+    """The trained distribution over initializations of any architecture, by ``networks`` forecasts of single networks.
 
     The ensemble counterpart of ``predict_from_network``, for what ``theory.predict_training`` has no recursion for; for
     a smooth MLP that one is exact in the average and much cheaper. The cost is that of ``networks`` single forecasts.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import Probe
-from torch_eft.measure.jacobian.engine import Engine
+from torch_eft.measure.jacobian.engine import JacobianGram
 from torch_eft.measure.jets.jet import watch_kinks
 from torch_eft.measure.kernels.along_path import Part, along_path
 from torch_eft.measure.kernels.metrics import as_matrix
@@ -48,7 +48,7 @@ class Start:
         self.B = self.M - self.K
         self.train = torch.arange(self.K, self.M, device=self.z.device)
         check_memory(self.M, 8 * 3 * self.M**2, memory)
-        engine = Engine(network, everything, lambdas, memory)
+        engine = JacobianGram(network, everything, lambdas, memory)
         self.whole_H = as_matrix(engine.gram()[""][0, 0])
         self.H = self.whole_H[:, self.train]
 

@@ -2,20 +2,20 @@
 
 from torch_eft.live.config.schedule import linear, logarithmic
 from torch_eft.live.observer import Observer
-from torch_eft.live.part import Event, MeasurementWarning, Part, Report, Start, Visit
+from torch_eft.live.part import Event, Instrument, Measurement, MeasurementWarning, Reading, Start
 from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink
 
 __all__ = [
     "Event",
+    "Instrument",
     "JSONLSink",
+    "Measurement",
     "MeasurementWarning",
     "Observer",
-    "Part",
-    "Report",
+    "Reading",
     "Sink",
     "Start",
     "TensorBoardSink",
-    "Visit",
     "linear",
     "logarithmic",
 ]

@@ -34,12 +34,12 @@ from torch_eft.live.config.presets import Options, Preset, parts_of
 from torch_eft.live.config.probes import ProbeLike, probe_from
 from torch_eft.live.config.schedule import Every, checked_every, due
 from torch_eft.live.costs import cost_page, cost_sentence
-from torch_eft.live.part import Event, History, MeasurementWarning, Part, Start
+from torch_eft.live.part import Event, History, Instrument, MeasurementWarning, Start
 from torch_eft.live.record.outlet import skipped_page
 from torch_eft.live.record.recorder import LOADING, Recorder, validity_of
 from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink
-from torch_eft.live.run.reference import Beginning
-from torch_eft.live.run.subject import Distributed, Subject
+from torch_eft.live.run.reference import Reference
+from torch_eft.live.run.subject import Distributed, MeasuredNetwork
 from torch_eft.live.run.theta_file import KeepTheta, load_theta_0, save_theta_0
 from torch_eft.live.run.visits import Visits
 from torch_eft.measure.forward.probe import OutputFn
@@ -109,11 +109,11 @@ class Observer:
         twin: nn.Module | None = None,
         keep_theta_0: KeepTheta = "checkpoint",
         on_error: Literal["warn", "raise"] = "warn",
-        parts: Sequence[Part] | None = None,
+        parts: Sequence[Instrument] | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-        self.subject = Subject(model, probe_from(probe), optimizers, output_fn, distributed, twin)
+        self.subject = MeasuredNetwork(model, probe_from(probe), optimizers, output_fn, distributed, twin)
         if keep_theta_0 not in ("checkpoint", "file", "none"):
             raise ValueError(f"keep_theta_0: {keep_theta_0!r} given; give 'checkpoint', 'file' or 'none'")
         self.keep_theta_0 = keep_theta_0
@@ -130,7 +130,7 @@ class Observer:
         self._checking = 0.0
         self._begun = False
         self._drawn = False
-        self._listening: dict[str, list[Part]] = {}
+        self._listening: dict[str, list[Instrument]] = {}
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -217,7 +217,7 @@ class Observer:
         if not goes_on:
             self._start_afresh()
             self.recorder.each(self.parts, lambda part: part.forget())  # what a checkpoint told them of another theta_0
-            where = "initialisation" if step == 0 else f"resumed at step {step} without a recorded theta_0"
+            where = "initialization" if step == 0 else f"resumed at step {step} without a recorded theta_0"
             self._visits.beginning.origin = where
             # Learning rates are part of the NTK; those of theta_0 are kept, a schedule is no drift.
             self._visits.beginning.lambdas = self.subject.learning_rates()
@@ -269,12 +269,12 @@ class Observer:
         self.recorder.draw(self.parts, lambda part: part.first_figures(reference))
         self.budget.settle()
 
-    def _listeners(self, hook: str) -> list[Part]:
+    def _listeners(self, hook: str) -> list[Instrument]:
         """The parts that do something at a hook: most do nothing at most, and there are many steps."""
         if self._visits.beginning.snapshot is None or not self.subject.leads or self.subject.twin is not None:
             return []
         if hook not in self._listening:
-            self._listening[hook] = [p for p in self.parts if getattr(type(p), hook) is not getattr(Part, hook)]
+            self._listening[hook] = [p for p in self.parts if getattr(type(p), hook) is not getattr(Instrument, hook)]
         return self._listening[hook]
 
     # ---- training
@@ -446,7 +446,7 @@ class Observer:
             {int(step): dict(scalars) for step, scalars in state["history"].items()},
             [Event(int(step), quantity, text) for step, quantity, text in state["events"]],
         )
-        self._visits.beginning = Beginning.from_state(self._fetched("", state))
+        self._visits.beginning = Reference.from_state(self._fetched("", state))
         self._visits.latest_step = max(self.history, default=None)
         for part in self.parts:
             part.forget()

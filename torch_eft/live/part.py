@@ -50,7 +50,7 @@ class Start:
         probe: The fixed inputs.
         optimizers: Those of the training.
         step: Optimizer steps taken so far.
-        fresh: Whether the run starts here, at initialisation: no checkpoint, no earlier fit.
+        fresh: Whether the run starts here, at initialization: no checkpoint, no earlier fit.
         outside: Why the loop itself shows that this is no plain full-batch training on one device (mini-batches,
             accumulation, clipping, several processes ...), in words; None if it does not. What the optimizer is, parts
             see for themselves.
@@ -71,7 +71,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Visit:
+class Measurement:
     """One measurement.
 
     Args:
@@ -99,7 +99,7 @@ class Visit:
 
 
 @dataclass
-class Report:
+class Reading:
     """What a part has to say.
 
     Args:
@@ -119,7 +119,7 @@ class Report:
     histograms: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Part:
+class Instrument:
     """One concern of an observer.
 
     Attributes:
@@ -141,13 +141,13 @@ class Part:
     def check(self, network: nn.Module, probe: Probe, outputs: int) -> None:
         """Before training: raise ``ValueError`` if its arguments do not fit the network."""
 
-    def begin(self, start: Start) -> Report:
+    def begin(self, start: Start) -> Reading:
         """Training starts, or goes on; called before the first measurement."""
-        return Report()
+        return Reading()
 
-    def observe(self, visit: Visit) -> Report:
+    def observe(self, visit: Measurement) -> Reading:
         """A measurement was made. The budget may leave out visits between the first and the last."""
-        return Report()
+        return Reading()
 
     def on_batch(self, batch: Any) -> None:
         """A training batch arrived, on the network's device."""
@@ -155,13 +155,13 @@ class Part:
     def on_loss(self, loss: Tensor) -> None:
         """Its loss was computed; detached."""
 
-    def on_gradient(self, step: int, optimizer: Optimizer) -> Report:
+    def on_gradient(self, step: int, optimizer: Optimizer) -> Reading:
         """``optimizer`` is about to take a step, gradients in ``.grad``; ``step`` steps were taken before."""
-        return Report()
+        return Reading()
 
-    def on_step(self, step: int, network: nn.Module) -> Report:
+    def on_step(self, step: int, network: nn.Module) -> Reading:
         """A step was taken, ``step`` in all. Called every step: it must be cheap, or do nothing most times."""
-        return Report()
+        return Reading()
 
     def forget(self) -> None:
         """Drop what belongs to an earlier run: a new one starts, or another one's state is about to be loaded."""

@@ -2,14 +2,14 @@
 
 from torch_eft.measure.ensembles.learning_rates import LearningRates, read_learning_rates
 from torch_eft.measure.ensembles.read import NotAnMLPError, ReadEnsemble, read_ensemble
-from torch_eft.measure.ensembles.seeds import SeedEnsemble, seed_ensemble
+from torch_eft.measure.ensembles.seeds import SeedStatistics, statistics_over_seeds
 from torch_eft.measure.ensembles.statistics import Comparison
 from torch_eft.measure.forward.kinks import kinked_operations
 from torch_eft.measure.forward.output import output
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.jacobian.engine import Estimate
 from torch_eft.measure.jets.jet import NoJetRuleError
-from torch_eft.measure.kernels.dntk import AlmostEverywhereWarning, Contracted, contracted, ddntk, dntk
+from torch_eft.measure.kernels.dntk import AlmostEverywhereWarning, NTKDerivatives, ddntk, dntk, ntk_derivatives
 from torch_eft.measure.kernels.metrics import (
     as_matrix,
     as_trace,
@@ -19,10 +19,10 @@ from torch_eft.measure.kernels.metrics import (
     top_eigenvalue,
 )
 from torch_eft.measure.kernels.ntk import Coverage, coverage, ntk, ntk_estimate
-from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, pull_back
-from torch_eft.measure.losses import TrainingLoss, recognise_loss
+from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
+from torch_eft.measure.losses import TrainingLoss, recognize_loss
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
-from torch_eft.measure.representations.alignment import centred, effective_rank, linear_cka, target_alignment
+from torch_eft.measure.representations.alignment import centered, effective_rank, linear_cka, target_alignment
 from torch_eft.measure.representations.change import (
     LayerChange,
     RepresentationChange,
@@ -31,50 +31,49 @@ from torch_eft.measure.representations.change import (
     representation_change,
 )
 from torch_eft.measure.representations.hidden_kernels import Representation, hidden_kernels, representation
-from torch_eft.measure.taylor.displacement import Interval, interval
-from torch_eft.measure.taylor.model import ShadowModel
-from torch_eft.measure.taylor.perturbative import PerturbativeShadow
+from torch_eft.measure.taylor.displacement import DisplacementTerms, interval
+from torch_eft.measure.taylor.model import TaylorModel
+from torch_eft.measure.taylor.perturbative import PerturbativeTaylorModel
 from torch_eft.measure.taylor.recorder import TrajectoryRecorder
-from torch_eft.measure.taylor.secant import Secant, secant, secant_ntk
+from torch_eft.measure.taylor.relative_dntk import RelativeDNTK, relative_dntk
+from torch_eft.measure.taylor.secant import NTKChange, ntk_change, ntk_finite_difference
 from torch_eft.measure.taylor.series import TaylorSeries, taylor_series, taylor_terms
-from torch_eft.measure.taylor.sized_dntk import SizedDNTK, sized_dntk
 from torch_eft.measure.taylor.sizes import TaylorSizes, taylor_sizes
-from torch_eft.measure.training_loss import SquaredError, UnrecognisedLossError, recognise_squared_error
+from torch_eft.measure.training_loss import SquaredError, UnrecognizedLossError, recognize_squared_error
 
 __all__ = [
     "AlmostEverywhereWarning",
     "Comparison",
-    "Contracted",
     "Coverage",
+    "DisplacementTerms",
     "Eigenpairs",
     "Estimate",
-    "Interval",
     "LayerChange",
     "LearningRates",
+    "NTKChange",
+    "NTKDerivatives",
     "NoJetRuleError",
     "NotAnMLPError",
-    "PerturbativeShadow",
+    "PerturbativeTaylorModel",
     "Plan",
     "Probe",
     "ReadEnsemble",
+    "RelativeDNTK",
     "Representation",
     "RepresentationChange",
-    "Secant",
-    "SeedEnsemble",
-    "ShadowModel",
-    "SizedDNTK",
+    "SeedStatistics",
     "Snapshot",
     "SquaredError",
+    "TaylorModel",
     "TaylorSeries",
     "TaylorSizes",
     "TrainingLoss",
     "TrajectoryRecorder",
-    "UnrecognisedLossError",
+    "UnrecognizedLossError",
     "as_matrix",
     "as_trace",
     "block_drift",
-    "centred",
-    "contracted",
+    "centered",
     "coverage",
     "ddntk",
     "dntk",
@@ -86,23 +85,24 @@ __all__ = [
     "linear_cka",
     "movement",
     "ntk",
+    "ntk_change",
+    "ntk_derivatives",
     "ntk_eigenpairs",
     "ntk_estimate",
+    "ntk_finite_difference",
     "ntk_trace",
     "ntk_vector_product",
+    "ntk_vjp",
     "output",
-    "pull_back",
     "read_ensemble",
     "read_learning_rates",
-    "recognise_loss",
-    "recognise_squared_error",
+    "recognize_loss",
+    "recognize_squared_error",
     "relative_change",
+    "relative_dntk",
     "representation",
     "representation_change",
-    "secant",
-    "secant_ntk",
-    "seed_ensemble",
-    "sized_dntk",
+    "statistics_over_seeds",
     "take_snapshot",
     "target_alignment",
     "taylor_series",

@@ -1,4 +1,4 @@
-"""Which loss does a training step minimise? Squared error, cross-entropy, or one that is told: by its numbers."""
+"""Which loss does a training step minimize? Squared error, cross-entropy, or one that is told: by its numbers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.measure.training_loss import (
     LOSS_TOLERANCE,
-    UnrecognisedLossError,
+    UnrecognizedLossError,
     check_gradients,
-    recognise_squared_error,
+    recognize_squared_error,
 )
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -40,7 +40,7 @@ class TrainingLoss:
     function: LossFunction
 
 
-def recognise_loss(
+def recognize_loss(
     model: nn.Module,
     x: Any,
     y: Any,
@@ -49,26 +49,26 @@ def recognise_loss(
     output_fn: OutputFn | None = None,
     told: LossFunction | None = None,
 ) -> TrainingLoss:
-    """Recognise the loss of a training step from its value and its gradient on one batch.
+    """Recognize the loss of a training step from its value and its gradient on one batch.
 
     Args:
         model: The network, before the step.
         x: The batch's inputs.
-        y: The batch's targets, as for ``recognise_squared_error``, or class numbers or probabilities.
+        y: The batch's targets, as for ``recognize_squared_error``, or class numbers or probabilities.
         loss: The loss of the step, 0-d.
         gradients: ``{parameter name: gradient}`` of the step.
         output_fn: Turns what the model returns into (N, C).
         told: The loss as a function of outputs (N, C) and ``y``, if it is known: it is checked all the same.
 
     Raises:
-        UnrecognisedLossError: If value or gradient differ from all of them.
+        UnrecognizedLossError: If value or gradient differ from all of them.
     """
     if told is not None:
         _verify(model, x, y, loss, gradients, output_fn, told, "the loss that was given")
         return TrainingLoss("given", "the loss that was given", y, 1.0, told)
     try:
-        found = recognise_squared_error(model, x, y, loss, gradients, output_fn)
-    except UnrecognisedLossError as error:
+        found = recognize_squared_error(model, x, y, loss, gradients, output_fn)
+    except UnrecognizedLossError as error:
         reason = error
     else:
         return TrainingLoss("mse", found.name, found.targets, 2 * found.c, _squared_error(found.c, found.targets))
@@ -76,11 +76,11 @@ def recognise_loss(
         function = _cross_entropy(reduction)
         try:
             _verify(model, x, y, loss, gradients, output_fn, function, "the cross-entropy")
-        except UnrecognisedLossError:
+        except UnrecognizedLossError:
             continue
         factor = 1 / len(y) if reduction == "mean" else 1.0
         return TrainingLoss("cross_entropy", f"cross-entropy, {words}", y, factor, function)
-    raise UnrecognisedLossError(f"neither squared error ({reason}) nor cross-entropy; give loss= if it is another one")
+    raise UnrecognizedLossError(f"neither squared error ({reason}) nor cross-entropy; give loss= if it is another one")
 
 
 def _verify(
@@ -102,10 +102,10 @@ def _verify(
         try:
             value = function(z, y)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise UnrecognisedLossError(f"{name} cannot be had of these targets: {error}") from None
+            raise UnrecognizedLossError(f"{name} cannot be had of these targets: {error}") from None
         own, given = float(value.detach()), float(loss)
         if not abs(own - given) <= LOSS_TOLERANCE * abs(own):
-            raise UnrecognisedLossError(f"the step's loss is {given:.6g}, {name} on the batch {own:.6g}")
+            raise UnrecognizedLossError(f"the step's loss is {given:.6g}, {name} on the batch {own:.6g}")
         check_gradients(leaves, value, gradients, name)
 
 

@@ -1,4 +1,4 @@
-"""What kind of training step is this? Squared error, full batch: recognised by its numbers.
+"""What kind of training step is this? Squared error, full batch: recognized by its numbers.
 
 A training step can hide anything. Its loss value and its gradient on the first batch cannot:
 they are compared with those of ``c sum (z - y)^2`` for the usual constants c.
@@ -40,11 +40,11 @@ class SquaredError:
         return 2 * self.c
 
 
-class UnrecognisedLossError(ValueError):
+class UnrecognizedLossError(ValueError):
     """The training step is not gradient descent on squared error; the message says how this was seen."""
 
 
-def recognise_squared_error(
+def recognize_squared_error(
     model: nn.Module,
     x: Any,
     y: Any,
@@ -52,7 +52,7 @@ def recognise_squared_error(
     gradients: Mapping[str, Tensor],
     output_fn: OutputFn | None = None,
 ) -> SquaredError:
-    """Recognise the loss of a training step from its value and its gradient on one batch.
+    """Recognize the loss of a training step from its value and its gradient on one batch.
 
     Args:
         model: The network, before the step.
@@ -63,7 +63,7 @@ def recognise_squared_error(
         output_fn: Turns what the model returns into (N, C).
 
     Raises:
-        UnrecognisedLossError: If value or gradient differ from those of squared error on (x, y).
+        UnrecognizedLossError: If value or gradient differ from those of squared error on (x, y).
     """
     probe = Probe(x)
     with isolated(model, output_fn) as network:
@@ -88,17 +88,17 @@ def check_gradients(leaves: Mapping[str, Tensor], value: Tensor, gradients: Mapp
         name: Of the loss, in words.
 
     Raises:
-        UnrecognisedLossError: If they differ.
+        UnrecognizedLossError: If they differ.
     """
     own = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
     mine = dict(zip(leaves, own, strict=True))
     missing = [key for key in mine if key not in gradients and bool(mine[key].any())]
     if missing:
-        raise UnrecognisedLossError(f"the step has no gradient for {missing[0]!r}")
+        raise UnrecognizedLossError(f"the step has no gradient for {missing[0]!r}")
     differences = [(gradients[key].to(g) - g).norm() for key, g in mine.items() if key in gradients]
     relative = float(torch.stack(differences).norm() / torch.stack([g.norm() for g in mine.values()]).norm())
     if not relative <= LOSS_TOLERANCE:
-        raise UnrecognisedLossError(
+        raise UnrecognizedLossError(
             f"the step's gradient differs from that of {name} on the batch by {relative:.2g} (dropout, batch "
             "statistics, augmentation, another loss term or reduced precision)"
         )
@@ -114,7 +114,7 @@ def _as_targets(y: Any, z: Tensor) -> Tensor:
             if not y.is_floating_point() and y.min() >= 0 and y.max() < z.shape[1]:
                 return F.one_hot(y.long(), z.shape[1]).to(z)
     given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-    raise UnrecognisedLossError(f"targets {given} cannot be laid beside outputs of shape {tuple(z.shape)}")
+    raise UnrecognizedLossError(f"targets {given} cannot be laid beside outputs of shape {tuple(z.shape)}")
 
 
 def _matching_constant(total: Tensor, loss: Tensor, count: int, channels: int) -> tuple[float, str]:
@@ -130,7 +130,7 @@ def _matching_constant(total: Tensor, loss: Tensor, count: int, channels: int) -
     for c, name in constants:
         if abs(value - c * float(total)) <= LOSS_TOLERANCE * c * float(total):
             return c, name
-    raise UnrecognisedLossError(
+    raise UnrecognizedLossError(
         f"the step's loss, {value:.6g}, is no usual multiple of the squared error on the batch, {float(total):.6g}"
     )
 

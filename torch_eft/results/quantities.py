@@ -39,10 +39,10 @@ class Quantity:
 QUANTITIES: dict[str, Quantity] = {
     "output_projection": Quantity(
         "Output along its predicted first direction",
-        "sum_{a,i} c_{i;a} z_{i;a}, with c = Theta_{PA} (y - E z) normalised to |c| = 1",
+        "sum_{a,i} c_{i;a} z_{i;a}, with c = Theta_{PA} (y - E z) normalized to |c| = 1",
         "unit of the output",
         "derived here, from PDLT 10.2",
-        "Gaussian over initialisations, with the mean and the sigma that are drawn",
+        "Gaussian over initializations, with the mean and the sigma that are drawn",
         among_the_first=True,
     ),
     "output_chi_squared": Quantity(
@@ -58,7 +58,7 @@ QUANTITIES: dict[str, Quantity] = {
         "(1 / N C) sum_{a,i} H_{ii;aa}",
         "(unit of the output)^2 / unit of the loss's rate",
         "PDLT 8.0; its mean 9.1",
-        "its value at initialisation, the same for every network",
+        "its value at initialization, the same for every network",
         among_the_first=True,
     ),
     "ntk_drift": Quantity(
@@ -90,7 +90,7 @@ QUANTITIES: dict[str, Quantity] = {
         "largest eigenvalue of H as an (N C, N C) matrix",
         "that of H",
         "PDLT 10.1 (it bounds the stable step)",
-        "its value at initialisation, the same for every network",
+        "its value at initialization, the same for every network",
         among_the_first=True,
     ),
     "ntk_spectrum": Quantity(

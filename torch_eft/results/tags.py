@@ -20,8 +20,8 @@ BAND = ("minus_sigma", "plus_sigma")
 ORDERS = {"order_0": "order 0 (infinite width)", "order_1": "order 1 (finite width)"}
 SERIES = {
     **ORDERS,
-    "minus_sigma": "the highest order there is, minus one standard deviation over initialisations",
-    "plus_sigma": "the highest order there is, plus one standard deviation over initialisations",
+    "minus_sigma": "the highest order there is, minus one standard deviation over initializations",
+    "plus_sigma": "the highest order there is, plus one standard deviation over initializations",
     "truncation": "estimated size of what the next order would add",
     "z_score": "(measured - theory) / sigma",
     "ratio": "measured / theory, where there is no sigma",
@@ -82,6 +82,6 @@ def theory_of(scalars: Mapping[str, float], quantity: str) -> float | None:
 
 
 def sigma_of(scalars: Mapping[str, float], quantity: str) -> float | None:
-    """Half the width of the band, one standard deviation over initialisations; None without a band."""
+    """Half the width of the band, one standard deviation over initializations; None without a band."""
     lower, upper = (scalars.get(tag(quantity, series)) for series in BAND)
     return None if lower is None or upper is None else (upper - lower) / 2

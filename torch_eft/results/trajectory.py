@@ -36,7 +36,7 @@ class Trajectory:
 
     Args:
         steps: (T+1,) optimizer steps; for gradient flow, flow time / learning rate.
-        output_mean: (T+1, N_p, C), mean over initialisations; of one network, its output.
+        output_mean: (T+1, N_p, C), mean over initializations; of one network, its output.
         output_covariance: (T+1, N_p, N_p, C, C), ``[t, a, b, i, j] = Cov(z_{i;a}(t), z_{j;b}(t))``; 0 for one network.
         ntk_mean: (T+1, N_p, N_p, C, C), ``[t, a, b, i, j] = E H_{ij;ab}(t)``.
         ntk_drift: Same shape, ``ntk_mean`` minus its value at step 0.

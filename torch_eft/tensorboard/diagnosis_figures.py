@@ -1,6 +1,6 @@
 """Pictures of a diagnosis: where a network stands in the phase plane and in the depth-width plane.
 
-The diverging map (RdBu) and cividis are told apart by colour-blind readers; borders are labelled in words.
+The diverging map (RdBu) and cividis are told apart by color-blind readers; borders are labeled in words.
 """
 
 import math
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _HERE: dict[str, Any] = dict(marker="*", ms=22, mfc="#F0E442", mec="black", mew=1.5, ls="none", zorder=6)
 _DECADES = 4.0
-"""Growth beyond which the colour saturates."""
+"""Growth beyond which the color saturates."""
 _REGIMES = (
     (0.01, "r → 0\ninfinitely wide", "#C8D6E5"),
     (0.2, "0 < r ≪ 1\neffectively deep", "#7FA8C9"),
@@ -79,14 +79,14 @@ def draw_depth_width(axes: "Axes", plane: DepthWidthPlane) -> None:
     high = max(4096.0, 3 * plane.width)
     edges = [low] * len(depths)
     before = edges
-    for limit, name, colour in reversed(_REGIMES):
+    for limit, name, color in reversed(_REGIMES):
         if limit == float("inf"):
             after = [min(high, max(low, size / 1.0)) for size in plane.size]
         else:
             index = [one[0] for one in _REGIMES].index(limit)
             below = _REGIMES[index - 1][0] if index else None
             after = [high if below is None else min(high, max(low, size / below)) for size in plane.size]
-        axes.fill_betweenx(depths, before, after, color=colour, lw=0)
+        axes.fill_betweenx(depths, before, after, color=color, lw=0)
         _name_regime(axes, depths, before, after, name, "white" if limit == float("inf") else "black")
         before = after
     axes.set_xscale("log", base=2)
@@ -103,7 +103,7 @@ def draw_depth_width(axes: "Axes", plane: DepthWidthPlane) -> None:
 
 
 def _name_regime(
-    axes: "Axes", depths: list[float], before: list[float], after: list[float], name: str, colour: str
+    axes: "Axes", depths: list[float], before: list[float], after: list[float], name: str, color: str
 ) -> None:
     """Where the regime is widest, in its middle, if it is wide enough for its name."""
     octaves = [math.log2(b / a) for a, b in zip(before, after, strict=True)]
@@ -115,7 +115,7 @@ def _name_regime(
     row = close[len(close) // 2]
     at_edge = after[row] == max(after)
     x = after[row] / 1.08 if at_edge else math.sqrt(before[row] * after[row])
-    axes.text(x, depths[row], name, ha="right" if at_edge else "center", va="center", fontsize=13, color=colour,
+    axes.text(x, depths[row], name, ha="right" if at_edge else "center", va="center", fontsize=13, color=color,
               weight="bold")  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Figures from plain results. matplotlib is imported when the first one is drawn.
 
-TensorBoard shows them some 320 pixels wide: one panel each, large letters. Colours are those of Okabe & Ito (2008),
-told apart by colour-blind readers: measured in vermilion, order 1 and the band in blue, order 0 in grey dashes.
+TensorBoard shows them some 320 pixels wide: one panel each, large letters. Colors are those of Okabe & Ito (2008),
+told apart by color-blind readers: measured in vermilion, order 1 and the band in blue, order 0 in gray dashes.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def kernel_figure(H: "Tensor", title: str, limit: float | None = None) -> "Figur
     Args:
         H: The kernel.
         title: The title.
-        limit: Colours run from -limit to limit, so that figures with one limit compare; None takes the largest entry.
+        limit: Colors run from -limit to limit, so that figures with one limit compare; None takes the largest entry.
     """
     drawing, (axes,) = figure()
     entries = H.detach().double().cpu().numpy()
@@ -65,8 +65,8 @@ def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
         )
     for order, label in ORDERS.items():
         if theory := _series(history, tag(quantity, order)):
-            colour, style = LINES[order]
-            axes.plot(list(theory), list(theory.values()), color=colour, ls=style, lw=2.5, label=label)
+            color, style = LINES[order]
+            axes.plot(list(theory), list(theory.values()), color=color, ls=style, lw=2.5, label=label)
     if measured:  # errors of forecasts have orders alone
         axes.plot(list(measured), list(measured.values()), color=MEASURED, lw=2.5, label="measured")
     axes.set_title(QUANTITIES[quantity].title, fontsize=14, wrap=True)
@@ -99,8 +99,8 @@ def layers_figure(histories: Mapping[str, Mapping[int, float]], title: str) -> "
     drawing, (axes,) = figure()
     shades = colormaps["viridis"]
     for index, (layer, series) in enumerate(histories.items()):
-        colour = shades(0.85 * index / max(1, len(histories) - 1))
-        axes.plot(list(series), list(series.values()), color=colour, lw=2, label=layer if len(histories) <= 8 else None)
+        color = shades(0.85 * index / max(1, len(histories) - 1))
+        axes.plot(list(series), list(series.values()), color=color, lw=2, label=layer if len(histories) <= 8 else None)
     axes.set_title(title, fontsize=14)
     axes.set_xlabel("optimizer step", fontsize=14)
     axes.tick_params(labelsize=13)

@@ -2,7 +2,7 @@
 
 **What is averaged.** One network's training is a function F of its tensors at the start, z, H, dH, ddI, ddII
 (``hierarchy``: order 1 of NTK, dNTK and ddNTK; PDLT 11 and chapter infinity; the hierarchy of equations of Huang & Yau
-2020; the powers of 1/n of Dyer & Gur-Ari 2019). Over initialisations these tensors are nearly Gaussian or constant:
+2020; the powers of 1/n of Dyer & Gur-Ari 2019). Over initializations these tensors are nearly Gaussian or constant:
 z ~ N(0, K), H = Theta, the others 0, and what is connected beyond that is of order 1/n or smaller. To that order
 (derived here),
 

@@ -9,7 +9,7 @@ from torch_eft.theory.gaussian.activations import Activation, ActivationLike, ge
 
 @dataclass(frozen=True, init=False)
 class MLPEnsemble:
-    """Multilayer perceptrons with Gaussian initialisation (PDLT 2.1-2.3, 8.0).
+    """Multilayer perceptrons with Gaussian initialization (PDLT 2.1-2.3, 8.0).
 
     ``z^(1) = b + W x``, ``z^(l+1) = b + W sigma(z^(l))``, l = 1 .. L-1, all entries independent,
     ``b ~ N(0, C_b)``, ``W ~ N(0, C_W / n_{l-1})``; the learning-rate tensor is ``lambda_b`` for

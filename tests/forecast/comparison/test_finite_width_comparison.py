@@ -169,7 +169,7 @@ def test_the_grid_of_steps():
     assert time_grid(0) == [0]
 
 
-class Clock:
+class TimeGrid:
     """Time that passes only by what is done."""
 
     def __init__(self, monkeypatch, seconds):
@@ -186,18 +186,18 @@ def test_work_is_tried_on_few_points_before_it_is_done_on_all(monkeypatch):
     def square(points):
         return points**2
 
-    clock = Clock(monkeypatch, lambda points: 1.0 + 1e-3 * square(points))  # 5.1 s for 64 points
+    clock = TimeGrid(monkeypatch, lambda points: 1.0 + 1e-3 * square(points))  # 5.1 s for 64 points
     assert within(30.0, 64, clock.compute, square) == (64, pytest.approx(1.064 + 5.096))
     # Of what 8 points took at most a quarter may grow, 64-fold: 18 s; that is allowed at once.
     assert clock.tried == [8, 64]
-    clock = Clock(monkeypatch, lambda points: 1.0 + 1e-3 * square(points))
+    clock = TimeGrid(monkeypatch, lambda points: 1.0 + 1e-3 * square(points))
     assert within(12.0, 64, clock.compute, square)[0] == 64
     assert clock.tried == [8, 32, 64]  # 18 s are not; 32 points show that it is less
-    clock = Clock(monkeypatch, lambda points: 1.0 + 1e-1 * square(points))  # 410 s
+    clock = TimeGrid(monkeypatch, lambda points: 1.0 + 1e-1 * square(points))  # 410 s
     with pytest.raises(TooDearError, match=r"points took .* s, so that 64 would take about .* s are left") as caught:
         within(30.0, 64, clock.compute, square)
     assert caught.value.spent == clock.now < 2 * 30.0  # the first trial's time is not all fixed
-    clock = Clock(monkeypatch, lambda points: 100.0)
+    clock = TimeGrid(monkeypatch, lambda points: 100.0)
     assert within(0.0, 3, clock.compute, square)[0] == 3  # small problems are done in any case
 
 

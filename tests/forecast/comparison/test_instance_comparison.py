@@ -13,7 +13,7 @@ from torch_eft.forecast.comparison import InstanceComparison
 from torch_eft.forecast.comparison.affordable import TooDearError
 from torch_eft.forecast.comparison.instance import SGDOptions
 from torch_eft.forecast.network import predict_from_network
-from torch_eft.measure.losses import recognise_loss
+from torch_eft.measure.losses import recognize_loss
 
 F64 = torch.float64
 
@@ -27,11 +27,11 @@ def setting(width=24, seed=0, outputs=2):
     return model, lambdas, x[2:], y, x[:2]
 
 
-def recognised(model, x, y, function, told=None):
+def recognized(model, x, y, function, told=None):
     loss = function(model(x), y)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     named = dict(zip([name for name, _ in model.named_parameters()], gradients, strict=True))
-    return recognise_loss(model, x, y, loss.detach(), named, told=told)
+    return recognize_loss(model, x, y, loss.detach(), named, told=told)
 
 
 CASES = {
@@ -52,7 +52,7 @@ def test_the_numbers_are_those_of_the_forecast(name):
     model, lambdas, x, y, x_probe = setting()
     if function is F.cross_entropy:
         y = torch.tensor([0, 1, 1, 0])
-    loss = recognised(model, x, y, function, function if function is F.smooth_l1_loss else None)
+    loss = recognized(model, x, y, function, function if function is F.smooth_l1_loss else None)
     found = InstanceComparison(model, x, loss, x_probe, SGDOptions(**options), lambdas, 30, seconds=60)
     forecasts = [
         predict_from_network(model, x, y, x_probe, steps=30, lambdas=lambdas, order=order, **options, **told)
@@ -87,7 +87,7 @@ def test_the_numbers_are_those_of_the_forecast(name):
 
 def test_it_extends_from_theta_0_when_the_training_goes_on():
     model, lambdas, x, y, x_probe = setting()
-    loss = recognised(model, x, y, F.mse_loss)
+    loss = recognized(model, x, y, F.mse_loss)
     found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, seconds=60)
     expected = predict_from_network(model, x, y, x_probe, 0.05, 40, lambdas)
     with torch.no_grad():  # the live network has moved since
@@ -102,7 +102,7 @@ def test_it_extends_from_theta_0_when_the_training_goes_on():
 def test_a_long_training_is_forecast_piece_by_piece(monkeypatch):
     """2000 steps at first; on as long as the time for the whole stays within what is allowed."""
     model, lambdas, x, y, x_probe = setting()
-    loss = recognised(model, x, y, F.mse_loss)
+    loss = recognized(model, x, y, F.mse_loss)
     monkeypatch.setattr("torch_eft.forecast.comparison.instance._LONGEST_AT_ONCE", 20)
     found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10**6, seconds=60)
     assert found.steps == 20
@@ -118,7 +118,7 @@ def test_a_long_training_is_forecast_piece_by_piece(monkeypatch):
 
 def test_bounds():
     model, lambdas, x, y, x_probe = setting()
-    loss = recognised(model, x, y, F.mse_loss)
+    loss = recognized(model, x, y, F.mse_loss)
     with pytest.raises(TooDearError, match=r"12 outputs on training and probe points; .* up to 11"):
         InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, largest=11)
     with pytest.raises(ValueError, match="beyond the linear stability bound"):
@@ -134,7 +134,7 @@ def test_bounds():
 def test_a_network_with_kinks_has_no_truncation():
     model, lambdas, x, y, x_probe = setting()
     model = nn.Sequential(*[nn.ReLU() if isinstance(layer, nn.Tanh) else layer for layer in model])
-    loss = recognised(model, x, y, F.mse_loss)
+    loss = recognized(model, x, y, F.mse_loss)
     found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, seconds=60)
     compared = found.compare(5, torch.zeros(2, 2), torch.zeros(2, 2, 2, 2), torch.ones(2, 2, 2, 2))
     assert compared["ntk_drift"].order_1 is not None
@@ -148,7 +148,7 @@ def test_on_average_order_1_is_closer_in_real_trainings():
     ratios = []
     for seed in range(24):
         model, lambdas, x, y, x_probe = setting(96, seed, outputs=1)
-        loss = recognised(model, x, y, F.mse_loss)
+        loss = recognized(model, x, y, F.mse_loss)
         found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.2), lambdas, 60, seconds=60)
         trained = train(model, lambdas, x, lambda z, _, y=y: F.mse_loss(z, y), x_probe, 0.2, 60, record=(0, 60))
         compared = found.compare(60, trained.outputs[-1][:2], trained.ntks[60], trained.ntks[0])
@@ -161,7 +161,7 @@ def test_on_average_order_1_is_closer_in_real_trainings():
 
 def test_the_network_is_left_alone():
     model, lambdas, x, y, x_probe = setting()
-    loss = recognised(model, x, y, F.mse_loss)
+    loss = recognized(model, x, y, F.mse_loss)
     model.train()
     before = [p.detach().clone() for p in model.parameters()]
     random = torch.get_rng_state()

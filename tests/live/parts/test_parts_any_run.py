@@ -16,7 +16,7 @@ from torch_eft.live.parts.shadow import ShadowPart
 from torch_eft.live.parts.taylor import TaylorPart
 from torch_eft.live.parts.theta import too_many
 from torch_eft.measure.taylor.displacement import interval
-from torch_eft.measure.taylor.sized_dntk import sized_dntk
+from torch_eft.measure.taylor.relative_dntk import relative_dntk
 
 
 def adam(model):
@@ -24,7 +24,7 @@ def adam(model):
 
 
 def test_the_next_interval_in_a_run_with_adam_and_minibatches():
-    """Ratios of realised to predicted near 1, and errors of order 1 below those of order 0, at every visit; five steps
+    """Ratios of realized to predicted near 1, and errors of order 1 below those of order 0, at every visit; five steps
     of Adam at this rate move H by some per cent, so the neglected third order is a few per cent of that at most."""
     x, y, x_probe = data(24)
     model = mlp(64)
@@ -61,7 +61,7 @@ def test_the_numbers_of_an_interval():
     H, change, P = found.ntk, found.ntk_change, found.ntk_terms.sum(0)
     correction, linear = found.output_terms[1:].sum(0), found.output_terms[0]
     d = {name: thetas[4][name] - thetas[0][name] for name in thetas[0]}
-    sized = sized_dntk(model, thetas[0], d, x_probe)  # along the displacement, whose length drops out
+    sized = relative_dntk(model, thetas[0], d, x_probe)  # along the displacement, whose length drops out
     along = float((change * P).sum() / P.norm() / H.norm()) / 4
     expected = {
         "eft/ntk_rate/measured": along,
@@ -122,7 +122,7 @@ def test_dntk_along_the_gradient_is_logged_where_it_belongs():
         step for step, scalars in observer.history.items() if "eft-more/dntk_along_gradient/measured" in scalars
     ] == [0, 2, 4]
     for step in (0, 2, 4):
-        expected = sized_dntk(model, thetas[step], kept[step], x_probe, 1.0)
+        expected = relative_dntk(model, thetas[step], kept[step], x_probe, 1.0)
         scalars = observer.history[step]
         assert scalars["eft-more/dntk_along_gradient/measured"] == pytest.approx(expected.dntk, rel=1e-3)
         assert scalars["eft-more/ddntk_along_gradient/measured"] == pytest.approx(expected.ddntk, rel=1e-3)
@@ -134,7 +134,7 @@ def test_shadows_follow_minibatches_of_any_optimizer():
     x, y, x_probe = data(24)
     classes = y.argmax(1)
     model = mlp(128)
-    shadow = measure.ShadowModel(model, 1)
+    shadow = measure.TaylorModel(model, 1)
     optimizer = adam(model)
     twin = shadow.optimizer_like(optimizer)
     torch.manual_seed(5)
@@ -203,7 +203,7 @@ class Convolutional(nn.Module):
         return self.head((h + torch.relu(self.second(h))).mean((2, 3)))
 
 
-def test_a_network_with_kinks_is_measured_and_labelled():
+def test_a_network_with_kinks_is_measured_and_labeled():
     torch.manual_seed(0)
     x, x_probe, classes = torch.randn(16, 1, 5, 5), torch.randn(4, 1, 5, 5), torch.randint(0, 3, (16,))
     model = Convolutional()

@@ -10,10 +10,10 @@ from torch_eft.forecast.comparison import EnsembleComparison, InstanceComparison
 from torch_eft.forecast.comparison.instance import SGDOptions
 from torch_eft.live.parts.forecasts.full_batch import FullBatch
 from torch_eft.live.parts.interval import interval_compared
-from torch_eft.measure.losses import recognise_loss
+from torch_eft.measure.losses import recognize_loss
 from torch_eft.measure.taylor.displacement import interval
+from torch_eft.measure.taylor.relative_dntk import relative_dntk
 from torch_eft.measure.taylor.series import taylor_series
-from torch_eft.measure.taylor.sized_dntk import sized_dntk
 from torch_eft.measure.taylor.sizes import taylor_sizes
 from torch_eft.theory import MLPEnsemble
 
@@ -40,7 +40,7 @@ def intervals():
 
 def dntk():
     model, theta, moved, _, _, x_probe = setting()
-    return lambda: sized_dntk(model, theta, moved, x_probe)
+    return lambda: relative_dntk(model, theta, moved, x_probe)
 
 
 def taylor():
@@ -67,7 +67,7 @@ def instance():
     forecast = InstanceComparison(
         model,
         x,
-        recognise_loss(model, x, y, loss, gradients),
+        recognize_loss(model, x, y, loss, gradients),
         x_probe,
         SGDOptions(0.001, 0.5),
         lambdas,
@@ -76,7 +76,7 @@ def instance():
     )
 
     def measured():
-        recognise_loss(model, x, y, loss, gradients)
+        recognize_loss(model, x, y, loss, gradients)
         return forecast.compare(5, torch.ones(2, 1, device="cpu"), 2 * eye, eye)
 
     return measured

@@ -9,11 +9,11 @@ from torch_eft.tensorboard import tag
 
 def scalars(measured, order_0=1.0, sigma=None, order_1=None, truncation=None, quantity="ntk_trace"):
     found = {tag(quantity): measured, tag(quantity, "order_0"): order_0}
-    centre = order_0
+    center = order_0
     if order_1 is not None:
-        found[tag(quantity, "order_1")] = centre = order_1
+        found[tag(quantity, "order_1")] = center = order_1
     if sigma is not None:
-        found |= {tag(quantity, "minus_sigma"): centre - sigma, tag(quantity, "plus_sigma"): centre + sigma}
+        found |= {tag(quantity, "minus_sigma"): center - sigma, tag(quantity, "plus_sigma"): center + sigma}
     if truncation is not None:
         found[tag(quantity, "truncation")] = truncation
     return found
@@ -41,7 +41,7 @@ def test_the_event_says_what_decided():
     (event,) = BandWatch().events(7, scalars(4.5, sigma=1.0, order_1=1.25))
     assert (event.step, event.quantity) == (7, "ntk_trace")
     assert "measured 4.5, theory 1.25, beyond 3 times" in event.text
-    assert "sigma over initialisations 1)" in event.text
+    assert "sigma over initializations 1)" in event.text
 
 
 def test_the_truncation_widens_the_band():

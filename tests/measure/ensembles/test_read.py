@@ -1,4 +1,4 @@
-"""Reading the ensemble off a network: what is recognised, with which errors, and what is refused."""
+"""Reading the ensemble off a network: what is recognized, with which errors, and what is refused."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_standard_errors_cover_the_truth():
     assert abs(float(variance) - 1) < 4 * math.sqrt(2 / 400)
 
 
-def test_default_initialisation_is_a_third_and_uniform():
+def test_default_initialization_is_a_third_and_uniform():
     torch.manual_seed(0)
     read = measure.read_ensemble(mlp((100, 400, 400, 10), nn.ReLU))
     assert read.ensemble.activation.name == "relu"

@@ -59,7 +59,7 @@ INITIALISATIONS = {
     ("kind", "initialize"), [(k, f) for k, functions in INITIALISATIONS.items() for f in functions]
 )
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (50, 50)])
-def test_torch_initialisations(kind, initialize, shape):
+def test_torch_initializations(kind, initialize, shape):
     torch.manual_seed(0)
     weight = torch.empty(shape)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_the_remark_on_biases_is_true():
 @pytest.mark.parametrize(("activation", "gain", "nu"), [(nn.Identity, 1.0, 0.0), (nn.ReLU, math.sqrt(2.0), 3.0)])
 def test_the_remark_on_orthogonal_weights_is_true(activation, gain, nu):
     """V / K^2 = -2 + nu (l - 1) (PDLT's Gaussian weights: nu = 2 and 5), four square layers of width 48, one input."""
-    from torch_eft.measure.ensembles.seeds import seed_ensemble
+    from torch_eft.measure.ensembles.seeds import statistics_over_seeds
 
     width, depth = 48, 4
 
@@ -138,7 +138,7 @@ def test_the_remark_on_orthogonal_weights_is_true(activation, gain, nu):
     assert read.C_W_error == (0.0,) * depth
     assert "the theory's Gaussian 1/n vertices are wrong for them" in read.remarks[0]
     x = torch.full((1, width), 1.0)
-    found = seed_ensemble(model, x, 1000, ("K", "V"), initialize=initialize)
+    found = statistics_over_seeds(model, x, 1000, ("K", "V"), initialize=initialize)
     K = float(found.mean["K"])
     ratio, error = float(found.mean["V"]) / K**2, float(found.error["V"]) / K**2
     expected = -2 + nu * (depth - 1)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.oracles.models import ConvNet, Recurrent, Tied, mlp
 from torch_eft import measure
-from torch_eft.measure.forward.checks import check_function_of_each_sample, check_measurable
+from torch_eft.measure.forward.checks import check_batch_independence, check_measurable
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.structure import all_finite, check_structure
@@ -52,7 +52,7 @@ def check(model, x):
     probe = measure.Probe(x)
     with isolated(model) as network:
         check_measurable(network)
-        check_function_of_each_sample(network, probe, checked_output(network, probe))
+        check_batch_independence(network, probe, checked_output(network, probe))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_functions_of_each_sample_pass(model, x):
     flat = lambda z: z.flatten(1)  # noqa: E731
     with isolated(model, flat) as network:
         check_measurable(network)
-        check_function_of_each_sample(network, probe, checked_output(network, probe))
+        check_batch_independence(network, probe, checked_output(network, probe))
     check_measurable(model)
 
 
@@ -116,13 +116,13 @@ def test_the_check_costs_half_a_forward():
         network.shadow.before = calls
         outputs = checked_output(network, probe)
         calls.samples = 0
-        check_function_of_each_sample(network, probe, outputs)
+        check_batch_independence(network, probe, outputs)
     assert calls.samples == 5
 
 
 def test_batch_statistics_in_evaluation_are_refused():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match=r"model: '1' \(BatchNorm1d\) normalises with the statistics of the batch"):
+    with pytest.raises(ValueError, match=r"model: '1' \(BatchNorm1d\) normalizes with the statistics of the batch"):
         check_measurable(model)
 
 
@@ -153,7 +153,7 @@ class DTensor(torch.Tensor):
     ("parameter", "message"),
     [
         (nn.Parameter(torch.ones(2, dtype=torch.complex64)), r"'extra' is complex; .*view_as_real"),
-        (nn.UninitializedParameter(), r"'extra' is not initialised yet \(a lazy module\)"),
+        (nn.UninitializedParameter(), r"'extra' is not initialized yet \(a lazy module\)"),
         (nn.Parameter(torch.ones(2, device="meta")), r"'0.weight' is on cpu, 'extra' on meta; bring all to one device"),
         (nn.Parameter(torch.ones(2).as_subclass(DTensor)), r"'extra' is sharded .*full_copy"),
     ],

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import TorchFunctionMode
 
-from torch_eft.measure.forward.decompositions import WRITTEN_OUT, WrittenOut, undispatched
+from torch_eft.measure.forward.decompositions import WRITTEN_OUT, Decomposed, without_dispatch
 
 DTYPE = torch.float64
 
@@ -165,7 +165,7 @@ def gradients(f, inputs, pattern):
 @pytest.mark.parametrize("name", [*OPERATIONS, *MODULES])
 def test_values_and_derivatives(name):
     f, inputs = case(name)
-    with torch.no_grad(), WrittenOut():
+    with torch.no_grad(), Decomposed():
         found = f(*inputs)
     with torch.no_grad():
         expected = f(*inputs)
@@ -180,12 +180,12 @@ def test_values_and_derivatives(name):
             gradients(f, [x + step * h * v for x, v in zip(inputs, directions, strict=True)], pattern)
             for step in (-2, -1, 1, 2)
         ]
-    with WrittenOut():
+    with Decomposed():
         first = gradients(f, inputs, pattern)
     for a, b in zip(first, own, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
     leaves = [value.detach().requires_grad_() for value in inputs]
-    with WrittenOut():
+    with Decomposed():
         first = torch.autograd.grad((f(*leaves) * pattern).sum(), leaves, create_graph=True)
     along = sum((g * v).sum() for g, v in zip(first, directions, strict=True))
     if not along.requires_grad:  # piecewise linear
@@ -205,7 +205,7 @@ class Listening(TorchFunctionMode):
         self.heard = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        body = WRITTEN_OUT.get(func) or undispatched(func)
+        body = WRITTEN_OUT.get(func) or without_dispatch(func)
         if body is not None:
             with self:
                 return body(*args, **(kwargs or {}))
@@ -239,17 +239,19 @@ def test_a_mode_that_reenters_itself_sees_every_linear_map_with_its_weights():
 
 
 def test_undispatched_functions_keep_their_defaults_and_choices():
-    assert undispatched(torch.add) is None
-    assert undispatched(lambda x: x) is None
+    assert without_dispatch(torch.add) is None
+    assert without_dispatch(lambda x: x) is None
     x = torch.randn(2, 3, 8, 8)
-    assert undispatched(F.max_pool2d) is undispatched(F.max_pool2d)
-    values, indices = undispatched(F.max_pool2d)(x, 2, return_indices=True)
+    assert without_dispatch(F.max_pool2d) is without_dispatch(F.max_pool2d)
+    values, indices = without_dispatch(F.max_pool2d)(x, 2, return_indices=True)
     torch.testing.assert_close(values, F.max_pool2d(x, 2))
     assert indices.dtype == torch.int64
-    torch.testing.assert_close(undispatched(F.gelu if isinstance(F.gelu, type(case)) else F.silu)(x[0]), F.silu(x[0]))
-    torch.testing.assert_close(undispatched(F.normalize)(x), F.normalize(x))
-    torch.testing.assert_close(undispatched(torch.einsum)("ncij->nc", x), x.sum((2, 3)))
-    assert F.max_pool2d(x, 2).shape == undispatched(F.adaptive_max_pool2d)(x, 4).shape
+    torch.testing.assert_close(
+        without_dispatch(F.gelu if isinstance(F.gelu, type(case)) else F.silu)(x[0]), F.silu(x[0])
+    )
+    torch.testing.assert_close(without_dispatch(F.normalize)(x), F.normalize(x))
+    torch.testing.assert_close(without_dispatch(torch.einsum)("ncij->nc", x), x.sum((2, 3)))
+    assert F.max_pool2d(x, 2).shape == without_dispatch(F.adaptive_max_pool2d)(x, 4).shape
 
 
 def test_what_cannot_be_written_out_is_left_to_torch():
@@ -257,22 +259,22 @@ def test_what_cannot_be_written_out_is_left_to_torch():
     packed = pack_padded_sequence(x, torch.tensor([4, 2]))
     for kind in (nn.LSTM, nn.GRU, nn.RNN):
         rnn = kind(3, 4)
-        with WrittenOut():
+        with Decomposed():
             found = rnn(packed)[0].data
         torch.testing.assert_close(found, rnn(packed)[0].data)
     norm = nn.BatchNorm1d(3)
-    with WrittenOut():
+    with Decomposed():
         norm(x[0])
     assert norm.num_batches_tracked == 1
     assert bool(norm.running_mean.any())
     torch.manual_seed(1)
-    with WrittenOut():
+    with Decomposed():
         found = sdpa(x, x, x, dropout_p=0.5)
     torch.manual_seed(1)
     torch.testing.assert_close(found, sdpa(x, x, x, dropout_p=0.5))
     dropping = nn.LSTM(3, 4, 2, dropout=0.5)
     torch.manual_seed(1)
-    with WrittenOut():
+    with Decomposed():
         found = dropping(x)[0]
     torch.manual_seed(1)
     torch.testing.assert_close(found, dropping(x)[0])

@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 from tests.measure.zoo import ZOO, Lambda, build, randn
 from torch_eft import measure
-from torch_eft.measure.forward.decompositions import WrittenOut
+from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import as_probe
 from torch_eft.measure.jacobian import capture, gram
-from torch_eft.measure.jacobian.engine import Engine
+from torch_eft.measure.jacobian.engine import JacobianGram
 
 PAIRS = [(0, 0), (1, 0), (2, 0), (1, 1)]
 FALLBACK = {
@@ -31,7 +31,7 @@ def directions(network, names):
 def jacobians(network, inputs, v, names):
     """J_0, J_1, J_2 along v, (N C, P) each; fused operations, wrong at third order, written out."""
     leaves = [network.params[name].detach().requires_grad_() for name in names]
-    with WrittenOut():
+    with Decomposed():
         z = network({**network.params, **dict(zip(names, leaves, strict=True))}, inputs)
     rows = [[], [], []]
     for value in z.flatten():
@@ -49,7 +49,7 @@ def jacobians(network, inputs, v, names):
 def test_gram_matrices_of_all_orders(name):
     model, x, output_fn = build(name)
     with isolated(model, output_fn) as network:
-        engine = Engine(network, as_probe(x), {n: 0.5 + 0.1 * i for i, n in enumerate(network.params)})
+        engine = JacobianGram(network, as_probe(x), {n: 0.5 + 0.1 * i for i, n in enumerate(network.params)})
         v = directions(network, engine.moving)
         found, trace = engine.gram(PAIRS, v)[""], engine.gram(PAIRS, v, trace=True)[""]
         J, (N, C) = jacobians(network, engine.inputs, v, engine.moving)
@@ -69,7 +69,7 @@ def test_gram_matrices_of_all_orders(name):
 def test_the_explicit_and_the_mixed_form_agree(name, monkeypatch):
     model, x, _ = build(name)
     with isolated(model) as network:
-        engine = Engine(network, as_probe(x))
+        engine = JacobianGram(network, as_probe(x))
         v = directions(network, engine.moving)
         kernels = []
         for weight in (0.0, 1e9):  # mixed where it is possible; explicit where it is possible
@@ -85,10 +85,10 @@ def test_blocks_and_crossings_of_every_order(name, monkeypatch):
     """Small blocks of rows, of samples and of columns; rows and columns of different inputs."""
     model, x, _ = build(name)
     with isolated(model) as network:
-        engine = Engine(network, as_probe(x))
+        engine = JacobianGram(network, as_probe(x))
         v = directions(network, engine.moving)
         whole = engine.gram(PAIRS, v)[""]
-        few = Engine(network, as_probe(x[:1]))
+        few = JacobianGram(network, as_probe(x[:1]))
         crossed = few.gram(PAIRS, v, other=engine)[""]
         monkeypatch.setattr(gram, "_ROWS", 1)
         monkeypatch.setattr(gram, "FORMED", 1)
@@ -144,10 +144,10 @@ def test_coverage_says_how_each_parameter_is_had():
     lambdas = {name: float(name != "b") for name, _ in model.named_parameters()}
     found = measure.coverage(model, x, lambdas)
     assert found.structured == {"w": "linear", "scale": "scale", "v": "linear"}
-    assert found.fallback == {"power": "a use that is not recognised"}
+    assert found.fallback == {"power": "a use that is not recognized"}
     assert found.constant == ("b",)
     assert str(found).splitlines()[-2:] == [
-        "power: fallback, a use that is not recognised",
+        "power: fallback, a use that is not recognized",
         "b: constant (lambda = 0)",
     ]
 

@@ -24,14 +24,14 @@ class PlainLayerNorm(nn.LayerNorm):
     """By its definition: torch's own third derivative is wrong."""
 
     def forward(self, x):
-        centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight + self.bias
+        centered = x - x.mean(-1, keepdim=True)
+        return centered / (centered.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight + self.bias
 
 
 class PlainInstanceNorm(nn.InstanceNorm1d):
     def forward(self, x):
-        centred = x - x.mean(-1, keepdim=True)
-        value = centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        value = centered / (centered.square().mean(-1, keepdim=True) + self.eps).sqrt()
         return value * self.weight[:, None] + self.bias[:, None]
 
 

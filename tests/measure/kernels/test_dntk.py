@@ -69,8 +69,8 @@ def test_finite_differences_of_jacobians_converge_to_the_contractions(name):
     params = dict(model.named_parameters())
     shape = (len(x), 2)
     e = randn(*shape, seed=3)
-    v = measure.pull_back(model, x, e, lambdas)
-    found = measure.contracted(model, x, e, lambdas)
+    v = measure.ntk_vjp(model, x, e, lambdas)
+    found = measure.ntk_derivatives(model, x, e, lambdas)
     scale = torch.cat([torch.full((p.numel(),), lambdas[n], dtype=torch.float64) for n, p in params.items()])
     size = math.sqrt(sum(float(part.square().sum()) for part in v.values()))
     J = jacobian(model, x, params)
@@ -99,7 +99,7 @@ def test_whole_tensors_contract_to_the_directional_ones(name):
     dH = measure.dntk(model, x, lambdas)
     ddI, ddII = measure.ddntk(model, x, lambdas)
     e = randn(len(x), 2, seed=4)
-    found = measure.contracted(model, x, e, lambdas)
+    found = measure.ntk_derivatives(model, x, e, lambdas)
     for value, expected in (
         (found.H, measure.ntk(model, x, lambdas)),
         (found.dH, torch.einsum("abcijk,ck->abij", dH, e)),
@@ -107,7 +107,7 @@ def test_whole_tensors_contract_to_the_directional_ones(name):
         (found.ddII, torch.einsum("abcdijkl,ck,dl->abij", ddII, e, e)),
         (measure.dntk(model, x, lambdas, direction=e), found.dH),
         (measure.ddntk(model, x, lambdas, direction=e)[1], found.ddII),
-        (measure.contracted(model, x, e, lambdas, trace=True).ddI, measure.as_trace(found.ddI)),
+        (measure.ntk_derivatives(model, x, e, lambdas, trace=True).ddI, measure.as_trace(found.ddI)),
     ):
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
     # Symmetries of the definitions: dH in its last two pairs, ddI in its last three, ddII under (1,3) <-> (2,4).
@@ -120,10 +120,10 @@ def test_directions_of_other_inputs_and_in_parameter_space():
     model, x, lambdas = network("mlp")
     train = randn(5, 3, seed=8)
     e = randn(5, 2, seed=9)
-    v = measure.pull_back(model, train, e, lambdas)
+    v = measure.ntk_vjp(model, train, e, lambdas)
     both = torch.cat([x, train])
-    whole = measure.contracted(model, both, torch.cat([torch.zeros(3, 2).double(), e]), lambdas)
-    found = measure.contracted(model, x, v, lambdas, order=1)
+    whole = measure.ntk_derivatives(model, both, torch.cat([torch.zeros(3, 2).double(), e]), lambdas)
+    found = measure.ntk_derivatives(model, x, v, lambdas, order=1)
     torch.testing.assert_close(found.dH, whole.dH[:3, :3], rtol=0, atol=1e-12)
     assert found.ddI is None
 
@@ -155,7 +155,7 @@ def test_the_two_layer_linear_map(eta):
     for _ in range(20):
         f, H = float(model(x)), float(measure.ntk(model, x))
         e = torch.full((1, 1), f, dtype=torch.float64)
-        found = measure.contracted(model, x, e)
+        found = measure.ntk_derivatives(model, x, e)
         size = f * f / n
         # f is a sum of n products, up to |u| |v| / sqrt(n) <= sqrt(n) H / 2, and at the end close to 0 by cancellation.
         rounding = 1e-15 * math.sqrt(n) * H
@@ -176,11 +176,11 @@ def test_the_two_layer_linear_map(eta):
         assert float(measure.ntk(model, x)) == pytest.approx(expected[1], rel=1e-12)
 
 
-def test_networks_with_kinks_are_labelled():
+def test_networks_with_kinks_are_labeled():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double(), randn(3, 3)
     e = randn(3, 2, seed=1)
-    found = measure.contracted(model, x, e)
+    found = measure.ntk_derivatives(model, x, e)
     assert found.kinked == ("relu",)
     assert found.validity.startswith("almost everywhere: the network has kinks (relu), whose crossings contribute")
     for action in (
@@ -188,13 +188,13 @@ def test_networks_with_kinks_are_labelled():
         lambda: measure.dntk(model, x, direction=e),
         lambda: measure.ddntk(model, x, direction=e),
     ):
-        with pytest.warns(AlmostEverywhereWarning, match="use the realised change of H, or a secant"):
+        with pytest.warns(AlmostEverywhereWarning, match="use the realized change of H, or a secant"):
             action()
     model[1] = nn.Tanh()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         measure.dntk(model, x)
-    assert measure.contracted(model, x, e).validity == "the derivatives of a smooth network"
+    assert measure.ntk_derivatives(model, x, e).validity == "the derivatives of a smooth network"
 
 
 class Distances(nn.Module):
@@ -202,17 +202,17 @@ class Distances(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.centres, self.head = nn.Parameter(torch.randn(4, 3)), nn.Linear(4, 2)
+        self.centers, self.head = nn.Parameter(torch.randn(4, 3)), nn.Linear(4, 2)
 
     def forward(self, x):
-        return self.head(torch.linalg.solve(torch.eye(4).to(x) * 3, torch.tanh(x @ self.centres.T).T).T)
+        return self.head(torch.linalg.solve(torch.eye(4).to(x) * 3, torch.tanh(x @ self.centers.T).T).T)
 
 
 def test_operations_without_a_series_take_reverse_mode():
     torch.manual_seed(0)
     model, x = Distances().double(), randn(3, 3)
     e = randn(3, 2, seed=1)
-    found = measure.contracted(model, x, e)
+    found = measure.ntk_derivatives(model, x, e)
     assert found.method.startswith("reverse mode (")
     dH = measure.dntk(model, x)
     torch.testing.assert_close(found.dH, torch.einsum("abcijk,ck->abij", dH, e), rtol=0, atol=1e-13)
@@ -231,7 +231,7 @@ def test_a_wrong_derivative_is_refused(monkeypatch):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), randn(3, 3)
     with pytest.raises(ValueError, match=r"derivatives of order 2 cannot be trusted for '\d.(weight|bias)'"):
-        measure.contracted(model, x, randn(3, 2, seed=1))
+        measure.ntk_derivatives(model, x, randn(3, 2, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -262,4 +262,4 @@ def test_unusable_arguments_are_named(options, message):
 def test_order_is_checked():
     model, x, _ = build("mlp")
     with pytest.raises(ValueError, match="order: 3 given; 1 is dH, 2 is dH, ddI and ddII"):
-        measure.contracted(model, x, randn(3, 2), order=3)
+        measure.ntk_derivatives(model, x, randn(3, 2), order=3)

@@ -105,7 +105,7 @@ def test_half_precision_models_are_measured_in_float32():
     torch.testing.assert_close(half, reference, rtol=1e-5, atol=1e-5)
 
 
-def test_wide_network_at_initialisation_agrees_with_theta():
+def test_wide_network_at_initialization_agrees_with_theta():
     """Eight networks of width 2048: the mean NTK within its Monte-Carlo error of Theta.
 
     The 1/n bias of the mean is of order 1/2048 of Theta; the standard error of the mean is about
@@ -217,7 +217,7 @@ class BatchCoupled(nn.Module):
             r"output_fn: the output for 2 samples is dict, not a tensor",
         ),
         (nn.Conv2d(1, 2, 3), torch.ones(2, 1, 5, 5), {}, r"output_fn: .* a tensor \(2, 2, 3, 3\)"),
-        (nn.LazyLinear(3), torch.ones(2, 5), {}, r"model: the parameter 'weight' is not initialised yet"),
+        (nn.LazyLinear(3), torch.ones(2, 5), {}, r"model: the parameter 'weight' is not initialized yet"),
         (
             mlp(),
             torch.ones(3, 5),

@@ -32,7 +32,7 @@ def test_products_and_eigenpairs(name):
 def test_the_pulled_back_direction_is_the_gradient():
     model, x, _ = build("mlp")
     e = randn(3, 2, seed=2)
-    found = measure.pull_back(model, x, e, 0.25)
+    found = measure.ntk_vjp(model, x, e, 0.25)
     gradients = torch.autograd.grad((model(x) * e).sum(), list(model.parameters()))
     for (name, _), gradient in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(found[name], 0.25 * gradient, rtol=0, atol=1e-14)

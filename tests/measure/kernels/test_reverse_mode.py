@@ -18,8 +18,8 @@ class PlainLayerNorm(nn.LayerNorm):
     """By its definition."""
 
     def forward(self, x):
-        centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight + self.bias
+        centered = x - x.mean(-1, keepdim=True)
+        return centered / (centered.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight + self.bias
 
 
 def layer_norm_net(norm=nn.LayerNorm):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.oracles.models import ConvNet, Recurrent, mlp
-from torch_eft.measure.ensembles.redraws import log_variance, redraws
+from torch_eft.measure.ensembles.reinitialized_networks import log_variance, reinitialized_networks
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.representations.bottlenecks import trunk
@@ -132,12 +132,12 @@ def test_redraws_leave_the_model_and_the_random_state_alone():
     model = ConvNet()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    found = redraws(model, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), seeds=3)
+    found = reinitialized_networks(model, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), seeds=3)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     traces = [float(one.trace.mean()) for one in found.drawn]
     assert len(set(traces)) == 3
-    again = redraws(model, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), seeds=3)
+    again = reinitialized_networks(model, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), seeds=3)
     assert traces == [float(one.trace.mean()) for one in again.drawn]
 
 
@@ -150,11 +150,11 @@ def test_what_cannot_be_redrawn_is_said():
         def forward(self, x):
             return self.head(x * self.scale)
 
-    found = redraws(Own(), torch.randn(2, 4), seeds=3)
+    found = reinitialized_networks(Own(), torch.randn(2, 4), seeds=3)
     assert found.drawn == []
     assert "'scale' of Own is drawn by no reset_parameters" in found.reason
     with pytest.raises(ValueError, match="seeds: -1 given"):
-        redraws(Own(), torch.randn(2, 4), seeds=-1)
+        reinitialized_networks(Own(), torch.randn(2, 4), seeds=-1)
 
 
 def test_the_variance_of_a_lognormal():

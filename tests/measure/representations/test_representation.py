@@ -66,7 +66,7 @@ def test_cka_of_features_is_invariant_under_rotation_scale_and_shift():
     K, L = features @ features.T, moved @ moved.T
     assert float(measure.linear_cka(L, K)) == pytest.approx(1, abs=1e-12)
     other = torch.randn(12, 5, dtype=torch.float64, generator=generator)
-    # By its definition: ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F) of centred features (Kornblith et al., eq. 2).
+    # By its definition: ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F) of centered features (Kornblith et al., eq. 2).
     X, Y = features - features.mean(0), other - other.mean(0)
     expected = (Y.T @ X).norm() ** 2 / ((X.T @ X).norm() * (Y.T @ Y).norm())
     assert float(measure.linear_cka(other @ other.T, K)) == pytest.approx(float(expected), abs=1e-12)
@@ -121,7 +121,7 @@ def test_cka_that_is_not_defined_is_nan(debiased):
     assert math.isnan(measure.linear_cka(one, one, debiased))
     X = randn(6, 3).float()
     K = X @ X.T
-    same = torch.full((6, 4), 0.1) * torch.tensor([1.0, 3.0, 0.7, 0.2])  # centred, this is rounding and not 0
+    same = torch.full((6, 4), 0.1) * torch.tensor([1.0, 3.0, 0.7, 0.2])  # centered, this is rounding and not 0
     for constant in (same @ same.T, torch.zeros(6, 6), torch.full((6, 6), 1 / 3)):
         assert math.isnan(measure.linear_cka(K, constant, debiased))
         assert math.isnan(measure.linear_cka(constant, K, debiased))
@@ -154,8 +154,8 @@ def test_effective_ranks_of_spectra_known_by_hand():
 def test_target_alignment_by_its_definition():
     X, y = randn(7, 3), randn(7, 2, seed=1)
     K = X @ X.T
-    centring = torch.eye(7, dtype=torch.float64) - 1 / 7
-    first, second = centring @ K @ centring, centring @ y @ y.T @ centring
+    centering = torch.eye(7, dtype=torch.float64) - 1 / 7
+    first, second = centering @ K @ centering, centering @ y @ y.T @ centering
     expected = (first * second).sum() / (first.norm() * second.norm())
     assert float(target_alignment(K, y)) == pytest.approx(float(expected), abs=1e-12)
     assert float(target_alignment(y @ y.T, 3 * y + 1)) == pytest.approx(1)
@@ -225,8 +225,8 @@ def test_the_change_of_a_trained_network_layer_by_layer():
         assert found.relative_change == pytest.approx(float((K - K_0).norm() / K_0.norm()))
         assert found.cka_distance == pytest.approx(1 - float(measure.linear_cka(K, K_0)))
         assert found.debiased_cka_distance == pytest.approx(1 - float(measure.linear_cka(K, K_0, debiased=True)))
-        centred = [s - s.mean(0) for s in (s_0, s)]
-        ranks = [float(effective_rank(s @ s.T)) for s in centred]
+        centered = [s - s.mean(0) for s in (s_0, s)]
+        ranks = [float(effective_rank(s @ s.T)) for s in centered]
         assert found.effective_rank == pytest.approx(tuple(ranks))
         assert found.alignment == pytest.approx((float(target_alignment(K_0, y)), float(target_alignment(K, y))))
         assert found.movement == pytest.approx(float((s - s_0).norm() / s_0.norm()))
@@ -260,7 +260,7 @@ def test_a_single_sample_is_said_to_be_one():
 
 
 def test_neurons_move_by_one_over_root_n_and_kernels_by_one_over_n():
-    """In the parametrisation of the theory (rates lambda_W / n); rms over 60 networks, widths 32 and 512."""
+    """In the parametrization of the theory (rates lambda_W / n); rms over 60 networks, widths 32 and 512."""
     x, y = randn(3, 4), randn(3, 1, seed=1)
     sizes = {}
     for n in (32, 512):

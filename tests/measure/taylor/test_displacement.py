@@ -91,7 +91,7 @@ def test_a_step_of_gradient_descent_is_minus_eta_H_e():
     """d = - eta lambda J^T e: f' d = - eta H e, and the NTK's first term is - eta (dH e + transpose)."""
     model, theta, _, x, lambdas = small()
     e, eta = torch.randn(3, 2, dtype=F64), 1e-3
-    v = measure.pull_back(model, x, e, lambdas)
+    v = measure.ntk_vjp(model, x, e, lambdas)
     end = {name: value - eta * v[name] for name, value in theta.items()}
     found = interval(model, theta, end, x, lambdas)
     whole = torch.einsum("abij,bj->ai", measure.ntk(model, x, lambdas), e)

@@ -19,8 +19,8 @@ from tests.measure.taylor.shadowed import (
     train,
 )
 from tests.oracles.models import Tied, mlp
-from torch_eft.measure.taylor.model import ShadowModel
-from torch_eft.measure.taylor.perturbative import PerturbativeShadow
+from torch_eft.measure.taylor.model import TaylorModel
+from torch_eft.measure.taylor.perturbative import PerturbativeTaylorModel
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -28,7 +28,7 @@ from torch_eft.measure.taylor.perturbative import PerturbativeShadow
 def test_order_three_is_exact_for_polynomials_of_degree_three(build, optimizer):
     model = seeded(build)
     real = OPTIMIZERS[optimizer](model.parameters())
-    shadow = ShadowModel(model)
+    shadow = TaylorModel(model)
     own = shadow.optimizer_like(real)
     assert type(own) is type(real)
     data = batches(25)
@@ -44,21 +44,21 @@ def test_order_three_is_exact_for_polynomials_of_degree_three(build, optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("build", [lambda: mlp((4, 7, 4), nn.GELU), Tied])
-def test_order_one_is_the_linearised_network(build, optimizer):
+def test_order_one_is_the_linearized_network(build, optimizer):
     model = seeded(build)
     theta_0 = {name: p.detach().clone() for name, p in model.named_parameters()}
     theta = {name: p.clone().requires_grad_() for name, p in theta_0.items()}
     by_hand = OPTIMIZERS[optimizer](theta.values())
-    shadow = ShadowModel(model, order=1)
+    shadow = TaylorModel(model, order=1)
     own = shadow.optimizer_like(OPTIMIZERS[optimizer](model.parameters()))
 
-    def linearised(x):
+    def linearized(x):
         d = {name: p - theta_0[name] for name, p in theta.items()}
         value, change = jvp(lambda p: functional_call(model, p, (x,)), (theta_0,), (d,))
         return value + change
 
     data = batches(20)
-    train(linearised, by_hand, data)
+    train(linearized, by_hand, data)
     train(shadow, own, data)
     for name, value in theta.items():
         torch.testing.assert_close(shadow.theta[name], value, rtol=1e-10, atol=1e-12)
@@ -75,7 +75,7 @@ def test_parameter_groups_state_and_frozen_parameters_are_taken_over():
     torch.optim.lr_scheduler.StepLR(real, 1)
     data = batches(12)
     train(model, real, data[:4])
-    shadow = ShadowModel(model)
+    shadow = TaylorModel(model)
     own = shadow.optimizer_like(real)
     assert [len(group["params"]) for group in own.param_groups] == [1, 1]
     train(model, real, data[4:])
@@ -91,7 +91,7 @@ def test_parameter_groups_state_and_frozen_parameters_are_taken_over():
         shadow.optimizer_like(torch.optim.SGD([model[1].weight], lr=0.1))
 
 
-class Counted(ShadowModel):
+class Counted(TaylorModel):
     """With kappa in front of the term of order 2, kappa^2 of order 3."""
 
     kappa = 1.0
@@ -116,8 +116,8 @@ def test_the_perturbative_shadow_is_the_series_of_the_full_one(optimizer, loss):
     real = OPTIMIZERS[optimizer](model.parameters())
     data = [(x, y.softmax(1)) for x, y in batches(20)]
     probe = batches(1, seed=5)[0][0]
-    found = stepped(PerturbativeShadow(model), real, data, loss)
-    linear = stepped(ShadowModel(model, 1), real, data, loss)
+    found = stepped(PerturbativeTaylorModel(model), real, data, loss)
+    linear = stepped(TaylorModel(model, 1), real, data, loss)
     for name, value in linear.theta.items():
         torch.testing.assert_close(found.theta[name], value, rtol=1e-10, atol=1e-12)
     outputs, thetas = {}, {}
@@ -150,8 +150,8 @@ def test_the_perturbative_shadow_agrees_with_order_three_where_both_are_small():
     gaps = []
     for rate in (0.1, 0.05):
         real = torch.optim.SGD(model.parameters(), lr=rate)
-        full, linear = (stepped(ShadowModel(model, k), real, data) for k in (3, 1))
-        perturbed = stepped(PerturbativeShadow(model), real, data)
+        full, linear = (stepped(TaylorModel(model, k), real, data) for k in (3, 1))
+        perturbed = stepped(PerturbativeTaylorModel(model), real, data)
         gap = (full(probe) - perturbed(probe)).norm()
         correction = (full(probe) - linear(probe)).norm()
         assert float(gap.detach()) < 0.1 * float(correction.detach())
@@ -163,10 +163,10 @@ def test_the_perturbative_shadow_stays_finite_where_order_three_diverges():
     model = seeded(lambda: mlp((4, 8, 8, 4)))
     data = [(x, 6 * y) for x, y in batches(1)] * 150
     real = torch.optim.SGD(model.parameters(), lr=0.3)
-    full = stepped(ShadowModel(model), real, data, F.mse_loss)
+    full = stepped(TaylorModel(model), real, data, F.mse_loss)
     assert not bool(full(data[0][0]).isfinite().all())
     assert full.validity(data[0][0]).flag == "invalid"
-    found = stepped(PerturbativeShadow(model), real, data, F.mse_loss)
+    found = stepped(PerturbativeTaylorModel(model), real, data, F.mse_loss)
     assert bool(found(data[0][0]).isfinite().all())
     verdict = found.validity(data[0][0])
     assert verdict.flag == "invalid" and "of the change of the k = 1 shadow" in verdict.reason
@@ -193,7 +193,7 @@ LAYERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [ShadowModel, PerturbativeShadow])
+@pytest.mark.parametrize("kind", [TaylorModel, PerturbativeTaylorModel])
 @pytest.mark.parametrize("layers", LAYERS)
 def test_fused_layers_are_those_of_the_jets(layers, kind, monkeypatch):
     """Value and gradients of every leaf, at parameters away from theta_0."""

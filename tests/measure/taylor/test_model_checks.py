@@ -17,13 +17,13 @@ from tests.measure.taylor.shadowed import (
 )
 from tests.oracles.models import ConvNet, Recurrent, Tied, TwoInputs, mlp
 from torch_eft.measure.jets.jet import NoJetRuleError
-from torch_eft.measure.taylor.model import ShadowModel
-from torch_eft.measure.taylor.perturbative import PerturbativeShadow
+from torch_eft.measure.taylor.model import TaylorModel
+from torch_eft.measure.taylor.perturbative import PerturbativeTaylorModel
 
 
 def test_optimizers_that_are_not_linear_in_the_gradient_are_refused():
     model = seeded(deep_linear)
-    shadow = PerturbativeShadow(model)
+    shadow = PerturbativeTaylorModel(model)
     for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop):
         with pytest.raises(ValueError, match=rf"^optimizer: {kind.__name__} given; .* linear in the gradient"):
             shadow.optimizer_like(kind(model.parameters(), lr=0.1))
@@ -43,7 +43,7 @@ def test_the_network_and_the_random_state_are_left_alone(build, order):
         model.eval()
     before, flags = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     kept, state = copy.deepcopy(inputs), torch.get_rng_state()
-    shadow = ShadowModel(model, order, (lambda out: out["logits"]) if build is TwoInputs else None)
+    shadow = TaylorModel(model, order, (lambda out: out["logits"]) if build is TwoInputs else None)
     theta_0 = copy.deepcopy(shadow.theta_0)
     own = shadow.optimizer_like(torch.optim.AdamW(model.parameters(), lr=0.01))
     for _ in range(3):
@@ -65,7 +65,7 @@ def test_the_network_and_the_random_state_are_left_alone(build, order):
 
 
 def test_a_batch_that_the_forward_changes_in_place_is_left_alone():
-    shadow = ShadowModel(seeded(lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2))))
+    shadow = TaylorModel(seeded(lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2))))
     x = batches(1)[0][0]
     kept = x.clone()
     for _ in range(2):  # the first batch is looked at more closely
@@ -76,7 +76,7 @@ def test_a_batch_that_the_forward_changes_in_place_is_left_alone():
 def test_another_loss_terms_parameters_get_no_gradient_and_the_real_optimizer_is_refused():
     model = seeded(deep_linear)
     real = torch.optim.SGD(model.parameters(), lr=0.1)
-    shadow = ShadowModel(model)
+    shadow = TaylorModel(model)
     scale = torch.ones((), dtype=DTYPE, requires_grad=True)
     x = batches(1)[0][0]
     shadow.step(x, lambda z: (scale * z).square().mean() + model(x).sum(), shadow.optimizer_like(real))
@@ -87,7 +87,7 @@ def test_another_loss_terms_parameters_get_no_gradient_and_the_real_optimizer_is
 
 def test_checkpoints_modes_precision_and_graphs():
     model = mlp((4, 6, 3)).half()
-    shadow = ShadowModel(model)
+    shadow = TaylorModel(model)
     assert all(p.dtype == torch.float32 for p in shadow.parameters())
     x = torch.randn(5, 4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -98,7 +98,7 @@ def test_checkpoints_modes_precision_and_graphs():
         assert torch.equal(shadow.eval()(x), value)
     assert not value.requires_grad and shadow.train()(x).requires_grad
     train(shadow, torch.optim.SGD(shadow.parameters(), lr=0.1), [(x, torch.randn(5, 3))])
-    again = ShadowModel(mlp((4, 6, 3)))
+    again = TaylorModel(mlp((4, 6, 3)))
     again.load_state_dict(shadow.state_dict())
     assert torch.equal(again(x), shadow(x)) and torch.equal(copy.deepcopy(shadow)(x), shadow(x))
 
@@ -115,13 +115,13 @@ class Pair(nn.Module):
 
 def test_the_outputs_keep_their_structure():
     model = seeded(Pair)
-    shadow = ShadowModel(model)
+    shadow = TaylorModel(model)
     x = batches(1)[0][0]
     value = shadow(x=x)
     torch.testing.assert_close(value["logits"], model(x)["logits"])
     assert type(value["others"]) is tuple and torch.equal(value["others"][1], x)
     with pytest.raises(ValueError, match=r"^output_fn: the outputs are dict, not a tensor"):
-        PerturbativeShadow(model).terms(x)
+        PerturbativeTaylorModel(model).terms(x)
 
 
 class Depth(nn.Module):
@@ -139,19 +139,19 @@ class Depth(nn.Module):
 def test_networks_that_are_no_one_function_are_refused():
     x = torch.randn(3, 1, 8, 8, dtype=DTYPE)
     model = seeded(ConvNet)
-    with pytest.raises(ValueError, match=r"^model: 'norm' \(BatchNorm2d\) normalises with the statistics of the batch"):
-        ShadowModel(model)
+    with pytest.raises(ValueError, match=r"^model: 'norm' \(BatchNorm2d\) normalizes with the statistics of the batch"):
+        TaylorModel(model)
     model.norm.eval()
     with pytest.raises(ValueError, match=r"^model: 'dropout' \(Dropout\) drops out"):
-        ShadowModel(model)
+        TaylorModel(model)
     model.dropout.p = 0.0
-    torch.testing.assert_close(ShadowModel(model)(x), model(x))
+    torch.testing.assert_close(TaylorModel(model)(x), model(x))
     x = batches(1)[0][0]
     with pytest.raises(ValueError, match=r"^model: in training mode it computes something else"):
-        ShadowModel(seeded(Depth))(x)
+        TaylorModel(seeded(Depth))(x)
     with pytest.raises(ValueError, match=r"^model: its forward draws random numbers in evaluation"):
-        ShadowModel(seeded(lambda: Depth(True)).eval())(x)
-    assert ShadowModel(seeded(Depth).eval())(x).shape == x.shape
+        TaylorModel(seeded(lambda: Depth(True)).eval())(x)
+    assert TaylorModel(seeded(Depth).eval())(x).shape == x.shape
 
 
 class Solving(nn.Module):
@@ -166,20 +166,20 @@ class Solving(nn.Module):
 def test_what_has_no_rule_or_cannot_be_evaluated_is_said():
     x = torch.randn(3, 4)
     with pytest.raises(NoJetRuleError, match=r"solve"):
-        ShadowModel(Solving())(x)
+        TaylorModel(Solving())(x)
     with pytest.raises(ValueError, match=r"^probe: .* rejects"):
-        ShadowModel(mlp((4, 6, 3))).validity(x[:, :3])
+        TaylorModel(mlp((4, 6, 3))).validity(x[:, :3])
     with pytest.raises(ValueError, match=r"^probe: .*NaN"):
-        ShadowModel(mlp((4, 6, 3))).validity(x * math.nan)
+        TaylorModel(mlp((4, 6, 3))).validity(x * math.nan)
 
 
 def test_compiled_and_copied_networks():
     model = seeded(lambda: mlp((4, 6, 4)))
     data = batches(5)
     shadows = [
-        ShadowModel(model),
-        ShadowModel(torch.compile(model, backend="eager")),
-        copy.deepcopy(ShadowModel(model)),
+        TaylorModel(model),
+        TaylorModel(torch.compile(model, backend="eager")),
+        copy.deepcopy(TaylorModel(model)),
     ]
     for shadow in shadows:
         own = shadow.optimizer_like(torch.optim.Adam(model.parameters(), lr=0.1))
@@ -192,9 +192,9 @@ def test_compiled_and_copied_networks():
 def test_bad_orders_and_models():
     model = deep_linear()
     with pytest.raises(ValueError, match=r"^order: 2 given, which is no consistent order: .* both O\(1/n\)"):
-        ShadowModel(model, 2)
+        TaylorModel(model, 2)
     for order in (0, 4, True, 1.5, "3"):
         with pytest.raises(ValueError, match=r"^order: .* given; it must be 1"):
-            ShadowModel(model, order)
+            TaylorModel(model, order)
     with pytest.raises(ValueError, match=r"^model: it has no trainable parameter"):
-        ShadowModel(nn.Tanh())
+        TaylorModel(nn.Tanh())

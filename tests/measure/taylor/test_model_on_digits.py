@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from tests.measure.taylor.shadowed import train
 from tests.oracles.models import mlp
-from torch_eft.measure.taylor.model import ShadowModel
-from torch_eft.measure.taylor.perturbative import PerturbativeShadow
+from torch_eft.measure.taylor.model import TaylorModel
+from torch_eft.measure.taylor.perturbative import PerturbativeTaylorModel
 
 DIGITS = load_digits()
 X = torch.tensor(DIGITS.data, dtype=torch.float32)
@@ -21,7 +21,7 @@ Y = torch.tensor(DIGITS.target)
 
 
 def critical(width, activation, C_W, seed):
-    """A critical MLP 64-n-n-10 in torch's parametrisation, so that learning rates go as 1/n."""
+    """A critical MLP 64-n-n-10 in torch's parametrization, so that learning rates go as 1/n."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = mlp((64, width, width, 10), activation)
@@ -43,9 +43,9 @@ def errors_on_digits(width, activation, kind, seed, steps=60, images=32, faster=
         optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    shadows = {1: ShadowModel(model, 1), 3: ShadowModel(model, 3)}
+    shadows = {1: TaylorModel(model, 1), 3: TaylorModel(model, 3)}
     if kind == "SGD":
-        shadows["perturbative"] = PerturbativeShadow(model)
+        shadows["perturbative"] = PerturbativeTaylorModel(model)
     own = {name: shadow.optimizer_like(optimizer) for name, shadow in shadows.items()}
     start, change, error = model(probe).detach(), 0.0, dict.fromkeys(shadows, 0.0)
     for step in range(1, steps + 1):
@@ -112,18 +112,18 @@ def test_where_order_three_fails_its_verdict_says_so(activation, kind):
 def test_kinks_and_strong_weight_decay_are_said():
     model = critical(64, nn.ReLU, 2.0, 0)
     x, y = X[:32], Y[:32]
-    shadow = ShadowModel(model)
+    shadow = TaylorModel(model)
     reason = shadow.validity(x).reason
     assert reason.startswith("does not apply: the network has kinks (relu)") and "nothing has moved yet" in reason
     assert shadow.validity(x).flag == "invalid"
-    linear = ShadowModel(model, 1)
+    linear = TaylorModel(model, 1)
     train(linear, linear.optimizer_like(torch.optim.SGD(model.parameters(), lr=1e-3)), [(x, y)] * 3, F.cross_entropy)
     assert linear.validity(x).flag == "caution" and "kinks (relu)" in linear.validity(x).reason
-    assert PerturbativeShadow(model).validity(x).flag == "invalid"
+    assert PerturbativeTaylorModel(model).validity(x).flag == "invalid"
 
     model = critical(128, nn.Tanh, 1.0, 0)
     for order in (1, 3):
-        shadow = ShadowModel(model, order)
+        shadow = TaylorModel(model, order)
         assert shadow.validity(x).flag == "valid"
         real = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=5.0)
         train(shadow, shadow.optimizer_like(real), [(x, y)] * 60, F.cross_entropy)

@@ -8,7 +8,7 @@ from tests.forecast.trained import F64, network, train
 from tests.measure.devices import poisoned
 from tests.oracles.models import mlp
 from torch_eft import measure, predict_from_network
-from torch_eft.measure import PerturbativeShadow, ShadowModel, TrajectoryRecorder
+from torch_eft.measure import PerturbativeTaylorModel, TaylorModel, TrajectoryRecorder
 from torch_eft.results.trajectory import Validity, trajectory_from_records
 
 STEPS, RATE = 20, 0.05
@@ -64,7 +64,7 @@ def test_a_measured_run_is_a_trajectory():
     assert float((found.ntk_drift[-1] - forecast.ntk_drift[-1]).norm()) < float(found.ntk_drift[-1].norm()) / 2
 
 
-@pytest.mark.parametrize("kind", [lambda m: ShadowModel(m, 1), lambda m: ShadowModel(m, 3), PerturbativeShadow])
+@pytest.mark.parametrize("kind", [lambda m: TaylorModel(m, 1), lambda m: TaylorModel(m, 3), PerturbativeTaylorModel])
 def test_shadows_are_trajectories(kind):
     """At order 1 the NTK stands still and outputs are those of the frozen forecast; at order 3 it moves as order 1."""
     model, lambdas, x, y, x_probe = case()
@@ -82,7 +82,7 @@ def test_shadows_are_trajectories(kind):
     off = float((found.output_mean - forecast.output_mean[::5]).norm(dim=(1, 2)).max())
     assert found.train_output_mean is None and found.output_covariance is None
     assert found.validity.reason.startswith("at step")
-    if isinstance(shadow, PerturbativeShadow):
+    if isinstance(shadow, PerturbativeTaylorModel):
         assert found.ntk_mean is None and found.ntk_drift is None
         assert off < next_order  # dNTK twice is in one, not in the other
         return
@@ -104,12 +104,12 @@ def test_single_precision_and_no_ntk():
     found = recorder.trajectory()
     assert found.output_mean.dtype == torch.float32 and "float32" in found.validity.reason
     assert found.ntk_mean is None and found.ntk_drift is None
-    late = TrajectoryRecorder(ShadowModel(model), torch.randn(2, 3, dtype=F64))
+    late = TrajectoryRecorder(TaylorModel(model), torch.randn(2, 3, dtype=F64))
     late.record(4)
     assert late.trajectory().ntk_mean is not None and late.trajectory().ntk_drift is None  # no record at step 0
 
 
-@pytest.mark.parametrize("kind", [lambda m: m, ShadowModel, PerturbativeShadow])
+@pytest.mark.parametrize("kind", [lambda m: m, TaylorModel, PerturbativeTaylorModel])
 def test_nothing_is_made_on_the_default_device(kind):
     model, x = mlp((3, 5, 2)), torch.randn(2, 3)
 
@@ -140,7 +140,7 @@ Z = [torch.zeros(2, 1)] * 2
         ),
         (lambda: trajectory_from_records([0, 1], [Z[0], Z[0].T], "", VALID), r"outputs: 2 records of shapes"),
         (lambda: trajectory_from_records([0, 1], Z, "", VALID, [torch.zeros(3, 3, 1, 1)] * 2), r"ntks: \(3, 3, 1, 1\)"),
-        (lambda: TrajectoryRecorder(ShadowModel(mlp((3, 4, 1))), Z[0], output_fn=lambda z: z), r"output_fn: given for"),
+        (lambda: TrajectoryRecorder(TaylorModel(mlp((3, 4, 1))), Z[0], output_fn=lambda z: z), r"output_fn: given for"),
         (lambda: TrajectoryRecorder(nn.Linear(1, 1), Z[0]).trajectory(), r"steps: \[\] given"),
     ],
 )

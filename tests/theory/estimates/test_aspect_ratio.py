@@ -202,7 +202,7 @@ def test_no_criticality_no_r_star():
     assert ratio.r_star is None
     assert ratio.gradient_gain is None
     assert not ratio.at_criticality
-    assert "no critical initialisation: <s s''> < 0" in ratio.criticality_reason
+    assert "no critical initialization: <s s''> < 0" in ratio.criticality_reason
     assert "r*" not in str(ratio)
 
 

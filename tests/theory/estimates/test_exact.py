@@ -257,7 +257,7 @@ def test_dead_probability():
 
 
 def ntk_spread(name, depth, n):
-    """E[H_11^2] / E[H]^2 at criticality in NTK parametrisation: lambda_W = C_W, lambda_b = 0."""
+    """E[H_11^2] / E[H]^2 at criticality in NTK parametrization: lambda_W = C_W, lambda_b = 0."""
     C = 2.0 if name == "relu" else 1.0
     ensemble = MLPEnsemble([3, *[n] * (depth - 1), 1], name, C_W=C, lambda_b=0.0, lambda_W=C)
     last = exact_statistics(ensemble, X[:1])[-1]

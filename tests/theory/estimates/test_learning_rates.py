@@ -162,7 +162,7 @@ def _losses(model, x, y, eta, steps, reduction):
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_bound_of_a_linear_model_is_sharp(reduction):
-    """z = b + W x is its own linearisation at any width: the top mode contracts below the bound and grows above it.
+    """z = b + W x is its own linearization at any width: the top mode contracts below the bound and grows above it.
 
     Targets along the top eigenvector: the loss is multiplied by (1 - 2 eta / bound)^2 each step.
     """

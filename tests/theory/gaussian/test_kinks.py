@@ -13,8 +13,8 @@ from torch_eft.theory.gaussian.four_point_moments import SummedMoments
 from torch_eft.theory.gaussian.orthant import SignedMoments
 from torch_eft.theory.gaussian.piecewise import PiecewisePairs
 from torch_eft.theory.gaussian.points import KinkedPoints
-from torch_eft.theory.gaussian.scale_invariant import TwoSlopeMoments, TwoSlopePairs
-from torch_eft.theory.gaussian.two_point_moments import pair_moments
+from torch_eft.theory.gaussian.scale_invariant import ScaleInvariantMoments, TwoSlopePairs
+from torch_eft.theory.gaussian.two_point_moments import two_point_moments
 
 HYPERPARAMETERS = dict(C_b=(0.2, 0.1, 0.3), C_W=(1.3, 1.5, 1.2), lambda_b=(0.5, 1.0, 0.2), lambda_W=(1.0, 0.7, 1.2))
 
@@ -63,8 +63,8 @@ def test_two_exact_routes_agree_on_four_labels(seed):
     With 14 nodes a side the second is right to 1e-10 here (its difference from 18 nodes), the first to rounding.
     """
     sigma, K = leaky_relu(0.1), covariance(4, seed)
-    exact = TwoSlopeMoments(sigma.slopes, K, False)
-    summed = SummedMoments(sigma, K, KinkedPoints(K, 18), pair_moments(sigma, K))
+    exact = ScaleInvariantMoments(sigma.slopes, K, False)
+    summed = SummedMoments(sigma, K, KinkedPoints(K, 18), two_point_moments(sigma, K))
     everything = torch.arange(4)
     for orders in ((0, 0, 0, 0), (0, 0, 1, 1), (1, 1, 1, 1), (1, 0, 1, 0)):
         factors = [((order,), everything) for order in orders]
@@ -259,13 +259,15 @@ def test_control_variate_lowers_the_sampling_error(name):
         index = torch.tensor(subset)
         small = K[index][:, index]
         exact = SummedMoments(
-            sigma, small, GridPoints(small, quadrature_spacings(sigma, small)), pair_moments(sigma, small)
+            sigma, small, GridPoints(small, quadrature_spacings(sigma, small)), two_point_moments(sigma, small)
         )
         for orders in ((0, 0, 0, 0), (0, 0, 1, 1), (1, 1, 1, 1), (2, 1, 1, 0), (3, 1, 1, 1)):
             expected = exact.moment([((order,), torch.arange(4)) for order in orders])
             for control in (True, False):
                 for seed in range(4):
-                    moments = SummedMoments(sigma, K, sample_points(K, 4096, seed), pair_moments(sigma, K), control)
+                    moments = SummedMoments(
+                        sigma, K, sample_points(K, 4096, seed), two_point_moments(sigma, K), control
+                    )
                     value = moments.moment([((order,), everything) for order in orders])
                     value = value[index][:, index][:, :, index][:, :, :, index]
                     errors[control].append(float((value - expected).square().mean()) / float(expected.square().mean()))

@@ -9,11 +9,11 @@ from scipy import integrate, special
 
 from torch_eft.theory import Activation, QuadratureError, get_activation
 from torch_eft.theory.gaussian.quadrature import expectation
-from torch_eft.theory.gaussian.two_point_moments import pair_moments
+from torch_eft.theory.gaussian.two_point_moments import two_point_moments
 
 
 def moment_matrix(activation, K, order):
-    return pair_moments(activation, K).explicit((order,), (order,))
+    return two_point_moments(activation, K).explicit((order,), (order,))
 
 
 def kernel(correlation: float, variance_a: float, variance_b: float) -> torch.Tensor:

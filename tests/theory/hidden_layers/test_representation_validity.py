@@ -32,10 +32,10 @@ def test_no_false_confidence_in_hidden_layers(name, depth, close):
                 counts[validity.flag] += 1
                 u = max(layer.relative_movement for layer in layers) ** 2
                 jumps = max(u, parted) ** 0.5 if name == "relu" else 0.0
-                cancelling = max(layer.uncertainty for layer in layers)
+                canceling = max(layer.uncertainty for layer in layers)
                 for layer in layers:
                     for what, expected, share in (
-                        ("activations", layer.kernel_drift[-1], max(5 * cancelling, jumps)),
+                        ("activations", layer.kernel_drift[-1], max(5 * canceling, jumps)),
                         ("ds", layer.movement[-1], max(5 * u, jumps)),
                     ):
                         change = changes[what, layer.layer, step]

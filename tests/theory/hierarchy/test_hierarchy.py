@@ -9,7 +9,7 @@ from torch.nn import functional
 from tests.oracles.naive_operator import simulate
 from torch_eft.theory import two_layer_linear_differentials, two_layer_linear_map
 from torch_eft.theory.hierarchy.evolution import train_hierarchy
-from torch_eft.theory.training.optimizer import Coefficients, Loss, descent
+from torch_eft.theory.training.optimizer import Loss, SGDState, descent
 
 F64 = torch.float64
 
@@ -240,7 +240,7 @@ def test_coefficients_move_as_torch_moves_parameters(options):
     gradients = torch.randn(6, 5, dtype=F64, generator=g)
     parameter = torch.zeros(5, dtype=F64, requires_grad=True)
     sgd = torch.optim.SGD([parameter], lr=0.1, **options)
-    coefficients = Coefficients(descent(0.1, 6, **options), torch.zeros(5, dtype=F64))
+    coefficients = SGDState(descent(0.1, 6, **options), torch.zeros(5, dtype=F64))
     for gradient in gradients:
         parameter.grad = gradient.clone()
         sgd.step()

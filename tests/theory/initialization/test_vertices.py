@@ -22,7 +22,7 @@ from tests.oracles.differentials import (
 from torch_eft.theory import MLPEnsemble, get_activation
 from torch_eft.theory.gaussian.four_point_moments import SummedMoments
 from torch_eft.theory.gaussian.points import GridPoints, quadrature_spacings
-from torch_eft.theory.gaussian.two_point_moments import pair_moments
+from torch_eft.theory.gaussian.two_point_moments import two_point_moments
 from torch_eft.theory.initialization.estimators import block, tiles
 from torch_eft.theory.initialization.statistics import QUANTITIES, initial_statistics
 
@@ -161,7 +161,7 @@ def test_moments_with_four_labels_against_an_exact_result():
     """sigma = sin: <sin sin sin sin> is a sum of sixteen Gaussian characteristic functions."""
     sigma, x = get_activation("sin"), torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     K = 1.2 * x @ x.T / 6
-    moments = SummedMoments(sigma, K, GridPoints(K, quadrature_spacings(sigma, K)), pair_moments(sigma, K))
+    moments = SummedMoments(sigma, K, GridPoints(K, quadrature_spacings(sigma, K)), two_point_moments(sigma, K))
     for orders in ((0, 0, 0, 0), (0, 0, 1, 1), (2, 1, 1, 0), (3, 1, 1, 1), (2, 2, 1, 1)):
         value = moments.moment([((order,), torch.tensor([label])) for label, order in enumerate(orders)])
         expected = 0.0
@@ -179,7 +179,7 @@ def test_quadrature_of_four_labels_does_not_depend_on_the_step(name):
     """The rule at the step it chose, and at two thirds of it."""
     sigma, x = get_activation(name), inputs(3)
     K = 0.1 + 1.3 * x @ x.T / 3
-    pairs, chosen = pair_moments(sigma, K), quadrature_spacings(sigma, K)
+    pairs, chosen = two_point_moments(sigma, K), quadrature_spacings(sigma, K)
     coarse, fine = (SummedMoments(sigma, K, GridPoints(K, [h / finer for h in chosen]), pairs) for finer in (1.0, 1.5))
     everything = torch.arange(3)
     for orders in ((0, 0, 0, 0), (1, 1, 1, 1), (2, 1, 1, 0), (3, 1, 1, 1), (2, 2, 1, 1)):

@@ -31,7 +31,7 @@ from torch_eft.theory.signal_propagation.residual import residual_flow
         ("linear", 1, 2),
         ("abs", 1, 2),
         ("relu", 2, 5),
-        (torch.relu, 2, 5),  # a callable is recognised by its values
+        (torch.relu, 2, 5),  # a callable is recognized by its values
         (lambda z: 2 * z, 1 / 4, 2),
         ("leaky_relu", 2 / 1.0001, 3 * (1 + 1e-8) * 2 / 1.0001**2 - 1),
         (leaky_relu(0.2), 2 / 1.04, 3 * (1 + 0.2**4) * 2 / 1.04**2 - 1),

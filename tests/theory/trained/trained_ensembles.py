@@ -1,7 +1,7 @@
 """Ensembles of really trained networks in mirrored pairs, and the corrections of order 1/n measured on them.
 
 A pair is a network and the one with the sign of its last layer changed: z(0) and all that is odd in it cancel. Control
-variates, whose means the theory of initialisation knows: the linear response of the mean output to H(0) (its mean is
+variates, whose means the theory of initialization knows: the linear response of the mean output to H(0) (its mean is
 that to Theta1 / n), and the order-0 propagation of z(0) z(0)^T (its mean is that of K + G1 / n).
 """
 
@@ -92,9 +92,11 @@ def measured(ensemble, x, y, probes, rate, steps, networks, path, G1, Theta1, se
             done = step
             z, H = nets.forward(x32)[0].double(), nets.ntk(x32[:probes]).double()
             means.append((z[:batch] + z[batch:]) / 2 - order_0[index])
-            centred = z[:, :probes] - order_0[index, :probes]
+            centered = z[:, :probes] - order_0[index, :probes]
             frozen = (J[index] @ z0)[:, :probes]
-            product = torch.einsum("sxi,syj->sxyij", centred, centred) - torch.einsum("sxi,syj->sxyij", frozen, frozen)
+            product = torch.einsum("sxi,syj->sxyij", centered, centered) - torch.einsum(
+                "sxi,syj->sxyij", frozen, frozen
+            )
             products.append((product[:batch] + product[batch:]) / 2 + initial[index])
             drifts.append((H[:batch] + H[batch:]) / 2 - H0[:, :probes, :probes])
         found["mean"].append(n * (torch.stack(means, 1) - response))

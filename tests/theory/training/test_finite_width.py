@@ -43,7 +43,7 @@ class KnownOnSets:
         return self.tensors[name][tuple(index)]
 
 
-def symmetrised(tensor, generators):
+def symmetrized(tensor, generators):
     """The mean over the group that the generators span."""
     identity = tuple(range(tensor.ndim))
     group, new = {identity}, [identity]
@@ -77,7 +77,7 @@ def random_case():
     tensors = {}
     for name, generators in SYMMETRIES.items():
         order = 2 if name in ("G1", "Theta1") else 4
-        tensors[name] = symmetrised(normal(*[count] * order), generators)
+        tensors[name] = symmetrized(normal(*[count] * order), generators)
     return K, Theta + 0.3 * torch.eye(count, dtype=torch.float64), tensors
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
-from torch_eft.theory.training.corrections.propagation import Clock, panel_nodes, propagated_flow
+from torch_eft.theory.training.corrections.propagation import TimeGrid, panel_nodes, propagated_flow
 from torch_eft.theory.training.optimizer import Descent
 
 
@@ -139,7 +139,7 @@ def test_flow_is_driven_exactly():
     and unlearnt, also where stiff."""
     path = path_of([0.01, 0.6, 900.0], 1.0, "gradient_flow")
     steps, mu = torch.tensor([0.0, 0.4, 5.0, 60.0]), 0.3
-    clock = Clock(path, steps)
+    clock = TimeGrid(path, steps)
     source = torch.exp(-mu * clock.times)[:, None, None] * torch.ones(1, 3, 1, dtype=torch.float64)
     t, rates = steps[:, None].double(), path.eigenvalues
     gathered = (torch.exp(-mu * t) - torch.exp(-rates * t)) / (rates - mu)

@@ -107,8 +107,8 @@ def test_too_deep_a_network_is_declared_invalid():
         (dict(learning_rate=1e3), r"learning_rate: 1000 given, beyond the linear stability bound"),
         (dict(reduction="max"), r"reduction: 'max' given; give 'sum' or 'mean'"),
         (dict(dynamics="adam"), r"dynamics: 'adam' given"),
-        (dict(optimizer="Adam"), r"optimizer: 'Adam' given; only SGD .* measure.ShadowModel trains one network's"),
-        (dict(weight_decay=0.1), r"weight_decay: 0.1 given; .* for weak decay measure.ShadowModel"),
+        (dict(optimizer="Adam"), r"optimizer: 'Adam' given; only SGD .* measure.TaylorModel trains one network's"),
+        (dict(weight_decay=0.1), r"weight_decay: 0.1 given; .* for weak decay measure.TaylorModel"),
         (dict(batches=[[0, 9]]), r"batches: \[0, 9\] given; each is a list of sample indices"),
         (dict(dynamics="gradient_flow", momentum=0.5), r"dynamics: 'gradient_flow' has no momentum"),
         (dict(momentum=1.0), r"momentum: 1, dampening: 0 given"),
@@ -218,8 +218,8 @@ def _against_trained_networks(width, networks, batch, steps, record):
         z = torch.cat(collected[step])
         mean_error = z.std(0) / math.sqrt(networks)
         mean_deviation = (z.mean(0) - prediction.output_mean[index]).abs() / mean_error
-        centred = z - prediction.output_mean[index]
-        products = torch.einsum("sai,sbj->sabij", centred, centred)
+        centered = z - prediction.output_mean[index]
+        products = torch.einsum("sai,sbj->sabij", centered, centered)
         covariance_error = products.std(0) / math.sqrt(networks)
         covariance_deviation = (products.mean(0) - prediction.output_covariance[index]).abs() / covariance_error
         worst[step] = (float(mean_deviation.max()), float(covariance_deviation.max()))

@@ -19,7 +19,7 @@ from torch_eft.theory.training.corrections.validity import relative_size
 C_W = {"tanh": 1.5, "gelu": 1.7}
 STEPS = (5, 25, 125)
 MORE = 20
-"""Initialised networks for each trained one."""
+"""Initialized networks for each trained one."""
 
 
 def ensemble_of(name, depth, n):

@@ -13,7 +13,7 @@ class Compared:
         measured: Of this network; None where only the theory's own number is meant.
         order_0: At infinite width, or with this network's NTK frozen; None where nothing says it.
         order_1: With the first correction in 1/n; None where it is not derived or was not computed.
-        sigma: One standard deviation over initialisations, around the highest order there is.
+        sigma: One standard deviation over initializations, around the highest order there is.
         truncation: Estimated size of what the next order would add.
     """
 

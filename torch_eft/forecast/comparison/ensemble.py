@@ -1,22 +1,22 @@
 """The ensemble's forecast against one network in full-batch training on squared error, on a fixed probe.
 
 Infinite width is order 0; order 1 adds the corrections of order 1/n. Compared is what the theory predicts, with mean or
-expectation E over initialisations:
+expectation E over initializations:
 
-* ``output_projection``: sum_{a,i} c_{i;a} z_{i;a}, c = Theta_PA y normalised to 1, where the mean output first moves
+* ``output_projection``: sum_{a,i} c_{i;a} z_{i;a}, c = Theta_PA y normalized to 1, where the mean output first moves
   to. Order 1 corrects mean and variance. At order 0 the output is Gaussian, so mean and sigma say everything.
 * ``output_chi_squared``: the mean over probe and outputs of (z - E z)^2 / Var z, both of infinite width. Order 0: 1,
   with sigma = sqrt(2 tr(R^2) / C) / N, R the correlations. Order 1: 1 + the mean of the variances' correction / Var z
   (that of the mean enters squared).
 * ``ntk_trace``: (1/N C) sum H_{ii;aa}. Order 0: the mean diagonal of Theta; order 1: with that of Theta1 / n and of the
-  drift D(t) = E H(t) - E H(0). Sigma: its finite-width spread at initialisation, from sampled networks.
+  drift D(t) = E H(t) - E H(0). Sigma: its finite-width spread at initialization, from sampled networks.
 * ``ntk_mean_drift``: <H - H_0, D> / (|D| |Theta|), kernels averaged over outputs. Order 0: 0; order 1: |D| / |Theta|.
   The norm |H - H_0| of one network is not what order 1 predicts: most of it is dNTK of random sign, of variance
   O(1/n^2).
 * ``representation_mean_drift``: the same of hidden kernels, mean over layers.
 * ``ntk_drift``: |H - H_0| / |H_0|, at order 0: 0; no order 1.
 
-Spreads over initialisations of the drifts are not predicted: for one network expect them to be as large as the
+Spreads over initializations of the drifts are not predicted: for one network expect them to be as large as the
 drift itself.
 """
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from torch_eft.live.part import Part
+from torch_eft.live.part import Instrument
 from torch_eft.live.parts.dntk import DNTKPart
 from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
 from torch_eft.live.parts.forecasts.instance import InstancePart
@@ -43,7 +43,7 @@ class Options:
     forecast_seconds: float = 3.0
 
 
-MAKERS: dict[str, Callable[[Options], Part]] = {
+MAKERS: dict[str, Callable[[Options], Instrument]] = {
     # In the order in which they are asked; of several that hold, the first gives level and validity.
     "ntk": lambda options: NTKPart(),
     "representation": lambda options: RepresentationPart(output_fn=options.output_fn),
@@ -62,7 +62,7 @@ OPT_IN: frozenset[str] = frozenset({"shadow"})
 """Parts that no preset has; ``also=`` asks for them."""
 
 
-def parts_of(preset: Preset, also: Sequence[str], options: Options) -> list[Part]:
+def parts_of(preset: Preset, also: Sequence[str], options: Options) -> list[Instrument]:
     """The parts of a preset and those asked for besides.
 
     Raises:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.live.part import History, Part, Report, Start, Visit
+from torch_eft.live.part import History, Instrument, Measurement, Reading, Start
 from torch_eft.live.parts.theta import LARGEST, copied, memory, too_many
 from torch_eft.measure.forward.probe import OutputFn
-from torch_eft.measure.taylor.sized_dntk import sized_dntk
+from torch_eft.measure.taylor.relative_dntk import relative_dntk
 from torch_eft.results.tags import tag
 
 
@@ -21,7 +21,7 @@ class _Pending:
     lambdas: dict[str, float]
 
 
-class DNTKPart(Part):
+class DNTKPart(Instrument):
     """Sizes of dNTK and ddNTK relative to the NTK, contracted with lambda times the loss's gradient.
 
     The gradient that belongs to a visited theta is only known with the next step: both are copied, the numbers follow
@@ -51,18 +51,18 @@ class DNTKPart(Part):
         self._pending: _Pending | None = None
         self._validity = ""
 
-    def begin(self, start: Start) -> Report:
+    def begin(self, start: Start) -> Reading:
         """See whether copies of the parameters can be kept."""
         self._refusal = too_many(start.network, self.largest)
         self._network, self._visited, self._pending = start.network, None, None
         if self._refusal is not None:
-            return Report(pages={"dntk": f"No dNTK for this run: {self._refusal}."})
-        return Report(pages={"dntk": f"dNTK along the training gradient takes {memory(start.network, 2)}."})
+            return Reading(pages={"dntk": f"No dNTK for this run: {self._refusal}."})
+        return Reading(pages={"dntk": f"dNTK along the training gradient takes {memory(start.network, 2)}."})
 
-    def on_gradient(self, step: int, optimizer: Optimizer) -> Report:
+    def on_gradient(self, step: int, optimizer: Optimizer) -> Reading:
         """Copy what belongs to the theta that was just visited."""
         if self._visited is None or self._visited[0] != step or self._network is None:
-            return Report()
+            return Reading()
         gradient = {
             name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
             for name, p in self._network.named_parameters()
@@ -70,17 +70,17 @@ class DNTKPart(Part):
         }
         self._pending = _Pending(step, copied(self._network), gradient, self._visited[1])
         self._visited = None
-        return Report()
+        return Reading()
 
-    def observe(self, visit: Visit) -> Report:
+    def observe(self, visit: Measurement) -> Reading:
         """The numbers of the last visited theta."""
         if self._refusal is not None:
-            return Report()
+            return Reading()
         pending, self._pending = self._pending, None
         self._visited = None if visit.last else (visit.step, dict(visit.lambdas))
         if pending is None:
-            return Report()
-        found = sized_dntk(
+            return Reading()
+        found = relative_dntk(
             visit.network,
             pending.theta,
             pending.gradient,
@@ -91,12 +91,12 @@ class DNTKPart(Part):
             trace=visit.snapshot.ntk is not None and visit.snapshot.ntk.ndim == 2,
         )
         if found is None:
-            return Report()
+            return Reading()
         values = {tag("dntk_along_gradient"): found.dntk, tag("dntk_along_gradient", "order_0"): 0.0}
         if found.ddntk is not None:
             values |= {tag("ddntk_along_gradient"): found.ddntk, tag("ddntk_along_gradient", "order_0"): 0.0}
         late: History = {pending.step: values}
-        report = Report(late=late)
+        report = Reading(late=late)
         if found.validity != self._validity:
             self._validity = found.validity
             report.pages["dntk"] = (

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from torch_eft.forecast.comparison.compared import Compared, component
-from torch_eft.live.part import Part, Report, Start, Visit
+from torch_eft.live.part import Instrument, Measurement, Reading, Start
 from torch_eft.live.parts.common import compared_scalars
 from torch_eft.live.parts.theta import LARGEST, copied, current, memory, too_many
 from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.network.snapshot import Plan
-from torch_eft.measure.taylor.displacement import Interval, interval
+from torch_eft.measure.taylor.displacement import DisplacementTerms, interval
 
 
 @dataclass
@@ -26,7 +26,7 @@ class _Earlier:
     lambdas: dict[str, float]
 
 
-class IntervalPart(Part):
+class IntervalPart(Instrument):
     """Changes of outputs and NTK over the interval between two visits, and dNTK and ddNTK along the displacement.
 
     Args:
@@ -55,27 +55,27 @@ class IntervalPart(Part):
         """The NTK, which both ends have."""
         return Plan(ntk=True)
 
-    def begin(self, start: Start) -> Report:
+    def begin(self, start: Start) -> Reading:
         """See whether a copy of the parameters can be kept."""
         self._refusal = too_many(start.network, self.largest)
         self._earlier = None
         if self._refusal is not None:
-            return Report(pages={"interval": f"No forecast of intervals for this run: {self._refusal}."})
-        return Report(pages={"interval": f"Forecasts of intervals take {memory(start.network, 1)}."})
+            return Reading(pages={"interval": f"No forecast of intervals for this run: {self._refusal}."})
+        return Reading(pages={"interval": f"Forecasts of intervals take {memory(start.network, 1)}."})
 
-    def observe(self, visit: Visit) -> Report:
+    def observe(self, visit: Measurement) -> Reading:
         """The interval that ends here; the next one begins."""
         if self._refusal is not None:
-            return Report()
+            return Reading()
         earlier, self._earlier = self._earlier, None  # dropped also if what follows fails
-        report = Report()
+        report = Reading()
         if earlier is not None and earlier.step < visit.step and set(earlier.theta) == set(current(visit.network)):
             report = self._between(earlier, visit)
         if not visit.last:
             self._earlier = _Earlier(visit.step, copied(visit.network), visit.snapshot.ntk, dict(visit.lambdas))
         return report
 
-    def _between(self, earlier: _Earlier, visit: Visit) -> Report:
+    def _between(self, earlier: _Earlier, visit: Measurement) -> Reading:
         H, H_now = earlier.ntk, visit.snapshot.ntk
         kernels = None if H is None or H_now is None or earlier.lambdas != visit.lambdas else (H, H_now)
         found = interval(
@@ -89,7 +89,7 @@ class IntervalPart(Part):
             kernels=kernels,
             ntk=kernels is not None,
         )
-        report = Report(compared_scalars(interval_compared(found, visit.step - earlier.step)))
+        report = Reading(compared_scalars(interval_compared(found, visit.step - earlier.step)))
         if found.validity != self._validity:
             self._validity = found.validity
             report.pages["interval"] = (
@@ -99,7 +99,7 @@ class IntervalPart(Part):
         return report
 
 
-def interval_compared(found: Interval, steps: int) -> dict[str, Compared]:
+def interval_compared(found: DisplacementTerms, steps: int) -> dict[str, Compared]:
     """Prediction beside what came, with the next order estimated as the last term squared over the one before.
 
     A network with kinks has no such estimate: their crossings are in no term.

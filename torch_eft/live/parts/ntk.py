@@ -1,10 +1,10 @@
-"""The NTK's drift from initialisation."""
+"""The NTK's drift from initialization."""
 
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from torch_eft.live.part import History, Part, Report, Visit
+from torch_eft.live.part import History, Instrument, Measurement, Reading
 from torch_eft.measure.kernels.metrics import as_matrix, as_trace, kernel_distance, ntk_trace, relative_change
 from torch_eft.measure.network.snapshot import Plan, Snapshot
 from torch_eft.results.tags import SPECTRUM, tag
@@ -17,7 +17,7 @@ LARGEST_FULL_KERNEL = 1024
 """Rows N C up to which the full kernel is the default; beyond it the average over outputs is."""
 
 
-class NTKPart(Part):
+class NTKPart(Instrument):
     """Drift of the NTK.
 
     Args:
@@ -38,11 +38,11 @@ class NTKPart(Part):
         trace = self.outputs == "trace" or (self.outputs == "auto" and outputs * samples > LARGEST_FULL_KERNEL)
         return Plan(ntk=True, ntk_trace=trace)
 
-    def observe(self, visit: Visit) -> Report:
+    def observe(self, visit: Measurement) -> Reading:
         """Drift, distance, trace, largest eigenvalue and spectrum."""
         H, H_0 = visit.snapshot.ntk, visit.reference.ntk
         if H is None or H_0 is None:
-            return Report()
+            return Reading()
         H_0 = H_0.to(H)  # a checkpoint may have brought it back elsewhere
         eigenvalues = torch.linalg.eigvalsh(as_matrix(H))
         scalars = {
@@ -54,7 +54,7 @@ class NTKPart(Part):
         values = torch.stack(list(scalars.values())).tolist()  # one wait for the device, not four
         rounding = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues[-1]
         seen = eigenvalues[eigenvalues > rounding]
-        return Report(
+        return Reading(
             scalars=dict(zip(scalars, values, strict=True)),
             histograms={SPECTRUM: seen.log10()} if len(seen) else {},
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from torch_eft.live.part import History, Part, Report, Visit
+from torch_eft.live.part import History, Instrument, Measurement, Reading
 from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.measure.kernels.metrics import relative_change
 from torch_eft.measure.network.snapshot import Plan, Snapshot
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class RepresentationPart(Part):
+class RepresentationPart(Instrument):
     """Change of the hidden kernels, layer by layer.
 
     Args:
@@ -52,7 +52,7 @@ class RepresentationPart(Part):
         if self.layers is not None:
             hidden_kernels(network, probe, self.layers, self.output_fn)
 
-    def observe(self, visit: Visit) -> Report:
+    def observe(self, visit: Measurement) -> Reading:
         """Relative change and 1 - CKA, the mean over layers and perhaps each."""
         changes, distances = {}, {}
         for layer, K in visit.snapshot.hidden.items():
@@ -68,7 +68,7 @@ class RepresentationPart(Part):
                 scalars[tag(quantity)] = sum(finite.values()) / len(finite)
             if self.per_layer:
                 scalars |= {layer_tag(quantity, layer): value for layer, value in finite.items()}
-        return Report(scalars=scalars)
+        return Reading(scalars=scalars)
 
     def state(self) -> dict[str, object]:
         """The changes so far, for the figure at the end."""

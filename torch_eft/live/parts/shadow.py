@@ -8,22 +8,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_eft.forecast.comparison.compared import Compared, component
-from torch_eft.live.part import Event, Part, Report, Start, Visit
+from torch_eft.live.part import Event, Instrument, Measurement, Reading, Start
 from torch_eft.live.parts.common import compared_scalars
 from torch_eft.live.parts.forecasts.full_batch import UNSHOWN
 from torch_eft.live.parts.theta import LARGEST, memory, too_many
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import OutputFn, Probe
-from torch_eft.measure.losses import LossFunction, TrainingLoss, recognise_loss
-from torch_eft.measure.taylor.model import ShadowModel, as_call
-from torch_eft.measure.training_loss import UnrecognisedLossError
+from torch_eft.measure.losses import LossFunction, TrainingLoss, recognize_loss
+from torch_eft.measure.taylor.model import TaylorModel, as_call
+from torch_eft.measure.training_loss import UnrecognizedLossError
 from torch_eft.results.trajectory import Validity
 
 _MINIBATCHES = "mini-batches"
 """What a loop may be outside of the theory for, and a shadow follow all the same."""
 
 
-class ShadowPart(Part):
+class ShadowPart(Instrument):
     """Trains Taylor models beside the network: what its linear model would do, and with the first correction in 1/n.
 
     Every training step costs a few more (1.7 times an ordinary one for order 1, about 5 times for order 3), and every
@@ -55,7 +55,7 @@ class ShadowPart(Part):
         """Drop what belongs to an earlier run."""
         self.validity: Validity | None = None
         self._start: Start | None = None
-        self._shadows: dict[int, tuple[ShadowModel, Optimizer]] = {}
+        self._shadows: dict[int, tuple[TaylorModel, Optimizer]] = {}
         self._training_loss: TrainingLoss | None = None
         self._batch: Any = None
         self._batches = 0
@@ -64,14 +64,14 @@ class ShadowPart(Part):
         self._moved = 0.0
         self._diverged: set[int] = set()
 
-    def begin(self, start: Start) -> Report:
+    def begin(self, start: Start) -> Reading:
         """Rule out what the loop already shows to be outside."""
         if not start.fresh and self._shadows:
-            return Report()  # a second fit goes on where the first one stopped
+            return Reading()  # a second fit goes on where the first one stopped
         self.forget()
         reason = None
         if not start.fresh:
-            reason = f"training starts at step {start.step}, shadows at initialisation"
+            reason = f"training starts at step {start.step}, shadows at initialization"
         elif start.outside is not None and not start.outside.startswith(_MINIBATCHES):
             reason = start.outside
         elif len(start.optimizers) != 1:
@@ -81,7 +81,7 @@ class ShadowPart(Part):
         if reason is not None:
             return self._stopped(start.step, reason)
         self._start = start
-        return Report()
+        return Reading()
 
     def on_batch(self, batch: Any) -> None:
         """Keep it for the coming step."""
@@ -94,21 +94,21 @@ class ShadowPart(Part):
         if self._training_loss is None:
             self._last_loss = loss
 
-    def on_gradient(self, step: int, optimizer: Optimizer) -> Report:
+    def on_gradient(self, step: int, optimizer: Optimizer) -> Reading:
         """Take the step that the network is about to take."""
         if self._start is None:
-            return Report()
+            return Reading()
         batch, count = self._batch, self._batches
         self._batch, self._batches = None, 0
         if count != 1:
             return self._stopped(step, f"{count} batches before one step (1 is expected, without accumulation)")
         if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
             return self._stopped(step, "the batch is not a pair (inputs, targets)")
-        report = Report()
+        report = Reading()
         if self._training_loss is None:
             try:
                 self._make(batch[0], batch[1], optimizer)
-            except ValueError as error:  # unrecognised loss, dropout, batch statistics, no derivatives
+            except ValueError as error:  # unrecognized loss, dropout, batch statistics, no derivatives
                 return self._stopped(step, str(error))
             copies = memory(self._start.network, 4 * len(self._shadows))
             report.pages["shadow"] = (
@@ -121,16 +121,16 @@ class ShadowPart(Part):
             shadow.step(inputs, lambda z: function(z, targets), twin)
         return report
 
-    def observe(self, visit: Visit) -> Report:
+    def observe(self, visit: Measurement) -> Reading:
         """Shadows beside the network."""
         if self._outputs_0 is None:
             self._outputs_0 = visit.snapshot.output
         if not self._shadows:
             unshown = self._start is not None and visit.step > self._start.step
-            return self._stopped(visit.step, UNSHOWN) if unshown else Report()
+            return self._stopped(visit.step, UNSHOWN) if unshown else Reading()
         z, start = visit.snapshot.output, self._outputs_0
         outputs = {order: self._output(shadow, visit.probe) for order, (shadow, _) in self._shadows.items()}
-        report = Report()
+        report = Reading()
         for order, value in outputs.items():
             if order not in self._diverged and not bool(torch.isfinite(value).all()):
                 self._diverged.add(order)
@@ -164,16 +164,16 @@ class ShadowPart(Part):
         assert self._start is not None
         network = self._start.network
         if self._last_loss is None:
-            raise UnrecognisedLossError("the loop does not show its loss")
+            raise UnrecognizedLossError("the loop does not show its loss")
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-        loss = recognise_loss(network, x, y, self._last_loss, gradients, self.output_fn, self.loss)
+        loss = recognize_loss(network, x, y, self._last_loss, gradients, self.output_fn, self.loss)
         shadows = {}
         for order in self.orders:
-            shadow = ShadowModel(network, order, self.output_fn)
+            shadow = TaylorModel(network, order, self.output_fn)
             shadows[order] = (shadow, shadow.optimizer_like(optimizer))
         self._shadows, self._training_loss, self._last_loss = shadows, loss, None
 
-    def _output(self, shadow: ShadowModel, probe: Probe) -> Tensor:
+    def _output(self, shadow: TaylorModel, probe: Probe) -> Tensor:
         with isolated(shadow.network, self.output_fn) as network:
             args, kwargs = as_call(network.place(probe))
         with torch.no_grad():
@@ -188,12 +188,12 @@ class ShadowPart(Part):
     def _loss_name(self) -> str:
         return "" if self._training_loss is None else self._training_loss.name
 
-    def _stopped(self, step: int, reason: str) -> Report:
+    def _stopped(self, step: int, reason: str) -> Reading:
         had = bool(self._shadows)
         self._shadows, self._start, self._batch = {}, None, None
         self.validity = Validity("invalid", reason)
         events = [Event(step, "validity", f"Shadows: {reason}")] if had else []
-        return Report(pages={"shadow": f"No shadows for this run: {reason}."}, events=events)
+        return Reading(pages={"shadow": f"No shadows for this run: {reason}."}, events=events)
 
 
 def _same_options(twin: Optimizer, optimizer: Optimizer) -> None:

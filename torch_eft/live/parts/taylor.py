@@ -1,6 +1,6 @@
 """How many Taylor orders does this network need? The terms of its real trajectory about theta_0 (PDLT 0.5)."""
 
-from torch_eft.live.part import Event, Part, Report, Start, Visit
+from torch_eft.live.part import Event, Instrument, Measurement, Reading, Start
 from torch_eft.live.parts.theta import LARGEST, current, memory, too_many
 from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.taylor.series import taylor_series
@@ -11,7 +11,7 @@ TOLERANCE = 0.05
 """Of ``orders_needed``: what may be left of the outputs' change."""
 
 
-class TaylorPart(Part):
+class TaylorPart(Instrument):
     """Sizes of the Taylor terms of order 1, 2, 3 and of the remainder; any network, loss, optimizer and batches.
 
     Args:
@@ -34,22 +34,22 @@ class TaylorPart(Part):
         self._method = ""
         self._told = False
 
-    def begin(self, start: Start) -> Report:
+    def begin(self, start: Start) -> Reading:
         """See whether theta_0 is kept."""
         self._refusal = too_many(start.network, self.largest)
         if self._refusal is not None:
-            return Report(pages={"taylor": f"No Taylor terms for this run: {self._refusal}."})
-        return Report(pages={"taylor": f"Taylor terms about theta_0 take {memory(start.network, 1)}."})
+            return Reading(pages={"taylor": f"No Taylor terms for this run: {self._refusal}."})
+        return Reading(pages={"taylor": f"Taylor terms about theta_0 take {memory(start.network, 1)}."})
 
-    def observe(self, visit: Visit) -> Report:
+    def observe(self, visit: Measurement) -> Reading:
         """The sizes at one visit."""
         if self._refusal is not None or visit.theta_0 is None:
-            return Report()
+            return Reading()
         theta = current(visit.network)
         series = taylor_series(visit.network, visit.theta_0, theta, visit.probe, 3, visit.output_fn)
         sizes = taylor_sizes(series)
         if sizes is None:
-            return Report()
+            return Reading()
         scalars = {layer_tag("taylor_terms", f"order_{k}"): size for k, size in enumerate(sizes.terms, start=1)}
         if sizes.left[-1] > sizes.rounding:
             scalars |= {tag("taylor_remainder"): sizes.left[-1], tag("taylor_remainder", "order_0"): 0.0}
@@ -58,7 +58,7 @@ class TaylorPart(Part):
                 tag("taylor_orders_needed"): float(sizes.orders_needed(TOLERANCE)),
                 tag("taylor_orders_needed", "order_0"): 1.0,
             }
-        report = Report(scalars)
+        report = Reading(scalars)
         if sizes.rounding < TOLERANCE < sizes.left[-1] and not self._told:
             self._told = True
             report.events.append(

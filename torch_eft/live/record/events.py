@@ -1,6 +1,6 @@
 """How far the measured is from the theory beside it, and when it leaves the band.
 
-z = (measured - theory) / sigma, with the highest order there is and sigma over initialisations; where the theory says
+z = (measured - theory) / sigma, with the highest order there is and sigma over initializations; where the theory says
 no sigma, the ratio measured / theory. One network in three is outside one sigma by chance: "left" means beyond
 ``LEFT`` times sqrt(sigma^2 + truncation^2), "back" within ``BACK`` times that, so that noise at the border is silent.
 """
@@ -58,7 +58,7 @@ class BandWatch:
                 self.outside.add(quantity)
                 of = " and ".join(
                     f"{name} {size:.3g}"
-                    for name, size in (("sigma over initialisations", sigma), ("estimated truncation", truncation))
+                    for name, size in (("sigma over initializations", sigma), ("estimated truncation", truncation))
                     if size is not None
                 )
                 text = (

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.live.part import Event, History, Part
+from torch_eft.live.part import Event, History, Instrument
 from torch_eft.live.record.events import events_page
 from torch_eft.live.record.sinks import Sink
 from torch_eft.results.quantities import documented
@@ -78,7 +78,7 @@ class Outlet:
 
 
 def run_info(
-    parts: Sequence[Part],
+    parts: Sequence[Instrument],
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     probe: list[int],

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torch_eft.live.budget import Budget
-from torch_eft.live.part import Event, History, MeasurementWarning, Part, Report
+from torch_eft.live.part import Event, History, Instrument, MeasurementWarning, Reading
 from torch_eft.live.record.events import BandWatch, deviations
 from torch_eft.live.record.outlet import Outlet, run_info
 from torch_eft.results.trajectory import Validity
@@ -93,22 +93,22 @@ class Recorder:
             )
         self.skipped.append((self.step, reason))
 
-    def each(self, parts: Sequence[Part], action: Callable[[Part], None]) -> None:
+    def each(self, parts: Sequence[Instrument], action: Callable[[Instrument], None]) -> None:
         """Let every part do something."""
         for part in parts:
             self.guard(lambda part=part: action(part))  # type: ignore[misc]
 
-    def ask_each(self, parts: Sequence[Part], question: Callable[[Part], Report]) -> None:
+    def ask_each(self, parts: Sequence[Instrument], question: Callable[[Instrument], Reading]) -> None:
         """The reports of several parts, of which only pages, events and late numbers are wanted."""
         for part in parts:
             self.ask(lambda part=part: question(part))  # type: ignore[misc]
 
-    def ask(self, question: Callable[[], Report]) -> Report:
+    def ask(self, question: Callable[[], Reading]) -> Reading:
         """A part's report, with its pages, events and late numbers told; an empty one if it fails."""
-        answers: list[Report] = []
+        answers: list[Reading] = []
         self.guard(lambda: answers.append(question()))
         if not answers:
-            return Report()
+            return Reading()
         (report,) = answers
         for at_step, scalars in report.late.items():
             known = self.history.get(at_step, {})
@@ -133,7 +133,9 @@ class Recorder:
         self.events += events
         self.outlet.events(events, self.events, self.step)
 
-    def tell(self, parts: Sequence[Part], model: nn.Module, optimizers: Sequence[Optimizer], probe: list[int]) -> None:
+    def tell(
+        self, parts: Sequence[Instrument], model: nn.Module, optimizers: Sequence[Optimizer], probe: list[int]
+    ) -> None:
         """What is known of the run, if it has changed."""
         validity = validity_of(parts)
         if validity is not None and validity != self._said:
@@ -143,7 +145,7 @@ class Recorder:
         info = run_info(parts, model, optimizers, probe, diagnosis, self.history, self.events, self.skipped)
         self.outlet.info(info, self.history)
 
-    def draw(self, parts: Sequence[Part], figures_of: Callable[[Part], dict[str, Any]]) -> None:
+    def draw(self, parts: Sequence[Instrument], figures_of: Callable[[Instrument], dict[str, Any]]) -> None:
         """The parts' figures, as long as the budget has room; if anyone wants them and matplotlib is there."""
         for part in parts if self.outlet.draws else ():
             if not self.budget.room(self.drawing):
@@ -168,7 +170,7 @@ class Recorder:
                 self.drawing = self.budget.clock() - begun
 
 
-def validity_of(parts: Sequence[Part]) -> Validity | None:
+def validity_of(parts: Sequence[Instrument]) -> Validity | None:
     """Where the first prediction that holds is valid, or why the first does not hold; None before that is known."""
     claims = [info["validity"] for part in parts if (info := part.info()).get("validity")]
     holding = [claim for claim in claims if claim["flag"] != "invalid"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from torch_eft.live.part import MeasurementWarning, Part
+from torch_eft.live.part import Instrument, MeasurementWarning
 from torch_eft.measure.forward.output import output
 from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.measure.kernels.ntk import too_large
@@ -13,7 +13,7 @@ from torch_eft.measure.network.snapshot import Plan
 
 
 def plan_of(
-    parts: Sequence[Part], model: nn.Module, probe: Probe, output_fn: OutputFn | None, name: str
+    parts: Sequence[Instrument], model: nn.Module, probe: Probe, output_fn: OutputFn | None, name: str
 ) -> tuple[Plan, list[int]]:
     """The parts' plans in one, and [N, C]; an NTK that does not fit into memory is left out, with a warning.
 

@@ -11,7 +11,7 @@ from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.network.snapshot import Snapshot
 
 
-class Beginning:
+class Reference:
     """What later measurements are compared with; kept in checkpoints.
 
     Attributes:
@@ -68,7 +68,7 @@ class Beginning:
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Beginning":
+    def from_state(cls, state: dict[str, Any]) -> "Reference":
         """From what ``state`` returned.
 
         Raises:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from torch_eft.live.part import Part
+from torch_eft.live.part import Instrument
 from torch_eft.live.run.planning import plan_of
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.forward.probe import OutputFn, Probe
@@ -24,7 +24,7 @@ from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
 Distributed = Literal["rank_zero", "sharded"]
 
 
-class Subject:
+class MeasuredNetwork:
     """The network on its probe.
 
     Args:
@@ -81,7 +81,7 @@ class Subject:
         """Whether it is known what to measure."""
         return self._plan is not None
 
-    def check(self, parts: Sequence[Part], name: str) -> None:
+    def check(self, parts: Sequence[Instrument], name: str) -> None:
         """See that it can be measured, and what all parts together want to know of it.
 
         Raises:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch_eft.live.budget import SNAPSHOT, Account
 from torch_eft.live.costs import thinning_sentence
-from torch_eft.live.part import Part, Visit
+from torch_eft.live.part import Instrument, Measurement
 from torch_eft.live.record.recorder import Recorder
-from torch_eft.live.run.reference import Beginning
-from torch_eft.live.run.subject import Subject
+from torch_eft.live.run.reference import Reference
+from torch_eft.live.run.subject import MeasuredNetwork
 from torch_eft.measure.network.snapshot import Snapshot
 from torch_eft.results.tags import tag
 
@@ -31,7 +31,7 @@ class Visits:
         total_steps: Optimizer steps to be taken in all, if that is known.
     """
 
-    def __init__(self, subject: Subject, parts: Sequence[Part], recorder: Recorder) -> None:
+    def __init__(self, subject: MeasuredNetwork, parts: Sequence[Instrument], recorder: Recorder) -> None:
         self.subject, self.parts = subject, parts
         self.recorder, self.budget = recorder, recorder.budget
         self.first_step = 0
@@ -40,7 +40,7 @@ class Visits:
 
     def forget(self) -> None:
         """A new run."""
-        self.beginning = Beginning()
+        self.beginning = Reference()
         self.latest: Snapshot | None = None
         self.latest_step: int | None = None
         self._left_out_step: int | None = None
@@ -86,7 +86,7 @@ class Visits:
             if part.looks_back:
                 self.recorder.ask(lambda part=part: part.observe(visit))  # type: ignore[misc]
 
-    def _seen(self, step: int, last: bool, forced: bool) -> Visit:
+    def _seen(self, step: int, last: bool, forced: bool) -> Measurement:
         with self.budget.account(SNAPSHOT, forced):
             # Parameters that were frozen at theta_0 may have joined: theirs are the rates they have now.
             lambdas = self.subject.learning_rates()
@@ -97,7 +97,7 @@ class Visits:
                 self.beginning.take(snapshot, network, any(part.needs_theta_0 for part in self.parts))
         assert self.beginning.snapshot is not None
         self.latest = snapshot
-        return Visit(
+        return Measurement(
             step,
             network,
             self.subject.inputs,
@@ -109,7 +109,7 @@ class Visits:
             self.beginning.theta_0,
         )
 
-    def _affords(self, part: Part, first: bool, last: bool, step: int) -> bool:
+    def _affords(self, part: Instrument, first: bool, last: bool, step: int) -> bool:
         """All parts see theta_0; at the end what is light is never left out, what is dear if there is no room."""
         if first or (last and part.cost == "light"):
             return True

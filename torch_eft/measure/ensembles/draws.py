@@ -63,7 +63,7 @@ class Draw:
 
 
 def _reset(module: nn.Module) -> None:
-    for part in reversed(list(module.modules())):  # a parent's own initialisation has the last word
+    for part in reversed(list(module.modules())):  # a parent's own initialization has the last word
         reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
         if callable(reset):
             reset()

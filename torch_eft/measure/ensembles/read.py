@@ -64,10 +64,10 @@ def read_ensemble(
     activation: ActivationLike | None = None,
     output_fn: OutputFn | None = None,
 ) -> ReadEnsemble:
-    """Read an ``MLPEnsemble`` off a freshly initialised network and its optimizer.
+    """Read an ``MLPEnsemble`` off a freshly initialized network and its optimizer.
 
     The second moments are those of the weights as they are: for a trained or pretrained
-    network they do not describe its initialisation.
+    network they do not describe its initialization.
 
     Args:
         model: A network whose forward is linear layers with one elementwise activation between them.

@@ -1,4 +1,4 @@
-"""The statistics over initialisations, measured: one architecture drawn many times, with standard errors.
+"""The statistics over initializations, measured: one architecture drawn many times, with standard errors.
 
 What ``theory.initial_statistics`` predicts to order 1/n is here estimated from drawn networks, whatever their
 architecture: the kernels K, Theta and the vertices V, A, B, D, F (PDLT 4, 8), P, Q (PDLT 11) and R, S, T, U (chapter
@@ -44,7 +44,7 @@ from torch_eft.measure.jacobian.engine import checked_lambdas
 from torch_eft.theory.initialization.statistics import LayerStatistics
 
 MEASURABLE = ("K", "V", "Theta", "A", "B", "D", "F", "P", "Q", "R", "S", "T", "U")
-"""What ``seed_ensemble`` measures; G1 and Theta1 come out beside a theory, as what K and Theta differ by."""
+"""What ``statistics_over_seeds`` measures; G1 and Theta1 come out beside a theory, as what K and Theta differ by."""
 
 DEFAULT_MEMORY = 2**28
 """Bytes for the networks that are differentiated at once; more is no faster once caches overflow."""
@@ -54,8 +54,8 @@ _NEEDS = {"H": "Theta A B D F", "dH": "P Q", "ddI": "R", "ddII": "S T U"}
 
 
 @dataclass(frozen=True)
-class SeedEnsemble:
-    """Statistics measured over initialisations.
+class SeedStatistics:
+    """Statistics measured over initializations.
 
     Args:
         mean: ``{name: estimate}``, float64: K and Theta (N, N) with their 1/n corrections in them; the others
@@ -107,7 +107,7 @@ class SeedEnsemble:
         return found
 
 
-def seed_ensemble(
+def statistics_over_seeds(
     model: nn.Module,
     x: Any,
     seeds: int,
@@ -118,8 +118,8 @@ def seed_ensemble(
     output_fn: OutputFn | None = None,
     seed: int = 0,
     memory: int = DEFAULT_MEMORY,
-) -> SeedEnsemble:
-    """Measure the statistics of ``model`` over ``seeds`` initialisations, in evaluation mode.
+) -> SeedStatistics:
+    """Measure the statistics of ``model`` over ``seeds`` initializations, in evaluation mode.
 
     The model and the global random state are left alone. With M = N C, a network takes M backward passes for the NTK
     sector, M^2 for P, Q, S, T, U and about M^3 / 4 for R: choose few inputs, and few outputs by ``output_fn``.
@@ -173,7 +173,7 @@ def seed_ensemble(
     replicas = {name: torch.stack([found[name] for found in without]) for name in mean}
     if not all(bool(value.isfinite().all()) for value in mean.values()):
         raise ValueError("initialize: some networks' outputs or derivatives are not finite; draw smaller parameters")
-    return SeedEnsemble(
+    return SeedStatistics(
         mean,
         {name: jackknife(value) for name, value in replicas.items()},
         replicas,

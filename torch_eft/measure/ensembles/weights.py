@@ -64,9 +64,9 @@ def weight_statistics(weight: Tensor) -> WeightStatistics:
         return WeightStatistics(variance, error, excess, "constant")
     if count < _FEWEST:
         return WeightStatistics(variance, error, excess, "too few to tell")
-    centred = abs(float(w.mean())) < _DEVIATES * math.sqrt(variance / count)
-    gaussian = centred and _may_be_gaussian(excess, count)
-    uniform = centred and _may_be_uniform(excess, float(w.abs().max()) / math.sqrt(variance), count)
+    centered = abs(float(w.mean())) < _DEVIATES * math.sqrt(variance / count)
+    gaussian = centered and _may_be_gaussian(excess, count)
+    uniform = centered and _may_be_uniform(excess, float(w.abs().max()) / math.sqrt(variance), count)
     kind = {(True, False): "gaussian", (False, True): "uniform", (False, False): "other"}
     return WeightStatistics(variance, error, excess, kind.get((gaussian, uniform), "too few to tell"))
 

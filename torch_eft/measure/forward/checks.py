@@ -1,7 +1,7 @@
 """What cannot be measured, each with its name and its remedy; a number is never given instead.
 
 ``structure.check_structure`` looks at modules and parameters before. Here ``check_measurable`` reads all parameters
-once and ``check_function_of_each_sample`` runs the forward on half of the probe; each waits for the device
+once and ``check_batch_independence`` runs the forward on half of the probe; each waits for the device
 once. On the device "meta" there are no values, and none are checked.
 """
 
@@ -34,7 +34,7 @@ def check_measurable(network: nn.Module | IsolatedModel) -> None:
             part.running_mean is None or part.running_var is None
         ):
             raise ValueError(
-                f"model: {place(name, part)} normalises with the statistics of the batch in evaluation, too "
+                f"model: {place(name, part)} normalizes with the statistics of the batch in evaluation, too "
                 "(track_running_stats=False), so that a sample's output depends on the others; track running "
                 "statistics, or use GroupNorm or LayerNorm"
             )
@@ -49,7 +49,7 @@ def check_measurable(network: nn.Module | IsolatedModel) -> None:
     )
 
 
-def check_function_of_each_sample(network: IsolatedModel, probe: Probe, outputs: Tensor) -> None:
+def check_batch_independence(network: IsolatedModel, probe: Probe, outputs: Tensor) -> None:
     """Refuse forwards that are no differentiable functions of each sample.
 
     Every second sample is run once more, from the last to the first and with gradients: half a forward.
@@ -84,7 +84,7 @@ def check_function_of_each_sample(network: IsolatedModel, probe: Probe, outputs:
         _check_repeated(network(network.params, inputs), outputs)
     raise ValueError(
         f"model: a sample's output depends on the other samples of the batch: with half of them it differs by "
-        f"{float((again - outputs[order]).abs().max()):.3g}; normalise over features or with running statistics, "
+        f"{float((again - outputs[order]).abs().max()):.3g}; normalize over features or with running statistics, "
         "and use no sample's place in the batch"
     )
 

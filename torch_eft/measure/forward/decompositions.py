@@ -20,7 +20,7 @@ from torch_eft.measure.forward.attention import scaled_dot_product_attention
 from torch_eft.measure.forward.recurrent import CELLS, gru, lstm, rnn_relu, rnn_tanh
 
 
-class WrittenOut(TorchFunctionMode):
+class Decomposed(TorchFunctionMode):
     """A context in which the operations of ``WRITTEN_OUT`` are computed by elementary operations."""
 
     def __torch_function__(
@@ -36,7 +36,7 @@ class WrittenOut(TorchFunctionMode):
         if replacement is not None:
             value = replacement(*args, **kwargs)
             return func(*args, **kwargs) if value is None else value
-        body = undispatched(func)
+        body = without_dispatch(func)
         if body is None:
             return func(*args, **kwargs)
         with self:
@@ -44,7 +44,7 @@ class WrittenOut(TorchFunctionMode):
 
 
 @functools.cache
-def undispatched(func: Callable[..., Any]) -> Callable[..., Any] | None:
+def without_dispatch(func: Callable[..., Any]) -> Callable[..., Any] | None:
     """A Python function of torch, without the step in which it hands itself over as a whole.
 
     ``F.multi_head_attention_forward`` and its like ask ``has_torch_function`` first and then reach a mode, or a
@@ -85,7 +85,7 @@ def _undispatched_globals(func: types.FunctionType) -> dict[str, Any]:
 
 
 def _undispatched_cell(cell: types.CellType) -> types.CellType:
-    body = undispatched(cell.cell_contents) if isinstance(cell.cell_contents, types.FunctionType) else None
+    body = without_dispatch(cell.cell_contents) if isinstance(cell.cell_contents, types.FunctionType) else None
     return cell if body is None else types.CellType(body)
 
 
@@ -93,13 +93,13 @@ def _no(*args: Any) -> bool:
     return False
 
 
-def _normalised(
+def _normalized(
     x: Tensor, axes: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, shape: Sequence[int]
 ) -> Tensor:
     """(x - mean) / sqrt(variance + eps) over ``axes``, times weight plus bias, both brought to ``shape``."""
     axes = tuple(axes)
-    centred = x - x.mean(axes, keepdim=True)
-    value = centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+    centered = x - x.mean(axes, keepdim=True)
+    value = centered * (centered.square().mean(axes, keepdim=True) + eps).rsqrt()
     return _affine(value, weight, bias, shape)
 
 
@@ -121,7 +121,7 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    return _normalised(input, range(-len(normalized_shape), 0), weight, bias, eps, normalized_shape)
+    return _normalized(input, range(-len(normalized_shape), 0), weight, bias, eps, normalized_shape)
 
 
 def _rms_norm(
@@ -142,7 +142,7 @@ def _group_norm(
     cudnn_enabled: bool = True,
 ) -> Tensor:
     grouped = input.reshape(input.shape[0], num_groups, -1)
-    value = _normalised(grouped, [-1], None, None, eps, ()).reshape(input.shape)
+    value = _normalized(grouped, [-1], None, None, eps, ()).reshape(input.shape)
     return _affine(value, weight, bias, _per_channel(input))
 
 
@@ -168,7 +168,7 @@ def _batch_norm(
         return input * scale.reshape(shape) + shift.reshape(shape)
     if running_mean is not None:
         return None
-    return _normalised(input, [0, *range(2, input.ndim)], weight, bias, eps, shape)
+    return _normalized(input, [0, *range(2, input.ndim)], weight, bias, eps, shape)
 
 
 def _instance_norm(
@@ -186,7 +186,7 @@ def _instance_norm(
         return _batch_norm(input, weight, bias, running_mean, running_var, False, momentum, eps)
     if running_mean is not None:
         return None
-    return _normalised(input, range(2, input.ndim), weight, bias, eps, _per_channel(input))
+    return _normalized(input, range(2, input.ndim), weight, bias, eps, _per_channel(input))
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -27,7 +27,7 @@ def check_structure(module: nn.Module) -> None:
             raise ValueError(f"model: the parameter {name!r} {sharded}")
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(
-                f"model: the parameter {name!r} is not initialised yet (a lazy module); run a batch through it first"
+                f"model: the parameter {name!r} is not initialized yet (a lazy module); run a batch through it first"
             )
         if parameter.is_complex() and parameter.requires_grad:
             raise ValueError(

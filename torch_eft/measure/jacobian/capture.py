@@ -1,8 +1,8 @@
 """Recording what a network does with its parameters: the inputs and outputs of every layer, in one forward.
 
-A ``TorchFunctionMode`` replaces each parameter, where it recognises what is done with it, by a copy of its value, and
+A ``TorchFunctionMode`` replaces each parameter, where it recognizes what is done with it, by a copy of its value, and
 keeps the operation's input and the place of its output in the autograd graph. What still leads from the output to a
-parameter afterwards is a use that was not recognised: nothing can be dropped silently.
+parameter afterwards is a use that was not recognized: nothing can be dropped silently.
 
 The same rules serve plain tensors and jets along theta + s v (``jets.py``): there inputs and outputs are series.
 """
@@ -17,14 +17,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torch_eft.measure.forward.decompositions import WRITTEN_OUT, undispatched
+from torch_eft.measure.forward.decompositions import WRITTEN_OUT, without_dispatch
 from torch_eft.measure.jets.jet import Jet, coefficients_of, jet
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 @dataclass(frozen=True)
-class Site:
+class LayerCall:
     """One use of one or two parameters.
 
     Args:
@@ -58,7 +58,7 @@ class Site:
 
 
 class Capture(TorchFunctionMode):
-    """A context in which the recognised uses of ``params`` are recorded.
+    """A context in which the recognized uses of ``params`` are recorded.
 
     Args:
         params: The very tensors (or jets) that the network is called with, by name.
@@ -67,19 +67,19 @@ class Capture(TorchFunctionMode):
 
     def __init__(self, params: Mapping[str, Tensor], excluded: Iterable[str] = ()) -> None:
         super().__init__()
-        self.sites: list[Site] = []
+        self.sites: list[LayerCall] = []
         self._names = {id(tensor): name for name, tensor in params.items() if name not in set(excluded)}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Records what a rule recognises; everything else is passed on."""
+        """Records what a rule recognizes; everything else is passed on."""
         kwargs = kwargs or {}
         rule = _RULES.get(func)
         if rule is not None:
             try:
                 value = rule(self, func, *args, **kwargs)
-            except TypeError:  # called in a form that the rule does not know: the use stays unrecognised
+            except TypeError:  # called in a form that the rule does not know: the use stays unrecognized
                 value = None
             if value is not None:
                 return value
@@ -88,7 +88,7 @@ class Capture(TorchFunctionMode):
                 value = WRITTEN_OUT[func](*args, **kwargs)
             if value is not None:
                 return value
-        python = undispatched(func)
+        python = without_dispatch(func)
         if python is not None:
             with self:
                 return python(*args, **kwargs)
@@ -111,7 +111,7 @@ class Capture(TorchFunctionMode):
             return output
         inputs = tuple(None if part is None else part.detach() for part in coefficients_of(x, len(coefficients) - 1))
         edges = tuple(get_gradient_edge(part) for part in coefficients)
-        self.sites.append(Site(kind, weight, bias, inputs, edges, output.shape, options))
+        self.sites.append(LayerCall(kind, weight, bias, inputs, edges, output.shape, options))
         return output
 
 
@@ -124,7 +124,7 @@ def fresh(parameter: Any) -> Any:
     return parameter.detach().requires_grad_() if isinstance(parameter, Tensor) else parameter
 
 
-def unrecognised(outputs: Tensor, params: Mapping[str, Tensor]) -> set[str]:
+def unrecognized(outputs: Tensor, params: Mapping[str, Tensor]) -> set[str]:
     """Names of the parameters that the graph of ``outputs`` still leads to."""
     leaves = {id(coefficients_of(tensor, 0)[0]): name for name, tensor in params.items()}
     pending = [part.grad_fn for part in coefficients_of(outputs, 0) if part is not None]
@@ -141,7 +141,7 @@ def unrecognised(outputs: Tensor, params: Mapping[str, Tensor]) -> set[str]:
     return found
 
 
-# ---- rules: each returns None for a use that it does not recognise
+# ---- rules: each returns None for a use that it does not recognize
 
 Rule = Callable[..., Tensor | None]
 _RULES: dict[Callable[..., Any], Rule] = {}
@@ -257,16 +257,16 @@ def _embedding(
     return capture.record("embedding", w, None, tokens, func(table, indices))
 
 
-def _scaled(capture: Capture, normalised: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Tensor:
-    """Normalised * weight + bias, both brought to ``shape``."""
+def _scaled(capture: Capture, normalized: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Tensor:
+    """Normalized * weight + bias, both brought to ``shape``."""
     w, b = capture.name(weight), capture.name(bias)
     shape = (bias if weight is None else weight).reshape(shape).shape
-    output = normalised
+    output = normalized
     if weight is not None:
         output = output * (fresh(weight) if w else weight).reshape(shape)
     if bias is not None:
         output = output + (fresh(bias) if b else bias).reshape(shape)
-    return capture.record("scale", w, b, normalised, output, shape=shape)
+    return capture.record("scale", w, b, normalized, output, shape=shape)
 
 
 @_rule(torch.layer_norm)

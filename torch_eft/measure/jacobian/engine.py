@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from torch_eft.measure.forward.checks import check_function_of_each_sample, check_measurable, derivatives_of_order
+from torch_eft.measure.forward.checks import check_batch_independence, check_measurable, derivatives_of_order
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.jacobian.factors import jacobian_factors
 from torch_eft.measure.jacobian.fallback import reverse_factors
-from torch_eft.measure.jacobian.gram import Factor, Orders, Outer, add_gram, mirror
+from torch_eft.measure.jacobian.gram import Factor, Orders, OuterProductFactor, add_gram, mirror
 from torch_eft.measure.jacobian.plan import Plan, make_plan, sample_count, slice_of
 from torch_eft.measure.jacobian.verification import mismatches
 from torch_eft.measure.jets.jet import NoJetRuleError
@@ -79,7 +79,7 @@ def _size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.2g} MiB"
 
 
-class Engine:
+class JacobianGram:
     """A network on a probe, with lambda.
 
     Args:
@@ -130,7 +130,7 @@ class Engine:
             check_measurable(self.network)
             with torch.no_grad():
                 outputs = checked_output(self.network, probe)
-            check_function_of_each_sample(self.network, probe, outputs)
+            check_batch_independence(self.network, probe, outputs)
             few = slice_of(self.inputs, 0, min(3, self.samples))
             return self._verified(make_plan(self.network, self.inputs, self.moving, {}), few)
 
@@ -204,7 +204,7 @@ class Engine:
         direction: Mapping[str, Tensor] | None = None,
         trace: bool = False,
         group: Callable[[str], str] | None = None,
-        other: "Engine | None" = None,
+        other: "JacobianGram | None" = None,
     ) -> dict[str, dict[Orders, Tensor]]:
         """J_m lambda J_n^T for every pair of orders (m, n).
 
@@ -318,7 +318,7 @@ class Engine:
 
 def _by_group(first: Factor, second: Factor, labels: Mapping[str, str]) -> list[tuple[Factor, Factor]]:
     """A weight and its bias apart where they belong to different parts of the result."""
-    if not (isinstance(first, Outer) and isinstance(second, Outer)) or first.bias is None:
+    if not (isinstance(first, OuterProductFactor) and isinstance(second, OuterProductFactor)) or first.bias is None:
         return [(first, second)]
     if labels.get(first.weight) != labels.get(first.bias):
         return [(replace(first, bias=None), replace(second, bias=None)), (first.of_bias(), second.of_bias())]

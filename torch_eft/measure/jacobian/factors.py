@@ -1,4 +1,4 @@
-"""Jacobians of a network sample by sample: as factors where its layers are recognised, as such elsewhere."""
+"""Jacobians of a network sample by sample: as factors where its layers are recognized, as such elsewhere."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.measure.forward.isolation import IsolatedModel
-from torch_eft.measure.jacobian.capture import Capture, Site
+from torch_eft.measure.jacobian.capture import Capture, LayerCall
 from torch_eft.measure.jacobian.fallback import along, fallback_factors
 from torch_eft.measure.jacobian.gram import Factor, PerOutput
 from torch_eft.measure.jacobian.layers import Axis, Formed, factors, worth_forming
@@ -46,7 +46,9 @@ def jacobian_factors(
     return found
 
 
-def _factors(outputs: Tensor, sites: Sequence[Site], axes: Sequence[Axis], samples: int, order: int) -> list[Factor]:
+def _factors(
+    outputs: Tensor, sites: Sequence[LayerCall], axes: Sequence[Axis], samples: int, order: int
+) -> list[Factor]:
     """From g_p = d z_order / d o_{order - p} of every use's output.
 
     Small layers take all outputs of the network at once. Large ones take them one after the other: kernels are large

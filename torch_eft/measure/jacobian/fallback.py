@@ -1,4 +1,4 @@
-"""Jacobians formed number by number: the fallback for parameters and operations that are not recognised."""
+"""Jacobians formed number by number: the fallback for parameters and operations that are not recognized."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 from torch.utils._pytree import tree_map_only
 
-from torch_eft.measure.forward.decompositions import WrittenOut
+from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel
-from torch_eft.measure.jacobian.gram import Direct, Factor
+from torch_eft.measure.jacobian.gram import DenseFactor, Factor
 from torch_eft.measure.jacobian.plan import sample_count, slice_of
 from torch_eft.measure.jets.jet import coefficients_of, jet
 from torch_eft.measure.kernels.reverse_mode import _check_twice_differentiable
@@ -25,7 +25,7 @@ def reverse_factors(
         RuntimeError: If an operation has no derivative of order + 1.
     """
     leaves = [network.params[name].detach().requires_grad_() for name in moving]
-    with WrittenOut():
+    with Decomposed():
         outputs = network({**network.params, **dict(zip(moving, leaves, strict=True))}, inputs)
         if order:
             _check_twice_differentiable(outputs)
@@ -33,7 +33,7 @@ def reverse_factors(
         # A checkpoint runs its part of the forward again, and must find it written out as before.
         rows = [[_reverse_series(value, leaves, along, order) for value in row] for row in outputs]
     return [
-        Direct(
+        DenseFactor(
             name,
             tuple(
                 torch.stack([torch.stack([row[i][m][index] for row in rows]) for i in range(outputs.shape[1])])
@@ -76,7 +76,7 @@ def fallback_factors(
     """The Jacobian of some parameters, one sample at a time."""
     if order == 0:
         rows = _first_order(network, inputs, names)
-        return [Direct(name, (rows[name].flatten(2).transpose(0, 1),)) for name in names]
+        return [DenseFactor(name, (rows[name].flatten(2).transpose(0, 1),)) for name in names]
     assert direction is not None
     found: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(order + 1)] for name in names}
     for index in range(sample_count(inputs)):
@@ -85,7 +85,7 @@ def fallback_factors(
         for m, part in enumerate(coefficients_of(outputs, order)):
             for name, row in zip(names, _rows(part, [leaves[name] for name in names], outputs.shape[1]), strict=True):
                 found[name][m].append(row)
-    return [Direct(name, tuple(torch.stack(parts, 1) for parts in found[name])) for name in names]
+    return [DenseFactor(name, tuple(torch.stack(parts, 1) for parts in found[name])) for name in names]
 
 
 def _rows(part: Tensor | None, leaves: Sequence[Tensor], channels: int) -> list[Tensor]:

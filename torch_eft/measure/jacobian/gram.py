@@ -36,7 +36,7 @@ _ROWS = 160  # of symmetric products only blocks of so many rows on and below th
 
 
 @dataclass(frozen=True)
-class Outer:
+class OuterProductFactor:
     """J_m = sum_{p + q = m} sum_t g_p a_q^T of one weight, lambda left out.
 
     Args:
@@ -76,10 +76,10 @@ class Outer:
         buffers = {order: self.gradients[0][0].new_empty(size) for order in orders}
         return list(_formed(self, buffers, slice(0, E)).values())
 
-    def of_bias(self) -> "Direct":
+    def of_bias(self) -> "DenseFactor":
         """The bias alone."""
         assert self.bias is not None
-        return Direct(self.bias, tuple(torch.stack([part.sum(1) for part in g]) for g in self.gradients))
+        return DenseFactor(self.bias, tuple(torch.stack([part.sum(1) for part in g]) for g in self.gradients))
 
     def pulled_back(self, u: Tensor, order: int) -> dict[str, Tensor]:
         """U . J_order for u (C, N), in some shape, by parameter."""
@@ -103,7 +103,7 @@ class Outer:
 
 
 @dataclass(frozen=True)
-class Direct:
+class DenseFactor:
     """J_m itself, of one or several parameters.
 
     Args:
@@ -133,7 +133,7 @@ class Direct:
         return {self.weight: torch.einsum("cn,cnp->p", u, self.jacobians[order])}
 
 
-Factor = Outer | Direct
+Factor = OuterProductFactor | DenseFactor
 Series = Sequence[Tensor] | Mapping[int, Tensor]
 
 
@@ -150,8 +150,8 @@ def add_gram(
         symmetric: Rows and columns are the same samples: of m = n only blocks on and below the diagonal are
             computed, as ``mirror`` expects.
     """
-    if isinstance(rows, Direct) or isinstance(columns, Direct):
-        assert isinstance(rows, Direct) and isinstance(columns, Direct)
+    if isinstance(rows, DenseFactor) or isinstance(columns, DenseFactor):
+        assert isinstance(rows, DenseFactor) and isinstance(columns, DenseFactor)
         _add_products(out, rows.jacobians, columns.jacobians, lambdas.get(rows.weight, 0.0), symmetric)
         return
     if rows.size[2] == columns.size[2] == 1 and not _is_tokens(rows.inputs[0]):
@@ -212,7 +212,11 @@ def _add_products(out: Mapping[Orders, Tensor], rows: Series, columns: Series, s
 
 
 def _add_one_place(
-    out: Mapping[Orders, Tensor], rows: Outer, columns: Outer, lambdas: Mapping[str, float], symmetric: bool
+    out: Mapping[Orders, Tensor],
+    rows: OuterProductFactor,
+    columns: OuterProductFactor,
+    lambdas: Mapping[str, float],
+    symmetric: bool,
 ) -> None:
     """T = 1: J_m J_n^T = sum (g_p . g_r) * (a_q . a_s) over p + q = m, r + s = n; the bias has a_0 = 1."""
     overlaps: dict[Orders, Tensor] = {}
@@ -260,7 +264,7 @@ def _blocks(outputs: int, samples: int, lower: bool) -> Iterator[tuple[Block, Bl
         yield (slice(start, stop), _ALL), (slice(0, stop if lower else None), _ALL), (_ALL, _ALL)
 
 
-def _explicit_cost(rows: Outer, columns: Outer, pairs: Collection[Orders]) -> float:
+def _explicit_cost(rows: OuterProductFactor, columns: OuterProductFactor, pairs: Collection[Orders]) -> float:
     """Multiplications of the explicit form, for all pairs of orders."""
     C, N, T, E = rows.size
     D, size, other = _depth(rows), C * N, columns.size[0] * columns.size[1]
@@ -269,7 +273,7 @@ def _explicit_cost(rows: Outer, columns: Outer, pairs: Collection[Orders]) -> fl
     return formed + sum((0.5 if m == n and rows is columns else 1) * size * other * D * E for m, n in pairs)
 
 
-def _mixed_cost(rows: Outer, columns: Outer, pairs: Collection[Orders]) -> float:
+def _mixed_cost(rows: OuterProductFactor, columns: OuterProductFactor, pairs: Collection[Orders]) -> float:
     """Multiplications of the mixed form, for all pairs of orders."""
     C, N, T, E = rows.size
     C2, N2, T2, _ = columns.size
@@ -281,12 +285,12 @@ def _mixed_cost(rows: Outer, columns: Outer, pairs: Collection[Orders]) -> float
     return total
 
 
-def _depth(factor: Outer) -> int:
+def _depth(factor: OuterProductFactor) -> int:
     return next(a.shape[2] for a in factor.inputs if a is not None)
 
 
 def _explicit(
-    rows: Outer, columns: Outer, orders: Sequence[int]
+    rows: OuterProductFactor, columns: OuterProductFactor, orders: Sequence[int]
 ) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
     """J_m of rows and of columns, (C, N, E_block D) each, for some columns of the layer at a time."""
     sides = (rows,) if columns is rows else (rows, columns)
@@ -303,7 +307,7 @@ def _explicit(
         yield formed[0], formed[-1]
 
 
-def _formed(factor: Outer, buffers: Mapping[int, Tensor], block: slice) -> dict[int, Tensor]:
+def _formed(factor: OuterProductFactor, buffers: Mapping[int, Tensor], block: slice) -> dict[int, Tensor]:
     """J_m of the layer's outputs ``block``, written into the buffers."""
     C, N, _, _ = factor.size
     D, width = _depth(factor), block.stop - block.start
@@ -322,7 +326,9 @@ def _formed(factor: Outer, buffers: Mapping[int, Tensor], block: slice) -> dict[
     return found
 
 
-def _add_mixed(out: Tensor, rows: Outer, columns: Outer, pair: Orders, scale: float, lower: bool) -> None:
+def _add_mixed(
+    out: Tensor, rows: OuterProductFactor, columns: OuterProductFactor, pair: Orders, scale: float, lower: bool
+) -> None:
     """One sample of the rows after the other; places of different orders stand side by side."""
     a, g = _side_by_side(rows, pair[0])
     b, h = _side_by_side(columns, pair[1])
@@ -337,7 +343,7 @@ def _add_mixed(out: Tensor, rows: Outer, columns: Outer, pair: Orders, scale: fl
                 out[j, :n, :, n].add_(value[:, :n].T, alpha=scale)
 
 
-def _side_by_side(factor: Outer, order: int) -> tuple[Tensor, PerOutput]:
+def _side_by_side(factor: OuterProductFactor, order: int) -> tuple[Tensor, PerOutput]:
     """(N, T', D) or tokens (N, T'), and (N, T', E) for every output, with T' = (order + 1) T or less."""
     splits = [(p, q) for p, q in _splits(order) if factor.inputs[q] is not None]
     if len(splits) == 1:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torch_eft.measure.jacobian.capture import Site
-from torch_eft.measure.jacobian.gram import Direct, Factor, Outer, PerOutput
+from torch_eft.measure.jacobian.capture import LayerCall
+from torch_eft.measure.jacobian.gram import DenseFactor, Factor, OuterProductFactor, PerOutput
 
 Gradients = tuple[PerOutput, ...]
 """g_0, g_1, ... of one use's output: for every output of the network a tensor of the use's shape."""
@@ -33,7 +33,9 @@ class Axis:
         return x.unflatten(0, (-1, samples)).transpose(0, 1) if self.inner else x.unflatten(0, (samples, -1))
 
 
-def factors(sites: Sequence[Site], gradients: Sequence[Gradients], axes: Sequence[Axis], samples: int) -> list[Factor]:
+def factors(
+    sites: Sequence[LayerCall], gradients: Sequence[Gradients], axes: Sequence[Axis], samples: int
+) -> list[Factor]:
     """One factor a parameter (a layer's bias may stand with its weight).
 
     Args:
@@ -42,11 +44,11 @@ def factors(sites: Sequence[Site], gradients: Sequence[Gradients], axes: Sequenc
         axes: The samples' axis in each output.
         samples: N.
     """
-    outer: dict[tuple[str, int], list[Outer]] = {}
-    direct: dict[str, list[Direct]] = {}
+    outer: dict[tuple[str, int], list[OuterProductFactor]] = {}
+    direct: dict[str, list[DenseFactor]] = {}
     for site, g, axis in zip(sites, gradients, axes, strict=True):
         for factor in _KINDS[site.kind](site, g, axis, samples):
-            if isinstance(factor, Outer):
+            if isinstance(factor, OuterProductFactor):
                 group = len(outer)  # groups of a convolution are different parameters
                 outer.setdefault((factor.weight, 0 if _mergeable(site) else group), []).append(factor)
             else:
@@ -61,15 +63,15 @@ def factors(sites: Sequence[Site], gradients: Sequence[Gradients], axes: Sequenc
     return found + [_summed(uses) for uses in direct.values()]
 
 
-def _mergeable(site: Site) -> bool:
+def _mergeable(site: LayerCall) -> bool:
     return site.options.get("groups", 1) == 1
 
 
-def _uses(outer: Mapping[tuple[str, int], Sequence[Outer]], bias: str | None) -> int:
+def _uses(outer: Mapping[tuple[str, int], Sequence[OuterProductFactor]], bias: str | None) -> int:
     return sum(use.bias == bias for uses in outer.values() for use in uses) if bias is not None else 1
 
 
-def _merged(uses: Sequence[Outer]) -> Outer:
+def _merged(uses: Sequence[OuterProductFactor]) -> OuterProductFactor:
     """A weight used several times: the places of all uses side by side."""
     if len(uses) == 1:
         return replace(uses[0], bias=None)
@@ -78,10 +80,10 @@ def _merged(uses: Sequence[Outer]) -> Outer:
         tuple(torch.cat(parts, 1) for parts in zip(*(use.gradients[p] for use in uses), strict=True))
         for p in range(len(uses[0].gradients))
     )
-    return Outer(uses[0].weight, inputs, gradients)
+    return OuterProductFactor(uses[0].weight, inputs, gradients)
 
 
-def _joined(uses: Sequence[Outer], q: int) -> Tensor | None:
+def _joined(uses: Sequence[OuterProductFactor], q: int) -> Tensor | None:
     if all(use.inputs[q] is None for use in uses):
         return None
     return torch.cat(
@@ -95,10 +97,10 @@ def _given(x: Tensor | None) -> Tensor:
     return x
 
 
-def _summed(uses: Sequence[Direct]) -> Direct:
+def _summed(uses: Sequence[DenseFactor]) -> DenseFactor:
     if len(uses) == 1:
         return uses[0]
-    return Direct(
+    return DenseFactor(
         uses[0].weight, tuple(torch.stack(parts).sum(0) for parts in zip(*(use.jacobians for use in uses), strict=True))
     )
 
@@ -110,7 +112,7 @@ def _each_output(gradients: Gradients, function: Callable[[Tensor], Tensor]) -> 
     return tuple(tuple(function(part) for part in g) for g in gradients)
 
 
-def _inputs(site: Site, axis: Axis, samples: int) -> tuple[Tensor | None, ...]:
+def _inputs(site: LayerCall, axis: Axis, samples: int) -> tuple[Tensor | None, ...]:
     """Of a linear layer or an ungrouped convolution, (N, T, D) each."""
     if site.kind == "linear":
         return tuple(None if a is None else axis.split(a, samples).flatten(1, -2) for a in site.inputs)
@@ -118,17 +120,17 @@ def _inputs(site: Site, axis: Axis, samples: int) -> tuple[Tensor | None, ...]:
     return tuple(None if w is None else _samples(w, axis, samples) for w in windows)
 
 
-def _places(x: Tensor, site: Site, axis: Axis, samples: int) -> Tensor:
+def _places(x: Tensor, site: LayerCall, axis: Axis, samples: int) -> Tensor:
     """The gradient at its output, (N, T, E)."""
     return axis.split(x, samples).flatten(1, -2) if site.kind == "linear" else _samples(x.flatten(2).mT, axis, samples)
 
 
-def _linear(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+def _linear(site: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
     gradients = _each_output(g, partial(_places, site=site, axis=axis, samples=samples))
-    return [Outer(site.names[0], _inputs(site, axis, samples), gradients, site.bias)]
+    return [OuterProductFactor(site.names[0], _inputs(site, axis, samples), gradients, site.bias)]
 
 
-def _convolution(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+def _convolution(site: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
     groups = site.options["groups"]
     if groups == 1:
         return _linear(site, g, axis, samples)
@@ -138,10 +140,10 @@ def _convolution(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Fac
     for index in range(groups):
         inputs = tuple(None if w is None else _group(w, index, groups, axis, samples) for w in windows)
         gradients = _each_output(parts, partial(_group, index=index, groups=groups, axis=axis, samples=samples))
-        found.append(Outer(site.names[0], inputs, gradients))
+        found.append(OuterProductFactor(site.names[0], inputs, gradients))
     if site.bias is not None:
         summed = _each_output(parts, lambda x: _samples(x, axis, samples).sum(1))
-        found.append(Direct(site.bias, tuple(torch.stack(rows) for rows in summed)))
+        found.append(DenseFactor(site.bias, tuple(torch.stack(rows) for rows in summed)))
     return found
 
 
@@ -156,7 +158,7 @@ class Formed:
         samples: N.
     """
 
-    def __init__(self, site: Site, axis: Axis, samples: int) -> None:
+    def __init__(self, site: LayerCall, axis: Axis, samples: int) -> None:
         self.site, self.axis, self.samples = site, axis, samples
         self._inputs = _inputs(site, axis, samples)
         self._rows: list[list[Tensor]] = []
@@ -165,19 +167,21 @@ class Formed:
     def add(self, gradients: Sequence[Tensor]) -> None:
         """The next output's g_0, g_1, ..."""
         g = [_places(part, self.site, self.axis, self.samples) for part in gradients]
-        one = Outer(self.site.names[0], self._inputs, tuple((part,) for part in g))
+        one = OuterProductFactor(self.site.names[0], self._inputs, tuple((part,) for part in g))
         self._rows.append([J[0] for J in one.formed(range(len(g)))])
         self._biases.append([part.sum(1) for part in g])
 
     def factors(self) -> list[Factor]:
         """J_m of the weight and of the bias."""
-        found: list[Factor] = [Direct(self.site.names[0], tuple(torch.stack(J) for J in zip(*self._rows, strict=True)))]
+        found: list[Factor] = [
+            DenseFactor(self.site.names[0], tuple(torch.stack(J) for J in zip(*self._rows, strict=True)))
+        ]
         if self.site.bias is not None:
-            found.append(Direct(self.site.bias, tuple(torch.stack(J) for J in zip(*self._biases, strict=True))))
+            found.append(DenseFactor(self.site.bias, tuple(torch.stack(J) for J in zip(*self._biases, strict=True))))
         return found
 
 
-def worth_forming(site: Site, sites: Sequence[Site], samples: int) -> bool:
+def worth_forming(site: LayerCall, sites: Sequence[LayerCall], samples: int) -> bool:
     """Whether a use has more places than inputs, and its parameters no other use."""
     if site.weight is None or site.kind not in ("linear", "convolution") or site.options.get("groups", 1) > 1:
         return False
@@ -191,7 +195,7 @@ def worth_forming(site: Site, sites: Sequence[Site], samples: int) -> bool:
     return site.shape.numel() // (samples * outputs) > inputs
 
 
-def _transposed(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+def _transposed(site: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
     """The roles are exchanged: windows of the gradient meet the input, place by place."""
     groups = site.options["groups"]
     places = _given(site.inputs[0]).shape[2:]
@@ -202,7 +206,7 @@ def _transposed(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Fact
             None if a is None else _group(a.flatten(2).mT, index, groups, axis, samples) for a in site.inputs
         )
         gradients = _each_output(windows, partial(_group, index=index, groups=groups, axis=axis, samples=samples))
-        found.append(Outer(site.names[0], inputs, gradients))
+        found.append(OuterProductFactor(site.names[0], inputs, gradients))
     return found
 
 
@@ -216,7 +220,7 @@ def _samples(x: Tensor, axis: Axis, samples: int) -> Tensor:
     return x if len(x) == samples else axis.split(x, samples).flatten(1, 2)
 
 
-def _windows(x: Tensor, site: Site, places: Sequence[int] | None = None) -> Tensor:
+def _windows(x: Tensor, site: LayerCall, places: Sequence[int] | None = None) -> Tensor:
     """What a convolution's kernel sees, (N, places, kernel, channels)."""
     kernel = site.options["kernel"]
     count = len(kernel)
@@ -260,13 +264,13 @@ def _padding(padding: str | int | Sequence[int], kernel: Sequence[int], dilation
     return [edge for pair in reversed(pairs) for edge in pair]
 
 
-def _embedding(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+def _embedding(site: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
     tokens = axis.split(_given(site.inputs[0]), samples).flatten(1)
     inputs = (tokens, *[None] * (len(g) - 1))
-    return [Outer(site.names[0], inputs, _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2)))]
+    return [OuterProductFactor(site.names[0], inputs, _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2)))]
 
 
-def _scale(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+def _scale(site: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
     found: list[Factor] = []
     if site.weight is not None:
         jacobians = []
@@ -276,14 +280,14 @@ def _scale(site: Site, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
                 terms = [g[p][i] * a for p in range(order + 1) if (a := site.inputs[order - p]) is not None]
                 rows.append(_reduced(sum(terms[1:], terms[0]), site, axis, samples))
             jacobians.append(torch.stack(rows))
-        found.append(Direct(site.weight, tuple(jacobians)))
+        found.append(DenseFactor(site.weight, tuple(jacobians)))
     if site.bias is not None:
         reduced = _each_output(g, lambda x: _reduced(x, site, axis, samples))
-        found.append(Direct(site.bias, tuple(torch.stack(parts) for parts in reduced)))
+        found.append(DenseFactor(site.bias, tuple(torch.stack(parts) for parts in reduced)))
     return found
 
 
-def _reduced(x: Tensor, site: Site, axis: Axis, samples: int) -> Tensor:
+def _reduced(x: Tensor, site: LayerCall, axis: Axis, samples: int) -> Tensor:
     """A use's output summed over what the parameter is stretched along, (N, P)."""
     shape = [*[1] * (x.ndim - len(site.options["shape"])), *site.options["shape"]]
     del shape[axis.index]

@@ -1,4 +1,4 @@
-"""How the Jacobian of each parameter is had: which uses are recognised, where the samples are, what falls back."""
+"""How the Jacobian of each parameter is had: which uses are recognized, where the samples are, what falls back."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_eft.measure.forward.isolation import IsolatedModel
-from torch_eft.measure.jacobian.capture import Capture, Site, unrecognised
+from torch_eft.measure.jacobian.capture import Capture, LayerCall, unrecognized
 from torch_eft.measure.jacobian.gram import FORMED
 from torch_eft.measure.jacobian.layers import Axis
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the Jacobian of each parameter is had: which uses are recognised, where the samples are, what falls back."""
+    """How the Jacobian of each parameter is had: which uses are recognized, where the samples are, what falls back."""
 
     sites: tuple[tuple[Any, ...], ...] = ()
     axes: tuple[Axis, ...] = ()
@@ -27,7 +27,7 @@ class Plan:
 
 
 def make_plan(network: IsolatedModel, inputs: Any, moving: Sequence[str], refused: Mapping[str, str]) -> Plan:
-    """Recognise the uses of the parameters ``moving`` on a few samples.
+    """Recognize the uses of the parameters ``moving`` on a few samples.
 
     Args:
         network: The network.
@@ -39,7 +39,7 @@ def make_plan(network: IsolatedModel, inputs: Any, moving: Sequence[str], refuse
     few, fewer = (min(count, 3), min(count, 2)) if count > 2 else (count, 1)
     fallback = dict(refused)
     while True:
-        recognised = [name for name in moving if name not in fallback]
+        recognized = [name for name in moving if name not in fallback]
         try:
             traced = _trace(network, slice_of(inputs, 0, few), moving, fallback)
             smaller = _trace(network, slice_of(inputs, 0, fewer), moving, fallback).sites
@@ -47,9 +47,9 @@ def make_plan(network: IsolatedModel, inputs: Any, moving: Sequence[str], refuse
             with torch.no_grad():
                 outputs = network(network.params, slice_of(inputs, 0, fewer)).shape[1]
             reason = f"the recording of its layers failed: {type(error).__name__}: {error}"
-            return Plan(fallback=fallback | dict.fromkeys(recognised, reason), outputs=outputs)
+            return Plan(fallback=fallback | dict.fromkeys(recognized, reason), outputs=outputs)
         axes = _axes(traced.sites, smaller, few, fewer)
-        new = dict.fromkeys(traced.left, "a use that is not recognised")
+        new = dict.fromkeys(traced.left, "a use that is not recognized")
         for site, axis in zip(traced.sites, axes, strict=True):
             if axis is None:
                 new |= dict.fromkeys(site.names, f"a {site.kind} operation whose samples cannot be told apart")
@@ -58,7 +58,7 @@ def make_plan(network: IsolatedModel, inputs: Any, moving: Sequence[str], refuse
             break
         fallback |= new
     kinds = {name: site.kind for site in traced.sites for name in site.names}
-    unused = [name for name in recognised if name not in kinds]
+    unused = [name for name in recognized if name not in kinds]
     kinds |= dict.fromkeys(unused, "unused")
     return Plan(
         tuple(signature(site, axis) for site, axis in zip(traced.sites, axes, strict=True)),
@@ -83,7 +83,7 @@ def slice_of(inputs: Any, start: int, length: int) -> Any:
 @dataclass(frozen=True)
 class _Trace:
     outputs: Tensor
-    sites: list[Site]
+    sites: list[LayerCall]
     left: set[str]
 
 
@@ -91,16 +91,16 @@ def _trace(network: IsolatedModel, inputs: Any, moving: Sequence[str], fallback:
     leaves = {name: network.params[name].detach().requires_grad_() for name in moving}
     with Capture(leaves, fallback) as capture:
         outputs = network({**network.params, **leaves}, inputs)
-    return _Trace(outputs, capture.sites, unrecognised(outputs, leaves) - set(fallback))
+    return _Trace(outputs, capture.sites, unrecognized(outputs, leaves) - set(fallback))
 
 
-def _axes(sites: Sequence[Site], smaller: Sequence[Site], few: int, fewer: int) -> list[Axis | None]:
+def _axes(sites: Sequence[LayerCall], smaller: Sequence[LayerCall], few: int, fewer: int) -> list[Axis | None]:
     if len(sites) != len(smaller):
         return [None] * len(sites)
     return [_axis(first, second, few, fewer) for first, second in zip(sites, smaller, strict=True)]
 
 
-def _axis(site: Site, smaller: Site, few: int, fewer: int) -> Axis | None:
+def _axis(site: LayerCall, smaller: LayerCall, few: int, fewer: int) -> Axis | None:
     """The one axis that grows with the number of samples; None without one, or if the parameter varies along it."""
     index = 0  # a single sample: everything belongs to it
     if few > fewer:
@@ -124,7 +124,7 @@ def _axis(site: Site, smaller: Site, few: int, fewer: int) -> Axis | None:
     return min((outer, inner), key=lambda axis: _difference(site, smaller, axis, few, fewer))
 
 
-def _difference(site: Site, smaller: Site, axis: Axis, few: int, fewer: int) -> float:
+def _difference(site: LayerCall, smaller: LayerCall, axis: Axis, few: int, fewer: int) -> float:
     """How far the inputs that belong to the first samples depend on how many others there are."""
     more, less = site.inputs[0], smaller.inputs[0]
     if more is None or less is None or more.ndim <= axis.index:
@@ -134,7 +134,7 @@ def _difference(site: Site, smaller: Site, axis: Axis, few: int, fewer: int) -> 
     return float((axis.split(more, few)[:fewer] - axis.split(less, fewer)).abs().max())
 
 
-def _mixed_uses(sites: Sequence[Site]) -> dict[str, str]:
+def _mixed_uses(sites: Sequence[LayerCall]) -> dict[str, str]:
     """Parameters whose uses do not add up to one factor."""
     found = {}
     forms: dict[str, set[str]] = {}
@@ -154,7 +154,7 @@ def _mixed_uses(sites: Sequence[Site]) -> dict[str, str]:
     return found
 
 
-def signature(site: Site, axis: Axis | None) -> tuple[Any, ...]:
+def signature(site: LayerCall, axis: Axis | None) -> tuple[Any, ...]:
     """What a use must have in common with the planned one: all but the number of samples."""
     shape = tuple(-1 if axis is not None and index == axis.index else size for index, size in enumerate(site.shape))
     return site.kind, site.weight, site.bias, shape

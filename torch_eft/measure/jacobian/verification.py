@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.decompositions import WrittenOut
+from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.jacobian.gram import Factor
 from torch_eft.measure.jacobian.plan import sample_count
@@ -77,7 +77,7 @@ def _by_backward(
     leaves = {name: network.params[name].detach().requires_grad_() for name in moving}
     params = {**network.params, **leaves}
     # A checkpoint runs its part of the forward again, and must find it written out as before.
-    with WrittenOut() if order else nullcontext():
+    with Decomposed() if order else nullcontext():
         gradients, factorial = _repeated_backward(network(params, inputs), u, leaves, direction, order)
     return {name: g.detach() / factorial for name, g in zip(moving, gradients, strict=True)}
 

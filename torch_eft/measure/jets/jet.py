@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.decompositions import WRITTEN_OUT, undispatched
+from torch_eft.measure.forward.decompositions import WRITTEN_OUT, without_dispatch
 from torch_eft.measure.jets.composed import COMPOSED
 from torch_eft.measure.jets.kinked import KINKED_RULES
 from torch_eft.measure.jets.linear import LINEAR_RULES, VIEWS
@@ -109,7 +109,7 @@ class Jet(Tensor):
             return func(*_primals(args), **_primals(kwargs)).detach()
         if func in _IN_PLACE:
             return _in_place(func, args, kwargs)
-        written = COMPOSED.get(func) or WRITTEN_OUT.get(func) or undispatched(func)
+        written = COMPOSED.get(func) or WRITTEN_OUT.get(func) or without_dispatch(func)
         if written is None:
             raise NoJetRuleError(f"{name_of(func)}: it has no rule for Taylor series")
         try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.forward.checks import derivatives_of_order
-from torch_eft.measure.forward.decompositions import WrittenOut
+from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.jets.kinked import KINKED_RULES
@@ -69,7 +69,7 @@ def _differentiable_backends() -> Iterator[None]:
             backend.enabled = enabled
 
 
-class _Watching(WrittenOut):
+class _Watching(Decomposed):
     """Written out, and telling of the kinks that are met."""
 
     def __torch_function__(

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.decompositions import WrittenOut
+from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.probe import Probe
-from torch_eft.measure.jacobian.engine import Engine
+from torch_eft.measure.jacobian.engine import JacobianGram
 from torch_eft.measure.jacobian.gram import Orders
 from torch_eft.measure.kernels.metrics import as_matrix
 from torch_eft.measure.kernels.reverse_mode import _check_twice_differentiable
@@ -69,7 +69,7 @@ def along_path(
     Raises:
         ValueError: If second derivatives by reverse mode and by Taylor series disagree.
     """
-    engine = Engine(network, probe, lambdas, memory)
+    engine = JacobianGram(network, probe, lambdas, memory)
     curvature = _Curvature(network, train, basis, engine.lambdas)
     directions, r = curvature.directions, len(basis)
 
@@ -98,7 +98,7 @@ class _Curvature:
         self.basis, self.scales = basis, list(lambdas.values())
         self.leaves = [network.params[name].detach().requires_grad_() for name in lambdas]
         params = {**network.params, **dict(zip(lambdas, self.leaves, strict=True))}
-        with torch.enable_grad(), WrittenOut():
+        with torch.enable_grad(), Decomposed():
             self.z = network(params, network.place(train)).flatten()
         _check_twice_differentiable(self.z)
         self.directions = [

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from torch_eft.measure.forward.checks import check_measurable, derivatives_of_order
-from torch_eft.measure.forward.decompositions import WrittenOut
+from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.forward.structure import all_finite
-from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, Engine
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram
 from torch_eft.measure.jets.jet import NoJetRuleError, watch_kinks
 from torch_eft.measure.kernels.products import NTKOperator
 from torch_eft.measure.kernels.reverse_mode import differentials
@@ -40,7 +40,7 @@ class AlmostEverywhereWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Contracted:
+class NTKDerivatives:
     """H and its differentials contracted with a direction, (N, N, C, C) each, or (N, N) of a trace.
 
     Args:
@@ -71,11 +71,12 @@ def almost_everywhere(kinked: tuple[str, ...]) -> str | None:
         return None
     return (
         f"almost everywhere: the network has kinks ({', '.join(kinked)}), whose crossings contribute to the change of "
-        "H but not to its derivatives; use the realised change of H, or a secant over the training step (secant_ntk)"
+        "H but not to its derivatives; use the realized change of H, or a secant over the"
+        " training step (ntk_finite_difference)"
     )
 
 
-def contracted(
+def ntk_derivatives(
     model: nn.Module,
     x: Any,
     direction: Direction,
@@ -84,14 +85,14 @@ def contracted(
     trace: bool = False,
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
-) -> Contracted:
+) -> NTKDerivatives:
     """H, dH and, for order 2, ddI and ddII, contracted with one direction.
 
     Args:
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
         direction: e (N, C) in the space of outputs on ``x`` (the training error, an eigenvector of H ...), standing for
-            v = lambda J^T e; or v itself, ``{parameter: tensor}`` (``pull_back`` makes it of other inputs).
+            v = lambda J^T e; or v itself, ``{parameter: tensor}`` (``ntk_vjp`` makes it of other inputs).
         lambdas: As ``ntk`` takes them.
         order: 1 (dH) or 2 (ddI and ddII as well).
         trace: Average over outputs i = j.
@@ -104,10 +105,10 @@ def contracted(
     if order not in (1, 2):
         raise ValueError(f"order: {order} given; 1 is dH, 2 is dH, ddI and ddII")
     with isolated(model, output_fn) as network:
-        return isolated_contracted(network, as_probe(x), direction, lambdas, order, trace, memory)
+        return isolated_ntk_derivatives(network, as_probe(x), direction, lambdas, order, trace, memory)
 
 
-def isolated_contracted(
+def isolated_ntk_derivatives(
     network: IsolatedModel,
     probe: Probe,
     direction: Direction,
@@ -116,9 +117,9 @@ def isolated_contracted(
     trace: bool = False,
     memory: int = DEFAULT_MEMORY,
     kernel: bool = True,
-) -> Contracted:
-    """As ``contracted``, for a network that is already isolated; H itself only if ``kernel``."""
-    engine = Engine(network, probe, lambdas, memory)
+) -> NTKDerivatives:
+    """As ``ntk_derivatives``, for a network that is already isolated; H itself only if ``kernel``."""
+    engine = JacobianGram(network, probe, lambdas, memory)
     v = _along(network, probe, direction, lambdas, engine.moving)
     pairs = [*([(0, 0)] if kernel else []), (1, 0), *([(2, 0), (1, 1)] if order == 2 else [])]
     with watch_kinks() as kinks:
@@ -126,7 +127,7 @@ def isolated_contracted(
     if not all_finite(torch.stack([value.sum() for value in found.values()])):
         check_measurable(network)  # names the parameter
         raise ValueError("model: its differentials are not finite though the parameters are; derivatives overflow")
-    return Contracted(
+    return NTKDerivatives(
         found.get((0, 0)),
         found[1, 0],
         2 * found[2, 0] if order == 2 else None,
@@ -151,7 +152,7 @@ def _along(
                 f"direction: {tuple(direction.shape)} given; give {tuple(operator.outputs.shape)}, a number for every "
                 "sample and output, or {parameter: tensor}"
             )
-        return operator.pull_back(direction)
+        return operator.ntk_vjp(direction)
     if set(direction) != set(network.params):
         wrong = sorted(set(direction) ^ set(network.params))
         raise ValueError(
@@ -180,7 +181,7 @@ def dntk(
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
         lambdas: As ``ntk`` takes them.
-        direction: As ``contracted`` takes it; None for the whole tensor, which takes (N C)^2 backward passes.
+        direction: As ``ntk_derivatives`` takes it; None for the whole tensor, which takes (N C)^2 backward passes.
         output_fn: Turns what the model returns into (N, C).
         memory: Bytes allowed.
 
@@ -188,14 +189,14 @@ def dntk(
         ``[a, b, c, i, j, k] = dH_{ijk;abc}``, (N, N, N, C, C, C); contracted, ``[a, b, i, j]``, (N, N, C, C).
 
     Raises:
-        ValueError: As ``contracted``; if the whole does not fit into ``memory``.
+        ValueError: As ``ntk_derivatives``; if the whole does not fit into ``memory``.
 
     Warns:
         AlmostEverywhereWarning: If the network has kinks.
     """
     if direction is not None:
         with isolated(model, output_fn) as network:
-            found = isolated_contracted(network, as_probe(x), direction, lambdas, 1, False, memory, kernel=False)
+            found = isolated_ntk_derivatives(network, as_probe(x), direction, lambdas, 1, False, memory, kernel=False)
         _warn(found.kinked)
         return found.dH
     return _whole(model, x, lambdas, ("dH",), output_fn, memory)[0]
@@ -216,7 +217,7 @@ def ddntk(
     """
     if direction is not None:
         with isolated(model, output_fn) as network:
-            found = isolated_contracted(network, as_probe(x), direction, lambdas, 2, False, memory, kernel=False)
+            found = isolated_ntk_derivatives(network, as_probe(x), direction, lambdas, 2, False, memory, kernel=False)
         _warn(found.kinked)
         assert found.ddI is not None and found.ddII is not None
         return found.ddI, found.ddII
@@ -241,14 +242,14 @@ def _whole(
     """By reverse mode of reverse mode, then compared with jets in one direction."""
     probe = as_probe(x)
     with isolated(model, output_fn) as network:
-        scales = Engine(network, probe, lambdas, memory).lambdas  # refuses what cannot be measured
+        scales = JacobianGram(network, probe, lambdas, memory).lambdas  # refuses what cannot be measured
         with torch.no_grad():
             outputs = checked_output(network, probe)
         _check_memory(outputs, sum(network.params[name].numel() for name in scales), names, memory)
         inputs = network.place(probe)
         stacked = {name: value[None] for name, value in network.params.items()}
         # Written out in the backward, too, where a checkpoint runs its part of the forward again.
-        with derivatives_of_order(2 if names == ("dH",) else 3, model), WrittenOut():
+        with derivatives_of_order(2 if names == ("dH",) else 3, model), Decomposed():
             found = differentials(
                 lambda params: network({name: value[0] for name, value in params.items()}, inputs)[None],
                 stacked,
@@ -284,7 +285,7 @@ def _check_in_one_direction(
     generator = torch.Generator(device="cpu").manual_seed(0)
     like = next(iter(tensors.values()))
     e = torch.randn(N, C, generator=generator, device="cpu").to(like)
-    found = isolated_contracted(network, probe, e, lambdas, 2, False, memory)
+    found = isolated_ntk_derivatives(network, probe, e, lambdas, 2, False, memory)
     assert found.H is not None and found.ddII is not None
     eps = torch.finfo(like.dtype).eps
     scales = {"dH": (found.H.norm() * found.ddII.norm()) ** 0.5, "ddI": found.ddII.norm(), "ddII": found.ddII.norm()}
@@ -306,11 +307,11 @@ def _check_in_one_direction(
 
 __all__ = [
     "AlmostEverywhereWarning",
-    "Contracted",
+    "NTKDerivatives",
     "NoJetRuleError",
     "almost_everywhere",
-    "contracted",
     "ddntk",
     "dntk",
-    "isolated_contracted",
+    "isolated_ntk_derivatives",
+    "ntk_derivatives",
 ]

@@ -4,7 +4,7 @@
 
 One forward records what every layer sees, one backward for all outputs what comes back (``capture.py``); the kernel
 follows layer by layer, without forming the Jacobian where that is cheaper (``gram.py``). Parameters whose use is not
-recognised have their Jacobian formed sample by sample. Which is which is ``coverage``; that both are right is checked
+recognized have their Jacobian formed sample by sample. Which is which is ``coverage``; that both are right is checked
 at first use (``verification.py``).
 """
 
@@ -19,7 +19,7 @@ from torch_eft.measure.forward.checks import check_measurable
 from torch_eft.measure.forward.isolation import IsolatedModel, isolated
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.forward.structure import all_finite
-from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, Engine, Estimate
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, Estimate, JacobianGram
 
 Per = Literal["parameter", "layer"]
 
@@ -103,8 +103,8 @@ def isolated_ntk(
     """As ``ntk``, for a network that is already isolated."""
     if per not in (None, "parameter", "layer"):
         raise ValueError(f"per: {per!r} given; give 'parameter', 'layer' or None for the whole kernel")
-    engine = Engine(network, probe, lambdas, memory)
-    columns = None if other is None else Engine(network, other, lambdas, memory)
+    engine = JacobianGram(network, probe, lambdas, memory)
+    columns = None if other is None else JacobianGram(network, other, lambdas, memory)
     group = None if per is None else (str if per == "parameter" else layer_of)
     found = {name: value[0, 0] for name, value in engine.gram(trace=trace, group=group, other=columns).items()}
     if not all_finite(torch.stack([H.sum() for H in found.values()])):
@@ -128,7 +128,7 @@ def ntk_estimate(
 ) -> Estimate:
     """What ``ntk`` will take, in bytes, without computing it; arguments and errors as there."""
     with isolated(model, output_fn) as network:
-        engine = Engine(network, as_probe(x), lambdas, memory)
+        engine = JacobianGram(network, as_probe(x), lambdas, memory)
         return engine.estimate(outputs=1 if trace else None)
 
 
@@ -174,7 +174,7 @@ def coverage(
 ) -> Coverage:
     """How ``ntk`` has each trainable parameter; arguments and errors as there."""
     with isolated(model, output_fn) as network:
-        engine = Engine(network, as_probe(x), lambdas)
+        engine = JacobianGram(network, as_probe(x), lambdas)
         plan = engine.plan
         structured = {
             name: plan.kinds[name] for name in engine.moving if name in plan.kinds and name not in plan.fallback

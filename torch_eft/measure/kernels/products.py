@@ -54,7 +54,7 @@ class NTKOperator:
             )
         )
 
-    def pull_back(self, e: Tensor) -> dict[str, Tensor]:
+    def ntk_vjp(self, e: Tensor) -> dict[str, Tensor]:
         """Lambda J^T e of e (N, C), by parameter."""
         gradients = self._backward(e.to(self.outputs))
         return {name: g * self.lambdas[name] for name, g in zip(self.leaves, gradients, strict=True)}
@@ -62,7 +62,7 @@ class NTKOperator:
     def __call__(self, v: Tensor) -> Tensor:
         """H v of v (N, C)."""
         u, images = self._map()
-        directions = list(self.pull_back(v).values())
+        directions = list(self.ntk_vjp(v).values())
         used = [(p, d) for p, d in zip(images, directions, strict=True) if p.requires_grad]
         if not used:
             return torch.zeros_like(u)
@@ -94,7 +94,7 @@ def ntk_vector_product(
         return operator(_checked(v, operator))
 
 
-def pull_back(
+def ntk_vjp(
     model: nn.Module,
     x: Any,
     e: Tensor,
@@ -115,7 +115,7 @@ def pull_back(
     """
     with isolated(model, output_fn) as network:
         operator = NTKOperator(network, as_probe(x), lambdas)
-        found = operator.pull_back(_checked(e, operator))
+        found = operator.ntk_vjp(_checked(e, operator))
         return {name: found.get(name, torch.zeros_like(value)) for name, value in network.params.items()}
 
 
@@ -177,7 +177,7 @@ def ntk_eigenpairs(
 
 
 def _lanczos(operator: NTKOperator, count: int, tolerance: float, steps: int) -> Eigenpairs:
-    """With full reorthogonalisation (Golub & Van Loan, chapter 10): exact in at most N C steps."""
+    """With full reorthogonalization (Golub & Van Loan, chapter 10): exact in at most N C steps."""
     shape = operator.outputs.shape
     generator = torch.Generator(device="cpu").manual_seed(0)
     basis = [_unit(torch.randn(shape.numel(), generator=generator, device="cpu").to(operator.outputs))]

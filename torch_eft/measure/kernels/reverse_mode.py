@@ -8,7 +8,7 @@ With z_{i;a} output i on sample a and every sum over parameters weighted by lamb
     ddII_{ijkl;abcd}  = sum (d_mu d_nu z_{i;a}) (d_mu d_rho z_{j;b}) (d_nu z_{k;c}) (d_rho z_{l;d}).
 
 They are derivatives along the fixed directions v_{jb} = lambda grad z_{j;b}. All orders are reverse over reverse, with
-fused normalisations written out: forward over forward is silently wrong for layer norm and other operations whose
+fused normalizations written out: forward over forward is silently wrong for layer norm and other operations whose
 forward rule cannot be differentiated, and reverse mode is, too, for fused layer norm at third order.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.decompositions import WrittenOut
+from torch_eft.measure.forward.decompositions import Decomposed
 
 NAMES = ("H", "dH", "ddI", "ddII")
 """What ``differentials`` computes, in ascending order of cost."""
@@ -70,7 +70,7 @@ def differentials(
     """
     moving = [name for name in params if not _is_zero(lambdas.get(name, 0.0))]
     leaves = [params[name].detach().requires_grad_() for name in moving]
-    with torch.enable_grad(), WrittenOut():
+    with torch.enable_grad(), Decomposed():
         z = f({**params, **dict(zip(moving, leaves, strict=True))})
     if not set(names) & set(NAMES):
         return Differentials(z.detach())

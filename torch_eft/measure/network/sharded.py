@@ -25,9 +25,9 @@ from torch_eft.measure.forward.isolation import IsolatedModel, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.forward.structure import all_finite
-from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, Engine
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram
 from torch_eft.measure.jacobian.factors import jacobian_factors
-from torch_eft.measure.jacobian.gram import Direct, Factor, Outer, add_gram, mirror
+from torch_eft.measure.jacobian.gram import DenseFactor, Factor, OuterProductFactor, add_gram, mirror
 from torch_eft.measure.network.ranks import Ranks
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.representations.hidden_kernels import isolated_hidden_kernels
@@ -178,8 +178,8 @@ def _kernel(
     memory: int,
     ranks: Ranks,
 ) -> Tensor:
-    def prepared() -> tuple[Engine, bool]:
-        engine = Engine(network, probe, lambdas, memory)
+    def prepared() -> tuple[JacobianGram, bool]:
+        engine = JacobianGram(network, probe, lambdas, memory)
         return engine, engine.estimate(outputs=1 if trace else None).blocks == 1
 
     engine, fits = ranks.together(prepared)
@@ -193,7 +193,7 @@ def _kernel(
     return H
 
 
-def _by_exchange(engine: Engine, trace: bool, ranks: Ranks) -> Tensor:
+def _by_exchange(engine: JacobianGram, trace: bool, ranks: Ranks) -> Tensor:
     """Factors of the own rows, gathered; then the own share of the pairs of blocks."""
     N, C = engine.samples, 1 if trace else engine.outputs
     each = -(-N // ranks.size)
@@ -267,7 +267,7 @@ def _pairs(rank: int, size: int, each: int) -> Iterator[tuple[slice, slice]]:
 
 def _parts(factor: Factor) -> list[Tensor]:
     """Its tensors at order 0."""
-    if isinstance(factor, Direct):
+    if isinstance(factor, DenseFactor):
         return [factor.jacobians[0]]
     a = factor.inputs[0]
     assert a is not None
@@ -280,7 +280,7 @@ def _like(factors: list[Factor], tensors: list[Tensor]) -> list[Factor]:
     found: list[Factor] = []
     for factor in factors:
         new = [next(remaining) for _ in _parts(factor)]
-        if isinstance(factor, Direct):
+        if isinstance(factor, DenseFactor):
             found.append(replace(factor, jacobians=(new[0],)))
         else:
             found.append(replace(factor, inputs=(new[0],), gradients=(tuple(new[1:]),)))
@@ -293,7 +293,7 @@ def _chosen(blocks: list[list[Factor]], samples: slice, each: int, trace: bool) 
     inside = slice(samples.start - number * each, samples.stop - number * each)
     found: list[Factor] = []
     for factor in blocks[number]:
-        if isinstance(factor, Outer):
+        if isinstance(factor, OuterProductFactor):
             a = factor.inputs[0]
             assert a is not None
             gradients = tuple(g[inside] for g in factor.gradients[0])
@@ -305,7 +305,7 @@ def _chosen(blocks: list[list[Factor]], samples: slice, each: int, trace: bool) 
 
 
 def _by_recomputation(
-    engine: Engine,
+    engine: JacobianGram,
     probe: Probe,
     lambdas: Mapping[str, float] | float | None,
     trace: bool,
@@ -321,7 +321,7 @@ def _by_recomputation(
         H = next(iter(engine.network.params.values())).new_zeros(*(N, N) if trace else (N, N, *2 * (engine.outputs,)))
         if len(wanted):
             inputs = tree_map_only(Tensor, lambda tensor: tensor[wanted.to(tensor.device)], probe.inputs)
-            own = Engine(engine.network, Probe(inputs), lambdas, memory)
+            own = JacobianGram(engine.network, Probe(inputs), lambdas, memory)
             H[wanted.to(H.device)] = own.gram(trace=trace, other=engine)[""][0, 0]
         return H
 

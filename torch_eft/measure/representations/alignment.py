@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def linear_cka(K: Tensor, reference: Tensor, debiased: bool = False) -> Tensor:
-    """Linear centred kernel alignment of two kernels (Kornblith et al. 2019), in [0, 1]; a 0-d tensor.
+    """Linear centered kernel alignment of two kernels (Kornblith et al. 2019), in [0, 1]; a 0-d tensor.
 
     <K_c, L_c> / (||K_c|| ||L_c||) with K_c = C K C, C = 1 - (1/N) 1 1^T. NaN for one sample, or for a
     representation that is the same for all samples, to rounding.
@@ -16,19 +16,19 @@ def linear_cka(K: Tensor, reference: Tensor, debiased: bool = False) -> Tensor:
     puts U-statistics, HSIC_1 of Song et al. 2012 (eq. 4), in place of the three products, as Nguyen et al. 2021 do:
     0 in the mean for independent representations, at most 1, NaN below four samples.
     """
-    first, second = centred(K), centred(reference)
+    first, second = centered(K), centered(reference)
     if debiased:
-        first, second = _u_centred(K), _u_centred(reference)
+        first, second = _u_centered(K), _u_centered(reference)
     value = (first * second).sum() / (first.norm() * second.norm())
     return torch.where(is_constant(K) | is_constant(reference), math.nan, value)
 
 
-def centred(K: Tensor) -> Tensor:
+def centered(K: Tensor) -> Tensor:
     """C K C with C = 1 - (1/N) 1 1^T: the kernel of the features less their means over the samples, (N, N)."""
     return K - K.mean(0, keepdim=True) - K.mean(1, keepdim=True) + K.mean()
 
 
-def _u_centred(K: Tensor) -> Tensor:
+def _u_centered(K: Tensor) -> Tensor:
     """(N, N), whose scalar products are N (N - 3) HSIC_1 (Szekely and Rizzo 2014, section 3); NaN for N < 4."""
     count = len(K)
     if count < 4:
@@ -40,8 +40,8 @@ def _u_centred(K: Tensor) -> Tensor:
 
 
 def is_constant(K: Tensor) -> Tensor:
-    """Whether what is left after centring is rounding; a 0-d tensor."""
-    return centred(K).norm() <= 32 * torch.finfo(K.dtype).eps * K.norm()
+    """Whether what is left after centering is rounding; a 0-d tensor."""
+    return centered(K).norm() <= 32 * torch.finfo(K.dtype).eps * K.norm()
 
 
 def effective_rank(K: Tensor, entropy: bool = False) -> Tensor:
@@ -52,7 +52,7 @@ def effective_rank(K: Tensor, entropy: bool = False) -> Tensor:
     more in. Both are n for n equal eigenvalues.
 
     Args:
-        K: (N, N), symmetric, positive semidefinite; ``centred(K)`` leaves out the mean over the samples, which
+        K: (N, N), symmetric, positive semidefinite; ``centered(K)`` leaves out the mean over the samples, which
             dominates the kernels of positive activations.
         entropy: Take the second.
     """
@@ -63,7 +63,7 @@ def effective_rank(K: Tensor, entropy: bool = False) -> Tensor:
 
 
 def target_alignment(K: Tensor, targets: Tensor) -> Tensor:
-    """Centred alignment of a kernel with y y^T (Cristianini et al. 2001; centred: Cortes et al. 2012); a 0-d tensor.
+    """Centered alignment of a kernel with y y^T (Cristianini et al. 2001; centered: Cortes et al. 2012); a 0-d tensor.
 
     NaN for one sample, targets that are all equal, or a representation that is the same for all samples.
 

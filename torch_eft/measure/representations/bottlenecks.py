@@ -27,7 +27,7 @@ EXACT_OUTPUTS = 16
 
 
 @dataclass(frozen=True)
-class Place:
+class Bottleneck:
     """A place of the trunk, in one network.
 
     Args:
@@ -58,7 +58,7 @@ class _Record:
     entering: Tensor | None
 
 
-def trunk(network: IsolatedModel, probe: Probe) -> list[Place]:
+def trunk(network: IsolatedModel, probe: Probe) -> list[Bottleneck]:
     """The trunk of an isolated network, in the order of execution; empty if there is none.
 
     Args:
@@ -83,7 +83,9 @@ def trunk(network: IsolatedModel, probe: Probe) -> list[Place]:
     for record, J in zip(chosen, squares.tolist(), strict=True):
         calls[record.name] = calls.get(record.name, 0) + 1
         name = record.name if calls[record.name] == 1 else f"{record.name}:{calls[record.name]}"
-        found.append(Place(name, type(record.module).__name__, record.features, record.variance, record.entering, J))
+        found.append(
+            Bottleneck(name, type(record.module).__name__, record.features, record.variance, record.entering, J)
+        )
     return found
 
 

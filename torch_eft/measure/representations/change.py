@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.measure.kernels.metrics import relative_change
-from torch_eft.measure.representations.alignment import centred, effective_rank, is_constant, linear_cka
+from torch_eft.measure.representations.alignment import centered, effective_rank, is_constant, linear_cka
 from torch_eft.measure.representations.hidden_kernels import Representation
 
 
@@ -39,7 +39,7 @@ class LayerChange:
         relative_change: ||K - K_0|| / ||K_0||.
         cka_distance: 1 - linear CKA(K, K_0).
         debiased_cka_distance: Likewise, debiased; NaN below four samples.
-        effective_rank: Before and after, the participation ratio of the centred kernel, from 1 to N - 1.
+        effective_rank: Before and after, the participation ratio of the centered kernel, from 1 to N - 1.
         alignment: With the targets, before and after; NaN without targets.
         movement: rms over neurons and samples of s - s_0, over that of s_0; NaN if activations were not kept.
     """
@@ -126,7 +126,7 @@ def block_drift(blocks: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
 
 
 def _rank_of_differences(K: Tensor) -> Tensor:
-    return torch.where(is_constant(K), math.nan, effective_rank(centred(K)))
+    return torch.where(is_constant(K), math.nan, effective_rank(centered(K)))
 
 
 def _check_same(now: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:

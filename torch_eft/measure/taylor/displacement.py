@@ -20,22 +20,22 @@ from torch import Tensor, nn
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
-from torch_eft.measure.kernels.dntk import almost_everywhere, isolated_contracted
+from torch_eft.measure.kernels.dntk import almost_everywhere, isolated_ntk_derivatives
 from torch_eft.measure.kernels.ntk import isolated_ntk
 from torch_eft.measure.taylor.secant import _complete
 from torch_eft.measure.taylor.series import taylor_series
 
 
 @dataclass(frozen=True)
-class Interval:
-    """Realised changes over a displacement, and their terms from its start.
+class DisplacementTerms:
+    """Realized changes over a displacement, and their terms from its start.
 
     Args:
         output: (N, C), at the start.
-        output_change: (N, C), realised.
+        output_change: (N, C), realized.
         output_terms: (3, N, C): f' d, f'' d d / 2, f''' d d d / 6.
         ntk: At the start, (N, N, C, C) or (N, N); None if it was not asked for.
-        ntk_change: Realised.
+        ntk_change: Realized.
         ntk_terms: (1 or 2, ...): from dNTK, and from the ddNTKs.
         kinked: Operations with kinks, whose crossings no term contains.
         frozen_moved: |d| of the parameters with lambda = 0, relative to |d|: the NTK's terms leave them out.
@@ -71,8 +71,8 @@ def interval(
     kernels: tuple[Tensor, Tensor] | None = None,
     ntk: bool = True,
     memory: int = DEFAULT_MEMORY,
-) -> Interval:
-    """Changes of outputs and NTK from ``params0`` to ``params``, realised and by derivatives at ``params0``.
+) -> DisplacementTerms:
+    """Changes of outputs and NTK from ``params0`` to ``params``, realized and by derivatives at ``params0``.
 
     Args:
         model: Any module, in evaluation mode; its own parameters are not used.
@@ -88,7 +88,7 @@ def interval(
         memory: Bytes allowed.
 
     Raises:
-        ValueError: As ``taylor_series`` and ``contracted``; if ``order`` is not 1 or 2.
+        ValueError: As ``taylor_series`` and ``ntk_derivatives``; if ``order`` is not 1 or 2.
     """
     if order not in (1, 2):
         raise ValueError(f"order: {order} given; 1 is dNTK, 2 is dNTK and ddNTK")
@@ -108,18 +108,20 @@ def interval(
                 )
             else:
                 H, H_end = (value.to(next(iter(first.values())).device) for value in kernels)
-            found = isolated_contracted(at_start, probe, d, lambdas, order, H.ndim == 2, memory, kernel=False)
+            found = isolated_ntk_derivatives(at_start, probe, d, lambdas, order, H.ndim == 2, memory, kernel=False)
             kinked = tuple(dict.fromkeys((*kinked, *found.kinked)))
-            change, linear = H_end - H, symmetrised(found.dH)
+            change, linear = H_end - H, symmetrized(found.dH)
             terms = linear[None]
             if found.ddI is not None and found.ddII is not None:
-                terms = torch.stack([linear, symmetrised(found.ddI) / 2 + found.ddII])
+                terms = torch.stack([linear, symmetrized(found.ddI) / 2 + found.ddII])
         squares = torch.stack([value.double().square().sum() for value in d.values()])
         left = torch.tensor([name not in moving for name in d], device=squares.device)
         share = float((squares[left].sum() / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
-    return Interval(series.terms[0], series.value - series.terms[0], series.terms[1:], H, change, terms, kinked, share)
+    return DisplacementTerms(
+        series.terms[0], series.value - series.terms[0], series.terms[1:], H, change, terms, kinked, share
+    )
 
 
-def symmetrised(dH: Tensor) -> Tensor:
+def symmetrized(dH: Tensor) -> Tensor:
     """dH_{ij;ab} + dH_{ji;ba}: the NTK's own rate of change, of a one-sided dNTK (N, N, C, C) or (N, N)."""
     return dH + (dH.transpose(0, 1) if dH.ndim == 2 else dH.permute(1, 0, 3, 2))

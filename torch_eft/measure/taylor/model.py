@@ -41,7 +41,7 @@ Curve: TypeAlias = dict[str, tuple[Tensor | None, ...]]
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class ShadowModel(nn.Module):
+class TaylorModel(nn.Module):
     """The Taylor model of order 1 or 3 of a network about its present parameters, ready to be trained.
 
     Called as the network is, ``shadow(x)`` gives f_k; ``shadow.parameters()`` are the leaves theta, at first theta_0,
@@ -93,7 +93,7 @@ class ShadowModel(nn.Module):
         """The point of expansion, by the network's names."""
         return dict(zip(self._theta, self.origin._buffers.values(), strict=True))  # type: ignore[arg-type]
 
-    def train(self, mode: bool = True) -> "ShadowModel":
+    def train(self, mode: bool = True) -> "TaylorModel":
         """Sets the flag ``training`` alone: the function stays the same."""
         self.training = mode
         return self

@@ -37,7 +37,7 @@ def check_modules(model: nn.Module) -> None:
             )
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
             raise ValueError(
-                f"model: {place} normalises with the statistics of the batch in training and with running ones in "
+                f"model: {place} normalizes with the statistics of the batch in training and with running ones in "
                 "evaluation: no one function of the parameters to expand. Train it with running statistics, "
                 "module.eval(), or use GroupNorm or LayerNorm"
             )
@@ -144,7 +144,7 @@ def judged(series: TaylorSeries, order: int, theta_0: Mapping[str, Tensor], thet
 
 
 def judged_correction(found: Validity, first: Tensor, correction: Tensor) -> Validity:
-    """The verdict ``found`` on order 3, and that on the linearised correction's size relative to f'd."""
+    """The verdict ``found`` on order 3, and that on the linearized correction's size relative to f'd."""
     size = _rms(first)
     ratio = _rms(correction) / size if size > 0 else 0.0
     if not ratio <= LIMIT:

@@ -27,24 +27,24 @@ from torch.optim import SGD, Optimizer
 
 from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.jets.jet import Jet
-from torch_eft.measure.taylor.model import Curve, ShadowModel, as_call
+from torch_eft.measure.taylor.model import Curve, TaylorModel, as_call
 from torch_eft.measure.taylor.model_checks import judged_correction
 from torch_eft.measure.taylor.optimizer import twin_optimizer
 from torch_eft.results.trajectory import Validity
 
 
-class PerturbativeShadow(ShadowModel):
+class PerturbativeTaylorModel(TaylorModel):
     """The k = 1 shadow of a network with its first correction in 1/n, by perturbation about it.
 
     ``shadow(x)`` gives f + c_1 + c_2 + c_3. Train it by ``step`` alone, with the optimizer that ``optimizer_like``
     makes of the real run's SGD (momentum, Nesterov and weight decay included).
 
     Args:
-        model: As for ``ShadowModel``.
+        model: As for ``TaylorModel``.
         output_fn: Turns what the model returns into one tensor of outputs, if it is not one.
 
     Raises:
-        ValueError: As ``ShadowModel``.
+        ValueError: As ``TaylorModel``.
     """
 
     def __init__(self, model: nn.Module, output_fn: OutputFn | None = None) -> None:
@@ -77,7 +77,7 @@ class PerturbativeShadow(ShadowModel):
         """One training step of theta, delta and xi.
 
         Args:
-            inputs: As for ``ShadowModel.step``.
+            inputs: As for ``TaylorModel.step``.
             loss_fn: Of the outputs, three times differentiable.
             optimizer: Made by ``optimizer_like``.
 
@@ -103,7 +103,7 @@ class PerturbativeShadow(ShadowModel):
         """The real run's SGD for theta, delta and xi.
 
         Raises:
-            ValueError: As for ``ShadowModel``; for optimizers that are not linear in the gradient.
+            ValueError: As for ``TaylorModel``; for optimizers that are not linear in the gradient.
         """
         _check_linear(optimizer)
         delta, xi = self.delta, self.xi
@@ -151,5 +151,5 @@ def _check_linear(optimizer: Optimizer) -> None:
         raise ValueError(
             f"optimizer: {type(kind).__name__} given; the perturbative correction is derived for updates linear in the "
             "gradient: torch.optim.SGD, with or without momentum, Nesterov and weight decay. For others train "
-            "ShadowModel(model, order=3)"
+            "TaylorModel(model, order=3)"
         )

@@ -11,8 +11,8 @@ from torch_eft.measure.forward.output import output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jacobian.engine import checked_lambdas
 from torch_eft.measure.kernels.ntk import ntk
-from torch_eft.measure.taylor.model import ShadowModel, as_call
-from torch_eft.measure.taylor.perturbative import PerturbativeShadow
+from torch_eft.measure.taylor.model import TaylorModel, as_call
+from torch_eft.measure.taylor.perturbative import PerturbativeTaylorModel
 from torch_eft.results.trajectory import Trajectory, Validity, trajectory_from_records
 
 _LEVELS = ("valid", "caution", "invalid")
@@ -30,8 +30,8 @@ class TrajectoryRecorder:
         measured = recorder.trajectory()
 
     Args:
-        model: The network; or a ``ShadowModel``, whose NTK is that of the Taylor model at its theta; or a
-            ``PerturbativeShadow``, whose NTK is not one matrix and stays None.
+        model: The network; or a ``TaylorModel``, whose NTK is that of the Taylor model at its theta; or a
+            ``PerturbativeTaylorModel``, whose NTK is not one matrix and stays None.
         x_probe: Probe inputs: a tensor (N_p, ...), a tuple of arguments or a dict of keyword arguments.
         x_train: Training inputs to record outputs on, too, if any.
         lambdas: The learning-rate tensor, one number or ``{parameter name: lambda}``; None means 1.
@@ -51,7 +51,7 @@ class TrajectoryRecorder:
         record_ntk: bool = True,
         output_fn: OutputFn | None = None,
     ) -> None:
-        if isinstance(model, ShadowModel) and output_fn is not None:
+        if isinstance(model, TaylorModel) and output_fn is not None:
             raise ValueError("output_fn: given for a shadow, which has its own; pass it to the shadow when making it")
         self.model, self.lambdas, self.output_fn = model, lambdas, output_fn
         self.x_probe = as_probe(x_probe)
@@ -59,7 +59,7 @@ class TrajectoryRecorder:
         self._steps: list[int] = []
         self._outputs: list[Tensor] = []
         self._trained: list[Tensor] = []
-        self._ntks: list[Tensor] | None = [] if record_ntk and not isinstance(model, PerturbativeShadow) else None
+        self._ntks: list[Tensor] | None = [] if record_ntk and not isinstance(model, PerturbativeTaylorModel) else None
         self._validity: Validity | None = None
 
     def record(self, step: int) -> None:
@@ -77,7 +77,7 @@ class TrajectoryRecorder:
         trained = None if self.x_train is None else self._output(self.x_train)
         if self._ntks is not None:
             self._ntks.append(self._ntk())
-        if isinstance(self.model, ShadowModel):
+        if isinstance(self.model, TaylorModel):
             found = self.model.validity(self._placed(self.model, self.x_probe))
             if self._validity is None or _LEVELS.index(found.flag) >= _LEVELS.index(self._validity.flag):
                 self._validity = Validity(found.flag, f"at step {step}: {found.reason}")
@@ -93,8 +93,12 @@ class TrajectoryRecorder:
             ValueError: If there is no record.
         """
         model = self.model
-        if isinstance(model, ShadowModel):
-            kind = "perturbative shadow" if isinstance(model, PerturbativeShadow) else f"shadow of order {model.order}"
+        if isinstance(model, TaylorModel):
+            kind = (
+                "perturbative shadow"
+                if isinstance(model, PerturbativeTaylorModel)
+                else f"shadow of order {model.order}"
+            )
             provenance = f"{kind} of {type(model.network).__name__}, trained"
         else:
             provenance = f"measured: {type(model).__name__}, trained"
@@ -109,7 +113,7 @@ class TrajectoryRecorder:
         )
 
     def _output(self, probe: Probe) -> Tensor:
-        if not isinstance(self.model, ShadowModel):
+        if not isinstance(self.model, TaylorModel):
             return output(self.model, probe, self.output_fn).detach()
         args, kwargs = as_call(self._placed(self.model, probe))
         with torch.no_grad():
@@ -117,7 +121,7 @@ class TrajectoryRecorder:
 
     def _ntk(self) -> Tensor:
         model = self.model
-        if not isinstance(model, ShadowModel):
+        if not isinstance(model, TaylorModel):
             return ntk(model, self.x_probe, self.lambdas, output_fn=self.output_fn).detach()
         with isolated(model.network) as network:
             scales = checked_lambdas(network, self.lambdas)
@@ -136,7 +140,7 @@ class TrajectoryRecorder:
         return (J @ J.T).unflatten(0, z.shape).unflatten(2, z.shape).transpose(1, 2).detach()
 
     @staticmethod
-    def _placed(shadow: ShadowModel, probe: Probe) -> Any:
+    def _placed(shadow: TaylorModel, probe: Probe) -> Any:
         with isolated(shadow.network) as network:
             return network.place(probe)
 

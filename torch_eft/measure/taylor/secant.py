@@ -1,4 +1,4 @@
-"""The NTK's realised change over a step, which for networks with kinks is not what autodiff's derivative says."""
+"""The NTK's realized change over a step, which for networks with kinks is not what autodiff's derivative says."""
 
 import math
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from torch_eft.measure.kernels.ntk import isolated_ntk
 
 
 @dataclass(frozen=True)
-class Secant:
-    """The realised change of the NTK between two settings of the parameters, per unit step.
+class NTKChange:
+    """The realized change of the NTK between two settings of the parameters, per unit step.
 
     Args:
         value: (H(second) - H(first)) / step, (N, N, C, C), or (N, N) averaged over outputs.
@@ -46,7 +46,7 @@ class Secant:
         )
 
 
-def secant(
+def ntk_change(
     model: nn.Module,
     x: Any,
     params0: Mapping[str, Tensor],
@@ -55,7 +55,7 @@ def secant(
     lambdas: Mapping[str, float] | float | None = None,
     trace: bool = False,
     output_fn: OutputFn | None = None,
-) -> Secant:
+) -> NTKChange:
     """(H(params) - H(params0)) / step: how the NTK has really changed, over a training step for example.
 
     Args:
@@ -78,7 +78,7 @@ def secant(
         return _between(network, as_probe(x), first, second, step, lambdas, trace)
 
 
-def secant_ntk(
+def ntk_finite_difference(
     model: nn.Module,
     x: Any,
     direction: Mapping[str, Tensor],
@@ -86,7 +86,7 @@ def secant_ntk(
     lambdas: Mapping[str, float] | float | None = None,
     trace: bool = False,
     output_fn: OutputFn | None = None,
-) -> Secant:
+) -> NTKChange:
     """(H(theta + step d) - H(theta - step d)) / (2 step): the slope of the NTK along d at the scale of a step.
 
     For smooth networks the derivative along d up to a remainder of order step^2. For kinked ones take the size of a
@@ -103,7 +103,7 @@ def secant_ntk(
         output_fn: Turns what the model returns into (N, C).
 
     Raises:
-        ValueError: As ``secant``.
+        ValueError: As ``ntk_change``.
     """
     with isolated(model, output_fn) as network:
         _complete(network, direction, "direction")
@@ -134,7 +134,7 @@ def _between(
     step: float,
     lambdas: Mapping[str, float] | float | None,
     trace: bool,
-) -> Secant:
+) -> NTKChange:
     if not 0 < step < math.inf:
         raise ValueError(f"step: {step:g} given; it must be positive and finite")
     change, sides = [], []
@@ -142,7 +142,7 @@ def _between(
         change.append(isolated_ntk(replace(network, params=params), probe, lambdas, trace))
         sides.append(kink_sides(network, params, probe))
     names = tuple(dict.fromkeys(sides[0].names + sides[1].names))
-    return Secant((change[1] - change[0]) / step, step, names, _crossings(*sides))
+    return NTKChange((change[1] - change[0]) / step, step, names, _crossings(*sides))
 
 
 def _crossings(first: Sides, second: Sides) -> float:

@@ -1,7 +1,7 @@
 """The depth-to-width ratio r = L/n and what it does: the size of finite-width fluctuations.
 
 A network's last hidden layer sets the variance G of its output given everything before;
-epsilon = Var(G) / E[G]^2 over initialisations controls the 1/n expansion. To order 1/n,
+epsilon = Var(G) / E[G]^2 over initializations controls the 1/n expansion. To order 1/n,
 epsilon = V / (n_{L-1} K^2) at the output, with V the four-point vertex for one input (PDLT 4.3,
 single-input form):
     V^(l+1) = C_W^2 { <s^4> - <s^2>^2 + (n_l / n_{l-1}) (d<s^2>/dK)^2 V^(l) },    V^(1) = 0.
@@ -45,7 +45,7 @@ class AspectRatio:
         width: n, harmonic mean of the hidden widths; None without a hidden layer.
         r: L / n.
         inverse_widths: Sum over the L - 1 hidden layers of 1 / n_l, which is what epsilon really counts.
-        epsilon: Var G / E[G]^2 of the output variance G over initialisations, to order 1/n.
+        epsilon: Var G / E[G]^2 of the output variance G over initializations, to order 1/n.
         regime: In words.
         epsilon_all_orders: Estimate of epsilon beyond order 1/n.
         truncation_error: What order 1/n leaves out, relative: 1 - epsilon / epsilon_all_orders.
@@ -56,7 +56,7 @@ class AspectRatio:
         epsilon_twice_width: epsilon with hidden layers twice as wide; likewise.
         critical: The critical point of the activation, or None where there is none.
         criticality_reason: Why there is none; empty if there is one.
-        gradient_gain: E|dz/dz^(1)|^2 of an output relative to the same network at critical initialisation, at
+        gradient_gain: E|dz/dz^(1)|^2 of an output relative to the same network at critical initialization, at
             infinite width, mean over the inputs; None without a critical point.
         r_star: 4 / ((20 + 3 n_L) nu); None without a critical point.
         r_star_shifted: r* with epsilon taken to order r^2; None where that is not derived.
@@ -166,7 +166,7 @@ def _critical_point(activation: Activation) -> tuple[CriticalPoint | None, str]:
     except QuadratureError as error:
         return None, f"criticality unknown: {error}"
     if not point.exists:
-        return None, f"{activation.name} has no critical initialisation: {point.reason}"
+        return None, f"{activation.name} has no critical initialization: {point.reason}"
     return point, ""
 
 

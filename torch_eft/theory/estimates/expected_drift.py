@@ -63,7 +63,7 @@ def expected_drift(ensemble: MLPEnsemble, x: Tensor | None = None) -> ExpectedDr
         x: One input, (1, n_0), or None for one with |x|^2 = n_0.
 
     Returns:
-        The drift, at order 1/n in the mean over initialisations.
+        The drift, at order 1/n in the mean over initializations.
 
     Raises:
         ValueError: If ``x`` is not one input.
@@ -107,7 +107,7 @@ def expected_drift(ensemble: MLPEnsemble, x: Tensor | None = None) -> ExpectedDr
     target = phi**2 * (Cpp + Cij / outputs) + psi * (Cqq + 2 * (S + U) / outputs)
     start = -PQ * phi + phi**2 * (Cpp * outputs + Cij) * K + psi * (Cqq * outputs + 2 * (S + U)) * K
     rest, unit = start / (n * Theta), (start + target * outputs) / (n * Theta)
-    reason = "order 1/n, mean over initialisations, one training input, gradient flow on squared error"
+    reason = "order 1/n, mean over initializations, one training input, gradient flow on squared error"
     validity = _validity(ensemble, motion, unit, reason)
     return ExpectedDrift(2 * target / (n * Theta), rest, unit, motion, abs(unit), validity)
 

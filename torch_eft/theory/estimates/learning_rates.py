@@ -164,7 +164,7 @@ def largest_learning_rate(
     ``2 / lambda_max(Theta)`` for L = (1/2) sum (z - y)^2, ``N n_L / lambda_max(Theta)`` for torch's ``MSELoss()``,
     the mean over N n_L entries without 1/2.
 
-    Exact for the linearised model alone. For a network of finite width it bounds monotone decrease, not convergence:
+    Exact for the linearized model alone. For a network of finite width it bounds monotone decrease, not convergence:
     above it the loss may rise and then fall into a flatter place (a catapult; Lewkowycz et al. 2020, up to about
     twice the bound). It does not hold for momentum, Adam or minibatches.
 
@@ -218,6 +218,6 @@ def _divided(what: str, share: float, gain: Tensor, ensemble: MLPEnsemble) -> tu
         if not (0 < value < math.inf and math.isfinite(share / value)):
             raise ValueError(
                 f"ensemble: the {what} at layer {layer} of {ensemble} is {value:g}, so that no learning rate gives it "
-                "its share; initialise closer to criticality, use fewer layers or give inputs x != 0"
+                "its share; initialize closer to criticality, use fewer layers or give inputs x != 0"
             )
     return tuple(share / value for value in values)

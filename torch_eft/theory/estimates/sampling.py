@@ -1,4 +1,4 @@
-"""Networks drawn from an ensemble: the finite-width spread of the NTK at initialisation, by Monte Carlo.
+"""Networks drawn from an ensemble: the finite-width spread of the NTK at initialization, by Monte Carlo.
 
 At infinite width the NTK does not fluctuate; at width n it does, with a relative standard
 deviation of order sqrt(L/n) (PDLT 8.3).
@@ -37,7 +37,7 @@ def sample_ntk(ensemble: MLPEnsemble, x: Tensor, samples: int, seed: int = 0) ->
 
 
 def ntk_trace_spread(ensemble: MLPEnsemble, x: Tensor, samples: int = 64, widest: int = 256) -> float:
-    """Standard deviation over initialisations of the NTK's mean diagonal, (1/N n_L) sum_{a,i} H_{ii;aa}.
+    """Standard deviation over initializations of the NTK's mean diagonal, (1/N n_L) sum_{a,i} H_{ii;aa}.
 
     To leading order its variance is 1/n at fixed ratios of the widths (PDLT 8.3), so wide networks are sampled
     scaled down to ``widest`` and the result scaled back: an error of relative order 1/widest, at bounded cost.

@@ -57,10 +57,10 @@ class SingleInput:
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """How much one network differs from the next at initialisation, for one input, the mean over the inputs given.
+    """How much one network differs from the next at initialization, for one input, the mean over the inputs given.
 
     Args:
-        output: Standard deviation of an output over initialisations, in the output's units: sqrt(K).
+        output: Standard deviation of an output over initializations, in the output's units: sqrt(K).
         output_kurtosis: Excess kurtosis of an output, 3 Var G / E[G]^2: 0 is Gaussian.
         output_variance: Relative standard deviation of G, the output's variance given the last hidden layer.
         ntk: Relative standard deviation of H_ii, the NTK of one output.
@@ -104,7 +104,7 @@ def single_input_statistics(ensemble: MLPEnsemble, x: Tensor | None = None) -> S
 
 
 def seed_spread(ensemble: MLPEnsemble, x: Tensor | None = None) -> SeedSpread:
-    """The expected spread from seed to seed at initialisation.
+    """The expected spread from seed to seed at initialization.
 
     Args:
         ensemble: The ensemble.

@@ -8,7 +8,7 @@ chaos of each feature, known exactly too, is removed as a control variate,
 
 the residuals are multiplied, and the exact covariance of what was removed is added. Explicit delta functions (a
 kink with ``kinks="distributional"``) leave an expectation at z_a = 0. Activations with two slopes have an exact
-route of their own (``two_slope.TwoSlopeMoments``).
+route of their own (``two_slope.ScaleInvariantMoments``).
 """
 
 import itertools
@@ -23,7 +23,7 @@ from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.piecewise import KinkDerivatives
 from torch_eft.theory.gaussian.points import GridPoints, Points
 from torch_eft.theory.gaussian.scale_invariant import Orders
-from torch_eft.theory.gaussian.two_point_moments import PairMoments, SmoothPairs
+from torch_eft.theory.gaussian.two_point_moments import SmoothPairs, TwoPointMoments
 
 _ROWS = 2**18
 _CHUNK = 2**24
@@ -33,7 +33,7 @@ Factor = tuple[Orders, Tensor]
 """The derivatives multiplied at a label, and the index of inputs it runs over."""
 
 
-class FourLabelMoments(Protocol):
+class FourPointMoments(Protocol):
     """Moments with three or four different labels."""
 
     def moment(self, factors: Sequence[Factor]) -> Tensor:
@@ -58,7 +58,7 @@ class SummedMoments:
         activation: Activation,
         K: Tensor,
         points: Points | GridPoints,
-        pairs: PairMoments,
+        pairs: TwoPointMoments,
         control: bool = False,
         distributional: bool = False,
     ) -> None:

@@ -28,7 +28,7 @@ _CHUNK = 2**22
 
 
 class PiecewisePairs:
-    """Two-label moments; the interface of ``pair_moments.PairMoments``.
+    """Two-label moments; the interface of ``two_point_moments.TwoPointMoments``.
 
     Args:
         activation: sigma, with ``kinks == (0.0,)``.

@@ -204,7 +204,7 @@ def _pivoted_cholesky(K: Tensor) -> tuple[Tensor, Tensor]:
 def _half_line_rules(edge: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Gauss rules for exp(-u^2/2) / sqrt(2 pi) left and right of each edge: (M, 2 count) nodes and weights.
 
-    By Lanczos on a fine discretisation of the weight and the eigenvectors of the Jacobi matrix (Golub & Welsch 1969).
+    By Lanczos on a fine discretization of the weight and the eigenvectors of the Jacobi matrix (Golub & Welsch 1969).
     """
     bound = _HALF_RANGE + 0.5
     edge = edge.clamp(-bound, bound)

@@ -69,8 +69,8 @@ def panel_grid(deviation: Tensor, kinks: tuple[float, ...], pieces: int) -> tupl
     # Pieces rather than a rule of high order, whose weights lose digits next to the kink.
     nodes, weights = gauss_legendre(48, deviation)
     half = ((edges[..., 1:] - edges[..., :-1]) / (2 * pieces))[..., None, None]
-    centres = edges[..., :-1, None, None] + half * (2 * torch.arange(pieces).to(deviation)[:, None] + 1)
-    u = centres + half * nodes
+    centers = edges[..., :-1, None, None] + half * (2 * torch.arange(pieces).to(deviation)[:, None] + 1)
+    u = centers + half * nodes
     weight = torch.exp(-u.square() / 2) * half * weights / math.sqrt(2 * math.pi)
     return u.flatten(-3), weight.flatten(-3)
 

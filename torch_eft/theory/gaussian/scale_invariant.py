@@ -35,7 +35,7 @@ def correlation(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class TwoSlopePairs:
-    """Two-label moments; the interface of ``pair_moments.PairMoments``.
+    """Two-label moments; the interface of ``two_point_moments.TwoPointMoments``.
 
     Args:
         slopes: (negative, positive).
@@ -67,8 +67,8 @@ class TwoSlopePairs:
         return two_slope_product(self.slopes, moments, orders, self.distributional)
 
 
-class TwoSlopeMoments:
-    """Moments with three or four labels; the interface of ``four_label.FourLabelMoments``.
+class ScaleInvariantMoments:
+    """Moments with three or four labels; the interface of ``four_label.FourPointMoments``.
 
     Args:
         slopes: (negative, positive).

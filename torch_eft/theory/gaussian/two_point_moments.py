@@ -37,7 +37,7 @@ _MAX_TERMS = 20000
 _BLOCK = 32
 
 
-class PairMoments(Protocol):
+class TwoPointMoments(Protocol):
     """Two-label moments under N(0, K)."""
 
     def single(self, orders: Orders) -> Tensor:
@@ -53,7 +53,7 @@ class PairMoments(Protocol):
         ...
 
 
-def pair_moments(activation: Activation, K: Tensor, kinks: Kinks = "autograd") -> PairMoments:
+def two_point_moments(activation: Activation, K: Tensor, kinks: Kinks = "autograd") -> TwoPointMoments:
     """The two-label moments of an activation under N(0, K).
 
     Args:

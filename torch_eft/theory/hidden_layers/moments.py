@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.hidden_layers.statistics import Labels
-from torch_eft.theory.training.time_sums import Dynamics, TimeSums
+from torch_eft.theory.training.time_sums import Dynamics, ModePropagator
 
 
 class TrainingMoments:
@@ -23,7 +23,7 @@ class TrainingMoments:
         kept = eigenvalues > len(Theta) * torch.finfo(Theta.dtype).eps * eigenvalues[-1]
         self.eigenvalues, U = eigenvalues[kept], U[:, kept]
         self._S, self._U = U.T @ S @ U, U
-        self._sums = TimeSums(self.eigenvalues, rate, dynamics)
+        self._sums = ModePropagator(self.eigenvalues, rate, dynamics)
         if labels is not None:
             self._U = U.new_zeros(len(labels.train), U.shape[1]).index_add(0, labels.train_copies, U)
 

@@ -29,7 +29,7 @@ from torch_eft.theory.hidden_layers.moments import TrainingMoments
 from torch_eft.theory.hidden_layers.result import HiddenLayerForecast
 from torch_eft.theory.hidden_layers.statistics import HiddenStatistics, Labels, Observable, divisor
 from torch_eft.theory.hidden_layers.validity import difference_movement, representation_validity
-from torch_eft.theory.initialization.estimators import Combined, check_statistics, evaluators, infinite_width
+from torch_eft.theory.initialization.estimators import ReplicaMean, check_statistics, evaluators, infinite_width
 from torch_eft.theory.initialization.evaluator import Vertices, divergent
 from torch_eft.theory.initialization.preactivations import mean_correction
 from torch_eft.theory.training.optimizer import Reduction
@@ -126,10 +126,10 @@ def predict_representation(
     for part in rows:
         sets = labels.sets(labels.probe if len(rows) == 1 else part, labels.probe)
         refined, runs = evaluators(ensemble, K, Theta, pairs, sets, samples, replicas, seed, kinks)
-        found: dict[tuple[int, str], Combined] = {}
+        found: dict[tuple[int, str], ReplicaMean] = {}
         for vertices in runs:
             for key, value in read_out(vertices).items():
-                found.setdefault(key, Combined(refined)).add(value)
+                found.setdefault(key, ReplicaMean(refined)).add(value)
         whole.append({key: combined.result() for key, combined in found.items()})
     copies = labels.probe_copies
     probe = labels.probe[copies]

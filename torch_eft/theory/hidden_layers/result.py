@@ -8,18 +8,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HiddenLayerForecast:
-    """Hidden layer l on N_p probe points at T+1 times, means over initialisations.
+    """Hidden layer l on N_p probe points at T+1 times, means over initializations.
 
     Args:
         layer: l.
         width: n_l.
         kernel_order0: (N_p, N_p), <s_a s_b> at infinite width (K for preactivations).
-        kernel_mean: (N_p, N_p), at initialisation, with its correction 1/n_{l-1}.
+        kernel_mean: (N_p, N_p), at initialization, with its correction 1/n_{l-1}.
         kernel_drift: (T+1, N_p, N_p), mean of g(t) - g(0); of order 1/n_l.
         kernel_terms: (T+1, N_p, N_p), the sum of the magnitudes of its three terms: they may nearly cancel.
         movement: (T+1, N_p, N_p), mean of (1/n_l) sum_j df_ja df_jb, f the activations (or preactivations): of order
             1/n_l too, so that single neurons move by 1/sqrt(n_l).
-        ntk_mean: (N_p, N_p), of the layer's NTK (mean of its diagonal over neurons), at initialisation.
+        ntk_mean: (N_p, N_p), of the layer's NTK (mean of its diagonal over neurons), at initialization.
         ntk_drift: (T+1, N_p, N_p), of order 1/n_{l-1}; None where it was not asked for or has no expansion.
         error: ``{name: standard error}`` of the entries of what was sampled (rms).
     """

@@ -25,7 +25,7 @@ from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.points import MOST_QUADRATURE_LABELS
 from torch_eft.theory.gaussian.two_point_moments import Kinks
 from torch_eft.theory.initialization.estimators import (
-    Combined,
+    ReplicaMean,
     check_inputs,
     check_statistics,
     evaluators,
@@ -111,7 +111,7 @@ def representation_statistics(
         ensemble, K, Theta, pairs, labels.sets(labels.probe, labels.probe), samples, replicas, seed, kinks
     )
     wanted = ("Xi", "Y", "C") if observable == "ntk" else ("Xi", "Y", "C", "Mv")
-    found = {(layer, name): Combined(refined) for layer in range(1, m) for name in wanted}
+    found = {(layer, name): ReplicaMean(refined) for layer in range(1, m) for name in wanted}
     for vertices in runs:
         statistics = HiddenStatistics(vertices, observable)
         for (layer, name), combined in found.items():

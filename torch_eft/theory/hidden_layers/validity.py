@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.gaussian.two_point_moments import Kinks, PairMoments
+from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
 from torch_eft.theory.hidden_layers.moments import TrainingMoments
 from torch_eft.theory.hidden_layers.result import HiddenLayerForecast
 from torch_eft.theory.initialization.evaluator import divergent
@@ -18,7 +18,7 @@ from torch_eft.theory.signal_propagation.regimes import first_order_validity
 def difference_movement(
     ensemble: MLPEnsemble,
     Theta: list[Tensor],
-    pairs: list[PairMoments],
+    pairs: list[TwoPointMoments],
     train: Tensor,
     moments: TrainingMoments,
     times: Tensor,
@@ -57,7 +57,7 @@ def representation_validity(
     kinks: Kinks,
     parted: float = 0.0,
 ) -> Validity:
-    """By how far neurons move, u its square; and by r and epsilon, as at initialisation.
+    """By how far neurons move, u its square; and by r and epsilon, as at initialization.
 
     What is neglected was measured to be u to 5 u times what is kept (tanh, GELU; 2 and 3 hidden layers; 1 and 2
     outputs; n = 32 to 128), more of a drift whose terms cancel. Where sigma' jumps, neurons next to the kink leave
@@ -81,7 +81,7 @@ def representation_validity(
     name, jumps = ensemble.activation.name, divergent(ensemble, "distributional") != ()
     far = max(layers, key=lambda layer: layer.relative_movement)
     drift = max(layers, key=lambda layer: layer.relative_drift)
-    u, cancelling = far.relative_movement**2, max(layer.uncertainty for layer in layers)
+    u, canceling = far.relative_movement**2, max(layer.uncertainty for layer in layers)
     most = max(5 * u, max(u, parted) ** 0.5 if jumps else 0.0)
     blind = jumps and kinks == "autograd"
     levels: tuple[Literal["valid", "caution", "invalid"], ...] = ("valid", "caution", "invalid")
@@ -89,7 +89,7 @@ def representation_validity(
         max(
             levels.index(start.flag),
             (u >= _CAUTION) + (u >= _INVALID),
-            int(blind or cancelling >= _CAUTION),
+            int(blind or canceling >= _CAUTION),
             int(parted >= _CAUTION) + int(parted >= 1),
         )
     ]
@@ -102,8 +102,8 @@ def representation_validity(
         reason += (
             f"; the difference between two inputs moves by up to {100 * parted**0.5:.2g} % of itself, across kinks"
         )
-    if cancelling > 1.5 * u:
-        reason += f", which cancel: up to {100 * min(5 * cancelling, 9.99):.0f} % of a kernel's drift at some time"
+    if canceling > 1.5 * u:
+        reason += f", which cancel: up to {100 * min(5 * canceling, 9.99):.0f} % of a kernel's drift at some time"
     if blind:
         reason += (
             f". sigma' of {name} jumps: kernels also move by its delta functions, which kinks='autograd' leaves out"
@@ -115,7 +115,7 @@ def representation_validity(
             ". Wider layers, smaller targets, fewer steps or less similar inputs (lambda_max / lambda_min = "
             f"{spread:.2g}) make it better"
         )
-    return Validity(flag, f"{reason}. At initialisation {start.reason}")
+    return Validity(flag, f"{reason}. At initialization {start.reason}")
 
 
 _CAUTION, _INVALID = 0.05, 0.25

@@ -37,7 +37,7 @@ from torch_eft.theory.hierarchy.contractions import (
     path_tensors,
     whitened_change,
 )
-from torch_eft.theory.training.optimizer import Coefficients, Descent, Loss
+from torch_eft.theory.training.optimizer import Descent, Loss, SGDState
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def frozen_path(z: Tensor, H: Tensor, train: Tensor, loss: Loss, descent: Descen
         descent: The optimizer.
     """
     start, outputs = z.flatten(), z.shape[1]
-    coefficients = Coefficients(descent, start.new_zeros(len(train)))
+    coefficients = SGDState(descent, start.new_zeros(len(train)))
     zs, ps, es = [], [], []
     for step in range(descent.steps + 1):
         ps.append(coefficients.values[0])
@@ -162,7 +162,7 @@ def first_order(
     p, e = path.p @ tensors.dual.T, path.e @ tensors.dual.T
     r = p.shape[1]
     zero = p.new_zeros
-    coefficients = Coefficients(descent, zero(len(train)), zero(r, r), zero(r, r, r), zero(r, r, r))
+    coefficients = SGDState(descent, zero(len(train)), zero(r, r), zero(r, r, r), zero(r, r, r))
     parts = (
         tensors.dH_first,
         tensors.dH_second / 2,

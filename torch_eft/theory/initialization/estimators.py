@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.gaussian.four_point_moments import FourLabelMoments, SummedMoments
+from torch_eft.theory.gaussian.four_point_moments import FourPointMoments, SummedMoments
 from torch_eft.theory.gaussian.points import (
     MOST_QUADRATURE_LABELS,
     GridPoints,
@@ -22,8 +22,8 @@ from torch_eft.theory.gaussian.points import (
     quadrature_spacings,
     sample_points,
 )
-from torch_eft.theory.gaussian.scale_invariant import TwoSlopeMoments
-from torch_eft.theory.gaussian.two_point_moments import Kinks, PairMoments, pair_moments
+from torch_eft.theory.gaussian.scale_invariant import ScaleInvariantMoments
+from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments, two_point_moments
 from torch_eft.theory.initialization import differentials
 from torch_eft.theory.initialization import kernels as ntk
 from torch_eft.theory.initialization import preactivations as kernel
@@ -54,7 +54,7 @@ _PARALLEL = 1e-10
 """Inputs of a correlation closer to 1 than this cannot be told apart: responses at a kink diverge between them."""
 
 
-class Combined:
+class ReplicaMean:
     """Several values of one tensor made one: of ever finer quadratures the last, of independent samples the mean.
 
     Args:
@@ -91,7 +91,7 @@ class Combined:
 
 def infinite_width(
     ensemble: MLPEnsemble, x: Tensor, kinks: Kinks = "autograd"
-) -> tuple[list[Tensor], list[Tensor], list[PairMoments]]:
+) -> tuple[list[Tensor], list[Tensor], list[TwoPointMoments]]:
     """K and Theta at layers 1 .. L, and the two-label moments at layers 1 .. L-1, for checked inputs."""
     gram = x @ x.T / ensemble.widths[0]
     gram = (gram + gram.T) / 2
@@ -99,7 +99,7 @@ def infinite_width(
     Theta = [ensemble.lambda_b[0] + ensemble.lambda_W[0] * gram]
     pairs = []
     for index in range(1, ensemble.depth):
-        moments = pair_moments(ensemble.activation, K[-1], kinks)
+        moments = two_point_moments(ensemble.activation, K[-1], kinks)
         M_00, M_11 = moments.explicit((0,), (0,)), moments.explicit((1,), (1,))
         K.append(ensemble.C_b[index] + ensemble.C_W[index] * M_00)
         Theta.append(
@@ -113,7 +113,7 @@ def evaluators(
     ensemble: MLPEnsemble,
     K: list[Tensor],
     Theta: list[Tensor],
-    pairs: list[PairMoments],
+    pairs: list[TwoPointMoments],
     sets: Mapping[str, Tensor],
     samples: int,
     replicas: int,
@@ -132,17 +132,17 @@ def evaluators(
     activation = ensemble.activation
     distributional = kinks == "distributional"
 
-    def vertices(moments: Callable[[int], FourLabelMoments]) -> Vertices:
+    def vertices(moments: Callable[[int], FourPointMoments]) -> Vertices:
         return Vertices(ensemble, K, Theta, pairs, moments, sets, RECURSIONS, kinks)
 
     slopes = activation.slopes
     if slopes is not None:
-        return True, iter([vertices(lambda m: TwoSlopeMoments(slopes, K[m - 1], distributional))])
+        return True, iter([vertices(lambda m: ScaleInvariantMoments(slopes, K[m - 1], distributional))])
 
     def summed(points: Callable[[int], Points | GridPoints], control: bool = False) -> Vertices:
         def moments(m: int) -> SummedMoments:
             # Means of the functions almost everywhere; delta functions are added apart.
-            means = pairs[m - 1] if not distributional else pair_moments(activation, K[m - 1])
+            means = pairs[m - 1] if not distributional else two_point_moments(activation, K[m - 1])
             return SummedMoments(activation, K[m - 1], points(m), means, control, distributional)
 
         return vertices(moments)
@@ -259,7 +259,7 @@ def block(
     full = [len(index) if letter in letters else 1 for letter, index in sets.items()]
     shape = [size for size, letter in zip(full, sets, strict=True) if letter in letters]
     depth = ensemble.depth if layer is None else layer
-    combined = Combined(refined)
+    combined = ReplicaMean(refined)
     for evaluator in found:
         combined.add(evaluator.array(name, depth, letters).expand(full).reshape(shape))
     return combined.result()

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.gaussian.four_point_moments import FourLabelMoments
+from torch_eft.theory.gaussian.four_point_moments import FourPointMoments
 from torch_eft.theory.gaussian.scale_invariant import Orders
-from torch_eft.theory.gaussian.two_point_moments import Kinks, PairMoments
+from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
 
 Recursion = Callable[["Vertices", int, str], Tensor]
 
@@ -68,8 +68,8 @@ class Vertices:
         ensemble: MLPEnsemble,
         K: list[Tensor],
         Theta: list[Tensor],
-        pairs: list[PairMoments],
-        moments: Callable[[int], FourLabelMoments],
+        pairs: list[TwoPointMoments],
+        moments: Callable[[int], FourPointMoments],
         sets: Mapping[str, Tensor],
         recursions: Mapping[str, Recursion],
         kinks: Kinks = "autograd",
@@ -83,7 +83,7 @@ class Vertices:
         self.divergent = divergent(ensemble, kinks)
         self._K, self._Theta, self._pairs = K, Theta, pairs
         self._moments_of, self._recursions = moments, recursions
-        self._four: dict[int, FourLabelMoments] = {}
+        self._four: dict[int, FourPointMoments] = {}
         self._memo: dict[tuple[str, int, str], Tensor] = {}
         self._moments: dict[tuple, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""The statistics of an MLP ensemble at initialisation, layer by layer: the joint distribution to order 1/n.
+"""The statistics of an MLP ensemble at initialization, layer by layer: the joint distribution to order 1/n.
 
 K and Theta at infinite width (``blocks``) and the vertices of order 1/n (``kernel``, ``ntk``, ``differentials``),
 each of which multiplies 1/n_{l-1} at layer l.
@@ -14,7 +14,7 @@ from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.two_point_moments import Kinks
 from torch_eft.theory.initialization.estimators import (
-    Combined,
+    ReplicaMean,
     check_inputs,
     check_statistics,
     evaluators,
@@ -130,7 +130,7 @@ def initial_statistics(
                 "block by block with theory.block or theory.tiles"
             )
     K, Theta, pairs = infinite_width(ensemble, x, kinks)
-    found: dict[tuple[str, int], Combined] = {}
+    found: dict[tuple[str, int], ReplicaMean] = {}
     if wanted:
         labels = torch.arange(len(x), device=x.device)
         refined, runs = evaluators(
@@ -140,7 +140,7 @@ def initial_statistics(
             for layer in range(1, ensemble.depth + 1):
                 for name in wanted:
                     value = _full(evaluator, name, layer, len(x))
-                    found.setdefault((name, layer), Combined(refined)).add(value)
+                    found.setdefault((name, layer), ReplicaMean(refined)).add(value)
     results = {key: combined.result() for key, combined in found.items()}
     validity = first_order_validity(ensemble, x) if wanted else infinite_width_validity(ensemble, x)
     return [

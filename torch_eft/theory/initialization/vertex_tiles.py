@@ -18,7 +18,7 @@ from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.four_point_moments import Factor
 from torch_eft.theory.gaussian.points import MOST_QUADRATURE_LABELS, Points, quadrature_spacings, sample_points
 from torch_eft.theory.gaussian.scale_invariant import Orders
-from torch_eft.theory.gaussian.two_point_moments import Kinks, PairMoments
+from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
 from torch_eft.theory.initialization.estimators import RECURSIONS, evaluators, infinite_width
 from torch_eft.theory.initialization.evaluator import Vertices
 
@@ -150,7 +150,7 @@ class _PairedMoments:
         pairs: The exact two-label moments.
     """
 
-    def __init__(self, activation: Activation, points: Points, pairs: PairMoments) -> None:
+    def __init__(self, activation: Activation, points: Points, pairs: TwoPointMoments) -> None:
         self._activation, self._z, self._pairs = activation, points.z, pairs
         self._functions: dict[Orders, Tensor] = {}
 
@@ -223,7 +223,7 @@ def _products(columns: Sequence[Tensor], part: slice) -> Tensor:
 class _SinglePairs:
     """Exact two-label moments, rounded to single precision."""
 
-    def __init__(self, pairs: PairMoments) -> None:
+    def __init__(self, pairs: TwoPointMoments) -> None:
         self._pairs = pairs
         self._known: dict[tuple, Tensor] = {}
 

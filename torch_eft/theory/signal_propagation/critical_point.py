@@ -72,7 +72,7 @@ class UnstablePoint:
 
 @dataclass(frozen=True)
 class CriticalPoint:
-    """A critical initialisation, or why there is none.
+    """A critical initialization, or why there is none.
 
     Args:
         universality_class: ``"scale-invariant"``, ``"K*=0"``, ``"half-stable"`` or ``"no criticality"``.
@@ -115,7 +115,7 @@ class CriticalPoint:
 
 
 def criticality(activation: ActivationLike, residual: float = 0.0) -> CriticalPoint:
-    """The critical initialisation of an activation, computed from its Gaussian expectations.
+    """The critical initialization of an activation, computed from its Gaussian expectations.
 
     Where several exist, an attractive K* = 0 is preferred, then the half-stable point of smallest K*.
 

@@ -1,7 +1,7 @@
 """Where the expansion in 1/n holds: epsilon, the regime in words, and the validity of order 0 and order 1.
 
 A network's last hidden layer sets the variance G of its output given everything before; epsilon = Var(G) / E[G]^2
-over initialisations controls the expansion. To order 1/n, epsilon = V / (n_{L-1} K^2) at the output, with V the
+over initializations controls the expansion. To order 1/n, epsilon = V / (n_{L-1} K^2) at the output, with V the
 four-point vertex for one input (PDLT 4.3, single-input form):
 
     V^(l+1) = C_W^2 { <s^4> - <s^2>^2 + (n_l / n_{l-1}) (d<s^2>/dK)^2 V^(l) },    V^(1) = 0.
@@ -54,7 +54,7 @@ def regime(r: float, epsilon: float) -> str:
     """
     size = max(r, epsilon)
     if size < 0.01:
-        return "r -> 0: at initialisation practically infinitely wide"
+        return "r -> 0: at initialization practically infinitely wide"
     if size < 0.2:
         return "0 < r << 1: effectively deep, finite-width corrections small and predictable"
     if size < 1.0:

@@ -213,7 +213,7 @@ def log_grid(K_range: tuple[float, float], count: int) -> Tensor:
 
 
 def sign_changes(function: Callable[[Tensor], Tensor], grid: Tensor, signs: Tensor | None = None) -> list[float]:
-    """Where ``function`` changes its sign between neighbours of ``grid``, by bisection to rounding."""
+    """Where ``function`` changes its sign between neighbors of ``grid``, by bisection to rounding."""
     signs = function(grid).sign() if signs is None else signs
     roots = []
     for index in (signs[1:] * signs[:-1] < 0).nonzero().flatten().tolist():

@@ -122,7 +122,7 @@ class Descent:
         return None if self.batches is None else self.batches[step]
 
 
-class Coefficients:
+class SGDState:
     """Coefficients under one optimizer, each with its momentum, starting at 0.
 
     Args:

@@ -26,7 +26,7 @@ from torch_eft.theory.training.corrections.validity import relative_size, trunca
 from torch_eft.theory.training.optimizer import Descent, LossFunction, Reduction, Schedule
 from torch_eft.theory.training.sampled.predict import SampledForecast
 from torch_eft.theory.training.scope import check_stable, covered_descent
-from torch_eft.theory.training.time_sums import Dynamics, TimeSums
+from torch_eft.theory.training.time_sums import Dynamics, ModePropagator
 
 CORRECTIONS = ("mean", "covariance", "ntk")
 """What order 1/n corrects."""
@@ -103,7 +103,7 @@ class InfiniteWidthTraining:
         self.rate = learning_rate * scale
         self.optimizer = replace(optimizer, learning_rates=tuple(scale * rate for rate in optimizer.learning_rates))
         """In terms of L = (1/2) sum (z - y)^2, like ``rate``."""
-        self._sums = TimeSums(self.eigenvalues, self.rate, dynamics, self.optimizer)
+        self._sums = ModePropagator(self.eigenvalues, self.rate, dynamics, self.optimizer)
         self.validity = infinite_width_validity(ensemble, torch.cat([x_probe, x_train]))
 
     def output(self, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +154,7 @@ def predict_training(
     loss: str | LossFunction = "mse",
     draws: int = 2048,
 ) -> Trajectory:
-    """The trained distribution over initialisations, before anything is trained.
+    """The trained distribution over initializations, before anything is trained.
 
     Args:
         ensemble: The ensemble.
@@ -190,7 +190,7 @@ def predict_training(
     Returns:
         A ``Trajectory``. At order 0 ``ntk_mean`` is constant and ``ntk_drift`` zero: both are
         expanded views that hold one copy. At order 1 the mean NTK includes the correction Theta1 / n at
-        initialisation, ``output_truncation`` and ``ntk_truncation`` estimate the next order by |1/n term|^2 / |0th
+        initialization, ``output_truncation`` and ``ntk_truncation`` estimate the next order by |1/n term|^2 / |0th
         term|, and the provenance tells the sampling errors.
 
     Raises:

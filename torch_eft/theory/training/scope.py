@@ -37,13 +37,13 @@ def covered_descent(
     if optimizer.lower() != "sgd":
         raise ValueError(
             f"optimizer: {optimizer!r} given; only SGD (momentum, Nesterov, schedules) is linear in the gradients, as "
-            "the derivation needs: Adam and its kin divide by them. measure.ShadowModel trains one network's Taylor "
+            "the derivation needs: Adam and its kin divide by them. measure.TaylorModel trains one network's Taylor "
             "model with any optimizer"
         )
     if weight_decay != 0:
         raise ValueError(
             f"weight_decay: {weight_decay:g} given; it moves all parameters by a part of themselves, out of reach of "
-            "an expansion about the start. Give 0; for weak decay measure.ShadowModel follows one network"
+            "an expansion about the start. Give 0; for weak decay measure.TaylorModel follows one network"
         )
     if dynamics == "gradient_flow" and (momentum or schedule is not None):
         raise ValueError("dynamics: 'gradient_flow' has no momentum and no schedule; give 'gradient_descent'")

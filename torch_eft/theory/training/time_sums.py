@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.gaussian.quadrature import gauss_legendre
-from torch_eft.theory.training.optimizer import Coefficients, Descent
+from torch_eft.theory.training.optimizer import Descent, SGDState
 
 Dynamics = Literal["gradient_descent", "gradient_flow"]
 
@@ -30,7 +30,7 @@ _LAST = 800.0
 """exp(-800) is 0 in double precision."""
 
 
-class TimeSums:
+class ModePropagator:
     """g, phi, psi and f at any times.
 
     Args:
@@ -98,7 +98,7 @@ class TimeSums:
         starts = [torch.zeros_like(rates)]
         if pairs:
             starts += [rates.new_zeros(len(rates), len(rates)) for _ in range(2)]
-        coefficients = Coefficients(descent, *starts)
+        coefficients = SGDState(descent, *starts)
         wanted = count.tolist()
         found: dict[int, list[Tensor]] = {}
         for step in range(max(wanted) + 1):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_eft.live.part import Event, Part, Report, Start, Visit
+from torch_eft.live.part import Event, Instrument, Measurement, Reading, Start
 from torch_eft.live.parts.forecasts.full_batch import UNSHOWN, FullBatch, sgd_options
 from torch_eft.live.parts.forecasts.gauge import GaugeWatch
 from torch_eft.results.trajectory import Validity
@@ -30,7 +30,7 @@ class Comparison(Protocol):
         """What brings it back: plain types and tensors."""
 
 
-class ForecastPart(Part):
+class ForecastPart(Instrument):
     """What all forecasts of full-batch gradient descent have in common; ``_forecast`` and ``_compared`` are their own.
 
     Attributes:
@@ -50,7 +50,7 @@ class ForecastPart(Part):
         self.validity: Validity | None = None
         self._comparison: Comparison | None = None
         self._seen: FullBatch | None = None
-        self._waiting: list[Visit] = []
+        self._waiting: list[Measurement] = []
         self._watch = GaugeWatch(self.what)
         self._kept: dict[str, Any] = {}
         self._terms: dict[str, Any] = {}
@@ -65,7 +65,7 @@ class ForecastPart(Part):
         """
         raise NotImplementedError
 
-    def _compared(self, visit: Visit) -> Report:
+    def _compared(self, visit: Measurement) -> Reading:
         """It and the measurement."""
         raise NotImplementedError
 
@@ -87,7 +87,7 @@ class ForecastPart(Part):
     def _look(self, start: Start) -> str | None:
         """Why there can be none, as far as the beginning shows, in words; None: batches and losses are looked at."""
         if not start.fresh and not self._kept:
-            return f"training starts at step {start.step}, the theory at initialisation"
+            return f"training starts at step {start.step}, the theory at initialization"
         if "ended" in self._kept:
             return str(self._kept["ended"])
         seen = FullBatch(start)
@@ -109,17 +109,17 @@ class ForecastPart(Part):
         if self._seen is not None and self._comparison is None:
             self._seen.loss = loss
 
-    def on_gradient(self, step: int, optimizer: Optimizer) -> Report:
+    def on_gradient(self, step: int, optimizer: Optimizer) -> Reading:
         """Decide, before the first step is taken; later, see that learning rates stay."""
         if self._seen is None:
-            return Report()
+            return Reading()
         if self._comparison is not None:
             reason = self._seen.end(step, optimizer)
-            return Report() if reason is None else self._ended(step, reason)
+            return Reading() if reason is None else self._ended(step, reason)
         try:
             pages = self._decide(self._seen, optimizer)
-        except ValueError as error:  # unrecognised, unstable, too dear, conflicting points, no derivatives
-            return self._ended(step, str(error)) if self._kept else Report(pages=self._stop(str(error)))
+        except ValueError as error:  # unrecognized, unstable, too dear, conflicting points, no derivatives
+            return self._ended(step, str(error)) if self._kept else Reading(pages=self._stop(str(error)))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             if self._kept:
@@ -129,7 +129,7 @@ class ForecastPart(Part):
         self._kept = {}
         late: History = {visit.step: self._compared(visit).scalars for visit in self._waiting}
         self._waiting = []
-        return Report(late=late, pages=pages)
+        return Reading(late=late, pages=pages)
 
     def _decide(self, seen: FullBatch, optimizer: Optimizer) -> dict[str, str]:
         if seen.batch is None or seen.loss is None:
@@ -161,15 +161,15 @@ class ForecastPart(Part):
         if then and not (then["loss"] == name and math.isclose(then["factor"], factor, rel_tol=1e-6)):
             raise ValueError(f"the loss is another after the resume: {name}, it was {then['loss']}")
 
-    def observe(self, visit: Visit) -> Report:
+    def observe(self, visit: Measurement) -> Reading:
         """Forecast beside measurement, or nothing where there is none."""
         if self._seen is None:
-            return Report()
+            return Reading()
         if self._comparison is None:
             if visit.step > self._seen.start.step:
-                return Report(pages=self._stop(UNSHOWN))
+                return Reading(pages=self._stop(UNSHOWN))
             self._waiting.append(visit)
-            return Report()
+            return Reading()
         reason = self._seen.changed()
         return self._compared(visit) if reason is None else self._ended(visit.step, reason)
 
@@ -180,8 +180,8 @@ class ForecastPart(Part):
         self._waiting, self._kept = [], {}
         return {self.page: self._none(reason)}
 
-    def _ended(self, step: int, reason: str) -> Report:
-        return Report(pages=self._stop(reason), events=[Event(step, "validity", f"{self.what}: {reason}")])
+    def _ended(self, step: int, reason: str) -> Reading:
+        return Reading(pages=self._stop(reason), events=[Event(step, "validity", f"{self.what}: {reason}")])
 
     # ---- checkpoints
 

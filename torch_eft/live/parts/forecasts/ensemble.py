@@ -7,14 +7,14 @@ from torch.optim import Optimizer
 
 from torch_eft.diagnosis import Diagnosis, diagnose
 from torch_eft.forecast.comparison.ensemble import EnsembleComparison
-from torch_eft.live.part import Report, Start, Visit
+from torch_eft.live.part import Measurement, Reading, Start
 from torch_eft.live.parts.common import compared_scalars
 from torch_eft.live.parts.forecasts.base import ForecastPart
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
 from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.measure.network.snapshot import Plan, Snapshot
-from torch_eft.measure.training_loss import recognise_squared_error
+from torch_eft.measure.training_loss import recognize_squared_error
 from torch_eft.results.tags import compared_quantities, tag
 from torch_eft.tensorboard.figures import comparison_figure
 from torch_eft.theory.ensemble import MLPEnsemble
@@ -86,10 +86,10 @@ class EnsemblePart(ForecastPart):
 
     # ---- the training
 
-    def begin(self, start: Start) -> Report:
+    def begin(self, start: Start) -> Reading:
         """Read the ensemble off the network; rule out what the loop already shows to be outside."""
         if self._goes_on(start):
-            return Report()
+            return Reading()
         pages: dict[str, str] = {}
         inputs = start.probe.inputs
         try:
@@ -102,15 +102,15 @@ class EnsemblePart(ForecastPart):
             pages["diagnosis"] = str(diagnosis)
         except (NotAnMLPError, QuadratureError) as error:
             pages["diagnosis"] = f"No diagnosis: {error}."
-            return Report(pages=pages | self._stop(str(error)))
+            return Reading(pages=pages | self._stop(str(error)))
         except Exception as error:
             self._stop(f"{type(error).__name__}: {error}")
             raise
         reason = self._look(start)
         if reason is not None:
-            return Report(pages=pages | self._stop(reason))
+            return Reading(pages=pages | self._stop(reason))
         self._hidden = _activations(start.network, self._ensemble)
-        return Report(pages=pages)
+        return Reading(pages=pages)
 
     def _drawn(self, now: MLPEnsemble) -> MLPEnsemble | None:
         """The ensemble that a checkpoint says theta_0 was drawn from: trained weights do not show it any more."""
@@ -134,7 +134,7 @@ class EnsemblePart(ForecastPart):
             raise ValueError("not an MLP: its forward takes several inputs")
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         rate = read_learning_rates(network, [optimizer]).learning_rate
-        loss = recognise_squared_error(network, x, y, self._seen.loss, gradients, self.output_fn)
+        loss = recognize_squared_error(network, x, y, self._seen.loss, gradients, self.output_fn)
         self._same_loss(loss.name, loss.rate_factor)
         self._comparison = EnsembleComparison(
             self._ensemble,
@@ -177,15 +177,15 @@ class EnsemblePart(ForecastPart):
 
     # ---- the numbers
 
-    def _compared(self, visit: Visit) -> Report:
+    def _compared(self, visit: Measurement) -> Reading:
         assert self._comparison is not None
-        report = Report(self._scalars(visit))
+        report = Reading(self._scalars(visit))
         report.events += self._watch.events(visit.step, self._comparison.gauge(visit.step))
         if visit.last:
             report.pages |= self._layers_page(visit)
         return report
 
-    def _scalars(self, visit: Visit) -> dict[str, float]:
+    def _scalars(self, visit: Measurement) -> dict[str, float]:
         assert self._comparison is not None
         snapshot, reference = visit.snapshot, visit.reference
         if snapshot.ntk is None or reference.ntk is None:
@@ -197,13 +197,13 @@ class EnsemblePart(ForecastPart):
             scalars[tag("representation_change", "order_0")] = 0.0  # representations are frozen
         return scalars
 
-    def _kernels(self, visit: Visit) -> tuple[list[Tensor], list[Tensor]] | None:
+    def _kernels(self, visit: Measurement) -> tuple[list[Tensor], list[Tensor]] | None:
         now, then = visit.snapshot.hidden, visit.reference.hidden
         if not self._hidden or not all(name in now and name in then for name in self._hidden):
             return None
         return [now[name] for name in self._hidden], [then[name].to(now[name]) for name in self._hidden]
 
-    def _layers_page(self, visit: Visit) -> dict[str, str]:
+    def _layers_page(self, visit: Measurement) -> dict[str, str]:
         kernels = self._kernels(visit)
         if kernels is None or self._comparison is None:
             return {}

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch_eft.live.part import Start
 from torch_eft.measure.training_loss import batch_fingerprint, same_batch
 
-UNSHOWN = "the loop does not show its batches and losses before its steps, so that nothing tells what it minimises"
+UNSHOWN = "the loop does not show its batches and losses before its steps, so that nothing tells what it minimizes"
 
 SURE = 16
 """Later batches that are all looked at; of those after them one in so many is."""

@@ -6,12 +6,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_eft.forecast.comparison.instance import InstanceComparison, SGDOptions
-from torch_eft.live.part import Report, Start, Visit
+from torch_eft.live.part import Measurement, Reading, Start
 from torch_eft.live.parts.common import compared_scalars
 from torch_eft.live.parts.forecasts.base import ForecastPart
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.forward.probe import OutputFn
-from torch_eft.measure.losses import LossFunction, recognise_loss
+from torch_eft.measure.losses import LossFunction, recognize_loss
 from torch_eft.measure.network.snapshot import Plan
 
 
@@ -51,14 +51,14 @@ class InstancePart(ForecastPart):
         """Outputs (always there) and the NTK."""
         return Plan(ntk=True)
 
-    def begin(self, start: Start) -> Report:
+    def begin(self, start: Start) -> Reading:
         """Rule out what the loop already shows to be outside."""
         if self._goes_on(start):
-            return Report()
+            return Reading()
         reason = self._look(start)
-        return Report() if reason is None else Report(pages=self._stop(reason))
+        return Reading() if reason is None else Reading(pages=self._stop(reason))
 
-    def _compared(self, visit: Visit) -> Report:
+    def _compared(self, visit: Measurement) -> Reading:
         assert self._comparison is not None
         extended = visit.step > self._comparison.steps
         try:
@@ -77,7 +77,7 @@ class InstancePart(ForecastPart):
             then if same_units else None,
         )
         events = self._watch.events(visit.step, self._comparison.gauge(visit.step))
-        return Report(compared_scalars(compared), pages, events)
+        return Reading(compared_scalars(compared), pages, events)
 
     def _forecast(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> dict[str, str]:
         assert self._seen is not None and self._seen.loss is not None
@@ -89,7 +89,7 @@ class InstancePart(ForecastPart):
         network, rates = start.network, read_learning_rates(start.network, [optimizer])
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         self._lambdas = rates.lambdas
-        loss = recognise_loss(network, x, y, self._seen.loss, gradients, self.output_fn, self.loss)
+        loss = recognize_loss(network, x, y, self._seen.loss, gradients, self.output_fn, self.loss)
         self._same_loss(loss.name, loss.factor)
         self._comparison = InstanceComparison(
             network,

@@ -22,7 +22,7 @@ const EMPTY =
   "its runs appear here by themselves.";
 
 const LINES =
-  "solid: measured; dotted: order 0 (infinite width); dashed: order 1 (finite width); shaded: ± σ over initialisations";
+  "solid: measured; dotted: order 0 (infinite width); dashed: order 1 (finite width); shaded: ± σ over initializations";
 
 /** Wide cards if they fit into few rows on one screen; otherwise as many columns as can still be read. */
 function columnsFor(count, width) {
@@ -141,8 +141,8 @@ export class App {
     const drawn = () => {
       const theme = currentTheme();
       const several = runs.length > 1;
-      const header = runs.map((text, i) => ({ text, colour: several ? runStyle(theme, i).colour : theme.ink }));
-      header.push({ text: LINES, colour: theme.soft });
+      const header = runs.map((text, i) => ({ text, color: several ? runStyle(theme, i).color : theme.ink }));
+      header.push({ text: LINES, color: theme.soft });
       const panels = names.map((name) => this.panel(name));
       const look = { ...this.look(), ...size, range: stepRange(panels), font: 12, stepLabel: names.length === 1 };
       return sheet(panels, columns, look, header);
@@ -173,7 +173,7 @@ export class App {
     if (!this.page.grid.isConnected) this.root.replaceChildren(...Object.values(this.page));
     const shown = this.shownRuns();
     const single = shown.length <= 1;
-    const styles = new Map(shown.map(({ name }, i) => [name, single ? { colour: theme.measured } : runStyle(theme, i)]));
+    const styles = new Map(shown.map(({ name }, i) => [name, single ? { color: theme.measured } : runStyle(theme, i)]));
     const panels = this.quantities().map((name) => this.panel(name));
     this.page.runs.replaceChildren(runList(this.listing.runs, styles, this.runActions()));
     this.page.legend.replaceChildren(legendOf(panels, single, theme));

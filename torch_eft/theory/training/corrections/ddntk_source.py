@@ -15,7 +15,7 @@ from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroP
 from torch_eft.theory.training.time_sums import Sums
 
 Sources = tuple[Tensor, Tensor]
-"""A source of gradients and a direct one, as ``propagation.Clock`` takes them."""
+"""A source of gradients and a direct one, as ``propagation.TimeGrid`` takes them."""
 
 
 class DdntkSource:

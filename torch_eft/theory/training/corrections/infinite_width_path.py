@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.training.optimizer import Descent
-from torch_eft.theory.training.time_sums import Dynamics, Sums, TimeSums
+from torch_eft.theory.training.time_sums import Dynamics, ModePropagator, Sums
 
 _NULL = 1e-12
 """Eigenvalues of Theta_AA below this part of the largest are zero to rounding."""
@@ -36,7 +36,7 @@ class OrderZeroPath:
         kept = values > _NULL * values[-1]
         self.outputs = y.shape[1]
         self.eigenvalues, self.U = values[kept], vectors[:, kept]
-        self.sums = TimeSums(self.eigenvalues, rate, dynamics, descent)
+        self.sums = ModePropagator(self.eigenvalues, rate, dynamics, descent)
         self.dropped = int((~kept).sum())
         self.K, self.Theta = K, Theta
         self.coupling = Theta[:, train] @ self.U  # (N_all, modes)
@@ -44,7 +44,7 @@ class OrderZeroPath:
         self.K_modes = self.U.T @ K[train, train] @ self.U
         self.target_gram = self.y @ self.y.T
         self.error_gram = self.outputs * self.K_modes + self.target_gram
-        """E sum_k e_k e_k^T at initialisation, (modes, modes)."""
+        """E sum_k e_k e_k^T at initialization, (modes, modes)."""
 
     @property
     def train(self) -> Tensor:

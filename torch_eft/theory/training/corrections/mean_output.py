@@ -15,11 +15,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torch_eft.theory.initialization.estimators import Combined
+from torch_eft.theory.initialization.estimators import ReplicaMean
 from torch_eft.theory.initialization.vertex_tiles import VertexSource, VertexTiles, expanded
 from torch_eft.theory.training.corrections.ddntk_source import DdntkSource, Sources
 from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
-from torch_eft.theory.training.corrections.propagation import Clock
+from torch_eft.theory.training.corrections.propagation import TimeGrid
 from torch_eft.theory.training.time_sums import Sums
 
 _BUDGET = 2**25
@@ -134,9 +134,9 @@ def mean_output(
     Returns:
         (T, N_all, n_L), and the standard error of its entries (rms), 0 where moments are integrated.
     """
-    clock = Clock(path, steps)
+    clock = TimeGrid(path, steps)
     sources, refined = output_sources(vertices, path, clock.times, path.y, tile)
-    combined = Combined(refined)
+    combined = ReplicaMean(refined)
     for gradient, direct in sources:
         combined.add(clock.propagated(gradient, direct))
     return combined.result()

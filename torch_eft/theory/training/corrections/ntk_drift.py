@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torch_eft.theory.initialization.estimators import Combined
+from torch_eft.theory.initialization.estimators import ReplicaMean
 from torch_eft.theory.initialization.vertex_tiles import Sets, VertexSource, VertexTiles, expanded
 from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
 
@@ -110,7 +110,7 @@ def ntk_drift(
                 if run == len(parts):
                     parts.append(_Assembled(probes))
                 parts[run].put(first, second, *contracted_drift(path, combinations, steps, trace))
-    mean, off = Combined(vertices.refined), Combined(vertices.refined)
+    mean, off = ReplicaMean(vertices.refined), ReplicaMean(vertices.refined)
     for part in parts:
         mean.add(part.mean)
         off.add(part.off)

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_eft.theory.initialization.estimators import Combined
+from torch_eft.theory.initialization.estimators import ReplicaMean
 from torch_eft.theory.initialization.vertex_tiles import VertexSource, VertexTiles, expanded
 from torch_eft.theory.training.corrections.ddntk_source import Sources
 from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
 from torch_eft.theory.training.corrections.mean_output import OutputSource, points_at_once, time_chunk
-from torch_eft.theory.training.corrections.propagation import Clock
+from torch_eft.theory.training.corrections.propagation import TimeGrid
 from torch_eft.theory.training.time_sums import Sums
 
 
@@ -106,7 +106,7 @@ class _Parts:
             half = torch.einsum("tXxm,xwmk->tXwk", carried[:, :, tile], kernel)
             self._half[key] = self._half.get(key, 0.0) + half
 
-    def covariance(self, clock: Clock, carried: Tensor) -> dict[_Key, tuple[Tensor, Tensor]]:
+    def covariance(self, clock: TimeGrid, carried: Tensor) -> dict[_Key, tuple[Tensor, Tensor]]:
         """By key: the pairing of z1 with z0, and Bil, (T, N_p, N_p) each."""
         path, probes = self._path, self._probes
         J = path.response(self._steps)[:, :probes]
@@ -154,7 +154,7 @@ def output_covariance(
         are integrated.
     """
     points, train = torch.arange(len(path.K), device=path.K.device), path.train
-    clock, outputs = Clock(path, steps), path.outputs
+    clock, outputs = TimeGrid(path, steps), path.outputs
     keys: list[_Key] = [None, *((i, j) for i in range(outputs) for j in range(outputs))]
     carried, J = carried_kernel(path, probes, steps), path.response(steps)[:, :probes]
     runs: list[_Parts] = []
@@ -171,7 +171,7 @@ def output_covariance(
             runs[run].add(clock.times, output, pair, some, carried)
             array = second.array("G1", vertices.depth, "xw").double().expand(len(some), len(points), 1, 1)
             G1[run].append(array.reshape(len(some), len(points)))
-    mean, off = Combined(vertices.refined), Combined(vertices.refined)
+    mean, off = ReplicaMean(vertices.refined), ReplicaMean(vertices.refined)
     for parts, kernel in zip(runs, G1, strict=True):
         found = parts.covariance(clock, carried)
         paired, bilinear = found.pop(None)

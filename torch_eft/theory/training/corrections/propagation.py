@@ -5,12 +5,12 @@ from torch import Tensor
 
 from torch_eft.theory.gaussian.quadrature import gauss_legendre
 from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
-from torch_eft.theory.training.optimizer import Coefficients
+from torch_eft.theory.training.optimizer import SGDState
 
 _NODES = 10
 
 
-class Clock:
+class TimeGrid:
     """The times at which sources are needed, and their propagation to the times that are wanted.
 
     z1 is driven in two ways: a gradient source S is gathered by the optimizer, like all gradients, and a direct one D
@@ -56,7 +56,7 @@ def propagated_descent(path: OrderZeroPath, source: Tensor) -> Tensor:
         u at s = 0 .. T, (T + 1, N_all, columns).
     """
     train = len(path.K) - len(path.U)
-    coefficients = Coefficients(path.sums.descent(len(source)), source.new_zeros(source.shape[1:]))
+    coefficients = SGDState(path.sums.descent(len(source)), source.new_zeros(source.shape[1:]))
     values = [coefficients.values[0]]
     for driven in source:
         coefficients.update(path.coupling @ (path.U.T @ values[-1][train:]) - driven)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.gaussian.two_point_moments import PairMoments
+from torch_eft.theory.gaussian.two_point_moments import TwoPointMoments
 from torch_eft.theory.signal_propagation.regimes import first_order_validity
 from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
 
@@ -17,7 +17,7 @@ CAUTION, INVALID = 0.2, 1.0
 NEGLECTED, HALF = 15.0, 0.5
 """Measured: see ``training_validity``."""
 
-Layers = tuple[list[Tensor], list[Tensor], list[PairMoments]]
+Layers = tuple[list[Tensor], list[Tensor], list[TwoPointMoments]]
 
 
 def neuron_movement(ensemble: MLPEnsemble, layers: Layers, path: OrderZeroPath, steps: Tensor) -> Tensor:

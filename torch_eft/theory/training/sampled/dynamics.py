@@ -1,7 +1,7 @@
 """Training of an ensemble under any loss, by sampling z(0): order 0, and order 1/n as the mean of responses.
 
 At order 0, e = dLoss/dz is not linear in z, but the NTK is delta_ij Theta and frozen: z(t) is integrated for every draw
-of z(0) ~ N(0, K). To order 1/n, what is trained, F(z, H, dH, ddI, ddII), is averaged over initialisations by (cumulants
+of z(0) ~ N(0, K). To order 1/n, what is trained, F(z, H, dH, ddI, ddII), is averaged over initializations by (cumulants
 at the start; labels as printed, repeated indices summed; derived here, as for squared error in ``ensemble_training``)
 
     < [ 1 + G1_ab d_a d_b / 2 + Theta1 d_H + A d_H d_H / 2 + B .. + D d d d_H / 2 + F .. + (P, Q) d d_dH
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from torch_eft.theory.training.optimizer import Coefficients, Descent, Loss
+from torch_eft.theory.training.optimizer import Descent, Loss, SGDState
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class SampledTraining:
         start = _starts(z, zeta, self._inverse, fluctuation, response)
         small = [new(S, N, C) for _ in range(1 if start is None else 3)]
         large = [] if response is None else [new(S, N, C, N, C), *(new(S, N, N, N, C) for _ in range(5))]
-        coefficients = Coefficients(self._descent, *small, *large)
+        coefficients = SGDState(self._descent, *small, *large)
         for step in range(steps[-1] + 1):
             p, *others = coefficients.values
             q = others[2] if response is not None else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.gaussian.points import square_root
-from torch_eft.theory.initialization.estimators import RECURSIONS, Combined
+from torch_eft.theory.initialization.estimators import RECURSIONS, ReplicaMean
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
 from torch_eft.theory.training.sampled.dynamics import Fluctuation
 
@@ -53,7 +53,7 @@ def all_vertices(vertices: VertexTiles) -> tuple[dict[str, Tensor], float]:
     """
     count = len(vertices.K)
     sets = dict.fromkeys("abcd", torch.arange(count, device=vertices.K.device))
-    found = {name: Combined(vertices.refined) for name in RECURSIONS}
+    found = {name: ReplicaMean(vertices.refined) for name in RECURSIONS}
     for source in vertices.runs(sets):
         for name, combined in found.items():
             letters = "ab" if name in ("G1", "Theta1") else "abcd"

@@ -38,8 +38,8 @@ export function sheet(panels, columns, look, header) {
     y += Math.max(...row.map(({ height }) => height)) + gap;
   }
   const width = Math.min(columns, drawn.length) * (look.width + gap) + gap;
-  const words = header.map(({ text, colour }, i) =>
-    svg("text", { x: gap, y: (i + 1) * line, fill: colour, "font-size": look.font, "font-family": "sans-serif" }, text),
+  const words = header.map(({ text, color }, i) =>
+    svg("text", { x: gap, y: (i + 1) * line, fill: color, "font-size": look.font, "font-family": "sans-serif" }, text),
   );
   return svg(
     "svg",

@@ -1,4 +1,4 @@
-// One panel as an SVG that stands alone: all colours and sizes are attributes, so that an export looks the same.
+// One panel as an SVG that stands alone: all colors and sizes are attributes, so that an export looks the same.
 
 import { number, shortName } from "../data/format.js";
 import { svg } from "./dom.js";
@@ -49,7 +49,7 @@ function area(points, x, y) {
   return `M${upper.join("L")}L${lower.join("L")}Z`;
 }
 
-function marker(shape, cx, cy, size, colour) {
+function marker(shape, cx, cy, size, color) {
   const s = size;
   const shapes = {
     square: `M${cx - s},${cy - s}h${2 * s}v${2 * s}h${-2 * s}z`,
@@ -57,8 +57,8 @@ function marker(shape, cx, cy, size, colour) {
     diamond: `M${cx},${cy - 1.4 * s}L${cx + 1.4 * s},${cy}L${cx},${cy + 1.4 * s}L${cx - 1.4 * s},${cy}z`,
     cross: `M${cx - s},${cy - s}L${cx + s},${cy + s}M${cx - s},${cy + s}L${cx + s},${cy - s}`,
   };
-  if (shape === "circle") return svg("circle", { cx, cy, r: s, fill: colour });
-  return svg("path", { d: shapes[shape], fill: colour, stroke: colour, "stroke-width": shape === "cross" ? 2 : 0 });
+  if (shape === "circle") return svg("circle", { cx, cy, r: s, fill: color });
+  return svg("path", { d: shapes[shape], fill: color, stroke: color, "stroke-width": shape === "cross" ? 2 : 0 });
 }
 
 /** A few markers along a line, at its end always. */
@@ -68,7 +68,7 @@ function markers(line, x, y) {
   if (there.length === 0) return [];
   const last = there.length - 1;
   const chosen = [...new Set([0.35, 0.7, 1].map((share) => Math.round(share * last)))];
-  return chosen.map((i) => marker(line.marker, x.to(there[i][0]), Number(clip(y.to(there[i][1]))), 3, line.colour));
+  return chosen.map((i) => marker(line.marker, x.to(there[i][0]), Number(clip(y.to(there[i][1]))), 3, line.color));
 }
 
 function text(content, attributes) {
@@ -103,14 +103,14 @@ function axes(box, x, y, counts, look, withSteps) {
 function eventMarks(events, x, box, theme) {
   return events
     .filter(({ step }) => step >= x.low && step <= x.high)
-    .map(({ step, text: words, colour }) => {
+    .map(({ step, text: words, color }) => {
       const at = x.to(step);
       return svg(
         "g",
         { class: "event" },
         svg("title", {}, `step ${step}: ${words}`),
-        svg("line", { x1: at, x2: at, y1: box.top, y2: box.bottom, stroke: colour, "stroke-dasharray": "2 3" }),
-        svg("path", { d: `M${at - 5},${box.top - 1}h10l-5,8z`, fill: colour, stroke: theme.ground }),
+        svg("line", { x1: at, x2: at, y1: box.top, y2: box.bottom, stroke: color, "stroke-dasharray": "2 3" }),
+        svg("path", { d: `M${at - 5},${box.top - 1}h10l-5,8z`, fill: color, stroke: theme.ground }),
       );
     });
 }
@@ -122,7 +122,7 @@ function drawLines(lines, x, y, clipId) {
     lines.map((line) => [
       svg("path", {
         d: path(line.points, x, y),
-        stroke: line.colour,
+        stroke: line.color,
         "stroke-width": line.width,
         "stroke-dasharray": line.dash,
         "data-series": line.series,
@@ -234,7 +234,7 @@ export function drawFigure(panel, look) {
     svg(
       "g",
       { "clip-path": `url(#${ids[0]})` },
-      panel.bands.map((band) => svg("path", { d: area(band.points, x, y), fill: band.colour, opacity: band.opacity })),
+      panel.bands.map((band) => svg("path", { d: area(band.points, x, y), fill: band.color, opacity: band.opacity })),
     ),
     drawLines(panel.lines, x, y, ids[0]),
     lower ? residualParts() : null,

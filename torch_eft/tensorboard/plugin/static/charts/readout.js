@@ -36,13 +36,13 @@ function grid(panel, step) {
   const series = [...new Set(panel.runs.flatMap(({ quantity }) => quantity.orders.map((order) => order.series)))].sort();
   const head = ["measured", ...series.map((name) => name.replace("_", " ")), panel.residual?.short];
   const cell = (text) => h("td", {}, text);
-  const row = ({ name, colour, quantity }) => {
+  const row = ({ name, color, quantity }) => {
     const values = valuesAt(quantity, step);
     const at = residualAt(panel, quantity, step);
     return h(
       "tr",
       {},
-      h("th", { style: `color: ${colour}` }, name),
+      h("th", { style: `color: ${color}` }, name),
       cell(number(values.measured)),
       series.map((order) => cell(orderText(order, values, quantity.best))),
       panel.residual && cell(at === null ? "–" : signed(at)),

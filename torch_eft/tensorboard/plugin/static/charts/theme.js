@@ -1,4 +1,4 @@
-// Colours of Okabe & Ito (2008), told apart by colour-blind readers, on light and (some of them brightened) on dark ground.
+// Colors of Okabe & Ito (2008), told apart by color-blind readers, on light and (some of them brightened) on dark ground.
 
 const LIGHT = {
   name: "light",
@@ -60,8 +60,8 @@ export function onThemeChange(callback) {
   }
 }
 
-/** The colour of the i-th chosen run, and the shape of its marker, which tells runs apart without colour. */
+/** The color of the i-th chosen run, and the shape of its marker, which tells runs apart without color. */
 export function runStyle(theme, index) {
   const markers = ["circle", "square", "triangle", "diamond", "cross"];
-  return { colour: theme.runs[index % theme.runs.length], marker: markers[index % markers.length] };
+  return { color: theme.runs[index % theme.runs.length], marker: markers[index % markers.length] };
 }

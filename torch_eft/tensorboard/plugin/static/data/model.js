@@ -1,7 +1,7 @@
 // What the numbers of one quantity of one run mean. No drawing, no fetching.
 //
 // Raw series arrive as {series: [[step, value | null], ...]}: "measured"; "order_0" and "order_1", the theory;
-// "minus_sigma" and "plus_sigma", one standard deviation over initialisations around the highest order present;
+// "minus_sigma" and "plus_sigma", one standard deviation over initializations around the highest order present;
 // "truncation", the estimated size of the next order; "layer/NAME", measured, a part: a layer, or a Taylor term.
 
 import { extent } from "./scale.js";

@@ -1,6 +1,6 @@
-// From the numbers of one quantity to what a figure draws: which lines, in which colour and dash.
+// From the numbers of one quantity to what a figure draws: which lines, in which color and dash.
 //
-// One run: measured, order 0 and order 1 have colours of their own. Several: the colour says which run, the
+// One run: measured, order 0 and order 1 have colors of their own. Several: the color says which run, the
 // line's dashes which series.
 
 import { runStyle } from "../charts/theme.js";
@@ -14,8 +14,8 @@ function dashOf(series) {
   return series === "measured" ? null : (DASHES[series] ?? "4 2 1 2");
 }
 
-/** The colour of a series where it is the only run. */
-function seriesColour(theme, series) {
+/** The color of a series where it is the only run. */
+function seriesColor(theme, series) {
   return { measured: theme.measured, order_0: theme.order0, order_1: theme.order1, truncation: theme.order1 }[series] ?? theme.extra;
 }
 
@@ -28,25 +28,25 @@ function seriesColour(theme, series) {
 export function makePanel(name, runs, options, theme) {
   const { single } = options;
   const read = runs.map((run) => {
-    const style = single ? { colour: null, marker: null } : runStyle(theme, run.index);
+    const style = single ? { color: null, marker: null } : runStyle(theme, run.index);
     return { ...run, ...style, quantity: readQuantity(run.raw) };
   });
   const kind = residualKind(read.map(({ quantity }) => quantity), options.residual);
   const panel = { name, runs: read, lines: [], bands: [], events: [], residual: null };
   const residualLines = [];
-  for (const { name: run, colour, marker, quantity, events } of read) {
+  for (const { name: run, color, marker, quantity, events } of read) {
     const line = (series, points, width) => ({
       series,
       points,
       width,
-      colour: colour ?? seriesColour(theme, series),
+      color: color ?? seriesColor(theme, series),
       dash: dashOf(series),
       marker: series === "measured" ? marker : null,
     });
     if (options.band && quantity.band.length) {
       panel.bands.push({
         points: quantity.band,
-        colour: colour ?? theme.order1,
+        color: color ?? theme.order1,
         opacity: theme.bandOpacity / (runs.length > 2 ? 2 : 1),
       });
     }
@@ -56,14 +56,14 @@ export function makePanel(name, runs, options, theme) {
     if (single && options.truncation && options[quantity.best]) {
       for (const side of [1, 2]) {
         const edge = quantity.truncation.map((point) => [point[0], point[side]]);
-        if (edge.length) panel.lines.push({ ...line("truncation", edge, 1), colour: seriesColour(theme, quantity.best) });
+        if (edge.length) panel.lines.push({ ...line("truncation", edge, 1), color: seriesColor(theme, quantity.best) });
       }
     }
     const bare = quantity.measured.length === 0 && quantity.orders.length === 0;
     if (bare || (single && options.layers)) {
       quantity.layers.forEach(({ series, points }, i) => {
-        const own = colour ?? theme.runs[(i + 2) % theme.runs.length];
-        panel.lines.push({ ...line(series, points, bare ? 1.8 : 1.3), colour: own, dash: PARTS[i % PARTS.length] });
+        const own = color ?? theme.runs[(i + 2) % theme.runs.length];
+        panel.lines.push({ ...line(series, points, bare ? 1.8 : 1.3), color: own, dash: PARTS[i % PARTS.length] });
       });
     }
     panel.lines.push(line("measured", quantity.measured, 2));
@@ -76,7 +76,7 @@ export function makePanel(name, runs, options, theme) {
     if (options.events) {
       for (const event of events ?? []) {
         if (!event.quantity || event.quantity === name) {
-          panel.events.push({ run, step: event.step, text: event.text, colour: colour ?? theme.event });
+          panel.events.push({ run, step: event.step, text: event.text, color: color ?? theme.event });
         }
       }
     }

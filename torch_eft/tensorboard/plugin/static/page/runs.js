@@ -33,7 +33,7 @@ export function swatch(style) {
   return svg(
     "svg",
     { width: 26, height: 12, class: "swatch", "aria-hidden": "true" },
-    svg("line", { x1: 1, x2: 25, y1: 6, y2: 6, stroke: style.colour, "stroke-width": 3 }),
+    svg("line", { x1: 1, x2: 25, y1: 6, y2: 6, stroke: style.color, "stroke-width": 3 }),
   );
 }
 
@@ -46,7 +46,7 @@ function onlyButton(name, styles, only) {
 /**
  * One row a run.
  * @param {{name, info, problem}[]} runs
- * @param {Map<string, {colour}>} styles of the chosen runs
+ * @param {Map<string, {color}>} styles of the chosen runs
  * @param {{toggle(name), only(name), details(run)}} actions; only(null) goes back to several
  */
 export function runList(runs, styles, actions) {
@@ -61,7 +61,7 @@ export function runList(runs, styles, actions) {
       return h(
         "li",
         {},
-        h("label", { class: "choose", title: run.name }, box, swatch(style ?? { colour: "transparent" }), h("span", { class: "name" }, run.name)),
+        h("label", { class: "choose", title: run.name }, box, swatch(style ?? { color: "transparent" }), h("span", { class: "name" }, run.name)),
         flagBadge(run.info),
         h("span", { class: "badges" }, shapeBadges(run.info)),
         h("span", { class: "reason", title: sentence }, sentence),

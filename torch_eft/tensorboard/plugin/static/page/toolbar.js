@@ -35,7 +35,7 @@ export function toolbar(settings, live, changed, exports) {
     choice("Show", "only", { all: "all quantities", theory: "with theory" }, settings, changed),
     toggle("order 0", "order_0", settings, changed, "the theory at infinite width"),
     toggle("order 1", "order_1", settings, changed, "the theory with 1/n corrections"),
-    toggle("band", "band", settings, changed, "one standard deviation over initialisations"),
+    toggle("band", "band", settings, changed, "one standard deviation over initializations"),
     toggle("next order", "truncation", settings, changed, "estimated size of what the next order would add; one run only"),
     toggle("events", "events", settings, changed, "where a quantity leaves its band or a prediction its validity"),
     live && toggle("live", "live", settings, changed, "look for new measurements every few seconds"),
@@ -49,29 +49,29 @@ export function exportButtons(exports) {
   return h("span", { class: "export" }, "Export ", ["csv", "svg", "png"].map(button));
 }
 
-/** Which line is which; with several runs the colour belongs to the run, so that lines here are of the text's. */
+/** Which line is which; with several runs the color belongs to the run, so that lines here are of the text's. */
 function legend(lines, bandShown, single, theme) {
-  const sample = ({ series, colour, dash }) =>
+  const sample = ({ series, color, dash }) =>
     svg(
       "svg",
       { width: 30, height: 12, "aria-hidden": "true" },
       svg("line", {
-        x1: 1, x2: 29, y1: 6, y2: 6, stroke: single ? colour : theme.ink, "stroke-width": series === "measured" ? 2.5 : 1.8,
+        x1: 1, x2: 29, y1: 6, y2: 6, stroke: single ? color : theme.ink, "stroke-width": series === "measured" ? 2.5 : 1.8,
         "stroke-dasharray": dash,
       }),
     );
-  const bandColour = single ? theme.order1 : theme.ink;
+  const bandColor = single ? theme.order1 : theme.ink;
   const band = svg(
     "svg",
     { width: 30, height: 12, "aria-hidden": "true" },
-    svg("rect", { x: 1, y: 1, width: 28, height: 10, fill: bandColour, opacity: theme.bandOpacity }),
+    svg("rect", { x: 1, y: 1, width: 28, height: 10, fill: bandColor, opacity: theme.bandOpacity }),
   );
   return h(
     "div",
     { class: "legend" },
     lines.map((line) => h("span", {}, sample(line), " ", seriesName(line.series))),
-    bandShown && h("span", {}, band, " ± σ over initialisations"),
-    !single && h("span", {}, "colour and marker: the run"),
+    bandShown && h("span", {}, band, " ± σ over initializations"),
+    !single && h("span", {}, "color and marker: the run"),
   );
 }
 

@@ -1,4 +1,4 @@
-"""The tab's colours keep apart for colour-blind readers and stand out from the ground."""
+"""The tab's colors keep apart for color-blind readers and stand out from the ground."""
 
 import itertools
 import re
@@ -18,8 +18,8 @@ SEEN_BY = {
 XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 
 
-def linear(colour):
-    value = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+def linear(color):
+    value = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
 
 
@@ -45,7 +45,7 @@ def test_lines_that_meet_in_one_chart_differ(name, reader):
     """CIE76 distance above 10; 2.3 is just noticeable."""
     single, runs = palette(name)
     for group in (runs[:5], [single[series] for series in ("measured", "order0", "order1")]):
-        tones = [lab(SEEN_BY[reader] @ linear(colour)) for colour in group]
+        tones = [lab(SEEN_BY[reader] @ linear(color)) for color in group]
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(tones, 2)) > 10
 
 
@@ -53,7 +53,7 @@ def test_lines_that_meet_in_one_chart_differ(name, reader):
 def test_lines_and_letters_stand_out(name):
     """WCAG 2.1: 3 for graphics, 4.5 for text."""
     single, runs = palette(name)
-    for colour in (*runs[:5], single["measured"], single["order0"], single["order1"], single["event"]):
-        assert contrast(colour, single["ground"]) >= 3, colour
+    for color in (*runs[:5], single["measured"], single["order0"], single["order1"], single["event"]):
+        assert contrast(color, single["ground"]) >= 3, color
     for letters in ("ink", "soft"):
         assert contrast(single[letters], single["ground"]) >= 4.5

@@ -16,13 +16,13 @@ from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, checked_lambdas
-from torch_eft.measure.kernels.dntk import isolated_contracted
-from torch_eft.measure.taylor.displacement import symmetrised
+from torch_eft.measure.kernels.dntk import isolated_ntk_derivatives
+from torch_eft.measure.taylor.displacement import symmetrized
 from torch_eft.measure.taylor.secant import _complete
 
 
 @dataclass(frozen=True)
-class SizedDNTK:
+class RelativeDNTK:
     """Sizes along one direction.
 
     Args:
@@ -36,7 +36,7 @@ class SizedDNTK:
     validity: str
 
 
-def sized_dntk(
+def relative_dntk(
     model: nn.Module,
     params: Mapping[str, Tensor],
     gradient: Mapping[str, Tensor],
@@ -46,7 +46,7 @@ def sized_dntk(
     trace: bool = False,
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
-) -> SizedDNTK | None:
+) -> RelativeDNTK | None:
     """The sizes along v = lambda times a gradient.
 
     Args:
@@ -64,7 +64,7 @@ def sized_dntk(
         The sizes, or None where the direction moves no output.
 
     Raises:
-        ValueError: As ``contracted``.
+        ValueError: As ``ntk_derivatives``.
     """
     probe = as_probe(x)
     with isolated(model, output_fn) as network:
@@ -76,19 +76,19 @@ def sized_dntk(
         if not float(size) > 0:
             return None
         v = {name: value / size for name, value in v.items()}
-        found = isolated_contracted(at, probe, v, lambdas, order, trace, memory)
+        found = isolated_ntk_derivatives(at, probe, v, lambdas, order, trace, memory)
         inputs = at.place(probe)
         moved = _along(at, inputs, v)
         assert found.H is not None
         channels = checked_output(at, probe).numel()
-        numbers = [moved.norm(), found.H.norm(), symmetrised(found.dH).norm()]
+        numbers = [moved.norm(), found.H.norm(), symmetrized(found.dH).norm()]
         if found.ddI is not None and found.ddII is not None:
-            numbers.append((symmetrised(found.ddI) / 2 + found.ddII).norm())
+            numbers.append((symmetrized(found.ddI) / 2 + found.ddII).norm())
         motion, H, first, *second = torch.stack(numbers).tolist()
     if not (motion > 0 and H > 0):
         return None
     rms = motion / channels**0.5
-    return SizedDNTK(first / H / rms, second[0] / H / rms**2 if second else None, found.validity)
+    return RelativeDNTK(first / H / rms, second[0] / H / rms**2 if second else None, found.validity)
 
 
 def _along(network: Any, inputs: Any, v: Mapping[str, Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from torch_eft.measure.forward.isolation import IsolatedModel, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.kernels.ntk import isolated_ntk
-from torch_eft.measure.representations.bottlenecks import Place, trunk
+from torch_eft.measure.representations.bottlenecks import Bottleneck, trunk
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class OneNetwork:
         trace: (N,), tr H / C for each input; None where H does not fit into memory.
     """
 
-    places: list[Place]
+    places: list[Bottleneck]
     outputs: Tensor
     trace: Tensor | None
 
@@ -53,7 +53,7 @@ class Redraws:
     memory: str
 
 
-def redraws(
+def reinitialized_networks(
     model: nn.Module,
     x: Any,
     seeds: int,
