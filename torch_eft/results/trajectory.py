@@ -1,34 +1,61 @@
 """The one result type of every forecast and measurement of training, shared by theory, measurement and drawing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from torch_eft.results.repr import short_repr
+
 MaybeNone: TypeAlias = Any
 """In ``Tensor | MaybeNone``: every forecast knows this, so that its readers need not ask; a measurement may not."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Validity:
-    """How far a number can be trusted, in a word and a sentence.
+    """How far a number can be trusted: a flag, the reasons, and the numbers that decided.
 
     Args:
         flag: ``"valid"``, ``"caution"`` (corrections of order one in some quantities) or
             ``"invalid"`` (outside the regime or outside the derivation).
-        reason: What decided it, with its size, and what would make it better.
+        reasons: Sentences: what decided it, with its size, and what would make it better; one string is one reason.
+        numbers: ``{name: value}`` of what decided it, to be read by programs.
+
+    Example:
+        >>> from torch_eft import Validity
+        >>> validity = Validity("caution", "r = L/n = 0.3: corrections are of order one", {"aspect_ratio": 0.3})
+        >>> validity.flag, validity.numbers["aspect_ratio"]
+        ('caution', 0.3)
+        >>> print(validity)
+        caution: r = L/n = 0.3: corrections are of order one
     """
 
     flag: Literal["valid", "caution", "invalid"]
-    reason: str
+    reasons: tuple[str, ...]
+    numbers: Mapping[str, float]
+
+    def __init__(
+        self,
+        flag: Literal["valid", "caution", "invalid"],
+        reasons: str | Sequence[str],
+        numbers: Mapping[str, float] | None = None,
+    ) -> None:
+        object.__setattr__(self, "flag", flag)
+        object.__setattr__(self, "reasons", (reasons,) if isinstance(reasons, str) else tuple(reasons))
+        object.__setattr__(self, "numbers", dict(numbers or {}))
+
+    @property
+    def reason(self) -> str:
+        """The reasons as one text."""
+        return "; ".join(self.reasons)
 
     def __str__(self) -> str:
         return f"{self.flag}: {self.reason}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trajectory:
     """Outputs and NTK on N_p probe points with C outputs, at T+1 times; of a forecast, a shadow or a measured run.
 
@@ -64,6 +91,9 @@ class Trajectory:
     output_error: Tensor | None = None
     ntk_error: Tensor | None = None
     ntk_drift_error: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 def trajectory_from_records(

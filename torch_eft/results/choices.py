@@ -1,0 +1,26 @@
+"""Checks an argument that is one of a few names, and suggests the nearest one."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str], instead: str = "") -> None:
+    """Raise unless ``value`` is one of ``allowed``.
+
+    Args:
+        name: Name of the argument, as its user writes it.
+        value: What was given.
+        allowed: The names that are allowed.
+        instead: What else may be given, as the end of the sentence "give one of ..., or".
+
+    Raises:
+        ValueError: If it is none of them: what was given, what is allowed, and the nearest name.
+    """
+    names = list(allowed)
+    if isinstance(value, str) and value in names:
+        return
+    near = get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    also = f", or {instead}" if instead else ""
+    raise ValueError(f"{name}: {value!r} given{hint}; give one of {', '.join(map(repr, names))}{also}")

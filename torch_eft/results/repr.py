@@ -1,0 +1,34 @@
+"""A ``repr`` of a few lines for results that hold tensors: shapes instead of numbers."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+_LONGEST = 100
+"""Characters of a value; longer ones are cut."""
+
+
+def short_repr(result: Any) -> str:
+    """List the fields of a dataclass, one per line, tensors by shape and dtype, fields that are None left out."""
+    lines = [f"  {field.name}: {_value(getattr(result, field.name))}" for field in fields(result) if field.repr]
+    shown = [line for line in lines if not line.endswith(": None")]
+    return "\n".join([f"{type(result).__name__}(", *shown, ")"])
+
+
+def _value(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        if value.ndim == 0:
+            return f"{float(value):.6g}"
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping) and value and any(hasattr(part, "shape") for part in value.values()):
+        return _cut("{" + ", ".join(f"{key}: {_value(part)}" for key, part in value.items()) + "}")
+    if isinstance(value, tuple | list) and value and any(hasattr(part, "shape") for part in value):
+        return f"{len(value)} of {_value(value[0])}"
+    return _cut(str(value))
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 4] + " ..."
