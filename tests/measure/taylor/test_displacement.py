@@ -73,10 +73,10 @@ def test_terms_are_derivatives_along_the_displacement():
     df, dH = derivatives(f, 3), derivatives(H, 2)
     factorials = torch.tensor([1.0, 2.0, 6.0], dtype=F64)[:, None, None]
     torch.testing.assert_close(found.output_terms, df / factorials, rtol=1e-8, atol=1e-12)
-    as_rows = torch.stack([measure.metrics.as_matrix(term) for term in found.ntk_terms])
+    as_rows = torch.stack([measure.as_matrix(term) for term in found.ntk_terms])
     torch.testing.assert_close(as_rows, dH / factorials[:2], rtol=1e-8, atol=1e-12)
     J0, J1 = flat_jacobian(model, lambdas, x, theta), flat_jacobian(model, lambdas, x, end)
-    change = measure.metrics.as_matrix(found.ntk_change)
+    change = measure.as_matrix(found.ntk_change)
     torch.testing.assert_close(change, (J1 @ J1.T - J0 @ J0.T).detach(), rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(found.output_change, model_at(model, end, x) - model_at(model, theta, x))
     traced = interval(model, theta, end, x, lambdas, trace=True)
