@@ -80,7 +80,7 @@ def test_terms_are_derivatives_along_the_displacement():
     torch.testing.assert_close(change, (J1 @ J1.T - J0 @ J0.T).detach(), rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(found.output_change, model_at(model, end, x) - model_at(model, theta, x))
     traced = interval(model, theta, end, x, lambdas, trace=True)
-    torch.testing.assert_close(traced.ntk_terms[1], measure.metrics.as_trace(found.ntk_terms[1]))
+    torch.testing.assert_close(traced.ntk_terms[1], measure.as_trace(found.ntk_terms[1]))
 
 
 def model_at(model, theta, x):
