@@ -36,3 +36,15 @@ def test_aspect_ratio_is_depth_over_the_harmonic_mean_width():
 def test_unusable_values_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         MLPEnsemble(**{"widths": [3, 4, 5], "activation": "tanh"} | arguments)
+
+
+def test_standard_errors_travel_with_the_ensemble_and_do_not_make_it_another():
+    errors = {"C_b": [0.0, 0.1], "C_W": (0.2, 0.3)}
+    plain, read = MLPEnsemble([3, 4, 5], "tanh"), MLPEnsemble([3, 4, 5], "tanh", errors=errors)
+    assert plain.errors is None
+    assert read.errors == {"C_b": (0.0, 0.1), "C_W": (0.2, 0.3)}
+    assert plain == read and hash(plain) == hash(read)
+    with pytest.raises(ValueError, match="did you mean 'C_W'"):
+        MLPEnsemble([3, 4, 5], "tanh", errors={"C_w": [0.1, 0.1]})
+    with pytest.raises(ValueError, match="errors: 1 values of C_b given for 2 layers"):
+        MLPEnsemble([3, 4, 5], "tanh", errors={"C_b": [0.1]})

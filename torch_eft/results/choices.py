@@ -20,7 +20,9 @@ def check_choice(name: str, value: Any, allowed: Iterable[str], instead: str = "
     names = list(allowed)
     if isinstance(value, str) and value in names:
         return
-    near = get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    near = []
+    if isinstance(value, str):
+        near = [known for known in names if known.lower() == value.lower()] or get_close_matches(value, names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     also = f", or {instead}" if instead else ""
     raise ValueError(f"{name}: {value!r} given{hint}; give one of {', '.join(map(repr, names))}{also}")

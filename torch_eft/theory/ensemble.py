@@ -1,9 +1,10 @@
-"""The ensemble of networks that the theory speaks about: an MLP drawn at random."""
+"""The ensemble of networks that the theory describes: a random MLP."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from torch_eft.results.choices import check_choice
 from torch_eft.theory.gaussian.activations import Activation, ActivationLike, get_activation
 
 
@@ -19,14 +20,24 @@ class MLPEnsemble:
     Args:
         widths: n_0 (inputs), hidden widths, n_L (outputs); L = len(widths) - 1.
         activation: A name, an ``Activation`` or an elementwise function.
-        C_b: Bias variance >= 0; one value, or one a layer (l = 1 .. L).
+        C_b: Bias variance >= 0; one value, or one per layer (l = 1 .. L).
         C_W: Rescaled weight variance > 0; likewise.
         lambda_b: Learning-rate tensor of the biases >= 0; likewise.
         lambda_W: Learning-rate tensor of the weights, times n_{l-1}, >= 0; likewise.
+        errors: Standard errors of values estimated from a network, ``{"C_b": (one per layer), ...}``; None where
+            nothing was estimated. Ensembles that differ only in them are equal.
 
     Raises:
         ValueError: If a value is out of range or the number of values is not 1 or L.
         TypeError: If the activation is neither a name nor callable.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> ensemble = theory.MLPEnsemble([64, 128, 128, 10], "tanh", C_b=0.0, C_W=[1.0, 1.0, 2.0])
+        >>> ensemble.depth, ensemble.hidden_widths, ensemble.C_W
+        (3, (128, 128), (1.0, 1.0, 2.0))
+        >>> print(ensemble)
+        MLP 64-128-128-10, tanh
     """
 
     widths: tuple[int, ...]
@@ -35,6 +46,7 @@ class MLPEnsemble:
     C_W: tuple[float, ...]
     lambda_b: tuple[float, ...]
     lambda_W: tuple[float, ...]
+    errors: Mapping[str, tuple[float, ...]] | None = field(default=None, compare=False)
 
     def __init__(
         self,
@@ -44,6 +56,8 @@ class MLPEnsemble:
         C_W: float | Sequence[float] = 1.0,
         lambda_b: float | Sequence[float] = 1.0,
         lambda_W: float | Sequence[float] = 1.0,
+        *,
+        errors: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         widths = tuple(widths)
         if len(widths) < 2 or any(not isinstance(n, int) or n < 1 for n in widths):
@@ -56,6 +70,7 @@ class MLPEnsemble:
             "C_W": _per_layer("C_W", C_W, depth, positive=True),
             "lambda_b": _per_layer("lambda_b", lambda_b, depth),
             "lambda_W": _per_layer("lambda_W", lambda_W, depth),
+            "errors": None if errors is None else _checked_errors(errors, depth),
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -77,14 +92,30 @@ class MLPEnsemble:
             return 0.0
         return self.depth * sum(1 / n for n in self.hidden_widths) / len(self.hidden_widths)
 
+    def __repr__(self) -> str:
+        values = {name: getattr(self, name) for name in _PER_LAYER}
+        shown = [f"{name}={value[0] if len(set(value)) == 1 else value}" for name, value in values.items()]
+        return f"MLPEnsemble({list(self.widths)}, {self.activation.name!r}, {', '.join(shown)})"
+
     def __str__(self) -> str:
         return f"MLP {'-'.join(map(str, self.widths))}, {self.activation.name}"
+
+
+_PER_LAYER = ("C_b", "C_W", "lambda_b", "lambda_W")
+
+
+def _checked_errors(errors: Mapping[str, Sequence[float]], depth: int) -> dict[str, tuple[float, ...]]:
+    for name, values in errors.items():
+        check_choice("errors", name, _PER_LAYER)
+        if len(values) != depth:
+            raise ValueError(f"errors: {len(values)} values of {name} given for {depth} layers; give one per layer")
+    return {name: tuple(float(value) for value in values) for name, values in errors.items()}
 
 
 def _per_layer(name: str, value: float | Sequence[float], depth: int, positive: bool = False) -> tuple[float, ...]:
     values = (value,) * depth if isinstance(value, int | float) else tuple(value)
     if len(values) != depth:
-        raise ValueError(f"{name}: {len(values)} values given for {depth} layers; give one value or one a layer")
+        raise ValueError(f"{name}: {len(values)} values given for {depth} layers; give one value or one per layer")
     for number in values:
         if not math.isfinite(number) or number < 0 or (positive and number == 0):
             raise ValueError(f"{name}: {number:g} given; it must be finite and {'> 0' if positive else '>= 0'}")
