@@ -1,26 +1,32 @@
-"""Every quantity that is logged: what it is, its formula, unit and source, and what it is at infinite width.
+"""The registry of logged quantities: title, formula, unit, source, and value at infinite width.
 
 The only place where titles and explanations live: charts, pages, the run info and the README's table read them here.
-The order is that in which they are drawn.
+The order is that in which they are drawn. ``register_quantity`` adds those of a user's own instruments.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """One observable.
+    """A logged quantity.
 
     Args:
-        title: Of its charts.
+        title: Title of its charts.
         formula: In the field's symbols; H is the NTK on the probe with the learning-rate tensor lambda, K a hidden
             layer's kernel, z the outputs; index 0 means theta_0.
         unit: Its unit; ``"1"`` for a pure number.
         source: PDLT, a paper, or ``"derived here"``.
-        at_infinite_width: What it is there, in words.
-        among_the_first: Whether the scalars tab shows its measured values in the group ``eft``; at most 12 do, the
-            others are in ``eft-more``.
+        at_infinite_width: Its value or law at infinite width, as a phrase.
+        among_the_first: Show its measured values in the group ``eft`` of the scalars tab; at most 12 quantities are
+            there, the others are in ``eft-more``.
+
+    Example:
+        >>> from torch_eft.tensorboard import QUANTITIES
+        >>> QUANTITIES["ntk_drift"].formula
+        '||H - H_0||_F / ||H_0||_F'
     """
 
     title: str
@@ -31,7 +37,7 @@ class Quantity:
     among_the_first: bool = False
 
     def to_dict(self) -> dict[str, str]:
-        """What explains it: plain strings, by name."""
+        """Title, formula, unit, source and value at infinite width, by name."""
         names = ("title", "formula", "unit", "source", "at_infinite_width")
         return {name: getattr(self, name) for name in names}
 
@@ -252,7 +258,52 @@ QUANTITIES: dict[str, Quantity] = {
 }
 
 
+_BUILT_IN = frozenset(QUANTITIES)
+
+
+def register_quantity(
+    name: str,
+    *,
+    title: str,
+    formula: str,
+    unit: str = "1",
+    source: str = "user's own",
+    at_infinite_width: str = "not known",
+) -> Quantity:
+    """Add a quantity of your own, so that an instrument may log it and charts have its title.
+
+    Register it in every process that logs it; TensorBoard reads title and formula from the run itself.
+
+    Args:
+        name: Name in tags, of letters, digits and underscores: ``"my_quantity"`` is logged as
+            ``eft-more/my_quantity/measured``.
+        title: Title of its charts.
+        formula: How it is computed.
+        unit: Its unit; ``"1"`` for a pure number.
+        source: Where it comes from.
+        at_infinite_width: Its value at infinite width, as a phrase.
+
+    Returns:
+        The registered ``Quantity``. Registering a name of your own again replaces it.
+
+    Raises:
+        ValueError: If the name is not usable in a tag, or is one of the package's own.
+
+    Example:
+        >>> from torch_eft.tensorboard import register_quantity, tag
+        >>> _ = register_quantity("weight_norm", title="Norm of the weights", formula="||theta||")
+        >>> tag("weight_norm")
+        'eft-more/weight_norm/measured'
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise ValueError(f"name: {name!r} given; use letters, digits and underscores, as in 'my_quantity'")
+    if name in _BUILT_IN:
+        raise ValueError(f"name: {name!r} is a quantity of torch_eft itself ({QUANTITIES[name].title}); choose another")
+    QUANTITIES[name] = Quantity(title, formula, unit, source, at_infinite_width)
+    return QUANTITIES[name]
+
+
 def documented(quantities: Mapping[str, object] | list[str]) -> dict[str, dict[str, str]]:
-    """The registry's entries of some quantities, as plain dicts, in the registry's order."""
+    """Entries of some quantities as plain dicts, in the order of the registry."""
     wanted = set(quantities)
     return {name: quantity.to_dict() for name, quantity in QUANTITIES.items() if name in wanted}

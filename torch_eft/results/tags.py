@@ -36,7 +36,7 @@ def tag(quantity: str, series: str = MEASURED) -> str:
         ValueError: If the quantity is not registered or the series unknown.
     """
     if quantity not in QUANTITIES:
-        raise ValueError(f"quantity: {quantity!r} is not in QUANTITIES; describe it there first")
+        raise ValueError(f"quantity: {quantity!r} is not registered; describe it by torch_eft.tensorboard.register_quantity first")
     if series == MEASURED:
         return intern(f"{PREFIX if QUANTITIES[quantity].among_the_first else MORE}/{quantity}/{MEASURED}")
     if series not in SERIES:
@@ -51,7 +51,7 @@ def layer_tag(quantity: str, layer: str) -> str:
         ValueError: If the quantity is not registered.
     """
     if quantity not in QUANTITIES:
-        raise ValueError(f"quantity: {quantity!r} is not in QUANTITIES; describe it there first")
+        raise ValueError(f"quantity: {quantity!r} is not registered; describe it by torch_eft.tensorboard.register_quantity first")
     return intern(f"{LAYERS}/{quantity}/{layer}")
 
 

@@ -1,6 +1,6 @@
 """Results to scalars, layouts, figures and pages of TensorBoard; no Trainer needed."""
 
-from torch_eft.results.quantities import QUANTITIES, Quantity
+from torch_eft.results.quantities import QUANTITIES, Quantity, register_quantity
 from torch_eft.results.tags import compared_quantities, layer_tag, tag
 from torch_eft.tensorboard.figures import comparison_figure, kernel_figure, layers_figure
 from torch_eft.tensorboard.layout import comparison_layout
@@ -14,5 +14,6 @@ __all__ = [
     "kernel_figure",
     "layer_tag",
     "layers_figure",
+    "register_quantity",
     "tag",
 ]
