@@ -33,7 +33,7 @@ def test_tags_are_built_and_read():
         assert quantity_of(name) == "ntk_trace"
     assert quantity_of("eft/nothing/measured") is None
     assert quantity_of("loss") is None
-    with pytest.raises(ValueError, match="'weight' is not in QUANTITIES"):
+    with pytest.raises(ValueError, match="'weight' is not registered"):
         tag("weight")
     with pytest.raises(ValueError, match="series: 'theory' given"):
         tag("ntk_trace", "theory")

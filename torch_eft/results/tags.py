@@ -9,6 +9,7 @@ Groups, so that the scalars tab shows few cards unless more are opened. Quantiti
 """
 
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from sys import intern  # a history has every tag once a step: as many names, one string each
 
 from torch_eft.results.quantities import QUANTITIES
@@ -35,8 +36,7 @@ def tag(quantity: str, series: str = MEASURED) -> str:
     Raises:
         ValueError: If the quantity is not registered or the series unknown.
     """
-    if quantity not in QUANTITIES:
-        raise ValueError(f"quantity: {quantity!r} is not registered; describe it by torch_eft.tensorboard.register_quantity first")
+    _check_registered(quantity)
     if series == MEASURED:
         return intern(f"{PREFIX if QUANTITIES[quantity].among_the_first else MORE}/{quantity}/{MEASURED}")
     if series not in SERIES:
@@ -50,9 +50,15 @@ def layer_tag(quantity: str, layer: str) -> str:
     Raises:
         ValueError: If the quantity is not registered.
     """
-    if quantity not in QUANTITIES:
-        raise ValueError(f"quantity: {quantity!r} is not registered; describe it by torch_eft.tensorboard.register_quantity first")
+    _check_registered(quantity)
     return intern(f"{LAYERS}/{quantity}/{layer}")
+
+
+def _check_registered(quantity: str) -> None:
+    if quantity not in QUANTITIES:
+        near = get_close_matches(quantity, QUANTITIES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"quantity: {quantity!r} is not registered{hint}; describe it by register_quantity first")
 
 
 def quantity_of(name: str) -> str | None:
