@@ -31,14 +31,12 @@ from torch_eft.measure.representations.change import (
     representation_change,
 )
 from torch_eft.measure.representations.hidden_kernels import Representation, hidden_kernels, representation
-from torch_eft.measure.taylor.displacement import DisplacementTerms, interval
+from torch_eft.measure.taylor.displacement import DisplacementTerms, RelativeDNTK, interval, relative_dntk
 from torch_eft.measure.taylor.model import TaylorModel
 from torch_eft.measure.taylor.perturbative import PerturbativeTaylorModel
 from torch_eft.measure.taylor.recorder import TrajectoryRecorder
-from torch_eft.measure.taylor.relative_dntk import RelativeDNTK, relative_dntk
 from torch_eft.measure.taylor.secant import NTKChange, ntk_change, ntk_finite_difference
-from torch_eft.measure.taylor.series import TaylorSeries, taylor_series, taylor_terms
-from torch_eft.measure.taylor.sizes import TaylorSizes, taylor_sizes
+from torch_eft.measure.taylor.series import TaylorSeries, TaylorSizes, taylor_series, taylor_sizes, taylor_terms
 from torch_eft.measure.training_loss import SquaredError, UnrecognizedLossError, recognize_squared_error
 
 __all__ = [

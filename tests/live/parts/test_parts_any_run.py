@@ -15,8 +15,7 @@ from torch_eft.live.parts.interval import IntervalPart
 from torch_eft.live.parts.shadow import ShadowPart
 from torch_eft.live.parts.taylor import TaylorPart
 from torch_eft.live.parts.theta import too_many
-from torch_eft.measure.taylor.displacement import interval
-from torch_eft.measure.taylor.relative_dntk import relative_dntk
+from torch_eft.measure.taylor.displacement import interval, relative_dntk
 
 
 def adam(model):

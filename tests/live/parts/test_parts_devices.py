@@ -11,10 +11,8 @@ from torch_eft.forecast.comparison.instance import SGDOptions
 from torch_eft.live.parts.forecasts.full_batch import FullBatch
 from torch_eft.live.parts.interval import interval_compared
 from torch_eft.measure.losses import recognize_loss
-from torch_eft.measure.taylor.displacement import interval
-from torch_eft.measure.taylor.relative_dntk import relative_dntk
-from torch_eft.measure.taylor.series import taylor_series
-from torch_eft.measure.taylor.sizes import taylor_sizes
+from torch_eft.measure.taylor.displacement import interval, relative_dntk
+from torch_eft.measure.taylor.series import taylor_series, taylor_sizes
 from torch_eft.theory import MLPEnsemble
 
 

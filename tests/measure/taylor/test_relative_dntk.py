@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from torch_eft import measure
-from torch_eft.measure.taylor.relative_dntk import relative_dntk
+from torch_eft.measure.taylor.displacement import relative_dntk
 
 F64 = torch.float64
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from torch_eft import measure
-from torch_eft.measure.taylor.sizes import taylor_sizes
+from torch_eft.measure.taylor.series import taylor_sizes
 
 F64 = torch.float64
 

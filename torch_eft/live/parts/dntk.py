@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch_eft.live.part import History, Instrument, Measurement, Reading, Start
 from torch_eft.live.parts.theta import LARGEST, copied, memory, too_many
 from torch_eft.measure.forward.probe import OutputFn
-from torch_eft.measure.taylor.relative_dntk import relative_dntk
+from torch_eft.measure.taylor.displacement import relative_dntk
 from torch_eft.results.tags import tag
 
 

@@ -3,8 +3,7 @@
 from torch_eft.live.part import Event, Instrument, Measurement, Reading, Start
 from torch_eft.live.parts.theta import LARGEST, current, memory, too_many
 from torch_eft.measure.forward.probe import OutputFn
-from torch_eft.measure.taylor.series import taylor_series
-from torch_eft.measure.taylor.sizes import taylor_sizes
+from torch_eft.measure.taylor.series import taylor_series, taylor_sizes
 from torch_eft.results.tags import layer_tag, tag
 
 TOLERANCE = 0.05

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_eft.measure.ensembles.draws import Draw
+from torch_eft.measure.forward.checks import MemoryLimitError
 from torch_eft.measure.forward.isolation import IsolatedModel, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
@@ -81,9 +82,7 @@ def reinitialized_networks(
         memory = ""
         try:
             isolated_ntk(network, probe, trace=True)
-        except ValueError as error:
-            if not str(error).startswith("memory:"):
-                raise
+        except MemoryLimitError as error:
             memory = str(error)
         own = _one(network, probe, not memory)
         if seeds == 0:

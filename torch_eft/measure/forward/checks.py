@@ -20,6 +20,12 @@ from torch_eft.measure.forward.structure import all_finite, check_structure, has
 ROUNDING = 1e3
 """Units of rounding by which a sample's output may depend on the size of the batch: kernels differ with the shape."""
 
+_ONCE = torch.autograd.function.once_differentiable(lambda context: None).__code__
+
+
+class MemoryLimitError(ValueError):
+    """The result does not fit into the memory allowed; the message says how much it needs."""
+
 
 def check_measurable(network: nn.Module | IsolatedModel) -> None:
     """Refuse networks whose outputs are no finite functions of each sample, as far as this shows without a forward.
@@ -107,6 +113,18 @@ def check_differentiable_function(network: IsolatedModel, inputs: Any) -> None:
     _check_graph(again)
     if has_values(outputs):
         _check_repeated(again.detach(), outputs)
+
+
+def check_twice_differentiable(z: Tensor) -> None:
+    """Refuse graphs with once differentiable functions: ``torch.autograd.grad`` takes their second derivative as zero.
+
+    Raises:
+        RuntimeError: Naming the function.
+    """
+    for node in _nodes(z):
+        owner = getattr(node, "_forward_cls", None)
+        if owner is not None and getattr(owner.backward, "__code__", None) is _ONCE:
+            raise RuntimeError(f"the backward of {owner.__name__} is marked once_differentiable")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ are made of to whoever watches the operations of a network.
 """
 
 import functools
+import math
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from torch_eft.measure.forward.attention import scaled_dot_product_attention
 from torch_eft.measure.forward.recurrent import CELLS, gru, lstm, rnn_relu, rnn_tanh
 
 
@@ -199,6 +199,40 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:
     return value * gate.sigmoid()
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """softmax(scale Q K^T + mask) V as ``F.scaled_dot_product_attention`` computes it; None with dropout."""
+    if dropout_p > 0:
+        return None
+    if enable_gqa:
+        key, value = _repeated(key, query), _repeated(value, query)
+    scores = (query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ key.mT
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is None:
+        return scores.softmax(-1) @ value
+    # A row that sees nothing would be 0/0. torch returns zeros for it; its derivatives must be zeros, too.
+    constant = attn_mask.detach()
+    blind = (constant.logical_not() if constant.dtype == torch.bool else constant == -math.inf).all(-1, keepdim=True)
+    if attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill((attn_mask | blind).logical_not(), -math.inf)
+    else:
+        scores = scores + attn_mask.masked_fill(blind, 0.0)
+    return scores.softmax(-1).masked_fill(blind, 0.0) @ value
+
+
+def _repeated(heads: Tensor, query: Tensor) -> Tensor:
+    return heads.repeat_interleave(query.shape[-3] // heads.shape[-3], -3)
+
+
 WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.layer_norm: _layer_norm,
     torch.rms_norm: _rms_norm,
@@ -207,7 +241,7 @@ WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.instance_norm: _instance_norm,
     torch._weight_norm: _weight_norm,
     torch._C._nn.glu: _glu,
-    torch._C._nn.scaled_dot_product_attention: scaled_dot_product_attention,
+    torch._C._nn.scaled_dot_product_attention: _attention,
     torch.lstm: lstm,
     torch.gru: gru,
     torch.rnn_tanh: rnn_tanh,

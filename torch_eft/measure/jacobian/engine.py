@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from torch_eft.measure.forward.checks import check_batch_independence, check_measurable, derivatives_of_order
+from torch_eft.measure.forward.checks import (
+    MemoryLimitError,
+    check_batch_independence,
+    check_measurable,
+    derivatives_of_order,
+)
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import Probe
@@ -188,7 +193,7 @@ class JacobianGram:
             return Estimate(sample, result, count, 1, whole)
         block = min(count, (self.memory - result) // max(1, 2 * sample))
         if block < 1:
-            raise ValueError(
+            raise MemoryLimitError(
                 f"memory: {_size(self.memory)} allowed, {_size(result + 2 * sample)} needed at least: {_size(result)} "
                 f"for the kernels of {count} samples and {own} output{'s' if own > 1 else ''}, {_size(2 * sample)} for "
                 "the factors of two samples. Allow more, or take fewer samples, fewer outputs (output_fn) or trace=True"

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 from torch.utils._pytree import tree_map_only
 
+from torch_eft.measure.forward.checks import check_twice_differentiable
 from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.jacobian.gram import DenseFactor, Factor
 from torch_eft.measure.jacobian.plan import sample_count, slice_of
 from torch_eft.measure.jets.jet import coefficients_of, jet
-from torch_eft.measure.kernels.reverse_mode import _check_twice_differentiable
 
 
 def reverse_factors(
@@ -28,7 +28,7 @@ def reverse_factors(
     with Decomposed():
         outputs = network({**network.params, **dict(zip(moving, leaves, strict=True))}, inputs)
         if order:
-            _check_twice_differentiable(outputs)
+            check_twice_differentiable(outputs)
         along = [direction[name] for name in moving]
         # A checkpoint runs its part of the forward again, and must find it written out as before.
         rows = [[_reverse_series(value, leaves, along, order) for value in row] for row in outputs]

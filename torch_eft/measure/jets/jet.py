@@ -34,7 +34,6 @@ from torch_eft.measure.jets.linear import LINEAR_RULES, VIEWS
 from torch_eft.measure.jets.names import COMPARISONS, CONSTANT, OF_THE_PRIMAL, SPACES, name_of
 from torch_eft.measure.jets.series import NoJetRuleError, Series, note_kink, primal, watch_kinks
 from torch_eft.measure.jets.smooth import SMOOTH_RULES
-from torch_eft.measure.jets.softmax import SOFTMAX_RULES
 
 __all__ = ["MAX_ORDER", "Jet", "NoJetRuleError", "coefficients_of", "jet", "lift", "watch_kinks"]
 
@@ -281,7 +280,7 @@ def _primals(values: Any) -> Any:
     return type(values)([_primals(value) for value in values]) if type(values) in (list, tuple) else values
 
 
-_RULES = {**LINEAR_RULES, **SMOOTH_RULES, **SOFTMAX_RULES, **KINKED_RULES}
+_RULES = {**LINEAR_RULES, **SMOOTH_RULES, **KINKED_RULES}
 
 
 def _in_place_operations() -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from torch_eft.measure.forward.checks import derivatives_of_order
+from torch_eft.measure.forward.checks import check_twice_differentiable, derivatives_of_order
 from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.jets.kinked import KINKED_RULES
 from torch_eft.measure.jets.names import COMPARISONS
 from torch_eft.measure.jets.series import note_kink
-from torch_eft.measure.kernels.reverse_mode import _check_twice_differentiable
 
 
 def series_by_reverse_mode(
@@ -35,7 +34,7 @@ def series_by_reverse_mode(
         current = base(moved, tree_map_only(Tensor, torch.clone, base.place(probe)))
         with derivatives_of_order(max(order, 2), base.shadow):  # two passes even for the first term
             if order > 1 or (order and pattern is None):
-                _check_twice_differentiable(current)
+                check_twice_differentiable(current)
             if pattern is not None:
                 current = (current * pattern).sum()
             terms = [current.detach()]

@@ -1,4 +1,4 @@
-"""Rules for smooth elementwise functions, by their derivatives.
+"""Rules for smooth functions: elementwise ones by their derivatives, softmax by its differential equation.
 
 Every derivative is written in differentiable operations of the point z = h_0.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.measure.jets.names import builtins
-from torch_eft.measure.jets.series import Factor, NoJetRuleError, Series, composed, primal, product, quotient
+from torch_eft.measure.jets.series import Factor, NoJetRuleError, Series, composed, primal, product, quotient, total
 
 Derivatives: TypeAlias = list[Any]
 """A tensor sigma(z), then its derivatives as tensors or numbers; a shorter list goes on with zeros."""
@@ -162,7 +162,7 @@ def _log_sigmoid(z: Tensor, order: int) -> Derivatives:
     return [torch.nn.functional.logsigmoid(z), c, *second, *([s * c * (s - c)] if order > 2 else [])]
 
 
-def _gelu(z: Tensor, order: int) -> Derivatives:
+def gelu(z: Tensor, order: int) -> Derivatives:
     """Of z Phi(z): Phi + z phi, (2 - z^2) phi, (z^3 - 4 z) phi, with the normal distribution Phi and density phi."""
     density = (-0.5 * z * z).exp() * (1 / math.sqrt(2 * math.pi))
     slope = 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * density
@@ -208,7 +208,7 @@ def _elementwise(derivatives: Callable[[Tensor, int], Derivatives]) -> Callable[
 
 def _gelu_of_either_form(h: Series, approximate: str = "none") -> Series:
     if approximate == "none":
-        return composed(h, _gelu(primal(h), len(h) - 1))
+        return composed(h, gelu(primal(h), len(h) - 1))
     # z logistic(2 u) with u = sqrt(2 / pi) (z + 0.044715 z^3)
     c, z = 2 * math.sqrt(2 / math.pi), primal(h)
     inner = [c * (z + 0.044715 * z**3), c * (1 + 0.134145 * z * z), c * 0.26829 * z, c * 0.26829]
@@ -249,6 +249,49 @@ def _divide(a: Factor, b: Factor, *, rounding_mode: str | None = None) -> Series
     return quotient(a, b)
 
 
+def _softmax_series(h: Series, dim: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The series p = softmax(h) and the higher coefficients of L = logsumexp(h).
+
+    p' = p (h' - L') with L' = sum_x p h', order by order: with H_j = j h_j,
+    j L_j = sum_x sum_i H_i p_{j-i} and j p_j = sum_i (H_i - i L_i) p_{j-i}.
+    """
+    z = primal(h)
+    p = [z.softmax(dim) if isinstance(dim, int) else (z - z.logsumexp(dim, keepdim=True)).exp()]
+    L: list[Tensor | None] = [None]
+    for order in range(1, len(h)):
+        terms = [i * part * p[order - i] for i, part in enumerate(h[: order + 1]) if i and part is not None]
+        weighed = total(terms)
+        if weighed is None:
+            weighed = torch.zeros_like(z)
+        L.append(weighed.sum(dim, keepdim=True) / order)
+        rest = total([i * part * p[order - i] for i, part in enumerate(L) if i and part is not None])
+        assert rest is not None
+        p.append((weighed - rest) / order)
+    return p, L
+
+
+def _softmax(h: Series, dim: int, dtype: torch.dtype | None = None) -> Series:
+    return Series(_softmax_series(_cast(h, dtype), dim)[0])
+
+
+def _log_softmax(h: Series, dim: int, dtype: torch.dtype | None = None) -> Series:
+    h = _cast(h, dtype)
+    _, L = _softmax_series(Series(h), dim)
+    higher = [-log if part is None else part - log for part, log in zip(h[1:], L[1:], strict=True)]  # type: ignore[operator]
+    return Series([primal(h).log_softmax(dim), *higher])
+
+
+def _logsumexp(h: Series, dim: Any, keepdim: bool = False) -> Series:
+    axes = [dim] if isinstance(dim, int) else list(dim)
+    _, L = _softmax_series(h, dim if isinstance(dim, int) else axes)
+    higher = [part if keepdim or part is None else part.squeeze(axes) for part in L[1:]]
+    return Series([primal(h).logsumexp(axes, keepdim), *higher])
+
+
+def _cast(h: Series, dtype: torch.dtype | None) -> Series:
+    return h if dtype is None else Series(None if part is None else part.to(dtype) for part in h)
+
+
 SMOOTH_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     func: _elementwise(derivatives) for names, derivatives in SMOOTH.items() for func in builtins(names)
 }
@@ -259,5 +302,8 @@ for _names, _rule in (
     ("__rpow__", lambda exponent, base: _pow(base, exponent)),
     ("div divide true_divide __truediv__", _divide),
     ("__rdiv__ __rtruediv__", lambda b, a: quotient(a, b)),
+    ("softmax special_softmax", _softmax),
+    ("log_softmax special_log_softmax", _log_softmax),
+    ("logsumexp special_logsumexp", _logsumexp),
 ):
     SMOOTH_RULES.update(dict.fromkeys(builtins(_names), _rule))

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_eft.measure.forward.checks import check_twice_differentiable
 from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.jacobian.engine import JacobianGram
 from torch_eft.measure.jacobian.gram import Orders
 from torch_eft.measure.kernels.metrics import as_matrix
-from torch_eft.measure.kernels.reverse_mode import _check_twice_differentiable
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class _Curvature:
         params = {**network.params, **dict(zip(lambdas, self.leaves, strict=True))}
         with torch.enable_grad(), Decomposed():
             self.z = network(params, network.place(train)).flatten()
-        _check_twice_differentiable(self.z)
+        check_twice_differentiable(self.z)
         self.directions = [
             [scale * part.detach() for scale, part in zip(self.scales, self._gradient(c, keep=False), strict=True)]
             for c in range(len(basis))

@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from torch_eft.measure.forward.checks import check_measurable
+from torch_eft.measure.forward.checks import MemoryLimitError, check_measurable
 from torch_eft.measure.forward.isolation import IsolatedModel, isolated
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.forward.structure import all_finite
@@ -138,9 +138,7 @@ def too_large(
     """Why the NTK does not fit into ``memory`` bytes, or None if it does."""
     try:
         ntk_estimate(model, x, None, trace, output_fn, memory)
-    except ValueError as error:
-        if not str(error).startswith("memory:"):
-            raise
+    except MemoryLimitError as error:
         return str(error)
     return None
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_eft.measure.forward.checks import check_twice_differentiable
 from torch_eft.measure.forward.decompositions import Decomposed
 
 NAMES = ("H", "dH", "ddI", "ddII")
@@ -81,7 +82,7 @@ def differentials(
     v = J * scale
     found = {"H": J @ v.mT} if "H" in names else {}
     if set(names) & {"dH", "ddI", "ddII"}:
-        _check_twice_differentiable(z)
+        check_twice_differentiable(z)
         found |= _higher(flat, leaves, v, scale, names)
     return Differentials(z.detach(), **{name: _by_index(value, z.shape) for name, value in found.items()})
 
@@ -138,23 +139,6 @@ def _pulled_back(
     return torch.autograd.grad(
         moving, leaves, along, retain_graph=True, create_graph=keep, allow_unused=True, materialize_grads=True
     )
-
-
-_ONCE = torch.autograd.function.once_differentiable(lambda context: None).__code__
-
-
-def _check_twice_differentiable(z: Tensor) -> None:
-    """``torch.autograd.grad`` takes the second derivative of a once differentiable function as zero, silently."""
-    pending, seen = [z.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        owner = getattr(node, "_forward_cls", None)
-        if owner is not None and getattr(owner.backward, "__code__", None) is _ONCE:
-            raise RuntimeError(f"the backward of {owner.__name__} is marked once_differentiable")
-        pending += [previous for previous, _ in node.next_functions]
 
 
 def _flatten(parts: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_eft.measure.jets.jet import Jet, coefficients_of, jet
 from torch_eft.measure.jets.names import builtins
-from torch_eft.measure.jets.smooth import SMOOTH, _gelu
+from torch_eft.measure.jets.smooth import SMOOTH, gelu
 
 
 class Fused(TorchFunctionMode):
@@ -36,7 +36,7 @@ class Fused(TorchFunctionMode):
 
 
 _SMOOTH = {func: derivatives for names, derivatives in SMOOTH.items() for func in builtins(names)}
-_SMOOTH |= dict.fromkeys(builtins("gelu"), _gelu)
+_SMOOTH |= dict.fromkeys(builtins("gelu"), gelu)
 
 
 def _activation(derivatives: Callable[[Tensor, int], list[Any]], h: Any) -> Jet | None:

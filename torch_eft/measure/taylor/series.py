@@ -8,6 +8,7 @@ In the large-width counting f' d is O(1), the terms of order 2 and 3 are both O(
 Jets give all terms in one forward pass; where an operation has no rule, repeated reverse mode along the line does.
 """
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -239,3 +240,50 @@ def _validity(order: int, kinked: tuple[str, ...]) -> tuple[str, ...]:
             "contains; the terms of order 2 and 3 do not improve on order 1, and the remainder shows what is missing"
         )
     return tuple(remarks)
+
+
+@dataclass(frozen=True)
+class TaylorSizes:
+    """Norms over probe and outputs, relative to ||f - f_0||.
+
+    Args:
+        change: ||f - f_0|| itself.
+        terms: Of the terms of order 1, 2, ..
+        left: What is left after the terms up to order 1, 2, ..
+        rounding: About what rounding alone leaves.
+    """
+
+    change: float
+    terms: tuple[float, ...]
+    left: tuple[float, ...]
+    rounding: float
+
+    def orders_needed(self, tolerance: float) -> int:
+        """The fewest terms that leave at most ``tolerance``; one more than there are if none do."""
+        return next((k for k, left in enumerate(self.left, start=1) if left <= tolerance), len(self.left) + 1)
+
+
+def taylor_sizes(series: TaylorSeries) -> TaylorSizes | None:
+    """The sizes of a series' terms; None where outputs have not moved."""
+    moved = series.value - series.terms[0]
+    partial = series.terms[1:].cumsum(0)
+    scale = series.value.norm() + series.terms[1:].flatten(1).norm(dim=1).sum()
+    numbers = torch.cat(
+        [
+            torch.stack([moved.norm(), scale]),
+            series.terms[1:].flatten(1).norm(dim=1),
+            (moved - partial).flatten(1).norm(dim=1),
+        ]
+    ).tolist()
+    change, scale_of_sum, *rest = numbers
+    if not change > 0 or not math.isfinite(change):
+        return None
+    count = len(rest) // 2
+    # A forward's rounding is a few eps of its size; sums over layers make it some tens of eps.
+    rounding = 32 * torch.finfo(series.value.dtype).eps * scale_of_sum / change
+    return TaylorSizes(
+        change,
+        tuple(value / change for value in rest[:count]),
+        tuple(value / change for value in rest[count:]),
+        rounding,
+    )
