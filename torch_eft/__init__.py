@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from torch_eft.forecast.network import predict_from_network
     from torch_eft.forecast.networks import predict_from_networks
     from torch_eft.results.averages import average_trajectories
+    from torch_eft.results.training import Training
     from torch_eft.results.trajectory import Trajectory, Validity, trajectory_from_records
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Diagnosis",
+    "Training",
     "Trajectory",
     "Validity",
     "average_trajectories",
@@ -41,6 +43,7 @@ __all__ = [
 
 _HOMES = {
     "Diagnosis": "diagnosis",
+    "Training": "results.training",
     "Trajectory": "results.trajectory",
     "Validity": "results.trajectory",
     "average_trajectories": "results.averages",
