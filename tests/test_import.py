@@ -21,26 +21,3 @@ def test_public_names_exist_and_are_documented():
     for package in (torch_eft, *packages):
         for name in package.__all__:
             assert getattr(getattr(package, name), "__doc__", None), f"{package.__name__}.{name}"
-
-
-def test_the_wings_do_not_know_each_other_nor_lightning():
-    """theory imports no measure, no nn.Module and no Lightning; measure imports no Lightning, no callbacks."""
-    import pathlib
-    import re
-
-    root = pathlib.Path(torch_eft.__file__).parent
-
-    def imports(folder):
-        for file in (root / folder).rglob("*.py"):
-            for line in file.read_text().splitlines():
-                if re.match(r"\s*(from|import) ", line):
-                    yield file.name, line
-
-    for file, line in imports("theory"):
-        assert not re.search(r"lightning|measure|callbacks|tensorboard|from torch import .*nn", line), (file, line)
-    for file, line in imports("measure"):
-        assert not re.search(r"lightning|callbacks|tensorboard", line), (file, line)
-    for file, line in imports("tensorboard"):
-        assert not re.search(r"lightning|callbacks", line), (file, line)
-    for file, line in imports("live"):
-        assert not re.search(r"lightning|callbacks", line), (file, line)
