@@ -62,26 +62,31 @@ def test_rates_and_batches_of_each_step():
     assert training.learning_rates == (1.0, 0.5, 1 / 3)
     assert [training.batch(step).tolist() for step in range(3)] == [[0, 1], [2], [0, 1]]
     assert not training.is_full_batch and not training.is_plain
+    assert [batch.tolist() for batch in training.different_batches()] == [[0, 1], [2]]
+    assert [batch.tolist() for batch in replace(training, steps=1).different_batches()] == [[0, 1]]
     training.check_batches(3)
     with pytest.raises(ValueError, match=r"batches: \[2\] given; each is a list of sample indices, 0 .. 1"):
         training.check_batches(2)
     plain = Training(learning_rate=0.1, steps=10**12)
     assert plain.is_plain and plain.batch(5) is None
     assert Training(schedule=[0.1, 0.1], steps=2).is_plain and not Training(schedule=[0.1, 0.2], steps=2).is_plain
+    assert plain.summed(4) == Training(learning_rate=0.05, steps=10**12, reduction="sum")
+    assert Training(schedule=[1.0, 0.5], steps=2).summed(4).learning_rates == (0.5, 0.25)
+    assert plain.different_batches() == [None] and plain.rate(7) == 0.1
     assert replace(plain, steps=2) == Training(learning_rate=0.1, steps=2)
 
 
 def test_times_lie_within_the_training():
     training = Training(learning_rate=0.1, steps=2)
-    assert training.times() == [0, 1, 2] and training.times([2, 0]) == [2, 0]
+    assert training.times().tolist() == [0, 1, 2] and training.times([2, 0]).tolist() == [2, 0]
     for wrong in ([], [3], [-1], [0.5]):
         with pytest.raises(ValueError, match="at_steps"):
             training.times(wrong)
     endless = Training(learning_rate=0.1, steps=math.inf)
-    assert endless.times([3, math.inf]) == [3, math.inf]
+    assert endless.times([3, math.inf]).tolist() == [3, math.inf]
     with pytest.raises(ValueError, match="name the times that are wanted"):
         endless.times()
-    assert Training(learning_rate=0.1, steps=1, dynamics="gradient_flow").times([0.5]) == [0.5]
+    assert Training(learning_rate=0.1, steps=1, dynamics="gradient_flow").times([0.5]).tolist() == [0.5]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_eft.results.choices import check_choice
 
+Batches = Sequence[Sequence[int] | Tensor]
 Dynamics = Literal["gradient_descent", "gradient_flow"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Reduction = Literal["sum", "mean"]
@@ -61,7 +62,7 @@ class Training:
     nesterov: bool = False
     dampening: float = 0.0
     schedule: Schedule | None = None
-    batches: Sequence[Sequence[int] | Tensor] | None = None
+    batches: Batches | None = None
     dynamics: Dynamics = "gradient_descent"
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ class Training:
             )
         _check_number("steps", self.steps, lambda value: value >= 0, "give a whole number >= 0")
         endless = self.steps == math.inf and self.schedule is None and self.is_plain
-        if not (self.flows or endless or self.steps == int(min(self.steps, 2**62))):
+        if not (self.flows or endless or float(self.steps).is_integer()):
             raise ValueError(f"steps: {self.steps} given; give a whole number >= 0")
         self._check_rates()
         if self.batches is not None:
@@ -121,6 +122,10 @@ class Training:
             return tuple(float(self.schedule(step)) for step in range(int(self.steps)))
         return tuple(map(float, self.schedule[: int(self.steps)]))
 
+    def rate(self, step: int) -> float:
+        """The learning rate of one step."""
+        return self.learning_rate if self.learning_rate is not None else self.learning_rates[step]
+
     @property
     def flows(self) -> bool:
         """True for gradient flow."""
@@ -148,11 +153,16 @@ class Training:
 
     @cached_property
     def _index_tensors(self) -> tuple[Tensor, ...]:
-        return tuple(torch.tensor(batch, dtype=torch.long) for batch in self.batches or ())
+        return tuple(torch.tensor(batch, device="cpu") for batch in self.batches or ())
 
     def batch(self, step: int) -> Tensor | None:
         """The sample indices of a step, or None for all."""
         return None if self.is_full_batch else self._index_tensors[step % len(self._index_tensors)]
+
+    def different_batches(self) -> list[Tensor | None]:
+        """Each minibatch that some step takes, once; ``[None]`` for full batches."""
+        batches = [None] if self.batches is None else self.batches[: int(min(self.steps, len(self.batches)))]
+        return [None if batch is None else torch.tensor(batch, device="cpu") for batch in dict.fromkeys(batches)]
 
     def check_batches(self, num_samples: int) -> None:
         """Raise if a minibatch names a sample that is not there.
@@ -169,25 +179,45 @@ class Training:
                     f"batches: {batch.tolist()} given; each is a list of sample indices, 0 .. {num_samples - 1}"
                 )
 
-    def times(self, at_steps: Sequence[float] | None = None) -> list[float]:
+    def summed(self, outputs: int) -> "Training":
+        """The same training on full batches of the squared error with ``reduction="sum"``, the rates scaled.
+
+        Args:
+            outputs: Number of training outputs, N C: what a mean is over.
+        """
+        if self.reduction == "sum":
+            return self
+        scale = 2.0 / outputs
+        rate = None if self.learning_rate is None else scale * self.learning_rate
+        schedule = None if self.schedule is None else tuple(scale * each for each in self.learning_rates)
+        return replace(self, reduction="sum", learning_rate=rate, schedule=schedule)
+
+    def times(self, at_steps: Sequence[float] | None = None, device: torch.device | str = "cpu") -> Tensor:
         """The steps at which a forecast is wanted.
 
         Args:
             at_steps: Steps between 0 and T; None means 0, 1, .. T.
+            device: Of the result.
+
+        Returns:
+            (R,), whole numbers as integers, else float64.
 
         Raises:
             ValueError: If one is out of range, or not whole for gradient descent.
         """
+        if at_steps is None and math.isfinite(self.steps):
+            return torch.arange(int(self.steps) + 1, device=device)
         if at_steps is None:
-            if self.steps != int(min(self.steps, 2**62)):
-                raise ValueError(f"at_steps: none given; with steps = {self.steps:g} name the times that are wanted")
-            return list(range(int(self.steps) + 1))
-        wanted = list(at_steps)
-        whole = self.flows or all(step == math.inf or step == int(step) for step in wanted)
-        if not wanted or not whole or not 0 <= min(wanted) <= max(wanted) <= self.steps:
-            kind = "times" if self.flows else "whole steps"
-            raise ValueError(f"at_steps: {wanted} given; give {kind} between 0 and steps = {self.steps:g}")
-        return wanted
+            raise ValueError(f"at_steps: none given; with steps = {self.steps:g} name the times that are wanted")
+        wanted = [float(step) for step in at_steps]
+        kind = "times" if self.flows else "whole steps"
+        if not wanted or not all(0 <= step <= self.steps for step in wanted):
+            raise ValueError(f"at_steps: {list(at_steps)} given; give {kind} between 0 and steps = {self.steps:g}")
+        if all(step.is_integer() for step in wanted):
+            return torch.tensor(wanted, dtype=torch.float64, device=device).long()
+        if not self.flows and any(math.isfinite(step) and not step.is_integer() for step in wanted):
+            raise ValueError(f"at_steps: {list(at_steps)} given; give {kind} between 0 and steps = {self.steps:g}")
+        return torch.tensor(wanted, dtype=torch.float64, device=device)
 
     def check_stable(self, sharpness: float, where: str) -> None:
         """Raise if a learning rate is beyond the linear stability bound.
