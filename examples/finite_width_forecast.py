@@ -47,7 +47,7 @@ def train(model, lambdas, x, y, x_probe, steps):
         optimizer.zero_grad()
         (0.5 * (model(x) - y).square().sum()).backward()
         optimizer.step()
-    return torch.stack([*outputs, model(x_probe).detach()]), eft.measure.ntk(model, x_probe, lambdas)
+    return torch.stack([*outputs, model(x_probe).detach()]), eft.measure.ntk(model, x_probe, lambdas=lambdas)
 
 
 def errors(width, seed, steps):

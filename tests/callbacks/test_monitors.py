@@ -101,7 +101,7 @@ def test_learning_rates_of_parameter_groups_weigh_the_kernel():
     run([keep, monitor], net=simple_mlp, optimizer=groups, epochs=1)
     module = replay(keep.weights[0], simple_mlp)
     names = [name for name, _ in module.named_parameters()]
-    H = measure.ntk(module, PROBE, {name: 1.0 if index < 2 else 0.2 for index, name in enumerate(names)})
+    H = measure.ntk(module, PROBE, lambdas={name: 1.0 if index < 2 else 0.2 for index, name in enumerate(names)})
     assert monitor.history[0]["eft/ntk_trace/measured"] == pytest.approx(float(measure.ntk_trace(H)), rel=1e-5)
 
 

@@ -41,7 +41,7 @@ def test_step_size_and_shares_are_those_of_the_ntk():
     assert found.lambda_max == pytest.approx(float(top_eigenvalue(H)), rel=1e-3)
     assert found.largest_learning_rate == pytest.approx(len(as_matrix(H)) / found.lambda_max)
     assert sum(found.shares.values()) == pytest.approx(1)
-    head = ntk(model, x[:4], {n: float(n.startswith("head")) for n, _ in model.named_parameters()}, trace=True)
+    head = ntk(model, x[:4], lambdas={n: float(n.startswith("head")) for n, _ in model.named_parameters()}, trace=True)
     whole = ntk(model, x[:4], trace=True)
     assert found.shares["head"] == pytest.approx(float(head.trace() / whole.trace()), rel=1e-5)
 

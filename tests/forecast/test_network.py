@@ -43,13 +43,13 @@ def test_equals_the_hierarchy_of_whole_tensors(name):
         y = torch.tensor([1, 0, 1])
     found = predict_from_network(model, x, y, x_probe, lambdas=lambdas, **options)
     everything = torch.cat([x_probe, x])
-    ddI, ddII = measure.ddntk(model, everything, lambdas)
+    ddI, ddII = measure.ddntk(model, everything, lambdas=lambdas)
     loss = Loss(options.get("loss", "mse"), y, options.get("reduction", "mean"))
     names = ("learning_rate", "steps", "momentum", "dampening", "nesterov", "schedule", "batches")
     expected = train_hierarchy(
         measure.output(model, everything).detach(),
-        measure.ntk(model, everything, lambdas),
-        measure.dntk(model, everything, lambdas),
+        measure.ntk(model, everything, lambdas=lambdas),
+        measure.dntk(model, everything, lambdas=lambdas),
         ddI,
         ddII,
         [2, 3, 4],
@@ -308,7 +308,7 @@ def test_trained_digits_are_closer_to_order_1():
     x = torch.tensor(images)[chosen] / 8 - 1
     y = functional.one_hot(torch.tensor(labels)[chosen[:64]], 10).to(F64)
     model, lambdas = network([64, 128, 128, 10], torch.Generator().manual_seed(1))
-    rate = 1 / float(torch.linalg.eigvalsh(measure.as_matrix(measure.ntk(model, x[:64], lambdas)))[-1])
+    rate = 1 / float(torch.linalg.eigvalsh(measure.as_matrix(measure.ntk(model, x[:64], lambdas=lambdas)))[-1])
     arguments = (model, x[:64], y, x[64:], rate, 60, lambdas, 0.0, False, "sum")
     frozen, corrected = (predict_from_network(*arguments, order=order) for order in (0, 1))
     assert int(re.search(r"along (\d+) directions", corrected.provenance)[1]) < 8

@@ -210,7 +210,7 @@ def check_kernels(name, order):
     if order == 1:
         assert_gram(measure.ntk(model, x, output_fn=output_fn), J[0], J[0], z, allowed)
         return
-    found = measure.ntk_derivatives(model, x, e, order=order - 1, output_fn=output_fn)
+    found = measure.ntk_derivatives(model, x, e, derivatives=order - 1, output_fn=output_fn)
     assert found.method.startswith("reverse mode" if name in REVERSE else "jets")
     if order == 3:
         assert_gram(found.ddI, 2 * J[2], J[0], z, allowed)
@@ -247,7 +247,7 @@ def refused(name, order):
         yield lambda: measure.ntk(model, x, output_fn=output_fn)
         return
     e = error_of(torch.zeros(3, 2))
-    yield lambda: measure.ntk_derivatives(model, x, e, order=order - 1, output_fn=output_fn)
+    yield lambda: measure.ntk_derivatives(model, x, e, derivatives=order - 1, output_fn=output_fn)
     yield lambda: (measure.dntk if order == 2 else measure.ddntk)(model, x, output_fn=output_fn)
 
 

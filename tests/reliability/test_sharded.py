@@ -111,7 +111,7 @@ def failing(rank):
             raise OSError("no such luck")
         return z
 
-    tried(lambda: sharded_snapshot(net, measure.Probe(inputs(5)), PLAN, None, output_fn))
+    tried(lambda: sharded_snapshot(net, measure.Probe(inputs(5)), PLAN, lambdas=None, output_fn=output_fn))
     frozen = network("batch norm, dense")
     if rank == 1:
         frozen[0].weight.data[0, 0] = float("nan")

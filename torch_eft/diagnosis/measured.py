@@ -54,7 +54,8 @@ def measured_diagnosis(
     largest, eta = None, None
     if not found.memory:
         parts = {
-            name: float(H.diagonal().mean()) for name, H in ntk(model, few, None, True, output_fn, per="layer").items()
+            name: float(H.diagonal().mean())
+            for name, H in ntk(model, few, trace=True, output_fn=output_fn, per="layer").items()
         }
         total = sum(parts.values())
         shares = {name: part / total for name, part in parts.items()} if total > 0 else {}

@@ -21,6 +21,7 @@ from torch_eft.measure.kernels.metrics import (
 from torch_eft.measure.kernels.ntk import Coverage, coverage, ntk, ntk_estimate
 from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
 from torch_eft.measure.losses import TrainingLoss, recognize_loss
+from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.representations.alignment import centered, effective_rank, linear_cka, target_alignment
 from torch_eft.measure.representations.change import (
@@ -50,6 +51,7 @@ __all__ = [
     "LearningRates",
     "NTKChange",
     "NTKDerivatives",
+    "Network",
     "NoJetRuleError",
     "NotAnMLPError",
     "PerturbativeTaylorModel",

@@ -183,7 +183,7 @@ def test_the_ntk_is_that_of_the_networks():
             for part in reversed(list(twin.modules())):
                 if hasattr(part, "reset_parameters"):
                     part.reset_parameters()
-            kernels.append(measure.ntk(twin, x, 0.5).double())
+            kernels.append(measure.ntk(twin, x, lambdas=0.5).double())
             outputs.append(measure.output(twin, x).double())
     H, z = torch.stack(kernels), torch.stack(outputs)
     torch.testing.assert_close(found.mean["Theta"], H.diagonal(dim1=3, dim2=4).mean((0, 3)), rtol=1e-5, atol=1e-6)

@@ -142,7 +142,7 @@ def test_what_no_way_gets_right_is_refused():
 def test_coverage_says_how_each_parameter_is_had():
     model, x, _ = build("raw")
     lambdas = {name: float(name != "b") for name, _ in model.named_parameters()}
-    found = measure.coverage(model, x, lambdas)
+    found = measure.coverage(model, x, lambdas=lambdas)
     assert found.structured == {"w": "linear", "scale": "scale", "v": "linear"}
     assert found.fallback == {"power": "a use that is not recognized"}
     assert found.constant == ("b",)

@@ -69,8 +69,8 @@ def test_finite_differences_of_jacobians_converge_to_the_contractions(name):
     params = dict(model.named_parameters())
     shape = (len(x), 2)
     e = randn(*shape, seed=3)
-    v = measure.ntk_vjp(model, x, e, lambdas)
-    found = measure.ntk_derivatives(model, x, e, lambdas)
+    v = measure.ntk_vjp(model, x, e, lambdas=lambdas)
+    found = measure.ntk_derivatives(model, x, e, lambdas=lambdas)
     scale = torch.cat([torch.full((p.numel(),), lambdas[n], dtype=torch.float64) for n, p in params.items()])
     size = math.sqrt(sum(float(part.square().sum()) for part in v.values()))
     J = jacobian(model, x, params)
@@ -96,18 +96,18 @@ def test_finite_differences_of_jacobians_converge_to_the_contractions(name):
 def test_whole_tensors_contract_to_the_directional_ones(name):
     """Reverse mode of reverse mode on one side, Taylor series on the other, below 1e-8."""
     model, x, lambdas = network(name)
-    dH = measure.dntk(model, x, lambdas)
-    ddI, ddII = measure.ddntk(model, x, lambdas)
+    dH = measure.dntk(model, x, lambdas=lambdas)
+    ddI, ddII = measure.ddntk(model, x, lambdas=lambdas)
     e = randn(len(x), 2, seed=4)
-    found = measure.ntk_derivatives(model, x, e, lambdas)
+    found = measure.ntk_derivatives(model, x, e, lambdas=lambdas)
     for value, expected in (
-        (found.H, measure.ntk(model, x, lambdas)),
+        (found.H, measure.ntk(model, x, lambdas=lambdas)),
         (found.dH, torch.einsum("abcijk,ck->abij", dH, e)),
         (found.ddI, torch.einsum("abcdijkl,ck,dl->abij", ddI, e, e)),
         (found.ddII, torch.einsum("abcdijkl,ck,dl->abij", ddII, e, e)),
-        (measure.dntk(model, x, lambdas, direction=e), found.dH),
-        (measure.ddntk(model, x, lambdas, direction=e)[1], found.ddII),
-        (measure.ntk_derivatives(model, x, e, lambdas, trace=True).ddI, measure.as_trace(found.ddI)),
+        (measure.dntk(model, x, lambdas=lambdas, direction=e), found.dH),
+        (measure.ddntk(model, x, lambdas=lambdas, direction=e)[1], found.ddII),
+        (measure.ntk_derivatives(model, x, e, lambdas=lambdas, trace=True).ddI, measure.as_trace(found.ddI)),
     ):
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
     # Symmetries of the definitions: dH in its last two pairs, ddI in its last three, ddII under (1,3) <-> (2,4).
@@ -120,10 +120,10 @@ def test_directions_of_other_inputs_and_in_parameter_space():
     model, x, lambdas = network("mlp")
     train = randn(5, 3, seed=8)
     e = randn(5, 2, seed=9)
-    v = measure.ntk_vjp(model, train, e, lambdas)
+    v = measure.ntk_vjp(model, train, e, lambdas=lambdas)
     both = torch.cat([x, train])
-    whole = measure.ntk_derivatives(model, both, torch.cat([torch.zeros(3, 2).double(), e]), lambdas)
-    found = measure.ntk_derivatives(model, x, v, lambdas, order=1)
+    whole = measure.ntk_derivatives(model, both, torch.cat([torch.zeros(3, 2).double(), e]), lambdas=lambdas)
+    found = measure.ntk_derivatives(model, x, v, lambdas=lambdas, derivatives=1)
     torch.testing.assert_close(found.dH, whole.dH[:3, :3], rtol=0, atol=1e-12)
     assert found.ddI is None
 
@@ -261,5 +261,5 @@ def test_unusable_arguments_are_named(options, message):
 
 def test_order_is_checked():
     model, x, _ = build("mlp")
-    with pytest.raises(ValueError, match="order: 3 given; 1 is dH, 2 is dH, ddI and ddII"):
-        measure.ntk_derivatives(model, x, randn(3, 2), order=3)
+    with pytest.raises(ValueError, match="derivatives: 3 given; 1 is dH, 2 is dH, ddI and ddII"):
+        measure.ntk_derivatives(model, x, randn(3, 2), derivatives=3)

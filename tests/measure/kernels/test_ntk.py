@@ -63,8 +63,10 @@ def test_lambda_weighs_each_parameter_and_frozen_ones_drop_out():
     model, x = mlp().double(), randn(3, 5)
     lambdas = {name: 0.3 + index for index, (name, _) in enumerate(model.named_parameters())}
     lambdas["2.bias"] = 0.0
-    torch.testing.assert_close(measure.ntk(model, x, lambdas), brute_force(model, x, lambdas), rtol=0, atol=1e-10)
-    torch.testing.assert_close(measure.ntk(model, x, 2.5), 2.5 * brute_force(model, x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        measure.ntk(model, x, lambdas=lambdas), brute_force(model, x, lambdas), rtol=0, atol=1e-10
+    )
+    torch.testing.assert_close(measure.ntk(model, x, lambdas=2.5), 2.5 * brute_force(model, x), rtol=0, atol=1e-10)
     model[0].weight.requires_grad_(False)
     torch.testing.assert_close(measure.ntk(model, x), brute_force(model, x), rtol=0, atol=1e-10)
 
@@ -124,7 +126,7 @@ def test_wide_network_at_initialization_agrees_with_theta():
             for i in (0, 2, 4)
             for kind in ("weight", "bias")
         }
-        kernels.append(measure.ntk(model, x, lambdas, trace=True))
+        kernels.append(measure.ntk(model, x, lambdas=lambdas, trace=True))
     H = torch.stack(kernels)
     Theta = initial_statistics(MLPEnsemble([6, 2048, 2048, 1], "tanh", 0.1, 1.5, 0.3, 1.0), x, ("K", "Theta"))[-1].Theta
     error = H.std(0) / math.sqrt(8)
@@ -167,7 +169,7 @@ def test_matrix_form_pairs_samples_and_outputs():
 
 
 def test_nothing_moves_at_zero_learning_rate():
-    H = measure.ntk(mlp().double(), randn(3, 5), 0.0)
+    H = measure.ntk(mlp().double(), randn(3, 5), lambdas=0.0)
     assert H.shape == (3, 3, 3, 3)
     assert not bool(H.any())
 
@@ -183,13 +185,13 @@ def test_parts_of_the_kernel_and_cross_kernels():
             layers[name], parameters[f"{name}.weight"] + parameters[f"{name}.bias"], rtol=0, atol=1e-13
         )
     torch.testing.assert_close(sum(layers.values()), H, rtol=0, atol=1e-13)
-    only = measure.ntk(model, x, {name: float(name == "2.bias") for name, _ in model.named_parameters()})
+    only = measure.ntk(model, x, lambdas={name: float(name == "2.bias") for name, _ in model.named_parameters()})
     torch.testing.assert_close(parameters["2.bias"], only, rtol=0, atol=1e-13)
     for trace in (False, True):
         cross = measure.ntk(model, x[:1], other=x[1:], trace=trace)
         whole = measure.as_trace(H) if trace else H
         torch.testing.assert_close(cross, whole[:1, 1:], rtol=0, atol=1e-13)
-    with pytest.raises(ValueError, match="per: 'neuron' given; give 'parameter', 'layer' or None"):
+    with pytest.raises(ValueError, match="per: 'neuron' given; give one of 'parameter', 'layer', or None"):
         measure.ntk(model, x, per="neuron")
 
 

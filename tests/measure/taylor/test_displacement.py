@@ -91,12 +91,12 @@ def test_a_step_of_gradient_descent_is_minus_eta_H_e():
     """d = - eta lambda J^T e: f' d = - eta H e, and the NTK's first term is - eta (dH e + transpose)."""
     model, theta, _, x, lambdas = small()
     e, eta = torch.randn(3, 2, dtype=F64), 1e-3
-    v = measure.ntk_vjp(model, x, e, lambdas)
+    v = measure.ntk_vjp(model, x, e, lambdas=lambdas)
     end = {name: value - eta * v[name] for name, value in theta.items()}
     found = interval(model, theta, end, x, lambdas)
-    whole = torch.einsum("abij,bj->ai", measure.ntk(model, x, lambdas), e)
+    whole = torch.einsum("abij,bj->ai", measure.ntk(model, x, lambdas=lambdas), e)
     torch.testing.assert_close(found.output_terms[0], -eta * whole, rtol=1e-8, atol=1e-14)
-    dH = torch.einsum("abcijk,ck->abij", measure.dntk(model, x, lambdas), e)
+    dH = torch.einsum("abcijk,ck->abij", measure.dntk(model, x, lambdas=lambdas), e)
     expected = -eta * (dH + dH.permute(1, 0, 3, 2))
     torch.testing.assert_close(found.ntk_terms[0], expected, rtol=1e-8, atol=1e-14)
 

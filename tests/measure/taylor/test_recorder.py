@@ -86,7 +86,7 @@ def test_shadows_are_trajectories(kind):
         assert found.ntk_mean is None and found.ntk_drift is None
         assert off < next_order  # dNTK twice is in one, not in the other
         return
-    torch.testing.assert_close(found.ntk_mean[0], measure.ntk(model, x_probe, lambdas), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.ntk_mean[0], measure.ntk(model, x_probe, lambdas=lambdas), rtol=1e-10, atol=1e-10)
     if shadow.order == 1:
         assert off < 1e-9 * moved
         assert float(found.ntk_drift.abs().max()) < 1e-12

@@ -28,8 +28,8 @@ def test_against_whole_tensors():
     names = [name for name, _ in model.named_parameters()]
     gradient = dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
     found = relative_dntk(model, {}, gradient, x, lambdas)
-    H, dH = measure.ntk(model, x, lambdas), measure.dntk(model, x, lambdas)
-    ddI, ddII = measure.ddntk(model, x, lambdas)
+    H, dH = measure.ntk(model, x, lambdas=lambdas), measure.dntk(model, x, lambdas=lambdas)
+    ddI, ddII = measure.ddntk(model, x, lambdas=lambdas)
     moved = torch.einsum("abij,bj->ai", H, e).norm() / math.sqrt(6)
     first = torch.einsum("abcijk,ck->abij", dH, e)
     second = torch.einsum("abcdijkl,ck,dl->abij", ddI, e, e)

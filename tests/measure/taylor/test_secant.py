@@ -188,7 +188,7 @@ def test_secant_between_two_settings_is_the_difference_of_two_ntks():
     kernels = []
     for values in (before, after):
         model.load_state_dict(values)
-        kernels.append(measure.ntk(model, x, lambdas, trace=True))
+        kernels.append(measure.ntk(model, x, lambdas=lambdas, trace=True))
     torch.testing.assert_close(found.value, (kernels[1] - kernels[0]) / 0.1, rtol=0, atol=1e-9)
     with torch.no_grad():
         sides = []

@@ -25,7 +25,7 @@ def plan_of(
         part.check(model, probe, outputs)
     plans = [part.plan(outputs, samples) for part in parts]
     ntk, trace = any(plan.ntk for plan in plans), any(plan.ntk_trace for plan in plans)
-    refusal = too_large(model, probe, trace, output_fn) if ntk else None
+    refusal = too_large(model, probe, trace=trace, output_fn=output_fn) if ntk else None
     if refusal is not None:
         warnings.warn(f"{name} will not measure the NTK: {refusal}", MeasurementWarning, stacklevel=3)
     plan = Plan(

@@ -168,5 +168,5 @@ class MeasuredNetwork:
             full_copy(self.model, self.twin)
         network, probe = self.network, self.inputs
         if ranks is not None and self.distributed == "sharded":
-            return sharded_snapshot(network, probe, plan, lambdas, self.output_fn)
-        return take_snapshot(network, probe, plan, lambdas, self.output_fn)
+            return sharded_snapshot(network, probe, plan, lambdas=lambdas, output_fn=self.output_fn)
+        return take_snapshot(network, probe, plan, lambdas=lambdas, output_fn=self.output_fn)

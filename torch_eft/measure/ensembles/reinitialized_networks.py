@@ -18,7 +18,7 @@ from torch_eft.measure.forward.checks import MemoryLimitError
 from torch_eft.measure.forward.isolation import IsolatedModel, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
-from torch_eft.measure.kernels.ntk import isolated_ntk
+from torch_eft.measure.kernels.ntk import ntk as ntk_of
 from torch_eft.measure.representations.bottlenecks import Bottleneck, trunk
 
 
@@ -81,7 +81,7 @@ def reinitialized_networks(
     with isolated(model, output_fn) as network:
         memory = ""
         try:
-            isolated_ntk(network, probe, trace=True)
+            ntk_of(network, probe, trace=True)
         except MemoryLimitError as error:
             memory = str(error)
         own = _one(network, probe, not memory)
@@ -112,5 +112,5 @@ def log_variance(values: list[float]) -> tuple[float, float]:
 def _one(network: IsolatedModel, probe: Probe, ntk: bool) -> OneNetwork:
     with torch.no_grad():
         outputs = checked_output(network, probe).double()
-    trace = isolated_ntk(network, probe, trace=True).diagonal().double() if ntk else None
+    trace = ntk_of(network, probe, trace=True).diagonal().double() if ntk else None
     return OneNetwork(trunk(network, probe), outputs, trace)

@@ -12,10 +12,10 @@ they are written.
 import copy
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy
 import torch
@@ -79,15 +79,56 @@ class IsolatedModel:
 
         return tree_map_only(Tensor, move, probe.inputs)
 
+    def complete(self, values: Mapping[str, Tensor], argument: str) -> dict[str, Tensor]:
+        """Bring tensors to the dtype and device of the parameters, whose own value is taken where one is left out.
+
+        Args:
+            values: ``{name of a trainable parameter: tensor}``.
+            argument: Name of the argument, for messages.
+
+        Returns:
+            A tensor for every trainable parameter.
+
+        Raises:
+            ValueError: If a name is no trainable parameter, or a shape is another.
+        """
+        for name, value in values.items():
+            if name not in self.params:
+                raise ValueError(f"{argument}: {name!r} is no trainable parameter")
+            if value.shape != self.params[name].shape:
+                own = tuple(self.params[name].shape)
+                raise ValueError(f"{argument}: {name!r} has shape {tuple(value.shape)}, the parameter {own}")
+        return {name: values[name].detach().to(own) if name in values else own for name, own in self.params.items()}
+
+    def at(self, theta: Mapping[str, Tensor], argument: str = "theta") -> "IsolatedModel":
+        """Return the same network at other parameters; arguments and errors as ``complete``."""
+        return replace(self, params=self.complete(theta, argument))
+
+    def bound(self, output_fn: OutputFn | None, dtype: torch.dtype | None = None) -> "IsolatedModel":
+        """Return the same network with another output function or dtype, where they are given."""
+        own = self.output_fn if output_fn is None else output_fn
+        if dtype is None:
+            return self if own is self.output_fn else replace(self, output_fn=own)
+        params, constants = (
+            {name: _readable(value, dtype) for name, value in tensors.items()}
+            for tensors in (self.params, self.constants)
+        )
+        return replace(self, params=params, constants=constants, output_fn=own)
+
+
+Model: TypeAlias = nn.Module | IsolatedModel
+"""What functions of ``measure`` take: a module, or one that is already isolated."""
+
 
 @contextmanager
 def isolated(
-    model: nn.Module, output_fn: OutputFn | None = None, dtype: torch.dtype | None = None
+    model: Model, output_fn: OutputFn | None = None, dtype: torch.dtype | None = None
 ) -> Iterator[IsolatedModel]:
     """Evaluate ``model`` without leaving a trace in it or in the process.
 
     Args:
-        model: Any module; a ``LightningModule``, a compiled or a wrapped one included.
+        model: Any module; a ``LightningModule``, a compiled or a wrapped one included. One that is already isolated is
+            not isolated again: whoever isolated it restores the state of the process.
         output_fn: Turns the module's output into (N, C).
         dtype: Of all floating parameters and buffers, and so of the probe; None keeps theirs, but widens half
             precision to float32.
@@ -99,6 +140,10 @@ def isolated(
         ValueError: If the module has no parameters of its own, real and on one device (a lazy module that has not seen
             a batch yet, FSDP); nothing waits for the device.
     """
+    if isinstance(model, IsolatedModel):
+        with _differentiable():
+            yield model.bound(output_fn, dtype)
+        return
     check_structure(model)
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
@@ -106,10 +151,7 @@ def isolated(
     try:
         with (
             torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
+            _differentiable(),
             _elementary_operations(),
         ):
             yield _shadow_of(model, output_fn, dtype)
@@ -117,6 +159,18 @@ def isolated(
         torch.set_default_dtype(default_dtype)
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Leave the surrounding grad, inference and autocast modes."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
 
 
 @contextmanager

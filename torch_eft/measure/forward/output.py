@@ -3,14 +3,14 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 
 
-def output(model: nn.Module, x: Any, output_fn: OutputFn | None = None) -> Tensor:
+def output(model: Model, x: Any, output_fn: OutputFn | None = None) -> Tensor:
     """The network's output on ``x`` in evaluation mode, (N, C).
 
     Args:

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_eft.measure.forward.checks import check_measurable, derivatives_of_order
 from torch_eft.measure.forward.decompositions import Decomposed
-from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.forward.structure import all_finite
@@ -77,16 +77,18 @@ def almost_everywhere(kinked: tuple[str, ...]) -> str | None:
 
 
 def ntk_derivatives(
-    model: nn.Module,
+    model: Model,
     x: Any,
     direction: Direction,
+    *,
     lambdas: Mapping[str, float] | float | None = None,
-    order: int = 2,
+    derivatives: int = 2,
     trace: bool = False,
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
+    kernel: bool = True,
 ) -> NTKDerivatives:
-    """H, dH and, for order 2, ddI and ddII, contracted with one direction.
+    """H, dH and, with ``derivatives=2``, ddI and ddII, contracted with one direction.
 
     Args:
         model: Any module.
@@ -94,47 +96,35 @@ def ntk_derivatives(
         direction: e (N, C) in the space of outputs on ``x`` (the training error, an eigenvector of H ...), standing for
             v = lambda J^T e; or v itself, ``{parameter: tensor}`` (``ntk_vjp`` makes it of other inputs).
         lambdas: As ``ntk`` takes them.
-        order: 1 (dH) or 2 (ddI and ddII as well).
+        derivatives: 1 (dH) or 2 (ddI and ddII as well).
         trace: Average over outputs i = j.
         output_fn: Turns what the model returns into (N, C).
         memory: Bytes allowed.
+        kernel: Compute H itself as well.
 
     Raises:
         ValueError: As ``ntk``; if the direction has another shape; if the derivatives fail their check.
     """
-    if order not in (1, 2):
-        raise ValueError(f"order: {order} given; 1 is dH, 2 is dH, ddI and ddII")
+    if derivatives not in (1, 2):
+        raise ValueError(f"derivatives: {derivatives!r} given; 1 is dH, 2 is dH, ddI and ddII")
+    probe = as_probe(x)
     with isolated(model, output_fn) as network:
-        return isolated_ntk_derivatives(network, as_probe(x), direction, lambdas, order, trace, memory)
-
-
-def isolated_ntk_derivatives(
-    network: IsolatedModel,
-    probe: Probe,
-    direction: Direction,
-    lambdas: Mapping[str, float] | float | None = None,
-    order: int = 2,
-    trace: bool = False,
-    memory: int = DEFAULT_MEMORY,
-    kernel: bool = True,
-) -> NTKDerivatives:
-    """As ``ntk_derivatives``, for a network that is already isolated; H itself only if ``kernel``."""
-    engine = JacobianGram(network, probe, lambdas, memory)
-    v = _along(network, probe, direction, lambdas, engine.moving)
-    pairs = [*([(0, 0)] if kernel else []), (1, 0), *([(2, 0), (1, 1)] if order == 2 else [])]
-    with watch_kinks() as kinks:
-        found = engine.gram(pairs, v, trace)[""]
-    if not all_finite(torch.stack([value.sum() for value in found.values()])):
-        check_measurable(network)  # names the parameter
-        raise ValueError("model: its differentials are not finite though the parameters are; derivatives overflow")
-    return NTKDerivatives(
-        found.get((0, 0)),
-        found[1, 0],
-        2 * found[2, 0] if order == 2 else None,
-        found.get((1, 1)),
-        tuple(dict.fromkeys(kinks)),
-        engine.method,
-    )
+        engine = JacobianGram(network, probe, lambdas, memory)
+        v = _along(network, probe, direction, lambdas, engine.moving)
+        pairs = [*([(0, 0)] if kernel else []), (1, 0), *([(2, 0), (1, 1)] if derivatives == 2 else [])]
+        with watch_kinks() as kinks:
+            found = engine.gram(pairs, v, trace)[""]
+        if not all_finite(torch.stack([value.sum() for value in found.values()])):
+            check_measurable(network)  # names the parameter
+            raise ValueError("model: its differentials are not finite though the parameters are; derivatives overflow")
+        return NTKDerivatives(
+            found.get((0, 0)),
+            found[1, 0],
+            2 * found[2, 0] if derivatives == 2 else None,
+            found.get((1, 1)),
+            tuple(dict.fromkeys(kinks)),
+            engine.method,
+        )
 
 
 def _along(
@@ -146,7 +136,7 @@ def _along(
 ) -> dict[str, Tensor]:
     """V of the parameters that move."""
     if isinstance(direction, Tensor):
-        operator = NTKOperator(network, probe, lambdas)
+        operator = NTKOperator(network, probe, lambdas=lambdas)
         if direction.shape != operator.outputs.shape:
             raise ValueError(
                 f"direction: {tuple(direction.shape)} given; give {tuple(operator.outputs.shape)}, a number for every "
@@ -168,10 +158,11 @@ def _along(
 
 
 def dntk(
-    model: nn.Module,
+    model: Model,
     x: Any,
-    lambdas: Mapping[str, float] | float | None = None,
     direction: Direction | None = None,
+    *,
+    lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> Tensor:
@@ -180,8 +171,8 @@ def dntk(
     Args:
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
-        lambdas: As ``ntk`` takes them.
         direction: As ``ntk_derivatives`` takes it; None for the whole tensor, which takes (N C)^2 backward passes.
+        lambdas: As ``ntk`` takes them.
         output_fn: Turns what the model returns into (N, C).
         memory: Bytes allowed.
 
@@ -195,18 +186,20 @@ def dntk(
         AlmostEverywhereWarning: If the network has kinks.
     """
     if direction is not None:
-        with isolated(model, output_fn) as network:
-            found = isolated_ntk_derivatives(network, as_probe(x), direction, lambdas, 1, False, memory, kernel=False)
+        found = ntk_derivatives(
+            model, x, direction, lambdas=lambdas, derivatives=1, output_fn=output_fn, memory=memory, kernel=False
+        )
         _warn(found.kinked)
         return found.dH
     return _whole(model, x, lambdas, ("dH",), output_fn, memory)[0]
 
 
 def ddntk(
-    model: nn.Module,
+    model: Model,
     x: Any,
-    lambdas: Mapping[str, float] | float | None = None,
     direction: Direction | None = None,
+    *,
+    lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> tuple[Tensor, Tensor]:
@@ -216,8 +209,9 @@ def ddntk(
         (N, N, N, N, C, C, C, C) each, ``[a, b, c, d, i, j, k, l]``; contracted, (N, N, C, C) each.
     """
     if direction is not None:
-        with isolated(model, output_fn) as network:
-            found = isolated_ntk_derivatives(network, as_probe(x), direction, lambdas, 2, False, memory, kernel=False)
+        found = ntk_derivatives(
+            model, x, direction, lambdas=lambdas, derivatives=2, output_fn=output_fn, memory=memory, kernel=False
+        )
         _warn(found.kinked)
         assert found.ddI is not None and found.ddII is not None
         return found.ddI, found.ddII
@@ -232,7 +226,7 @@ def _warn(kinked: tuple[str, ...]) -> None:
 
 
 def _whole(
-    model: nn.Module,
+    model: Model,
     x: Any,
     lambdas: Mapping[str, float] | float | None,
     names: tuple[str, ...],
@@ -249,7 +243,7 @@ def _whole(
         inputs = network.place(probe)
         stacked = {name: value[None] for name, value in network.params.items()}
         # Written out in the backward, too, where a checkpoint runs its part of the forward again.
-        with derivatives_of_order(2 if names == ("dH",) else 3, model), Decomposed():
+        with derivatives_of_order(2 if names == ("dH",) else 3, network.origin), Decomposed():
             found = differentials(
                 lambda params: network({name: value[0] for name, value in params.items()}, inputs)[None],
                 stacked,
@@ -285,7 +279,7 @@ def _check_in_one_direction(
     generator = torch.Generator(device="cpu").manual_seed(0)
     like = next(iter(tensors.values()))
     e = torch.randn(N, C, generator=generator, device="cpu").to(like)
-    found = isolated_ntk_derivatives(network, probe, e, lambdas, 2, False, memory)
+    found = ntk_derivatives(network, probe, e, lambdas=lambdas, memory=memory)
     assert found.H is not None and found.ddII is not None
     eps = torch.finfo(like.dtype).eps
     scales = {"dH": (found.H.norm() * found.ddII.norm()) ** 0.5, "ddI": found.ddII.norm(), "ddII": found.ddII.norm()}
@@ -312,6 +306,5 @@ __all__ = [
     "almost_everywhere",
     "ddntk",
     "dntk",
-    "isolated_ntk_derivatives",
     "ntk_derivatives",
 ]

@@ -13,21 +13,23 @@ from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_eft.measure.forward.checks import MemoryLimitError, check_measurable
-from torch_eft.measure.forward.isolation import IsolatedModel, isolated
-from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
+from torch_eft.measure.forward.isolation import Model, isolated
+from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.forward.structure import all_finite
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, Estimate, JacobianGram
+from torch_eft.results.choices import check_choice
 
 Per = Literal["parameter", "layer"]
 
 
 @overload
 def ntk(
-    model: nn.Module,
+    model: Model,
     x: Any,
+    *,
     lambdas: Mapping[str, float] | float | None = ...,
     trace: bool = ...,
     output_fn: OutputFn | None = ...,
@@ -39,21 +41,22 @@ def ntk(
 
 @overload
 def ntk(
-    model: nn.Module,
+    model: Model,
     x: Any,
+    *,
     lambdas: Mapping[str, float] | float | None = ...,
     trace: bool = ...,
     output_fn: OutputFn | None = ...,
     memory: int = ...,
-    *,
     per: Per,
     other: Any = ...,
 ) -> dict[str, Tensor]: ...
 
 
 def ntk(
-    model: nn.Module,
+    model: Model,
     x: Any,
+    *,
     lambdas: Mapping[str, float] | float | None = None,
     trace: bool = False,
     output_fn: OutputFn | None = None,
@@ -85,31 +88,16 @@ def ntk(
             the trainable parameters or is negative, there are none, the result or the factors of one sample do not
             fit into ``memory``, the kernel is not finite, or the forward is no function of each sample.
     """
-    with isolated(model, output_fn) as network:
-        return isolated_ntk(
-            network, as_probe(x), lambdas, trace, memory, per, None if other is None else as_probe(other)
-        )
-
-
-def isolated_ntk(
-    network: IsolatedModel,
-    probe: Probe,
-    lambdas: Mapping[str, float] | float | None = None,
-    trace: bool = False,
-    memory: int = DEFAULT_MEMORY,
-    per: Per | None = None,
-    other: Probe | None = None,
-) -> Any:
-    """As ``ntk``, for a network that is already isolated."""
-    if per not in (None, "parameter", "layer"):
-        raise ValueError(f"per: {per!r} given; give 'parameter', 'layer' or None for the whole kernel")
-    engine = JacobianGram(network, probe, lambdas, memory)
-    columns = None if other is None else JacobianGram(network, other, lambdas, memory)
+    if per is not None:
+        check_choice("per", per, ("parameter", "layer"), "None for the whole kernel")
     group = None if per is None else (str if per == "parameter" else layer_of)
-    found = {name: value[0, 0] for name, value in engine.gram(trace=trace, group=group, other=columns).items()}
-    if not all_finite(torch.stack([H.sum() for H in found.values()])):
-        check_measurable(network)  # names the parameter
-        raise ValueError("model: the NTK is not finite though the parameters are; outputs or derivatives overflow")
+    with isolated(model, output_fn) as network:
+        rows = JacobianGram(network, as_probe(x), lambdas, memory)
+        columns = None if other is None else JacobianGram(network, as_probe(other), lambdas, memory)
+        found = {name: value[0, 0] for name, value in rows.gram(trace=trace, group=group, other=columns).items()}
+        if not all_finite(torch.stack([H.sum() for H in found.values()])):
+            check_measurable(network)  # names the parameter
+            raise ValueError("model: the NTK is not finite though the parameters are; outputs or derivatives overflow")
     return found[""] if per is None else found
 
 
@@ -119,8 +107,9 @@ def layer_of(name: str) -> str:
 
 
 def ntk_estimate(
-    model: nn.Module,
+    model: Model,
     x: Any,
+    *,
     lambdas: Mapping[str, float] | float | None = None,
     trace: bool = False,
     output_fn: OutputFn | None = None,
@@ -133,11 +122,11 @@ def ntk_estimate(
 
 
 def too_large(
-    model: nn.Module, x: Any, trace: bool = False, output_fn: OutputFn | None = None, memory: int = DEFAULT_MEMORY
+    model: Model, x: Any, *, trace: bool = False, output_fn: OutputFn | None = None, memory: int = DEFAULT_MEMORY
 ) -> str | None:
     """Why the NTK does not fit into ``memory`` bytes, or None if it does."""
     try:
-        ntk_estimate(model, x, None, trace, output_fn, memory)
+        ntk_estimate(model, x, lambdas=None, trace=trace, output_fn=output_fn, memory=memory)
     except MemoryLimitError as error:
         return str(error)
     return None
@@ -165,8 +154,9 @@ class Coverage:
 
 
 def coverage(
-    model: nn.Module,
+    model: Model,
     x: Any,
+    *,
     lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
 ) -> Coverage:

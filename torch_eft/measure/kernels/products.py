@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jacobian.engine import checked_lambdas
@@ -71,9 +71,10 @@ class NTKOperator:
 
 
 def ntk_vector_product(
-    model: nn.Module,
+    model: Model,
     x: Any,
-    v: Tensor,
+    direction: Tensor,
+    *,
     lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
 ) -> Tensor:
@@ -82,22 +83,23 @@ def ntk_vector_product(
     Args:
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
-        v: (N, C).
+        direction: v, (N, C).
         lambdas: As ``ntk`` takes them.
         output_fn: Turns what the model returns into (N, C).
 
     Raises:
-        ValueError: As ``ntk``, or if ``v`` is not (N, C).
+        ValueError: As ``ntk``, or if the direction is not (N, C).
     """
     with isolated(model, output_fn) as network:
-        operator = NTKOperator(network, as_probe(x), lambdas)
-        return operator(_checked(v, operator))
+        operator = NTKOperator(network, as_probe(x), lambdas=lambdas)
+        return operator(_checked(direction, operator))
 
 
 def ntk_vjp(
-    model: nn.Module,
+    model: Model,
     x: Any,
-    e: Tensor,
+    direction: Tensor,
+    *,
     lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
 ) -> dict[str, Tensor]:
@@ -106,7 +108,7 @@ def ntk_vjp(
     Args:
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
-        e: (N, C): the training error, an eigenvector of H, or any other.
+        direction: e, (N, C): the training error, an eigenvector of H, or any other.
         lambdas: As ``ntk`` takes them.
         output_fn: Turns what the model returns into (N, C).
 
@@ -114,8 +116,8 @@ def ntk_vjp(
         ``{parameter: tensor}``, 0 where lambda is 0.
     """
     with isolated(model, output_fn) as network:
-        operator = NTKOperator(network, as_probe(x), lambdas)
-        found = operator.ntk_vjp(_checked(e, operator))
+        operator = NTKOperator(network, as_probe(x), lambdas=lambdas)
+        found = operator.ntk_vjp(_checked(direction, operator))
         return {name: found.get(name, torch.zeros_like(value)) for name, value in network.params.items()}
 
 
@@ -143,37 +145,38 @@ class Eigenpairs:
 
 
 def ntk_eigenpairs(
-    model: nn.Module,
+    model: Model,
     x: Any,
-    count: int,
+    num_eigenpairs: int,
+    *,
     lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
     tolerance: float = 1e-5,
-    steps: int | None = None,
+    num_matvecs: int | None = None,
 ) -> Eigenpairs:
     """The largest eigenvalues of H and their eigenvectors, by Lanczos iteration, without H.
 
     Args:
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
-        count: k, number of eigenpairs.
+        num_eigenpairs: k.
         lambdas: As ``ntk`` takes them.
         output_fn: Turns what the model returns into (N, C).
         tolerance: Residuals to reach, relative to the largest eigenvalue.
-        steps: Products with H at most; None means min(N C, 20 + 10 k).
+        num_matvecs: Products with H at most; None means min(N C, 20 + 10 k).
 
     Returns:
-        Eigenpairs with their residuals, which may exceed the tolerance if ``steps`` ran out.
+        Eigenpairs with their residuals, which may exceed the tolerance if ``num_matvecs`` ran out.
 
     Raises:
-        ValueError: As ``ntk``, or if ``count`` is not in 1 .. N C.
+        ValueError: As ``ntk``, or if ``num_eigenpairs`` is not in 1 .. N C.
     """
     with isolated(model, output_fn) as network:
-        operator = NTKOperator(network, as_probe(x), lambdas)
+        operator = NTKOperator(network, as_probe(x), lambdas=lambdas)
         size = operator.outputs.numel()
-        if not 1 <= count <= size:
-            raise ValueError(f"count: {count} given; H has {size} eigenvalues, give 1 .. {size}")
-        return _lanczos(operator, count, tolerance, min(size, steps or 20 + 10 * count))
+        if not 1 <= num_eigenpairs <= size:
+            raise ValueError(f"num_eigenpairs: {num_eigenpairs} given; H has {size} eigenvalues, give 1 .. {size}")
+        return _lanczos(operator, num_eigenpairs, tolerance, min(size, num_matvecs or 20 + 10 * num_eigenpairs))
 
 
 def _lanczos(operator: NTKOperator, count: int, tolerance: float, steps: int) -> Eigenpairs:

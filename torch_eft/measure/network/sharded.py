@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,13 +31,14 @@ from torch_eft.measure.jacobian.factors import jacobian_factors
 from torch_eft.measure.jacobian.gram import DenseFactor, Factor, OuterProductFactor, add_gram, mirror
 from torch_eft.measure.network.ranks import Ranks
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
-from torch_eft.measure.representations.hidden_kernels import isolated_hidden_kernels
+from torch_eft.measure.representations.hidden_kernels import hidden_kernels
 
 
 def sharded_snapshot(
     model: nn.Module,
-    probe: Probe,
+    x: Any,
     plan: Plan,
+    *,
     lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
     group: dist.ProcessGroup | None = None,
@@ -48,7 +50,7 @@ def sharded_snapshot(
 
     Args:
         model: The module that every rank holds (of a DistributedDataParallel, its ``.module``).
-        probe: All the samples, on every rank.
+        x: All the samples, on every rank.
         plan: What to measure.
         lambdas: The learning-rate tensor.
         output_fn: Turns what the model returns into (N, C).
@@ -63,22 +65,23 @@ def sharded_snapshot(
             (FSDP) are refused: see ``full_copy``.
         PeerError: If another rank failed.
     """
-    ranks = Ranks(group)
+    probe, ranks = as_probe(x), Ranks(group)
     if ranks.size == 1:
-        return take_snapshot(model, probe, plan, lambdas, output_fn)
+        return take_snapshot(model, probe, plan, lambdas=lambdas, output_fn=output_fn)
     with ExitStack() as stack:
         network = ranks.together(lambda: stack.enter_context(isolated(model, output_fn)))
         ranks.check_equal(_fingerprint(network, probe))
         _equal_buffers(network, ranks)
         output = _outputs(network, probe, ranks)
         ntk = _kernel(network, probe, lambdas, plan.ntk_trace, memory, ranks) if plan.ntk else None
-        hidden = ranks.together(lambda: isolated_hidden_kernels(network, probe, plan.layers) if plan.hidden else {})
+        hidden = ranks.together(lambda: hidden_kernels(network, probe, plan.layers) if plan.hidden else {})
     return Snapshot(output, ntk, hidden)
 
 
 def sharded_ntk(
     model: nn.Module,
-    x: object,
+    x: Any,
+    *,
     lambdas: Mapping[str, float] | float | None = None,
     trace: bool = False,
     output_fn: OutputFn | None = None,
@@ -86,9 +89,10 @@ def sharded_ntk(
     memory: int = DEFAULT_MEMORY,
 ) -> Tensor:
     """As ``ntk``, by all ranks of a process group together; arguments and errors as ``sharded_snapshot``."""
-    found = sharded_snapshot(model, as_probe(x), Plan(ntk=True, ntk_trace=trace), lambdas, output_fn, group, memory).ntk
-    assert found is not None
-    return found
+    plan = Plan(ntk=True, ntk_trace=trace)
+    H = sharded_snapshot(model, x, plan, lambdas=lambdas, output_fn=output_fn, group=group, memory=memory).ntk
+    assert H is not None
+    return H
 
 
 def full_copy(model: nn.Module, twin: nn.Module) -> nn.Module:

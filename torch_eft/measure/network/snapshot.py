@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.forward.isolation import Model, isolated
 from torch_eft.measure.forward.output import checked_output
-from torch_eft.measure.forward.probe import OutputFn, Probe
-from torch_eft.measure.kernels.ntk import isolated_ntk
-from torch_eft.measure.representations.hidden_kernels import isolated_hidden_kernels
+from torch_eft.measure.forward.probe import OutputFn, as_probe
+from torch_eft.measure.kernels.ntk import ntk
+from torch_eft.measure.representations.hidden_kernels import hidden_kernels
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,34 @@ class Snapshot:
 
 
 def take_snapshot(
-    model: nn.Module,
-    probe: Probe,
+    model: Model,
+    x: Any,
     plan: Plan,
+    *,
     lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
 ) -> Snapshot:
-    """Measure ``model`` on ``probe`` as ``plan`` says, leaving no trace in it.
+    """Measure ``model`` on ``x`` as ``plan`` says, leaving no trace in it.
+
+    Args:
+        model: Any module.
+        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        plan: What to measure.
+        lambdas: As ``ntk`` takes them.
+        output_fn: Turns what the model returns into (N, C).
+
+    Returns:
+        What the plan asks for.
 
     Raises:
         ValueError: If the model cannot be measured; the message says why.
     """
+    probe = as_probe(x)
     with isolated(model, output_fn) as network:
         with torch.no_grad():
             output = checked_output(network, probe)
         return Snapshot(
             output,
-            isolated_ntk(network, probe, lambdas, plan.ntk_trace) if plan.ntk else None,
-            isolated_hidden_kernels(network, probe, plan.layers) if plan.hidden else {},
+            ntk(network, probe, lambdas=lambdas, trace=plan.ntk_trace) if plan.ntk else None,
+            hidden_kernels(network, probe, plan.layers) if plan.hidden else {},
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.forward.structure import all_finite
@@ -38,7 +38,7 @@ class Representation:
 
 
 def representation(
-    model: nn.Module,
+    model: Model,
     x: Any,
     targets: Tensor | None = None,
     layers: Sequence[str] | None = None,
@@ -79,7 +79,7 @@ def representation(
 
 
 def hidden_kernels(
-    model: nn.Module, x: Any, layers: Sequence[str] | None = None, output_fn: OutputFn | None = None
+    model: Model, x: Any, layers: Sequence[str] | None = None, output_fn: OutputFn | None = None
 ) -> dict[str, Tensor]:
     """The kernels of hidden layers on ``x``, in evaluation mode.
 
@@ -98,14 +98,7 @@ def hidden_kernels(
         ValueError: If a name is no submodule, or the forward rejects ``x``.
     """
     with isolated(model, output_fn) as network:
-        return isolated_hidden_kernels(network, as_probe(x), layers)
-
-
-def isolated_hidden_kernels(
-    network: IsolatedModel, probe: Probe, layers: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """As ``hidden_kernels``, for a network that is already isolated."""
-    return {name: features.kernel for name, features in _features(network, probe, layers).items()}
+        return {name: features.kernel for name, features in _features(network, as_probe(x), layers).items()}
 
 
 @dataclass(frozen=True)

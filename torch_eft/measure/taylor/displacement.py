@@ -15,15 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.forward.isolation import Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, checked_lambdas
-from torch_eft.measure.kernels.dntk import almost_everywhere, isolated_ntk_derivatives
-from torch_eft.measure.kernels.ntk import isolated_ntk
-from torch_eft.measure.taylor.secant import _complete
+from torch_eft.measure.kernels.dntk import almost_everywhere, ntk_derivatives
+from torch_eft.measure.kernels.ntk import ntk as ntk_of
 from torch_eft.measure.taylor.series import taylor_series
 
 
@@ -61,7 +60,7 @@ class DisplacementTerms:
 
 
 def interval(
-    model: nn.Module,
+    model: Model,
     params0: Mapping[str, Tensor],
     params: Mapping[str, Tensor],
     x: Any,
@@ -94,9 +93,9 @@ def interval(
     if order not in (1, 2):
         raise ValueError(f"order: {order} given; 1 is dNTK, 2 is dNTK and ddNTK")
     probe = as_probe(x)
-    series = taylor_series(model, params0, params, probe, 3, output_fn)
     with isolated(model, output_fn) as network:
-        first, second = _complete(network, params0, "params0"), _complete(network, params, "params")
+        series = taylor_series(network, params0, params, probe, 3)
+        first, second = network.complete(params0, "params0"), network.complete(params, "params")
         at_start = replace(network, params=first)
         d = {name: second[name] - value for name, value in first.items()}
         moving = set(first) if not isinstance(lambdas, Mapping) else {name for name in first if lambdas[name] > 0}
@@ -105,11 +104,21 @@ def interval(
         if ntk:
             if kernels is None:
                 H, H_end = (
-                    isolated_ntk(replace(network, params=at), probe, lambdas, trace, memory) for at in (first, second)
+                    ntk_of(replace(network, params=at), probe, lambdas=lambdas, trace=trace, memory=memory)
+                    for at in (first, second)
                 )
             else:
                 H, H_end = (value.to(next(iter(first.values())).device) for value in kernels)
-            found = isolated_ntk_derivatives(at_start, probe, d, lambdas, order, H.ndim == 2, memory, kernel=False)
+            found = ntk_derivatives(
+                at_start,
+                probe,
+                d,
+                lambdas=lambdas,
+                derivatives=order,
+                trace=H.ndim == 2,
+                memory=memory,
+                kernel=False,
+            )
             kinked = tuple(dict.fromkeys((*kinked, *found.kinked)))
             change, linear = H_end - H, symmetrized(found.dH)
             terms = linear[None]
@@ -144,7 +153,7 @@ class RelativeDNTK:
 
 
 def relative_dntk(
-    model: nn.Module,
+    model: Model,
     params: Mapping[str, Tensor],
     gradient: Mapping[str, Tensor],
     x: Any,
@@ -175,15 +184,15 @@ def relative_dntk(
     """
     probe = as_probe(x)
     with isolated(model, output_fn) as network:
-        at = replace(network, params=_complete(network, params, "params"))
+        at = network.at(params, "params")
         scales = checked_lambdas(at, lambdas)
-        v = {name: g * scales.get(name, 0.0) for name, g in _complete(at, gradient, "gradient").items()}
+        v = {name: g * scales.get(name, 0.0) for name, g in at.complete(gradient, "gradient").items()}
         # The length drops out: a unit vector keeps the numbers away from overflow.
         size = torch.stack([value.norm() for value in v.values()]).norm()
         if not float(size) > 0:
             return None
         v = {name: value / size for name, value in v.items()}
-        found = isolated_ntk_derivatives(at, probe, v, lambdas, order, trace, memory)
+        found = ntk_derivatives(at, probe, v, lambdas=lambdas, derivatives=order, trace=trace, memory=memory)
         inputs = at.place(probe)
         moved = _along(at, inputs, v)
         assert found.H is not None

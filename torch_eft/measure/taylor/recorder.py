@@ -122,7 +122,7 @@ class TrajectoryRecorder:
     def _ntk(self) -> Tensor:
         model = self.model
         if not isinstance(model, TaylorModel):
-            return ntk(model, self.x_probe, self.lambdas, output_fn=self.output_fn).detach()
+            return ntk(model, self.x_probe, lambdas=self.lambdas, output_fn=self.output_fn).detach()
         with isolated(model.network) as network:
             scales = checked_lambdas(network, self.lambdas)
         args, kwargs = as_call(self._placed(model, self.x_probe))

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.kinks import Sides, kink_sides
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
-from torch_eft.measure.kernels.ntk import isolated_ntk
+from torch_eft.measure.kernels.ntk import ntk
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class NTKChange:
 
 
 def ntk_change(
-    model: nn.Module,
+    model: Model,
     x: Any,
     params0: Mapping[str, Tensor],
     params: Mapping[str, Tensor],
@@ -72,14 +72,12 @@ def ntk_change(
         ValueError: As ``ntk``; if a name is no trainable parameter, a shape is another, or ``step`` is not positive.
     """
     with isolated(model, output_fn) as network:
-        first, second = (
-            _complete(network, values, name) for values, name in ((params0, "params0"), (params, "params"))
-        )
+        first, second = (network.complete(values, name) for values, name in ((params0, "params0"), (params, "params")))
         return _between(network, as_probe(x), first, second, step, lambdas, trace)
 
 
 def ntk_finite_difference(
-    model: nn.Module,
+    model: Model,
     x: Any,
     direction: Mapping[str, Tensor],
     step: float,
@@ -106,7 +104,7 @@ def ntk_finite_difference(
         ValueError: As ``ntk_change``.
     """
     with isolated(model, output_fn) as network:
-        _complete(network, direction, "direction")
+        network.complete(direction, "direction")
         ends: list[dict[str, Tensor]] = []
         for sign in (-1, 1):
             moved = {
@@ -114,16 +112,6 @@ def ntk_finite_difference(
             }
             ends.append({**network.params, **moved})
         return _between(network, as_probe(x), ends[0], ends[1], 2 * step, lambdas, trace)
-
-
-def _complete(network: IsolatedModel, values: Mapping[str, Tensor], argument: str) -> dict[str, Tensor]:
-    for name, value in values.items():
-        if name not in network.params:
-            raise ValueError(f"{argument}: {name!r} is no trainable parameter")
-        if value.shape != network.params[name].shape:
-            own = tuple(network.params[name].shape)
-            raise ValueError(f"{argument}: {name!r} has shape {tuple(value.shape)}, the parameter {own}")
-    return {name: values[name].detach().to(own) if name in values else own for name, own in network.params.items()}
 
 
 def _between(
@@ -139,7 +127,7 @@ def _between(
         raise ValueError(f"step: {step:g} given; it must be positive and finite")
     change, sides = [], []
     for params in (first, second):
-        change.append(isolated_ntk(replace(network, params=params), probe, lambdas, trace))
+        change.append(ntk(replace(network, params=params), probe, lambdas=lambdas, trace=trace))
         sides.append(kink_sides(network, params, probe))
     names = tuple(dict.fromkeys(sides[0].names + sides[1].names))
     return NTKChange((change[1] - change[0]) / step, step, names, _crossings(*sides))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.forward.checks import check_differentiable_function
-from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jets.jet import MAX_ORDER, NoJetRuleError, coefficients_of, lift, watch_kinks
@@ -55,7 +55,7 @@ class TaylorSeries:
 
 
 def taylor_terms(
-    model: nn.Module,
+    model: Model,
     params0: Mapping[str, Tensor],
     params: Mapping[str, Tensor],
     x: Any,
@@ -71,7 +71,7 @@ def taylor_terms(
 
 
 def taylor_series(
-    model: nn.Module,
+    model: Model,
     params0: Mapping[str, Tensor],
     params: Mapping[str, Tensor],
     x: Any,
@@ -109,8 +109,8 @@ def taylor_series(
         terms = terms.detach()
         _check_finite(terms, value)
         if method == JETS and order > 0:
-            key = (probe.description, output_fn)
-            seen = _checked.setdefault(model, {})
+            key = (probe.description, network.output_fn)
+            seen = _checked.setdefault(network.origin, {})
             if check or (check is None and seen.get(key, 0) < order):
                 remarks += _compare(base, direction, probe, terms)
                 seen[key] = max(order, seen.get(key, 0))

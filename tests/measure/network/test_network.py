@@ -1,0 +1,102 @@
+"""A network bound once: the same numbers as by the functions, and one isolated copy for all of them."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.measure.zoo import randn
+from torch_eft import measure
+from torch_eft.measure.forward import isolation
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def moved(model, scale):
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: value.detach() + scale * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        for name, value in model.named_parameters()
+    }
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """The isolated copies that were made."""
+    made, shadow_of = [], isolation._shadow_of
+
+    def counted(*arguments):
+        made.append(arguments[0])
+        return shadow_of(*arguments)
+
+    monkeypatch.setattr(isolation, "_shadow_of", counted)
+    return made
+
+
+def test_every_measurement_on_one_copy_and_as_by_its_function(copies):
+    model, x, lambdas = mlp().double(), randn(3, 5), 0.7
+    theta_0, theta, e = moved(model, 0.0), moved(model, 0.1), randn(3, 3, seed=2)
+    network = measure.Network(model, x, lambdas=lambdas)
+    with network:
+        found = [
+            network.output(),
+            network.ntk(),
+            network.ntk(per="layer"),
+            network.ntk(trace=True, other=x[:2]),
+            network.dntk(e),
+            network.ddntk(e),
+            network.derivatives(e, derivatives=1).dH,
+            network.vector_product(e),
+            network.vjp(e),
+            network.eigenpairs(2).values,
+            network.taylor(theta_0, theta).terms,
+            network.displacement_terms(theta_0, theta).ntk_change,
+            network.ntk_change(theta_0, theta).value,
+            network.relative_dntk(theta, theta_0).dntk,
+            network.representation().K,
+            network.snapshot(measure.Plan(ntk=True, hidden=True)).ntk,
+            network.on(x[:2]).ntk(),
+            network.at(theta).ntk(),
+        ]
+        assert str(network.estimate()) and str(network.coverage()) and "isolated" in repr(network)
+    assert len(copies) == 1
+    with torch.no_grad():
+        other = mlp().double()
+        other.load_state_dict(theta)
+    H = measure.ntk(model, x, lambdas=lambdas)
+    terms = measure.taylor_series(model, theta_0, theta, x).terms
+    expected = [
+        measure.output(model, x),
+        H,
+        measure.ntk(model, x, lambdas=lambdas, per="layer"),
+        measure.ntk(model, x, lambdas=lambdas, trace=True, other=x[:2]),
+        measure.dntk(model, x, e, lambdas=lambdas),
+        measure.ddntk(model, x, e, lambdas=lambdas),
+        measure.ntk_derivatives(model, x, e, lambdas=lambdas).dH,
+        measure.ntk_vector_product(model, x, e, lambdas=lambdas),
+        measure.ntk_vjp(model, x, e, lambdas=lambdas),
+        measure.ntk_eigenpairs(model, x, 2, lambdas=lambdas).values,
+        terms,
+        measure.ntk(other, x, lambdas=lambdas) - H,
+        measure.ntk(other, x, lambdas=lambdas) - H,
+        measure.relative_dntk(model, theta, theta_0, x, lambdas).dntk,
+        measure.representation(model, x).K,
+        H,
+        H[:2, :2],
+        measure.ntk(other, x, lambdas=lambdas),
+    ]
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(network.ntk(), H, rtol=0, atol=0)  # outside of `with`, too
+
+
+def test_what_a_network_is_not_open_for():
+    network = measure.Network(mlp(), torch.ones(2, 5))
+    with pytest.raises(RuntimeError, match="not isolated; use it inside"):
+        network.at({})
+    with network, pytest.raises(RuntimeError, match="open already"), network:
+        pass
+    with network, torch.no_grad():  # the caller's modes do not matter inside, either
+        assert bool(network.ntk().diagonal().any())

@@ -1,0 +1,237 @@
+"""One network bound once, isolated once, and measured as often as wanted."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, overload
+
+from torch import Tensor
+
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
+from torch_eft.measure.forward.output import output
+from torch_eft.measure.forward.probe import OutputFn, as_probe
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, Estimate
+from torch_eft.measure.kernels.dntk import Direction, NTKDerivatives, ddntk, dntk, ntk_derivatives
+from torch_eft.measure.kernels.ntk import Coverage, Per, coverage, ntk, ntk_estimate
+from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
+from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
+from torch_eft.measure.representations.hidden_kernels import Representation, hidden_kernels, representation
+from torch_eft.measure.taylor.displacement import DisplacementTerms, RelativeDNTK, interval, relative_dntk
+from torch_eft.measure.taylor.secant import NTKChange, ntk_change
+from torch_eft.measure.taylor.series import TaylorSeries, taylor_series
+
+Parameters = Mapping[str, Tensor]
+
+
+class Network:
+    """A network on fixed inputs, with its learning-rate tensor: every measurement as a method.
+
+    As a context manager it isolates the network once (a copy that shares the parameters, the random and backend state
+    saved) for all measurements inside; outside of ``with`` every method isolates it for itself. Parameters are read
+    when the network is isolated: after a training step, enter it anew.
+
+    Args:
+        model: Any module, or one that is already isolated.
+        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        lambdas: See ``ntk``.
+        output_fn: Turns what the model returns into (N, C).
+        memory: Bytes allowed, see ``ntk``; None for the default of 1 GiB.
+
+    Attributes:
+        model: The module.
+        probe: The inputs, checked.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> network = measure.Network(torch.nn.Linear(3, 2, bias=False), torch.eye(3))
+        >>> with network:
+        ...     H, hidden = network.ntk(), network.representation(layers=[]).K
+        >>> H.shape, bool((H[0, 0] == torch.eye(2)).all())
+        (torch.Size([3, 3, 2, 2]), True)
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        x: Any,
+        *,
+        lambdas: Mapping[str, float] | float | None = None,
+        output_fn: OutputFn | None = None,
+        memory: int | None = None,
+    ) -> None:
+        self.model, self.probe = model, as_probe(x)
+        self.lambdas, self.output_fn = lambdas, output_fn
+        self.memory = DEFAULT_MEMORY if memory is None else memory
+        self._open: IsolatedModel | None = None
+        self._context: AbstractContextManager[IsolatedModel] | None = None
+
+    def __enter__(self) -> "Network":
+        if self._context is not None:
+            raise RuntimeError("this Network is open already; a `with` inside it needs a Network of its own")
+        self._context = isolated(self.model, self.output_fn)
+        try:
+            self._open = self._context.__enter__()
+        except BaseException:
+            self._context = None
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        context, self._context, self._open = self._context, None, None
+        if context is not None:
+            context.__exit__(*error)
+
+    def __repr__(self) -> str:
+        """Name the module and the inputs."""
+        state = "isolated" if self._open is not None else "not isolated"
+        return f"Network({type(self.model).__name__} on {self.probe.description}, {state})"
+
+    @property
+    def current(self) -> Model:
+        """The isolated network inside ``with``, else the module: what any function of ``measure`` takes."""
+        return self.model if self._open is None else self._open
+
+    def on(self, x: Any, *, lambdas: Mapping[str, float] | float | None = None) -> "Network":
+        """Return the same network on other inputs; inside ``with`` it shares the isolated copy.
+
+        Args:
+            x: As for the class.
+            lambdas: Another learning-rate tensor; None keeps this one.
+        """
+        kept = self.lambdas if lambdas is None else lambdas
+        return Network(self.current, x, lambdas=kept, output_fn=self.output_fn, memory=self.memory)
+
+    def at(self, theta: Parameters) -> "Network":
+        """Return the same network at other parameters, inside ``with`` only.
+
+        Args:
+            theta: ``{name of a trainable parameter: tensor}``; those left out are the network's own.
+
+        Raises:
+            RuntimeError: Outside of ``with``.
+            ValueError: If a name is no trainable parameter, or a shape is another.
+        """
+        if self._open is None:
+            raise RuntimeError("at: the network is not isolated; use it inside `with network:`")
+        return Network(self._open.at(theta), self.probe, lambdas=self.lambdas, memory=self.memory)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"lambdas": self.lambdas, "output_fn": self.output_fn}
+
+    @property
+    def _within(self) -> dict[str, Any]:
+        return self._options | {"memory": self.memory}
+
+    def output(self) -> Tensor:
+        """Return the outputs, (N, C); see ``measure.output``."""
+        return output(self.current, self.probe, self.output_fn)
+
+    @overload
+    def ntk(self, *, trace: bool = ..., per: None = ..., other: Any = ...) -> Tensor: ...
+
+    @overload
+    def ntk(self, *, trace: bool = ..., per: Per, other: Any = ...) -> dict[str, Tensor]: ...
+
+    def ntk(self, *, trace: bool = False, per: Per | None = None, other: Any = None) -> Tensor | dict[str, Tensor]:
+        """Return the NTK, (N, N, C, C); see ``measure.ntk``."""
+        return ntk(self.current, self.probe, trace=trace, per=per, other=other, **self._within)
+
+    def dntk(self, direction: Direction | None = None) -> Tensor:
+        """Return the dNTK, whole or contracted; see ``measure.dntk``."""
+        return dntk(self.current, self.probe, direction, **self._within)
+
+    def ddntk(self, direction: Direction | None = None) -> tuple[Tensor, Tensor]:
+        """Return the two ddNTKs, whole or contracted; see ``measure.ddntk``."""
+        return ddntk(self.current, self.probe, direction, **self._within)
+
+    def derivatives(
+        self, direction: Direction, *, derivatives: int = 2, trace: bool = False, kernel: bool = True
+    ) -> NTKDerivatives:
+        """Return H, dH and the ddNTKs contracted with a direction; see ``measure.ntk_derivatives``."""
+        return ntk_derivatives(
+            self.current,
+            self.probe,
+            direction,
+            derivatives=derivatives,
+            trace=trace,
+            kernel=kernel,
+            **self._within,
+        )
+
+    def vector_product(self, direction: Tensor) -> Tensor:
+        """Return H v, (N, C); see ``measure.ntk_vector_product``."""
+        return ntk_vector_product(self.current, self.probe, direction, **self._options)
+
+    def vjp(self, direction: Tensor) -> dict[str, Tensor]:
+        """Return lambda J^T e by parameter; see ``measure.ntk_vjp``."""
+        return ntk_vjp(self.current, self.probe, direction, **self._options)
+
+    def eigenpairs(self, num_eigenpairs: int, *, tolerance: float = 1e-5, num_matvecs: int | None = None) -> Eigenpairs:
+        """Return the leading eigenpairs of H; see ``measure.ntk_eigenpairs``."""
+        return ntk_eigenpairs(
+            self.current, self.probe, num_eigenpairs, tolerance=tolerance, num_matvecs=num_matvecs, **self._options
+        )
+
+    def taylor(
+        self, theta_0: Parameters, theta: Parameters, *, taylor_order: int = 3, check: bool | None = None
+    ) -> TaylorSeries:
+        """Return the Taylor terms of the output about theta_0 at theta; see ``measure.taylor_series``."""
+        return taylor_series(self.current, theta_0, theta, self.probe, taylor_order, self.output_fn, check)
+
+    def displacement_terms(
+        self,
+        theta_0: Parameters,
+        theta: Parameters,
+        *,
+        derivatives: int = 2,
+        trace: bool = False,
+        kernels: tuple[Tensor, Tensor] | None = None,
+        ntk: bool = True,
+    ) -> DisplacementTerms:
+        """Return changes of outputs and NTK from theta_0 to theta; see ``measure.displacement_terms``."""
+        return interval(
+            self.current,
+            theta_0,
+            theta,
+            self.probe,
+            order=derivatives,
+            trace=trace,
+            kernels=kernels,
+            ntk=ntk,
+            **self._within,
+        )
+
+    def relative_dntk(
+        self, theta: Parameters, gradient: Parameters, *, derivatives: int = 2, trace: bool = False
+    ) -> RelativeDNTK | None:
+        """Return the sizes of dNTK and ddNTK along a gradient at theta; see ``measure.relative_dntk``."""
+        return relative_dntk(self.current, theta, gradient, self.probe, order=derivatives, trace=trace, **self._within)
+
+    def ntk_change(
+        self, theta_0: Parameters, theta: Parameters, *, step: float = 1.0, trace: bool = False
+    ) -> NTKChange:
+        """Return the realized change of the NTK; see ``measure.ntk_change``."""
+        return ntk_change(self.current, self.probe, theta_0, theta, step=step, trace=trace, **self._options)
+
+    def representation(
+        self, targets: Tensor | None = None, *, layers: Sequence[str] | None = None, keep: bool = False
+    ) -> Representation:
+        """Return the hidden layers; see ``measure.representation``."""
+        return representation(self.current, self.probe, targets, layers=layers, output_fn=self.output_fn, keep=keep)
+
+    def hidden_kernels(self, *, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Return the kernels of hidden layers; see ``measure.hidden_kernels``."""
+        return hidden_kernels(self.current, self.probe, layers=layers, output_fn=self.output_fn)
+
+    def coverage(self) -> Coverage:
+        """Return how each parameter's Jacobian is computed; see ``measure.coverage``."""
+        return coverage(self.current, self.probe, **self._options)
+
+    def estimate(self, *, trace: bool = False) -> Estimate:
+        """Return the memory that ``ntk`` takes; see ``measure.ntk_estimate``."""
+        return ntk_estimate(self.current, self.probe, trace=trace, **self._within)
+
+    def snapshot(self, plan: Plan) -> Snapshot:
+        """Return what a plan asks for; see ``measure.take_snapshot``."""
+        return take_snapshot(self.current, self.probe, plan, **self._options)
