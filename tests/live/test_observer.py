@@ -197,9 +197,9 @@ def test_a_measurement_too_dear_is_left_out_whole(monkeypatch):
     monkeypatch.setattr(budget_module, "time", clock)
     take = module.take_snapshot
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         clock.now += 1.0
-        return take(*arguments)
+        return take(*arguments, **options)
 
     monkeypatch.setattr(module, "take_snapshot", slow)
     observer = Observer(simple_mlp(), PROBE, preset="light", every=1)
