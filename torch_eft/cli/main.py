@@ -106,8 +106,8 @@ def _add_diagnose(commands: Any) -> None:
         "arguments that returns one, or a pair (module, inputs)",
     )
     _activation(check)
-    check.add_argument("--C_b", type=float, nargs="+", default=[0.0], help="bias variance, one value or one a layer")
-    check.add_argument("--C_W", type=float, nargs="+", default=[1.0], help="n_in * weight variance, one or one a layer")
+    check.add_argument("--C_b", type=float, nargs="+", default=[0.0], help="bias variance, one value or one per layer")
+    check.add_argument("--C_W", type=float, nargs="+", default=[1.0], help="n_in * weight variance, likewise")
     check.add_argument(
         "--input-shape", type=int, nargs="+", help=f"of one input of --model: {_INPUTS} standard normal ones are drawn"
     )

@@ -1,4 +1,4 @@
-"""What the diagnosis of an MLP says, and how it prints: as Markdown that reads as plain text, too."""
+"""The diagnosis of an MLP and its text: Markdown that reads as plain text, too."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -50,14 +50,14 @@ class LayerDiagnosis:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the theory says of a network at initialization; ``str()`` prints it.
+    """The theory's statements about a network at initialization; ``str()`` prints them.
 
     Args:
-        network: The ensemble in words.
+        network: Description of the ensemble.
         phase: ``"ordered"``, ``"critical"`` or ``"chaotic"``: squared gradients over this depth below half, within a
             factor of 2 of, or above twice those at criticality (those at layer L where there is no criticality).
-        verdict: The same in words, with the size.
-        warnings: What is wrong, each with its remedy.
+        verdict: The phase as a sentence, with the size.
+        warnings: Problems, each with its remedy.
         advice: The remedies; empty if nothing is to be changed.
         recommended: (C_b, C_W) at criticality; None where the activation has none.
         kernel_growth: K^(L) / K^(1) at infinite width.
@@ -68,7 +68,7 @@ class Diagnosis:
         dead: Probability that a hidden layer is silent for a given input (ReLU), 0 for other activations.
         variants: This network, one twice as deep, one twice as wide, recomputed on at most the first 64 inputs; empty
             without a hidden layer.
-        layers: Layer by layer.
+        layers: One entry per layer.
         remarks: On the distribution of the weights; empty if there are none.
         inputs: N, the number of inputs it was made for; None for one with |x|^2 = n_0.
         largest_learning_rate: Below it gradient descent on ``MSELoss`` decreases the loss monotonically, at infinite
@@ -114,7 +114,7 @@ class Diagnosis:
 
 
 def _text(diagnosis: Diagnosis) -> str:
-    """Of an MLP."""
+    """Return the report on an MLP."""
     ratio = diagnosis.aspect_ratio
     reason = diagnosis.first_order.reason.removeprefix("order 1/n: ")
     sentences = [

@@ -1,8 +1,10 @@
-"""What a diagnosis finds wrong, each with its remedy."""
+"""Problems that a diagnosis reports, each with its remedy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from torch_eft.theory.signal_propagation.regimes import EDGE, TOO_DEEP
 
 Code = Literal[
     "gradients vanish",
@@ -15,9 +17,6 @@ Code = Literal[
     "signal",
     "nothing trains",
 ]
-
-EDGE, TOO_DEEP = 0.2, 1.0
-"""The cut-offs of ``theory.regime`` in r and epsilon."""
 
 DEAD = 0.01
 """Probability of a silent layer above which it is worth a warning: one network in a hundred."""
@@ -35,7 +34,7 @@ class Finding:
 
     Args:
         code: Its kind.
-        message: What is wrong, with the number and the limit.
+        message: The problem, with the number and the limit.
         remedy: What to change; empty if there is nothing to recommend.
     """
 
@@ -53,7 +52,7 @@ def advice(findings: Sequence[Finding]) -> tuple[str, ...]:
 
 
 def depth_finding(size: float, name: str, remedy: str) -> Finding | None:
-    """By the larger of r and epsilon, or what stands for it.
+    """Return the warning that depth over width calls for, judged by the larger of r and epsilon or their stand-in.
 
     Args:
         size: The number.

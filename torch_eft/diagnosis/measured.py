@@ -110,7 +110,7 @@ def _blocks(networks: list[OneNetwork]) -> tuple[Block, ...]:
 
 
 def _growth(networks: list[OneNetwork]) -> tuple[float | None, float | None, int]:
-    """Of squared gradients towards the inputs and of the signal towards the outputs, geometric means; dead networks."""
+    """Return geometric means of the growth of squared gradients and of the signal, and the number of dead networks."""
     if len(networks[0].places) < 2:
         return None, None, 0
     ends = [(one.places[0], one.places[-1]) for one in networks]
@@ -142,7 +142,7 @@ def _output_spread(networks: list[OneNetwork]) -> float | None:
 
 def _verdict(growth: float | None, places: int, seeds: int) -> str:
     if growth is None:
-        return "measured: no chain of layers that everything passes was found, so that no growth over depth can be told"
+        return "measured: no chain of layers that everything passes was found; growth over depth is unknown"
     kind = "neither vanish nor explode" if 1 / GROWTH <= growth <= GROWTH else "vanish" if growth < 1 else "explode"
     per = growth ** (1 / (places - 1))
     of = f"over {seeds} seeds" if seeds else "in this network alone"

@@ -1,4 +1,4 @@
-"""What the diagnosis of a network that was measured says, and how it prints: as Markdown, readable as plain text."""
+"""The diagnosis of a measured network and its text: Markdown that reads as plain text, too."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -34,15 +34,15 @@ class Block:
 
 @dataclass(frozen=True)
 class MeasuredDiagnosis:
-    """What was measured of a network at initialization; ``str()`` prints it. Nothing here is derived.
+    """Measurements of a network at initialization; ``str()`` prints them. Nothing here is derived.
 
     Args:
         network: Its class and size.
         reason: Why the theory does not cover it.
-        verdict: Whether gradients vanish or explode, in words.
+        verdict: A sentence: gradients vanish, explode or neither.
         warnings: What is wrong, each with its remedy.
         advice: The remedies.
-        blocks: The trunk, place by place; empty if nothing could be told apart.
+        blocks: The bottlenecks in order; empty if none were found.
         gradient_growth: Squared gradients at the first place over those at the last; None with fewer than two places.
         signal_growth: Mean square of the features at the last place over that at the first; None likewise.
         seeds: Networks drawn anew.
@@ -99,7 +99,7 @@ class MeasuredDiagnosis:
 
 
 def _text(diagnosis: MeasuredDiagnosis) -> str:
-    """Of any other module."""
+    """Return the report on any other module."""
     sentences = [
         f"measured, not derived: {diagnosis.reason}",
         diagnosis.verdict,

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from torch_eft.diagnosis.derived_report import Diagnosis, LayerDiagnosis, Phase
-from torch_eft.diagnosis.findings import DEAD, EDGE, FROZEN, SIGNAL, Finding, advice, depth_finding
+from torch_eft.diagnosis.findings import DEAD, FROZEN, SIGNAL, Finding, advice, depth_finding
 from torch_eft.diagnosis.variants import Variant, few, twice_as_deep, twice_as_wide, variant
 from torch_eft.measure.ensembles.read import ReadEnsemble
 from torch_eft.theory.ensemble import MLPEnsemble
@@ -24,7 +24,7 @@ from torch_eft.theory.estimates.learning_rates import (
 from torch_eft.theory.estimates.seed_spread import seed_spread
 from torch_eft.theory.gaussian.quadrature import QuadratureError
 from torch_eft.theory.signal_propagation.critical_point import slope_of_variance, slope_squared
-from torch_eft.theory.signal_propagation.regimes import first_order_validity, infinite_width_validity
+from torch_eft.theory.signal_propagation.regimes import EDGE, first_order_validity, infinite_width_validity
 
 _COMPARED = 64
 """Inputs on which this network and the doubled ones are compared: Theta takes the square of their number."""

@@ -50,11 +50,11 @@ class PhasePlane:
 
 @dataclass(frozen=True)
 class DepthWidthPlane:
-    """How large max(r, epsilon) is for every depth and width, at the initialization of this network.
+    """The size of max(r, epsilon) for every depth and width, at the initialization of this network.
 
     Args:
         depths: 2, 3, ...
-        size: n max(r, epsilon) at those depths: divided by the width it is the number that the regimes are told by.
+        size: n max(r, epsilon) at those depths: divided by the width it is the number that separates the regimes.
         depth: L of this network.
         width: n of this network.
         r: Its L / n.

@@ -1,4 +1,4 @@
-"""What would change with twice the depth or twice the width: the theory evaluated for those ensembles."""
+"""The theory evaluated for twice the depth and for twice the width."""
 
 from dataclasses import dataclass
 

@@ -18,7 +18,7 @@ _FIELDS = ("output_mean", "ntk_mean", "ntk_drift", "output_truncation", "ntk_tru
 
 @dataclass(frozen=True)
 class Share:
-    """How the verdicts on single networks are distributed.
+    """Counts of the verdicts on single networks.
 
     Args:
         counts: ``{flag: number of networks}``.
@@ -30,7 +30,7 @@ class Share:
 
     @property
     def networks(self) -> int:
-        """How many there are."""
+        """Number of networks."""
         return sum(self.counts.values())
 
     def __str__(self) -> str:
@@ -170,14 +170,16 @@ def _judged(average: Trajectory, share: Share) -> Trajectory:
     flag = share.worst.flag
     if flag == "invalid" and 2 * outside < share.networks and size < 1:
         flag = "caution"
-    told = str(share)
+    reasons = [str(share)]
     if average.output_truncation is not None:
-        told = f"the next order of the average is about {100 * size:.2g} % of order 0, within a factor of a few; {told}"
-    return replace(average, validity=Validity(flag, told + f"; {_errors(average)}"))
+        next_order = f"the next order of the average is about {100 * size:.2g} % of order 0, within a factor of a few"
+        reasons.insert(0, next_order)
+    numbers = {"relative_truncation": size, "invalid_networks": float(outside), "networks": float(share.networks)}
+    return replace(average, validity=Validity(flag, [*reasons, _errors(average)], numbers))
 
 
 def _errors(average: Trajectory) -> str:
-    """Standard errors, in words: the rms at the last time, relative to what moved."""
+    """Describe the standard errors: the rms at the last time, relative to what moved."""
     z, H, D = average.output_mean, average.ntk_mean, average.ntk_drift
     parts = []
     if average.output_error is not None:

@@ -68,6 +68,19 @@ def quantity_of(name: str) -> str | None:
     return parts[1] if known else None
 
 
+def split_tag(name: str) -> tuple[str, str] | None:
+    """Return ``(quantity, series)`` of one of our tags, None for others; a layer's series is ``layer/<layer>``.
+
+    Quantities need not be registered here: a file may come from another version or a user's own instrument.
+    The tab's ``data/model.js`` reads the names that this function returns.
+    """
+    prefix, _, rest = name.partition("/")
+    quantity, _, series = rest.partition("/")
+    if prefix not in (PREFIX, MORE, THEORY, LAYERS) or not quantity or not series:
+        return None
+    return quantity, f"layer/{series}" if prefix == LAYERS else series
+
+
 def logged_tags(history: Mapping[int, Iterable[str]]) -> set[str]:
     """All tags of a history ``{step: {tag: value}}``."""
     return {name for scalars in history.values() for name in scalars}

@@ -15,7 +15,7 @@ MaybeNone: TypeAlias = Any
 
 @dataclass(frozen=True, init=False)
 class Validity:
-    """How far a number can be trusted: a flag, the reasons, and the numbers that decided.
+    """A judgment of how far a number can be trusted: a flag, the reasons, and the numbers that decided.
 
     Args:
         flag: ``"valid"``, ``"caution"`` (corrections of order one in some quantities) or
@@ -107,9 +107,9 @@ def trajectory_from_records(
     """The trajectory of one network out of what was recorded while it trained.
 
     Args:
-        steps: Increasing optimizer steps, one a record.
+        steps: Increasing optimizer steps, one per record.
         outputs: (N_p, C) each, on the probe points.
-        provenance: What was recorded, of what.
+        provenance: A sentence that says what was recorded.
         validity: Where it holds.
         ntks: (N_p, N_p, C, C) each, as ``measure.ntk`` gives them; None if there are none.
         train_outputs: (N, C) each, on the training points; likewise.
@@ -145,7 +145,7 @@ def _stacked(name: str, records: Sequence[Tensor], count: int, axes: int) -> Ten
     shapes = {tuple(record.shape) for record in records}
     if len(records) != count or len(shapes) != 1 or any(len(shape) != axes for shape in shapes):
         raise ValueError(
-            f"{name}: {len(records)} records of shapes {sorted(shapes)} given for {count} steps; give one a step, all "
-            f"of the same shape, with {axes} axes"
+            f"{name}: {len(records)} records of shapes {sorted(shapes)} given for {count} steps; give one per step, "
+            f"all of the same shape, with {axes} axes"
         )
     return torch.stack([record.detach() for record in records])

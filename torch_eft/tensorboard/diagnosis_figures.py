@@ -1,6 +1,6 @@
 """Pictures of a diagnosis: where a network stands in the phase plane and in the depth-width plane.
 
-The diverging map (RdBu) and cividis are told apart by color-blind readers; borders are labeled in words.
+The diverging map (RdBu) and cividis can be distinguished by color-blind readers; borders carry labels.
 """
 
 import math

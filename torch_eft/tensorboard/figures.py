@@ -1,7 +1,7 @@
 """Figures from plain results. matplotlib is imported when the first one is drawn.
 
 TensorBoard shows them some 320 pixels wide: one panel each, large letters. Colors are those of Okabe & Ito (2008),
-told apart by color-blind readers: measured in vermilion, order 1 and the band in blue, order 0 in gray dashes.
+distinct for color-blind readers: measured in vermilion, order 1 and the band in blue, order 0 in gray dashes.
 """
 
 from collections.abc import Mapping

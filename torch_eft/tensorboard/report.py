@@ -55,7 +55,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> str:
 
 
 def report_data(records: Sequence[Records], note: str = "") -> dict[str, Any]:
-    """What the tab's modules read: the answer of ``/runs``, and under ``series`` and ``pages`` the rest by run."""
+    """Return the data of the tab: the answer of ``/runs``, and under ``series`` and ``pages`` the rest by run."""
     names = _names([record.path for record in records])
     runs, series, pages = [], {}, {}
     for name, record in zip(names, records, strict=True):

@@ -1,4 +1,4 @@
-"""What a run says about itself, and the file that keeps every measurement.
+"""The description of a run, and the file that keeps every measurement.
 
 The *run info* is one JSON object: the network, r = L/n, the level of theory, validity, quantities and events
 (``SCHEMA``). It is written twice: as a summary of the event files, which our TensorBoard tab reads, and as a line
@@ -18,24 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch_eft.results.tags import LAYERS, MORE, PREFIX, THEORY
+from torch_eft.results.tags import split_tag
 
 PLUGIN_NAME = "eft"
 RUN_INFO_TAG = "eft/run"
 JSONL_NAME = "eft.jsonl"
 SCHEMA = 1
-
-
-def split_tag(name: str) -> tuple[str, str] | None:
-    """``(quantity, series)`` of a tag as ``tags.py`` makes them; the series of a layer is ``layer/<layer>``.
-
-    None for the tags of others.
-    """
-    prefix, _, rest = name.partition("/")
-    quantity, _, series = rest.partition("/")
-    if prefix not in (PREFIX, MORE, THEORY, LAYERS) or not quantity or not series:
-        return None
-    return quantity, f"layer/{series}" if prefix == LAYERS else series
 
 
 def run_info_summary(info: Mapping[str, Any]) -> Any:
@@ -120,7 +108,7 @@ class Records:
 
     @property
     def note(self) -> str:
-        """What was skipped, in a sentence; empty if nothing was."""
+        """A sentence on skipped lines; empty if there are none."""
         if not self.corrupt:
             return ""
         lines = "1 line was" if self.corrupt == 1 else f"{self.corrupt} lines were"

@@ -1,4 +1,4 @@
-"""What the tab shows, read through TensorBoard's data provider."""
+"""Reads the tab's data through TensorBoard's data provider."""
 
 import math
 from typing import Any
@@ -7,7 +7,8 @@ from tensorboard import errors
 from tensorboard.data import provider
 from tensorboard.plugins.scalar import metadata as scalar_metadata
 
-from torch_eft.tensorboard.run_info import PLUGIN_NAME, RUN_INFO_TAG, parse_run_info, split_tag
+from torch_eft.results.tags import split_tag
+from torch_eft.tensorboard.run_info import PLUGIN_NAME, RUN_INFO_TAG, parse_run_info
 
 
 class Reader:

@@ -1,4 +1,4 @@
-"""Where the expansion in 1/n holds: epsilon, the regime in words, and the validity of order 0 and order 1.
+"""Where the expansion in 1/n holds: epsilon, the name of the regime, and the validity of order 0 and order 1.
 
 A network's last hidden layer sets the variance G of its output given everything before; epsilon = Var(G) / E[G]^2
 over initializations controls the expansion. To order 1/n, epsilon = V / (n_{L-1} K^2) at the output, with V the
@@ -16,6 +16,9 @@ from torch import Tensor
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.signal_propagation.susceptibility import power_mean, slope_of_variance
+
+EDGE, TOO_DEEP = 0.2, 1.0
+"""The regimes' borders in max(r, epsilon): where corrections become large, and where the expansion is useless."""
 
 
 def output_fluctuation(ensemble: MLPEnsemble, x: Tensor | None = None) -> float:
@@ -55,9 +58,9 @@ def regime(r: float, epsilon: float) -> str:
     size = max(r, epsilon)
     if size < 0.01:
         return "r -> 0: at initialization practically infinitely wide"
-    if size < 0.2:
+    if size < EDGE:
         return "0 < r << 1: effectively deep, finite-width corrections small and predictable"
-    if size < 1.0:
+    if size < TOO_DEEP:
         return "edge: finite-width corrections large, order 1/n is rough"
     return "r >~ 1, chaotic: too deep for its width, networks differ from one another by order one"
 
@@ -66,13 +69,13 @@ def infinite_width_validity(ensemble: MLPEnsemble, x: Tensor | None = None) -> V
     """Where the infinite-width theory (order 0) holds for this ensemble, judged by the larger of r and epsilon."""
     r, epsilon = ensemble.aspect_ratio, output_fluctuation(ensemble, x)
     size = f"r = L/n = {r:.3g}, epsilon = Var G/E[G]^2 = {epsilon:.3g}; {regime(r, epsilon)}"
-    if max(r, epsilon) >= 1.0:
+    if max(r, epsilon) >= TOO_DEEP:
         return Validity("invalid", f"infinite width does not describe this network: {size}. Use fewer or wider layers")
     remark = (
         "In training the NTK and the representations of a real network move by order r, more for larger targets; "
         "order 0 has neither: read it against the measured NTK drift"
     )
-    flag: Literal["valid", "caution"] = "valid" if max(r, epsilon) < 0.2 else "caution"
+    flag: Literal["valid", "caution"] = "valid" if max(r, epsilon) < EDGE else "caution"
     return Validity(flag, f"infinite width (order 0): {size}. {remark}")
 
 
@@ -85,7 +88,7 @@ def first_order_validity(ensemble: MLPEnsemble, x: Tensor | None = None) -> Vali
     r, epsilon = ensemble.aspect_ratio, output_fluctuation(ensemble, x)
     neglected = 1 - epsilon / math.expm1(epsilon) if 0 < epsilon < 700 else float(epsilon > 0)
     size = f"r = L/n = {r:.3g}, epsilon = Var G/E[G]^2 = {epsilon:.3g}; {regime(r, epsilon)}"
-    if max(r, epsilon) >= 1.0:
+    if max(r, epsilon) >= TOO_DEEP:
         return Validity("invalid", f"order 1/n does not describe this network: {size}. Use fewer or wider layers")
-    flag: Literal["valid", "caution"] = "valid" if max(r, epsilon) < 0.2 else "caution"
+    flag: Literal["valid", "caution"] = "valid" if max(r, epsilon) < EDGE else "caution"
     return Validity(flag, f"order 1/n: {size}. Neglected terms are about {100 * neglected:.2g} % of those of order 1/n")

@@ -1,4 +1,4 @@
-// Colors of Okabe & Ito (2008), told apart by color-blind readers, on light and (some of them brightened) on dark ground.
+// Colors of Okabe & Ito (2008), distinct for color-blind readers, on light and (some of them brightened) on dark ground.
 
 const LIGHT = {
   name: "light",

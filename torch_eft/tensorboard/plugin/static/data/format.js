@@ -1,4 +1,4 @@
-// Numbers and series in words.
+// Numbers and names of series as text.
 
 const SERIES = {
   measured: "measured",

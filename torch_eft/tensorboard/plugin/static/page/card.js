@@ -7,8 +7,8 @@ import { number, shortName, signed } from "../data/format.js";
 /** The last value of a single run, and its residual; marked where it is outside two standard deviations. */
 function latest(panel) {
   const { measured, orders, layers } = panel.runs[0].quantity;
-  const told = measured.length ? { points: measured } : (orders.at(-1) ?? layers.at(-1));
-  const name = told.series ? `${shortName(told.series)}: ` : "";
+  const shown = measured.length ? { points: measured } : (orders.at(-1) ?? layers.at(-1));
+  const name = shown.series ? `${shortName(shown.series)}: ` : "";
   const last = panel.residual?.lines.at(-1)?.points.at(-1)?.[1];
   const outside = panel.residual?.kind === "z" && Math.abs(last) > 2;
   // A difference from zero is the value itself.
@@ -16,7 +16,7 @@ function latest(panel) {
   return h(
     "span",
     { class: "latest" },
-    name + number(told.points.at(-1)?.[1]),
+    name + number(shown.points.at(-1)?.[1]),
     h("span", { class: outside ? "beside outside" : "beside" }, beside),
   );
 }

@@ -68,7 +68,7 @@ export function makePanel(name, runs, options, theme) {
     }
     panel.lines.push(line("measured", quantity.measured, 2));
     if (kind) {
-      // With several runs one residual a run is all that can be told apart: the highest order's.
+      // With several runs only one residual per run stays readable: that of the highest order.
       for (const { series } of single ? shown : shown.slice(-1)) {
         residualLines.push({ ...line(series, residual(quantity, series, kind), 1.5), dash: series === quantity.best ? null : "2 3" });
       }
