@@ -31,7 +31,7 @@ def test_theory_is_that_of_the_ensemble_read_off_the_network():
     run([monitor], **FULL)
     assert monitor.validity.flag in ("valid", "caution")
     pl.seed_everything(0, verbose=False)
-    ensemble = measure.read_ensemble(simple_mlp(), x=PROBE).ensemble
+    ensemble = measure.read_ensemble(simple_mlp(), x=PROBE)
     x, y = dataset().tensors
     prediction = predict_training(ensemble, x, y, PROBE, learning_rate=0.05, steps=6)
     first = prediction.output_mean[1] - prediction.output_mean[0]

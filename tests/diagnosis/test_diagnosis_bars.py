@@ -37,7 +37,12 @@ def measured_spread(name, depth, seeds):
     model = network([8, *[WIDTH] * (depth - 1), 2], activation, 0.0, C_W).double()
     x = torch.ones(1, 8, dtype=torch.float64)
     found = statistics_over_seeds(
-        model, x, seeds, ("Theta", "A", "B"), initialize=lambda m: drawn(m, 0.0, C_W), width=WIDTH
+        model,
+        x,
+        num_networks=seeds,
+        quantities=("Theta", "A", "B"),
+        initialize=lambda m: drawn(m, 0.0, C_W),
+        width=WIDTH,
     )
 
     def spread(values):

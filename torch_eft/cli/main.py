@@ -209,7 +209,7 @@ def _drawn(diagnosis: Diagnosis | MeasuredDiagnosis, subject: nn.Module | MLPEns
 
     if isinstance(diagnosis, MeasuredDiagnosis):
         return measured_figure(diagnosis)
-    ensemble = subject if isinstance(subject, MLPEnsemble) else read_ensemble(subject, x=x).ensemble
+    ensemble = subject if isinstance(subject, MLPEnsemble) else read_ensemble(subject, x)
     inputs = x.detach().flatten(1).double() if isinstance(x, Tensor) else None
     size = 1.0 if inputs is None else float(inputs.square().mean())
     ratio = diagnosis.aspect_ratio

@@ -15,7 +15,7 @@ from torch_eft.diagnosis.measured import measured_diagnosis
 from torch_eft.diagnosis.measured_report import MeasuredDiagnosis
 from torch_eft.diagnosis.mlp import derived_diagnosis
 from torch_eft.diagnosis.variants import Variant
-from torch_eft.measure.ensembles.read import NotAnMLPError, ReadEnsemble, read_ensemble
+from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
 from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.theory.ensemble import MLPEnsemble
 
@@ -23,7 +23,7 @@ __all__ = ["Diagnosis", "Finding", "LayerDiagnosis", "MeasuredDiagnosis", "Varia
 
 
 def diagnose(
-    model_or_ensemble: nn.Module | MLPEnsemble | ReadEnsemble,
+    model_or_ensemble: nn.Module | MLPEnsemble,
     x: Any = None,
     output_fn: OutputFn | None = None,
     seeds: int = 16,
@@ -32,8 +32,8 @@ def diagnose(
     """Diagnose a network before training.
 
     Args:
-        model_or_ensemble: An ``MLPEnsemble``, what ``read_ensemble`` returned, or a freshly initialized module. An MLP
-            has its C_b and C_W estimated from its weights; any other module is measured.
+        model_or_ensemble: An ``MLPEnsemble`` (``measure.read_ensemble`` returns one), or a freshly initialized module.
+            An MLP has its C_b and C_W estimated from its weights; any other module is measured.
         x: Inputs, (N, ...) or whatever the module takes; without them, one input with |x|^2 = n_0. A module that is
             no MLP needs some.
         output_fn: Turns what the module returns into (N, C).

@@ -11,13 +11,18 @@ from torch.utils._pytree import tree_map_only
 
 from torch_eft.diagnosis.findings import FROZEN, Finding, advice, depth_finding
 from torch_eft.diagnosis.measured_report import Block, MeasuredDiagnosis
-from torch_eft.measure.ensembles.reinitialized_networks import OneNetwork, Redraws, log_variance, reinitialized_networks
+from torch_eft.measure.ensembles.reinitialized_networks import (
+    OneNetwork,
+    ReinitializedNetworks,
+    log_variance,
+    reinitialized_networks,
+)
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.kernels.ntk import ntk
 from torch_eft.measure.kernels.products import ntk_eigenpairs
 
 GROWTH = 10.0
-"""Growth or decay of squared gradients over the trunk that is worth a warning: a tolerance of ours."""
+"""Growth or decay of squared gradients over the bottlenecks that is worth a warning: a tolerance of ours."""
 
 _INPUTS = 4
 """On as many inputs everything but the step size is measured."""
@@ -46,13 +51,13 @@ def measured_diagnosis(
     """
     probe = as_probe(x)
     few = tree_map_only(Tensor, lambda tensor: tensor[:_INPUTS], probe.inputs)
-    found = reinitialized_networks(model, few, seeds, initialize, output_fn)
+    found = reinitialized_networks(model, few, num_networks=seeds, initialize=initialize, output_fn=output_fn)
     networks = found.drawn or [found.own]
     blocks = _blocks(networks)
     growth, signal, dead = _growth(networks)
     shares: dict[str, float] = {}
     largest, eta = None, None
-    if not found.memory:
+    if found.ntk_refusal is None:
         parts = {
             name: float(H.diagonal().mean())
             for name, H in ntk(model, few, trace=True, output_fn=output_fn, per="layer").items()
@@ -94,12 +99,12 @@ def measured_diagnosis(
 
 def _blocks(networks: list[OneNetwork]) -> tuple[Block, ...]:
     found = []
-    places = networks[0].places
+    places = networks[0].bottlenecks
     for index, place in enumerate(places):
-        here = [one.places[index] for one in networks]
+        here = [one.bottlenecks[index] for one in networks]
         chi, error = None, None
         if index + 1 < len(places):
-            after = [one.places[index + 1] for one in networks]
+            after = [one.bottlenecks[index + 1] for one in networks]
             ratios = [a.gradient / b.gradient for a, b in zip(here, after, strict=True) if b.gradient > 0]
             chi = statistics.fmean(ratios) if ratios else None
             error = statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 2 else None
@@ -111,9 +116,9 @@ def _blocks(networks: list[OneNetwork]) -> tuple[Block, ...]:
 
 def _growth(networks: list[OneNetwork]) -> tuple[float | None, float | None, int]:
     """Return geometric means of the growth of squared gradients and of the signal, and the number of dead networks."""
-    if len(networks[0].places) < 2:
+    if len(networks[0].bottlenecks) < 2:
         return None, None, 0
-    ends = [(one.places[0], one.places[-1]) for one in networks]
+    ends = [(one.bottlenecks[0], one.bottlenecks[-1]) for one in networks]
     alive = [(first, last) for first, last in ends if first.gradient > 0 and last.gradient > 0]
     gradients = _geometric([first.gradient / last.gradient for first, last in alive])
     signals = [last.variance / first.variance for first, last in ends if first.variance > 0 and last.variance > 0]
@@ -126,7 +131,7 @@ def _geometric(ratios: list[float]) -> float | None:
 
 def _features(networks: list[OneNetwork]) -> float | None:
     """From what enters the last place; each input by itself, then averaged."""
-    entering = [one.places[-1].entering for one in networks if one.places]
+    entering = [one.bottlenecks[-1].entering for one in networks if one.bottlenecks]
     values = [value for value in entering if value is not None]
     if len(values) < 3 or len(values) < len(networks):
         return None
@@ -193,14 +198,14 @@ def _findings(
     return tuple(found)
 
 
-def _remarks(model: nn.Module, found: Redraws, seeds: int) -> tuple[str, ...]:
+def _remarks(model: nn.Module, found: ReinitializedNetworks, seeds: int) -> tuple[str, ...]:
     remarks = []
-    if found.reason:
-        remarks.append(f"no other seeds were drawn, so that there is no spread: {found.reason}")
+    if found.refusal is not None:
+        remarks.append(f"no other seeds were drawn, so that there is no spread: {found.refusal}")
     elif not seeds:
         remarks.append("seeds = 0: this network alone was measured, there is no spread")
-    if found.memory:
-        remarks.append(f"the NTK itself was not measured: {found.memory}")
+    if found.ntk_refusal is not None:
+        remarks.append(f"the NTK itself was not measured: {found.ntk_refusal}")
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
         remarks.append(
             "BatchNorm in evaluation mode normalizes with its running statistics: none yet at initialization"

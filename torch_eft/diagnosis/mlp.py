@@ -8,7 +8,6 @@ from torch import Tensor
 from torch_eft.diagnosis.derived_report import Diagnosis, LayerDiagnosis, Phase
 from torch_eft.diagnosis.findings import DEAD, FROZEN, SIGNAL, Finding, advice, depth_finding
 from torch_eft.diagnosis.variants import Variant, few, twice_as_deep, twice_as_wide, variant
-from torch_eft.measure.ensembles.read import ReadEnsemble
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.aspect_ratio import AspectRatio, aspect_ratio
 from torch_eft.theory.estimates.exact import dead_probability
@@ -30,21 +29,20 @@ _COMPARED = 64
 """Inputs on which this network and the doubled ones are compared: Theta takes the square of their number."""
 
 
-def derived_diagnosis(source: MLPEnsemble | ReadEnsemble, x: Tensor | None = None) -> Diagnosis:
-    """The diagnosis of an ensemble, or of one that was read off a network.
+def derived_diagnosis(ensemble: MLPEnsemble, x: Tensor | None = None) -> Diagnosis:
+    """The diagnosis of an ensemble, given or read off a network.
 
     Args:
-        source: The ensemble.
+        ensemble: The ensemble.
         x: Inputs, (N, ...), flattened here; without them, one input with |x|^2 = n_0.
 
     Raises:
         ValueError: If ``x`` does not fit, or the signal leaves float64.
     """
-    ensemble = source.ensemble if isinstance(source, ReadEnsemble) else source
     inputs = None if x is None else x.detach().flatten(1).double()
     gains = _gains(ensemble, inputs)
     ratio = aspect_ratio(ensemble, inputs)
-    rows = _layers(ensemble, gains, source if isinstance(source, ReadEnsemble) else None, inputs)
+    rows = _layers(ensemble, gains, inputs)
     spread = seed_spread(ensemble, few(inputs))
     drift = expected_drift(ensemble, None if inputs is None else inputs[:1])
     some = None if inputs is None else inputs[:_COMPARED]
@@ -69,7 +67,7 @@ def derived_diagnosis(source: MLPEnsemble | ReadEnsemble, x: Tensor | None = Non
         dead=dead,
         variants=_variants(ensemble, some, own),
         layers=rows,
-        remarks=source.remarks if isinstance(source, ReadEnsemble) else (),
+        remarks=ensemble.remarks,
         inputs=None if inputs is None else len(inputs),
         largest_learning_rate=eta if math.isfinite(eta) else None,
         validity=infinite_width_validity(ensemble, inputs),
@@ -109,9 +107,7 @@ def _variants(ensemble: MLPEnsemble, x: Tensor | None, own: Variant) -> tuple[Va
     return tuple(found)
 
 
-def _layers(
-    ensemble: MLPEnsemble, gains: LayerGains, read: ReadEnsemble | None, x: Tensor | None
-) -> tuple[LayerDiagnosis, ...]:
+def _layers(ensemble: MLPEnsemble, gains: LayerGains, x: Tensor | None) -> tuple[LayerDiagnosis, ...]:
     biases, weights = layer_shares(ensemble, x)
     Theta = float((biases + weights).sum())
     equal = _equal_shares(ensemble, x, float(biases.sum()), float(weights.sum()))
@@ -119,13 +115,14 @@ def _layers(
     before = gains.K[:-1]
     chi_par = (C_W * slope_of_variance(ensemble.activation, before)).mean(1).tolist()
     chi_perp = (C_W * slope_squared(ensemble.activation, before)).mean(1).tolist()
+    errors = ensemble.errors or {}
     return tuple(
         LayerDiagnosis(
             layer=index + 1,
             C_b=ensemble.C_b[index],
             C_W=ensemble.C_W[index],
-            C_b_error=None if read is None else read.C_b_error[index],
-            C_W_error=None if read is None else read.C_W_error[index],
+            C_b_error=errors["C_b"][index] if "C_b" in errors else None,
+            C_W_error=errors["C_W"][index] if "C_W" in errors else None,
             K=float(gains.K[index].mean()),
             chi_par=chi_par[index - 1] if index else None,
             chi_perp=chi_perp[index - 1] if index else None,

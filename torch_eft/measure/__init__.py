@@ -1,9 +1,9 @@
 """What one real network does: ``nn.Module`` in, tensors out; no Lightning."""
 
 from torch_eft.measure.ensembles.learning_rates import LearningRates, read_learning_rates
-from torch_eft.measure.ensembles.read import NotAnMLPError, ReadEnsemble, read_ensemble
+from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
 from torch_eft.measure.ensembles.seeds import SeedStatistics, statistics_over_seeds
-from torch_eft.measure.ensembles.statistics import Comparison
+from torch_eft.measure.ensembles.statistics import TheoryAgreement
 from torch_eft.measure.forward.kinks import kinked_operations
 from torch_eft.measure.forward.output import output
 from torch_eft.measure.forward.probe import Probe
@@ -42,7 +42,6 @@ from torch_eft.measure.training_loss import SquaredError, UnrecognizedLossError,
 
 __all__ = [
     "AlmostEverywhereWarning",
-    "Comparison",
     "Coverage",
     "DisplacementTerms",
     "Eigenpairs",
@@ -57,7 +56,6 @@ __all__ = [
     "PerturbativeTaylorModel",
     "Plan",
     "Probe",
-    "ReadEnsemble",
     "RelativeDNTK",
     "Representation",
     "RepresentationChange",
@@ -67,6 +65,7 @@ __all__ = [
     "TaylorModel",
     "TaylorSeries",
     "TaylorSizes",
+    "TheoryAgreement",
     "TrainingLoss",
     "TrajectoryRecorder",
     "UnrecognizedLossError",

@@ -120,7 +120,7 @@ def _name_regime(
 
 
 def measured_figure(diagnosis: MeasuredDiagnosis) -> "Figure":
-    """Signals and squared gradients along the trunk, and the NTK's shares by layer."""
+    """Signals and squared gradients at the bottlenecks, and the NTK's shares by layer."""
     drawing, (left, right) = figure(columns=2)
     drawing.set_size_inches(12.4, 5.2)
     names = [block.name for block in diagnosis.blocks]

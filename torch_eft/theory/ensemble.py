@@ -25,7 +25,9 @@ class MLPEnsemble:
         lambda_b: Learning-rate tensor of the biases >= 0; likewise.
         lambda_W: Learning-rate tensor of the weights, times n_{l-1}, >= 0; likewise.
         errors: Standard errors of values estimated from a network, ``{"C_b": (one per layer), ...}``; None where
-            nothing was estimated. Ensembles that differ only in them are equal.
+            nothing was estimated.
+        remarks: Sentences on what the weights of that network change in the theory, where they are not Gaussian.
+            Ensembles that differ only in ``errors`` and ``remarks`` are equal.
 
     Raises:
         ValueError: If a value is out of range or the number of values is not 1 or L.
@@ -47,6 +49,7 @@ class MLPEnsemble:
     lambda_b: tuple[float, ...]
     lambda_W: tuple[float, ...]
     errors: Mapping[str, tuple[float, ...]] | None = field(default=None, compare=False)
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class MLPEnsemble:
         lambda_W: float | Sequence[float] = 1.0,
         *,
         errors: Mapping[str, Sequence[float]] | None = None,
+        remarks: Sequence[str] = (),
     ) -> None:
         widths = tuple(widths)
         if len(widths) < 2 or any(not isinstance(n, int) or n < 1 for n in widths):
@@ -71,6 +75,7 @@ class MLPEnsemble:
             "lambda_b": _per_layer("lambda_b", lambda_b, depth),
             "lambda_W": _per_layer("lambda_W", lambda_W, depth),
             "errors": None if errors is None else _checked_errors(errors, depth),
+            "remarks": tuple(remarks),
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from tests.oracles.models import ConvNet, Tied, mlp
 from torch_eft import measure
-from torch_eft.theory import available_activations, get_activation
+from torch_eft.measure.ensembles.weights import weight_statistics
+from torch_eft.theory import MLPEnsemble, available_activations, get_activation, initial_statistics
 
 
 def test_widths_moments_and_lambda():
@@ -19,15 +20,14 @@ def test_widths_moments_and_lambda():
         nn.init.normal_(model[index].weight, std=math.sqrt(C_W / model[index].in_features))
         nn.init.normal_(model[index].bias, std=math.sqrt(C_b))
     groups = [{"params": model[:3].parameters(), "lr": 0.2}, {"params": model[4].parameters(), "lr": 0.05}]
-    read = measure.read_ensemble(model, torch.optim.SGD(groups))
-    ensemble = read.ensemble
+    ensemble = measure.read_ensemble(model, optimizer=torch.optim.SGD(groups))
     assert ensemble.widths == (6, 200, 300, 4)
     assert ensemble.activation.name == "tanh"
     assert ensemble.lambda_b == (1.0, 1.0, 0.25)
     assert ensemble.lambda_W == (6.0, 200.0, 0.25 * 300)
-    for actual, expected, error in zip(ensemble.C_W, (1.5, 0.7, 2.0), read.C_W_error, strict=True):
+    for actual, expected, error in zip(ensemble.C_W, (1.5, 0.7, 2.0), ensemble.errors["C_W"], strict=True):
         assert abs(actual - expected) < 4 * error < 0.4 * expected
-    for actual, expected, error in zip(ensemble.C_b, (0.3, 0.1, 0.0), read.C_b_error, strict=True):
+    for actual, expected, error in zip(ensemble.C_b, (0.3, 0.1, 0.0), ensemble.errors["C_b"], strict=True):
         assert abs(actual - expected) <= 4 * error
     assert ensemble.C_b[2] == 0
 
@@ -40,18 +40,32 @@ def test_standard_errors_cover_the_truth():
         model = nn.Sequential(nn.Linear(20, 20))
         nn.init.normal_(model[0].weight, std=math.sqrt(1.5 / 20))
         read = measure.read_ensemble(model)
-        scores.append((read.ensemble.C_W[0] - 1.5) / read.C_W_error[0])
+        scores.append((read.C_W[0] - 1.5) / read.errors["C_W"][0])
     variance = torch.tensor(scores).var()
     assert abs(float(variance) - 1) < 4 * math.sqrt(2 / 400)
 
 
 def test_default_initialization_is_a_third_and_uniform():
     torch.manual_seed(0)
-    read = measure.read_ensemble(mlp((100, 400, 400, 10), nn.ReLU))
-    assert read.ensemble.activation.name == "relu"
-    for C_W, error in zip(read.ensemble.C_W, read.C_W_error, strict=True):
+    model = mlp((100, 400, 400, 10), nn.ReLU)
+    read = measure.read_ensemble(model)
+    assert read.activation.name == "relu"
+    for C_W, error in zip(read.C_W, read.errors["C_W"], strict=True):
         assert abs(C_W - 1 / 3) < 4 * error
-    assert read.excess_kurtosis[1] == pytest.approx(-1.2, abs=0.02)
+    assert weight_statistics(model[2].weight).excess_kurtosis == pytest.approx(-1.2, abs=0.02)
+
+
+def test_the_theory_takes_what_was_read():
+    """The ensemble read off a network is one like any other; what it knows of its estimate does not matter to ==."""
+    torch.manual_seed(0)
+    read = measure.read_ensemble(mlp((6, 30, 30, 2)))
+    plain = MLPEnsemble(read.widths, "tanh", read.C_b, read.C_W, read.lambda_b, read.lambda_W)
+    assert read == plain
+    assert read.remarks and read.errors and not plain.remarks
+    x = torch.randn(2, 6, dtype=torch.float64)
+    for found, expected in zip(initial_statistics(read, x), initial_statistics(plain, x), strict=True):
+        assert torch.equal(found.K, expected.K)
+        assert torch.equal(found.Theta, expected.Theta)
 
 
 class Functional(nn.Module):
@@ -70,15 +84,15 @@ class Functional(nn.Module):
 def test_functional_activations_are_found_by_what_they_do(name):
     read = measure.read_ensemble(Functional(get_activation(name).function), x=torch.randn(16, 2, 2))
     z = torch.linspace(-3, 3, 20)
-    torch.testing.assert_close(read.ensemble.activation(z), get_activation(name)(z))
-    assert read.ensemble.widths == (4, 7, 8, 2)  # in the order of execution, not of definition
-    assert read.ensemble.C_b[2] == 0
-    assert read.ensemble.lambda_b[2] == 0
+    torch.testing.assert_close(read.activation(z), get_activation(name)(z))
+    assert read.widths == (4, 7, 8, 2)  # in the order of execution, not of definition
+    assert read.C_b[2] == 0
+    assert read.lambda_b[2] == 0
 
 
 def test_any_leaky_slope_is_found():
     read = measure.read_ensemble(mlp(activation=lambda: nn.LeakyReLU(0.2)))
-    assert read.ensemble.activation.slopes == pytest.approx((0.2, 1.0), rel=1e-5)
+    assert read.activation.slopes == pytest.approx((0.2, 1.0), rel=1e-5)
 
 
 MODULES = {
@@ -101,7 +115,7 @@ MODULES = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_activation_modules(name, dtype):
     read = measure.read_ensemble(mlp((3, 6, 5, 2), MODULES[name]).to(dtype))
-    assert read.ensemble.activation.name == name
+    assert read.activation.name == name
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "sin", "tanh"])
@@ -109,7 +123,7 @@ def test_small_inputs_tell_activations_apart_too(name):
     """GELU and its tanh form differ by 3e-4 z^4."""
     torch.manual_seed(0)
     read = measure.read_ensemble(Functional(get_activation(name).function), x=1e-2 * torch.randn(16, 4))
-    assert read.ensemble.activation.name == name
+    assert read.activation.name == name
 
 
 def test_inputs_on_one_side_tell_activations_apart_too():
@@ -119,7 +133,7 @@ def test_inputs_on_one_side_tell_activations_apart_too():
         for parameter in model.parameters():
             parameter.abs_()
         model[-1].weight[0, 0] *= 2
-    assert measure.read_ensemble(model, x=torch.rand(8, 2)).ensemble.activation.name == "relu"
+    assert measure.read_ensemble(model, x=torch.rand(8, 2)).activation.name == "relu"
 
 
 def test_infinite_outputs_are_no_mlp():
@@ -133,13 +147,13 @@ def test_an_unregistered_activation_can_be_named():
     model = Functional(lambda z: z + 0.1 * z**3)
     with pytest.raises(measure.NotAnMLPError, match=r"pass activation= if it is another one"):
         measure.read_ensemble(model, x=torch.randn(8, 4))
-    assert measure.read_ensemble(model, x=torch.randn(8, 4), activation=lambda z: z + 0.1 * z**3).ensemble.depth == 3
+    assert measure.read_ensemble(model, x=torch.randn(8, 4), activation=lambda z: z + 0.1 * z**3).depth == 3
 
 
 def test_frozen_layers_do_not_learn():
     model = mlp()
     model[0].requires_grad_(False)
-    ensemble = measure.read_ensemble(model, torch.optim.SGD(model[2:].parameters(), lr=0.1)).ensemble
+    ensemble = measure.read_ensemble(model, optimizer=torch.optim.SGD(model[2:].parameters(), lr=0.1))
     assert ensemble.lambda_W[0] == ensemble.lambda_b[0] == 0
     assert ensemble.lambda_W[1] == 12
 

@@ -48,10 +48,12 @@ def compared(name, widths, seeds, quantities=MEASURABLE, seed=0, dtype=torch.flo
     lambdas = {}
     for index, n_in in enumerate(widths[:-1]):
         lambdas |= {f"{2 * index}.weight": LAMBDA_W[index] / n_in, f"{2 * index}.bias": LAMBDA_B[index]}
-    found = statistics_over_seeds(model, inputs(), seeds, quantities, lambdas, gaussian, seed=seed)
+    found = statistics_over_seeds(
+        model, inputs(), num_networks=seeds, quantities=quantities, lambdas=lambdas, initialize=gaussian, seed=seed
+    )
     assert found.width == widths[-2]
     assert found.width_source == "the fan-in of the MLP's last layer"
-    return found, found.beside(theory(name, widths))
+    return found, found.compare(theory(name, widths))
 
 
 @pytest.mark.parametrize("name", ["tanh", "gelu"])
@@ -158,7 +160,7 @@ class Attention(nn.Module):
 def test_any_architecture(model, x):
     """A GRU has no batching rule and goes one network at a time."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    found = statistics_over_seeds(model, x, 4, MEASURABLE)
+    found = statistics_over_seeds(model, x, num_networks=4, quantities=MEASURABLE)
     assert found.width == 1
     assert found.width_source.startswith("1, as there is no last hidden width to read off (not an MLP: the parameter")
     assert found.mean["Theta"].shape == (2, 2)
@@ -174,7 +176,7 @@ def test_the_ntk_is_that_of_the_networks():
     from torch_eft import measure
 
     model, x = ConvNet(), torch.randn(2, 1, 8, 8)
-    found = statistics_over_seeds(model, x, 3, ("K", "Theta", "B"), 0.5, seed=3)
+    found = statistics_over_seeds(model, x, num_networks=3, quantities=("K", "Theta", "B"), lambdas=0.5, seed=3)
     twin = copy.deepcopy(model)
     kernels, outputs = [], []
     with torch.random.fork_rng():
@@ -199,7 +201,7 @@ def test_nothing_is_touched():
     x = torch.randn(3, 1, 8, 8)
     before = copy.deepcopy(model.state_dict())
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
-    first = statistics_over_seeds(model, x, 4)
+    first = statistics_over_seeds(model, x, num_networks=4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [part.training for part in (model, model.norm, model.dropout)] == [True, False, True]
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -208,8 +210,8 @@ def test_nothing_is_touched():
     assert (numpy.random.get_state()[1] == states[2]).all()
     torch.manual_seed(123)
     torch.randn(7)
-    again = statistics_over_seeds(model, x, 4)
-    other = statistics_over_seeds(model, x, 4, seed=1)
+    again = statistics_over_seeds(model, x, num_networks=4)
+    other = statistics_over_seeds(model, x, num_networks=4, seed=1)
     for name in first.mean:
         assert torch.equal(first.mean[name], again.mean[name])
         assert not torch.equal(first.mean[name], other.mean[name])
@@ -217,17 +219,17 @@ def test_nothing_is_touched():
 
 def test_nothing_is_made_on_the_default_device():
     model, x = mlp((3, 8, 2)).double(), inputs()
-    expected = statistics_over_seeds(model, x, 4, MEASURABLE)
+    expected = statistics_over_seeds(model, x, num_networks=4, quantities=MEASURABLE)
     with torch.device("meta"):  # any tensor made without a device would now have no data
-        found = statistics_over_seeds(model, x, 4, MEASURABLE)
+        found = statistics_over_seeds(model, x, num_networks=4, quantities=MEASURABLE)
     for name in MEASURABLE:
         assert torch.equal(found.mean[name], expected.mean[name])
 
 
 def test_memory_changes_the_batches_only():
     model, x = mlp((3, 8, 2)).double(), inputs()
-    whole = statistics_over_seeds(model, x, 40, MEASURABLE)
-    single = statistics_over_seeds(model, x, 40, MEASURABLE, memory=1)
+    whole = statistics_over_seeds(model, x, num_networks=40, quantities=MEASURABLE)
+    single = statistics_over_seeds(model, x, num_networks=40, quantities=MEASURABLE, memory=1)
     for name in MEASURABLE:
         torch.testing.assert_close(single.mean[name], whole.mean[name], rtol=0, atol=1e-12)
 
@@ -236,10 +238,10 @@ def test_frozen_parameters_and_half_precision():
     """A frozen layer is drawn anew too, but does not learn; bfloat16 is computed in float32."""
     model = mlp((3, 8, 2)).bfloat16()
     model[0].requires_grad_(False)
-    found = statistics_over_seeds(model, inputs(), 20, ("K", "Theta"), width=5.0)
+    found = statistics_over_seeds(model, inputs(), num_networks=20, quantities=("K", "Theta"), width=5.0)
     assert found.width == 5
     assert found.width_source == "given"
-    full = statistics_over_seeds(mlp((3, 8, 2)).bfloat16(), inputs(), 20, ("K", "Theta"))
+    full = statistics_over_seeds(mlp((3, 8, 2)).bfloat16(), inputs(), num_networks=20, quantities=("K", "Theta"))
     assert torch.equal(found.mean["K"], full.mean["K"])
     assert float(found.mean["Theta"].diagonal().sum()) < float(full.mean["Theta"].diagonal().sum())
 
@@ -256,20 +258,23 @@ class Own(nn.Module):
 
 def test_parameters_that_nothing_draws_are_named():
     with pytest.raises(ValueError, match=r"initialize: the parameter 'scale' of Own is drawn by no reset_parameters"):
-        statistics_over_seeds(Own(), inputs(), 4)
+        statistics_over_seeds(Own(), inputs(), num_networks=4)
     assert (
-        statistics_over_seeds(Own(), inputs(), 4, initialize=lambda module: module.head.reset_parameters()).seeds == 4
+        statistics_over_seeds(
+            Own(), inputs(), num_networks=4, initialize=lambda module: module.head.reset_parameters()
+        ).num_networks
+        == 4
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seeds": 2}, "seeds: 2 given; standard errors of covariances need at least 3 networks"),
+        ({"num_networks": 2}, "num_networks: 2 given; standard errors of covariances need at least 3 networks"),
         ({"quantities": ("K", "W")}, "quantities: 'W' cannot be measured by itself; choose from K, V, Theta"),
         (
             {"quantities": ("G1",)},
-            "quantities: 'G1' cannot be measured by itself; ask for K, and beside(theory) gives G1",
+            "quantities: 'G1' cannot be measured by itself; ask for K, and compare(theory) gives G1",
         ),
         ({"quantities": ()}, "quantities: () given; give a sequence of names"),
         ({"quantities": "KV"}, "quantities: 'KV' given; give a sequence of names"),
@@ -283,7 +288,7 @@ def test_parameters_that_nothing_draws_are_named():
 )
 def test_errors_name_the_argument(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        statistics_over_seeds(mlp((3, 8, 2)), **{"x": inputs(), "seeds": 4, **arguments})
+        statistics_over_seeds(mlp((3, 8, 2)), **{"x": inputs(), "num_networks": 4, **arguments})
 
 
 def test_a_missing_derivative_is_an_error_in_words():
@@ -301,12 +306,14 @@ def test_a_missing_derivative_is_an_error_in_words():
         def forward(self, x):
             return torch.tanh(Once.apply(super().forward(x)))
 
-    assert bool(statistics_over_seeds(Custom(3, 2), inputs(), 3, ("Theta",)).mean["Theta"].any())
+    assert bool(
+        statistics_over_seeds(Custom(3, 2), inputs(), num_networks=3, quantities=("Theta",)).mean["Theta"].any()
+    )
     with pytest.raises(ValueError, match=r"quantities: Custom has no derivatives of the order that dH need"):
-        statistics_over_seeds(Custom(3, 2), inputs(), 3, ("P",))
+        statistics_over_seeds(Custom(3, 2), inputs(), num_networks=3, quantities=("P",))
 
 
 def test_a_theory_of_other_inputs_is_refused():
-    found = statistics_over_seeds(mlp((3, 8, 2)), inputs(), 4, ("K", "V"))
+    found = statistics_over_seeds(mlp((3, 8, 2)), inputs(), num_networks=4, quantities=("K", "V"))
     with pytest.raises(ValueError, match=r"theory: it is one of 1 inputs, 2 were measured"):
-        found.beside(initial_statistics(MLPEnsemble((3, 8, 2), "tanh"), inputs()[:1])[-1])
+        found.compare(initial_statistics(MLPEnsemble((3, 8, 2), "tanh"), inputs()[:1])[-1])

@@ -81,12 +81,16 @@ def test_orthogonal_weights_of_any_precision_and_only_they(dtype):
     )  # one row: a direction
 
 
+def kinds(model):
+    return tuple(weight_statistics(layer.weight).distribution for layer in model if isinstance(layer, nn.Linear))
+
+
 def test_default_linear_layers_say_what_uniform_weights_change():
     torch.manual_seed(0)
     x = torch.eye(100)[:4] * 3
-    read = measure.read_ensemble(mlp((100, 300, 300, 10), nn.ReLU), x=x)
-    assert read.distribution == ("uniform",) * 3
-    weights, biases = read.remarks
+    model = mlp((100, 300, 300, 10), nn.ReLU)
+    assert kinds(model) == ("uniform",) * 3
+    weights, biases = measure.read_ensemble(model, x).remarks
     assert weights.startswith(
         "layers 1, 2, 3: uniform weights (excess kurtosis k4 = -1.2): nu and every vertex are right"
     )
@@ -134,11 +138,11 @@ def test_the_remark_on_orthogonal_weights_is_true(activation, gain, nu):
     model = mlp((width,) * (depth + 1), activation)
     initialize(model)
     read = measure.read_ensemble(model)
-    assert read.distribution == ("orthogonal",) * depth
-    assert read.C_W_error == (0.0,) * depth
+    assert kinds(model) == ("orthogonal",) * depth
+    assert read.errors["C_W"] == (0.0,) * depth
     assert "the theory's Gaussian 1/n vertices are wrong for them" in read.remarks[0]
     x = torch.full((1, width), 1.0)
-    found = statistics_over_seeds(model, x, 1000, ("K", "V"), initialize=initialize)
+    found = statistics_over_seeds(model, x, num_networks=1000, quantities=("K", "V"), initialize=initialize)
     K = float(found.mean["K"])
     ratio, error = float(found.mean["V"]) / K**2, float(found.error["V"]) / K**2
     expected = -2 + nu * (depth - 1)

@@ -1,4 +1,4 @@
-"""The trunk of a network: what is found in it, and its squared gradients against brute force."""
+"""The bottlenecks of a network: what is found, and its squared gradients against brute force."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.oracles.models import ConvNet, Recurrent, mlp
 from torch_eft.measure.ensembles.reinitialized_networks import log_variance, reinitialized_networks
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import Probe
-from torch_eft.measure.representations.bottlenecks import trunk
+from torch_eft.measure.representations.bottlenecks import bottlenecks
 
 
 class Residual(nn.Module):
@@ -33,7 +33,7 @@ class Branches(nn.Module):
 
 def places(model, x):
     with isolated(model) as network:
-        return trunk(network, Probe(x))
+        return bottlenecks(network, Probe(x))
 
 
 class Downsampling(nn.Module):
@@ -132,12 +132,16 @@ def test_redraws_leave_the_model_and_the_random_state_alone():
     model = ConvNet()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    found = reinitialized_networks(model, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), seeds=3)
+    found = reinitialized_networks(
+        model, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), num_networks=3
+    )
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     traces = [float(one.trace.mean()) for one in found.drawn]
     assert len(set(traces)) == 3
-    again = reinitialized_networks(model, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), seeds=3)
+    again = reinitialized_networks(
+        model, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), num_networks=3
+    )
     assert traces == [float(one.trace.mean()) for one in again.drawn]
 
 
@@ -150,11 +154,11 @@ def test_what_cannot_be_redrawn_is_said():
         def forward(self, x):
             return self.head(x * self.scale)
 
-    found = reinitialized_networks(Own(), torch.randn(2, 4), seeds=3)
+    found = reinitialized_networks(Own(), torch.randn(2, 4), num_networks=3)
     assert found.drawn == []
-    assert "'scale' of Own is drawn by no reset_parameters" in found.reason
-    with pytest.raises(ValueError, match="seeds: -1 given"):
-        reinitialized_networks(Own(), torch.randn(2, 4), seeds=-1)
+    assert "'scale' of Own is drawn by no reset_parameters" in found.refusal
+    with pytest.raises(ValueError, match="num_networks: -1 given"):
+        reinitialized_networks(Own(), torch.randn(2, 4), num_networks=-1)
 
 
 def test_the_variance_of_a_lognormal():

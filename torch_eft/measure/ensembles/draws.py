@@ -1,4 +1,4 @@
-"""Networks of one architecture drawn one after another, without a trace in the module they are drawn from."""
+"""Draws networks of one architecture, one after another, and leaves the original module as it is."""
 
 import copy
 import math
@@ -50,7 +50,7 @@ class Draw:
         return {name: value[0] for name, value in self(1).items()}
 
     def __call__(self, count: int) -> dict[str, Tensor]:
-        """The next ``count`` networks."""
+        """Draw the next ``count`` networks."""
         stacked: dict[str, Tensor] = {}
         for index in range(count):
             with torch.no_grad():

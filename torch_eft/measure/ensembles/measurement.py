@@ -1,4 +1,4 @@
-"""Outputs, NTKs and their differentials of stacks of networks, as many at once as fit into memory."""
+"""Measures outputs, NTKs and their differentials of stacks of networks, as many at once as fit into memory."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from torch_eft.measure.kernels.reverse_mode import Differentials, differentials
 
 
 class Measurement:
-    """The output and what is needed of H, dH, ddI, ddII, for a stack of networks."""
+    """The output and those of H, dH, ddI, ddII that are needed, for a stack of networks."""
 
     def __init__(self, network: IsolatedModel, probe: Probe, lambdas: dict[str, float], needed: list[str]) -> None:
         self.network = replace(network, constants={})
@@ -22,7 +22,7 @@ class Measurement:
         self.batched = True
 
     def networks_at_once(self, one: dict[str, Tensor], outputs: Tensor, memory: int) -> int:
-        """How many fit into ``memory``, by what the forward of one network saves; 1 where ``vmap`` has no rule."""
+        """The number that fits into ``memory``, by what one forward saves; 1 where ``vmap`` has no rule."""
         saved = 0
 
         def count(tensor: Tensor) -> Tensor:
@@ -55,17 +55,23 @@ class Measurement:
         return self.network({name: value[0] for name, value in stacked.items()}, self.inputs)[None]
 
     def __call__(self, stacked: dict[str, Tensor]) -> Differentials:
-        """What is needed, float64.
+        """Measure a stack of networks, float64.
+
+        Args:
+            stacked: ``{name of parameter or buffer: (networks, ...)}``.
+
+        Returns:
+            The output and what is needed.
 
         Raises:
             ValueError: If the network has no derivatives of the order that is needed.
         """
         try:
-            found = differentials(self._forward, stacked, self.lambdas, self.needed)
+            measured = differentials(self._forward, stacked, self.lambdas, self.needed)
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
                 f"quantities: {self.model} has no derivatives of the order that {', '.join(self.needed)} need: "
                 f"{str(error).strip().splitlines()[0]}; ask for fewer quantities"
             ) from error
-        values = {name: getattr(found, name) for name in ("z", *self.needed)}
+        values = {name: getattr(measured, name) for name in ("z", *self.needed)}
         return Differentials(**{name: value.double() for name, value in values.items()})

@@ -1,7 +1,7 @@
-"""Reading the ensemble off a network: is it an MLP, which activation, which C_b, C_W, lambda.
+"""Reads the ensemble off an MLP: its activation, C_b, C_W and lambda.
 
-Nothing is taken from names or class hierarchies on trust: the network is run once, and it
-is an MLP only if every linear layer's input is the activation of the one before, to rounding.
+Names and classes are not trusted: the network is run once, and it is an MLP only if the input of every linear layer is
+the activation of the layer before, to rounding.
 """
 
 import math
@@ -32,56 +32,60 @@ _ENLARGEMENTS = 3
 
 
 class NotAnMLPError(ValueError):
-    """The network is no multilayer perceptron of the kind that the theory covers; the message says why."""
+    """The network is not a multilayer perceptron of the kind that the theory covers; the message gives the reason.
 
-
-@dataclass(frozen=True)
-class ReadEnsemble:
-    """An ensemble estimated from the weights of one network.
-
-    Args:
-        ensemble: Widths, activation, and per layer C_b = mean(b^2), C_W = n_in mean(W^2), lambda_b, lambda_W.
-        C_b_error: Standard error of C_b, one a layer.
-        C_W_error: Standard error of C_W, one a layer.
-        excess_kurtosis: Of the weights, one a layer: 0 for Gaussian, -1.2 for uniform.
-        distribution: Of the weights, one a layer, as ``measure.weights`` tells them apart: ``"gaussian"``,
-            ``"uniform"``, ``"orthogonal"``, ``"constant"``, ``"other"``, ``"too few to tell"``.
-        remarks: What weights and biases that are not Gaussian change in the theory, in words; empty if nothing.
+    Example:
+        >>> from torch import nn
+        >>> from torch_eft import measure
+        >>> try:
+        ...     measure.read_ensemble(nn.Conv1d(1, 1, 1))
+        ... except measure.NotAnMLPError as error:
+        ...     print(error)
+        not an MLP: Conv1d has no nn.Linear
     """
-
-    ensemble: MLPEnsemble
-    C_b_error: tuple[float, ...]
-    C_W_error: tuple[float, ...]
-    excess_kurtosis: tuple[float, ...]
-    distribution: tuple[str, ...]
-    remarks: tuple[str, ...]
 
 
 def read_ensemble(
     model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     x: Any = None,
+    *,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     activation: ActivationLike | None = None,
     output_fn: OutputFn | None = None,
-) -> ReadEnsemble:
-    """Read an ``MLPEnsemble`` off a freshly initialized network and its optimizer.
+) -> MLPEnsemble:
+    """Read the ensemble off a freshly initialized MLP and its optimizer.
 
-    The second moments are those of the weights as they are: for a trained or pretrained
+    C_b = mean(b^2) and C_W = n_in mean(W^2) are estimated from the weights as they are: for a trained or pretrained
     network they do not describe its initialization.
 
     Args:
         model: A network whose forward is linear layers with one elementwise activation between them.
-        optimizer: Gives lambda (a parameter group's learning rate relative to the first group's); None means 1.
         x: Inputs of the forward; None draws a few standard normal ones.
+        optimizer: Gives lambda (a parameter group's learning rate relative to the first group's); None means 1.
         activation: The activation, where it is none of the registered ones.
         output_fn: Turns what the model returns into (N, C).
 
     Returns:
-        The ensemble with standard errors.
+        The ensemble, with the standard errors of C_b and C_W as ``errors`` and, as ``remarks``, what weights and
+        biases that are not Gaussian change in the theory.
 
     Raises:
         NotAnMLPError: If the network is not such an MLP, with the reason.
         ValueError: If the forward rejects ``x``.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch_eft import measure
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 10))
+        >>> ensemble = measure.read_ensemble(model)
+        >>> print(ensemble)
+        MLP 64-256-10, tanh
+        >>> [round(C_W, 1) for C_W in ensemble.C_W]  # nn.Linear draws its weights uniformly with C_W = 1/3
+        [0.3, 0.3]
+        >>> len(ensemble.errors["C_W"])
+        2
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     with isolated(model, output_fn) as network:
@@ -90,36 +94,33 @@ def read_ensemble(
             first = next(iter(layers.values()))
             generator = torch.Generator(device="cpu").manual_seed(0)
             x = torch.randn(8, first.in_features, generator=generator, device="cpu")
-        probe = as_probe(x)
-        found = _verified_activation(network, probe, layers, activation)
+        mlp = _verified_mlp(network, as_probe(x), layers, activation)
     rates = read_learning_rates(model, optimizers).lambdas if optimizers else None
-    weights = [_weight_statistics(name, layer) for name, layer in found.layers.items()]
-    biases = [None if layer.bias is None else weight_statistics(layer.bias) for layer in found.layers.values()]
-    lambda_b, lambda_W = [], []
-    for name, layer in found.layers.items():
-        lambda_W.append(_lambda(rates, name, "weight", layer.weight) * layer.in_features)
-        lambda_b.append(0.0 if layer.bias is None else _lambda(rates, name, "bias", layer.bias))
-    linear = list(found.layers.values())
-    ensemble = MLPEnsemble(
+    linear = list(mlp.layers.values())
+    weights = [_weight_statistics(name, layer) for name, layer in mlp.layers.items()]
+    biases = [None if layer.bias is None else weight_statistics(layer.bias) for layer in linear]
+    return MLPEnsemble(
         widths=[linear[0].in_features, *(layer.out_features for layer in linear)],
-        activation=found.activation,
+        activation=mlp.activation,
         C_b=[0.0 if bias is None else bias.variance for bias in biases],
         C_W=[layer.in_features * weight.variance for layer, weight in zip(linear, weights, strict=True)],
-        lambda_b=lambda_b,
-        lambda_W=lambda_W,
-    )
-    return ReadEnsemble(
-        ensemble,
-        tuple(0.0 if bias is None else bias.variance_error for bias in biases),
-        tuple(layer.in_features * weight.variance_error for layer, weight in zip(linear, weights, strict=True)),
-        tuple(weight.excess_kurtosis for weight in weights),
-        tuple(weight.distribution for weight in weights),
-        remarks(weights, biases, found.K, found.inputs),
+        lambda_b=[
+            0.0 if layer.bias is None else _lambda(rates, name, "bias", layer.bias)
+            for name, layer in mlp.layers.items()
+        ],
+        lambda_W=[
+            _lambda(rates, name, "weight", layer.weight) * layer.in_features for name, layer in mlp.layers.items()
+        ],
+        errors={
+            "C_b": [0.0 if bias is None else bias.variance_error for bias in biases],
+            "C_W": [layer.in_features * weight.variance_error for layer, weight in zip(linear, weights, strict=True)],
+        },
+        remarks=remarks(weights, biases, mlp.K, mlp.inputs),
     )
 
 
 @dataclass(frozen=True)
-class _Found:
+class _MLP:
     layers: dict[str, nn.Linear]
     activation: Activation
     K: list[float]
@@ -146,9 +147,9 @@ def _linear_layers(network: IsolatedModel, model: nn.Module) -> dict[str, nn.Lin
     return layers
 
 
-def _verified_activation(
+def _verified_mlp(
     network: IsolatedModel, probe: Probe, layers: dict[str, nn.Linear], given: ActivationLike | None
-) -> _Found:
+) -> _MLP:
     calls, output = _recorded(network, probe, layers)
     names = [name for name, _, _ in calls]
     if sorted(names) != sorted(layers):
@@ -171,11 +172,11 @@ def _verified_activation(
         larger, _ = _recorded(network, Probe(inputs), layers)
         matching = [candidate for candidate in matching if _agrees(candidate, larger)] or matching
     K = [float(z.double().square().mean()) for _, _, z in calls]
-    return _Found({name: layers[name] for name in names}, matching[0], K, calls[0][1])
+    return _MLP({name: layers[name] for name in names}, matching[0], K, calls[0][1])
 
 
 def _recorded(network: IsolatedModel, probe: Probe, layers: dict[str, nn.Linear]) -> tuple[list[Call], Tensor]:
-    """What enters and leaves the linear layers in one forward, in order, and the output."""
+    """Return what enters and leaves the linear layers in one forward, in order, and the output."""
     calls: list[Call] = []
     handles = [
         layer.register_forward_hook(
@@ -228,11 +229,11 @@ def _same(value: Tensor, reference: Tensor) -> bool:
 
 
 def _weight_statistics(name: str, layer: nn.Linear) -> WeightStatistics:
-    found = weight_statistics(layer.weight)
-    if found.variance == 0 or not math.isfinite(found.variance):
-        state = "all zero" if found.variance == 0 else "not finite"
+    statistics = weight_statistics(layer.weight)
+    if statistics.variance == 0 or not math.isfinite(statistics.variance):
+        state = "all zero" if statistics.variance == 0 else "not finite"
         raise NotAnMLPError(f"not a random MLP: the weights of {name!r} are {state}")
-    return found
+    return statistics
 
 
 def _lambda(rates: dict[str, float] | None, layer: str, kind: str, parameter: Tensor) -> float:

@@ -1,8 +1,8 @@
-"""One network, and the same architecture drawn again and again: what differs from seed to seed, whatever it is.
+"""Measures one network and others of its architecture drawn anew: their spread over seeds, for any architecture.
 
-Unlike ``seeds``, which needs outputs that are exchangeable, this takes logarithms: Var log tr H is well estimated by a
-few networks even where H has a heavy tail, and e^Var - 1 is Var tr H / E[tr H]^2 if tr H is lognormal, as it is to
-leading order in depth and width (Hanin & Nica 2020).
+Unlike ``seeds``, which needs exchangeable outputs, this takes logarithms: Var log tr H is well estimated by a few
+networks even where H has a heavy tail, and e^Var - 1 is Var tr H / E[tr H]^2 if tr H is lognormal, as it is to leading
+order in depth and width (Hanin & Nica 2020).
 """
 
 import math
@@ -19,85 +19,89 @@ from torch_eft.measure.forward.isolation import IsolatedModel, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.kernels.ntk import ntk as ntk_of
-from torch_eft.measure.representations.bottlenecks import Bottleneck, trunk
+from torch_eft.measure.representations.bottlenecks import Bottleneck, bottlenecks
 
 
 @dataclass(frozen=True)
 class OneNetwork:
-    """What is measured of one network.
+    """The measurements of one network.
 
     Args:
-        places: Its trunk.
+        bottlenecks: Its bottlenecks.
         outputs: (N, C).
         trace: (N,), tr H / C for each input; None where H does not fit into memory.
     """
 
-    places: list[Bottleneck]
+    bottlenecks: list[Bottleneck]
     outputs: Tensor
     trace: Tensor | None
 
 
 @dataclass(frozen=True)
-class Redraws:
-    """A network and ``seeds`` others.
+class ReinitializedNetworks:
+    """A network and others of its architecture.
 
     Args:
         own: The network as it is.
         drawn: The others; empty where they cannot be drawn.
-        reason: Why they cannot; empty if they can.
-        memory: Why H was not measured; empty if it was.
+        refusal: Reason why they cannot; None if they can.
+        ntk_refusal: Reason why H was not measured; None if it was.
     """
 
     own: OneNetwork
     drawn: list[OneNetwork]
-    reason: str
-    memory: str
+    refusal: str | None
+    ntk_refusal: str | None
 
 
 def reinitialized_networks(
     model: nn.Module,
     x: Any,
-    seeds: int,
+    *,
+    num_networks: int,
     initialize: Callable[[nn.Module], Any] | None = None,
     output_fn: OutputFn | None = None,
     seed: int = 0,
-) -> Redraws:
-    """Measure ``model`` and ``seeds`` networks of its kind, in evaluation mode; both are left alone.
+) -> ReinitializedNetworks:
+    """Measure ``model`` and networks of its architecture drawn anew, in evaluation mode; the model is left alone.
 
     Args:
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
-        seeds: Number of networks to draw, >= 0.
+        num_networks: Number of networks to draw, >= 0.
         initialize: Draws the parameters of the module it is given, in place; None calls ``reset_parameters``.
         output_fn: Turns what the model returns into (N, C).
         seed: Of the first network.
 
+    Returns:
+        The network and those drawn.
+
     Raises:
-        ValueError: If ``seeds`` is negative or the forward rejects ``x``.
+        ValueError: If ``num_networks`` is negative or the forward rejects ``x``.
     """
-    if seeds < 0:
-        raise ValueError(f"seeds: {seeds} given; give a number of networks >= 0")
+    if num_networks < 0:
+        raise ValueError(f"num_networks: {num_networks} given; give a number of networks >= 0")
     probe = as_probe(x)
     with isolated(model, output_fn) as network:
-        memory = ""
+        ntk_refusal = None
         try:
             ntk_of(network, probe, trace=True)
         except MemoryLimitError as error:
-            memory = str(error)
-        own = _one(network, probe, not memory)
-        if seeds == 0:
-            return Redraws(own, [], "", memory)
+            ntk_refusal = str(error)
+        own = _one(network, probe, ntk_refusal is None)
+        if num_networks == 0:
+            return ReinitializedNetworks(own, [], None, ntk_refusal)
         try:
             draw = Draw(network, initialize, seed)
         except ValueError as error:
-            return Redraws(own, [], str(error), memory)
+            return ReinitializedNetworks(own, [], str(error), ntk_refusal)
         drawn = []
-        for _ in range(seeds):
+        for _ in range(num_networks):
             values = {name: value[0] for name, value in draw(1).items()}
             params = {name: values[name] for name in network.params}
             constants = {name: values[name] for name in network.constants}
-            drawn.append(_one(replace(network, params=params, constants=constants), probe, not memory))
-    return Redraws(own, drawn, "", memory)
+            drawn.append(_one(replace(network, params=params, constants=constants), probe, ntk_refusal is None))
+    return ReinitializedNetworks(own, drawn, None, ntk_refusal)
 
 
 def log_variance(values: list[float]) -> tuple[float, float]:
@@ -113,4 +117,4 @@ def _one(network: IsolatedModel, probe: Probe, ntk: bool) -> OneNetwork:
     with torch.no_grad():
         outputs = checked_output(network, probe).double()
     trace = ntk_of(network, probe, trace=True).diagonal().double() if ntk else None
-    return OneNetwork(trunk(network, probe), outputs, trace)
+    return OneNetwork(bottlenecks(network, probe), outputs, trace)

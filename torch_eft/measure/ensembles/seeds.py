@@ -1,10 +1,10 @@
-"""The statistics over initializations, measured: one architecture drawn many times, with standard errors.
+"""Measures statistics over initializations: one architecture drawn many times, with standard errors.
 
-What ``theory.initial_statistics`` predicts to order 1/n is here estimated from drawn networks, whatever their
-architecture: the kernels K, Theta and the vertices V, A, B, D, F (PDLT 4, 8), P, Q (PDLT 11) and R, S, T, U (chapter
+What ``theory.initial_statistics`` predicts to order 1/n is estimated from drawn networks of any architecture: the
+kernels K, Theta and the vertices V, A, B, D, F (PDLT 4, 8), P, Q (PDLT 11) and R, S, T, U (chapter
 infinity), each times the width that divides it in the theory.
 
-With C >= 2 outputs the index structures are told apart by output patterns, i != j:
+With C >= 2 outputs the index structures are separated by output patterns, i != j:
 
     V_(12)(34) / n = Cov(z_{i;1} z_{i;2}, z_{j;3} z_{j;4})      A_(12)(34) / n = Cov(H_{ii;12}, H_{jj;34})
     D_1234 / n     = Cov(z_{i;1} z_{i;2}, H_{jj;34})            B_1324 / n     = E[H_{ij;12} H_{ij;34}]
@@ -29,9 +29,9 @@ from torch_eft.measure.ensembles.draws import Draw
 from torch_eft.measure.ensembles.measurement import Measurement
 from torch_eft.measure.ensembles.read import read_ensemble
 from torch_eft.measure.ensembles.statistics import (
-    Comparison,
+    TheoryAgreement,
     added,
-    compared,
+    agreement,
     estimates,
     jackknife,
     predicted_by,
@@ -41,10 +41,11 @@ from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jacobian.engine import checked_lambdas
+from torch_eft.results.repr import short_repr
 from torch_eft.theory.initialization.statistics import LayerStatistics
 
 MEASURABLE = ("K", "V", "Theta", "A", "B", "D", "F", "P", "Q", "R", "S", "T", "U")
-"""What ``statistics_over_seeds`` measures; G1 and Theta1 come out beside a theory, as what K and Theta differ by."""
+"""Names that ``statistics_over_seeds`` measures; comparing with a theory adds its corrections G1 and Theta1."""
 
 DEFAULT_MEMORY = 2**28
 """Bytes for the networks that are differentiated at once; more is no faster once caches overflow."""
@@ -53,35 +54,50 @@ _BLOCKS = 32
 _NEEDS = {"H": "Theta A B D F", "dH": "P Q", "ddI": "R", "ddII": "S T U"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SeedStatistics:
-    """Statistics measured over initializations.
+    """Statistics measured over initializations, with standard errors.
 
     Args:
         mean: ``{name: estimate}``, float64: K and Theta (N, N) with their 1/n corrections in them; the others
             (N, N, N, N), times ``width``, axes as ``theory.LayerStatistics`` has them (B, F, T: 1, 3, 2, 4; U: 1, 4,
             2, 3; the others in order). For one output the names are the values of ``TOTALS``, axes in order.
-        error: Standard errors by the jackknife over blocks of networks.
-        replicas: ``{name: (blocks, ...)}``, the estimates without one block each.
-        seeds: Number of networks.
+        error: ``{name: standard error}``, by the jackknife over blocks of networks.
+        replicas: ``{name: (blocks, ...)}``, the estimates that leave out one block each.
+        num_networks: Number of networks.
         outputs: C.
-        width: What multiplies the vertices.
-        width_source: Where ``width`` comes from, in words.
+        width: The factor of the vertices.
+        width_source: A sentence that says where ``width`` comes from.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch_eft import measure
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> statistics = measure.statistics_over_seeds(model, torch.ones(1, 3), num_networks=4)
+        >>> statistics.num_networks, statistics.outputs, statistics.width
+        (4, 2, 8.0)
     """
 
     mean: dict[str, Tensor]
     error: dict[str, Tensor]
     replicas: dict[str, Tensor]
-    seeds: int
+    num_networks: int
     outputs: int
     width: float
     width_source: str
 
-    def beside(self, theory: LayerStatistics) -> dict[str, Comparison]:
-        """Every measured statistic that the theory has too; G1 and Theta1 from K and Theta.
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+    def compare(self, theory: LayerStatistics) -> dict[str, TheoryAgreement]:
+        """Compare every measured statistic that the theory has too; K and Theta also give G1 and Theta1.
 
         Args:
             theory: The last layer's, of the same inputs, from ``theory.initial_statistics``.
+
+        Returns:
+            ``{name: measured and predicted value}``.
 
         Raises:
             ValueError: If the theory is one of other inputs.
@@ -91,26 +107,24 @@ class SeedStatistics:
             raise ValueError(
                 f"theory: it is one of {len(theory.K)} inputs, {measured} were measured; predict for the same inputs"
             )
-        found = {}
+        rows = {}
         for name, replicas in self.replicas.items():
             predicted = predicted_by(theory, name)
             if predicted is not None:
-                found[name] = compared(self.mean[name], replicas, predicted)
-        for name, correction in (("K", theory.G1), ("Theta", theory.Theta1)):
-            if name in found and correction is not None:
-                leading = found[name].predicted
-                found["G1" if name == "K" else "Theta1"] = compared(
-                    self.width * (self.mean[name] - leading.to(self.mean[name])),
-                    self.width * (self.replicas[name] - leading.to(self.mean[name])),
-                    correction,
-                )
-        return found
+                rows[name] = agreement(self.mean[name], replicas, predicted)
+        for name, key, correction in (("K", "G1", theory.G1), ("Theta", "Theta1", theory.Theta1)):
+            if name in rows and correction is not None:
+                leading = rows[name].predicted.to(self.mean[name])
+                beyond = [self.width * (value - leading) for value in (self.mean[name], self.replicas[name])]
+                rows[key] = agreement(*beyond, correction)
+        return rows
 
 
 def statistics_over_seeds(
     model: nn.Module,
     x: Any,
-    seeds: int,
+    *,
+    num_networks: int,
     quantities: Collection[str] = ("K", "V", "Theta", "A", "B", "D", "F"),
     lambdas: Mapping[str, float] | float | None = None,
     initialize: Callable[[nn.Module], Any] | None = None,
@@ -119,7 +133,7 @@ def statistics_over_seeds(
     seed: int = 0,
     memory: int = DEFAULT_MEMORY,
 ) -> SeedStatistics:
-    """Measure the statistics of ``model`` over ``seeds`` initializations, in evaluation mode.
+    """Measure the statistics of ``model`` over ``num_networks`` initializations, in evaluation mode.
 
     The model and the global random state are left alone. With M = N C, a network takes M backward passes for the NTK
     sector, M^2 for P, Q, S, T, U and about M^3 / 4 for R: choose few inputs, and few outputs by ``output_fn``.
@@ -127,12 +141,12 @@ def statistics_over_seeds(
     Args:
         model: Any module whose parameters can be drawn anew.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
-        seeds: Number of networks, at least 3.
-        quantities: Names out of ``MEASURABLE``.
-        lambdas: The learning-rate tensor, as ``ntk`` takes it: one number, ``{parameter name: lambda}``, or None for 1.
+        num_networks: Number of networks, at least 3.
+        quantities: Names among ``MEASURABLE``.
+        lambdas: The learning-rate tensor, see ``measure.ntk``.
         initialize: Draws the parameters of the module it is given, in place, from the global random state; None calls
             ``reset_parameters`` of every submodule.
-        width: n_{L-1}, which multiplies the vertices; None reads it off an MLP, and is 1 for anything else.
+        width: n_{L-1}, the factor of the vertices; None reads it off an MLP, and is 1 for anything else.
         output_fn: Turns what the model returns into (N, C).
         seed: Seed of the first network; the others follow.
         memory: Bytes allowed for the networks that are differentiated at once.
@@ -143,8 +157,17 @@ def statistics_over_seeds(
     Raises:
         ValueError: If an argument is out of range, a parameter is not drawn anew, the forward rejects ``x``, or the
             network has no derivatives of the order asked for.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch_eft import measure
+        >>> model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+        >>> statistics = measure.statistics_over_seeds(model, torch.eye(3), num_networks=8, quantities=("K", "V"))
+        >>> statistics.mean["V"].shape, statistics.error["K"].shape
+        (torch.Size([3, 3, 3, 3]), torch.Size([3, 3]))
     """
-    _check(seeds, quantities, width, memory)
+    _check(num_networks, quantities, width, memory)
     probe = as_probe(x)
     needed = [name for name, users in _NEEDS.items() if set(users.split()) & set(quantities)]
     with isolated(model, output_fn) as network:
@@ -158,33 +181,34 @@ def statistics_over_seeds(
         measure = Measurement(network, probe, scales, needed)
         at_once = measure.networks_at_once(draw.first, outputs, memory)
         sums = []
-        blocks = min(seeds, _BLOCKS)
+        blocks = min(num_networks, _BLOCKS)
         for index in range(blocks):
-            size = (index + 1) * seeds // blocks - index * seeds // blocks
+            size = (index + 1) * num_networks // blocks - index * num_networks // blocks
             parts = []
             for done in range(0, size, at_once):
                 parts.append(sums_of(measure(draw(min(at_once, size - done))), quantities))
             sums.append((size, added(parts)))
     total = added([part for _, part in sums])
-    mean = estimates(total, seeds, width)
+    mean = estimates(total, num_networks, width)
     without = [
-        estimates({name: total[name] - part[name] for name in total}, seeds - count, width) for count, part in sums
+        estimates({name: total[name] - part[name] for name in total}, num_networks - count, width)
+        for count, part in sums
     ]
-    replicas = {name: torch.stack([found[name] for found in without]) for name in mean}
+    replicas = {name: torch.stack([estimate[name] for estimate in without]) for name in mean}
     if not all(bool(value.isfinite().all()) for value in mean.values()):
         raise ValueError("initialize: some networks' outputs or derivatives are not finite; draw smaller parameters")
     return SeedStatistics(
         mean,
         {name: jackknife(value) for name, value in replicas.items()},
         replicas,
-        seeds,
+        num_networks,
         outputs.shape[1],
         width,
         source,
     )
 
 
-def _check(seeds: int, quantities: Collection[str], width: float | None, memory: int) -> None:
+def _check(num_networks: int, quantities: Collection[str], width: float | None, memory: int) -> None:
     if isinstance(quantities, str) or not quantities:
         raise ValueError(f"quantities: {quantities!r} given; give a sequence of names out of {', '.join(MEASURABLE)}")
     unknown = sorted(set(quantities) - set(MEASURABLE))
@@ -192,10 +216,10 @@ def _check(seeds: int, quantities: Collection[str], width: float | None, memory:
         hint = {"G1": "K", "Theta1": "Theta"}.get(unknown[0])
         advice = f"choose from {', '.join(MEASURABLE)}"
         if hint:
-            advice = f"ask for {hint}, and beside(theory) gives {unknown[0]}"
+            advice = f"ask for {hint}, and compare(theory) gives {unknown[0]}"
         raise ValueError(f"quantities: {unknown[0]!r} cannot be measured by itself; {advice}")
-    if seeds < 3:
-        raise ValueError(f"seeds: {seeds} given; standard errors of covariances need at least 3 networks")
+    if num_networks < 3:
+        raise ValueError(f"num_networks: {num_networks} given; standard errors of covariances need at least 3 networks")
     if width is not None and not (math.isfinite(width) and width > 0):
         raise ValueError(f"width: {width:g} given; give the positive number of neurons that feed the last layer")
     if memory < 1:
@@ -204,7 +228,7 @@ def _check(seeds: int, quantities: Collection[str], width: float | None, memory:
 
 def _width_of(module: nn.Module, probe: Probe, output_fn: OutputFn | None) -> tuple[float, str]:
     try:
-        widths = read_ensemble(module, x=probe, output_fn=output_fn).ensemble.widths
+        widths = read_ensemble(module, probe, output_fn=output_fn).widths
     except ValueError as error:
         return 1.0, f"1, as there is no last hidden width to read off ({error})"
     return float(widths[-2]), "the fan-in of the MLP's last layer"

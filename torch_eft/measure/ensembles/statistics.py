@@ -1,7 +1,7 @@
-"""Estimates of kernels and vertices from drawn networks, out of sums over them, and their standard errors.
+"""Estimates of kernels and vertices from sums over drawn networks, and their standard errors.
 
-The estimators are those of ``seeds``, each unbiased: sums over networks of everything that is averaged are all that is
-kept, so that the jackknife leaves out a block of networks by subtracting its sums.
+The estimators are those of ``seeds``, each unbiased. Only sums over networks are kept of what is averaged, so that the
+jackknife leaves out a block of networks by subtracting its sums.
 """
 
 from collections.abc import Collection
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.measure.kernels.reverse_mode import Differentials
+from torch_eft.results.repr import short_repr
 from torch_eft.theory.initialization.statistics import LayerStatistics
 
 TOTALS = {
@@ -21,7 +22,7 @@ TOTALS = {
     "R": "3R",
     **dict.fromkeys("STU", "S+T+U"),
 }
-"""For one output: what stands for each vertex, summed over its index structures with labels in the order 1, 2, 3, 4."""
+"""With one output: the sum that replaces each vertex, over its index structures with labels in the order 1, 2, 3, 4."""
 
 _SUMMANDS = {
     "3V": (("V", "abcd"), ("V", "acbd"), ("V", "adbc")),
@@ -33,9 +34,9 @@ _SUMMANDS = {
 }
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A measured statistic beside the predicted one.
+@dataclass(frozen=True, repr=False)
+class TheoryAgreement:
+    """One statistic, measured and predicted.
 
     Args:
         measured: The estimate.
@@ -43,6 +44,19 @@ class Comparison:
         predicted: The theory's value.
         ratio: <measured, predicted> / <predicted, predicted>, the projection on the prediction; NaN where that is 0.
         ratio_error: Its standard error.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft.measure import TheoryAgreement
+        >>> one = torch.ones(2, 2)
+        >>> TheoryAgreement(measured=1.1 * one, error=0.1 * one, predicted=one, ratio=1.1, ratio_error=0.1)
+        TheoryAgreement(
+          measured: (2, 2) float32
+          error: (2, 2) float32
+          predicted: (2, 2) float32
+          ratio: 1.1
+          ratio_error: 0.1
+        )
     """
 
     measured: Tensor
@@ -51,10 +65,13 @@ class Comparison:
     ratio: float
     ratio_error: float
 
+    def __repr__(self) -> str:
+        return short_repr(self)
 
-def sums_of(found: Differentials, quantities: Collection[str]) -> dict[str, Tensor]:
+
+def sums_of(measured: Differentials, quantities: Collection[str]) -> dict[str, Tensor]:
     """Sums over networks of everything that is averaged; pairs of outputs are averaged already."""
-    z, H, dH, ddI, ddII = found.z, found.H, found.dH, found.ddI, found.ddII
+    z, H, dH, ddI, ddII = measured.z, measured.H, measured.dH, measured.ddI, measured.ddII
     C = z.shape[2]
     pairs = z.new_ones(1, 1) if C == 1 else (1 - torch.eye(C, dtype=z.dtype, device=z.device)) / (C * (C - 1))
     zz = torch.einsum("sai,sbi->siab", z, z)
@@ -85,27 +102,27 @@ def sums_of(found: Differentials, quantities: Collection[str]) -> dict[str, Tens
         add(name, "sabcdiijj,ij->abcd", ddII)
     add("T", "sabcdijij,ij->acbd", ddII)
     add("U", "sabcdijji,ij->adbc", ddII)
-    # What is not asked for by name serves the means of the covariances only.
+    # K and Theta that are not asked for are needed all the same: covariances subtract their products.
     return sums | {name: sums[source].mean(0) for name, source in (("K", "zz"), ("Theta", "h")) if name in wanted}
 
 
 def added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Name by name."""
+    """The sum of several sums, name by name."""
     return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
 
 
 def estimates(sums: dict[str, Tensor], count: int, width: float) -> dict[str, Tensor]:
-    """Unbiased estimates out of sums over ``count`` networks."""
+    """Unbiased estimates from sums over ``count`` networks."""
     means = {name: value / count for name, value in sums.items()}
     zz, h = means.pop("zz"), means.pop("h", None)
     pairs = zz.new_ones(1, 1)
     if len(zz) > 1:
         pairs = (1 - torch.eye(len(zz), dtype=zz.dtype, device=zz.device)) / (len(zz) * (len(zz) - 1))
     factors = {"V": (zz, zz), "3V": (zz, zz), "A": (h, h), "A+2B": (h, h), "D": (zz, h), "D+2F": (zz, h)}
-    found = {}
+    values = {}
     for name, mean in means.items():
         if name in ("K", "Theta"):
-            found[name] = mean
+            values[name] = mean
             continue
         value = mean
         if name in factors:
@@ -114,17 +131,17 @@ def estimates(sums: dict[str, Tensor], count: int, width: float) -> dict[str, Te
         if name == "3V":  # the other two Gaussian pairings, each an unbiased estimate of K K
             for pairing in ("ac,bd->abcd", "ad,bc->abcd"):
                 value = value - (count * torch.einsum(pairing, zz[0], zz[0]) - mean) / (count - 1)
-        found[name] = width * value
-    return found
+        values[name] = width * value
+    return values
 
 
 def jackknife(replicas: Tensor) -> Tensor:
-    """The standard error, out of estimates without one block each."""
+    """The standard error, from estimates that leave out one block each."""
     return ((len(replicas) - 1) * replicas.var(0, unbiased=False)).sqrt()
 
 
 def predicted_by(theory: LayerStatistics, name: str) -> Tensor | None:
-    """The theory's value of what is called ``name`` here; None if it lacks a part."""
+    """The theory's value of the statistic that is called ``name`` here; None if it lacks a part."""
     if name not in _SUMMANDS:
         return getattr(theory, name)
     parts = [(getattr(theory, vertex), axes) for vertex, axes in _SUMMANDS[name]]
@@ -133,11 +150,11 @@ def predicted_by(theory: LayerStatistics, name: str) -> Tensor | None:
     return torch.stack([torch.einsum(f"{axes}->abcd", value) for value, axes in parts]).sum(0)
 
 
-def compared(measured: Tensor, replicas: Tensor, predicted: Tensor) -> Comparison:
-    """An estimate, with those without one block each, beside its prediction."""
+def agreement(measured: Tensor, replicas: Tensor, predicted: Tensor) -> TheoryAgreement:
+    """An estimate and its prediction; ``replicas`` are the estimates that leave out one block each."""
     predicted = predicted.to(measured)
     norm = predicted.square().sum()
     axes = tuple(range(1, replicas.ndim))
     ratios = (replicas * predicted).sum(axes) / norm
     ratio = float((measured * predicted).sum() / norm)
-    return Comparison(measured, jackknife(replicas), predicted, ratio, float(jackknife(ratios)))
+    return TheoryAgreement(measured, jackknife(replicas), predicted, ratio, float(jackknife(ratios)))

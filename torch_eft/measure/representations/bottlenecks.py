@@ -1,12 +1,12 @@
-"""How signals and gradients pass through any network, block by block, from its Jacobians.
+"""Measures how signals and gradients pass through any network, block by block, from its Jacobians.
 
-The *trunk* is the chain of places that everything passes: the outputs of modules with parameters without which no path
-leads from the inputs to the output. Inside a residual block there is none, so that the blocks themselves are its
-elements. Found in the autograd graph, not by names.
+*Bottlenecks* are the outputs of modules with parameters that every path from the inputs to the output goes through.
+Inside a residual block there is none, so that the blocks themselves are the bottlenecks. They are found in the autograd
+graph, not by names.
 
-At a place t of the trunk, J = (1/N C) sum_{a,i} |dz_{i;a} / dt_a|^2, the squared gradient of an output summed over the
-features of t; chi = J / J_next is the susceptibility of what lies between, chi_perp of PDLT 5.1 for a layer of an MLP
-(averaged partial Jacobian norm: Doshi, He, Gromov 2021).
+At a bottleneck t, J = (1/N C) sum_{a,i} |dz_{i;a} / dt_a|^2, the squared gradient of an output summed over the
+features of t; chi = J / J_next is the susceptibility of the part between two bottlenecks, chi_perp of PDLT 5.1 for a
+layer of an MLP (averaged partial Jacobian norm: Doshi, He, Gromov 2021).
 """
 
 from collections.abc import Sequence
@@ -23,20 +23,20 @@ from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import Probe
 
 EXACT_OUTPUTS = 16
-"""Up to as many outputs are taken one by one; of more, as many random combinations."""
+"""Number of outputs up to which each is differentiated; of more outputs, as many random combinations are."""
 
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """A place of the trunk, in one network.
+    """A bottleneck of one network.
 
     Args:
-        name: Of the module whose output it is; ``name:2`` for its second call, and so on.
-        kind: Its class.
-        features: Numbers a sample.
+        name: Name of the module whose output it is; ``name:2`` for its second call, and so on.
+        kind: Class of the module.
+        features: Number of features per sample.
         variance: Mean square of the features.
-        entering: Mean square of what enters the module, input by input, (N,); None where that is no tensor of N rows.
-        gradient: J.
+        entering: Mean square of the module's input per sample, (N,); None where that is not a tensor of N rows.
+        gradient: J, the mean squared gradient of an output.
     """
 
     name: str
@@ -58,40 +58,41 @@ class _Record:
     entering: Tensor | None
 
 
-def trunk(network: IsolatedModel, probe: Probe) -> list[Bottleneck]:
-    """The trunk of an isolated network, in the order of execution; empty if there is none.
+def bottlenecks(network: IsolatedModel, probe: Probe) -> list[Bottleneck]:
+    """The bottlenecks of an isolated network.
 
     Args:
         network: The network.
         probe: Inputs; samples must not depend on one another.
 
+    Returns:
+        The bottlenecks in the order of execution; empty if there is none.
+
     Raises:
         ValueError: If the forward rejects the probe.
     """
     params = {name: value.detach().requires_grad_() for name, value in network.params.items()}
-    moving = tree_map_only(
+    inputs = tree_map_only(
         Tensor, lambda t: t.detach().clone().requires_grad_() if t.is_floating_point() else t, network.place(probe)
     )
-    records, outputs = _recorded(network, params, Probe(moving), probe)
-    leaves = {id(leaf) for leaf in tree_leaves(moving) if isinstance(leaf, Tensor)}
-    chosen = _trunk_of(records, outputs, leaves)
+    records, outputs = _recorded(network, params, Probe(inputs))
+    leaves = {id(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
+    chosen = _chosen(records, outputs, leaves)
     if not chosen:
         return []
     squares = _squared_gradients(outputs, [record.edge for record in chosen])
     calls: dict[str, int] = {}
-    found = []
+    chain = []
     for record, J in zip(chosen, squares.tolist(), strict=True):
         calls[record.name] = calls.get(record.name, 0) + 1
         name = record.name if calls[record.name] == 1 else f"{record.name}:{calls[record.name]}"
-        found.append(
+        chain.append(
             Bottleneck(name, type(record.module).__name__, record.features, record.variance, record.entering, J)
         )
-    return found
+    return chain
 
 
-def _recorded(
-    network: IsolatedModel, params: dict[str, Tensor], moving: Probe, probe: Probe
-) -> tuple[list[_Record], Tensor]:
+def _recorded(network: IsolatedModel, params: dict[str, Tensor], probe: Probe) -> tuple[list[_Record], Tensor]:
     records: list[_Record] = []
 
     def record(name: str, module: nn.Module, args: Any, value: Any) -> None:
@@ -103,7 +104,7 @@ def _recorded(
             entering = entering.detach().double().flatten(1).square().mean(1)
         else:
             entering = None
-        # Before a later operation changes the tensor in place.
+        # Taken now: a later operation may change the tensor in place.
         edge, size = get_gradient_edge(value), value.numel() // probe.size
         records.append(
             _Record(name, module, edge.node, edge, size, float(value.detach().double().square().mean()), entering)
@@ -115,19 +116,15 @@ def _recorded(
         if name
     ]
     try:
-        return records, _output(network, moving, params)
+        with torch.no_grad():
+            checked_output(network, probe, params)  # raises if something is wrong with the inputs
+        return records, network(params, probe.inputs)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _output(network: IsolatedModel, moving: Probe, params: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        checked_output(network, moving, params)  # says what is wrong with the inputs, if anything
-    return network(params, moving.inputs)
-
-
-def _trunk_of(records: Sequence[_Record], outputs: Tensor, leaves: set[int]) -> list[_Record]:
+def _chosen(records: Sequence[_Record], outputs: Tensor, leaves: set[int]) -> list[_Record]:
     order: list[Any] = []
     by_node: dict[Any, list[_Record]] = {}
     for record in records:
@@ -146,7 +143,7 @@ def _trunk_of(records: Sequence[_Record], outputs: Tensor, leaves: set[int]) -> 
 
 
 def _named(cut: Sequence[_Record], others: Sequence[str]) -> _Record:
-    """Of the modules that end at one place the outermost that holds no other place: a block, not its last layer."""
+    """The outermost module that ends here and holds no other bottleneck: a block rather than its last layer."""
     free = [record for record in cut if not any(name.startswith(f"{record.name}.") for name in others)]
     return min(free or cut, key=lambda record: record.name.count("."))
 
@@ -156,7 +153,7 @@ def _weighted(module: nn.Module) -> bool:
 
 
 def _reaches(start: Any, stop: Any, earlier: set[Any], leaves: set[int]) -> bool:
-    """Whether a path from ``start`` that avoids ``stop`` leads to the inputs or to something computed earlier."""
+    """True if a path from ``start`` that avoids ``stop`` leads to the inputs or to something computed earlier."""
     pending, seen = [start], {stop}
     while pending:
         node = pending.pop()

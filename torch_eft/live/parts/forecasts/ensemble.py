@@ -78,11 +78,11 @@ class EnsemblePart(ForecastPart):
             return
         activation = self.activation or self.given.activation
         try:
-            widths = read_ensemble(network, None, probe.inputs, activation, self.output_fn)
+            own = read_ensemble(network, probe.inputs, activation=activation, output_fn=self.output_fn)
         except NotAnMLPError:
             return  # said in words when training begins
-        if widths.ensemble.widths != self.given.widths:
-            raise ValueError(f"ensemble: widths {self.given.widths} given, the network has {widths.ensemble.widths}")
+        if own.widths != self.given.widths:
+            raise ValueError(f"ensemble: widths {self.given.widths} given, the network has {own.widths}")
 
     # ---- the training
 
@@ -94,9 +94,11 @@ class EnsemblePart(ForecastPart):
         inputs = start.probe.inputs
         try:
             activation = self.activation or (self.given.activation if self.given else None)
-            read = read_ensemble(start.network, start.optimizers, inputs, activation, self.output_fn)
-            given = self._drawn(read.ensemble) or self.given
-            self._ensemble = read.ensemble if given is None else _with_lambda_of(given, read.ensemble)
+            read = read_ensemble(
+                start.network, inputs, optimizer=start.optimizers, activation=activation, output_fn=self.output_fn
+            )
+            given = self._drawn(read) or self.given
+            self._ensemble = read if given is None else _with_lambda_of(given, read)
             diagnosis = diagnose(given or read, inputs)
             self._diagnosis = diagnosis if isinstance(diagnosis, Diagnosis) else None
             pages["diagnosis"] = str(diagnosis)
