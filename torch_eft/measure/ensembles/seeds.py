@@ -115,8 +115,8 @@ class SeedStatistics:
         for name, key, correction in (("K", "G1", theory.G1), ("Theta", "Theta1", theory.Theta1)):
             if name in rows and correction is not None:
                 leading = rows[name].predicted.to(self.mean[name])
-                beyond = [self.width * (value - leading) for value in (self.mean[name], self.replicas[name])]
-                rows[key] = agreement(*beyond, correction)
+                value = self.width * (self.mean[name] - leading)
+                rows[key] = agreement(value, self.width * (self.replicas[name] - leading), correction)
         return rows
 
 
