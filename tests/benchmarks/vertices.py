@@ -13,7 +13,7 @@ import time
 import torch
 
 from torch_eft.cli.demo import load_digits_split
-from torch_eft.theory import QUANTITIES, MLPEnsemble, block, initial_statistics, tiles
+from torch_eft.theory import STATISTICS, MLPEnsemble, initial_statistics, vertex_block, vertex_tiles
 
 
 def median_seconds(action, rounds=3):
@@ -33,14 +33,14 @@ def main():
     sets = {"x": probe, "y": probe, "g": train, "d": train}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, samples = 4096 in two replicas")
     for name in ("V", "A", "B", "D", "F", "P", "Q", "R", "S", "T", "U"):
-        value, error = block(ensemble, x, name, "xygd", sets)
-        seconds = median_seconds(lambda name=name: block(ensemble, x, name, "xygd", sets))
-        relative = error / float(value.square().mean().sqrt())
+        block = vertex_block(ensemble, x, name=name, labels="xygd", label_sets=sets)
+        seconds = median_seconds(lambda name=name: vertex_block(ensemble, x, name=name, labels="xygd", label_sets=sets))
+        relative = block.error / float(block.value.square().mean().sqrt())
         print(f"{name} on (8, 8, 64, 64): {seconds:.2f} s, relative standard error {relative:.1e}")
-    seconds = median_seconds(lambda: initial_statistics(ensemble, x[:8], QUANTITIES))
+    seconds = median_seconds(lambda: initial_statistics(ensemble, x[:8], statistics=STATISTICS))
     print(f"all fifteen at N = 8, samples = 16384: {seconds:.2f} s")
     begun = time.perf_counter()
-    count = sum(1 for _ in tiles(ensemble, x[8:], "T"))
+    count = sum(1 for _ in vertex_tiles(ensemble, x[8:], name="T"))
     seconds = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"T over 64^4 labels in {count} tiles: {seconds:.0f} s, peak memory of the process {peak:.2f} GiB")
@@ -56,9 +56,11 @@ def draw_scaling(x, path):
         ensemble = MLPEnsemble([64, *[128] * (depth - 1), 10], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
         probe, train = torch.arange(8), torch.arange(8, 8 + count)
         sets = {"x": probe, "y": probe, "g": train, "d": train}
-        value, error = block(ensemble, x, "R", "xygd", sets, samples=samples)
-        seconds = median_seconds(lambda: block(ensemble, x, "R", "xygd", sets, samples=samples))
-        return seconds, error / float(value.square().mean().sqrt())
+        block = vertex_block(ensemble, x, name="R", labels="xygd", label_sets=sets, num_samples=samples)
+        seconds = median_seconds(
+            lambda: vertex_block(ensemble, x, name="R", labels="xygd", label_sets=sets, num_samples=samples)
+        )
+        return seconds, block.error / float(block.value.square().mean().sqrt())
 
     sweeps = {
         "N, training inputs": ([8, 16, 32, 64], lambda v: (v, 3, 2048)),

@@ -166,12 +166,12 @@ def test_shuffling_the_full_batch_is_still_full_batch():
 
 
 def test_a_known_ensemble_can_be_given():
-    monitor = beside(ensemble=MLPEnsemble([5, 16, 16, 3], "tanh", 0.03, 1 / 3), on_error="raise")
+    monitor = beside(ensemble=MLPEnsemble([5, 16, 16, 3], "tanh", C_b=0.03, C_W=1 / 3), on_error="raise")
     run([monitor], **FULL)
     assert monitor.validity.flag == "valid"
     # Its lambda is the optimizer's, one torch learning rate for all, not the default of MLPEnsemble.
-    with_lambda = MLPEnsemble([5, 16, 16, 3], "tanh", 0.03, 1 / 3, lambda_W=[5.0, 16.0, 16.0])
-    Theta = initial_statistics(with_lambda, PROBE, ("K", "Theta"))[-1].Theta
+    with_lambda = MLPEnsemble([5, 16, 16, 3], "tanh", C_b=0.03, C_W=1 / 3, lambda_W=[5.0, 16.0, 16.0])
+    Theta = initial_statistics(with_lambda, PROBE, statistics=("K", "Theta"))[-1].Theta
     assert monitor.history[6]["eft-theory/ntk_trace/order_0"] == pytest.approx(float(Theta.diagonal().mean()))
 
 

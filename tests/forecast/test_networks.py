@@ -90,7 +90,7 @@ def test_agrees_with_the_theory_of_the_ensemble():
     networks, steps = 60, 20
     for n in (64, 128):
         found = forecast(n, networks, steps=steps)
-        ensemble = eft.theory.MLPEnsemble([3, n, n, 1], "tanh", C_B, C_W, LAMBDA_B, LAMBDA_W)
+        ensemble = eft.theory.MLPEnsemble([3, n, n, 1], "tanh", C_b=C_B, C_W=C_W, lambda_b=LAMBDA_B, lambda_W=LAMBDA_W)
         zeroth, theory = (
             eft.theory.predict_training(ensemble, X[1:], Y, X[:1], 0.08, steps, "sum", order) for order in (0, 1)
         )

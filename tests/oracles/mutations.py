@@ -2,7 +2,7 @@
 
 The modules of the recursions are compiled again with each ``a + b`` and ``a - b`` (and ``x += a``) routed through
 ``Mutator.combine``, which can leave one operand out. What is a term of a recursion, and what is arithmetic of indices
-or letters, is told by the operands at run time: tensors. A building block (``response``, ...) gives mutants for each
+or labels, is decided by the operands at run time: tensors. A building block (``response``, ...) gives mutants for each
 place that calls it: the terms are those of recursions written out in full. Nothing here knows names of moments.
 """
 
@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from torch_eft.theory.initialization import estimators as blocks
+from torch_eft.theory.initialization import estimators, infinite_width
 from torch_eft.theory.initialization.evaluator import Vertices
 from torch_eft.theory.initialization.statistics import initial_statistics
 
@@ -51,15 +51,15 @@ class Mutator(ast.NodeTransformer):
         self.untouched: dict[str, str] = {}  # sums never evaluated
         self._texts: dict[str, tuple[str | None, str | None]] = {}
         self._module = ""
-        names = dict.fromkeys(function.__module__ for function in blocks.RECURSIONS.values())
+        names = dict.fromkeys(function.__module__ for function in estimators.RECURSIONS.values())
         compiled: dict[str, types.ModuleType] = {}
         for name in names:
             self._compile(name, compiled)
         self.recursions = {
             name: self._wrapped(name, getattr(compiled[function.__module__], function.__name__))
-            for name, function in blocks.RECURSIONS.items()
+            for name, function in estimators.RECURSIONS.items()
         }
-        self._infinite_width = self._function(blocks, "infinite_width")
+        self._infinite_width = self._function(infinite_width, "infinite_width")
 
     def limit(self, ensemble, x) -> tuple[list[Tensor], list[Tensor]]:
         """K and Theta of all layers."""
@@ -84,8 +84,8 @@ class Mutator(ast.NodeTransformer):
                     uses.setdefault(inside[-1], set()).add(name)
                 return super().array(name, *args)
 
-        with patch.object(blocks, "RECURSIONS", self.recursions), patch.object(blocks, "Vertices", Recorded):
-            initial_statistics(ensemble, x, ["V"])
+        with patch.object(estimators, "RECURSIONS", self.recursions), patch.object(estimators, "Vertices", Recorded):
+            initial_statistics(ensemble, x, statistics=["V"])
         return made[0]
 
     # ---- at run time

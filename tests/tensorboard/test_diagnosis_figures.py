@@ -17,7 +17,7 @@ def test_the_phase_plane_is_the_theory_on_a_grid(name):
     ensemble = MLPEnsemble([8, *[30] * 5, 2], name, C_b=0.1, C_W=1.2)
     plane = phase_plane(ensemble, aspect_ratio(ensemble))
     for row, column in ((0, 0), (10, 30), (25, 5)):
-        there = MLPEnsemble(ensemble.widths, name, float(plane.C_b[column]), float(plane.C_W[row]))
+        there = MLPEnsemble(ensemble.widths, name, C_b=float(plane.C_b[column]), C_W=float(plane.C_W[row]))
         J = float(layer_gains(there).J[0])
         assert float(plane.log_growth[row, column]) == pytest.approx(torch.tensor(J).log10().item(), abs=1e-6)
     assert plane.network == pytest.approx((0.1, 1.2))

@@ -111,7 +111,9 @@ def demo_ensemble(width: int, depth: int, activation: str, n_0: int) -> MLPEnsem
     if point.C_b is None or point.C_W is None:
         raise ValueError(f"--activation {activation}: it has no critical initialization; try tanh, relu or gelu")
     widths = [n_0, *[width] * (depth - 1), CLASSES]
-    return MLPEnsemble(widths, get_activation(activation), point.C_b, point.C_W, lambda_b=1.0, lambda_W=widths[:-1])
+    return MLPEnsemble(
+        widths, get_activation(activation), C_b=point.C_b, C_W=point.C_W, lambda_b=1.0, lambda_W=widths[:-1]
+    )
 
 
 def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | Path, seed: int) -> EFTMonitor:
@@ -138,7 +140,7 @@ def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | 
     ensemble = demo_ensemble(width, depth, activation, x_train.shape[1])
     print(diagnose(ensemble, x_train), end="\n\n")
     # MSELoss is the mean over N C entries: half of its bound 2 / lambda_max(2 Theta / (N C)).
-    Theta = initial_statistics(ensemble, x_train, ("K", "Theta"))[-1].Theta
+    Theta = initial_statistics(ensemble, x_train, statistics=("K", "Theta"))[-1].Theta
     learning_rate = 0.5 * y_train.numel() / float(torch.linalg.eigvalsh(Theta)[-1])
 
     pl.seed_everything(seed, verbose=False)

@@ -47,7 +47,7 @@ def derived_diagnosis(ensemble: MLPEnsemble, x: Tensor | None = None) -> Diagnos
     drift = expected_drift(ensemble, None if inputs is None else inputs[:1])
     some = None if inputs is None else inputs[:_COMPARED]
     own = variant("this network", ensemble, some, ratio, spread, drift)
-    eta = largest_learning_rate(ensemble, inputs, "mean")
+    eta = largest_learning_rate(ensemble, inputs, reduction="mean")
     phase = _phase(ratio, own.gradient_growth)
     dead = 0.0 if ensemble.activation.slopes in (None, (0.0, 0.0)) else dead_probability(ensemble)
     findings = _findings(ensemble, ratio, own, phase, rows, dead)
@@ -138,7 +138,7 @@ def _equal_shares(ensemble: MLPEnsemble, x: Tensor | None, total_b: float, total
     if total_b + total_W == 0:
         return None
     try:
-        return equivalence_learning_rates(ensemble, x, total_b, total_W)
+        return equivalence_learning_rates(ensemble, x, total_b=total_b, total_W=total_W)
     except ValueError:  # far from criticality no gradient is left, in float64, in the first layers
         return None
 

@@ -62,7 +62,7 @@ def variant(
     spread = spread or seed_spread(ensemble, few(x))
     drift = drift or expected_drift(ensemble, None if x is None else x[:1])
     gains = layer_gains(ensemble, x)
-    eta = largest_learning_rate(ensemble, x, "mean")
+    eta = largest_learning_rate(ensemble, x, reduction="mean")
     first = gains.K[0].mean()
     return Variant(
         name=name,
@@ -106,8 +106,8 @@ def _like(ensemble: MLPEnsemble, widths: list[int], layers: list[int]) -> MLPEns
     return MLPEnsemble(
         widths,
         ensemble.activation,
-        [ensemble.C_b[layer] for layer in layers],
-        [ensemble.C_W[layer] for layer in layers],
-        [ensemble.lambda_b[layer] for layer in layers],
-        [rates[0] * n for n in widths[:-1]] if plain else [ensemble.lambda_W[layer] for layer in layers],
+        C_b=[ensemble.C_b[layer] for layer in layers],
+        C_W=[ensemble.C_W[layer] for layer in layers],
+        lambda_b=[ensemble.lambda_b[layer] for layer in layers],
+        lambda_W=[rates[0] * n for n in widths[:-1]] if plain else [ensemble.lambda_W[layer] for layer in layers],
     )

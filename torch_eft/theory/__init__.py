@@ -31,13 +31,13 @@ from torch_eft.theory.hidden_layers.predict import RepresentationForecast, predi
 from torch_eft.theory.hidden_layers.result import HiddenLayerForecast
 from torch_eft.theory.hidden_layers.statistics import RepresentationStatistics, representation_statistics
 from torch_eft.theory.hierarchy.evolution import Hierarchy, train_hierarchy
-from torch_eft.theory.initialization.estimators import block, tiles
 from torch_eft.theory.initialization.statistics import (
-    QUANTITIES,
+    STATISTICS,
     LayerStatistics,
     initial_statistics,
     statistics_memory,
 )
+from torch_eft.theory.initialization.vertex_blocks import VertexBlock, VertexTile, vertex_block, vertex_tiles
 from torch_eft.theory.signal_propagation.critical_point import CriticalPoint, UnstablePoint, criticality
 from torch_eft.theory.signal_propagation.regimes import (
     first_order_validity,
@@ -52,7 +52,7 @@ from torch_eft.theory.training.fourth_cumulant import FourthCumulant, predict_fo
 from torch_eft.theory.training.predict import InfiniteWidthTraining, predict_training
 
 __all__ = [
-    "QUANTITIES",
+    "STATISTICS",
     "Activation",
     "AspectRatio",
     "CriticalPoint",
@@ -73,9 +73,10 @@ __all__ = [
     "ResidualFlow",
     "SeedSpread",
     "UnstablePoint",
+    "VertexBlock",
+    "VertexTile",
     "aspect_ratio",
     "available_activations",
-    "block",
     "criticality",
     "dead_probability",
     "equivalence_learning_rates",
@@ -103,8 +104,9 @@ __all__ = [
     "seed_spread",
     "statistics_memory",
     "susceptibilities",
-    "tiles",
     "train_hierarchy",
     "two_layer_linear_differentials",
     "two_layer_linear_map",
+    "vertex_block",
+    "vertex_tiles",
 ]

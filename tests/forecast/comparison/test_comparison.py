@@ -25,12 +25,12 @@ def data():
 def deviations():
     """{quantity: z-scores of 400 networks after 20 steps}."""
     x, y, x_probe = data()
-    rate = 0.5 / float(torch.linalg.eigvalsh(initial_statistics(ENSEMBLE, x, ("K", "Theta"))[-1].Theta)[-1])
+    rate = 0.5 / float(torch.linalg.eigvalsh(initial_statistics(ENSEMBLE, x, statistics=("K", "Theta"))[-1].Theta)[-1])
     comparison = EnsembleComparison(ENSEMBLE, x, y, x_probe, rate, ntk_samples=200, order=0)
     single = [tensor.float() for tensor in (x, y, x_probe)]
     generator = torch.Generator().manual_seed(17)
     scores = {"output_projection": [], "output_chi_squared": [], "ntk_trace": []}
-    kernels = sample_ntk(ENSEMBLE, x_probe, NETWORKS, seed=99)
+    kernels = sample_ntk(ENSEMBLE, x_probe, num_networks=NETWORKS, seed=99)
     for _ in range(NETWORKS // 20):
         layers = draw(WIDTHS, 0.1, 1.5, 20, generator, torch.float32)
         outputs = train(layers, *single, torch.tanh, rate, 20, 0.3, 1.0, [20])[20]

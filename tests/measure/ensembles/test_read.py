@@ -59,7 +59,7 @@ def test_the_theory_takes_what_was_read():
     """The ensemble read off a network is one like any other; what it knows of its estimate does not matter to ==."""
     torch.manual_seed(0)
     read = measure.read_ensemble(mlp((6, 30, 30, 2)))
-    plain = MLPEnsemble(read.widths, "tanh", read.C_b, read.C_W, read.lambda_b, read.lambda_W)
+    plain = MLPEnsemble(read.widths, "tanh", C_b=read.C_b, C_W=read.C_W, lambda_b=read.lambda_b, lambda_W=read.lambda_W)
     assert read == plain
     assert read.remarks and read.errors and not plain.remarks
     x = torch.randn(2, 6, dtype=torch.float64)

@@ -17,7 +17,7 @@ from torch_eft.measure.ensembles.seeds import MEASURABLE, statistics_over_seeds
 from torch_eft.measure.ensembles.statistics import TOTALS, estimates, sums_of
 from torch_eft.measure.kernels.reverse_mode import Differentials
 from torch_eft.theory import MLPEnsemble, initial_statistics
-from torch_eft.theory.initialization.statistics import QUANTITIES
+from torch_eft.theory.initialization.statistics import STATISTICS
 
 C_B, C_W = (0.2, 0.1, 0.3, 0.1), (1.3, 1.5, 1.2, 1.4)
 LAMBDA_B, LAMBDA_W = (0.5, 1.0, 0.2, 0.3), (1.0, 0.7, 1.2, 0.8)
@@ -39,8 +39,10 @@ def gaussian(module):
 @functools.cache
 def theory(name, widths):
     layers = len(widths) - 1
-    ensemble = MLPEnsemble(widths, name, C_B[:layers], C_W[:layers], LAMBDA_B[:layers], LAMBDA_W[:layers])
-    return initial_statistics(ensemble, inputs(), QUANTITIES)[-1]
+    ensemble = MLPEnsemble(
+        widths, name, C_b=C_B[:layers], C_W=C_W[:layers], lambda_b=LAMBDA_B[:layers], lambda_W=LAMBDA_W[:layers]
+    )
+    return initial_statistics(ensemble, inputs(), statistics=STATISTICS)[-1]
 
 
 def compared(name, widths, seeds, quantities=MEASURABLE, seed=0, dtype=torch.float64):

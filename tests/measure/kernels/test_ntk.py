@@ -128,7 +128,11 @@ def test_wide_network_at_initialization_agrees_with_theta():
         }
         kernels.append(measure.ntk(model, x, lambdas=lambdas, trace=True))
     H = torch.stack(kernels)
-    Theta = initial_statistics(MLPEnsemble([6, 2048, 2048, 1], "tanh", 0.1, 1.5, 0.3, 1.0), x, ("K", "Theta"))[-1].Theta
+    Theta = initial_statistics(
+        MLPEnsemble([6, 2048, 2048, 1], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3, lambda_W=1.0),
+        x,
+        statistics=("K", "Theta"),
+    )[-1].Theta
     error = H.std(0) / math.sqrt(8)
     # Student's t with 7 degrees of freedom, six distinct entries: beyond 6.5 in two of a thousand cases.
     assert float(((H.mean(0) - Theta) / error).abs().max()) < 6.5

@@ -15,7 +15,7 @@ from torch_eft.theory.signal_propagation.regimes import output_fluctuation
 
 def _critical(name, hidden, outputs=1, n_0=1):
     point = criticality(name)
-    return MLPEnsemble([n_0, *hidden, outputs], name, point.C_b, point.C_W)
+    return MLPEnsemble([n_0, *hidden, outputs], name, C_b=point.C_b, C_W=point.C_W)
 
 
 def test_sizes_of_unequal_widths():
@@ -113,7 +113,7 @@ def test_tanh_beyond_first_order():
 
 def test_one_hidden_layer_has_nothing_beyond():
     """G = C_b + C_W |s|^2 / n of independent neurons: its variance is one of 1/n and no more, whatever s."""
-    for ensemble in (MLPEnsemble([3, 7, 1], "tanh", 0.3, 1.7), _critical("relu", [7]), _critical("gelu", [7])):
+    for ensemble in (MLPEnsemble([3, 7, 1], "tanh", C_b=0.3, C_W=1.7), _critical("relu", [7]), _critical("gelu", [7])):
         ratio = aspect_ratio(ensemble)
         assert ratio.truncation_error == pytest.approx(0, abs=1e-14)
     bare = aspect_ratio(MLPEnsemble([3, 1], "tanh"))
@@ -212,7 +212,7 @@ def test_no_criticality_no_r_star():
 )
 def test_off_criticality_is_said(name, C_b, C_W, critical):
     """Biases leave gradients of ReLU alone and make those of tanh vanish, chi_perp < 1 at the fixed point K* > 0."""
-    ratio = aspect_ratio(MLPEnsemble([4, *[100] * 10, 2], name, C_b, C_W))
+    ratio = aspect_ratio(MLPEnsemble([4, *[100] * 10, 2], name, C_b=C_b, C_W=C_W))
     assert ratio.at_criticality == critical
     assert ("nu assumes criticality" in str(ratio)) == (not critical)
     assert any("assumes criticality" in caveat for caveat in ratio.caveats) == (not critical)
@@ -224,8 +224,8 @@ def test_twice_as_deep_or_wide():
     ratio = aspect_ratio(_critical("relu", [20, 80, 50]))
     assert ratio.epsilon_twice_depth == pytest.approx(2 * ratio.epsilon, rel=1e-12)
     assert ratio.epsilon_twice_width == pytest.approx(ratio.epsilon / 2, rel=1e-12)
-    mixed = MLPEnsemble([3, 20, 80, 2], "tanh", [0.1, 0.2, 0.3], [1.0, 1.5, 2.0])
-    deeper = MLPEnsemble([3, 20, 20, 80, 80, 2], "tanh", [0.1, 0.2, 0.2, 0.3, 0.3], [1.0, 1.5, 1.5, 2.0, 2.0])
+    mixed = MLPEnsemble([3, 20, 80, 2], "tanh", C_b=[0.1, 0.2, 0.3], C_W=[1.0, 1.5, 2.0])
+    deeper = MLPEnsemble([3, 20, 20, 80, 80, 2], "tanh", C_b=[0.1, 0.2, 0.2, 0.3, 0.3], C_W=[1.0, 1.5, 1.5, 2.0, 2.0])
     assert aspect_ratio(mixed).epsilon_twice_depth == pytest.approx(output_fluctuation(deeper), rel=1e-13)
 
 

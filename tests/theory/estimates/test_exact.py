@@ -26,7 +26,9 @@ X = torch.tensor([[1.0, -0.5, 0.7], [0.2, 1.1, -0.4]], dtype=torch.float64)
 
 def ensemble_of(name, hidden, C_b=(0.0,) * 4):
     depth = len(hidden) + 1
-    return MLPEnsemble([3, *hidden, 2], name, C_b[:depth], C_W[:depth], LAMBDA_B[:depth], LAMBDA_W[:depth])
+    return MLPEnsemble(
+        [3, *hidden, 2], name, C_b=C_b[:depth], C_W=C_W[:depth], lambda_b=LAMBDA_B[:depth], lambda_W=LAMBDA_W[:depth]
+    )
 
 
 def drawn(ensemble, x, count, seed=0):
@@ -121,7 +123,7 @@ def test_second_moments_of_drawn_networks(name, hidden, C_b, x):
         assert float(scores.abs().max()) < 4, (key, scores)
     if len(hidden) == 1:
         return  # one hidden layer: V, A, D, F, B are their own limits
-    leading = initial_statistics(ensemble, x, ("V", "A"), any_aspect_ratio=True)[-1]
+    leading = initial_statistics(ensemble, x, statistics=("V", "A"), check_validity=False)[-1]
     for key in ("V", "A"):
         scores, _ = z_scores(means[key][0], getattr(leading, key) / n)
         assert float(scores.abs().max()) > 4, key
@@ -150,7 +152,9 @@ def test_extrapolated_to_infinite_width_they_are_the_order_one_over_n_theory(nam
     activation = leaky_relu(0.3) if name.startswith("leaky") else name
     C_b = (0.2, 0.1, 0.3, 0.1)
     exact = [exact_statistics(ensemble_of(activation, [k * n for n in hidden], C_b), x)[-1] for k in (1, 2, 4)]
-    theory = initial_statistics(ensemble_of(activation, hidden, C_b), x, ("V", "A", "B", "D", "F"), samples=2**17)[-1]
+    theory = initial_statistics(
+        ensemble_of(activation, hidden, C_b), x, statistics=("V", "A", "B", "D", "F"), num_samples=2**17
+    )[-1]
     for key in ("V", "A", "B", "D", "F"):
         one, two, four = (getattr(statistics, key) for statistics in exact)
         limit = one / 3 - 2 * two + 8 * four / 3  # Lagrange's polynomial through 1, 1/2, 1/4, at 0
@@ -217,7 +221,7 @@ def test_moments_of_G_by_other_ways(power):
 @pytest.mark.parametrize("C_b", [0.0, (0.4, 0.2, 0.6)])
 def test_third_moment_of_G_in_drawn_networks(C_b):
     """With biases, too: G = C_b + C_W |s|^2 / n of the output, in networks that are only run forward."""
-    ensemble = MLPEnsemble([3, 8, 7, 1], "relu", C_b, C_W[:3])
+    ensemble = MLPEnsemble([3, 8, 7, 1], "relu", C_b=C_b, C_W=C_W[:3])
     generator, signal = torch.Generator().manual_seed(3), X[:1].expand(400_000, 1, 3)
     for layer, (n_in, n_out) in enumerate(((3, 8), (8, 7))):
         weight = torch.randn(len(signal), n_in, n_out, dtype=X.dtype, generator=generator)
@@ -225,7 +229,7 @@ def test_third_moment_of_G_in_drawn_networks(C_b):
         weight, bias = weight * math.sqrt(C_W[layer] / n_in), bias * math.sqrt(ensemble.C_b[layer])
         signal = torch.relu(signal @ weight + bias)
     G = ensemble.C_b[2] + C_W[2] * signal.square().mean((1, 2))
-    K = float(initial_statistics(ensemble, X[:1], ("K", "Theta"))[-1].K)
+    K = float(initial_statistics(ensemble, X[:1], statistics=("K", "Theta"))[-1].K)
     for power in (2, 3):
         score, error = z_scores((G / K) ** power, exact_G_moment_ratio(ensemble, power, X[:1]))
         assert abs(float(score)) < 4
@@ -241,7 +245,7 @@ def test_third_moment_of_G_in_drawn_networks(C_b):
 def test_fluctuation_of_wide_networks_is_epsilon_of_order_one_over_n(name, C_b):
     """E[G^2] / E[G]^2 - 1 = V / (n K^2) up to a relative 1/n: nu sum_l 1/n_l without biases."""
     hidden = [k * 10**6 for k in (4, 7, 5)]
-    ensemble = MLPEnsemble([3, *hidden, 1], name, C_b, C_W)
+    ensemble = MLPEnsemble([3, *hidden, 1], name, C_b=C_b, C_W=C_W)
     epsilon = exact_G_moment_ratio(ensemble, 2, X[:1]) - 1
     assert epsilon == pytest.approx(output_fluctuation(ensemble, X[:1]), rel=1e-5)
     if C_b == 0.0:
@@ -306,7 +310,7 @@ def test_two_layer_linear_network_in_closed_form():
     for key, value in expected.items():
         assert float(getattr(last, key)) == pytest.approx(value, abs=1e-14), key
     # E[dH f] = 2 E[f^2] / n = (P + 2Q) / n and E[ddII] = E[lam] / n = (S + T + U) / n: exact at order 1/n.
-    theory = initial_statistics(ensemble, x, ("P", "Q", "R", "S", "T", "U"))[-1]
+    theory = initial_statistics(ensemble, x, statistics=("P", "Q", "R", "S", "T", "U"))[-1]
     assert float(theory.P + 2 * theory.Q) == pytest.approx(2, rel=1e-10)
     assert float(theory.R) == pytest.approx(0, abs=1e-10)
     assert float(theory.S + theory.T + theory.U) == pytest.approx(2, rel=1e-10)

@@ -30,7 +30,7 @@ def test_it_is_the_one_mode_case_of_the_general_theory(name, outputs):
 
 
 def initial(ensemble, x):
-    return float(initial_statistics(ensemble, x, ("Theta",))[-1].Theta)
+    return float(initial_statistics(ensemble, x, statistics=("Theta",))[-1].Theta)
 
 
 def trained_drift(name, C_W, depth, width, seeds):

@@ -18,9 +18,9 @@ from torch_eft.theory.gaussian.quadrature import RELATIVE_ERROR
 
 X = torch.tensor([[1.0, -0.5, 0.7], [0.2, 0.1, 2.0], [-1.0, 0.3, 0.4]], dtype=torch.float64)
 ENSEMBLES = {
-    "relu": MLPEnsemble([3, 40, 20, 30, 2], "relu", 0.0, 2.0),
-    "tanh": MLPEnsemble([3, 20, 30, 10, 1], "tanh", [0.1, 0.0, 0.2, 0.3], [1.0, 1.4, 0.8, 2.0]),
-    "gelu": MLPEnsemble([3, 30, 30, 30, 30, 30, 1], "gelu", 0.17, 1.98),
+    "relu": MLPEnsemble([3, 40, 20, 30, 2], "relu", C_b=0.0, C_W=2.0),
+    "tanh": MLPEnsemble([3, 20, 30, 10, 1], "tanh", C_b=[0.1, 0.0, 0.2, 0.3], C_W=[1.0, 1.4, 0.8, 2.0]),
+    "gelu": MLPEnsemble([3, 30, 30, 30, 30, 30, 1], "gelu", C_b=0.17, C_W=1.98),
     "linear, one layer": MLPEnsemble([3, 2], "linear"),
 }
 
@@ -35,7 +35,7 @@ def test_equal_shares_sum_to_theta(name, count):
     x, depth = X[:count], ENSEMBLES[name].depth
     closed_form = ENSEMBLES[name].activation.slopes is not None
     rates = equivalence_learning_rates(ENSEMBLES[name], x, total_b=0.7, total_W=2.5)
-    Theta = initial_statistics(rates.ensemble, x, quantities=("K", "Theta"))[-1].Theta.diagonal().mean()
+    Theta = initial_statistics(rates.ensemble, x, statistics=("K", "Theta"))[-1].Theta.diagonal().mean()
     assert float(Theta) == pytest.approx(3.2, rel=1e-13 if closed_form else 2 * depth * RELATIVE_ERROR)
     assert rates.Theta == pytest.approx(3.2)
     biases, weights = layer_shares(rates.ensemble, x)
@@ -50,12 +50,12 @@ def test_shares_of_any_rates_sum_to_theta(name):
     ensemble = MLPEnsemble(
         given.widths,
         given.activation,
-        given.C_b,
-        given.C_W,
+        C_b=given.C_b,
+        C_W=given.C_W,
         lambda_b=[0.5 + index for index in range(depth)],
         lambda_W=[2.0 / (1 + index) for index in range(depth)],
     )
-    Theta = initial_statistics(ensemble, X, quantities=("K", "Theta"))[-1].Theta.diagonal().mean()
+    Theta = initial_statistics(ensemble, X, statistics=("K", "Theta"))[-1].Theta.diagonal().mean()
     assert float(sum(part.sum() for part in layer_shares(ensemble, X))) == pytest.approx(
         float(Theta), rel=2 * depth * RELATIVE_ERROR
     )
@@ -94,7 +94,7 @@ def test_every_layer_of_sampled_tanh_networks_contributes_equally():
     """Shares have corrections of order 1/n: two widths, extrapolated."""
     means, errors = [], []
     for width, networks in ((24, 8000), (48, 8000)):
-        ensemble = MLPEnsemble([3, width, width, width, 1], "tanh", 0.1, 1.3)
+        ensemble = MLPEnsemble([3, width, width, width, 1], "tanh", C_b=0.1, C_W=1.3)
         rates = equivalence_learning_rates(ensemble, X[:1], total_b=4.0, total_W=4.0)
         share = torch.cat(_sampled_shares(rates, X[:1], networks, seed=width))
         means.append(share.mean(1))
@@ -168,7 +168,7 @@ def test_bound_of_a_linear_model_is_sharp(reduction):
     """
     x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ensemble = MLPEnsemble([3, 2], "linear", lambda_b=1.0, lambda_W=[3.0])
-    bound = largest_learning_rate(ensemble, x, reduction)
+    bound = largest_learning_rate(ensemble, x, reduction=reduction)
     top = torch.linalg.eigh(x @ x.T + 1)[1][:, -1:]
     for factor in (0.5, 0.95, 1.05):
         model = torch.nn.Linear(3, 2).double()
@@ -193,7 +193,9 @@ def test_bound_is_that_of_a_wide_networks_ntk():
         torch.nn.init.normal_(layer.weight, std=math.sqrt(1.5 / layer.in_features))
         torch.nn.init.normal_(layer.bias, std=math.sqrt(0.1))
     widths = [4, width, width, 2]
-    bound = largest_learning_rate(MLPEnsemble(widths, "tanh", 0.1, 1.5, 1.0, widths[:-1]), x, "mean")
+    bound = largest_learning_rate(
+        MLPEnsemble(widths, "tanh", C_b=0.1, C_W=1.5, lambda_b=1.0, lambda_W=widths[:-1]), x, reduction="mean"
+    )
     H = eft.measure.as_matrix(eft.measure.ntk(model, x))
     measured = largest_learning_rate(H, reduction="mean", outputs=1)
     assert measured == pytest.approx(bound, rel=4 / math.sqrt(width))
@@ -210,18 +212,18 @@ def test_bound_is_that_of_a_wide_networks_ntk():
 
 def test_bound_without_inputs_is_safe_for_any_number():
     """lambda_max <= trace: N inputs on the sphere |x|^2 = n_0 allow at least what one of them does, under the mean."""
-    ensemble = MLPEnsemble([3, 50, 50, 2], "tanh", 0.0, 1.0, 1.0, [3, 50, 50])
+    ensemble = MLPEnsemble([3, 50, 50, 2], "tanh", C_b=0.0, C_W=1.0, lambda_b=1.0, lambda_W=[3, 50, 50])
     x = torch.nn.functional.normalize(torch.randn(20, 3, generator=torch.Generator().manual_seed(0))) * math.sqrt(3)
     single = largest_learning_rate(ensemble, reduction="mean")
-    assert single <= largest_learning_rate(ensemble, x, "mean")
-    assert single == pytest.approx(largest_learning_rate(ensemble, x[:1].repeat(7, 1), "mean"), rel=1e-6)
+    assert single <= largest_learning_rate(ensemble, x, reduction="mean")
+    assert single == pytest.approx(largest_learning_rate(ensemble, x[:1].repeat(7, 1), reduction="mean"), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["relu", "tanh"])
 def test_bound_of_one_input_is_two_over_theta(name):
     """Without inputs Theta is summed over layers; with one of |x|^2 = n_0 it comes from the recursion."""
     ensemble = ENSEMBLES[name]
-    Theta = float(initial_statistics(ensemble, torch.ones(1, 3), quantities=("K", "Theta"))[-1].Theta)
+    Theta = float(initial_statistics(ensemble, torch.ones(1, 3), statistics=("K", "Theta"))[-1].Theta)
     assert largest_learning_rate(ensemble) == pytest.approx(2 / Theta, rel=1e-11)
 
 

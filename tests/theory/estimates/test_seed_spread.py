@@ -17,7 +17,7 @@ def test_scalar_recursions_are_the_tensor_ones(name):
     """Two independent codes of PDLT 4.3 and 8.2-8.3; both integrate to about 1e-9."""
     ensemble = MLPEnsemble(WIDTHS, name, C_b=0.1, C_W=[1.3, 0.9, 1.8, 1.1], lambda_b=0.7, lambda_W=[6, 2, 3, 1.5])
     x = torch.linspace(-1, 2, 6, dtype=torch.float64)[None]
-    expected = initial_statistics(ensemble, x, NAMES[2:])[-1]
+    expected = initial_statistics(ensemble, x, statistics=NAMES[2:])[-1]
     found = _to_first_order(ensemble, x.square().sum(1) / 6)
     for field in NAMES:
         assert float(getattr(found, field)) == pytest.approx(float(getattr(expected, field).flatten()[0]), rel=1e-8)
@@ -41,7 +41,7 @@ def test_drawn_networks_differ_by_it(name, C_W):
     ensemble = MLPEnsemble([6, 64, 64, 64, 2], name, C_W=C_W, lambda_W=[6, 64, 64, 64])
     x = torch.ones(1, 6, dtype=torch.float64)
     found = seed_spread(ensemble, x)
-    H = torch.stack([H[0, 0] for H in sample_ntk(ensemble, x, 3000)])
+    H = torch.stack([H[0, 0] for H in sample_ntk(ensemble, x, num_networks=3000)])
     for value, predicted in ((H[:, 0, 0], found.ntk), (H.diagonal(dim1=1, dim2=2).mean(1), found.ntk_trace)):
         relative = value / value.mean()
         squares = (relative - 1).square()

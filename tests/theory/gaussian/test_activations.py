@@ -49,7 +49,7 @@ def test_registered_names_are_known_everywhere():
     ensemble = MLPEnsemble([2, 8, 1], "cubic_for_test")
     x = torch.tensor([[1.0, 1.0]])
     # <z^6>_{K=1} = 15
-    assert float(initial_statistics(ensemble, x, ("K", "Theta"))[-1].K) == pytest.approx(15.0, rel=1e-11)
+    assert float(initial_statistics(ensemble, x, statistics=("K", "Theta"))[-1].K) == pytest.approx(15.0, rel=1e-11)
     with pytest.raises(ValueError, match=r"cubic_for_test.*taken"):
         register_activation(Activation("cubic_for_test", torch.tanh))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from torch_eft.theory import Activation, MLPEnsemble, block, get_activation, initial_statistics, leaky_relu
+from torch_eft.theory import Activation, MLPEnsemble, get_activation, initial_statistics, leaky_relu, vertex_block
 from torch_eft.theory.gaussian.four_point_moments import SummedMoments
 from torch_eft.theory.gaussian.orthant import SignedMoments
 from torch_eft.theory.gaussian.piecewise import PiecewisePairs
@@ -160,8 +160,8 @@ def test_distributional_statistics_are_the_limit_of_smooth_ones(kinked, smooth, 
     x = inputs()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of R .. U, which are not asked for where they are NaN
-        limit = initial_statistics(ensemble_of(kinked), x, names, kinks="distributional")[-1]
-    runs = [initial_statistics(ensemble_of(smooth(beta)), x, names)[-1] for beta in (4.0, 8.0, 16.0)]
+        limit = initial_statistics(ensemble_of(kinked), x, statistics=names, kinks="distributional")[-1]
+    runs = [initial_statistics(ensemble_of(smooth(beta)), x, statistics=names)[-1] for beta in (4.0, 8.0, 16.0)]
     for name in names:
         assert not any(run.error for run in runs)
         coarse, middle, fine = (getattr(run, name) for run in runs)
@@ -175,7 +175,7 @@ def test_distributional_statistics_are_the_limit_of_smooth_ones(kinked, smooth, 
 def test_autograd_and_distributional_differ_for_the_differentials_alone():
     x = inputs()
     autograd, limit = (
-        initial_statistics(ensemble_of("selu"), x, ("V", "A", "P", "Q"), kinks=k)[-1]
+        initial_statistics(ensemble_of("selu"), x, statistics=("V", "A", "P", "Q"), kinks=k)[-1]
         for k in ("autograd", "distributional")
     )
     for name in ("V", "A"):
@@ -203,7 +203,7 @@ def test_the_divergence_is_linear_in_the_sharpness():
     integral, _ = integrate.quad(lambda u: stats.norm.pdf(u) ** 2 * stats.norm.cdf(u) ** 2, -9, 9)
     slope = integral * (1 + K) ** 3 / math.sqrt(2 * math.pi * K)
     a, b, c = (
-        float(initial_statistics(MLPEnsemble([3, 30, 2], mollified_relu(beta)), x, ["S"])[-1].S)
+        float(initial_statistics(MLPEnsemble([3, 30, 2], mollified_relu(beta)), x, statistics=["S"])[-1].S)
         for beta in (4.0, 8.0, 16.0)
     )
     coarse, fine = (b - a) / 4, (c - b) / 8
@@ -220,12 +220,16 @@ def test_bad_input_says_which_and_what_to_do():
         initial_statistics(parallel, torch.stack([x[0], -x[0]]))
     with pytest.raises(ValueError, match=r"x: input 1 has zero norm and C_b = 0"):
         initial_statistics(MLPEnsemble([3, 30, 2], "tanh"), torch.stack([x[0], 0 * x[0]]))
-    with pytest.raises(ValueError, match=r"ensemble: r = L/n = 1.5 >= 1.*any_aspect_ratio=True"):
+    with pytest.raises(ValueError, match=r"ensemble: r = L/n = 1.5 >= 1.*check_validity=False"):
         initial_statistics(MLPEnsemble([3, 2, 2, 1], "tanh"), x)
     with pytest.raises(ValueError, match=r"r = L/n"):
-        block(MLPEnsemble([3, 2, 2, 1], "tanh"), x, "V", "aaaa", {"a": torch.arange(3)})
-    assert initial_statistics(MLPEnsemble([3, 2, 2, 1], "tanh"), x, ["V"], any_aspect_ratio=True)[-1].V.isfinite().all()
-    initial_statistics(MLPEnsemble([3, 2, 2, 1], "tanh"), torch.stack([x[0], 0 * x[0]]), ("K", "Theta"))
+        vertex_block(MLPEnsemble([3, 2, 2, 1], "tanh"), x, name="V", labels="aaaa", label_sets={"a": torch.arange(3)})
+    assert (
+        initial_statistics(MLPEnsemble([3, 2, 2, 1], "tanh"), x, statistics=["V"], check_validity=False)[-1]
+        .V.isfinite()
+        .all()
+    )
+    initial_statistics(MLPEnsemble([3, 2, 2, 1], "tanh"), torch.stack([x[0], 0 * x[0]]), statistics=("K", "Theta"))
     with pytest.raises(ValueError, match=r"kinks: 'both' given"):
         initial_statistics(ensemble, x, kinks="both")
     with pytest.raises(ValueError, match=r"activation: hardswish has kinks at -3, 3"):

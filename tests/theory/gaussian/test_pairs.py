@@ -34,12 +34,12 @@ def propagated(setting: Setting, level: int, names):
             ensemble = MLPEnsemble(
                 [3, *[10] * (level - 1), 10 * ratio, 2],
                 setting.activation,
-                setting.C_b[:depth],
-                setting.C_W[:depth],
-                setting.lambda_b[:depth],
-                (*setting.lambda_W[:level], lambda_W),
+                C_b=setting.C_b[:depth],
+                C_W=setting.C_W[:depth],
+                lambda_b=setting.lambda_b[:depth],
+                lambda_W=(*setting.lambda_W[:level], lambda_W),
             )
-            at_r.append(initial_statistics(ensemble, setting.x, names)[-1])
+            at_r.append(initial_statistics(ensemble, setting.x, statistics=names)[-1])
         found[lambda_W] = {name: getattr(at_r[1], name) - getattr(at_r[0], name) for name in names}
     parts = {}
     for name in names:

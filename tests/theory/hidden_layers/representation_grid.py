@@ -11,7 +11,7 @@ from torch_eft.theory import MLPEnsemble, initial_statistics
 from torch_eft.theory.hidden_layers.moments import TrainingMoments
 from torch_eft.theory.hidden_layers.predict import predict_representation
 from torch_eft.theory.hidden_layers.validity import difference_movement, representation_validity
-from torch_eft.theory.initialization.estimators import infinite_width
+from torch_eft.theory.initialization.infinite_width import infinite_width
 
 C_W = {"tanh": 1.5, "gelu": 1.7, "relu": 2.0}
 HYPER = dict(C_b=0.1, lambda_b=0.3, lambda_W=1.0)
@@ -30,7 +30,7 @@ class Forecast:
         self.name, self.depth, self.steps = name, depth, steps
         self.x, self.y = data(close, scale)
         unit = ensemble_of(name, depth, UNIT)
-        eigenvalues = torch.linalg.eigvalsh(initial_statistics(unit, self.x[1:], ("K", "Theta"))[-1].Theta)
+        eigenvalues = torch.linalg.eigvalsh(initial_statistics(unit, self.x[1:], statistics=("K", "Theta"))[-1].Theta)
         self.rate, self.spread = 0.5 / float(eigenvalues[-1]), float(eigenvalues[-1] / eigenvalues[0])
         K, Theta, pairs = infinite_width(unit, self.x, "distributional")
         train = torch.arange(1, len(self.x))

@@ -20,7 +20,7 @@ def ensemble_of(name, widths, last_lambda=None):
     lambda_W = list(LAMBDA_W[:depth])
     if last_lambda is not None:
         lambda_W[-1] = last_lambda
-    return MLPEnsemble(widths, name, C_B[:depth], C_W[:depth], LAMBDA_B[:depth], lambda_W)
+    return MLPEnsemble(widths, name, C_b=C_B[:depth], C_W=C_W[:depth], lambda_b=LAMBDA_B[:depth], lambda_W=lambda_W)
 
 
 def inputs(count, seed=7):
@@ -38,7 +38,7 @@ def test_the_last_hidden_layer_is_the_lambda_W_part_of_the_output(name, hidden):
     x = inputs(2)
     lam, C = LAMBDA_W[len(hidden)], C_W[len(hidden)]
     whole, without = (
-        initial_statistics(ensemble_of(name, [3, *hidden, 2], value), x, ("Q", "R", "S", "T"))[-1]
+        initial_statistics(ensemble_of(name, [3, *hidden, 2], value), x, statistics=("Q", "R", "S", "T"))[-1]
         for value in (None, 0.0)
     )
     found = representation_statistics(ensemble_of(name, [3, *hidden, 2]), x, x)[-1]
@@ -65,7 +65,7 @@ def test_hidden_ntks_contain_the_kernel_below():
     """H^(l+1)_jj = lambda_b + lambda_W g^(l) + .., seen from the output, two layers above; Y needs Theta on the way."""
     x, widths = inputs(2), [3, 16, 24, 20, 2]
     whole, without = (
-        MLPEnsemble(widths, "tanh", C_B, C_W, LAMBDA_B, [LAMBDA_W[0], value, *LAMBDA_W[2:]])
+        MLPEnsemble(widths, "tanh", C_b=C_B, C_W=C_W, lambda_b=LAMBDA_B, lambda_W=[LAMBDA_W[0], value, *LAMBDA_W[2:]])
         for value in (LAMBDA_W[1], 0.0)
     )
     kernel = representation_statistics(whole, x, x, "activations")
@@ -289,7 +289,7 @@ def test_nothing_has_moved_at_the_start_and_widths_only_divide():
             torch.testing.assert_close(value, value.mT, rtol=0, atol=1e-14)
         assert float(torch.linalg.eigvalsh(first.movement).min()) > -1e-15
         torch.testing.assert_close(first.kernel_order0, second.kernel_order0)
-    statistics = initial_statistics(ensemble_of("tanh", [3, 32, 48, 1]), probe, ("G1", "Theta1"))
+    statistics = initial_statistics(ensemble_of("tanh", [3, 32, 48, 1]), probe, statistics=("G1", "Theta1"))
     ntk = statistics[1].Theta + statistics[1].Theta1 / 32
     torch.testing.assert_close(narrow.layers[1].ntk_mean, ntk)
     mean = narrow.layers[1].kernel_mean  # K^(3) + G1^(3) / n_2 = C_b + C_W E[g^(2)]
@@ -304,7 +304,7 @@ def test_two_outputs_against_a_sum_over_combined_indices(reduction):
     rate, steps = 0.08 * (1.0 if reduction == "sum" else 2 / 4), 9
     spec = dict(learning_rate=0.08, steps=steps, reduction=reduction, at_steps=[steps])
     forecast = predict_representation(ensemble, x, y, probe, **spec)
-    last = initial_statistics(ensemble, x, ())[-1]
+    last = initial_statistics(ensemble, x, statistics=())[-1]
     one = torch.eye(2, dtype=torch.float64)
     H, K = (torch.kron(one, matrix) for matrix in (last.Theta, last.K))
     target = y.T.reshape(-1)

@@ -158,10 +158,10 @@ class Theory:
             ensemble = MLPEnsemble(
                 [3, *(10 * width for width in widths), 2],
                 setting.activation,
-                setting.C_b[:depth],
-                setting.C_W[:depth],
-                setting.lambda_b[:depth],
-                (*setting.lambda_W[: depth - 1], output),
+                C_b=setting.C_b[:depth],
+                C_W=setting.C_W[:depth],
+                lambda_b=setting.lambda_b[:depth],
+                lambda_W=(*setting.lambda_W[: depth - 1], output),
             )
             self._evaluators[widths, lambda_W] = self.mutator.evaluator(ensemble, setting.x)
         return self._evaluators[widths, lambda_W]
@@ -255,7 +255,7 @@ def test_the_mutator_alone_changes_nothing_and_a_mutant_changes_its_own_recursio
     mutator = Mutator()
     theory = Theory(mutator, GELU)
     ensemble = MLPEnsemble([3, 20, 30, 20, 2], "gelu", *hypers(GELU))
-    product = initial_statistics(ensemble, GELU.x, ALL)
+    product = initial_statistics(ensemble, GELU.x, statistics=ALL)
     for name in ALL:
         for layer in (2, 3, 4):
             assert torch.equal(theory.whole(name, layer), getattr(product[layer - 1], name)), (name, layer)

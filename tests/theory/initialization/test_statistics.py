@@ -20,7 +20,7 @@ HYPERPARAMETERS = dict(C_b=[0.1, 0.2, 0.05], C_W=[1.3, 1.7, 0.9], lambda_b=[0.3,
 def test_deep_linear_networks_have_a_geometric_kernel():
     """sigma = z: K and Theta by hand, with per-layer hyperparameters and unequal widths."""
     x = inputs(4, 5)
-    layers = initial_statistics(MLPEnsemble([5, 7, 9, 2], "linear", **HYPERPARAMETERS), x, ("K", "Theta"))
+    layers = initial_statistics(MLPEnsemble([5, 7, 9, 2], "linear", **HYPERPARAMETERS), x, statistics=("K", "Theta"))
     gram = x @ x.T / 5
     K = [0.1 + 1.3 * gram]
     K.append(0.2 + 1.7 * K[0])
@@ -46,7 +46,7 @@ def erf_pair(a, b, c):
 def test_closed_forms_layer_by_layer(name, pair):
     """The recursion written out entry by entry, in plain Python, with textbook closed forms."""
     x = inputs(4, 5)
-    layers = initial_statistics(MLPEnsemble([5, 64, 32, 2], name, **HYPERPARAMETERS), x, ("K", "Theta"))
+    layers = initial_statistics(MLPEnsemble([5, 64, 32, 2], name, **HYPERPARAMETERS), x, statistics=("K", "Theta"))
     gram = (x @ x.T / 5).tolist()
     h = HYPERPARAMETERS
     K = [[h["C_b"][0] + h["C_W"][0] * g for g in row] for row in gram]
@@ -76,7 +76,7 @@ def test_critical_relu_keeps_K_and_adds_one_share_a_layer_on_the_diagonal():
     """C_W = 2: K stays, and with lambda_b = 0 Theta grows by lambda_W K / 2 a layer (PDLT 9.2), exactly."""
     x = inputs(3, 6)
     layers = initial_statistics(
-        MLPEnsemble([6, 10, 10, 10, 10, 1], "relu", C_W=2.0, lambda_b=0.0, lambda_W=2.0), x, ("K", "Theta")
+        MLPEnsemble([6, 10, 10, 10, 10, 1], "relu", C_W=2.0, lambda_b=0.0, lambda_W=2.0), x, statistics=("K", "Theta")
     )
     K_1 = layers[0].K.diagonal()
     for index, layer in enumerate(layers):
@@ -89,8 +89,8 @@ def test_sampled_wide_networks_average_to_theta(name):
     """Mean of 40 networks of width 1500 within 4 standard errors; its 1/n bias is a tenth of one."""
     ensemble = MLPEnsemble([5, 1500, 1500, 2], name, C_b=0.1, C_W=1.6, lambda_b=0.3)
     x = inputs(3, 5)
-    H = torch.stack(list(sample_ntk(ensemble, x, 40, seed=1)))
-    Theta = initial_statistics(ensemble, x, ("K", "Theta"))[-1].Theta
+    H = torch.stack(list(sample_ntk(ensemble, x, num_networks=40, seed=1)))
+    Theta = initial_statistics(ensemble, x, statistics=("K", "Theta"))[-1].Theta
     expected = torch.einsum("ab,ij->abij", Theta, torch.eye(2, dtype=torch.float64))
     error = H.std(0) / math.sqrt(len(H))
     assert float(((H.mean(0) - expected) / error).abs().max()) < 4.5  # the largest of 36 normal deviates
@@ -109,8 +109,8 @@ def test_kernels_are_symmetric_semidefinite_and_equivariant(seed, name, C_W, C_b
     ensemble = MLPEnsemble([3, 20, 30, 2], name, C_b=C_b, C_W=C_W)
     order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
     for layer, permuted in zip(
-        initial_statistics(ensemble, x, ("K", "Theta")),
-        initial_statistics(ensemble, x[order], ("K", "Theta")),
+        initial_statistics(ensemble, x, statistics=("K", "Theta")),
+        initial_statistics(ensemble, x[order], statistics=("K", "Theta")),
         strict=True,
     ):
         for kernel, other in ((layer.K, permuted.K), (layer.Theta, permuted.Theta)):
@@ -123,10 +123,10 @@ def test_kernels_are_symmetric_semidefinite_and_equivariant(seed, name, C_W, C_b
 def test_statistics_live_where_the_inputs_live():
     """Nothing is created on the default device behind the caller's back."""
     x = inputs(3, 4)
-    expected = initial_statistics(MLPEnsemble([4, 8, 8, 2], "tanh"), x, ("K", "Theta"))[-1].Theta
+    expected = initial_statistics(MLPEnsemble([4, 8, 8, 2], "tanh"), x, statistics=("K", "Theta"))[-1].Theta
     with torch.device("meta"):  # any tensor made without a device would now have no data
         torch.testing.assert_close(
-            initial_statistics(MLPEnsemble([4, 8, 8, 2], "tanh"), x, ("K", "Theta"))[-1].Theta, expected
+            initial_statistics(MLPEnsemble([4, 8, 8, 2], "tanh"), x, statistics=("K", "Theta"))[-1].Theta, expected
         )
 
 
@@ -142,4 +142,4 @@ def test_statistics_live_where_the_inputs_live():
 )
 def test_unusable_inputs_are_named(x, message):
     with pytest.raises(ValueError, match=message):
-        initial_statistics(MLPEnsemble([5, 8, 1], "tanh"), x, ("K", "Theta"))
+        initial_statistics(MLPEnsemble([5, 8, 1], "tanh"), x, statistics=("K", "Theta"))

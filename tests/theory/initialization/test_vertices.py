@@ -23,8 +23,8 @@ from torch_eft.theory import MLPEnsemble, get_activation
 from torch_eft.theory.gaussian.four_point_moments import SummedMoments
 from torch_eft.theory.gaussian.points import GridPoints, quadrature_spacings
 from torch_eft.theory.gaussian.two_point_moments import two_point_moments
-from torch_eft.theory.initialization.estimators import block, tiles
-from torch_eft.theory.initialization.statistics import QUANTITIES, initial_statistics
+from torch_eft.theory.initialization.statistics import STATISTICS, initial_statistics
+from torch_eft.theory.initialization.vertex_blocks import vertex_block, vertex_tiles
 
 C_B, C_W = (0.2, 0.1, 0.3, 0.1), (1.3, 1.5, 1.2, 1.4)
 LAMBDA_B, LAMBDA_W = (0.5, 1.0, 0.2, 0.3), (1.0, 0.7, 1.2, 0.8)
@@ -33,7 +33,14 @@ FOUR = ("V", "A", "B", "D", "F", "P", "Q", "R", "S", "T", "U")
 
 def ensemble_of(name, hidden):
     layers = len(hidden) + 1
-    return MLPEnsemble([3, *hidden, 2], name, C_B[:layers], C_W[:layers], LAMBDA_B[:layers], LAMBDA_W[:layers])
+    return MLPEnsemble(
+        [3, *hidden, 2],
+        name,
+        C_b=C_B[:layers],
+        C_W=C_W[:layers],
+        lambda_b=LAMBDA_B[:layers],
+        lambda_W=LAMBDA_W[:layers],
+    )
 
 
 def inputs(count=2, seed=7):
@@ -86,7 +93,7 @@ def estimates(G, h, means, n, theory):
 
 def ratios(name, hidden, networks, chunk, batches=20):
     """{vertex: (measured / theory, standard error)} at the layer above ``hidden``."""
-    theory = initial_statistics(ensemble_of(name, hidden), inputs(), QUANTITIES)[-1]
+    theory = initial_statistics(ensemble_of(name, hidden), inputs(), statistics=STATISTICS)[-1]
     G, h, means = sampled(name, hidden, networks, chunk)
 
     def project(values):
@@ -198,33 +205,43 @@ def test_sampling_agrees_with_integration_within_its_own_error(name):
     probe, train = torch.arange(8), torch.arange(8, 72)
     sets = {"x": probe, "y": probe, "g": train, "d": train}
     generator = torch.Generator().manual_seed(3)
-    value, error = block(ensemble, x, name, "xygd", sets, samples=8192, replicas=4)
+    block = vertex_block(ensemble, x, name=name, labels="xygd", label_sets=sets, num_samples=8192, num_replicas=4)
     deviations = []
     for _ in range(3):
         a, b = torch.randperm(8, generator=generator)[:2].tolist()
         c, d = torch.randperm(64, generator=generator)[:2].tolist()
-        last = initial_statistics(ensemble, x[[a, b, 8 + c, 8 + d]], [name])[-1]
+        last = initial_statistics(ensemble, x[[a, b, 8 + c, 8 + d]], statistics=[name])[-1]
         assert not last.error  # integrated
-        deviations.append(float(value[a, b, c, d] - getattr(last, name)[0, 1, 2, 3]))
+        deviations.append(float(block.value[a, b, c, d] - getattr(last, name)[0, 1, 2, 3]))
     rms = math.sqrt(sum(v * v for v in deviations) / 3)
     # rms of three deviates over the estimated error (itself from 4 replicas of many entries): chi with 3 degrees.
-    assert rms < 2.4 * error, f"{name}: rms deviation {rms:.2g}, estimated error {error:.2g}"
+    assert rms < 2.4 * block.error, f"{name}: rms deviation {rms:.2g}, estimated error {block.error:.2g}"
 
 
 def test_tiles_fit_together():
     x = inputs(10)
     ensemble = ensemble_of("tanh", (20, 20))
     found = torch.full((10,) * 4, math.nan, dtype=torch.float64)
-    for rows, columns, value, error in tiles(ensemble, x, "S", tile=4, samples=4096):
-        found[rows, columns] = value
-        assert error > 0
-    everything = torch.arange(10)
-    whole, error = block(ensemble, x, "S", "abcd", dict.fromkeys("abcd", everything), samples=4096)
-    assert float((found - whole).square().mean().sqrt()) < 4 * error
+    for tile in vertex_tiles(ensemble, x, name="S", tile=4, num_samples=4096):
+        found[tile.rows, tile.columns] = tile.value
+        assert tile.error > 0
+    sets = dict.fromkeys("abcd", torch.arange(10))
+    whole = vertex_block(ensemble, x, name="S", labels="abcd", label_sets=sets, num_samples=4096)
+    assert float((found - whole.value).square().mean().sqrt()) < 4 * whole.error
 
 
-def statistics(name, hidden, x, names=QUANTITIES):
-    return initial_statistics(ensemble_of(name, hidden), x, names)
+@pytest.mark.parametrize("name", ["V", "Q", "T", "Theta1"])
+def test_equal_label_sets_give_the_same_values_whether_or_not_they_are_one_tensor(name):
+    labels = "xy" if name == "Theta1" else "xygd"
+    x, ensemble, one = inputs(3), ensemble_of("tanh", (20, 30)), torch.tensor([2, 0])
+    shared, apart = dict.fromkeys(labels, one), {label: one.clone() for label in labels}
+    block = vertex_block(ensemble, x, name=name, labels=labels, label_sets=shared)
+    other = vertex_block(ensemble, x, name=name, labels=labels, label_sets=apart)
+    torch.testing.assert_close(block.value, other.value, rtol=1e-11, atol=1e-13)
+
+
+def statistics(name, hidden, x, names=STATISTICS):
+    return initial_statistics(ensemble_of(name, hidden), x, statistics=names)
 
 
 SYMMETRIES = {
@@ -251,7 +268,7 @@ def test_structure(seed, name):
     order = torch.randperm(3, generator=torch.Generator().manual_seed(seed))
     permuted = statistics(name, (16, 24), x[order])[-1]
     last = layers[-1]
-    for key in QUANTITIES:
+    for key in STATISTICS:
         value = getattr(last, key)
         scale = float(value.abs().max())
         if key not in ("K", "Theta"):
@@ -291,7 +308,7 @@ def test_relu_by_exact_results():
 def test_deep_linear_networks_by_isserlis():
     """sigma = z, one input: V = 2 K^2 (l - 1) at order 1/n (PDLT 3.2); K and Theta have no correction."""
     x = torch.ones(1, 4, dtype=torch.float64)
-    layers = initial_statistics(MLPEnsemble([4, 50, 50, 50, 1], "linear"), x, QUANTITIES)
+    layers = initial_statistics(MLPEnsemble([4, 50, 50, 50, 1], "linear"), x, statistics=STATISTICS)
     for layer in layers:
         assert float(layer.V) == pytest.approx(2 * (layer.layer - 1), abs=1e-9)
         assert float(layer.G1) == pytest.approx(0, abs=1e-9)
@@ -301,15 +318,15 @@ def test_deep_linear_networks_by_isserlis():
 
 def test_errors_name_the_argument():
     x, ensemble = inputs(), ensemble_of("tanh", (8,))
-    with pytest.raises(ValueError, match=r"quantities: 'W' is unknown; choose from K, G1, V"):
-        initial_statistics(ensemble, x, ["V", "W"])
+    with pytest.raises(ValueError, match=r"statistics: 'W' given; give one of 'K', 'G1', 'V'"):
+        initial_statistics(ensemble, x, statistics=["V", "W"])
     with pytest.raises(ValueError, match=r"x: 200 inputs need about 286.1 GiB .* memory allows 8.0 GiB"):
-        initial_statistics(ensemble, inputs(200), ["V", "A"])
-    with pytest.raises(ValueError, match=r"name: 'W' is unknown"):
-        block(ensemble, x, "W", "aabb", {"a": torch.arange(2), "b": torch.arange(2)})
-    with pytest.raises(ValueError, match=r"letters: 'aaz' given; V has 4 labels, out of the sets a"):
-        block(ensemble, x, "V", "aaz", {"a": torch.arange(2)})
+        initial_statistics(ensemble, inputs(200), statistics=["V", "A"])
+    with pytest.raises(ValueError, match=r"name: 'W' given; give one of 'G1'"):
+        vertex_block(ensemble, x, name="W", labels="aabb", label_sets={"a": torch.arange(2), "b": torch.arange(2)})
+    with pytest.raises(ValueError, match=r"labels: 'aaz' given; V has 4, out of the label sets a"):
+        vertex_block(ensemble, x, name="V", labels="aaz", label_sets={"a": torch.arange(2)})
     with pytest.raises(ValueError, match=r"samples: 6 given; 4 independent inputs ask for more than 8"):
-        initial_statistics(ensemble_of("tanh", (8,)), inputs(5), ["A"], samples=24)
-    with pytest.raises(ValueError, match=r"replicas: 1 given; at least 2"):
-        initial_statistics(ensemble, inputs(5), ["V"], replicas=1)
+        initial_statistics(ensemble_of("tanh", (8,)), inputs(5), statistics=["A"], num_samples=24)
+    with pytest.raises(ValueError, match=r"num_replicas: 1 given; at least 2"):
+        initial_statistics(ensemble, inputs(5), statistics=["V"], num_replicas=1)

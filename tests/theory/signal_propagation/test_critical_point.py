@@ -13,13 +13,13 @@ from torch_eft.theory import (
     Activation,
     MLPEnsemble,
     QuadratureError,
-    block,
     criticality,
     get_activation,
     initial_statistics,
     leaky_relu,
     output_fluctuation,
     regime,
+    vertex_block,
 )
 from torch_eft.theory.signal_propagation.critical_point import fixed_points, susceptibilities
 from torch_eft.theory.signal_propagation.residual import residual_flow
@@ -256,8 +256,8 @@ def test_fluctuation_is_the_four_point_vertex_of_one_label(name):
     """The one-label recursion against V(aaaa) / (n K^2) of the general one."""
     ensemble = MLPEnsemble([3, 20, 30, 10, 1], name, C_b=0.1, C_W=1.4)
     x = torch.tensor([[1.0, -0.5, 0.7], [0.2, 0.1, 2.0]], dtype=torch.float64)
-    V, _ = block(ensemble, x, "V", "aaaa", {"a": torch.arange(2)})
-    K = initial_statistics(ensemble, x, ("K", "Theta"))[-1].K.diagonal()
+    V = vertex_block(ensemble, x, name="V", labels="aaaa", label_sets={"a": torch.arange(2)}).value
+    K = initial_statistics(ensemble, x, statistics=("K", "Theta"))[-1].K.diagonal()
     assert output_fluctuation(ensemble, x) == pytest.approx(float((V / K.square()).mean()) / 10, rel=1e-9)
 
 

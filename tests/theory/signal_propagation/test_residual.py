@@ -76,14 +76,16 @@ def test_nu_at_a_half_stable_point_is_a_sum_over_layers(name):
 def test_closed_forms(gamma):
     """Linear and |z|, equal squares: 2(1 - gamma^4). K* = 0: a third of it; SELU: a third of two slopes."""
     for name in ("linear", "abs"):
-        assert criticality(name, gamma).nu == pytest.approx(2 * (1 - gamma**4), rel=1e-8)
+        assert criticality(name, residual=gamma).nu == pytest.approx(2 * (1 - gamma**4), rel=1e-8)
     for name in ("tanh", "sin", "softsign"):
-        point = criticality(name, gamma)
+        point = criticality(name, residual=gamma)
         assert point.nu == pytest.approx(2 / 3 * (1 - gamma**4), rel=1e-8)
         assert pytest.approx(1 - gamma**2, rel=1e-12) == point.C_W
         assert point.a_1 == pytest.approx((1 - gamma**2) * criticality(name).a_1, rel=1e-12)
     tangent = Activation("tangent", lambda z: torch.where(z > 0, z, ALPHA * z), (ALPHA, 1.0))
-    assert criticality("selu", gamma).nu == pytest.approx(criticality(tangent, gamma).nu / 3, rel=1e-12)
+    assert criticality("selu", residual=gamma).nu == pytest.approx(
+        criticality(tangent, residual=gamma).nu / 3, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", ["relu", "gelu", "hardswish"])
@@ -113,7 +115,7 @@ def test_hermite_modes_of_relu_are_complete():
 @pytest.mark.parametrize(("name", "gamma"), [("relu", 0.7), ("relu", 0.9), ("linear", 0.7), ("gelu", 0.6)])
 def test_flow_grows_as_nu_once_the_memory_has_built_up(name, gamma):
     """Transients decay as gamma^l: after 12 / ln(1/gamma) layers they are 1e-5 of the growth."""
-    point = criticality(name, gamma)
+    point = criticality(name, residual=gamma)
     K = point.K_star or 0.8
     flow = residual_flow(name, gamma, point.C_b, point.C_W, K, 3 + math.ceil(12 / math.log(1 / gamma)))
     assert pytest.approx([K] * len(flow.K), rel=1e-9) == flow.K
@@ -166,7 +168,7 @@ def test_flow_off_criticality_is_that_of_empirical_means(a, gamma, C_b, C_W):
 def test_decaying_kernel_of_tanh_with_skip_connection():
     """x' = nu_0 + x (1 - 2/(l + l_0)), l_0 = 1/(|a_1| K_0): as for the plain MLP, with (1 - gamma^2) a_1."""
     gamma, K, layers = 0.7, 2e-3, 400
-    point = criticality("tanh", gamma)
+    point = criticality("tanh", residual=gamma)
     flow = residual_flow("tanh", gamma, 0.0, point.C_W, K, layers + 1)
     start = 1 / (abs(point.a_1) * K)
     expected = point.nu * (layers + start) * (1 - (start / (layers + start)) ** 3)

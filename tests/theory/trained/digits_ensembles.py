@@ -13,7 +13,7 @@ from tests.benchmarks.trajectories import digits
 from tests.oracles.ensembles import draw
 from tests.theory.trained.trained_ensembles import Networks, linear_response, stacked_pair
 from torch_eft.theory import MLPEnsemble, get_activation
-from torch_eft.theory.initialization.estimators import block
+from torch_eft.theory.initialization.vertex_blocks import vertex_block
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
 
 OUTPUTS = 10
@@ -58,7 +58,8 @@ class DigitsForecast:
             self.errors[name] = ((one - other) / 2).flatten(1).square().mean(1).sqrt()
         self.order_0 = finite.path.mean_output(at)
         x = torch.cat([self.x_probe, self.x_train])
-        self.Theta1 = block(ensemble_of(128), x, "Theta1", "xy", dict.fromkeys("xy", torch.arange(len(x))))[0]
+        sets = dict.fromkeys("xy", torch.arange(len(x)))
+        self.Theta1 = vertex_block(ensemble_of(128), x, name="Theta1", labels="xy", label_sets=sets).value
 
     def _training(self, rate, samples, seed):
         run = (self.x_probe, self.x_train, self.y, rate, "gradient_descent", samples, 2, seed)

@@ -32,7 +32,7 @@ class Forecast:
             "covariance": n * theory.covariance(at)[0][0],
             "ntk": n * theory.ntk_drift(at)[0][0],
         }
-        last = initial_statistics(ensemble, x, ("K", "Theta", "G1", "Theta1"))[-1]
+        last = initial_statistics(ensemble, x, statistics=("K", "Theta", "G1", "Theta1"))[-1]
         self.G1, self.Theta1 = last.G1, last.Theta1
 
     def ratios(self, ensemble, pairs, batch, seed):

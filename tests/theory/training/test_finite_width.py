@@ -5,6 +5,7 @@ import torch
 
 from tests.oracles.naive_operator import first_order
 from torch_eft.theory import MLPEnsemble, initial_statistics, predict_training
+from torch_eft.theory.initialization.estimators import Replicas
 from torch_eft.theory.initialization.evaluator import SYMMETRIES
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
 from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
@@ -21,13 +22,13 @@ RATE = 0.08
 class KnownTensors:
     """Vertices given as tensors over all points, in the place of the evaluators."""
 
-    depth, refined = 3, True
+    depth, kind = 3, "refined"
 
     def __init__(self, tensors):
         self.tensors = tensors
 
-    def runs(self, sets):
-        return [KnownOnSets(self.tensors, sets)]
+    def replicas(self, label_sets):
+        return Replicas(self.kind, iter([KnownOnSets(self.tensors, label_sets)]))
 
 
 class KnownOnSets:

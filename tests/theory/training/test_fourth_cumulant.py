@@ -47,7 +47,7 @@ def test_before_training_it_is_that_of_the_start():
     x = inputs(3)
     ensemble = MLPEnsemble([3, 40, 50, 1], "erf", C_b=0.1, C_W=1.5, lambda_b=0.3)
     found = predict_fourth_cumulant(ensemble, x[1:], x[:1], 0.2, 20, "sum", at_steps=[20, 0, 5])
-    last = initial_statistics(ensemble, x[:1], ("K", "Theta", "V"))[-1]
+    last = initial_statistics(ensemble, x[:1], statistics=("K", "Theta", "V"))[-1]
     V, K = float(last.V[0, 0, 0, 0]), float(last.K[0, 0])
     assert float(found.value[1, 0]) == pytest.approx(3 * V / 50, rel=1e-6)
     assert float(found.excess[1, 0]) == pytest.approx(3 * V / 50 / K**2, rel=1e-6)

@@ -20,7 +20,7 @@ def data(train_points=4, probe_points=2):
 
 def step_by_step(x, y, x_probe, rate, steps):
     """z <- z - rate Theta (z - y), applied to the mean and to a square root of the covariance."""
-    last = initial_statistics(ENSEMBLE, torch.cat([x_probe, x]), ("K", "Theta"))[-1]
+    last = initial_statistics(ENSEMBLE, torch.cat([x_probe, x]), statistics=("K", "Theta"))[-1]
     probe, total = len(x_probe), len(x_probe) + len(x)
     mean, response = torch.zeros(total, 2, dtype=torch.float64), torch.eye(total, dtype=torch.float64)
     means, covariances = [], []
@@ -46,7 +46,7 @@ def test_closed_form_equals_step_by_step_integration(reduction, factor):
 def test_long_training_tends_to_kernel_regression():
     """t -> infinity: mean Theta_PA Theta_AA^-1 y, covariance that of z_P - Theta_PA Theta_AA^-1 z_A (PDLT 10.2)."""
     x, y, x_probe = data()
-    last = initial_statistics(ENSEMBLE, torch.cat([x_probe, x]), ("K", "Theta"))[-1]
+    last = initial_statistics(ENSEMBLE, torch.cat([x_probe, x]), statistics=("K", "Theta"))[-1]
     regression = torch.linalg.solve(last.Theta[2:, 2:], last.Theta[2:, :2]).T
     smallest = float(torch.linalg.eigvalsh(last.Theta[2:, 2:])[0])
     steps = int(40 / (0.15 * smallest))  # e^-40 is left
@@ -83,7 +83,7 @@ def test_result_holds_what_it_says():
     assert prediction.output_mean.shape == (6, 2, 2)
     assert prediction.output_covariance.shape == (6, 2, 2, 2, 2)
     assert prediction.ntk_mean.shape == (6, 2, 2, 2, 2)
-    Theta = initial_statistics(ENSEMBLE, x_probe, ("K", "Theta"))[-1].Theta
+    Theta = initial_statistics(ENSEMBLE, x_probe, statistics=("K", "Theta"))[-1].Theta
     # Two sets of inputs, so Mehler's series may stop at different terms: each is within 1e-12 of its scale.
     torch.testing.assert_close(prediction.ntk_mean[3, :, :, 1, 1], Theta, rtol=1e-11, atol=0)
     assert not prediction.ntk_drift.any()
@@ -134,7 +134,7 @@ def test_unusable_arguments_are_named(arguments, message):
 
 def test_the_stability_bound_is_where_descent_starts_to_grow():
     x, y, x_probe = data()
-    largest = float(torch.linalg.eigvalsh(initial_statistics(ENSEMBLE, x, ("K", "Theta"))[-1].Theta)[-1])
+    largest = float(torch.linalg.eigvalsh(initial_statistics(ENSEMBLE, x, statistics=("K", "Theta"))[-1].Theta)[-1])
     InfiniteWidthTraining(ENSEMBLE, x, y, x_probe, 1.999 / largest, reduction="sum")
     with pytest.raises(ValueError, match="stability bound"):
         InfiniteWidthTraining(ENSEMBLE, x, y, x_probe, 2.001 / largest, reduction="sum")
@@ -147,7 +147,7 @@ def test_the_stability_bound_is_where_descent_starts_to_grow():
 def test_the_stability_bound_with_momentum(nesterov, bound, formula):
     """Beyond it the refusal names it; just below, 3000 steps converge."""
     x, y, x_probe = data()
-    largest = float(torch.linalg.eigvalsh(initial_statistics(ENSEMBLE, x, ("K", "Theta"))[-1].Theta)[-1])
+    largest = float(torch.linalg.eigvalsh(initial_statistics(ENSEMBLE, x, statistics=("K", "Theta"))[-1].Theta)[-1])
     options = dict(reduction="sum", momentum=0.9, nesterov=nesterov)
     settled = predict_training(ENSEMBLE, x, y, x_probe, 0.99 * bound / largest, 3000, at_steps=[2999, 3000], **options)
     last = settled.output_mean
@@ -168,7 +168,7 @@ def test_momentum_and_schedules_move_the_mean_as_torch_does(options, name):
     """The mean output is that of a linear model with kernel Theta on torch.optim.SGD: z = J theta, J J^T = Theta."""
     x, y, x_probe = data()
     prediction = predict_training(ENSEMBLE, x, y, x_probe, 0.1, 20, **options)
-    Theta = initial_statistics(ENSEMBLE, torch.cat([x_probe, x]), ("K", "Theta"))[-1].Theta
+    Theta = initial_statistics(ENSEMBLE, torch.cat([x_probe, x]), statistics=("K", "Theta"))[-1].Theta
     J = torch.linalg.cholesky(Theta)
     theta = torch.zeros(len(J), 2, dtype=torch.float64, requires_grad=True)
     schedule = options.get("schedule", lambda t: 0.1)
@@ -202,7 +202,7 @@ def _against_trained_networks(width, networks, batch, steps, record):
     widths = [3, width, width, 2]
     ensemble = MLPEnsemble(widths, "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3, lambda_W=1.0)
     x, y, x_probe = data()
-    largest = float(torch.linalg.eigvalsh(initial_statistics(ensemble, x, ("K", "Theta"))[-1].Theta)[-1])
+    largest = float(torch.linalg.eigvalsh(initial_statistics(ensemble, x, statistics=("K", "Theta"))[-1].Theta)[-1])
     rate = 0.5 / largest
     prediction = predict_training(ensemble, x, y, x_probe, rate, steps, "sum", at_steps=record)
     generator = torch.Generator().manual_seed(11)

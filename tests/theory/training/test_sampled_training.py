@@ -207,7 +207,7 @@ def test_cross_entropy_at_infinite_width_is_the_mean_of_frozen_training():
     ensemble = MLPEnsemble([3, 64, 64, 3], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
     probe = torch.cat([x[3:], x[:1], x[3:4]])
     found = predict_training(ensemble, x[:3], classes, probe, 0.8, 15, loss="cross_entropy", draws=1024)
-    last = initial_statistics(ensemble, torch.cat([probe[:2], x[:3]]), ("K", "Theta"))[-1]
+    last = initial_statistics(ensemble, torch.cat([probe[:2], x[:3]]), statistics=("K", "Theta"))[-1]
     count = 20_000
     generator = torch.Generator().manual_seed(9)
     z = torch.linalg.cholesky(last.K) @ torch.randn(count, 5, 3, dtype=torch.float64, generator=generator)

@@ -55,7 +55,7 @@ class Forecasts:
         y = data(close, 1.0)[1]
         self.finite = FiniteWidthTraining(ensemble, self.x[:1], self.x[1:], y, 1.0, "gradient_descent")
         self.rate = 0.5 / float(self.finite.path.eigenvalues[-1])
-        last = initial_statistics(ensemble, self.x, ("K", "Theta", "G1", "Theta1"), any_aspect_ratio=True)[-1]
+        last = initial_statistics(ensemble, self.x, statistics=("K", "Theta", "G1", "Theta1"), check_validity=False)[-1]
         self.G1, self.Theta1 = last.G1, last.Theta1
 
     def at(self, y, steps=STEPS):

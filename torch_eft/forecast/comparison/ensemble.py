@@ -91,7 +91,9 @@ class EnsembleComparison:
             self._horizon = int(earlier["horizon"])
         self.training = self._order_0()
         self._ntk_trace_sigma = (
-            ntk_trace_spread(ensemble, x_probe, ntk_samples) if earlier is None else float(earlier["ntk_trace_sigma"])
+            ntk_trace_spread(ensemble, x_probe, num_networks=ntk_samples)
+            if earlier is None
+            else float(earlier["ntk_trace_sigma"])
         )
         direction = self.training.first_direction()
         self.direction = direction / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)

@@ -173,7 +173,7 @@ def _critical_point(activation: Activation) -> tuple[CriticalPoint | None, str]:
 def _gradient_gain(ensemble: MLPEnsemble, x: Tensor | None, point: CriticalPoint | None) -> float | None:
     if point is None or point.C_b is None or point.C_W is None:
         return None
-    critical = MLPEnsemble(ensemble.widths, ensemble.activation, point.C_b, point.C_W)
+    critical = MLPEnsemble(ensemble.widths, ensemble.activation, C_b=point.C_b, C_W=point.C_W)
     return float(layer_gains(ensemble, x).J[0].mean() / layer_gains(critical, x).J[0].mean())
 
 
@@ -230,11 +230,11 @@ def _twice_as_deep(ensemble: MLPEnsemble) -> MLPEnsemble:
     return MLPEnsemble(
         [ensemble.widths[0], *widths, ensemble.widths[-1]],
         ensemble.activation,
-        [ensemble.C_b[layer - 1] for layer in after],
-        [ensemble.C_W[layer - 1] for layer in after],
+        C_b=[ensemble.C_b[layer - 1] for layer in after],
+        C_W=[ensemble.C_W[layer - 1] for layer in after],
     )
 
 
 def _twice_as_wide(ensemble: MLPEnsemble) -> MLPEnsemble:
     widths = [ensemble.widths[0], *(2 * n for n in ensemble.hidden_widths), ensemble.widths[-1]]
-    return MLPEnsemble(widths, ensemble.activation, ensemble.C_b, ensemble.C_W)
+    return MLPEnsemble(widths, ensemble.activation, C_b=ensemble.C_b, C_W=ensemble.C_W)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.initialization.estimators import check_inputs
+from torch_eft.theory.initialization.infinite_width import check_inputs
 from torch_eft.theory.initialization.statistics import LayerStatistics
 from torch_eft.theory.signal_propagation.critical_point import mean_power
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.learning_rates import layer_gains, layer_shares
-from torch_eft.theory.initialization.estimators import check_inputs
+from torch_eft.theory.initialization.infinite_width import check_inputs
 from torch_eft.theory.initialization.statistics import initial_statistics
 
 DEEPEST = 32
@@ -98,7 +98,7 @@ def expected_drift(ensemble: MLPEnsemble, x: Tensor | None = None) -> ExpectedDr
         reason = f"P .. U are not evaluated for kernels beyond {LARGEST:g}"
         return ExpectedDrift(None, None, None, motion, None, _validity(ensemble, motion, None, reason))
     try:
-        last = initial_statistics(ensemble, x, ("P", "Q", "R", "S", "T", "U"), any_aspect_ratio=True)[-1]
+        last = initial_statistics(ensemble, x, statistics=("P", "Q", "R", "S", "T", "U"), check_validity=False)[-1]
     except ValueError as error:  # an input that vanishes, or an integrand too sharp for the quadrature of P .. U
         return ExpectedDrift(None, None, None, motion, None, Validity("invalid", str(error)))
     P, Q, R, S, T, U = (float(value.flatten()[0]) for value in _tensors(last.P, last.Q, last.R, last.S, last.T, last.U))

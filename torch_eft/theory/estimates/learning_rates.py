@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.initialization.estimators import check_inputs
+from torch_eft.theory.initialization.infinite_width import check_inputs
 from torch_eft.theory.initialization.statistics import initial_statistics
 from torch_eft.theory.signal_propagation.critical_point import power_mean, slope_squared
 
@@ -147,7 +147,12 @@ def equivalence_learning_rates(
         lr_W=tuple(value / n for value, n in zip(lambda_W, ensemble.widths[:-1], strict=True)),
         Theta=total_b + total_W,
         ensemble=MLPEnsemble(
-            ensemble.widths, ensemble.activation, ensemble.C_b, ensemble.C_W, lambda_b=lambda_b, lambda_W=lambda_W
+            ensemble.widths,
+            ensemble.activation,
+            C_b=ensemble.C_b,
+            C_W=ensemble.C_W,
+            lambda_b=lambda_b,
+            lambda_W=lambda_W,
         ),
     )
 
@@ -194,7 +199,7 @@ def largest_learning_rate(
         if x is None:
             Theta = torch.stack(layer_shares(source)).sum().reshape(1, 1)  # needs no expectation of two inputs
         else:
-            Theta = initial_statistics(source, x, quantities=("K", "Theta"))[-1].Theta
+            Theta = initial_statistics(source, x, statistics=("K", "Theta"))[-1].Theta
     else:
         Theta = source.detach().to(torch.float64)
         if x is not None:

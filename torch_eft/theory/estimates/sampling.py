@@ -6,15 +6,16 @@ deviation of order sqrt(L/n) (PDLT 8.3).
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.initialization.estimators import check_inputs
+from torch_eft.theory.initialization.infinite_width import check_inputs
 
 
-def sample_ntk(ensemble: MLPEnsemble, x: Tensor, samples: int, seed: int = 0) -> Iterator[Tensor]:
+def sample_ntk(ensemble: MLPEnsemble, x: Tensor, *, num_networks: int, seed: int = 0) -> Iterator[Tensor]:
     """NTKs of independently drawn networks, exactly at their finite width.
 
     The layer-to-layer form of the NTK (PDLT 8.1): with B^(l)_{ij;a} = dz^(L)_i / dz^(l)_j,
@@ -24,7 +25,7 @@ def sample_ntk(ensemble: MLPEnsemble, x: Tensor, samples: int, seed: int = 0) ->
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, n_0).
-        samples: Number of networks.
+        num_networks: How many to draw.
         seed: Seed of the generator.
 
     Yields:
@@ -32,11 +33,11 @@ def sample_ntk(ensemble: MLPEnsemble, x: Tensor, samples: int, seed: int = 0) ->
     """
     x = check_inputs("x", x, ensemble)
     generator = torch.Generator(x.device).manual_seed(seed)
-    for _ in range(samples):
+    for _ in range(num_networks):
         yield _ntk_of_one_network(ensemble, x, generator)
 
 
-def ntk_trace_spread(ensemble: MLPEnsemble, x: Tensor, samples: int = 64, widest: int = 256) -> float:
+def ntk_trace_spread(ensemble: MLPEnsemble, x: Tensor, *, num_networks: int = 64, widest: int = 256) -> float:
     """Standard deviation over initializations of the NTK's mean diagonal, (1/N n_L) sum_{a,i} H_{ii;aa}.
 
     To leading order its variance is 1/n at fixed ratios of the widths (PDLT 8.3), so wide networks are sampled
@@ -45,7 +46,7 @@ def ntk_trace_spread(ensemble: MLPEnsemble, x: Tensor, samples: int = 64, widest
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, n_0).
-        samples: Number of networks; the relative standard error of the result is 1 / sqrt(2 samples).
+        num_networks: How many to draw; the relative standard error of the result is 1 / sqrt(2 num_networks).
         widest: Largest hidden width to sample at.
 
     Returns:
@@ -55,15 +56,11 @@ def ntk_trace_spread(ensemble: MLPEnsemble, x: Tensor, samples: int = 64, widest
         return 0.0
     shrink = min(1.0, widest / max(ensemble.hidden_widths))
     hidden = [max(1, round(shrink * n)) for n in ensemble.hidden_widths]
-    small = MLPEnsemble(
-        [ensemble.widths[0], *hidden, ensemble.widths[-1]],
-        ensemble.activation,
-        ensemble.C_b,
-        ensemble.C_W,
-        ensemble.lambda_b,
-        ensemble.lambda_W,
-    )
-    traces = [H.diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1).mean() for H in sample_ntk(small, x, samples)]
+    small = replace(ensemble, widths=(ensemble.widths[0], *hidden, ensemble.widths[-1]))
+    traces = [
+        H.diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1).mean()
+        for H in sample_ntk(small, x, num_networks=num_networks)
+    ]
     return float(torch.stack(traces).std()) * math.sqrt(shrink)
 
 

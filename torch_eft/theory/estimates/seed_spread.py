@@ -26,7 +26,7 @@ from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.exact import exact_statistics
 from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.quadrature import expectation
-from torch_eft.theory.initialization.estimators import check_inputs
+from torch_eft.theory.initialization.infinite_width import check_inputs
 from torch_eft.theory.signal_propagation.susceptibility import mean_power, power_mean, slope_of_variance, slope_squared
 
 

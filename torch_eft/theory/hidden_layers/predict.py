@@ -29,9 +29,10 @@ from torch_eft.theory.hidden_layers.moments import TrainingMoments
 from torch_eft.theory.hidden_layers.result import HiddenLayerForecast
 from torch_eft.theory.hidden_layers.statistics import HiddenStatistics, Labels, Observable, divisor
 from torch_eft.theory.hidden_layers.validity import difference_movement, representation_validity
-from torch_eft.theory.initialization.estimators import ReplicaMean, check_statistics, evaluators, infinite_width
+from torch_eft.theory.initialization.estimators import check_statistics, vertex_replicas
 from torch_eft.theory.initialization.evaluator import Vertices, divergent
-from torch_eft.theory.initialization.preactivations import mean_correction
+from torch_eft.theory.initialization.infinite_width import infinite_width
+from torch_eft.theory.initialization.kernels import mean_correction
 from torch_eft.theory.training.optimizer import Reduction
 from torch_eft.theory.training.predict import InfiniteWidthTraining
 from torch_eft.theory.training.time_sums import Dynamics
@@ -112,7 +113,7 @@ def predict_representation(
     times = _times(steps, at_steps, dynamics)
     training = InfiniteWidthTraining(ensemble, x_train, y_train, x_probe, learning_rate, reduction, dynamics)
     labels = Labels.of(ensemble, x_probe, x_train)
-    check_statistics(ensemble, labels.x, (), kinks, any_aspect_ratio=True)
+    check_statistics(ensemble, labels.x, (), kinks, check_validity=False)
     K, Theta, pairs = infinite_width(ensemble, labels.x, kinks)
     index, y = labels.train[labels.train_copies], training.y_train.to(labels.x)
     S = ensemble.widths[-1] * K[-1][index][:, index] + y @ y.T
@@ -125,12 +126,8 @@ def predict_representation(
     whole: list[dict[tuple[int, str], tuple[Tensor, float]]] = []
     for part in rows:
         sets = labels.sets(labels.probe if len(rows) == 1 else part, labels.probe)
-        refined, runs = evaluators(ensemble, K, Theta, pairs, sets, samples, replicas, seed, kinks)
-        found: dict[tuple[int, str], ReplicaMean] = {}
-        for vertices in runs:
-            for key, value in read_out(vertices).items():
-                found.setdefault(key, ReplicaMean(refined)).add(value)
-        whole.append({key: combined.result() for key, combined in found.items()})
+        evaluators = vertex_replicas(ensemble, K, Theta, pairs, sets, samples, replicas, seed, kinks)
+        whole.append(evaluators.combined(lambda vertices: read_out(vertices).items()))
     copies = labels.probe_copies
     probe = labels.probe[copies]
     layers = []
@@ -221,7 +218,7 @@ class _ReadOut:
     def __call__(self, v: Vertices) -> dict[tuple[int, str], Tensor]:
         """``{(layer, name): (.., a, b)}``."""
         depth, widths = v.ensemble.depth, v.ensemble.widths
-        a, b, c, d = (len(v.sets[letter]) for letter in "abcd")
+        a, b, c, d = (len(v.label_sets[letter]) for letter in "abcd")
         kernel, ntk = HiddenStatistics(v, self.observable), HiddenStatistics(v, "ntk")
         found: dict[tuple[int, str], Tensor] = {}
         drifts: dict[tuple[int, str], list[Tensor]] = {}

@@ -14,7 +14,7 @@ of the output only (11.2, chapter infinity), which contains lambda_W g of the la
 lambda_W parts of Q, R + S and T.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,15 +24,10 @@ from torch import Tensor
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.points import MOST_QUADRATURE_LABELS
 from torch_eft.theory.gaussian.two_point_moments import Kinks
-from torch_eft.theory.initialization.estimators import (
-    ReplicaMean,
-    check_inputs,
-    check_statistics,
-    evaluators,
-    infinite_width,
-)
+from torch_eft.theory.initialization.estimators import check_statistics, vertex_replicas
 from torch_eft.theory.initialization.evaluator import Vertices
-from torch_eft.theory.initialization.responses import answer, contraction
+from torch_eft.theory.initialization.infinite_width import check_inputs, infinite_width
+from torch_eft.theory.initialization.responses import f_response, vertex_response
 
 Observable = Literal["activations", "preactivations", "ntk"]
 """What is observed of a hidden layer: the kernel of its activations or preactivations, or its NTK."""
@@ -105,18 +100,19 @@ def representation_statistics(
         raise ValueError(f"top: {top} given; the layers are 1 .. {ensemble.depth}")
     labels = Labels.of(ensemble, x_probe, x_train)
     names = ("Q", "R", "S", "T") if observable == "ntk" else ("P", "Q")
-    check_statistics(ensemble, labels.x, names, kinks, any_aspect_ratio)
+    check_statistics(ensemble, labels.x, names, kinks, not any_aspect_ratio)
     K, Theta, pairs = infinite_width(ensemble, labels.x, kinks)
-    refined, runs = evaluators(
-        ensemble, K, Theta, pairs, labels.sets(labels.probe, labels.probe), samples, replicas, seed, kinks
-    )
+    sets = labels.sets(labels.probe, labels.probe)
+    evaluators = vertex_replicas(ensemble, K, Theta, pairs, sets, samples, replicas, seed, kinks)
     wanted = ("Xi", "Y", "C") if observable == "ntk" else ("Xi", "Y", "C", "Mv")
-    found = {(layer, name): ReplicaMean(refined) for layer in range(1, m) for name in wanted}
-    for vertices in runs:
+
+    def read(vertices: Vertices) -> Iterator[tuple[tuple[int, str], Tensor]]:
         statistics = HiddenStatistics(vertices, observable)
-        for (layer, name), combined in found.items():
-            combined.add(statistics.array(name, layer, m, "abcd").expand(labels.shape).clone())
-    results = {key: combined.result() for key, combined in found.items()}
+        for layer in range(1, m):
+            for name in wanted:
+                yield (layer, name), statistics.array(name, layer, m, "abcd").expand(labels.shape).clone()
+
+    results = evaluators.combined(read)
     rows, columns = labels.probe_copies, labels.train_copies
 
     def full(layer: int, name: str) -> Tensor:
@@ -289,7 +285,7 @@ class HiddenStatistics:
         c, d = letters[2:]
         if not self._base(layer, m):
             to_c, to_d = self.array("Xi", layer, m, letters[:2] + c + c), self.array("Xi", layer, m, letters)
-            return answer(v, m, order, c, d, to_c, to_d)
+            return vertex_response(v, m, order, c, d, to_c, to_d)
 
         def base(word: str) -> Tensor:
             same = self._joint(m, order, word) * v.Theta(m, word[0], word[2])
@@ -303,19 +299,19 @@ class HiddenStatistics:
         if self._observable == "activations":
             return v.four(m, (1, 0, order, order - 1), letters)
         _, b, c, d = letters
-        return answer(v, m, order, c, d, v.K(m, b, c), v.K(m, b, d))
+        return vertex_response(v, m, order, c, d, v.K(m, b, c), v.K(m, b, d))
 
     def _contraction(self, m: int, order: int, letters: str) -> Tensor:
         """CF[phi'_a phi_b, s^(order)_c s^(order-1)_d](a, b; c, d)."""
         v = self._v
         if self._observable == "activations":
-            return contraction(v, m, 1, order, *letters)
+            return f_response(v, m, 1, order, *letters)
         a, b, c, d = letters
-        return answer(v, m, order, c, d, v.array("F", m, b + a + c + c), v.array("F", m, b + a + d + c))
+        return vertex_response(v, m, order, c, d, v.array("F", m, b + a + c + c), v.array("F", m, b + a + d + c))
 
     def _answer(self, m: int, a: str, b: str, to_a: Tensor, to_b: Tensor) -> Tensor:
         """The answer of phi'_a phi_b to a vertex with one preactivation label."""
-        return answer(self._v, m, 1, a, b, to_a, to_b) if self._observable == "activations" else to_b
+        return vertex_response(self._v, m, 1, a, b, to_a, to_b) if self._observable == "activations" else to_b
 
     def _pulled(self, m: int, letters: str) -> Tensor:
         """E[phi'_a phi'_b s'_c s'_d H_ac H_bd], of one neuron and of two, times the divisor."""

@@ -1,14 +1,16 @@
 """The lazy evaluator of all 1/n statistics: every tensor is a function of layer and labels, computed when asked for.
 
-A *letter* names an axis, a set of inputs; ``array("V", l, "aabb")`` is V_(aa)(bb) at layer l for all a and b. Every
-recursion is elementwise in its letters, so arrays are broadcast arrays with one axis a letter, in the order
-of ``sets``; letters that do not occur have length 1. What is asked for is reduced by the tensor's symmetries
-and by exchanging letters of one set, computed once, and kept. The recursions themselves are in
-``kernel``, ``ntk`` and ``differentials``: this file only knows labels, moments and memory.
+A *label* is a letter that names an axis and runs over a set of inputs; ``array("V", l, "aabb")`` is V_(aa)(bb) at layer
+l for all a and b. Every recursion is elementwise in its labels, so arrays are broadcast arrays with one axis per label,
+in the order of ``label_sets``; labels that do not occur have length 1. What is asked for is reduced by the tensor's
+symmetries and by exchanging labels of one set, computed once, and kept. The recursions themselves are in ``kernels``
+and ``differentials``: this file knows labels, moments and memory only.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Protocol
 
 from torch import Tensor
 
@@ -19,8 +21,12 @@ from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
 
 Recursion = Callable[["Vertices", int, str], Tensor]
 
+LabelSets = Mapping[str, Tensor]
+"""``{label: index of inputs}``. Labels that share one tensor object run over one set, and what is symmetric between
+them is computed once; equal but distinct tensors give the same values, computed label by label."""
+
 SYMMETRIES: dict[str, tuple[tuple[int, ...], ...]] = {
-    # Permutations of the four printed slots that leave the tensor unchanged (generators).
+    # Permutations of the printed slots that leave the tensor unchanged (generators).
     "V": ((1, 0, 2, 3), (2, 3, 0, 1)),
     "A": ((1, 0, 2, 3), (2, 3, 0, 1)),
     "D": ((1, 0, 2, 3), (0, 1, 3, 2)),
@@ -37,8 +43,28 @@ SYMMETRIES: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 
 
+class VertexSource(Protocol):
+    """Anything that gives vertices for printed labels, as broadcast arrays with one axis per label."""
+
+    def array(self, name: str, layer: int, labels: str) -> Tensor:
+        """The vertex ``name`` at ``layer``."""
+        ...
+
+
+def printed_labels(name: str) -> str:
+    """Labels for the slots of a statistic in its printed order, ``"ab"`` or ``"abcd"``."""
+    return "ab" if name in ("G1", "Theta1") else "abcd"
+
+
+def full_tensor(source: VertexSource, name: str, layer: int, count: int) -> Tensor:
+    """A statistic on all inputs, from a source whose labels a, b, c, d run over all of them; (count,) * 2 or 4."""
+    labels = printed_labels(name)
+    array = source.array(name, layer, labels)
+    return array.reshape(array.shape[: len(labels)]).expand([count] * len(labels))
+
+
 def divergent(ensemble: MLPEnsemble, kinks: Kinks) -> tuple[str, ...]:
-    """The vertices without a value: ddNTK statistics contain delta functions squared where sigma' jumps.
+    """Names of the vertices without a value: ddNTK statistics contain squared delta functions where sigma' jumps.
 
     For sigma smoothed on a scale 1/beta they grow linearly with beta: the expansion of the ddNTK does not exist.
     """
@@ -57,10 +83,9 @@ class Vertices:
         Theta: Theta^(1) .. Theta^(L), likewise.
         pairs: Two-label moments at layers 1 .. L-1.
         moments: The moments with three and four labels at layers 1 .. L-1, made when first asked for.
-        sets: ``{letter: index of inputs}``, the axes in their order; letters that share one tensor object
-            stand for the same set.
+        label_sets: The inputs that each label runs over; the axes in their order.
         recursions: ``{name: recursion}``.
-        kinks: What explicit derivatives are at a kink of sigma.
+        kinks: The meaning of explicit derivatives at a kink of sigma.
     """
 
     def __init__(
@@ -70,15 +95,17 @@ class Vertices:
         Theta: list[Tensor],
         pairs: list[TwoPointMoments],
         moments: Callable[[int], FourPointMoments],
-        sets: Mapping[str, Tensor],
+        label_sets: LabelSets,
         recursions: Mapping[str, Recursion],
         kinks: Kinks = "autograd",
     ) -> None:
         self.ensemble = ensemble
-        self.sets = dict(sets)
-        self.axes = {letter: axis for axis, letter in enumerate(sets)}
+        self.label_sets = dict(label_sets)
+        self.axes = {label: axis for axis, label in enumerate(label_sets)}
+        numbers: dict[int, int] = {}  # of the sets: labels of one tensor object share one
+        self._set = {label: numbers.setdefault(id(index), self.axes[label]) for label, index in label_sets.items()}
         activation = ensemble.activation
-        # Whether explicit second derivatives, which multiply H's, are anything but zero almost everywhere.
+        # False where explicit second derivatives, which multiply H's, are zero almost everywhere.
         self.curved = activation.slopes is None or (activation.kinked and kinks == "distributional")
         self.divergent = divergent(ensemble, kinks)
         self._K, self._Theta, self._pairs = K, Theta, pairs
@@ -86,6 +113,7 @@ class Vertices:
         self._four: dict[int, FourPointMoments] = {}
         self._memo: dict[tuple[str, int, str], Tensor] = {}
         self._moments: dict[tuple, Tensor] = {}
+        self._reductions: dict[tuple[str, str], tuple[str, list[int]]] = {}
 
     # ---- hyperparameters of the step from layer m to m + 1
 
@@ -101,19 +129,21 @@ class Vertices:
         """R = n_m / n_{m-1}, which turns 1/n_{m-1} of layer m into 1/n_m of layer m + 1."""
         return self.ensemble.widths[m] / self.ensemble.widths[m - 1]
 
-    # ---- what recursions ask for
+    # ---- read by the recursions
 
-    def array(self, name: str, layer: int, letters: str) -> Tensor:
-        """The vertex ``name`` at ``layer`` for the printed ``letters``; a broadcast array, one axis a letter."""
+    def array(self, name: str, layer: int, labels: str) -> Tensor:
+        """The vertex ``name`` at ``layer`` for the printed ``labels``; a broadcast array, one axis per label."""
         if layer == 1:
             return self.zero()  # layer 1 is exactly Gaussian, its NTK is constant
         if name in self.divergent:
             return self.zero() + math.nan
-        canonical, renaming = min(self._canonical(image) for image in self._images(name, letters))
+        if (name, labels) not in self._reductions:
+            self._reductions[name, labels] = self._reduced(name, labels)
+        canonical, axes = self._reductions[name, labels]
         key = (name, layer, canonical)
         if key not in self._memo:
             self._memo[key] = self._recursions[name](self, layer, canonical)
-        return self._renamed(self._memo[key], dict(renaming))
+        return self._memo[key].permute(axes)
 
     def zero(self) -> Tensor:
         """Zero, as a broadcast array."""
@@ -135,16 +165,16 @@ class Vertices:
         """<d_a^i d_b^j sigma^(p)_a sigma^(q)_b> at layer m: M_{p+i, q+j} unless sigma has a kink."""
         return self._placed(self._pairs[m - 1].response(p, q, i, j), a, b)
 
-    def four(self, m: int, orders: tuple[int, int, int, int], letters: str) -> Tensor:
-        """m_pquv(letters) = <sigma^(p) sigma^(q) sigma^(u) sigma^(v)> at layer m."""
+    def four(self, m: int, orders: tuple[int, int, int, int], labels: str) -> Tensor:
+        """m_pquv(labels) = <sigma^(p) sigma^(q) sigma^(u) sigma^(v)> at layer m."""
         at_label: dict[str, Orders] = {}
-        for order, letter in zip(orders, letters, strict=True):
-            at_label[letter] = tuple(sorted((*at_label.get(letter, ()), order)))
+        for order, label in zip(orders, labels, strict=True):
+            at_label[label] = tuple(sorted((*at_label.get(label, ()), order)))
         # Any permutation is the same moment: compute it once for each (set, orders).
-        distinct = sorted(at_label, key=lambda letter: (self._set(letter), at_label[letter], letter))
-        key = (m, *((self._set(letter), at_label[letter]) for letter in distinct))
+        distinct = sorted(at_label, key=lambda label: (self._set[label], at_label[label], label))
+        key = (m, *((self._set[label], at_label[label]) for label in distinct))
         if key not in self._moments:
-            self._moments[key] = self._moment(m, [(at_label[letter], self.sets[letter]) for letter in distinct])
+            self._moments[key] = self._moment(m, [(at_label[label], self.label_sets[label]) for label in distinct])
         return self._broadcast(self._moments[key], distinct)
 
     def _moment(self, m: int, factors: list[tuple[Orders, Tensor]]) -> Tensor:
@@ -161,48 +191,48 @@ class Vertices:
 
     # ---- labels
 
-    def _set(self, letter: str) -> int:
-        """Letters of one set share a number."""
-        return next(number for number, other in enumerate(self.sets) if self.sets[other] is self.sets[letter])
-
     def _placed(self, matrix: Tensor, a: str, b: str) -> Tensor:
         if a == b:
-            return self._broadcast(matrix.diagonal()[self.sets[a]], [a])
-        return self._broadcast(matrix[self.sets[a]][:, self.sets[b]], [a, b])
+            return self._broadcast(matrix.diagonal()[self.label_sets[a]], [a])
+        return self._broadcast(matrix[self.label_sets[a]][:, self.label_sets[b]], [a, b])
 
-    def _broadcast(self, array: Tensor, letters: list[str]) -> Tensor:
-        order = sorted(range(len(letters)), key=lambda index: self.axes[letters[index]])
+    def _broadcast(self, array: Tensor, labels: list[str]) -> Tensor:
+        order = sorted(range(len(labels)), key=lambda index: self.axes[labels[index]])
         shape = [1] * len(self.axes)
         for index in order:
-            shape[self.axes[letters[index]]] = array.shape[index]
+            shape[self.axes[labels[index]]] = array.shape[index]
         return array.permute(order).reshape(shape)
 
-    def _images(self, name: str, letters: str) -> set[str]:
-        """All letter strings that the symmetries of ``name`` make equal to ``letters``."""
-        images, new = {letters}, [letters]
-        while new:
-            word = new.pop()
-            for permutation in SYMMETRIES[name]:
-                image = "".join(word[slot] for slot in permutation)
-                if image not in images:
-                    images.add(image)
-                    new.append(image)
-        return images
+    def _reduced(self, name: str, labels: str) -> tuple[str, list[int]]:
+        """The canonical labels of the same tensor, and the axes of its array in the order of the labels asked for."""
+        canonical, renaming = min(self._canonical(image) for image in images(name, labels))
+        renamed = dict(renaming)
+        rest = [label for label in self.axes if label not in renamed.values()]
+        unused = [label for label in self.axes if label not in renamed]
+        renamed |= dict(zip(unused, rest, strict=True))
+        return canonical, [self.axes[renamed[label]] for label in self.axes]
 
-    def _canonical(self, letters: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-        """Letters of each set renamed in the order of first appearance, and the renaming."""
+    def _canonical(self, labels: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+        """Labels of each set renamed in the order of first appearance, and the renaming."""
         free: dict[int, list[str]] = {}
-        for letter in self.sets:
-            free.setdefault(self._set(letter), []).append(letter)
+        for label, number in self._set.items():
+            free.setdefault(number, []).append(label)
         renaming: dict[str, str] = {}
-        for letter in letters:
-            if letter not in renaming:
-                renaming[letter] = free[self._set(letter)].pop(0)
-        return "".join(renaming[letter] for letter in letters), tuple(renaming.items())
+        for label in labels:
+            if label not in renaming:
+                renaming[label] = free[self._set[label]].pop(0)
+        return "".join(renaming[label] for label in labels), tuple(renaming.items())
 
-    def _renamed(self, array: Tensor, renaming: dict[str, str]) -> Tensor:
-        """The array of canonical letters as one of the letters that were asked for."""
-        rest = [letter for letter in self.sets if letter not in renaming.values()]
-        unused = [letter for letter in self.sets if letter not in renaming]
-        full = renaming | dict(zip(unused, rest, strict=True))
-        return array.permute([self.axes[full[letter]] for letter in self.sets])
+
+@lru_cache(maxsize=4096)
+def images(name: str, labels: str) -> frozenset[str]:
+    """All label strings that the symmetries of ``name`` make equal to ``labels``."""
+    known, new = {labels}, [labels]
+    while new:
+        word = new.pop()
+        for permutation in SYMMETRIES[name]:
+            image = "".join(word[slot] for slot in permutation)
+            if image not in known:
+                known.add(image)
+                new.append(image)
+    return frozenset(known)

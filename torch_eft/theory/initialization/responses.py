@@ -40,8 +40,8 @@ def ntk_source(v: Vertices, m: int, a: str, b: str) -> Tensor:
 def quartic_response(v: Vertices, m: int, p: int, q: int, a: str, b: str) -> Tensor:
     """Qrt_pq[V](ab)."""
 
-    def V(*letters: str) -> Tensor:
-        return v.array("V", m, "".join(letters))
+    def V(*labels: str) -> Tensor:
+        return v.array("V", m, "".join(labels))
 
     return (
         v.response(m, p, q, 4, 0, a, b) * V(a, a, a, a)
@@ -52,13 +52,13 @@ def quartic_response(v: Vertices, m: int, p: int, q: int, a: str, b: str) -> Ten
     ) / 8
 
 
-def contraction(v: Vertices, m: int, f: int, g: int, h: str, x: str, h2: str, x2: str) -> Tensor:
+def f_response(v: Vertices, m: int, f: int, g: int, h: str, x: str, h2: str, x2: str) -> Tensor:
     """CF[f, g](h, x; h', x'), f and g the derivative on the NTK leg: 1 for s'_h s_x, 2 for s''_h s'_x."""
     f_h, f_x = v.response(m, f, f - 1, 1, 0, h, x), v.response(m, f, f - 1, 0, 1, h, x)
     g_h, g_x = v.response(m, g, g - 1, 1, 0, h2, x2), v.response(m, g, g - 1, 0, 1, h2, x2)
 
-    def F(*letters: str) -> Tensor:
-        return v.array("F", m, "".join(letters))
+    def F(*labels: str) -> Tensor:
+        return v.array("F", m, "".join(labels))
 
     return (
         f_h * g_h * F(h, h, h2, h2)
@@ -68,6 +68,6 @@ def contraction(v: Vertices, m: int, f: int, g: int, h: str, x: str, h2: str, x2
     )
 
 
-def answer(v: Vertices, m: int, f: int, h: str, x: str, to_h: Tensor, to_x: Tensor) -> Tensor:
+def vertex_response(v: Vertices, m: int, f: int, h: str, x: str, to_h: Tensor, to_x: Tensor) -> Tensor:
     """sum_b <d_b s^(f)_h s^(f-1)_x> X_b over b = h, x, for a vertex X with one preactivation label."""
     return v.response(m, f, f - 1, 1, 0, h, x) * to_h + v.response(m, f, f - 1, 0, 1, h, x) * to_x

@@ -1,33 +1,30 @@
 """The statistics of an MLP ensemble at initialization, layer by layer: the joint distribution to order 1/n.
 
-K and Theta at infinite width (``blocks``) and the vertices of order 1/n (``kernel``, ``ntk``, ``differentials``),
-each of which multiplies 1/n_{l-1} at layer l.
+K and Theta at infinite width (``infinite_width``) and the vertices of order 1/n (``kernels``, ``differentials``), each
+of which multiplies 1/n_{l-1} at layer l.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from torch_eft.results.choices import check_choice
+from torch_eft.results.repr import short_repr
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.two_point_moments import Kinks
-from torch_eft.theory.initialization.estimators import (
-    ReplicaMean,
-    check_inputs,
-    check_statistics,
-    evaluators,
-    infinite_width,
-)
-from torch_eft.theory.initialization.evaluator import Vertices
+from torch_eft.theory.initialization.estimators import check_statistics, vertex_replicas
+from torch_eft.theory.initialization.evaluator import Vertices, full_tensor
+from torch_eft.theory.initialization.infinite_width import check_inputs, infinite_width
 from torch_eft.theory.signal_propagation.regimes import first_order_validity, infinite_width_validity
 
-QUANTITIES = ("K", "G1", "V", "Theta", "Theta1", "A", "B", "D", "F", "P", "Q", "R", "S", "T", "U")
-"""All fifteen statistics, in the book's order."""
+STATISTICS = ("K", "G1", "V", "Theta", "Theta1", "A", "B", "D", "F", "P", "Q", "R", "S", "T", "U")
+"""The names of all fifteen statistics, in the book's order."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerStatistics:
     """The statistics of layer l on N points; what was not asked for is None.
 
@@ -51,6 +48,17 @@ class LayerStatistics:
         error: ``{name: standard error}`` of the tensor's entries (rms) where moments were sampled; empty where they
             are exact, or integrated by one rule.
         validity: Where the network's expansion holds: to order 1/n where such statistics were asked for, else order 0.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> theory.LayerStatistics(layer=1, K=torch.eye(2), Theta=torch.eye(2))
+        LayerStatistics(
+          layer: 1
+          K: (2, 2) float32
+          Theta: (2, 2) float32
+          error: {}
+        )
     """
 
     layer: int
@@ -72,24 +80,29 @@ class LayerStatistics:
     error: dict[str, float] = field(default_factory=dict)
     validity: Validity | None = None
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 def initial_statistics(
     ensemble: MLPEnsemble,
     x: Tensor,
-    quantities: Collection[str] = QUANTITIES,
-    samples: int = 16384,
-    replicas: int = 4,
+    *,
+    statistics: Collection[str] = STATISTICS,
+    num_samples: int = 16384,
+    num_replicas: int = 4,
     seed: int = 0,
     memory: int = 8 * 2**30,
     kinks: Kinks = "autograd",
-    any_aspect_ratio: bool = False,
+    check_validity: bool = True,
 ) -> list[LayerStatistics]:
     """The statistics at every layer, l = 1 .. L.
 
-    Moments with three and four labels are exact for two slopes (linear, ReLU, leaky ReLU, |z|), integrated to about
-    1e-9 for at most four inputs, and sampled else, ``replicas`` times independently; ``error`` tells how well.
+    Moments with three and four labels are exact for scale-invariant activations (linear, ReLU, leaky ReLU, |z|),
+    integrated to about 1e-9 for at most four inputs, and otherwise sampled ``num_replicas`` times independently, with
+    the standard error in ``error``.
 
-    At a kink (ReLU, SELU) P .. U depend on what an explicit second derivative is. ``kinks="autograd"``: zero, as
+    At a kink (ReLU, SELU) P .. U depend on the meaning of an explicit second derivative. ``kinks="autograd"``: zero, as
     automatic differentiation of the network sees it almost everywhere; such P .. U are what a measurement by autograd
     gives, not the rates of change of the network's NTK. ``"distributional"``: the delta function, the limit of
     smooth activations; R, S, T, U then diverge where sigma' jumps and are NaN, with a warning.
@@ -97,51 +110,59 @@ def initial_statistics(
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, n_0), any real dtype.
-        quantities: Names out of ``QUANTITIES``; K and Theta are always there, and cost least: all that is needed for
-            large N.
-        samples: Sample size S in all, shared by the replicas.
-        replicas: Independent samples to estimate the error from, at least 2.
+        statistics: Names out of ``STATISTICS``. K and Theta are always included; they alone are cheap for large N.
+        num_samples: Sample size in all, shared by the replicas.
+        num_replicas: Independent samples to estimate the error from, at least 2.
         seed: Seed of the samples; the global random state is left alone.
         memory: Bytes allowed for tensors with four labels, see ``statistics_memory``.
         kinks: ``"autograd"`` or ``"distributional"``; they differ only where the activation has a kink.
-        any_aspect_ratio: Whether to give the coefficients of the 1/n expansion also where r >= 1.
+        check_validity: Whether to refuse r >= 1; False gives the coefficients of the 1/n expansion there, too.
 
     Returns:
-        One ``LayerStatistics`` a layer, float64, on the device of ``x``.
+        One ``LayerStatistics`` per layer, float64, on the device of ``x``.
 
     Raises:
         ValueError: If ``x`` does not fit ``ensemble.widths[0]``, is empty or not finite, if a name is unknown, if
             the tensors do not fit into ``memory``; and, where more than K and Theta is asked for, if r >= 1, if an
             input vanishes with C_b = 0, or if two inputs coincide for a kinked activation.
         QuadratureError: If the activation is not smooth enough for quadrature.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> ensemble = theory.MLPEnsemble([3, 100, 100, 1], "relu", C_W=2.0)
+        >>> last = theory.initial_statistics(ensemble, torch.eye(3), statistics=["V"])[-1]
+        >>> last.layer, last.V.shape, last.validity.flag
+        (3, torch.Size([3, 3, 3, 3]), 'valid')
     """
     x = check_inputs("x", x, ensemble)
-    unknown = sorted(set(quantities) - set(QUANTITIES))
-    if unknown:
-        raise ValueError(f"quantities: {unknown[0]!r} is unknown; choose from {', '.join(QUANTITIES)}")
-    wanted = [name for name in QUANTITIES if name in set(quantities) - {"K", "Theta"}]
+    names = {statistics} if isinstance(statistics, str) else set(statistics)
+    for name in sorted(names):
+        check_choice("statistics", name, STATISTICS)
+    wanted = [name for name in STATISTICS if name in names - {"K", "Theta"}]
     if wanted:
-        check_statistics(ensemble, x, wanted, kinks, any_aspect_ratio)
-        needed = statistics_memory(ensemble, len(x), wanted)
+        check_statistics(ensemble, x, wanted, kinks, check_validity)
+        needed = statistics_memory(ensemble, len(x), statistics=wanted)
         if needed > memory:
             raise ValueError(
                 f"x: {len(x)} inputs need about {needed / 2**30:.1f} GiB for tensors with four labels, memory allows "
-                f"{memory / 2**30:.1f} GiB; give fewer inputs, ask for fewer quantities (K and Theta are cheap), or go "
-                "block by block with theory.block or theory.tiles"
+                f"{memory / 2**30:.1f} GiB; give fewer inputs, ask for fewer statistics (K and Theta are cheap), or go "
+                "block by block with theory.vertex_block or theory.vertex_tiles"
             )
     K, Theta, pairs = infinite_width(ensemble, x, kinks)
-    found: dict[tuple[str, int], ReplicaMean] = {}
+    layers = range(1, ensemble.depth + 1)
+    results: dict[tuple[str, int], tuple[Tensor, float]] = {}
     if wanted:
-        labels = torch.arange(len(x), device=x.device)
-        refined, runs = evaluators(
-            ensemble, K, Theta, pairs, dict.fromkeys("abcd", labels), samples, replicas, seed, kinks
-        )
-        for evaluator in runs:
-            for layer in range(1, ensemble.depth + 1):
+
+        def read(vertices: Vertices) -> Iterator[tuple[tuple[str, int], Tensor]]:
+            for layer in layers:
                 for name in wanted:
-                    value = _full(evaluator, name, layer, len(x))
-                    found.setdefault((name, layer), ReplicaMean(refined)).add(value)
-    results = {key: combined.result() for key, combined in found.items()}
+                    yield (name, layer), full_tensor(vertices, name, layer, len(x)).clone()
+
+        sets = dict.fromkeys("abcd", torch.arange(len(x), device=x.device))
+        results = vertex_replicas(ensemble, K, Theta, pairs, sets, num_samples, num_replicas, seed, kinks).combined(
+            read
+        )
     validity = first_order_validity(ensemble, x) if wanted else infinite_width_validity(ensemble, x)
     return [
         LayerStatistics(
@@ -152,26 +173,27 @@ def initial_statistics(
             validity=validity,
             error={name: results[name, layer][1] for name in wanted if results[name, layer][1] > 0},
         )
-        for layer in range(1, ensemble.depth + 1)
+        for layer in layers
     ]
 
 
-def _full(evaluator: Vertices, name: str, layer: int, count: int) -> Tensor:
-    letters = "ab" if name in ("G1", "Theta1") else "abcd"
-    array = evaluator.array(name, layer, letters)
-    array = array.reshape(array.shape[: len(letters)])
-    return array.expand([count] * len(letters)).clone()
+def statistics_memory(ensemble: MLPEnsemble, num_inputs: int, *, statistics: Collection[str] = STATISTICS) -> int:
+    """Estimate the bytes that ``initial_statistics`` takes at its peak.
 
-
-def statistics_memory(ensemble: MLPEnsemble, inputs: int, quantities: Collection[str] = QUANTITIES) -> int:
-    """Bytes that ``initial_statistics`` takes at its peak, estimated, for that many inputs.
-
-    Every tensor with four labels is held twice a layer (value and spread), beside about eight moments.
+    Every tensor with four labels is held twice per layer (value and spread), beside about eight moments.
 
     Args:
         ensemble: The ensemble.
-        inputs: N.
-        quantities: What is asked for.
+        num_inputs: N.
+        statistics: The names asked for.
+
+    Returns:
+        Bytes.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> theory.statistics_memory(theory.MLPEnsemble([3, 50, 1], "tanh"), 10, statistics=["V"])
+        1600000
     """
-    tensors = sum(name not in ("K", "Theta", "G1", "Theta1") for name in quantities)
-    return 8 * inputs**4 * ensemble.depth * (2 * tensors + 8)
+    tensors = sum(name not in ("K", "Theta", "G1", "Theta1") for name in statistics)
+    return 8 * num_inputs**4 * ensemble.depth * (2 * tensors + 8)

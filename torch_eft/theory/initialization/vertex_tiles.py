@@ -1,14 +1,13 @@
 """Vertices on tiles of probe and training labels, for contractions that run over many of them.
 
-One set of random points serves all tiles and all vertices. Two labels that are many and two that are few are paired
-so that both pair features have few columns; tensors of sampled moments are kept in single precision, far below the
-sampling error.
+One set of random points serves all tiles and all vertices. Where two labels run over many inputs and two over few,
+labels are paired so that both pair features have few columns; tensors of sampled moments are kept in single precision,
+far below the sampling error.
 """
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,18 +18,9 @@ from torch_eft.theory.gaussian.four_point_moments import Factor
 from torch_eft.theory.gaussian.points import MOST_QUADRATURE_LABELS, Points, quadrature_spacings, sample_points
 from torch_eft.theory.gaussian.scale_invariant import Orders
 from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
-from torch_eft.theory.initialization.estimators import RECURSIONS, evaluators, infinite_width
-from torch_eft.theory.initialization.evaluator import Vertices
-
-Sets = Mapping[str, Tensor]
-
-
-class VertexSource(Protocol):
-    """What the contractions ask: the vertex for printed letters, a broadcast array with one axis a letter."""
-
-    def array(self, name: str, layer: int, letters: str) -> Tensor:
-        """The vertex ``name`` at ``layer``."""
-        ...
+from torch_eft.theory.initialization.estimators import RECURSIONS, ReplicaKind, Replicas, vertex_replicas
+from torch_eft.theory.initialization.evaluator import LabelSets, VertexSource, Vertices, full_tensor
+from torch_eft.theory.initialization.infinite_width import infinite_width
 
 
 class VertexTiles:
@@ -39,18 +29,24 @@ class VertexTiles:
     Args:
         ensemble: The ensemble.
         x: All inputs, checked, (N_all, n_0).
-        samples: Sample size in all, where moments are sampled.
-        replicas: Independent samples it is shared by; of one, no error can be told.
+        num_samples: Sample size in all, where moments are sampled.
+        num_replicas: Independent samples that share it; one gives no error estimate.
         seed: Seed of the samples.
-        kinks: What explicit derivatives are at a kink.
+        kinks: The meaning of explicit derivatives at a kink.
     """
 
     def __init__(
-        self, ensemble: MLPEnsemble, x: Tensor, samples: int, replicas: int, seed: int, kinks: Kinks = "autograd"
+        self,
+        ensemble: MLPEnsemble,
+        x: Tensor,
+        num_samples: int,
+        num_replicas: int,
+        seed: int,
+        kinks: Kinks = "autograd",
     ) -> None:
         self.ensemble, self.depth = ensemble, ensemble.depth
-        self._kinks, self._seed, self._replicas = kinks, seed, replicas
-        self._size = samples // replicas
+        self._kinks, self._seed, self._num_replicas = kinks, seed, num_replicas
+        self._size = num_samples // num_replicas
         K, Theta, pairs = infinite_width(ensemble, x, kinks)
         self.K, self.Theta = K[-1], Theta[-1]
         self.layers = K, Theta, pairs
@@ -59,45 +55,36 @@ class VertexTiles:
             len(x) <= MOST_QUADRATURE_LABELS
             and (activation.kinked or all(quadrature_spacings(activation, k) is not None for k in K[:-1]))
         )
-        self.refined = not self.sampled
+        self.kind: ReplicaKind = "independent" if self.sampled else "refined"
         self._single = [k.float() for k in K], [k.float() for k in Theta], [_SinglePairs(pair) for pair in pairs]
         self._moments: dict[tuple[int, int], _PairedMoments] = {}
         self._whole: list[_Whole] = []
 
-    def runs(self, sets: Sets) -> Iterator[VertexSource]:
-        """Evaluators to be combined: independent samples, or ever finer quadratures (``refined``).
+    def replicas(self, label_sets: LabelSets) -> Replicas[VertexSource]:
+        """Evaluators on sets of labels, to be combined."""
+        return Replicas(self.kind, self._sampled(label_sets) if self.sampled else self._integrated(label_sets))
 
-        One at a time: what an evaluator has computed is given back with it.
-        """
-        if not self.sampled:
-            yield from self._integrated(sets)
-            return
-        K, Theta, rounded = self._single
-        for replica in range(self._replicas):
-            yield Vertices(
-                self.ensemble,
-                K,
-                Theta,
-                list(rounded),
-                functools.partial(self._sampled, replica),
-                sets,
-                RECURSIONS,
-                self._kinks,
-            )
+    def _sampled(self, label_sets: LabelSets) -> Iterator[VertexSource]:
+        K, Theta, pairs = self._single
+        for replica in range(self._num_replicas):
+            moments = functools.partial(self._sampled_moments, replica)
+            yield Vertices(self.ensemble, K, Theta, list(pairs), moments, label_sets, RECURSIONS, self._kinks)
 
-    def _integrated(self, sets: Sets) -> Iterator[VertexSource]:
-        K, Theta, pairs = self.layers
-        if len(K[0]) > MOST_QUADRATURE_LABELS:  # closed forms: as cheap on any sets
-            yield from evaluators(self.ensemble, K, Theta, pairs, sets, 1, 2, self._seed, self._kinks)[1]
+    def _integrated(self, label_sets: LabelSets) -> Iterator[VertexSource]:
+        def members(sets: LabelSets) -> Iterator[Vertices]:
+            return vertex_replicas(self.ensemble, *self.layers, sets, 1, 2, self._seed, self._kinks).members
+
+        points = self.layers[0][0]
+        if len(points) > MOST_QUADRATURE_LABELS:  # closed forms: as cheap on any sets
+            yield from members(label_sets)
             return
         if not self._whole:
-            everything = dict.fromkeys("abcd", torch.arange(len(K[0]), device=K[0].device))
-            found = evaluators(self.ensemble, K, Theta, pairs, everything, 1, 2, self._seed, self._kinks)[1]
-            self._whole = [_Whole(evaluator, len(K[0])) for evaluator in found]
+            everything = torch.arange(len(points), device=points.device)
+            self._whole = [_Whole(member, len(points)) for member in members(dict.fromkeys("abcd", everything))]
         for whole in self._whole:
-            yield _Part(whole, sets)
+            yield _Part(whole, label_sets)
 
-    def _sampled(self, replica: int, m: int) -> "_PairedMoments":
+    def _sampled_moments(self, replica: int, m: int) -> "_PairedMoments":
         if (replica, m) not in self._moments:
             K = self.layers[0]
             points = sample_points(K[m - 1], self._size, self._seed + 1000 * replica + m)
@@ -115,34 +102,31 @@ class _Whole:
     def tensor(self, name: str, layer: int) -> Tensor:
         """The vertex on all points, in the printed order of labels."""
         if (name, layer) not in self._known:
-            letters = "ab" if name in ("G1", "Theta1") else "abcd"
-            value = self._vertices.array(name, layer, letters)
-            value = value.reshape(value.shape[: len(letters)])
-            self._known[name, layer] = value.expand([self._count] * len(letters))
+            self._known[name, layer] = full_tensor(self._vertices, name, layer, self._count)
         return self._known[name, layer]
 
 
 class _Part:
     """Vertices of a few points on sets of labels."""
 
-    def __init__(self, whole: _Whole, sets: Sets) -> None:
-        self._whole, self._sets, self._axes = whole, sets, list(sets)
+    def __init__(self, whole: _Whole, label_sets: LabelSets) -> None:
+        self._whole, self._label_sets, self._axes = whole, label_sets, list(label_sets)
 
-    def array(self, name: str, layer: int, letters: str) -> Tensor:
-        """The vertex for the printed letters."""
+    def array(self, name: str, layer: int, labels: str) -> Tensor:
+        """The vertex for the printed labels."""
         index = []
-        for letter in letters:
+        for label in labels:
             shape = [1] * len(self._axes)
-            shape[self._axes.index(letter)] = -1
-            index.append(self._sets[letter].reshape(shape))
+            shape[self._axes.index(label)] = -1
+            index.append(self._label_sets[label].reshape(shape))
         return self._whole.tensor(name, layer)[tuple(index)]
 
 
 class _PairedMoments:
     """Moments with three and four labels over a sample, split so that the two matrices multiplied are narrow.
 
-    With f and g the products of functions on the two sides and means of the sample in a bar, what is returned is the
-    exact <f> <g> and the covariance about exact means: fg - f <g> - <f> g + 2 <f> <g>, each over the sample.
+    With f and g the products of functions on the two sides, returns the exact <f> <g> plus the covariance about exact
+    means, fg - f <g> - <f> g + 2 <f> <g>, averaged over the sample.
 
     Args:
         activation: sigma.
@@ -155,7 +139,7 @@ class _PairedMoments:
         self._functions: dict[Orders, Tensor] = {}
 
     def moment(self, factors: Sequence[Factor]) -> Tensor:
-        """<prod f>, one axis a factor."""
+        """<prod f>, one axis per factor."""
         n = [len(index) for _, index in factors]
         columns = [
             math.prod(n[slot] for slot in left) + math.prod(n[slot] for slot in right)
@@ -246,6 +230,6 @@ class _SinglePairs:
         return self._known[key]
 
 
-def expanded(source: VertexSource, name: str, depth: int, letters: str, sizes: Sequence[int]) -> Tensor:
+def expanded(source: VertexSource, name: str, depth: int, labels: str, sizes: Sequence[int]) -> Tensor:
     """A vertex at the output on the full product of the sets, float64."""
-    return source.array(name, depth, letters).double().expand(*sizes)
+    return source.array(name, depth, labels).double().expand(*sizes)

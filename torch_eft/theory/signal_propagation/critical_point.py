@@ -227,7 +227,7 @@ def _small_kernel(activation: Activation, gamma: float) -> CriticalPoint | tuple
 def _other_fixed_points(
     activation: Activation, C_b: float, C_W: float, K_star: float, gamma: float
 ) -> tuple[FixedPoint, ...]:
-    points = fixed_points(activation, C_b, C_W, gamma)
+    points = fixed_points(activation, C_b, C_W, residual=gamma)
     return tuple(point for point in points if abs(point.K - K_star) > 1e-3 * K_star)
 
 

@@ -184,7 +184,7 @@ def fixed_points(
         return skip - 1 + C_W * slope_of_variance(activation, K)
 
     def point(K: float, stable: bool | None = None) -> FixedPoint:
-        chi_par, chi_perp = susceptibilities(activation, C_W, K, residual)
+        chi_par, chi_perp = susceptibilities(activation, C_W, K, residual=residual)
         return FixedPoint(K, chi_par, chi_perp, abs(chi_par) < 1 if stable is None else stable)
 
     grid = log_grid(K_range, 201)

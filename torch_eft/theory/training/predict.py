@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torch_eft.results.trajectory import Trajectory
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.initialization.estimators import check_inputs
+from torch_eft.theory.initialization.infinite_width import check_inputs
 from torch_eft.theory.initialization.statistics import initial_statistics
 from torch_eft.theory.signal_propagation.regimes import infinite_width_validity
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
@@ -89,7 +89,7 @@ class InfiniteWidthTraining:
         if not bool(torch.isfinite(self.y_train).all()):
             raise ValueError("y_train: contains NaN or infinite values; targets must be finite")
         self.x_train, self.x_probe = x_train, x_probe
-        last = initial_statistics(ensemble, torch.cat([x_probe, x_train]), ("K", "Theta"))[-1]
+        last = initial_statistics(ensemble, torch.cat([x_probe, x_train]), statistics=("K", "Theta"))[-1]
         probe = len(x_probe)
         self.K = last.K
         self.Theta_probe = last.Theta[:probe, :probe]

@@ -1,5 +1,6 @@
 """Measured against theory: the forecast of the ensemble, order 0 and order 1/n, beside the running training."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ class EnsemblePart(ForecastPart):
             kept = self._kept["ensemble"]
             if kept["activation"] != now.activation.name or list(kept["widths"]) != list(now.widths):
                 raise ValueError(f"it was {kept['activation']} with widths {kept['widths']}, the network is {now}")
-            return MLPEnsemble(now.widths, now.activation, kept["C_b"], kept["C_W"])
+            return MLPEnsemble(now.widths, now.activation, C_b=kept["C_b"], C_W=kept["C_W"])
         except Exception as error:  # a corrupt state is corrupt in many ways
             self._kept = {
                 "ended": f"what the checkpoint says of the ensemble does not fit ({type(error).__name__}: {error})"
@@ -262,4 +263,4 @@ def _activations(network: nn.Module, ensemble: MLPEnsemble) -> list[str]:
 
 
 def _with_lambda_of(ensemble: MLPEnsemble, other: MLPEnsemble) -> MLPEnsemble:
-    return MLPEnsemble(ensemble.widths, ensemble.activation, ensemble.C_b, ensemble.C_W, other.lambda_b, other.lambda_W)
+    return replace(ensemble, lambda_b=other.lambda_b, lambda_W=other.lambda_W)

@@ -105,7 +105,7 @@ class FiniteWidthTraining:
         """Theta1 / n_{L-1} on the probe points, (N_p, N_p)."""
         probe = torch.arange(self.probes, device=self.x.device)
         sets = {"x": probe, "y": probe}
-        array = next(iter(self.vertices.runs(sets))).array("Theta1", self.vertices.depth, "xy").double()
+        array = next(self.vertices.replicas(sets).members).array("Theta1", self.vertices.depth, "xy").double()
         return array.expand(self.probes, self.probes) / self._n
 
     def validity(self, sizes: dict[str, float], steps: Tensor) -> Validity:

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torch_eft.theory.initialization.estimators import ReplicaMean
-from torch_eft.theory.initialization.vertex_tiles import VertexSource, VertexTiles, expanded
+from torch_eft.theory.initialization.estimators import ReplicaKind, ReplicaMean
+from torch_eft.theory.initialization.evaluator import VertexSource
+from torch_eft.theory.initialization.vertex_tiles import VertexTiles, expanded
 from torch_eft.theory.training.corrections.ddntk_source import DdntkSource, Sources
 from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
 from torch_eft.theory.training.corrections.propagation import TimeGrid
@@ -87,7 +88,7 @@ def time_chunk(path: OrderZeroPath, points: int) -> int:
 
 def output_sources(
     vertices: VertexTiles, path: OrderZeroPath, steps: Tensor, columns: Tensor, tile: int | None = None
-) -> tuple[list[Sources], bool]:
+) -> tuple[list[Sources], ReplicaKind]:
     """The sources of the mean output at given steps, run by run: M[x, c](s) contracted with columns.
 
     Args:
@@ -98,7 +99,7 @@ def output_sources(
         tile: Points x that are evaluated at once.
 
     Returns:
-        (T, N_all, C) twice for each run, and whether the runs are refinements rather than samples.
+        (T, N_all, C) twice for each run, and how the runs are related.
     """
     points, train = torch.arange(len(path.K), device=path.K.device), path.train
     if tile is None:
@@ -106,13 +107,13 @@ def output_sources(
     found: list[tuple[list[Tensor], list[Tensor]]] = []
     for some in points.split(tile):
         sets = {"x": some, "a": train, "b": train, "c": train}
-        for run, source in enumerate(vertices.runs(sets)):
+        for run, source in enumerate(vertices.replicas(sets).members):
             if run == len(found):
                 found.append(([], []))
             chunks = list(OutputSource(source, path, vertices.depth, len(some)).matrix(steps))
             for kind, parts in enumerate(found[run]):
                 parts.append(torch.cat([chunk[kind] @ columns for chunk in chunks]))
-    return [(torch.cat(gradient, 1), torch.cat(direct, 1)) for gradient, direct in found], vertices.refined
+    return [(torch.cat(gradient, 1), torch.cat(direct, 1)) for gradient, direct in found], vertices.kind
 
 
 def points_at_once(path: OrderZeroPath) -> int:
@@ -135,8 +136,8 @@ def mean_output(
         (T, N_all, n_L), and the standard error of its entries (rms), 0 where moments are integrated.
     """
     clock = TimeGrid(path, steps)
-    sources, refined = output_sources(vertices, path, clock.times, path.y, tile)
-    combined = ReplicaMean(refined)
+    sources, kind = output_sources(vertices, path, clock.times, path.y, tile)
+    combined = ReplicaMean(kind)
     for gradient, direct in sources:
         combined.add(clock.propagated(gradient, direct))
     return combined.result()

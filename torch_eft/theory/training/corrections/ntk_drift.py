@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.initialization.estimators import ReplicaMean
-from torch_eft.theory.initialization.vertex_tiles import Sets, VertexSource, VertexTiles, expanded
+from torch_eft.theory.initialization.evaluator import LabelSets, VertexSource
+from torch_eft.theory.initialization.vertex_tiles import VertexTiles, expanded
 from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
 
 _TERMS = 6
@@ -110,7 +111,7 @@ def ntk_drift(
                 if run == len(parts):
                     parts.append(_Assembled(probes))
                 parts[run].put(first, second, *contracted_drift(path, combinations, steps, trace))
-    mean, off = ReplicaMean(vertices.refined), ReplicaMean(vertices.refined)
+    mean, off = ReplicaMean(vertices.kind), ReplicaMean(vertices.kind)
     for part in parts:
         mean.add(part.mean)
         off.add(part.off)
@@ -134,9 +135,9 @@ def rotated_combinations(
     for g, rows in enumerate(train):
         for d in range(g, len(train)):
             columns = train[d]
-            sets: Sets = {"x": first, "y": second, "g": rows, "d": columns}
+            sets: LabelSets = {"x": first, "y": second, "g": rows, "d": columns}
             at, to = slice(g * tile, g * tile + len(rows)), slice(d * tile, d * tile + len(columns))
-            for run, source in enumerate(vertices.runs(sets)):
+            for run, source in enumerate(vertices.replicas(sets).members):
                 if run == len(totals):
                     totals.append([path.K.new_zeros(shape) for _ in range(_TERMS)])
                 sizes = [len(index) for index in sets.values()]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.initialization.estimators import ReplicaMean
-from torch_eft.theory.initialization.vertex_tiles import VertexSource, VertexTiles, expanded
+from torch_eft.theory.initialization.evaluator import VertexSource
+from torch_eft.theory.initialization.vertex_tiles import VertexTiles, expanded
 from torch_eft.theory.training.corrections.ddntk_source import Sources
 from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
 from torch_eft.theory.training.corrections.mean_output import OutputSource, points_at_once, time_chunk
@@ -162,7 +163,8 @@ def output_covariance(
     for some in points.split(tile or points_at_once(path)):
         to_train = {"x": some, "a": train, "b": train, "c": train}
         to_all = {"x": some, "w": points, "a": train, "b": train}
-        for run, (first, second) in enumerate(zip(vertices.runs(to_train), vertices.runs(to_all), strict=True)):
+        both = zip(vertices.replicas(to_train).members, vertices.replicas(to_all).members, strict=True)
+        for run, (first, second) in enumerate(both):
             if run == len(runs):
                 runs.append(_Parts(path, probes, steps, keys))
                 G1.append([])
@@ -171,7 +173,7 @@ def output_covariance(
             runs[run].add(clock.times, output, pair, some, carried)
             array = second.array("G1", vertices.depth, "xw").double().expand(len(some), len(points), 1, 1)
             G1[run].append(array.reshape(len(some), len(points)))
-    mean, off = ReplicaMean(vertices.refined), ReplicaMean(vertices.refined)
+    mean, off = ReplicaMean(vertices.kind), ReplicaMean(vertices.kind)
     for parts, kernel in zip(runs, G1, strict=True):
         found = parts.covariance(clock, carried)
         paired, bilinear = found.pop(None)

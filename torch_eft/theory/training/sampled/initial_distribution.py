@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.gaussian.points import square_root
-from torch_eft.theory.initialization.estimators import RECURSIONS, ReplicaMean
+from torch_eft.theory.initialization.estimators import RECURSIONS
+from torch_eft.theory.initialization.evaluator import VertexSource, full_tensor
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
 from torch_eft.theory.training.sampled.dynamics import Fluctuation
 
@@ -53,13 +54,12 @@ def all_vertices(vertices: VertexTiles) -> tuple[dict[str, Tensor], float]:
     """
     count = len(vertices.K)
     sets = dict.fromkeys("abcd", torch.arange(count, device=vertices.K.device))
-    found = {name: ReplicaMean(vertices.refined) for name in RECURSIONS}
-    for source in vertices.runs(sets):
-        for name, combined in found.items():
-            letters = "ab" if name in ("G1", "Theta1") else "abcd"
-            value = source.array(name, vertices.depth, letters).double()
-            combined.add(value.reshape(value.shape[: len(letters)]).expand([count] * len(letters)))
-    results = {name: combined.result() for name, combined in found.items()}
+
+    def read(source: VertexSource) -> Iterator[tuple[str, Tensor]]:
+        for name in RECURSIONS:
+            yield name, full_tensor(source, name, vertices.depth, count).double()
+
+    results = vertices.replicas(sets).combined(read)
     worst = max(error / max(float(value.square().mean().sqrt()), 1e-300) for value, error in results.values())
     return {name: value for name, (value, _) in results.items()}, worst
 

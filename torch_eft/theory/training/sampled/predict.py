@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_eft.results.trajectory import Trajectory, Validity
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.initialization.estimators import check_inputs
+from torch_eft.theory.initialization.infinite_width import check_inputs
 from torch_eft.theory.initialization.statistics import initial_statistics
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
 from torch_eft.theory.signal_propagation.regimes import first_order_validity, infinite_width_validity
@@ -75,7 +75,7 @@ class SampledForecast:
         self.x = torch.cat([x_probe[kept], x_train])
         self._train = len(kept)
         self._size, self._seed, self._memory = 2 * (draws // (2 * BATCHES)), seed, memory
-        last = initial_statistics(ensemble, self.x, ("K", "Theta"))[-1]
+        last = initial_statistics(ensemble, self.x, statistics=("K", "Theta"))[-1]
         self.K, self.Theta = last.K, last.Theta
         if optimizer.steps:
             start = draw_outputs(self.K, self._outputs, self._size, self._generator(0))[:BATCHES, self._train :]
