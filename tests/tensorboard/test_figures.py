@@ -90,3 +90,26 @@ def test_many_layers_get_no_legend():
     assert few.axes[0].get_legend() is not None
     assert many.axes[0].get_legend() is None
     assert len(many.axes[0].lines) == 20
+
+
+def test_forecasts_and_runs_are_drawn_on_each_other():
+    from torch_eft import Validity, trajectory_from_records
+    from torch_eft.tensorboard import trajectory_figure
+    from torch_eft.theory import MLPEnsemble, predict_training
+
+    x = torch.eye(3).double()
+    forecast = predict_training(
+        MLPEnsemble([3, 64, 1], "tanh"), x[:2], x[:2, :1], x[2:], learning_rate=0.1, steps=5, order=0
+    )
+    ntks = [torch.full((1, 1, 1, 1), 1.0 + 0.1 * step) for step in range(6)]
+    outputs = [torch.zeros(1, 1)] * 6
+    run = trajectory_from_records(range(6), outputs, "a run", Validity("valid", "measured"), ntks=ntks)
+    drawing = trajectory_figure({"order 0": forecast, "measured": run})
+    first, second = drawing.axes
+    assert [line.get_label() for line in first.lines] == ["order 0", "measured"]
+    assert len(first.collections) == 1  # the band of the ensemble; one run has none
+    assert second.lines[1].get_ydata()[-1] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="point: 4, output: 0 given; 'order 0' has 1 points, 1 outputs"):
+        trajectory_figure({"order 0": forecast}, point=4)
+    with pytest.raises(TypeError, match="trajectory_figure"):
+        comparison_figure(forecast, ["ntk_drift"])

@@ -31,10 +31,22 @@ SPECTRUM = "eft/ntk_spectrum/log10_eigenvalues"
 
 
 def tag(quantity: str, series: str = MEASURED) -> str:
-    """``eft/<quantity>/measured`` (or ``eft-more/...``), or ``eft-theory/<quantity>/<series>``.
+    """Return ``eft/<quantity>/measured`` (or ``eft-more/...``), or ``eft-theory/<quantity>/<series>``.
+
+    Args:
+        quantity: A registered name.
+        series: ``"measured"``, or one of ``SERIES``.
+
+    Returns:
+        The tag.
 
     Raises:
         ValueError: If the quantity is not registered or the series unknown.
+
+    Example:
+        >>> from torch_eft.tensorboard import tag
+        >>> tag("ntk_drift"), tag("ntk_drift", "order_1")
+        ('eft/ntk_drift/measured', 'eft-theory/ntk_drift/order_1')
     """
     _check_registered(quantity)
     if series == MEASURED:
@@ -45,10 +57,22 @@ def tag(quantity: str, series: str = MEASURED) -> str:
 
 
 def layer_tag(quantity: str, layer: str) -> str:
-    """``eft-layers/<quantity>/<layer>``.
+    """Return ``eft-layers/<quantity>/<layer>``.
+
+    Args:
+        quantity: A registered name.
+        layer: Name of the layer.
+
+    Returns:
+        The tag.
 
     Raises:
         ValueError: If the quantity is not registered.
+
+    Example:
+        >>> from torch_eft.tensorboard import layer_tag
+        >>> layer_tag("representation_change", "layers.1")
+        'eft-layers/representation_change/layers.1'
     """
     _check_registered(quantity)
     return intern(f"{LAYERS}/{quantity}/{layer}")
@@ -62,7 +86,7 @@ def _check_registered(quantity: str) -> None:
 
 
 def quantity_of(name: str) -> str | None:
-    """The quantity that a tag belongs to; None if it is none of ours."""
+    """Return the quantity that a tag belongs to; None for tags of others."""
     parts = name.split("/", 2)
     known = len(parts) == 3 and parts[0] in (PREFIX, MORE, THEORY, LAYERS) and parts[1] in QUANTITIES
     return parts[1] if known else None
@@ -82,18 +106,30 @@ def split_tag(name: str) -> tuple[str, str] | None:
 
 
 def logged_tags(history: Mapping[int, Iterable[str]]) -> set[str]:
-    """All tags of a history ``{step: {tag: value}}``."""
+    """Return all tags of a history ``{step: {tag: value}}``."""
     return {name for scalars in history.values() for name in scalars}
 
 
 def compared_quantities(history: Mapping[int, Iterable[str]]) -> list[str]:
-    """The quantities of a history that have a theory beside them, in the order in which they are drawn."""
+    """Return the quantities of a history that have a theory beside them, in the order in which they are drawn.
+
+    Args:
+        history: ``{step: {tag: value}}``, or ``{step: tags}``.
+
+    Returns:
+        Names out of ``QUANTITIES``.
+
+    Example:
+        >>> from torch_eft.tensorboard import compared_quantities
+        >>> compared_quantities({0: {"eft/ntk_drift/measured": 0.0, "eft-theory/ntk_drift/order_0": 0.0}})
+        ['ntk_drift']
+    """
     logged = logged_tags(history)
     return [quantity for quantity in QUANTITIES if any(tag(quantity, order) in logged for order in ORDERS)]
 
 
 def theory_of(scalars: Mapping[str, float], quantity: str) -> float | None:
-    """The highest order of the theory there is for a quantity."""
+    """Return the theory's value of a quantity at the highest order that was logged."""
     for order in reversed(ORDERS):
         if (value := scalars.get(tag(quantity, order))) is not None:
             return value
@@ -101,6 +137,6 @@ def theory_of(scalars: Mapping[str, float], quantity: str) -> float | None:
 
 
 def sigma_of(scalars: Mapping[str, float], quantity: str) -> float | None:
-    """Half the width of the band, one standard deviation over initializations; None without a band."""
+    """Return half the width of the band, one standard deviation over initializations; None without a band."""
     lower, upper = (scalars.get(tag(quantity, series)) for series in BAND)
     return None if lower is None or upper is None else (upper - lower) / 2

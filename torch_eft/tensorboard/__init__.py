@@ -1,8 +1,8 @@
-"""Results to scalars, layouts, figures and pages of TensorBoard; no Trainer needed."""
+"""Turns results into scalars, layouts, figures and pages of TensorBoard; no Trainer needed."""
 
 from torch_eft.results.quantities import QUANTITIES, Quantity, register_quantity
 from torch_eft.results.tags import compared_quantities, layer_tag, tag
-from torch_eft.tensorboard.figures import comparison_figure, kernel_figure, layers_figure
+from torch_eft.tensorboard.figures import comparison_figure, kernel_figure, layers_figure, trajectory_figure
 from torch_eft.tensorboard.layout import comparison_layout
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "layers_figure",
     "register_quantity",
     "tag",
+    "trajectory_figure",
 ]

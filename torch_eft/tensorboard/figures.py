@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from torch_eft.results.trajectory import Trajectory
+
 MEASURED, THEORY = "#D55E00", "#0072B2"
 LINES = {"order_0": ("#555555", "--"), "order_1": (THEORY, "-")}
 History = Mapping[int, Mapping[str, float]]
 
 
 def figure(columns: int = 1, rows: int = 1) -> "tuple[Figure, list[Axes]]":
-    """An empty figure that belongs to no window, sized to stay readable as a thumbnail."""
+    """Return an empty figure that belongs to no window, sized to stay readable as a thumbnail, and its panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -36,12 +38,21 @@ def figure(columns: int = 1, rows: int = 1) -> "tuple[Figure, list[Axes]]":
 
 
 def kernel_figure(H: "Tensor", title: str, limit: float | None = None) -> "Figure":
-    """A kernel matrix (N, N) with its scale.
+    """Draw a kernel matrix with its scale.
 
     Args:
-        H: The kernel.
+        H: The kernel, (N, N).
         title: The title.
         limit: Colors run from -limit to limit, so that figures with one limit compare; None takes the largest entry.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft.tensorboard import kernel_figure
+        >>> kernel_figure(torch.eye(3), "identity").axes[0].get_title()
+        'identity'
     """
     drawing, (axes,) = figure()
     entries = H.detach().double().cpu().numpy()
@@ -56,7 +67,7 @@ def kernel_figure(H: "Tensor", title: str, limit: float | None = None) -> "Figur
 
 
 def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
-    """Measured line over the theory's orders and band, for one quantity."""
+    """Draw the measured line over the theory's orders and band, for one quantity."""
     measured = _series(history, tag(quantity))
     lower, upper = (_series(history, tag(quantity, series)) for series in BAND)
     if lower:
@@ -80,7 +91,33 @@ def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
 
 
 def comparison_figure(history: History, quantities: list[str], title: str = "") -> "Figure":
-    """One panel a quantity, three to a row."""
+    """Draw measured against theory, one panel per quantity, three to a row.
+
+    Args:
+        history: ``{step: {tag: value}}``, as an observer or a monitor keeps it.
+        quantities: Names out of ``QUANTITIES``.
+        title: Title of the figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        TypeError: If ``history`` is a ``Trajectory``.
+        ValueError: If no quantity is given, or one is not registered.
+
+    Example:
+        >>> from torch_eft.tensorboard import comparison_figure, tag
+        >>> history = {step: {tag("ntk_drift"): 0.01 * step} for step in range(3)}
+        >>> len(comparison_figure(history, ["ntk_drift"]).axes)
+        1
+    """
+    if not isinstance(history, Mapping):
+        raise TypeError(
+            f"history: {type(history).__name__} given; give {{step: {{tag: value}}}}, or draw trajectories with "
+            "trajectory_figure"
+        )
+    if not quantities:
+        raise ValueError("quantities: none given; give names out of QUANTITIES")
     columns = min(3, len(quantities))
     drawing, panels = figure(columns, -(-len(quantities) // columns))
     for axes, quantity in zip(panels, quantities, strict=False):
@@ -92,8 +129,75 @@ def comparison_figure(history: History, quantities: list[str], title: str = "") 
     return drawing
 
 
+def trajectory_figure(trajectories: "Mapping[str, Trajectory]", point: int = 0, output: int = 0) -> "Figure":
+    """Draw forecasts and measured runs on each other: one output, and the relative drift of the NTK.
+
+    Args:
+        trajectories: ``{label: trajectory}``, drawn in this order; bands are one standard deviation over
+            initializations.
+        point: Index of the probe point, 0 .. N_p - 1.
+        output: Index of its output, 0 .. C - 1.
+
+    Returns:
+        Two panels: z_{output; point}(t), and ||H(t) - H(0)||_F / ||H(0)||_F of the mean NTK where it is known.
+
+    Raises:
+        ValueError: If there is no trajectory, or one has no such point or output.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import Validity, trajectory_from_records
+        >>> from torch_eft.tensorboard import trajectory_figure
+        >>> outputs = [torch.zeros(3, 2), torch.ones(3, 2)]
+        >>> run = trajectory_from_records([0, 10], outputs, "a run", Validity("valid", "measured"))
+        >>> [axes.get_title() for axes in trajectory_figure({"measured": run}).axes]
+        ['output 0 at probe point 0', 'NTK drift: ||H - H_0|| / ||H_0||']
+    """
+    if not trajectories:
+        raise ValueError("trajectories: none given; give at least one, as {label: trajectory}")
+    drawing, (outputs, drifts) = figure(2)
+    for label, trajectory in trajectories.items():
+        points, count = trajectory.output_mean.shape[1:]
+        if not (0 <= point < points and 0 <= output < count):
+            raise ValueError(f"point: {point}, output: {output} given; {label!r} has {points} points, {count} outputs")
+        steps = trajectory.steps.cpu().numpy()
+        mean = trajectory.output_mean[:, point, output].detach().double().cpu()
+        (line,) = outputs.plot(steps, mean.numpy(), lw=2.5, label=label)
+        if trajectory.output_covariance is not None:
+            variance = trajectory.output_covariance[:, point, point, output, output].detach().double().cpu()
+            sigma = variance.clamp_min(0).sqrt()
+            if bool(sigma.any()):
+                outputs.fill_between(
+                    steps, (mean - sigma).numpy(), (mean + sigma).numpy(), color=line.get_color(), alpha=0.2, lw=0
+                )
+        if trajectory.ntk_drift is not None and trajectory.ntk_mean is not None:
+            drift, start = trajectory.ntk_drift.flatten(1).double(), trajectory.ntk_mean[0].double()
+            drifts.plot(steps, (drift.norm(dim=1) / start.norm()).cpu().numpy(), lw=2.5, color=line.get_color())
+    outputs.set_title(f"output {output} at probe point {point}", fontsize=14)
+    drifts.set_title("NTK drift: ||H - H_0|| / ||H_0||", fontsize=14)
+    for axes in (outputs, drifts):
+        axes.set_xlabel("optimizer step", fontsize=14)
+        axes.tick_params(labelsize=13)
+        axes.grid(alpha=0.2)
+    outputs.legend(fontsize=13, frameon=False)
+    return drawing
+
+
 def layers_figure(histories: Mapping[str, Mapping[int, float]], title: str) -> "Figure":
-    """One line a hidden layer, from first (dark) to last (light)."""
+    """Draw one line per hidden layer, from first (dark) to last (light).
+
+    Args:
+        histories: ``{layer: {step: value}}``.
+        title: The title.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> from torch_eft.tensorboard import layers_figure
+        >>> len(layers_figure({"1": {0: 0.0, 5: 0.1}, "2": {0: 0.0, 5: 0.2}}, "change").axes[0].lines)
+        2
+    """
     from matplotlib import colormaps
 
     drawing, (axes,) = figure()

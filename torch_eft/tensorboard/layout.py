@@ -1,4 +1,4 @@
-"""The custom-scalars page: one chart a quantity, the theory's band and the measured line in it."""
+"""The custom-scalars page: one chart per quantity, with the theory's band and the measured line."""
 
 from collections.abc import Collection
 
@@ -14,16 +14,21 @@ _NOT_DRAWN = ("overhead_percent",)
 
 
 def comparison_layout(logged: Collection[str]) -> Summary:
-    """A layout summary for the tags that were logged.
+    """Return a layout summary for the tags that were logged.
 
     Two categories: quantities with a theory beside them (a margin chart where there is a band, with the highest order
     as its line; a line chart of measured and all orders otherwise), and those that are measured only.
 
     Args:
-        logged: All tags there are.
+        logged: All tags.
 
     Returns:
         The protocol buffer that an event writer takes.
+
+    Example:
+        >>> from torch_eft.tensorboard import comparison_layout, tag
+        >>> [value.tag for value in comparison_layout([tag("ntk_drift")]).value]
+        ['custom_scalars__config__']
     """
     compared: list[layout_pb2.Chart] = []
     measured: list[layout_pb2.Chart] = []
