@@ -136,7 +136,7 @@ def test_the_measured_diagnosis_of_an_mlp_agrees_with_the_derived_one():
     model = network(widths, nn.ReLU, 0.0, 2.0)
     x = torch.randn(4, 8)
     derived = eft.diagnose(MLPEnsemble(widths, "relu", C_W=2.0, lambda_W=widths[:-1]), x)
-    found = measured_diagnosis(model, x, "for the test", seeds=60, initialize=lambda m: drawn(m, 0.0, 2.0))
+    found = measured_diagnosis(model, x, "for the test", num_networks=60, initialize=lambda m: drawn(m, 0.0, 2.0))
     for block in found.blocks[:-1]:
         assert abs(block.chi - 1) < 4 * block.chi_error + 0.02
     assert found.gradient_growth == pytest.approx(1, abs=0.2)

@@ -35,7 +35,7 @@ def draw(layer, gain):
 def test_step_size_and_shares_are_those_of_the_ntk():
     torch.manual_seed(0)
     model, x = ConvNet(), images()
-    found = eft.diagnose(model, x, seeds=3)
+    found = eft.diagnose(model, x, num_networks=3)
     assert isinstance(found, MeasuredDiagnosis)
     H = ntk(model, x)
     assert found.lambda_max == pytest.approx(float(top_eigenvalue(H)), rel=1e-3)
@@ -50,7 +50,7 @@ def test_the_result_is_json_and_the_model_untouched():
     torch.manual_seed(0)
     model = Recurrent().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = eft.diagnose(model, torch.randn(4, 5, 3), seeds=4)
+    found = eft.diagnose(model, torch.randn(4, 5, 3), num_networks=4)
     report = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert report["kind"] == "measured"
     assert model.training
@@ -65,7 +65,7 @@ def test_vanishing_and_exploding_gradients_are_found(gain, code):
     torch.manual_seed(0)
     model = narrow(6, gain)
     found = eft.diagnose(
-        model, images(), seeds=6, initialize=lambda m: [draw(p, gain) for p in m if hasattr(p, "weight")]
+        model, images(), num_networks=6, initialize=lambda m: [draw(p, gain) for p in m if hasattr(p, "weight")]
     )
     assert code in {finding.code for finding in found.warnings}
     assert found.status == 1
@@ -80,8 +80,8 @@ def test_deep_and_narrow_networks_have_a_large_effective_epsilon():
             if hasattr(part, "weight"):
                 draw(part, 2.0)
 
-    deep = eft.diagnose(narrow(10, 2.0), images(), seeds=24, initialize=initialize)
-    shallow = eft.diagnose(narrow(1, 2.0), images(), seeds=24, initialize=initialize)
+    deep = eft.diagnose(narrow(10, 2.0), images(), num_networks=24, initialize=initialize)
+    shallow = eft.diagnose(narrow(1, 2.0), images(), num_networks=24, initialize=initialize)
     # A sample variance of 24 logarithms is good to sqrt(2 / 23) = 0.29.
     assert deep.ntk_log_variance * (1 - 2 * 0.29) > shallow.ntk_log_variance * (1 + 2 * 0.29)
     assert {"edge", "too deep"} & {finding.code for finding in deep.warnings}
@@ -92,7 +92,7 @@ def test_dead_networks_are_counted():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     with torch.no_grad():
         model[0].bias.fill_(-100.0)
-    found = eft.diagnose(model, images(), seeds=0)
+    found = eft.diagnose(model, images(), num_networks=0)
     assert found.gradient_growth == 0
     assert "in 1 of 1 networks no gradient reaches the first place" in str(found)
 
@@ -102,7 +102,7 @@ def test_a_frozen_layer_is_found():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     with torch.no_grad():
         model[3].weight.mul_(1e-3)
-    found = eft.diagnose(model, images(), seeds=0)
+    found = eft.diagnose(model, images(), num_networks=0)
     assert "frozen layer" in {finding.code for finding in found.warnings}
     assert "'0' makes" in str(found)
 
@@ -122,7 +122,7 @@ def test_remarks_say_what_limits_the_measurement():
     found = eft.diagnose(Positions(), torch.randint(0, 5, (4, 3)))
     assert "no other seeds were drawn" in str(found)
     assert found.epsilon_ntk is None
-    normed = eft.diagnose(ConvNet(), images(), seeds=0)
+    normed = eft.diagnose(ConvNet(), images(), num_networks=0)
     assert any("BatchNorm in evaluation mode" in remark for remark in normed.remarks)
 
 
@@ -131,9 +131,9 @@ def test_output_fn_and_bad_inputs():
         def forward(self, x):
             return {"logits": super().forward(x)}
 
-    found = eft.diagnose(Dictionary(), images(), output_fn=lambda out: out["logits"], seeds=0)
+    found = eft.diagnose(Dictionary(), images(), output_fn=lambda out: out["logits"], num_networks=0)
     assert found.inputs == 5
     with pytest.raises(ValueError, match="output_fn"):
-        eft.diagnose(Dictionary(), images(), seeds=0)
+        eft.diagnose(Dictionary(), images(), num_networks=0)
     with pytest.raises(ValueError, match="probe"):
         eft.diagnose(ConvNet(), torch.randn(3, 1, 5, 5))

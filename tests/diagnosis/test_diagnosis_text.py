@@ -42,5 +42,5 @@ def test_text_of_a_measured_network():
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2)
     )
-    text = str(eft.diagnose(model, torch.randn(5, 1, 8, 8), seeds=8))
+    text = str(eft.diagnose(model, torch.randn(5, 1, 8, 8), num_networks=8))
     compare("measured_cnn", re.sub(r"(?<![\w/])[+-]?\d[\d,.]*(e[+-]\d+)?\b", "#", text))

@@ -77,7 +77,7 @@ def test_the_pictures_name_what_they_show():
 
 
 def test_a_picture_of_measurements_says_so():
-    found = eft.diagnose(ConvNet(), torch.randn(3, 1, 8, 8), seeds=0)
+    found = eft.diagnose(ConvNet(), torch.randn(3, 1, 8, 8), num_networks=0)
     drawing = measured_figure(found)
     assert "measured, not derived" in drawing.get_suptitle()
     assert [label.get_text() for label in drawing.axes[0].get_xticklabels()] == ["conv", "head"]

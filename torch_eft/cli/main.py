@@ -130,7 +130,7 @@ def _diagnose(options: argparse.Namespace) -> int:
         if options.input_shape is not None:
             x = _inputs(options.input_shape)
     try:
-        diagnosis = diagnose(subject, x, seeds=options.seeds)
+        diagnosis = diagnose(subject, x, num_networks=options.seeds)
     except NotAnMLPError as error:
         raise ValueError(f"--model {options.model}: {error} (--input-shape, or a pair (module, inputs))") from error
     if options.picture is not None:

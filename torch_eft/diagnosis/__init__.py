@@ -1,6 +1,6 @@
 """The diagnosis of a network before training: critical or not, how deep for its width, how random, how trainable.
 
-For an MLP it is derived from the architecture (``mlp``); of any other module it says what can be measured
+For an MLP it is derived from the architecture (``mlp``); any other module is measured
 (``measured``). Both print as one kind of report.
 """
 
@@ -25,8 +25,9 @@ __all__ = ["Diagnosis", "Finding", "LayerDiagnosis", "MeasuredDiagnosis", "Varia
 def diagnose(
     model_or_ensemble: nn.Module | MLPEnsemble,
     x: Any = None,
+    *,
     output_fn: OutputFn | None = None,
-    seeds: int = 16,
+    num_networks: int = 16,
     initialize: Callable[[nn.Module], Any] | None = None,
 ) -> Diagnosis | MeasuredDiagnosis:
     """Diagnose a network before training.
@@ -37,7 +38,7 @@ def diagnose(
         x: Inputs, (N, ...) or whatever the module takes; without them, one input with |x|^2 = n_0. A module that is
             no MLP needs some.
         output_fn: Turns what the module returns into (N, C).
-        seeds: Networks to draw where it is measured; 0 measures this one alone.
+        num_networks: Networks to draw where it is measured; 0 measures this one alone.
         initialize: Draws the parameters of a module in place, as ``measure.statistics_over_seeds`` takes it.
 
     Returns:
@@ -47,6 +48,12 @@ def diagnose(
     Raises:
         NotAnMLPError: If the module is no MLP and there is no ``x`` to measure it on, with the reason.
         ValueError: If ``x`` does not fit or the signal leaves float64.
+
+    Example:
+        >>> import torch_eft as eft
+        >>> report = eft.diagnose(eft.theory.MLPEnsemble([10, 100, 100, 1], "relu", C_W=2.0))
+        >>> report.phase, round(report.aspect_ratio.r, 3)
+        ('critical', 0.03)
     """
     inputs = x.inputs if isinstance(x, Probe) else x
     if isinstance(model_or_ensemble, nn.Module):
@@ -55,7 +62,7 @@ def diagnose(
         except NotAnMLPError as error:
             if x is None:
                 raise NotAnMLPError(f"{error}. It can be measured instead: give inputs x") from error
-            return measured_diagnosis(model_or_ensemble, x, str(error), output_fn, seeds, initialize)
+            return measured_diagnosis(model_or_ensemble, x, str(error), output_fn, num_networks, initialize)
         return derived_diagnosis(read, inputs)
     if inputs is not None and not isinstance(inputs, Tensor):
         raise ValueError(f"x: {type(inputs).__name__} given; an MLP takes one tensor, (N, n_0)")

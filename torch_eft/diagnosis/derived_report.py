@@ -33,6 +33,12 @@ class LayerDiagnosis:
         lr_b: Torch learning rate of the bias, relative to eta, that gives all layers equal shares of the same NTK;
             None where that does not exist.
         lr_W: The same of the weight.
+
+    Example:
+        >>> import torch_eft as eft
+        >>> layer = eft.diagnose(eft.theory.MLPEnsemble([10, 20, 20, 1], "relu", C_W=2.0)).layers[1]
+        >>> layer.layer, round(layer.chi_perp, 6)
+        (2, 1.0)
     """
 
     layer: int
@@ -76,6 +82,12 @@ class Diagnosis:
         validity: Of the infinite-width theory.
         first_order: Validity of order 1/n.
         kind: ``"derived"``.
+
+    Example:
+        >>> import torch_eft as eft
+        >>> report = eft.diagnose(eft.theory.MLPEnsemble([10, 20, 20, 1], "tanh", C_W=3.0))
+        >>> report.phase, report.status, len(report.layers)
+        ('chaotic', 1, 3)
     """
 
     network: str
@@ -109,14 +121,13 @@ class Diagnosis:
         return asdict(self)
 
     def __str__(self) -> str:
-        """The report as Markdown, readable as plain text too."""
+        """Return the report as Markdown, readable as plain text too."""
         return _text(self)
 
 
 def _text(diagnosis: Diagnosis) -> str:
     """Return the report on an MLP."""
     ratio = diagnosis.aspect_ratio
-    reason = diagnosis.first_order.reason.removeprefix("order 1/n: ")
     sentences = [
         diagnosis.verdict,
         f"over the depth, at infinite width: kernel K^(L) / K^(1) = {diagnosis.kernel_growth:.3g}, squared gradients "
@@ -127,7 +138,7 @@ def _text(diagnosis: Diagnosis) -> str:
         *_drift(diagnosis),
         *_learning_rates(diagnosis),
         f"infinite width (order 0) as a description: {diagnosis.validity.flag}",
-        f"validity of order 1/n: {diagnosis.first_order.flag}: {reason}",
+        f"validity of order 1/n: {diagnosis.first_order}",
     ]
     lines = [f"### {diagnosis.network}", "", *bullets(sentences), *bullets(diagnosis.remarks, "weights: ")]
     lines += [*bullets(map(str, diagnosis.warnings), "WARNING: "), *bullets(diagnosis.advice, "advice: ")]

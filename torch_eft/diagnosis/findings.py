@@ -36,6 +36,12 @@ class Finding:
         code: Its kind.
         message: The problem, with the number and the limit.
         remedy: What to change; empty if there is nothing to recommend.
+
+    Example:
+        >>> import torch_eft as eft
+        >>> report = eft.diagnose(eft.theory.MLPEnsemble([10, *[20] * 20, 1], "relu", C_W=2.0))
+        >>> "too deep" in [warning.code for warning in report.warnings]
+        True
     """
 
     code: Code
@@ -47,7 +53,7 @@ class Finding:
 
 
 def advice(findings: Sequence[Finding]) -> tuple[str, ...]:
-    """The remedies, each once, in order."""
+    """Return the remedies, each once, in order."""
     return tuple(dict.fromkeys(finding.remedy for finding in findings if finding.remedy))
 
 
@@ -58,6 +64,9 @@ def depth_finding(size: float, name: str, remedy: str) -> Finding | None:
         size: The number.
         name: Of the number, with its value.
         remedy: What to change.
+
+    Returns:
+        The warning, or None below the first border.
     """
     if size >= TOO_DEEP:
         what = "networks of different seeds differ by order one, and the expansion in 1/n is useless"

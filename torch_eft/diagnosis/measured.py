@@ -33,25 +33,28 @@ def measured_diagnosis(
     x: Any,
     reason: str,
     output_fn: OutputFn | None = None,
-    seeds: int = 16,
+    num_networks: int = 16,
     initialize: Callable[[nn.Module], Any] | None = None,
 ) -> MeasuredDiagnosis:
-    """Measure a network, in evaluation mode, and ``seeds`` others of its kind.
+    """Measure a network, in evaluation mode, and ``num_networks`` others of its kind.
 
     Args:
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
         reason: Why the theory does not cover it.
         output_fn: Turns what the module returns into (N, C).
-        seeds: Networks to draw anew; 0 measures this one alone.
+        num_networks: Networks to draw anew; 0 measures this one alone.
         initialize: Draws the parameters of the module it is given, in place; None calls ``reset_parameters``.
 
+    Returns:
+        The measurements, with their text.
+
     Raises:
-        ValueError: If the forward rejects ``x``, the output is not (N, C) or ``seeds`` is negative.
+        ValueError: If the forward rejects ``x``, the output is not (N, C) or ``num_networks`` is negative.
     """
     probe = as_probe(x)
     few = tree_map_only(Tensor, lambda tensor: tensor[:_INPUTS], probe.inputs)
-    found = reinitialized_networks(model, few, num_networks=seeds, initialize=initialize, output_fn=output_fn)
+    found = reinitialized_networks(model, few, num_networks=num_networks, initialize=initialize, output_fn=output_fn)
     networks = found.drawn or [found.own]
     blocks = _blocks(networks)
     growth, signal, dead = _growth(networks)
@@ -82,7 +85,7 @@ def measured_diagnosis(
         blocks=blocks,
         gradient_growth=growth,
         signal_growth=signal,
-        seeds=len(found.drawn),
+        num_networks=len(found.drawn),
         output_scale=float(torch.stack([one.outputs for one in networks]).square().mean().sqrt()),
         output_spread=_output_spread(found.drawn),
         ntk_log_variance=log_ntk if math.isfinite(log_ntk) else None,
@@ -92,7 +95,7 @@ def measured_diagnosis(
         shares=shares,
         lambda_max=largest,
         largest_learning_rate=eta,
-        remarks=_remarks(model, found, seeds),
+        remarks=_remarks(model, found, num_networks),
         inputs=probe.size,
     )
 
@@ -198,12 +201,12 @@ def _findings(
     return tuple(found)
 
 
-def _remarks(model: nn.Module, found: ReinitializedNetworks, seeds: int) -> tuple[str, ...]:
+def _remarks(model: nn.Module, found: ReinitializedNetworks, num_networks: int) -> tuple[str, ...]:
     remarks = []
     if found.refusal is not None:
         remarks.append(f"no other seeds were drawn, so that there is no spread: {found.refusal}")
-    elif not seeds:
-        remarks.append("seeds = 0: this network alone was measured, there is no spread")
+    elif not num_networks:
+        remarks.append("num_networks = 0: this network alone was measured, there is no spread")
     if found.ntk_refusal is not None:
         remarks.append(f"the NTK itself was not measured: {found.ntk_refusal}")
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):

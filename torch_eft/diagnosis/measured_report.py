@@ -10,7 +10,7 @@ from torch_eft.diagnosis.text import bullets, table, with_error
 
 @dataclass(frozen=True)
 class Block:
-    """A place that everything passes: the output of a layer or residual block.
+    """A bottleneck, which everything passes: the output of a layer or residual block.
 
     Args:
         name: Of the module.
@@ -40,12 +40,12 @@ class MeasuredDiagnosis:
         network: Its class and size.
         reason: Why the theory does not cover it.
         verdict: A sentence: gradients vanish, explode or neither.
-        warnings: What is wrong, each with its remedy.
+        warnings: Problems, each with its remedy.
         advice: The remedies.
         blocks: The bottlenecks in order; empty if none were found.
         gradient_growth: Squared gradients at the first place over those at the last; None with fewer than two places.
         signal_growth: Mean square of the features at the last place over that at the first; None likewise.
-        seeds: Networks drawn anew.
+        num_networks: Networks drawn anew.
         output_scale: Root mean square of the outputs over networks (of this one if no others were drawn).
         output_spread: Standard deviation of an output from seed to seed; None without seeds.
         ntk_log_variance: Var log tr H over seeds; None without.
@@ -60,6 +60,13 @@ class MeasuredDiagnosis:
         remarks: What limits the measurement.
         inputs: N.
         kind: ``"measured"``.
+
+    Example:
+        >>> import torch, torch_eft as eft
+        >>> layers = torch.nn.Conv1d(1, 4, 3), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(24, 2)
+        >>> report = eft.diagnose(torch.nn.Sequential(*layers), torch.eye(8)[:2, None], num_networks=2)
+        >>> report.kind, report.inputs, report.num_networks
+        ('measured', 2, 2)
     """
 
     network: str
@@ -70,7 +77,7 @@ class MeasuredDiagnosis:
     blocks: tuple[Block, ...]
     gradient_growth: float | None
     signal_growth: float | None
-    seeds: int
+    num_networks: int
     output_scale: float
     output_spread: float | None
     ntk_log_variance: float | None
@@ -94,7 +101,7 @@ class MeasuredDiagnosis:
         return asdict(self)
 
     def __str__(self) -> str:
-        """The report as Markdown, readable as plain text too."""
+        """Return the report as Markdown, readable as plain text too."""
         return _text(self)
 
 
@@ -128,7 +135,7 @@ def _text(diagnosis: MeasuredDiagnosis) -> str:
 
 
 def _measured(diagnosis: MeasuredDiagnosis) -> list[str]:
-    found, over = [], f"measured over {diagnosis.seeds} seeds"
+    found, over = [], f"measured over {diagnosis.num_networks} seeds"
     if diagnosis.signal_growth is not None:
         found.append(f"measured: mean square of the features, last place over first: {diagnosis.signal_growth:.3g}")
     if diagnosis.output_spread is not None:

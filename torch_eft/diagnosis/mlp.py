@@ -30,13 +30,17 @@ _COMPARED = 64
 
 
 def derived_diagnosis(ensemble: MLPEnsemble, x: Tensor | None = None) -> Diagnosis:
-    """The diagnosis of an ensemble, given or read off a network.
+    """Diagnose an ensemble, given or read off a network.
 
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, ...), flattened here; without them, one input with |x|^2 = n_0.
 
+    Returns:
+        The diagnosis, with its text.
+
     Raises:
+        QuadratureError: If no quadrature resolves the activation.
         ValueError: If ``x`` does not fit, or the signal leaves float64.
     """
     inputs = None if x is None else x.detach().flatten(1).double()

@@ -41,21 +41,31 @@ class Share:
 
 
 def average_trajectories(trajectories: Iterable[Trajectory], provenance: str) -> Trajectory:
-    """Mean and band over networks drawn independently of one distribution.
+    """Average trajectories of networks drawn independently from one distribution, with their band.
 
     Args:
         trajectories: Each of one network, with the same steps and points; at least 2. They may come one by one.
-        provenance: Of what they are an average; the number of networks is added.
+        provenance: A description of the networks; their number is added.
 
     Returns:
         A ``Trajectory``: ``output_covariance`` is the unbiased covariance between networks; ``output_error``,
         ``ntk_error`` and ``ntk_drift_error`` are standard errors of means; truncations are means of the networks'
         sizes, which bound that of the mean. A field that one network lacks is None. The verdict is the worst on a
         network, unless fewer than half are "invalid" and the average's own next order is below order 0: then
-        "caution". Its sentence tells the share.
+        "caution". Its reasons give the share.
 
     Raises:
         ValueError: If there are fewer than two, or they differ in steps or shapes.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import Validity, average_trajectories, trajectory_from_records
+        >>> def run(size):
+        ...     outputs = [torch.zeros(1, 1), torch.full((1, 1), size)]
+        ...     return trajectory_from_records([0, 1], outputs, "one run", Validity("valid", "measured"))
+        >>> average = average_trajectories([run(1.0), run(3.0)], "two runs")
+        >>> float(average.output_mean[1]), float(average.output_covariance[1]), float(average.output_error[1])
+        (2.0, 2.0, 1.0)
     """
     averages = Averages()
     for trajectory in trajectories:
@@ -164,7 +174,7 @@ def relative_truncation(trajectory: Trajectory) -> float:
 
 
 def _judged(average: Trajectory, share: Share) -> Trajectory:
-    """With its verdict."""
+    """Return the average with its verdict."""
     size = relative_truncation(average)
     outside = share.counts["invalid"]
     flag = share.worst.flag

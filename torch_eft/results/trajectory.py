@@ -76,6 +76,17 @@ class Trajectory:
         output_error: (T+1, N_p, C), the standard error of ``output_mean`` where it is an average over networks.
         ntk_error: (T+1, N_p, N_p, C, C), that of ``ntk_mean``.
         ntk_drift_error: Same shape, that of ``ntk_drift``, in which the spread of the NTK at the start cancels.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import Trajectory, Validity
+        >>> Trajectory(torch.arange(3), torch.zeros(3, 2, 1), None, None, None, "zeros", Validity("valid", "exact"))
+        Trajectory(
+          steps: (3,) int64
+          output_mean: (3, 2, 1) float32
+          provenance: zeros
+          validity: valid: exact
+        )
     """
 
     steps: Tensor
@@ -104,7 +115,7 @@ def trajectory_from_records(
     ntks: Sequence[Tensor] | None = None,
     train_outputs: Sequence[Tensor] | None = None,
 ) -> Trajectory:
-    """The trajectory of one network out of what was recorded while it trained.
+    """Return the trajectory of one network from what was recorded while it trained.
 
     Args:
         steps: Increasing optimizer steps, one per record.
@@ -120,6 +131,13 @@ def trajectory_from_records(
 
     Raises:
         ValueError: If there is no record, steps do not increase, or shapes or numbers of records do not agree.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import Validity, trajectory_from_records
+        >>> outputs = [torch.zeros(2, 1), torch.ones(2, 1)]
+        >>> trajectory_from_records([0, 5], outputs, "one run", Validity("valid", "measured")).output_mean.shape
+        torch.Size([2, 2, 1])
     """
     if not steps or any(b <= a for a, b in zip(steps, steps[1:], strict=False)):
         raise ValueError(f"steps: {list(steps)} given; give at least one record, at increasing steps")

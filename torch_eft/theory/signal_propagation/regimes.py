@@ -66,29 +66,59 @@ def regime(r: float, epsilon: float) -> str:
 
 
 def infinite_width_validity(ensemble: MLPEnsemble, x: Tensor | None = None) -> Validity:
-    """Where the infinite-width theory (order 0) holds for this ensemble, judged by the larger of r and epsilon."""
+    """Judge the infinite-width theory (order 0) for this ensemble by the larger of r and epsilon.
+
+    Args:
+        ensemble: The ensemble.
+        x: Inputs, (N, n_0); without them, one input with |x|^2 = n_0.
+
+    Returns:
+        A ``Validity`` whose numbers are ``aspect_ratio`` and ``epsilon``.
+
+    Example:
+        >>> from torch_eft.theory import MLPEnsemble, infinite_width_validity
+        >>> infinite_width_validity(MLPEnsemble([10, 1000, 1], "relu", C_W=2.0)).flag
+        'valid'
+    """
     r, epsilon = ensemble.aspect_ratio, output_fluctuation(ensemble, x)
     size = f"r = L/n = {r:.3g}, epsilon = Var G/E[G]^2 = {epsilon:.3g}; {regime(r, epsilon)}"
     if max(r, epsilon) >= TOO_DEEP:
-        return Validity("invalid", f"infinite width does not describe this network: {size}. Use fewer or wider layers")
+        reason = f"infinite width does not describe this network: {size}. Use fewer or wider layers"
+        return Validity("invalid", reason, {"aspect_ratio": r, "epsilon": epsilon})
     remark = (
         "In training the NTK and the representations of a real network move by order r, more for larger targets; "
         "order 0 has neither: read it against the measured NTK drift"
     )
     flag: Literal["valid", "caution"] = "valid" if max(r, epsilon) < EDGE else "caution"
-    return Validity(flag, f"infinite width (order 0): {size}. {remark}")
+    return Validity(flag, f"infinite width (order 0): {size}. {remark}", {"aspect_ratio": r, "epsilon": epsilon})
 
 
 def first_order_validity(ensemble: MLPEnsemble, x: Tensor | None = None) -> Validity:
-    """Where order 1/n holds for this ensemble, judged by the larger of r and epsilon.
+    """Judge order 1/n for this ensemble by the larger of r and epsilon.
 
-    What it neglects is, relative to the terms that it keeps, of the size 1 - epsilon / (e^epsilon - 1) where G is
-    lognormal, as in scale-invariant networks (PDLT 3.2), and of that order elsewhere.
+    Relative to the terms that it keeps, it neglects 1 - epsilon / (e^epsilon - 1) where G is lognormal, as in
+    scale-invariant networks (PDLT 3.2), and terms of that order elsewhere.
+
+    Args:
+        ensemble: The ensemble.
+        x: Inputs, (N, n_0); without them, one input with |x|^2 = n_0.
+
+    Returns:
+        A ``Validity`` whose numbers are ``aspect_ratio``, ``epsilon`` and ``relative_neglected``.
+
+    Example:
+        >>> from torch_eft.theory import MLPEnsemble, first_order_validity
+        >>> validity = first_order_validity(MLPEnsemble([10, 50, 50, 1], "relu", C_W=2.0))
+        >>> validity.flag, validity.numbers["aspect_ratio"], round(validity.numbers["epsilon"], 3)
+        ('caution', 0.06, 0.2)
     """
     r, epsilon = ensemble.aspect_ratio, output_fluctuation(ensemble, x)
     neglected = 1 - epsilon / math.expm1(epsilon) if 0 < epsilon < 700 else float(epsilon > 0)
+    numbers = {"aspect_ratio": r, "epsilon": epsilon, "relative_neglected": neglected}
     size = f"r = L/n = {r:.3g}, epsilon = Var G/E[G]^2 = {epsilon:.3g}; {regime(r, epsilon)}"
     if max(r, epsilon) >= TOO_DEEP:
-        return Validity("invalid", f"order 1/n does not describe this network: {size}. Use fewer or wider layers")
+        reason = f"order 1/n does not describe this network: {size}. Use fewer or wider layers"
+        return Validity("invalid", reason, numbers)
     flag: Literal["valid", "caution"] = "valid" if max(r, epsilon) < EDGE else "caution"
-    return Validity(flag, f"order 1/n: {size}. Neglected terms are about {100 * neglected:.2g} % of those of order 1/n")
+    reason = f"{size}. Neglected terms are about {100 * neglected:.2g} % of those of order 1/n"
+    return Validity(flag, reason, numbers)
