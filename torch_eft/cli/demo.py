@@ -82,7 +82,7 @@ class _Progress(pl.Callback):
 
 
 def load_digits_split() -> tuple[Tensor, Tensor, Tensor]:
-    """Training inputs (64, 64), one-hot targets (64, 10) and probe inputs (16, 64), centered, |x|^2 = n_0.
+    """Return training inputs (64, 64), one-hot targets (64, 10) and probe inputs (16, 64), centered, |x|^2 = n_0.
 
     Raises:
         ImportError: If scikit-learn is missing.
@@ -100,7 +100,7 @@ def load_digits_split() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def demo_ensemble(width: int, depth: int, activation: str, n_0: int) -> MLPEnsemble:
-    """A critical MLP whose single torch learning rate is the learning-rate tensor.
+    """Return a critical MLP whose single torch learning rate is the learning-rate tensor.
 
     Raises:
         ValueError: If the shape is not usable, or the activation has no critical initialization.

@@ -156,10 +156,10 @@ def _inputs(shape: Sequence[int]) -> Tensor:
 
 
 def _model(reference: str) -> tuple[nn.Module, Any]:
-    """The module and the inputs that ``package.module:factory`` names; nothing else is imported.
+    """Return the module and the inputs that ``package.module:factory`` names; nothing else is imported.
 
     Raises:
-        ValueError: If it names none, with what it names.
+        ValueError: If it names no module with inputs; the message says what it names.
     """
     place, separator, name = reference.partition(":")
     if not (place and separator and name):

@@ -230,8 +230,9 @@ def _findings(
 
 
 def _narrower(ratio: AspectRatio) -> str:
-    """At order 1/n both r and epsilon fall as 1/n when all hidden widths grow together; with the depth about linearly.
+    """Return advice on width and depth.
 
+    At order 1/n both r and epsilon fall as 1/n when all hidden widths grow together, and about linearly with depth.
     epsilon = 0.18 at order 1/n is at most e^0.18 - 1 = 0.197 at all orders.
     """
     factor = math.ceil(max(ratio.r / EDGE, ratio.epsilon / 0.18) * 10 + 1e-9) / 10

@@ -70,7 +70,7 @@ class DepthWidthPlane:
 
 
 def phase_plane(ensemble: MLPEnsemble, ratio: AspectRatio, mean_square: float = 1.0) -> PhasePlane:
-    """The phase plane around an ensemble.
+    """Return the phase plane around an ensemble.
 
     Args:
         ensemble: The ensemble; needs a hidden layer.
@@ -96,7 +96,7 @@ def phase_plane(ensemble: MLPEnsemble, ratio: AspectRatio, mean_square: float = 
 
 
 def depth_width_plane(ensemble: MLPEnsemble, ratio: AspectRatio, mean_square: float = 1.0) -> DepthWidthPlane:
-    """The depth-width plane: hidden layers of equal width, C_b and C_W of this network's last layer.
+    """Return the depth-width plane: hidden layers of equal width, C_b and C_W of this network's last layer.
 
     Args:
         ensemble: The ensemble; needs a hidden layer.

@@ -48,10 +48,10 @@ def variant(
     spread: SeedSpread | None = None,
     drift: ExpectedDrift | None = None,
 ) -> Variant:
-    """The numbers of one ensemble.
+    """Return the numbers of one ensemble.
 
     Args:
-        name: Which ensemble, for the column's head.
+        name: Head of its column.
         ensemble: The ensemble.
         x: Inputs, (N, n_0), or None.
         ratio: Its aspect ratio, if it is known already.
@@ -97,7 +97,7 @@ def twice_as_wide(ensemble: MLPEnsemble) -> MLPEnsemble:
 
 
 def _like(ensemble: MLPEnsemble, widths: list[int], layers: list[int]) -> MLPEnsemble:
-    """With the parameters of ``layers`` of ``ensemble``.
+    """Return an ensemble of other widths with the parameters of ``layers`` of ``ensemble``.
 
     lambda_W proportional to the fan-in is one torch learning rate for all weights: it stays that; else lambda_W does.
     """

@@ -156,9 +156,9 @@ class Averages:
 
 
 def relative_truncation(trajectory: Trajectory) -> float:
-    """The largest next order of the output or the NTK, over how far outputs move and over the NTK; NaN counts as inf.
+    """Return the largest next order, of the output over its motion or of the NTK over itself; NaN counts as inf.
 
-    0 where no truncation is known.
+    It is 0 where no truncation is known.
     """
     z, H = trajectory.output_mean, trajectory.ntk_mean
     sizes = [0.0]

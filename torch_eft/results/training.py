@@ -180,7 +180,7 @@ class Training:
                 )
 
     def summed(self, outputs: int) -> "Training":
-        """The same training on full batches of the squared error with ``reduction="sum"``, the rates scaled.
+        """Return the same training on full batches of the squared error with ``reduction="sum"``, the rates scaled.
 
         Args:
             outputs: Number of training outputs, N C: what a mean is over.
@@ -265,7 +265,7 @@ class Training:
 
 
 def as_training(training: Training | None, **keywords: Any) -> Training:
-    """The training that a forecast was given, either whole or by keywords.
+    """Return the training that a forecast was given, either whole or by keywords.
 
     Args:
         training: A ``Training``, or None.

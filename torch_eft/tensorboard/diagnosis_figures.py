@@ -26,7 +26,7 @@ _REGIMES = (
 
 
 def planes_figure(phase: PhasePlane, shape: DepthWidthPlane) -> "Figure":
-    """Both planes with this network marked by a star.
+    """Return a figure of both planes with this network marked by a star.
 
     Args:
         phase: The phase plane.

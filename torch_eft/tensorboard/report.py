@@ -90,7 +90,7 @@ def report_page(data: dict[str, Any]) -> str:
 
 
 def bundle(entry: str) -> str:
-    """A module and all that it imports as one text, each before those that need it.
+    """Return a module and all that it imports as one text, each before those that need it.
 
     The modules share one scope there, so their top-level names must differ, and imports are of the one form
     ``import { a, b } from "./x.js";``.

@@ -27,7 +27,7 @@ SCHEMA = 1
 
 
 def run_info_summary(info: Mapping[str, Any]) -> Any:
-    """The run info as a TensorBoard ``Summary``: a string tensor under ``eft/run``.
+    """Return the run info as a TensorBoard ``Summary``: a string tensor under ``eft/run``.
 
     Raises:
         TypeError: If the info holds what JSON cannot say.
@@ -67,7 +67,7 @@ def parse_run_info(text: str | bytes) -> dict[str, Any] | None:
 
 
 def dump_json(value: Any) -> str:
-    """Strict JSON, on one line: what is not finite becomes null.
+    """Return strict JSON, on one line: numbers that are not finite become null.
 
     Raises:
         TypeError: If the value holds what JSON cannot say.
@@ -127,7 +127,7 @@ class Records:
 
 
 def read_jsonl(path: str | Path) -> Records:
-    """Read an ``eft.jsonl``; lines that cannot be read are skipped and counted.
+    """Return the content of an ``eft.jsonl``; lines that cannot be read are skipped and counted.
 
     Raises:
         OSError: If the file cannot be opened.
@@ -159,7 +159,8 @@ def _take(records: Records, events: list[Any], line: dict[str, Any]) -> None:
     """Add one line's content; kinds that this version does not know are passed over.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: If the line is not what its kind says.
+        ValueError: If the run info has another schema; like KeyError, TypeError and AttributeError, which come from
+            lines that are not what their kind says, it marks a damaged line.
     """
     kind = line["kind"]
     if kind == "run":
@@ -194,7 +195,7 @@ def _natural(path: Path) -> list[str | int]:
 
 
 def find_jsonl(path: str | Path) -> list[Path]:
-    """The ``eft.jsonl`` files at or below a path, sorted.
+    """Return the ``eft.jsonl`` files at or below a path, sorted.
 
     Raises:
         FileNotFoundError: If there is no such path, or none of our files below it.

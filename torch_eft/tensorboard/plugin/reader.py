@@ -41,7 +41,7 @@ class Reader:
         return {"runs": runs, "others": len(started.keys() - {run["name"] for run in runs})}
 
     def series(self, ctx: Any, experiment: str, run: str, quantities: list[str] | None = None) -> dict[str, Any]:
-        """``{"run", "quantities": {quantity: {series: [[step, value], ...]}}}``; values not finite are None.
+        """Return ``{"run", "quantities": {quantity: {series: [[step, value], ...]}}}``; values not finite are None.
 
         Args:
             ctx: TensorBoard's request context.
@@ -77,7 +77,7 @@ class Reader:
         return {"run": run, "quantities": found}
 
     def events(self, ctx: Any, experiment: str, run: str) -> dict[str, Any]:
-        """``{"run", "events": [{"step", "quantity", "text"}]}`` of the run info.
+        """Return ``{"run", "events": [{"step", "quantity", "text"}]}`` of the run info.
 
         Raises:
             errors.NotFoundError: If the run has no data of ours.
