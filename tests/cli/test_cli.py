@@ -70,10 +70,20 @@ def factories(tmp_path, monkeypatch):
 def test_a_model_is_named_as_package_module_factory(factories, capsys):
     assert main(["diagnose", "--model", f"{factories}:perceptron", "--json"]) in (0, 1)
     assert json.loads(capsys.readouterr().out)["network"] == "MLP 10-100-3, tanh"
-    arguments = ["diagnose", "--model", f"{factories}:convolutional", "--input-shape", "1", "8", "8", "--seeds", "4"]
+    arguments = [
+        "diagnose",
+        "--model",
+        f"{factories}:convolutional",
+        "--input-shape",
+        "1",
+        "8",
+        "8",
+        "--num-networks",
+        "4",
+    ]
     assert main(arguments) in (0, 1)
     assert "measured, not derived" in capsys.readouterr().out
-    assert main(["diagnose", "--model", f"{factories}:with_inputs", "--json", "--seeds", "3"]) in (0, 1)
+    assert main(["diagnose", "--model", f"{factories}:with_inputs", "--json", "--num-networks", "3"]) in (0, 1)
     report = json.loads(capsys.readouterr().out)
     assert (report["kind"], report["inputs"]) == ("measured", 2)
 
@@ -98,7 +108,7 @@ def test_unusable_models_are_one_sentence_and_status_2(reference, message, facto
 
 
 def test_options_that_do_not_belong_together(factories, capsys):
-    assert main(["diagnose", "--model", f"{factories}:perceptron", "--C_W", "2"]) == 2
+    assert main(["diagnose", "--model", f"{factories}:perceptron", "--C_W", "1"]) == 2
     assert "--C_b, --C_W: given with --model" in capsys.readouterr().err
     assert main(["diagnose", "--widths", "4", "8", "2", "--input-shape", "4"]) == 2
     assert "--input-shape: given with --widths" in capsys.readouterr().err
@@ -110,7 +120,7 @@ def test_pictures(factories, capsys, tmp_path):
     for arguments in (
         ["--widths", "8", "30", "30", "3", "--activation", "relu", "--C_W", "2"],
         ["--model", f"{factories}:perceptron"],
-        ["--model", f"{factories}:convolutional", "--input-shape", "1", "8", "8", "--seeds", "3"],
+        ["--model", f"{factories}:convolutional", "--input-shape", "1", "8", "8", "--num-networks", "3"],
     ):
         picture = tmp_path / "picture.png"
         assert main(["diagnose", *arguments, "--picture", str(picture)]) in (0, 1)

@@ -106,12 +106,14 @@ def _add_diagnose(commands: Any) -> None:
         "arguments that returns one, or a pair (module, inputs)",
     )
     _activation(check)
-    check.add_argument("--C_b", type=float, nargs="+", default=[0.0], help="bias variance, one value or one per layer")
-    check.add_argument("--C_W", type=float, nargs="+", default=[1.0], help="n_in * weight variance, likewise")
+    check.add_argument("--C_b", type=float, nargs="+", help="bias variance, one value or one per layer (default 0)")
+    check.add_argument("--C_W", type=float, nargs="+", help="n_in * weight variance, likewise (default 1)")
     check.add_argument(
         "--input-shape", type=int, nargs="+", help=f"of one input of --model: {_INPUTS} standard normal ones are drawn"
     )
-    check.add_argument("--seeds", type=int, default=16, help="networks to draw where it is measured (default 16)")
+    check.add_argument(
+        "--num-networks", type=int, default=16, help="networks to draw where it is measured (default 16)"
+    )
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument("--picture", metavar="FILE", help="draw where the network stands: .png, .svg or .pdf")
     check.set_defaults(run=_diagnose)
@@ -124,13 +126,13 @@ def _diagnose(options: argparse.Namespace) -> int:
         subject: nn.Module | MLPEnsemble = _ensemble(options)
         x = None
     else:
-        if options.C_W != [1.0] or options.C_b != [0.0]:
-            raise ValueError("--C_b, --C_W: given with --model, whose weights tell them; leave them out")
+        if options.C_W is not None or options.C_b is not None:
+            raise ValueError("--C_b, --C_W: given with --model, they are read off its weights; leave them out")
         subject, x = _model(options.model)
         if options.input_shape is not None:
             x = _inputs(options.input_shape)
     try:
-        diagnosis = diagnose(subject, x, num_networks=options.seeds)
+        diagnosis = diagnose(subject, x, num_networks=options.num_networks)
     except NotAnMLPError as error:
         raise ValueError(f"--model {options.model}: {error} (--input-shape, or a pair (module, inputs))") from error
     if options.picture is not None:
@@ -143,10 +145,17 @@ def _ensemble(options: argparse.Namespace) -> MLPEnsemble:
     return MLPEnsemble(
         options.widths,
         options.activation,
-        C_b=options.C_b if len(options.C_b) > 1 else options.C_b[0],
-        C_W=options.C_W if len(options.C_W) > 1 else options.C_W[0],
+        C_b=_per_layer(options.C_b, 0.0),
+        C_W=_per_layer(options.C_W, 1.0),
         lambda_W=options.widths[:-1],
     )
+
+
+def _per_layer(values: list[float] | None, default: float) -> float | list[float]:
+    """Return one value for all layers, or one per layer."""
+    if values is None:
+        return default
+    return values if len(values) > 1 else values[0]
 
 
 def _inputs(shape: Sequence[int]) -> Tensor:
