@@ -48,8 +48,7 @@ class Start:
         self.B = self.M - self.K
         self.train = torch.arange(self.K, self.M, device=self.z.device)
         check_memory(self.M, 8 * 3 * self.M**2, memory)
-        engine = JacobianGram(network, everything, lambdas, memory)
-        self.whole_H = as_matrix(engine.gram()[""][0, 0])
+        self.whole_H = as_matrix(JacobianGram(network, everything, lambdas, memory).ntk())
         self.H = self.whole_H[:, self.train]
 
     def _targets(self, y: Tensor, loss: str | LossFunction) -> Tensor:

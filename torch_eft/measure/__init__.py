@@ -9,7 +9,7 @@ from torch_eft.measure.forward.output import output
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.jacobian.engine import Estimate
 from torch_eft.measure.jets.jet import NoJetRuleError
-from torch_eft.measure.kernels.dntk import AlmostEverywhereWarning, NTKDerivatives, ddntk, dntk, ntk_derivatives
+from torch_eft.measure.kernels.dntk import DDNTK, AlmostEverywhereWarning, NTKDerivatives, ddntk, dntk, ntk_derivatives
 from torch_eft.measure.kernels.metrics import (
     as_matrix,
     as_trace,
@@ -41,6 +41,7 @@ from torch_eft.measure.taylor.series import TaylorSeries, TaylorSizes, taylor_se
 from torch_eft.measure.training_loss import SquaredError, UnrecognizedLossError, recognize_squared_error
 
 __all__ = [
+    "DDNTK",
     "AlmostEverywhereWarning",
     "Coverage",
     "DisplacementTerms",

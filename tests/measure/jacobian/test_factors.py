@@ -50,11 +50,11 @@ def test_gram_matrices_of_all_orders(name):
     model, x, output_fn = build(name)
     with isolated(model, output_fn) as network:
         engine = JacobianGram(network, as_probe(x), {n: 0.5 + 0.1 * i for i, n in enumerate(network.params)})
-        v = directions(network, engine.moving)
-        found, trace = engine.gram(PAIRS, v)[""], engine.gram(PAIRS, v, trace=True)[""]
-        J, (N, C) = jacobians(network, engine.inputs, v, engine.moving)
+        v = directions(network, engine.trainable)
+        found, trace = engine.gram(PAIRS, v), engine.gram(PAIRS, v, trace=True)
+        J, (N, C) = jacobians(network, engine.inputs, v, engine.trainable)
         scale = torch.cat(
-            [torch.full((network.params[n].numel(),), engine.lambdas[n], dtype=torch.float64) for n in engine.moving]
+            [torch.full((network.params[n].numel(),), engine.lambdas[n], dtype=torch.float64) for n in engine.trainable]
         )
     for m, n in PAIRS:
         expected = ((J[m] * scale) @ J[n].T).view(N, C, N, C).permute(0, 2, 1, 3)
@@ -62,7 +62,7 @@ def test_gram_matrices_of_all_orders(name):
         torch.testing.assert_close(found[m, n], expected, rtol=0, atol=atol)
         torch.testing.assert_close(trace[m, n], measure.as_trace(expected), rtol=0, atol=atol)
     assert set(engine.plan.fallback) == FALLBACK.get(name, set())
-    assert engine.method == "jets"
+    assert found.method == trace.method == "jets"
 
 
 @pytest.mark.parametrize("name", ["conv2d", "transposed", "transformer", "lstm", "flattened"])
@@ -70,11 +70,11 @@ def test_the_explicit_and_the_mixed_form_agree(name, monkeypatch):
     model, x, _ = build(name)
     with isolated(model) as network:
         engine = JacobianGram(network, as_probe(x))
-        v = directions(network, engine.moving)
+        v = directions(network, engine.trainable)
         kernels = []
         for weight in (0.0, 1e9):  # mixed where it is possible; explicit where it is possible
             monkeypatch.setattr(gram, "_MIXED", weight)
-            kernels.append(engine.gram(PAIRS, v)[""])
+            kernels.append(engine.gram(PAIRS, v))
     for pair in PAIRS:
         atol = 1e-13 * float(kernels[0][pair].abs().max())
         torch.testing.assert_close(kernels[0][pair], kernels[1][pair], rtol=0, atol=atol)
@@ -86,16 +86,16 @@ def test_blocks_and_crossings_of_every_order(name, monkeypatch):
     model, x, _ = build(name)
     with isolated(model) as network:
         engine = JacobianGram(network, as_probe(x))
-        v = directions(network, engine.moving)
-        whole = engine.gram(PAIRS, v)[""]
+        v = directions(network, engine.trainable)
+        whole = engine.gram(PAIRS, v)
         few = JacobianGram(network, as_probe(x[:1]))
-        crossed = few.gram(PAIRS, v, other=engine)[""]
+        crossed = few.gram(PAIRS, v, other=engine)
         monkeypatch.setattr(gram, "_ROWS", 1)
         monkeypatch.setattr(gram, "FORMED", 1)
         monkeypatch.setattr(gram, "BLOCK_BYTES", 1)
         engine.memory = engine.estimate(3, 4).kernels + 2 * engine.estimate(3, 4).sample
         assert engine.estimate(3, 4).block == 1
-        blocks = engine.gram(PAIRS, v)[""]
+        blocks = engine.gram(PAIRS, v)
     for pair in PAIRS:
         atol = 1e-13 * float(whole[pair].abs().max())
         torch.testing.assert_close(blocks[pair], whole[pair], rtol=0, atol=atol)

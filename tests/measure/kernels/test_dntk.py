@@ -106,7 +106,7 @@ def test_whole_tensors_contract_to_the_directional_ones(name):
         (found.ddI, torch.einsum("abcdijkl,ck,dl->abij", ddI, e, e)),
         (found.ddII, torch.einsum("abcdijkl,ck,dl->abij", ddII, e, e)),
         (measure.dntk(model, x, lambdas=lambdas, direction=e), found.dH),
-        (measure.ddntk(model, x, lambdas=lambdas, direction=e)[1], found.ddII),
+        (measure.ddntk(model, x, lambdas=lambdas, direction=e).ddII, found.ddII),
         (measure.ntk_derivatives(model, x, e, lambdas=lambdas, trace=True).ddI, measure.as_trace(found.ddI)),
     ):
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
@@ -182,7 +182,9 @@ def test_networks_with_kinks_are_labeled():
     e = randn(3, 2, seed=1)
     found = measure.ntk_derivatives(model, x, e)
     assert found.kinked == ("relu",)
-    assert found.validity.startswith("almost everywhere: the network has kinks (relu), whose crossings contribute")
+    assert found.validity.flag == "caution" and found.validity.reason.startswith(
+        "almost everywhere: the network has kinks (relu), whose crossings contribute"
+    )
     for action in (
         lambda: measure.dntk(model, x),
         lambda: measure.dntk(model, x, direction=e),
@@ -194,7 +196,7 @@ def test_networks_with_kinks_are_labeled():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         measure.dntk(model, x)
-    assert measure.ntk_derivatives(model, x, e).validity == "the derivatives of a smooth network"
+    assert measure.ntk_derivatives(model, x, e).validity.reason == "the derivatives of a smooth network"
 
 
 class Distances(nn.Module):
@@ -237,7 +239,10 @@ def test_a_wrong_derivative_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(direction=torch.ones(2, 2)), r"direction: \(2, 2\) given; give \(3, 2\), a number for every sample"),
+        (
+            dict(direction=torch.ones(2, 2)),
+            r"direction: \(2, 2\) given; give a tensor \(3, 2\), a number",
+        ),
         (dict(direction={"0.weight": torch.ones(4, 3)}), r"direction: '0.bias' is missing"),
         (
             dict(
@@ -248,7 +253,7 @@ def test_a_wrong_derivative_is_refused(monkeypatch):
                     "2.bias": torch.ones(2),
                 }
             ),
-            r"direction: \(3, 4\) given for '0.weight', which is \(4, 3\)",
+            r"direction: '0.weight' has shape \(3, 4\), the parameter \(4, 3\)",
         ),
         (dict(memory=1000), r"memory: .* GiB needed for the whole dH of 3 samples and 2 outputs"),
     ],

@@ -97,9 +97,10 @@ class DNTKPart(Instrument):
             values |= {tag("ddntk_along_gradient"): found.ddntk, tag("ddntk_along_gradient", "order_0"): 0.0}
         late: History = {pending.step: values}
         report = Reading(late=late)
-        if found.validity != self._validity:
-            self._validity = found.validity
+        if found.validity.reason != self._validity:
+            self._validity = found.validity.reason
             report.pages["dntk"] = (
-                f"dNTK and ddNTK along the training gradient: {found.validity}. It takes {memory(visit.network, 2)}."
+                f"dNTK and ddNTK along the training gradient: {found.validity.reason}. "
+                f"It takes {memory(visit.network, 2)}."
             )
         return report

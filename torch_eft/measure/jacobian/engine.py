@@ -1,10 +1,9 @@
 """Gram matrices of a network's Jacobian and its derivatives along a direction: planned, verified, in blocks."""
 
-import itertools
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,9 +20,11 @@ from torch_eft.measure.forward.checks import (
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import Probe
+from torch_eft.measure.forward.structure import all_finite
+from torch_eft.measure.jacobian.blocks import GramBlocks, summed_over_outputs
 from torch_eft.measure.jacobian.factors import jacobian_factors
 from torch_eft.measure.jacobian.fallback import reverse_factors
-from torch_eft.measure.jacobian.gram import Factor, Orders, OuterProductFactor, add_gram, mirror
+from torch_eft.measure.jacobian.gram import Factor, Orders
 from torch_eft.measure.jacobian.plan import Plan, make_plan, sample_count, slice_of
 from torch_eft.measure.jacobian.verification import mismatches
 from torch_eft.measure.jets.jet import NoJetRuleError
@@ -84,8 +85,25 @@ def _size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.2g} MiB"
 
 
+@dataclass(frozen=True)
+class GramMatrices:
+    """Gram matrices of the Jacobian's Taylor coefficients along a direction.
+
+    Args:
+        matrices: ``{(m, n): J_m lambda J_n^T}``, ``[a, b, i, j]``, (N, N', C, C) or, for a trace, (N, N').
+        method: How the coefficients were computed: ``"jets"``, or ``"reverse mode"`` and why.
+    """
+
+    matrices: dict[Orders, Tensor]
+    method: str
+
+    def __getitem__(self, orders: Orders) -> Tensor:
+        """Return one of the matrices."""
+        return self.matrices[orders]
+
+
 class JacobianGram:
-    """A network on a probe, with lambda.
+    """Gram matrices of the Jacobian of a network on a probe, weighted with lambda.
 
     Args:
         network: The network, isolated.
@@ -97,8 +115,8 @@ class JacobianGram:
         samples: N.
         outputs: C.
         lambdas: ``{parameter: lambda}``, those above 0.
-        plan: How each parameter's Jacobian is had.
-        method: How its derivatives are: by ``"jets"``, or ``"reverse mode"`` and why.
+        trainable: Their names.
+        plan: How each parameter's Jacobian is computed.
 
     Raises:
         ValueError: If the network cannot be measured; the message says why.
@@ -113,14 +131,13 @@ class JacobianGram:
     ) -> None:
         self.network = network
         self.lambdas = checked_lambdas(network, lambdas)
-        self.moving = list(self.lambdas)
+        self.trainable = list(self.lambdas)
         self.memory = memory
         self.inputs = network.place(probe)
         self.samples = probe.size
         self.plan = self._planned(probe)
         self.outputs = self.plan.outputs
-        self.method = JETS
-        self._like = network.params[self.moving[0]] if self.moving else next(iter(network.params.values()))
+        self._like = network.params[self.trainable[0]] if self.trainable else next(iter(network.params.values()))
 
     # ---- planning
 
@@ -128,7 +145,7 @@ class JacobianGram:
         shapes = [(name, value.shape, value.dtype) for name, value in self.network.params.items()]
         leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
         inputs = [(leaf.shape[1:], leaf.dtype) for leaf in leaves]
-        return str((shapes, inputs, self.moving, self.samples == 1, id(self.network.output_fn)))
+        return str((shapes, inputs, self.trainable, self.samples == 1, id(self.network.output_fn)))
 
     def _planned(self, probe: Probe) -> Plan:
         def make() -> Plan:
@@ -137,7 +154,7 @@ class JacobianGram:
                 outputs = checked_output(self.network, probe)
             check_batch_independence(self.network, probe, outputs)
             few = slice_of(self.inputs, 0, min(3, self.samples))
-            return self._verified(make_plan(self.network, self.inputs, self.moving, {}), few)
+            return self._verified(make_plan(self.network, self.inputs, self.trainable, {}), few)
 
         return _plans.get_or_make(self.network, self._key(), make)
 
@@ -145,17 +162,17 @@ class JacobianGram:
         """The plan, with what does not agree with an ordinary backward pass left to the fallback."""
         for attempt in range(2):
             try:
-                factors = jacobian_factors(self.network, few, self.moving, plan)
+                factors = jacobian_factors(self.network, few, self.trainable, plan)
             except CheckpointError:
                 reason = "a checkpoint runs its part of the forward again, unrecorded"
-                plan = make_plan(self.network, self.inputs, self.moving, dict.fromkeys(self.moving, reason))
-                factors = jacobian_factors(self.network, few, self.moving, plan)
-            wrong = mismatches(self.network, few, factors, self.moving)
+                plan = make_plan(self.network, self.inputs, self.trainable, dict.fromkeys(self.trainable, reason))
+                factors = jacobian_factors(self.network, few, self.trainable, plan)
+            wrong = mismatches(self.network, few, factors, self.trainable)
             if not wrong:
                 return plan
             if attempt == 0:
                 refused = {name: f"its factors disagree with backward: {found}" for name, found in wrong.items()}
-                plan = make_plan(self.network, self.inputs, self.moving, {**plan.fallback, **refused})
+                plan = make_plan(self.network, self.inputs, self.trainable, {**plan.fallback, **refused})
         name, found = next(iter(wrong.items()))
         raise ValueError(
             f"model: the Jacobian of {name!r} cannot be trusted: |u . J| is {found}. The forward is no function of "
@@ -166,18 +183,27 @@ class JacobianGram:
     # ---- memory
 
     def estimate(
-        self, orders: int = 1, kernels: int = 1, columns: int | None = None, outputs: int | None = None
+        self,
+        orders: int = 1,
+        kernels: int = 1,
+        columns: int | None = None,
+        outputs: int | None = None,
+        method: str = JETS,
     ) -> Estimate:
-        """What Gram matrices take.
+        """Estimate the memory of Gram matrices.
 
         Args:
             orders: Number of Taylor coefficients of the Jacobian.
             kernels: Number of results.
             columns: Number of samples of the columns, if others than the rows.
             outputs: C of the results; 1 for a trace.
+            method: See ``GramMatrices``.
+
+        Returns:
+            The estimate, with blocks as large as fit.
 
         Raises:
-            ValueError: If not even one sample fits, or the results do not.
+            MemoryLimitError: If not even one sample fits, or the results do not.
         """
         count, channels = self.samples, self.outputs
         size = self._like.element_size()
@@ -186,8 +212,8 @@ class JacobianGram:
         numels = {name: value.numel() for name, value in self.network.params.items()}
         fallback = channels * sum(numels[name] for name in self.plan.fallback) * size
         sample = orders * (self.plan.sample_bytes + 2 * fallback)
-        if self.method != JETS:
-            sample = (orders + 1) * channels * sum(numels[name] for name in self.moving) * size
+        if method != JETS:
+            sample = (orders + 1) * channels * sum(numels[name] for name in self.trainable) * size
         whole = result + count * sample
         if columns is None and whole <= self.memory:
             return Estimate(sample, result, count, 1, whole)
@@ -203,117 +229,137 @@ class JacobianGram:
 
     # ---- computing
 
-    def gram(
-        self,
-        pairs: Collection[Orders] = ((0, 0),),
-        direction: Mapping[str, Tensor] | None = None,
-        trace: bool = False,
-        group: Callable[[str], str] | None = None,
-        other: "JacobianGram | None" = None,
-    ) -> dict[str, dict[Orders, Tensor]]:
-        """J_m lambda J_n^T for every pair of orders (m, n).
+    def ntk(self, *, trace: bool = False, other: "JacobianGram | None" = None) -> Tensor:
+        """Return J lambda J^T.
 
         Args:
-            pairs: Orders of rows and columns.
-            direction: What J is differentiated along, ``{parameter: tensor}``; needed above order 0.
             trace: Average over outputs.
-            group: From parameter to the name of a part of the result; None is the whole, named "".
             other: The columns' network and probe; None for those of the rows.
 
         Returns:
-            ``{group: {(m, n): [a, b, i, j]}}``, (N, N', C, C) or, for a trace, (N, N').
+            ``[a, b, i, j]``, (N, N', C, C) or, for a trace, (N, N').
+        """
+        return self.ntk_parts(None, trace=trace, other=other)[""]
+
+    def ntk_parts(
+        self, part_of: Callable[[str], str] | None, *, trace: bool = False, other: "JacobianGram | None" = None
+    ) -> dict[str, Tensor]:
+        """Return J lambda J^T by groups of parameters.
+
+        Args:
+            part_of: From parameter to the name of its group; None for one group named "".
+            trace: See ``ntk``.
+            other: See ``ntk``.
+
+        Returns:
+            ``{group: (N, N', C, C) or (N, N')}``, which add up to the whole.
+        """
+        parts = self._computed([(0, 0)], None, JETS, trace, part_of, other)
+        return {name: matrices[0, 0] for name, matrices in parts.items()}
+
+    def gram(
+        self,
+        pairs: Collection[Orders],
+        direction: Mapping[str, Tensor],
+        *,
+        trace: bool = False,
+        other: "JacobianGram | None" = None,
+    ) -> GramMatrices:
+        """Return J_m lambda J_n^T for every pair of orders (m, n), J = J_0 + s J_1 + .. along a direction.
+
+        Args:
+            pairs: Orders of rows and columns.
+            direction: ``{parameter: tensor}`` for every parameter of ``trainable``.
+            trace: See ``ntk``.
+            other: See ``ntk``.
         """
         order = max(max(pair) for pair in pairs)
-        if order:
-            assert direction is not None
-            self.method = self._verified_method(order, direction)
-        labels = {name: "" if group is None else group(name) for name in self.moving}
-        groups = sorted(set(labels.values())) or [""]
-        channels = 1 if trace else self.outputs
+        method = self._method(order, direction) if order else JETS
+        return GramMatrices(self._computed(pairs, direction, method, trace, None, other)[""], method)
+
+    def gram_blocks(
+        self,
+        pairs: Collection[Orders] = ((0, 0),),
+        *,
+        trace: bool = False,
+        part_of: Callable[[str], str] | None = None,
+        other: "JacobianGram | None" = None,
+    ) -> GramBlocks:
+        """Return the sums to which blocks are added, zero at first; arguments as for ``gram`` and ``ntk_parts``."""
+        C = 1 if trace else self.outputs
+        shape = (C, self.samples, C, self.samples if other is None else other.samples)
+        labels = {name: "" if part_of is None else part_of(name) for name in self.trainable}
+        return GramBlocks(self._like, shape, pairs, self.lambdas, labels, other is None)
+
+    def _computed(
+        self,
+        pairs: Collection[Orders],
+        direction: Mapping[str, Tensor] | None,
+        method: str,
+        trace: bool,
+        part_of: Callable[[str], str] | None,
+        other: "JacobianGram | None",
+    ) -> dict[str, dict[Orders, Tensor]]:
+        order = max(max(pair) for pair in pairs)
         columns = self if other is None else other
-        N, M = self.samples, columns.samples
-        estimate = self.estimate(order + 1, len(pairs) * len(groups), None if other is None else M, channels)
+        sums = self.gram_blocks(pairs, trace=trace, part_of=part_of, other=other)
+        kernels = len(pairs) * len(sums.parts)
+        estimate = self.estimate(
+            order + 1, kernels, None if other is None else other.samples, 1 if trace else None, method
+        )
         _log.info("torch_eft: %s", estimate)
-        results = {g: {pair: self._like.new_zeros(channels, N, channels, M) for pair in pairs} for g in groups}
-        parts = self._blocks(estimate.block, order, direction, trace)
-        for i, (row, first) in enumerate(parts):
-            others: Iterable[tuple[slice, list[Factor]]] = [(row, first)] if other is None else []
+        blocks = self._blocks(estimate.block, order, direction, method, trace)
+        for i, (row, first) in enumerate(blocks):
+            if other is None:
+                sums.add(row, row, first, first)
             if other is not None or estimate.blocks > 1:
-                later = columns._blocks(estimate.block, order, direction, trace, (i + 1) if other is None else 0)
-                others = itertools.chain(others, later)
-            for column, second in others:
-                same = other is None and column == row
-                self._add_block(results, (row, column), (first, second), labels, same, other is None)
-        scale = 1 / self.outputs if trace else 1.0
-        return {
-            g: {pair: _finished(value, scale, trace) for pair, value in found.items()} for g, found in results.items()
-        }
+                start = (i + 1) if other is None else 0
+                for column, second in columns._blocks(estimate.block, order, direction, method, trace, start):
+                    sums.add(row, column, first, second)
+        return sums.finished(self.outputs if trace else None)
 
     def _blocks(
-        self, block: int, order: int, direction: Mapping[str, Tensor] | None, trace: bool, start: int = 0
+        self,
+        block: int,
+        order: int,
+        direction: Mapping[str, Tensor] | None,
+        method: str,
+        trace: bool,
+        start: int = 0,
     ) -> Iterator[tuple[slice, list[Factor]]]:
         """Samples and their factors, block by block from block number ``start``."""
         for begin in range(start * block, self.samples, block):
             inputs = slice_of(self.inputs, begin, block)
-            factors = self._factors(inputs, direction, order)
-            samples = slice(begin, begin + sample_count(inputs))
-            yield samples, [part for factor in factors for part in factor.traced()] if trace else factors
+            if method == JETS:
+                factors = self.factors(inputs, direction, order)
+            else:
+                assert direction is not None
+                factors = reverse_factors(self.network, inputs, self.trainable, direction, order)
+            yield slice(begin, begin + sample_count(inputs)), summed_over_outputs(factors) if trace else factors
 
-    def _add_block(
-        self,
-        results: Mapping[str, Mapping[Orders, Tensor]],
-        samples: tuple[slice, slice],
-        factors: tuple[list[Factor], list[Factor]],
-        labels: Mapping[str, str],
-        same: bool,
-        symmetric: bool,
-    ) -> None:
-        """One block of every result, and with it the block that is its mirror image."""
-        rows, columns = samples
-        pairs = list(next(iter(results.values())))
-        wanted = pairs if same or not symmetric else list(dict.fromkeys([*pairs, *((n, m) for m, n in pairs)]))
-        whole = next(iter(next(iter(results.values())).values()))
-        shape = (len(whole), rows.stop - rows.start, len(whole), columns.stop - columns.start)
-        direct = shape == whole.shape
-        blocks = results if direct else {g: {pair: whole.new_zeros(shape) for pair in wanted} for g in results}
-        for first, second in zip(*factors, strict=True):
-            for a, b in _by_group(first, second, labels):
-                add_gram(blocks[labels[a.weight]], a, b, self.lambdas, same)
-        for g, found in blocks.items():
-            for pair, value in found.items():
-                if same and pair[0] == pair[1]:
-                    mirror(value)
-                if direct:
-                    continue
-                if pair in results[g]:
-                    results[g][pair][:, rows, :, columns] = value
-                if symmetric and not same and pair[::-1] in results[g]:
-                    results[g][pair[::-1]][:, columns, :, rows] = value.permute(2, 3, 0, 1)
+    def factors(self, inputs: Any, direction: Mapping[str, Tensor] | None = None, order: int = 0) -> list[Factor]:
+        """Return the factors of J_0 .. J_order on some inputs, where the network is."""
+        return jacobian_factors(self.network, inputs, self.trainable, self.plan, direction, order)
 
-    def _factors(self, inputs: Any, direction: Mapping[str, Tensor] | None, order: int) -> list[Factor]:
-        if order == 0 or direction is None or self.method == JETS:
-            return jacobian_factors(self.network, inputs, self.moving, self.plan, direction, order)
-        return reverse_factors(self.network, inputs, self.moving, direction, order)
-
-    def _verified_method(self, order: int, direction: Mapping[str, Tensor]) -> str:
-        """At first use: u . J_m along the direction against reverse mode of reverse mode."""
+    def _method(self, order: int, direction: Mapping[str, Tensor]) -> str:
+        """Choose jets or reverse mode; at first use u . J_m is compared with reverse mode of reverse mode."""
 
         def make() -> str:
             few = slice_of(self.inputs, 0, min(3, self.samples))
             method = JETS
             try:
-                factors = jacobian_factors(self.network, few, self.moving, self.plan, direction, order)
+                factors = self.factors(few, direction, order)
             except (NoJetRuleError, CheckpointError) as error:  # a checkpoint's second forward knows no jets
                 method = f"reverse mode ({str(error).splitlines()[0]})"
                 with derivatives_of_order(order + 1, self.network.origin):
-                    factors = reverse_factors(self.network, few, self.moving, direction, order)
+                    factors = reverse_factors(self.network, few, self.trainable, direction, order)
             for m in range(1, order + 1):
                 with derivatives_of_order(m + 1, self.network.origin):
-                    wrong = mismatches(self.network, few, factors, self.moving, direction, m)
+                    wrong = mismatches(self.network, few, factors, self.trainable, direction, m)
                 if wrong:
-                    name, found = next(iter(wrong.items()))
+                    name, sizes = next(iter(wrong.items()))
                     raise ValueError(
-                        f"model: derivatives of order {m + 1} cannot be trusted for {name!r}: |u . J_{m}| is {found}; "
+                        f"model: derivatives of order {m + 1} cannot be trusted for {name!r}: |u . J_{m}| is {sizes}; "
                         "an operation of the forward has wrong higher derivatives"
                     )
             return method
@@ -321,18 +367,20 @@ class JacobianGram:
         return _methods.get_or_make(self.network, (self._key(), order), make)
 
 
-def _by_group(first: Factor, second: Factor, labels: Mapping[str, str]) -> list[tuple[Factor, Factor]]:
-    """A weight and its bias apart where they belong to different parts of the result."""
-    if not (isinstance(first, OuterProductFactor) and isinstance(second, OuterProductFactor)) or first.bias is None:
-        return [(first, second)]
-    if labels.get(first.weight) != labels.get(first.bias):
-        return [(replace(first, bias=None), replace(second, bias=None)), (first.of_bias(), second.of_bias())]
-    return [(first, second)]
+def check_finite(network: IsolatedModel, tensors: Collection[Tensor], name: str) -> None:
+    """Refuse kernels that are not finite.
 
+    Args:
+        network: The network.
+        tensors: What was computed.
+        name: What it is, for the message.
 
-def _finished(value: Tensor, scale: float, trace: bool) -> Tensor:
-    """(C, N, C, N') as (N, N', C, C), or (N, N') of a trace."""
-    return value[0, :, 0] * scale if trace else value.permute(1, 3, 0, 2)
+    Raises:
+        ValueError: If one of them is not finite; the message names the parameter that is to blame, if one is.
+    """
+    if not all_finite(torch.stack([tensor.sum() for tensor in tensors])):
+        check_measurable(network)  # names the parameter
+        raise ValueError(f"model: {name} not finite though the parameters are; outputs or derivatives overflow")
 
 
 def checked_lambdas(network: IsolatedModel, lambdas: Mapping[str, float] | float | None) -> dict[str, float]:

@@ -20,7 +20,7 @@ _SMALL = 2**19  # numbers in all uses' outputs
 def jacobian_factors(
     network: IsolatedModel,
     inputs: Any,
-    moving: Sequence[str],
+    trainable: Sequence[str],
     plan: Plan,
     direction: Mapping[str, Tensor] | None = None,
     order: int = 0,
@@ -29,9 +29,9 @@ def jacobian_factors(
     found: list[Factor] = []
     samples = sample_count(inputs)
     if plan.sites:
-        leaves = {name: network.params[name].detach().requires_grad_() for name in moving}
+        leaves = {name: network.params[name].detach().requires_grad_() for name in trainable}
         params = dict(network.params) | (leaves if direction is None else along(leaves, direction, order))
-        with Capture({name: params[name] for name in moving}, plan.fallback) as capture:
+        with Capture({name: params[name] for name in trainable}, plan.fallback) as capture:
             outputs = network(params, inputs)
         signatures = tuple(signature(site, axis) for site, axis in zip(capture.sites, plan.axes, strict=False))
         if signatures != plan.sites or len(capture.sites) != len(plan.sites):
@@ -40,9 +40,9 @@ def jacobian_factors(
                 "sample at a time, or pass samples that take the same way through it"
             )
         found = _factors(outputs, capture.sites, plan.axes, samples, order)
-    missing = [name for name in plan.fallback if name in moving]
+    missing = [name for name in plan.fallback if name in trainable]
     if missing:
-        found += fallback_factors(network, inputs, missing, moving, direction, order)
+        found += fallback_factors(network, inputs, missing, trainable, direction, order)
     return found
 
 

@@ -14,6 +14,7 @@ Rows are pairs (output i, sample a), outputs first. Of three ways the one with t
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class OuterProductFactor:
 
     Args:
         weight: The parameter.
-        inputs: a_q, (N, T, D) each, None for zero; or token numbers (N, T), standing for one-hot vectors.
+        inputs: a_q, (N, T, D) each, None for zero.
         gradients: g_p, for every output (N, T, E).
         bias: A parameter with J_m = sum_t g_m, or None.
     """
@@ -62,49 +63,122 @@ class OuterProductFactor:
         N, T, E = self.gradients[0][0].shape
         return len(self.gradients[0]), N, T, E
 
-    def traced(self) -> "list[Factor]":
-        """Factors of one output whose Gram matrices add up to the sum over i = j."""
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors: inputs first, then the gradients of every order."""
+        return [a for a in self.inputs if a is not None] + [part for g in self.gradients for part in g]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "OuterProductFactor":
+        """Return the same factor with others in the places of ``tensors``."""
+        others = iter(tensors)
+        inputs = tuple(None if a is None else next(others) for a in self.inputs)
+        return replace(self, inputs=inputs, gradients=tuple(tuple(next(others) for _ in g) for g in self.gradients))
+
+    def rows(self, samples: slice) -> "OuterProductFactor":
+        """Return the factor of some of the samples."""
+        return self.with_tensors([tensor[samples] for tensor in self.tensors])
+
+    def split(self, labels: Mapping[str, str]) -> "list[Factor]":
+        """Return weight and bias apart if their labels differ."""
+        if self.bias is None or labels.get(self.weight) == labels.get(self.bias):
+            return [self]
+        return [replace(self, bias=None), self.of_bias()]
+
+    def summed_over_outputs(self) -> "list[Factor]":
+        """Return factors of one output whose Gram matrices add up to the sum over i = j."""
         C, _, T, _ = self.size
         if T == 1:
             return [replace(self, gradients=tuple((torch.cat(g, 2),) for g in self.gradients))]
         return [replace(self, gradients=tuple((g[i],) for g in self.gradients)) for i in range(C)]
 
     def formed(self, orders: Sequence[int]) -> list[Tensor]:
-        """J_m of the weight itself, (C, N, E D) each."""
+        """Return J_m of the weight itself, (C, N, E D) each."""
         C, N, _, E = self.size
         size = C * N * E * _depth(self)
         buffers = {order: self.gradients[0][0].new_empty(size) for order in orders}
         return list(_formed(self, buffers, slice(0, E)).values())
 
     def of_bias(self) -> "DenseFactor":
-        """The bias alone."""
+        """Return the factor of the bias alone."""
         assert self.bias is not None
         return DenseFactor(self.bias, tuple(torch.stack([part.sum(1) for part in g]) for g in self.gradients))
 
-    def pulled_back(self, u: Tensor, order: int) -> dict[str, Tensor]:
-        """U . J_order for u (C, N), in some shape, by parameter."""
-        total: Tensor | float = 0.0
+    def vjp(self, u: Tensor, order: int) -> dict[str, Tensor]:
+        """Return u . J_order for u (C, N), in some shape, by parameter."""
+        total = u.new_zeros(())  # as_tensor would take it to torch's default device
         for p, q in _splits(order):
             a = self.inputs[q]
             if a is not None:
                 weighted = torch.stack(
                     [row[:, None, None] * g for row, g in zip(u, self.gradients[p], strict=True)]
                 ).sum(0)
-                if _is_tokens(a):
-                    out = weighted.new_zeros(int(a.max()) + 1, weighted.shape[2])
-                    total = total + out.index_add(
-                        0, a.flatten().clamp_min(0), (weighted * (a >= 0)[..., None]).flatten(0, 1)
-                    )
-                else:
-                    total = total + torch.einsum("nto,ntd->od", weighted, a)
-        # as_tensor would take it to torch's default device
-        found = {self.weight: total if isinstance(total, Tensor) else u.new_zeros(())}
-        return found if self.bias is None else found | self.of_bias().pulled_back(u, order)
+                total = total + self._pulled_back(weighted, a)
+        own = {self.weight: total}
+        return own if self.bias is None else own | self.of_bias().vjp(u, order)
+
+    def _pulled_back(self, weighted: Tensor, a: Tensor) -> Tensor:
+        return torch.einsum("nto,ntd->od", weighted, a)
+
+    def overlap(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a . b between places, (N', T, T'), of one sample's inputs and those of N' samples."""
+        return (b.reshape(-1, b.shape[2]) @ a.T).view(*b.shape[:2], len(a)).transpose(1, 2)
+
+    def add_gram(
+        self, out: Mapping[Orders, Tensor], columns: "Factor", lambdas: Mapping[str, float], symmetric: bool
+    ) -> None:
+        """Add J_m lambda J_n^T to ``out[m, n]``, (C, N, C', N') each, for every pair of orders in it.
+
+        Args:
+            out: What is added to, contiguous.
+            columns: The factor of the columns, of the same parameters.
+            lambdas: By parameter.
+            symmetric: Rows and columns are the same samples: of m = n only blocks on and below the diagonal are
+                computed, as ``mirror`` expects.
+        """
+        assert isinstance(columns, OuterProductFactor)
+        if self._one_place and self.size[2] == columns.size[2] == 1:
+            _add_one_place(out, self, columns, lambdas, symmetric)
+            return
+        if self.bias is not None:
+            self.of_bias().add_gram(out, columns.of_bias(), lambdas, symmetric)
+        scale = lambdas.get(self.weight, 0.0)
+        if scale == 0:
+            return
+        if self._explicit_is_cheaper(columns, out):
+            orders = sorted({order for pair in out for order in pair})
+            for J_rows, J_columns in _explicit(self, columns, orders):
+                _add_products(out, J_rows, J_columns, scale, symmetric)
+        else:
+            for pair, value in out.items():
+                _add_mixed(value, self, columns, pair, scale, symmetric and pair[0] == pair[1])
+
+    _one_place: ClassVar[bool] = True
+
+    def _explicit_is_cheaper(self, columns: "OuterProductFactor", pairs: Collection[Orders]) -> bool:
+        return _explicit_cost(self, columns, pairs) <= _MIXED * _mixed_cost(self, columns, pairs)
+
+
+@dataclass(frozen=True)
+class EmbeddingFactor(OuterProductFactor):
+    """The same for a table whose inputs are token numbers (N, T), standing for one-hot vectors; below 0 for none."""
+
+    _one_place: ClassVar[bool] = False
+
+    def _explicit_is_cheaper(self, columns: OuterProductFactor, pairs: Collection[Orders]) -> bool:
+        return False
+
+    def _pulled_back(self, weighted: Tensor, a: Tensor) -> Tensor:
+        rows = weighted.new_zeros(int(a.max()) + 1, weighted.shape[2])
+        return rows.index_add(0, a.flatten().clamp_min(0), (weighted * (a >= 0)[..., None]).flatten(0, 1))
+
+    def overlap(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return where tokens are equal, (N', T, T'), of one sample's tokens and those of N' samples."""
+        return ((a[None, :, None] == b[:, None, :]) & (a >= 0)[None, :, None]).to(self.gradients[0][0].dtype)
 
 
 @dataclass(frozen=True)
 class DenseFactor:
-    """J_m itself, of one or several parameters.
+    """J_m itself, of one parameter.
 
     Args:
         weight: The parameter.
@@ -124,53 +198,41 @@ class DenseFactor:
         """C, N."""
         return self.jacobians[0].shape[0], self.jacobians[0].shape[1]
 
-    def traced(self) -> "list[Factor]":
-        """With outputs as further columns, so that the Gram matrix is the sum over i = j."""
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors."""
+        return list(self.jacobians)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "DenseFactor":
+        """Return the same factor with others in the places of ``tensors``."""
+        return replace(self, jacobians=tuple(tensors))
+
+    def rows(self, samples: slice) -> "DenseFactor":
+        """Return the factor of some of the samples."""
+        return self.with_tensors([J[:, samples] for J in self.jacobians])
+
+    def split(self, labels: Mapping[str, str]) -> "list[Factor]":
+        """Return the factor itself: it has one parameter."""
+        return [self]
+
+    def summed_over_outputs(self) -> "list[Factor]":
+        """Return the factor with outputs as further columns, so that the Gram matrix is the sum over i = j."""
         return [replace(self, jacobians=tuple(J.transpose(0, 1).flatten(1)[None] for J in self.jacobians))]
 
-    def pulled_back(self, u: Tensor, order: int) -> dict[str, Tensor]:
-        """U . J_order for u (C, N)."""
+    def vjp(self, u: Tensor, order: int) -> dict[str, Tensor]:
+        """Return u . J_order for u (C, N)."""
         return {self.weight: torch.einsum("cn,cnp->p", u, self.jacobians[order])}
+
+    def add_gram(
+        self, out: Mapping[Orders, Tensor], columns: "Factor", lambdas: Mapping[str, float], symmetric: bool
+    ) -> None:
+        """Add J_m lambda J_n^T to ``out[m, n]``; see ``OuterProductFactor.add_gram``."""
+        assert isinstance(columns, DenseFactor)
+        _add_products(out, self.jacobians, columns.jacobians, lambdas.get(self.weight, 0.0), symmetric)
 
 
 Factor = OuterProductFactor | DenseFactor
-Series = Sequence[Tensor] | Mapping[int, Tensor]
-
-
-def add_gram(
-    out: Mapping[Orders, Tensor], rows: Factor, columns: Factor, lambdas: Mapping[str, float], symmetric: bool
-) -> None:
-    """Add J_m lambda J_n^T to ``out[m, n]``, (C, N, C', N') each, for every pair of orders in it.
-
-    Args:
-        out: What is added to, contiguous.
-        rows: The factor of the rows.
-        columns: That of the columns, of the same parameters.
-        lambdas: By parameter.
-        symmetric: Rows and columns are the same samples: of m = n only blocks on and below the diagonal are
-            computed, as ``mirror`` expects.
-    """
-    if isinstance(rows, DenseFactor) or isinstance(columns, DenseFactor):
-        assert isinstance(rows, DenseFactor) and isinstance(columns, DenseFactor)
-        _add_products(out, rows.jacobians, columns.jacobians, lambdas.get(rows.weight, 0.0), symmetric)
-        return
-    if rows.size[2] == columns.size[2] == 1 and not _is_tokens(rows.inputs[0]):
-        _add_one_place(out, rows, columns, lambdas, symmetric)
-        return
-    scale = lambdas.get(rows.weight, 0.0)
-    if rows.bias is not None:
-        add_gram(out, rows.of_bias(), columns.of_bias(), lambdas, symmetric)
-    if scale == 0:
-        return
-    if not _is_tokens(rows.inputs[0]) and _explicit_cost(rows, columns, out) <= _MIXED * _mixed_cost(
-        rows, columns, out
-    ):
-        orders = sorted({order for pair in out for order in pair})
-        for J_rows, J_columns in _explicit(rows, columns, orders):
-            _add_products(out, J_rows, J_columns, scale, symmetric)
-    else:
-        for pair, value in out.items():
-            _add_mixed(value, rows, columns, pair, scale, symmetric and pair[0] == pair[1])
+Jacobians = Sequence[Tensor] | Mapping[int, Tensor]
 
 
 def mirror(out: Tensor) -> None:
@@ -187,17 +249,15 @@ def _splits(order: int) -> list[tuple[int, int]]:
     return [(p, order - p) for p in range(order + 1)]
 
 
-def _is_tokens(a: Tensor | None) -> bool:
-    return a is not None and a.ndim == 2
-
-
 def _lower_blocks(size: int) -> Iterator[tuple[slice, slice]]:
     for start in range(0, size, _ROWS):
         stop = min(start + _ROWS, size)
         yield slice(start, stop), slice(0, stop)
 
 
-def _add_products(out: Mapping[Orders, Tensor], rows: Series, columns: Series, scale: float, symmetric: bool) -> None:
+def _add_products(
+    out: Mapping[Orders, Tensor], rows: Jacobians, columns: Jacobians, scale: float, symmetric: bool
+) -> None:
     """By matrix products of (C, N, P) Jacobians."""
     if scale == 0:
         return
@@ -311,7 +371,7 @@ def _formed(factor: OuterProductFactor, buffers: Mapping[int, Tensor], block: sl
     """J_m of the layer's outputs ``block``, written into the buffers."""
     C, N, _, _ = factor.size
     D, width = _depth(factor), block.stop - block.start
-    found = {}
+    jacobians = {}
     for order, buffer in buffers.items():
         J = buffer[: C * N * width * D].view(C, N, width, D)
         for i in range(C):
@@ -322,8 +382,8 @@ def _formed(factor: OuterProductFactor, buffers: Mapping[int, Tensor], block: sl
                     g = factor.gradients[p][i][:, :, block].mT
                     J[i].baddbmm_(g, a, beta=1 if begun else 0)
                     begun = True
-        found[order] = J.flatten(2)
-    return found
+        jacobians[order] = J.flatten(2)
+    return jacobians
 
 
 def _add_mixed(
@@ -334,7 +394,7 @@ def _add_mixed(
     b, h = _side_by_side(columns, pair[1])
     for n in range(len(g[0])):
         upto = n + 1 if lower else len(h[0])
-        overlap = _overlap(a[n], b[:upto], g[0].dtype)  # (N', T, T')
+        overlap = rows.overlap(a[n], b[:upto])  # (N', T, T')
         own = torch.stack([part[n].flatten() for part in g])  # (C, T E)
         for j, part in enumerate(h):
             value = own @ torch.bmm(overlap, part[:upto]).flatten(1).T  # (C, N')
@@ -354,10 +414,3 @@ def _side_by_side(factor: OuterProductFactor, order: int) -> tuple[Tensor, PerOu
     a = [a for _, q in splits if (a := factor.inputs[q]) is not None]
     g = [factor.gradients[p] for p, _ in splits]
     return torch.cat(a, 1), tuple(torch.cat(parts, 1) for parts in zip(*g, strict=True))
-
-
-def _overlap(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """A . b between places: (N', T, T') of (T, D) and (N', T', D), or of tokens (T) and (N', T')."""
-    if a.ndim == 1:
-        return ((a[None, :, None] == b[:, None, :]) & (a >= 0)[None, :, None]).to(dtype)
-    return (b.reshape(-1, b.shape[2]) @ a.T).view(*b.shape[:2], len(a)).transpose(1, 2)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_eft.measure.jacobian.capture import LayerCall
-from torch_eft.measure.jacobian.gram import DenseFactor, Factor, OuterProductFactor, PerOutput
+from torch_eft.measure.jacobian.gram import DenseFactor, EmbeddingFactor, Factor, OuterProductFactor, PerOutput
 
 Gradients = tuple[PerOutput, ...]
 """g_0, g_1, ... of one use's output: for every output of the network a tensor of the use's shape."""
@@ -80,7 +80,7 @@ def _merged(uses: Sequence[OuterProductFactor]) -> OuterProductFactor:
         tuple(torch.cat(parts, 1) for parts in zip(*(use.gradients[p] for use in uses), strict=True))
         for p in range(len(uses[0].gradients))
     )
-    return OuterProductFactor(uses[0].weight, inputs, gradients)
+    return replace(uses[0], inputs=inputs, gradients=gradients, bias=None)
 
 
 def _joined(uses: Sequence[OuterProductFactor], q: int) -> Tensor | None:
@@ -267,7 +267,7 @@ def _padding(padding: str | int | Sequence[int], kernel: Sequence[int], dilation
 def _embedding(site: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
     tokens = axis.split(_given(site.inputs[0]), samples).flatten(1)
     inputs = (tokens, *[None] * (len(g) - 1))
-    return [OuterProductFactor(site.names[0], inputs, _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2)))]
+    return [EmbeddingFactor(site.names[0], inputs, _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2)))]
 
 
 def _scale(site: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:

@@ -26,23 +26,23 @@ class Plan:
     outputs: int = 0
 
 
-def make_plan(network: IsolatedModel, inputs: Any, moving: Sequence[str], refused: Mapping[str, str]) -> Plan:
-    """Recognize the uses of the parameters ``moving`` on a few samples.
+def make_plan(network: IsolatedModel, inputs: Any, trainable: Sequence[str], refused: Mapping[str, str]) -> Plan:
+    """Recognize the uses of the parameters ``trainable`` on a few samples.
 
     Args:
         network: The network.
         inputs: All of the probe's inputs, on the network's device.
-        moving: Names of the parameters that count.
+        trainable: Names of the parameters that count.
         refused: ``{parameter: why}``, to be left to the fallback.
     """
     count = sample_count(inputs)
     few, fewer = (min(count, 3), min(count, 2)) if count > 2 else (count, 1)
     fallback = dict(refused)
     while True:
-        recognized = [name for name in moving if name not in fallback]
+        recognized = [name for name in trainable if name not in fallback]
         try:
-            traced = _trace(network, slice_of(inputs, 0, few), moving, fallback)
-            smaller = _trace(network, slice_of(inputs, 0, fewer), moving, fallback).sites
+            traced = _trace(network, slice_of(inputs, 0, few), trainable, fallback)
+            smaller = _trace(network, slice_of(inputs, 0, fewer), trainable, fallback).sites
         except Exception as error:  # whatever the recording breaks, the fallback does not need it
             with torch.no_grad():
                 outputs = network(network.params, slice_of(inputs, 0, fewer)).shape[1]
@@ -87,8 +87,8 @@ class _Trace:
     left: set[str]
 
 
-def _trace(network: IsolatedModel, inputs: Any, moving: Sequence[str], fallback: Mapping[str, str]) -> _Trace:
-    leaves = {name: network.params[name].detach().requires_grad_() for name in moving}
+def _trace(network: IsolatedModel, inputs: Any, trainable: Sequence[str], fallback: Mapping[str, str]) -> _Trace:
+    leaves = {name: network.params[name].detach().requires_grad_() for name in trainable}
     with Capture(leaves, fallback) as capture:
         outputs = network({**network.params, **leaves}, inputs)
     return _Trace(outputs, capture.sites, unrecognized(outputs, leaves) - set(fallback))

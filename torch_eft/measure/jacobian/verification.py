@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel
+from torch_eft.measure.forward.reverse_mode import gradients_along
 from torch_eft.measure.jacobian.gram import Factor
 from torch_eft.measure.jacobian.plan import sample_count
 
@@ -23,7 +24,7 @@ def mismatches(
     network: IsolatedModel,
     inputs: Any,
     factors: Sequence[Factor],
-    moving: Sequence[str],
+    trainable: Sequence[str],
     direction: Mapping[str, Tensor] | None = None,
     order: int = 0,
 ) -> dict[str, str]:
@@ -32,20 +33,20 @@ def mismatches(
     The tolerance is half the digits of the dtype, of the parameter's own size, plus a thousand roundings of the
     largest one's (a gradient that vanishes identically is rounding).
     """
-    if not moving or network.params[moving[0]].device.type == "meta":  # nothing to compare, or no values
+    if not trainable or network.params[trainable[0]].device.type == "meta":  # nothing to compare, or no values
         return {}
     channels = factors[0].size[0]
-    u = _signs(channels, sample_count(inputs), network.params[moving[0]])
-    expected = _by_backward(network, inputs, u, moving, direction, order)
+    u = _signs(channels, sample_count(inputs), network.params[trainable[0]])
+    expected = _by_backward(network, inputs, u, trainable, direction, order)
     parts: dict[str, list[Tensor]] = {}
     for factor in factors:
-        for name, value in factor.pulled_back(u, order).items():
+        for name, value in factor.vjp(u, order).items():
             parts.setdefault(name, []).append(value)
-    sizes = torch.stack([expected[name].norm() for name in moving])
+    sizes = torch.stack([expected[name].norm() for name in trainable])
     found = torch.stack(
         [
             torch.stack([part.norm() for part in parts[name]]).norm() if name in parts else sizes.new_zeros(())
-            for name in moving
+            for name in trainable
         ]
     )
     eps = torch.finfo(sizes.dtype).eps
@@ -53,7 +54,7 @@ def mismatches(
     wrong = (~((found - sizes).abs() <= allowed)).tolist()  # the one host sync
     return {
         name: f"{float(found[index]):.6g} by its factors, {float(sizes[index]):.6g} by backward"
-        for index, name in enumerate(moving)
+        for index, name in enumerate(trainable)
         if wrong[index]
     }
 
@@ -69,33 +70,15 @@ def _by_backward(
     network: IsolatedModel,
     inputs: Any,
     u: Tensor,
-    moving: Sequence[str],
+    trainable: Sequence[str],
     direction: Mapping[str, Tensor] | None,
     order: int,
 ) -> dict[str, Tensor]:
     """U . J_order by reverse mode of reverse mode; above order 0 with fused operations written out."""
-    leaves = {name: network.params[name].detach().requires_grad_() for name in moving}
-    params = {**network.params, **leaves}
+    leaves = {name: network.params[name].detach().requires_grad_() for name in trainable}
+    along = [] if direction is None else [direction[name] for name in trainable]
     # A checkpoint runs its part of the forward again, and must find it written out as before.
     with Decomposed() if order else nullcontext():
-        gradients, factorial = _repeated_backward(network(params, inputs), u, leaves, direction, order)
-    return {name: g.detach() / factorial for name, g in zip(moving, gradients, strict=True)}
-
-
-def _repeated_backward(
-    outputs: Tensor, u: Tensor, leaves: Mapping[str, Tensor], direction: Mapping[str, Tensor] | None, order: int
-) -> tuple[Sequence[Tensor], float]:
-    """Order! times the gradients of u . z_order, and order!."""
-    value, factorial = (outputs * u.T).sum(), 1.0
-    for step in range(order + 1):
-        gradients = torch.autograd.grad(
-            value, list(leaves.values()), create_graph=step < order, allow_unused=True, materialize_grads=True
-        )
-        if step < order:
-            assert direction is not None
-            factorial *= step + 1
-            value = torch.stack([(g * direction[n]).sum() for g, n in zip(gradients, leaves, strict=True)]).sum()
-            if not value.requires_grad:
-                gradients = tuple(torch.zeros_like(leaf) for leaf in leaves.values())
-                break
-    return gradients, factorial
+        value = (network({**network.params, **leaves}, inputs) * u.T).sum()
+        gradient = gradients_along(value, list(leaves.values()), along, order)[order]
+    return {name: g.detach() for name, g in zip(trainable, gradient, strict=True)}

@@ -19,6 +19,7 @@ from torch_eft.measure.forward.checks import check_twice_differentiable
 from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.probe import Probe
+from torch_eft.measure.forward.reverse_mode import pull_back
 from torch_eft.measure.jacobian.engine import JacobianGram
 from torch_eft.measure.jacobian.gram import Orders
 from torch_eft.measure.kernels.metrics import as_matrix
@@ -74,8 +75,8 @@ def along_path(
     directions, r = curvature.directions, len(basis)
 
     def gram(direction: list[Tensor], pairs: list[Orders]) -> dict[Orders, Tensor]:
-        found = engine.gram(pairs, dict(zip(engine.moving, direction, strict=True)))[""]
-        return {pair: as_matrix(value) for pair, value in found.items()}
+        found = engine.gram(pairs, dict(zip(engine.trainable, direction, strict=True)))
+        return {pair: as_matrix(value) for pair, value in found.matrices.items()}
 
     squares: list[dict[Orders, Tensor]] = []
     for c in range(r):
@@ -107,27 +108,11 @@ class _Curvature:
         ]
 
     def _gradient(self, c: int, keep: bool) -> tuple[Tensor, ...]:
-        combination = self.basis[c].to(self.z)
-        return torch.autograd.grad(
-            self.z,
-            self.leaves,
-            combination,
-            retain_graph=True,
-            create_graph=keep,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        return pull_back([self.z], [self.basis[c].to(self.z)], self.leaves, keep)
 
     def rows(self, c: int) -> Iterator[list[Tensor]]:
-        """Lambda u_cd for every d."""
+        """Yield lambda u_cd for every d."""
         gradient = self._gradient(c, keep=True)
         for direction in self.directions:
-            pairs = [(g, v) for g, v in zip(gradient, direction, strict=True) if g.requires_grad]
-            if pairs:
-                values, along = zip(*pairs, strict=True)
-                u = torch.autograd.grad(
-                    values, self.leaves, along, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-            else:
-                u = tuple(torch.zeros_like(leaf) for leaf in self.leaves)
+            u = pull_back(gradient, direction, self.leaves)
             yield [scale * part for scale, part in zip(self.scales, u, strict=True)]

@@ -1,4 +1,4 @@
-"""The NTK's differentials: dNTK and ddNTK, whole on small probes, contracted with a direction on large ones.
+"""The NTK's differentials dNTK and ddNTK: whole on small probes, contracted with a direction on large ones.
 
 With sums over parameters weighted by lambda (PDLT 11.1, chapter infinity),
 
@@ -10,36 +10,46 @@ Contracted with v = lambda J^T e they are Gram matrices of the Jacobian's Taylor
 
     J = J_0 + s J_1 + s^2 J_2:   dH e = J_1 lambda J_0^T,   ddI e e = 2 J_2 lambda J_0^T,   ddII e e = J_1 lambda J_1^T.
 
-dH is one-sided as defined: the NTK's own rate of change along v is dH e + its transpose.
+dH is one-sided as defined: the NTK's own rate of change along v is dH e plus its transpose.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.checks import check_measurable, derivatives_of_order
+from torch_eft.measure.forward.checks import MemoryLimitError, derivatives_of_order
 from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
-from torch_eft.measure.forward.structure import all_finite
-from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram
-from torch_eft.measure.jets.jet import NoJetRuleError, watch_kinks
-from torch_eft.measure.kernels.products import NTKOperator
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram, check_finite
+from torch_eft.measure.jets.jet import watch_kinks
+from torch_eft.measure.kernels.products import NTKOperator, checked_direction
 from torch_eft.measure.kernels.reverse_mode import differentials
+from torch_eft.results.repr import short_repr
+from torch_eft.results.trajectory import Validity
 
-Direction = Tensor | Mapping[str, Tensor]
+Direction: TypeAlias = Tensor | Mapping[str, Tensor]
 
 
 class AlmostEverywhereWarning(UserWarning):
-    """The network has kinks: its differentials are those between them."""
+    """The network has kinks: its differentials are those between them.
+
+    Example:
+        >>> import warnings, torch
+        >>> from torch_eft import measure
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     _ = measure.dntk(torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.ReLU()), torch.ones(1, 1))
+        >>> caught[0].category.__name__
+        'AlmostEverywhereWarning'
+    """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NTKDerivatives:
     """H and its differentials contracted with a direction, (N, N, C, C) each, or (N, N) of a trace.
 
@@ -50,6 +60,19 @@ class NTKDerivatives:
         ddII: Likewise.
         kinked: Operations with kinks that the network executes.
         method: ``"jets"``, or ``"reverse mode"`` with the operation that has no rule for jets.
+
+    Example:
+        z = w_2 w_1 x at w_1 = w_2 = x = 1 has the gradient (1, 1) and the off-diagonal second derivative 1.
+
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False))
+        >>> one = torch.ones(1, 1)
+        >>> theta = {name: one for name, _ in net.named_parameters()}
+        >>> with measure.Network(net, one) as network:
+        ...     result = network.at(theta).derivatives(one)
+        >>> [float(value) for value in (result.H, result.dH, result.ddI, result.ddII)]
+        [2.0, 2.0, 0.0, 2.0]
     """
 
     H: Tensor | None
@@ -59,14 +82,42 @@ class NTKDerivatives:
     kinked: tuple[str, ...]
     method: str
 
+    __repr__ = short_repr
+
     @property
-    def validity(self) -> str:
-        """What the numbers stand for, in words."""
-        return almost_everywhere(self.kinked) or "the derivatives of a smooth network"
+    def validity(self) -> Validity:
+        """Say whether the numbers are the derivatives of a smooth network."""
+        return derivatives_validity(self.kinked)
+
+
+@dataclass(frozen=True, repr=False)
+class DDNTK:
+    """The two ddNTKs; unpacks as ``ddI, ddII``.
+
+    Args:
+        ddI: ``[a, b, c, d, i, j, k, l] = ddI_{ijkl;abcd}``, or contracted ``[a, b, i, j]``.
+        ddII: Likewise.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> result = measure.ddntk(torch.nn.Linear(2, 1), torch.eye(2))  # linear in its parameters
+        >>> result.ddI.shape, float(result.ddII.abs().max())
+        (torch.Size([2, 2, 2, 2, 1, 1, 1, 1]), 0.0)
+    """
+
+    ddI: Tensor
+    ddII: Tensor
+
+    __repr__ = short_repr
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Iterate over ddI and ddII."""
+        return iter((self.ddI, self.ddII))
 
 
 def almost_everywhere(kinked: tuple[str, ...]) -> str | None:
-    """The label of derivatives of a network with kinks, or None without."""
+    """Return the caveat of derivatives of a network with kinks, or None without."""
     if not kinked:
         return None
     return (
@@ -74,6 +125,12 @@ def almost_everywhere(kinked: tuple[str, ...]) -> str | None:
         "H but not to its derivatives; use the realized change of H, or a secant over the"
         " training step (ntk_finite_difference)"
     )
+
+
+def derivatives_validity(kinked: tuple[str, ...]) -> Validity:
+    """Return the validity of derivatives of a network that executes these operations with kinks."""
+    caveat = almost_everywhere(kinked)
+    return Validity("valid", "the derivatives of a smooth network") if caveat is None else Validity("caution", caveat)
 
 
 def ntk_derivatives(
@@ -88,73 +145,73 @@ def ntk_derivatives(
     memory: int = DEFAULT_MEMORY,
     kernel: bool = True,
 ) -> NTKDerivatives:
-    """H, dH and, with ``derivatives=2``, ddI and ddII, contracted with one direction.
+    """Compute H, dH and, with ``derivatives=2``, ddI and ddII, contracted with one direction.
 
     Args:
         model: Any module.
-        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        x: See ``ntk``.
         direction: e (N, C) in the space of outputs on ``x`` (the training error, an eigenvector of H ...), standing for
             v = lambda J^T e; or v itself, ``{parameter: tensor}`` (``ntk_vjp`` makes it of other inputs).
-        lambdas: As ``ntk`` takes them.
+        lambdas: See ``ntk``.
         derivatives: 1 (dH) or 2 (ddI and ddII as well).
         trace: Average over outputs i = j.
-        output_fn: Turns what the model returns into (N, C).
+        output_fn: See ``ntk``.
         memory: Bytes allowed.
         kernel: Compute H itself as well.
 
+    Returns:
+        The contracted tensors.
+
     Raises:
         ValueError: As ``ntk``; if the direction has another shape; if the derivatives fail their check.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> result = measure.ntk_derivatives(net, torch.eye(3), torch.ones(3, 2), derivatives=1)
+        >>> result.dH.shape, result.ddI, result.method, result.validity.flag
+        (torch.Size([3, 3, 2, 2]), None, 'jets', 'valid')
     """
     if derivatives not in (1, 2):
         raise ValueError(f"derivatives: {derivatives!r} given; 1 is dH, 2 is dH, ddI and ddII")
     probe = as_probe(x)
     with isolated(model, output_fn) as network:
         engine = JacobianGram(network, probe, lambdas, memory)
-        v = _along(network, probe, direction, lambdas, engine.moving)
+        v = _in_parameter_space(network, probe, direction, lambdas, engine.trainable)
         pairs = [*([(0, 0)] if kernel else []), (1, 0), *([(2, 0), (1, 1)] if derivatives == 2 else [])]
         with watch_kinks() as kinks:
-            found = engine.gram(pairs, v, trace)[""]
-        if not all_finite(torch.stack([value.sum() for value in found.values()])):
-            check_measurable(network)  # names the parameter
-            raise ValueError("model: its differentials are not finite though the parameters are; derivatives overflow")
+            gram = engine.gram(pairs, v, trace=trace)
+        check_finite(network, gram.matrices.values(), "its differentials are")
         return NTKDerivatives(
-            found.get((0, 0)),
-            found[1, 0],
-            2 * found[2, 0] if derivatives == 2 else None,
-            found.get((1, 1)),
+            gram.matrices.get((0, 0)),
+            gram[1, 0],
+            2 * gram[2, 0] if derivatives == 2 else None,
+            gram.matrices.get((1, 1)),
             tuple(dict.fromkeys(kinks)),
-            engine.method,
+            gram.method,
         )
 
 
-def _along(
+def _in_parameter_space(
     network: IsolatedModel,
     probe: Probe,
     direction: Direction,
     lambdas: Mapping[str, float] | float | None,
-    moving: list[str],
+    trainable: list[str],
 ) -> dict[str, Tensor]:
-    """V of the parameters that move."""
+    """Return v for the parameters with lambda > 0."""
     if isinstance(direction, Tensor):
-        operator = NTKOperator(network, probe, lambdas=lambdas)
-        if direction.shape != operator.outputs.shape:
-            raise ValueError(
-                f"direction: {tuple(direction.shape)} given; give {tuple(operator.outputs.shape)}, a number for every "
-                "sample and output, or {parameter: tensor}"
-            )
-        return operator.ntk_vjp(direction)
+        operator = NTKOperator(network, probe, lambdas)
+        return operator.ntk_vjp(checked_direction(direction, operator, ", or {parameter: tensor}"))
     if set(direction) != set(network.params):
         wrong = sorted(set(direction) ^ set(network.params))
         raise ValueError(
             f"direction: {wrong[0]!r} is {'missing' if wrong[0] in network.params else 'no trainable parameter'}; "
             "name every trainable parameter once"
         )
-    for name, value in direction.items():
-        if value.shape != network.params[name].shape:
-            raise ValueError(
-                f"direction: {tuple(value.shape)} given for {name!r}, which is {tuple(network.params[name].shape)}"
-            )
-    return {name: direction[name].detach().to(network.params[name]) for name in moving}
+    v = network.complete(direction, "direction")
+    return {name: v[name] for name in trainable}
 
 
 def dntk(
@@ -166,14 +223,14 @@ def dntk(
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> Tensor:
-    """The dNTK of ``model`` on ``x``, in evaluation mode: whole, or contracted with a direction.
+    """Compute the dNTK of ``model`` on ``x``, in evaluation mode: whole, or contracted with a direction.
 
     Args:
         model: Any module.
-        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
-        direction: As ``ntk_derivatives`` takes it; None for the whole tensor, which takes (N C)^2 backward passes.
-        lambdas: As ``ntk`` takes them.
-        output_fn: Turns what the model returns into (N, C).
+        x: See ``ntk``.
+        direction: See ``ntk_derivatives``; None for the whole tensor, which takes (N C)^2 backward passes.
+        lambdas: See ``ntk``.
+        output_fn: See ``ntk``.
         memory: Bytes allowed.
 
     Returns:
@@ -184,14 +241,21 @@ def dntk(
 
     Warns:
         AlmostEverywhereWarning: If the network has kinks.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> dH = measure.dntk(torch.nn.Linear(2, 1), torch.eye(2))  # linear in its parameters
+        >>> dH.shape, float(dH.abs().max())
+        (torch.Size([2, 2, 2, 1, 1, 1]), 0.0)
     """
-    if direction is not None:
-        found = ntk_derivatives(
-            model, x, direction, lambdas=lambdas, derivatives=1, output_fn=output_fn, memory=memory, kernel=False
-        )
-        _warn(found.kinked)
-        return found.dH
-    return _whole(model, x, lambdas, ("dH",), output_fn, memory)[0]
+    if direction is None:
+        return _whole(model, x, lambdas, ("dH",), output_fn, memory)[0]
+    result = ntk_derivatives(
+        model, x, direction, lambdas=lambdas, derivatives=1, output_fn=output_fn, memory=memory, kernel=False
+    )
+    _warn(result.kinked)
+    return result.dH
 
 
 def ddntk(
@@ -202,27 +266,45 @@ def ddntk(
     lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
-) -> tuple[Tensor, Tensor]:
-    """The two ddNTKs, ddI and ddII; arguments, errors and warnings as ``dntk``.
+) -> DDNTK:
+    """Compute the two ddNTKs, whole or contracted with a direction.
+
+    Args:
+        model: Any module.
+        x: See ``ntk``.
+        direction: See ``ntk_derivatives``; None for the whole tensors, which take (N C)^3 / 4 backward passes.
+        lambdas: See ``ntk``.
+        output_fn: See ``ntk``.
+        memory: Bytes allowed.
 
     Returns:
-        (N, N, N, N, C, C, C, C) each, ``[a, b, c, d, i, j, k, l]``; contracted, (N, N, C, C) each.
+        ddI and ddII, (N, N, N, N, C, C, C, C) each; contracted, (N, N, C, C) each.
+
+    Raises:
+        ValueError: As ``dntk``.
+
+    Warns:
+        AlmostEverywhereWarning: If the network has kinks.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> ddI, ddII = measure.ddntk(torch.nn.Linear(2, 1), torch.eye(2), torch.ones(2, 1))
+        >>> ddI.shape, float(ddII.abs().max())
+        (torch.Size([2, 2, 1, 1]), 0.0)
     """
-    if direction is not None:
-        found = ntk_derivatives(
-            model, x, direction, lambdas=lambdas, derivatives=2, output_fn=output_fn, memory=memory, kernel=False
-        )
-        _warn(found.kinked)
-        assert found.ddI is not None and found.ddII is not None
-        return found.ddI, found.ddII
-    ddI, ddII = _whole(model, x, lambdas, ("ddI", "ddII"), output_fn, memory)
-    return ddI, ddII
+    if direction is None:
+        return DDNTK(*_whole(model, x, lambdas, ("ddI", "ddII"), output_fn, memory))
+    result = ntk_derivatives(model, x, direction, lambdas=lambdas, output_fn=output_fn, memory=memory, kernel=False)
+    _warn(result.kinked)
+    assert result.ddI is not None and result.ddII is not None
+    return DDNTK(result.ddI, result.ddII)
 
 
 def _warn(kinked: tuple[str, ...]) -> None:
-    text = almost_everywhere(kinked)
-    if text is not None:
-        warnings.warn(text, AlmostEverywhereWarning, stacklevel=3)
+    caveat = almost_everywhere(kinked)
+    if caveat is not None:
+        warnings.warn(caveat, AlmostEverywhereWarning, stacklevel=3)
 
 
 def _whole(
@@ -233,34 +315,33 @@ def _whole(
     output_fn: OutputFn | None,
     memory: int,
 ) -> list[Tensor]:
-    """By reverse mode of reverse mode, then compared with jets in one direction."""
+    """Reverse mode of reverse mode, then compared with jets in one direction."""
     probe = as_probe(x)
     with isolated(model, output_fn) as network:
-        scales = JacobianGram(network, probe, lambdas, memory).lambdas  # refuses what cannot be measured
+        engine = JacobianGram(network, probe, lambdas, memory)
         with torch.no_grad():
             outputs = checked_output(network, probe)
-        _check_memory(outputs, sum(network.params[name].numel() for name in scales), names, memory)
-        inputs = network.place(probe)
+        _check_memory(outputs, sum(network.params[name].numel() for name in engine.trainable), names, memory)
         stacked = {name: value[None] for name, value in network.params.items()}
         # Written out in the backward, too, where a checkpoint runs its part of the forward again.
         with derivatives_of_order(2 if names == ("dH",) else 3, network.origin), Decomposed():
-            found = differentials(
-                lambda params: network({name: value[0] for name, value in params.items()}, inputs)[None],
+            whole = differentials(
+                lambda params: network({name: value[0] for name, value in params.items()}, engine.inputs)[None],
                 stacked,
-                scales,
+                engine.lambdas,
                 names,
             )
-        tensors = [getattr(found, name)[0] for name in names]
-        kinked = _check_in_one_direction(network, probe, lambdas, dict(zip(names, tensors, strict=True)), memory)
+        tensors = {name: getattr(whole, name)[0] for name in names}
+        kinked = _check_in_one_direction(network, probe, lambdas, tensors, memory)
     _warn(kinked)
-    return tensors
+    return list(tensors.values())
 
 
 def _check_memory(outputs: Tensor, parameters: int, names: tuple[str, ...], memory: int) -> None:
     M, size = outputs.numel(), outputs.element_size()
     needed = size * sum({"dH": M**3 + M * parameters}.get(name, M**4 + M**2 * parameters) for name in names)
     if needed > memory:
-        raise ValueError(
+        raise MemoryLimitError(
             f"memory: {needed / 2**30:.2f} GiB needed for the whole {' and '.join(names)} of {len(outputs)} samples "
             f"and {outputs.shape[1]} outputs, {memory / 2**30:.2f} GiB allowed; allow more, take fewer samples or "
             "outputs, or contract with a direction"
@@ -275,36 +356,24 @@ def _check_in_one_direction(
     memory: int,
 ) -> tuple[str, ...]:
     """Refuse a tensor that the jets contradict; returns the operations with kinks."""
-    N, C = next(iter(tensors.values())).shape[0], next(iter(tensors.values())).shape[-1]
-    generator = torch.Generator(device="cpu").manual_seed(0)
     like = next(iter(tensors.values()))
-    e = torch.randn(N, C, generator=generator, device="cpu").to(like)
-    found = ntk_derivatives(network, probe, e, lambdas=lambdas, memory=memory)
-    assert found.H is not None and found.ddII is not None
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    e = torch.randn(like.shape[0], like.shape[-1], generator=generator, device="cpu").to(like)
+    other = ntk_derivatives(network, probe, e, lambdas=lambdas, memory=memory)
+    assert other.H is not None and other.ddII is not None
     eps = torch.finfo(like.dtype).eps
-    scales = {"dH": (found.H.norm() * found.ddII.norm()) ** 0.5, "ddI": found.ddII.norm(), "ddII": found.ddII.norm()}
+    scales = {"dH": (other.H.norm() * other.ddII.norm()) ** 0.5, "ddI": other.ddII.norm(), "ddII": other.ddII.norm()}
     for name, value in tensors.items():
         if name == "dH":
-            whole = torch.einsum("abcijk,ck->abij", value, e)
+            contracted = torch.einsum("abcijk,ck->abij", value, e)
         else:
-            whole = torch.einsum("abcdijkl,ck,dl->abij", value, e, e)
-        other = getattr(found, name)
+            contracted = torch.einsum("abcdijkl,ck,dl->abij", value, e, e)
+        expected = getattr(other, name)
         # Half the digits, and roundings of |J_1| |J_0| or |J_1|^2 where products cancel.
-        allowed = eps**0.5 * other.norm() + 1e3 * eps * scales[name]
-        if not bool((whole - other).norm() <= allowed):
+        allowed = eps**0.5 * expected.norm() + 1e3 * eps * scales[name]
+        if not bool((contracted - expected).norm() <= allowed):
             raise ValueError(
-                f"model: its {name} cannot be trusted: reverse mode gives {float(whole.norm()):.6g} in a random "
-                f"direction, Taylor series {float(other.norm()):.6g}"
+                f"model: its {name} cannot be trusted: reverse mode gives {float(contracted.norm()):.6g} in a random "
+                f"direction, Taylor series {float(expected.norm()):.6g}"
             )
-    return found.kinked
-
-
-__all__ = [
-    "AlmostEverywhereWarning",
-    "NTKDerivatives",
-    "NoJetRuleError",
-    "almost_everywhere",
-    "ddntk",
-    "dntk",
-    "ntk_derivatives",
-]
+    return other.kinked

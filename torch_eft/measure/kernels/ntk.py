@@ -12,14 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.checks import MemoryLimitError, check_measurable
+from torch_eft.measure.forward.checks import MemoryLimitError
 from torch_eft.measure.forward.isolation import Model, isolated
 from torch_eft.measure.forward.probe import OutputFn, as_probe
-from torch_eft.measure.forward.structure import all_finite
-from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, Estimate, JacobianGram
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, Estimate, JacobianGram, check_finite
 from torch_eft.results.choices import check_choice
 
 Per = Literal["parameter", "layer"]
@@ -90,15 +88,13 @@ def ntk(
     """
     if per is not None:
         check_choice("per", per, ("parameter", "layer"), "None for the whole kernel")
-    group = None if per is None else (str if per == "parameter" else layer_of)
+    part_of = None if per is None else (str if per == "parameter" else layer_of)
     with isolated(model, output_fn) as network:
         rows = JacobianGram(network, as_probe(x), lambdas, memory)
         columns = None if other is None else JacobianGram(network, as_probe(other), lambdas, memory)
-        found = {name: value[0, 0] for name, value in rows.gram(trace=trace, group=group, other=columns).items()}
-        if not all_finite(torch.stack([H.sum() for H in found.values()])):
-            check_measurable(network)  # names the parameter
-            raise ValueError("model: the NTK is not finite though the parameters are; outputs or derivatives overflow")
-    return found[""] if per is None else found
+        parts = rows.ntk_parts(part_of, trace=trace, other=columns)
+        check_finite(network, parts.values(), "the NTK is")
+    return parts[""] if per is None else parts
 
 
 def layer_of(name: str) -> str:
@@ -165,7 +161,7 @@ def coverage(
         engine = JacobianGram(network, as_probe(x), lambdas)
         plan = engine.plan
         structured = {
-            name: plan.kinds[name] for name in engine.moving if name in plan.kinds and name not in plan.fallback
+            name: plan.kinds[name] for name in engine.trainable if name in plan.kinds and name not in plan.fallback
         }
-        fallback = {name: plan.fallback[name] for name in engine.moving if name in plan.fallback}
+        fallback = {name: plan.fallback[name] for name in engine.trainable if name in plan.fallback}
         return Coverage(structured, fallback, tuple(name for name in network.params if name not in engine.lambdas))

@@ -4,7 +4,7 @@ By reverse mode alone: J^T u is one backward pass, and J w is the derivative of 
 needs no forward rule of any operation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
+from torch_eft.measure.forward.reverse_mode import pull_back
 from torch_eft.measure.jacobian.engine import checked_lambdas
 
 
@@ -32,42 +33,24 @@ class NTKOperator:
         self.lambdas = checked_lambdas(network, lambdas)
         self.leaves = {name: network.params[name].detach().requires_grad_() for name in self.lambdas}
         self.outputs = checked_output(network, probe, {**network.params, **self.leaves})
-        self._linear: tuple[Tensor, list[Tensor]] | None = None
+        self._linear: tuple[Tensor, Sequence[Tensor]] | None = None
 
-    def _map(self) -> tuple[Tensor, list[Tensor]]:
+    def _map(self) -> tuple[Tensor, Sequence[Tensor]]:
         """A vector u and J^T u, which is linear in it; made when first asked for."""
         if self._linear is None:
             u = torch.zeros_like(self.outputs).requires_grad_()
-            self._linear = u, self._backward(u, create_graph=True)
+            self._linear = u, pull_back([self.outputs], [u], list(self.leaves.values()), keep=True)
         return self._linear
 
-    def _backward(self, u: Tensor, create_graph: bool = False) -> list[Tensor]:
-        return list(
-            torch.autograd.grad(
-                self.outputs,
-                list(self.leaves.values()),
-                u,
-                retain_graph=True,
-                create_graph=create_graph,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        )
-
     def ntk_vjp(self, e: Tensor) -> dict[str, Tensor]:
-        """Lambda J^T e of e (N, C), by parameter."""
-        gradients = self._backward(e.to(self.outputs))
+        """Return lambda J^T e of e (N, C), by parameter."""
+        gradients = pull_back([self.outputs], [e.to(self.outputs)], list(self.leaves.values()))
         return {name: g * self.lambdas[name] for name, g in zip(self.leaves, gradients, strict=True)}
 
     def __call__(self, v: Tensor) -> Tensor:
-        """H v of v (N, C)."""
-        u, images = self._map()
-        directions = list(self.ntk_vjp(v).values())
-        used = [(p, d) for p, d in zip(images, directions, strict=True) if p.requires_grad]
-        if not used:
-            return torch.zeros_like(u)
-        pulled, along = zip(*used, strict=True)
-        return torch.autograd.grad(pulled, u, along, retain_graph=True)[0]
+        """Return H v of v (N, C): the derivative of (J^T u) . (lambda J^T v) in u."""
+        u, image = self._map()
+        return pull_back(image, list(self.ntk_vjp(v).values()), [u])[0]
 
 
 def ntk_vector_product(
@@ -92,7 +75,7 @@ def ntk_vector_product(
     """
     with isolated(model, output_fn) as network:
         operator = NTKOperator(network, as_probe(x), lambdas=lambdas)
-        return operator(_checked(direction, operator))
+        return operator(checked_direction(direction, operator))
 
 
 def ntk_vjp(
@@ -117,16 +100,28 @@ def ntk_vjp(
     """
     with isolated(model, output_fn) as network:
         operator = NTKOperator(network, as_probe(x), lambdas=lambdas)
-        found = operator.ntk_vjp(_checked(direction, operator))
+        found = operator.ntk_vjp(checked_direction(direction, operator))
         return {name: found.get(name, torch.zeros_like(value)) for name, value in network.params.items()}
 
 
-def _checked(v: Tensor, operator: NTKOperator) -> Tensor:
+def checked_direction(direction: Any, operator: NTKOperator, instead: str = "") -> Tensor:
+    """Return a direction in output space in the dtype and on the device of the outputs.
+
+    Args:
+        direction: What was given.
+        operator: Whose outputs it belongs to.
+        instead: What else may be given, for the message.
+
+    Raises:
+        ValueError: If it is not (N, C).
+    """
     expected = tuple(operator.outputs.shape)
-    if not isinstance(v, Tensor) or tuple(v.shape) != expected:
-        given = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
-        raise ValueError(f"direction: {given} given; give a tensor {expected}, a number for every sample and output")
-    return v.to(operator.outputs)
+    if not isinstance(direction, Tensor) or tuple(direction.shape) != expected:
+        given = tuple(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
+        raise ValueError(
+            f"direction: {given} given; give a tensor {expected}, a number for every sample and output{instead}"
+        )
+    return direction.to(operator.outputs)
 
 
 @dataclass(frozen=True)

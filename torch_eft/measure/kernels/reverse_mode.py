@@ -20,6 +20,7 @@ from torch import Tensor
 
 from torch_eft.measure.forward.checks import check_twice_differentiable
 from torch_eft.measure.forward.decompositions import Decomposed
+from torch_eft.measure.forward.reverse_mode import pull_back
 
 NAMES = ("H", "dH", "ddI", "ddII")
 """What ``differentials`` computes, in ascending order of cost."""
@@ -69,14 +70,14 @@ def differentials(
     Raises:
         RuntimeError: If an operation of the network has no derivative of the order that is asked for.
     """
-    moving = [name for name in params if not _is_zero(lambdas.get(name, 0.0))]
-    leaves = [params[name].detach().requires_grad_() for name in moving]
+    trainable = [name for name in params if not _is_zero(lambdas.get(name, 0.0))]
+    leaves = [params[name].detach().requires_grad_() for name in trainable]
     with torch.enable_grad(), Decomposed():
-        z = f({**params, **dict(zip(moving, leaves, strict=True))})
+        z = f({**params, **dict(zip(trainable, leaves, strict=True))})
     if not set(names) & set(NAMES):
         return Differentials(z.detach())
     flat = z.flatten(1)
-    scales = [_flat_scale(lambdas[name], leaf) for name, leaf in zip(moving, leaves, strict=True)]
+    scales = [_flat_scale(lambdas[name], leaf) for name, leaf in zip(trainable, leaves, strict=True)]
     scale = torch.cat(scales) if scales else flat.new_zeros(0)
     J = torch.stack([_flatten(_gradient(flat[:, x], leaves, keep=False), flat) for x in range(flat.shape[1])], 1)
     v = J * scale
@@ -97,13 +98,13 @@ def _higher(
     dH, curvatures = [], []
     for x in range(outputs):
         gradient = _gradient(flat[:, x], leaves, keep=True)
-        products = [_pulled_back(gradient, direction, leaves, keep=ddI is not None) for direction in directions]
+        products = [pull_back(gradient, direction, leaves, keep=ddI is not None) for direction in directions]
         if ddI is not None:
             # A third derivative is symmetric in its three directions, two of which lie in the same half.
             for start, stop in ((0, outputs // 2), (outputs // 2, outputs)):
                 for y in range(start, stop):
                     for z in range(start, y + 1):
-                        third = _pulled_back(products[y], directions[z], leaves, keep=False)
+                        third = pull_back(products[y], directions[z], leaves, keep=False)
                         row = (v @ _flatten(third, flat)[:, :, None])[:, :, 0]
                         for first, second in ((y, z), (z, y)):
                             ddI[:, x, first, second] = row
@@ -124,21 +125,8 @@ def _higher(
 
 
 def _gradient(values: Tensor, leaves: Sequence[Tensor], keep: bool) -> Sequence[Tensor]:
-    """Of every network's value (S,) with respect to its parameters; ``keep`` makes it differentiable."""
-    return _pulled_back([values], [torch.ones_like(values)], leaves, keep)
-
-
-def _pulled_back(
-    values: Sequence[Tensor], directions: Sequence[Tensor], leaves: Sequence[Tensor], keep: bool
-) -> Sequence[Tensor]:
-    """The gradient of ``sum values . directions`` with the directions fixed."""
-    pairs = [pair for pair in zip(values, directions, strict=True) if pair[0].requires_grad]
-    if not pairs or not leaves:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    moving, along = zip(*pairs, strict=True)
-    return torch.autograd.grad(
-        moving, leaves, along, retain_graph=True, create_graph=keep, allow_unused=True, materialize_grads=True
-    )
+    """Return the gradient of every network's value (S,); ``keep`` makes it differentiable."""
+    return pull_back([values], [torch.ones_like(values)], leaves, keep)
 
 
 def _flatten(parts: Sequence[Tensor], like: Tensor) -> Tensor:

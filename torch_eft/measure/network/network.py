@@ -10,7 +10,7 @@ from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import output
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, Estimate
-from torch_eft.measure.kernels.dntk import Direction, NTKDerivatives, ddntk, dntk, ntk_derivatives
+from torch_eft.measure.kernels.dntk import DDNTK, Direction, NTKDerivatives, ddntk, dntk, ntk_derivatives
 from torch_eft.measure.kernels.ntk import Coverage, Per, coverage, ntk, ntk_estimate
 from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
@@ -141,7 +141,7 @@ class Network:
         """Return the dNTK, whole or contracted; see ``measure.dntk``."""
         return dntk(self.current, self.probe, direction, **self._within)
 
-    def ddntk(self, direction: Direction | None = None) -> tuple[Tensor, Tensor]:
+    def ddntk(self, direction: Direction | None = None) -> DDNTK:
         """Return the two ddNTKs, whole or contracted; see ``measure.ddntk``."""
         return ddntk(self.current, self.probe, direction, **self._within)
 

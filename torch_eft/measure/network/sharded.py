@@ -11,9 +11,8 @@ Running statistics differ between the ranks of a DistributedDataParallel: those 
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,14 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from torch_eft.measure.forward.checks import check_measurable
 from torch_eft.measure.forward.isolation import IsolatedModel, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
-from torch_eft.measure.forward.structure import all_finite
-from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram
-from torch_eft.measure.jacobian.factors import jacobian_factors
-from torch_eft.measure.jacobian.gram import DenseFactor, Factor, OuterProductFactor, add_gram, mirror
+from torch_eft.measure.jacobian.blocks import summed_over_outputs
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram, check_finite
+from torch_eft.measure.jacobian.gram import Factor
 from torch_eft.measure.network.ranks import Ranks
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.representations.hidden_kernels import hidden_kernels
@@ -187,61 +184,47 @@ def _kernel(
         return engine, engine.estimate(outputs=1 if trace else None).blocks == 1
 
     engine, fits = ranks.together(prepared)
-    if fits:
-        H = _by_exchange(engine, trace, ranks)
-    else:
-        H = _by_recomputation(engine, probe, lambdas, trace, memory, ranks)
-    if not all_finite(torch.stack(torch.aminmax(H))):  # one pass; the same H on all ranks: all raise
-        check_measurable(network)
-        raise ValueError("model: the NTK is not finite though the parameters are; outputs or derivatives overflow")
+    H = _by_exchange(engine, trace, ranks) if fits else _by_recomputation(engine, probe, lambdas, trace, memory, ranks)
+    check_finite(network, [H], "the NTK is")  # the same H on all ranks: all raise
     return H
 
 
 def _by_exchange(engine: JacobianGram, trace: bool, ranks: Ranks) -> Tensor:
-    """Factors of the own rows, gathered; then the own share of the pairs of blocks."""
-    N, C = engine.samples, 1 if trace else engine.outputs
+    """Gather the factors of every rank's own rows, then share out the pairs of blocks."""
+    N = engine.samples
     each = -(-N // ranks.size)
 
     def own_factors() -> list[Factor]:
         rows = _own_rows(N, ranks, next(iter(engine.network.params.values())).device)
-        inputs = tree_map_only(Tensor, lambda tensor: tensor[rows], engine.inputs)
-        found = jacobian_factors(engine.network, inputs, engine.moving, engine.plan)
-        return sorted(found, key=lambda factor: factor.weight)  # fallbacks come in no certain order
+        factors = engine.factors(tree_map_only(Tensor, lambda tensor: tensor[rows], engine.inputs))
+        return sorted(factors, key=lambda factor: factor.weight)  # fallbacks come in no certain order
 
     own = ranks.together(own_factors)
-    packed = [tensor for factor in own for tensor in _parts(factor)]
-    kinds = [(factor.names, [(part.shape, part.dtype) for part in _parts(factor)]) for factor in own]
-    ranks.check_equal({"how its Jacobian is had": torch.tensor(zlib.crc32(repr(kinds).encode()))})
-    blocks = [_like(own, tensors) for tensors in ranks.gather(packed)] if packed else [own] * ranks.size
+    kinds = [(factor.names, [(part.shape, part.dtype) for part in factor.tensors]) for factor in own]
+    ranks.check_equal({"how its Jacobian is computed": torch.tensor(zlib.crc32(repr(kinds).encode()))})
+    gathered = ranks.gather([tensor for factor in own for tensor in factor.tensors]) if own else [[]] * ranks.size
+    blocks = [_with_tensors(own, tensors) for tensors in gathered]
 
-    like = next(iter(engine.network.params.values()))
-    shares = [list(_share(rank, ranks.size, each, N)) for rank in range(ranks.size)]
-    sizes = [sum(len(range(N)[rows]) * len(range(N)[columns]) for rows, columns in share) for share in shares]
+    def rows_of(samples: slice) -> list[Factor]:
+        number = samples.start // each
+        inside = slice(samples.start - number * each, samples.stop - number * each)
+        factors = [factor.rows(inside) for factor in blocks[number]]
+        return summed_over_outputs(factors) if trace else factors
 
     def own_share() -> Tensor:
-        """The own blocks, one after the other, as long as the longest share."""
-        found = [like.new_zeros(0)]
-        for rows, columns in shares[ranks.rank]:
-            part = like.new_zeros(C, len(range(N)[rows]), C, len(range(N)[columns]))
-            first = _chosen(blocks, rows, each, trace)
-            second = first if rows == columns else _chosen(blocks, columns, each, trace)
-            for a, b in zip(first, second, strict=True):
-                add_gram({(0, 0): part}, a, b, engine.lambdas, rows == columns)
-            if rows == columns:
-                mirror(part)
-            found.append(part.reshape(-1))
-        own = torch.cat(found)
-        return torch.nn.functional.pad(own, (0, C * C * max(sizes) - len(own)))
+        """The whole kernel, zero outside the own blocks."""
+        sums = engine.gram_blocks(trace=trace)
+        for rows, columns in _share(ranks.rank, ranks.size, each, N):
+            first = rows_of(rows)
+            sums.add(rows, columns, first, first if rows == columns else rows_of(columns))
+        return sums.finished(engine.outputs if trace else None)[""][0, 0].contiguous()
 
-    H = like.new_empty(C, N, C, N)
-    for share, (found,) in zip(shares, ranks.gather([ranks.together(own_share)]), strict=True):
-        for rows, columns in share:
-            part = H[:, rows, :, columns]
-            part.copy_(found[: part.numel()].view(part.shape))
-            found = found[part.numel() :]
-            if rows != columns:
-                H[:, columns, :, rows] = part.permute(2, 3, 0, 1)
-    return _finished(H, engine.outputs, trace)
+    return ranks.sum(ranks.together(own_share))
+
+
+def _with_tensors(factors: Sequence[Factor], tensors: Sequence[Tensor]) -> list[Factor]:
+    remaining = iter(tensors)
+    return [factor.with_tensors([next(remaining) for _ in factor.tensors]) for factor in factors]
 
 
 def _share(rank: int, size: int, each: int, samples: int) -> Iterator[tuple[slice, slice]]:
@@ -269,45 +252,6 @@ def _pairs(rank: int, size: int, each: int) -> Iterator[tuple[slice, slice]]:
         yield (slice(start, middle) if rank == first else slice(middle, stop)), whole[second]
 
 
-def _parts(factor: Factor) -> list[Tensor]:
-    """Its tensors at order 0."""
-    if isinstance(factor, DenseFactor):
-        return [factor.jacobians[0]]
-    a = factor.inputs[0]
-    assert a is not None
-    return [a, *factor.gradients[0]]
-
-
-def _like(factors: list[Factor], tensors: list[Tensor]) -> list[Factor]:
-    """The same factors with other tensors."""
-    remaining = iter(tensors)
-    found: list[Factor] = []
-    for factor in factors:
-        new = [next(remaining) for _ in _parts(factor)]
-        if isinstance(factor, DenseFactor):
-            found.append(replace(factor, jacobians=(new[0],)))
-        else:
-            found.append(replace(factor, inputs=(new[0],), gradients=(tuple(new[1:]),)))
-    return found
-
-
-def _chosen(blocks: list[list[Factor]], samples: slice, each: int, trace: bool) -> list[Factor]:
-    """The factors of some samples of one block."""
-    number = samples.start // each
-    inside = slice(samples.start - number * each, samples.stop - number * each)
-    found: list[Factor] = []
-    for factor in blocks[number]:
-        if isinstance(factor, OuterProductFactor):
-            a = factor.inputs[0]
-            assert a is not None
-            gradients = tuple(g[inside] for g in factor.gradients[0])
-            part: Factor = replace(factor, inputs=(a[inside],), gradients=(gradients,))
-        else:
-            part = replace(factor, jacobians=(factor.jacobians[0][:, inside],))
-        found += part.traced() if trace else [part]
-    return found
-
-
 def _by_recomputation(
     engine: JacobianGram,
     probe: Probe,
@@ -326,13 +270,8 @@ def _by_recomputation(
         if len(wanted):
             inputs = tree_map_only(Tensor, lambda tensor: tensor[wanted.to(tensor.device)], probe.inputs)
             own = JacobianGram(engine.network, Probe(inputs), lambdas, memory)
-            H[wanted.to(H.device)] = own.gram(trace=trace, other=engine)[""][0, 0]
+            H[wanted.to(H.device)] = own.ntk(trace=trace, other=engine)
         return H
 
     H = ranks.sum(ranks.together(own_rows))
     return (H + (H.T if trace else H.permute(1, 0, 3, 2))) / 2  # rounding only: H is symmetric
-
-
-def _finished(H: Tensor, outputs: int, trace: bool) -> Tensor:
-    """(C, N, C, N) as (N, N, C, C), or (N, N) of a trace."""
-    return H[0, :, 0] / outputs if trace else H.permute(1, 3, 0, 2)

@@ -24,6 +24,7 @@ from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, checked_lambdas
 from torch_eft.measure.kernels.dntk import almost_everywhere, ntk_derivatives
 from torch_eft.measure.kernels.ntk import ntk as ntk_of
 from torch_eft.measure.taylor.series import taylor_series
+from torch_eft.results.trajectory import Validity
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,12 @@ class RelativeDNTK:
     Args:
         dntk: (||dH v + transpose|| / ||H||) / (||J v|| / sqrt(N C)).
         ddntk: (||ddI v v + transpose + 2 ddII v v|| / (2 ||H||)) / (||J v||^2 / N C); None if not asked for.
-        validity: In words.
+        validity: Where they hold.
     """
 
     dntk: float
     ddntk: float | None
-    validity: str
+    validity: Validity
 
 
 def relative_dntk(
