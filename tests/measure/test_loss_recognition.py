@@ -5,22 +5,21 @@ import torch
 from torch.nn import functional as F
 
 from tests.oracles.models import mlp
-from torch_eft.measure.losses import recognize_loss
-from torch_eft.measure.training_loss import UnrecognizedLossError
+from torch_eft.measure.training_loss import UnrecognizedLossError, recognize_loss
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
 CLASSES = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
-def step(loss_function, y=Y, told=None, count=6):
+def step(loss_function, y=Y, given=None, count=6):
     torch.manual_seed(0)
     model = mlp()
     x, y = X[:count], y[:count]
     loss = loss_function(model(x), y)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    return recognize_loss(model, x, y, loss.detach(), gradients, told=told)
+    return recognize_loss(model, x, y, loss.detach(), gradients, loss_function=given)
 
 
 CASES = {
@@ -46,10 +45,10 @@ def test_the_function_found_is_the_loss_on_other_outputs_and_batches_too(name):
         assert float(whole) == pytest.approx(factor * float(base + 0.5 * (z[:2] - y[:2]).square().sum()), rel=1e-5)
 
 
-def test_a_loss_that_is_told_is_checked():
-    assert step(F.l1_loss, told=F.l1_loss).kind == "given"
+def test_a_given_loss_is_checked():
+    assert step(F.l1_loss, given=F.l1_loss).kind == "given"
     with pytest.raises(UnrecognizedLossError, match="the loss that was given on the batch"):
-        step(F.l1_loss, told=F.mse_loss)
+        step(F.l1_loss, given=F.mse_loss)
 
 
 @pytest.mark.parametrize(

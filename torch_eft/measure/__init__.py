@@ -20,7 +20,6 @@ from torch_eft.measure.kernels.metrics import (
 )
 from torch_eft.measure.kernels.ntk import Coverage, coverage, ntk, ntk_estimate
 from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
-from torch_eft.measure.losses import TrainingLoss, recognize_loss
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.representations.alignment import centered, effective_rank, linear_cka, target_alignment
@@ -38,7 +37,13 @@ from torch_eft.measure.taylor.perturbative import PerturbativeTaylorModel
 from torch_eft.measure.taylor.recorder import TrajectoryRecorder
 from torch_eft.measure.taylor.secant import NTKChange, ntk_change, ntk_finite_difference
 from torch_eft.measure.taylor.series import TaylorSeries, TaylorSizes, taylor_series, taylor_sizes, taylor_terms
-from torch_eft.measure.training_loss import SquaredError, UnrecognizedLossError, recognize_squared_error
+from torch_eft.measure.training_loss import (
+    SquaredError,
+    TrainingLoss,
+    UnrecognizedLossError,
+    recognize_loss,
+    recognize_squared_error,
+)
 
 __all__ = [
     "DDNTK",

@@ -13,7 +13,7 @@ from torch_eft.forecast.comparison import InstanceComparison
 from torch_eft.forecast.comparison.affordable import TooDearError
 from torch_eft.forecast.comparison.instance import SGDOptions
 from torch_eft.forecast.network import predict_from_network
-from torch_eft.measure.losses import recognize_loss
+from torch_eft.measure.training_loss import recognize_loss
 
 F64 = torch.float64
 
@@ -31,7 +31,7 @@ def recognized(model, x, y, function, told=None):
     loss = function(model(x), y)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     named = dict(zip([name for name, _ in model.named_parameters()], gradients, strict=True))
-    return recognize_loss(model, x, y, loss.detach(), named, told=told)
+    return recognize_loss(model, x, y, loss.detach(), named, loss_function=told)
 
 
 CASES = {

@@ -10,9 +10,9 @@ from torch_eft.forecast.comparison import EnsembleComparison, InstanceComparison
 from torch_eft.forecast.comparison.instance import SGDOptions
 from torch_eft.live.parts.forecasts.full_batch import FullBatch
 from torch_eft.live.parts.interval import interval_compared
-from torch_eft.measure.losses import recognize_loss
 from torch_eft.measure.taylor.displacement import interval, relative_dntk
 from torch_eft.measure.taylor.series import taylor_series, taylor_sizes
+from torch_eft.measure.training_loss import recognize_loss
 from torch_eft.theory import MLPEnsemble
 
 

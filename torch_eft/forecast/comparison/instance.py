@@ -30,7 +30,7 @@ from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.kinks import kinked_operations
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.kernels.metrics import as_trace
-from torch_eft.measure.losses import TrainingLoss
+from torch_eft.measure.training_loss import TrainingLoss
 from torch_eft.results.trajectory import Trajectory, Validity
 
 _FIRST_HORIZON = 256

@@ -14,9 +14,9 @@ from torch_eft.live.parts.forecasts.full_batch import UNSHOWN
 from torch_eft.live.parts.theta import LARGEST, memory, too_many
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import OutputFn, Probe
-from torch_eft.measure.losses import LossFunction, TrainingLoss, recognize_loss
 from torch_eft.measure.taylor.model import TaylorModel, as_call
-from torch_eft.measure.training_loss import UnrecognizedLossError
+from torch_eft.measure.training_loss import TrainingLoss, UnrecognizedLossError, recognize_loss
+from torch_eft.results.training import LossFunction
 from torch_eft.results.trajectory import Validity
 
 _MINIBATCHES = "mini-batches"
@@ -166,7 +166,9 @@ class ShadowPart(Instrument):
         if self._last_loss is None:
             raise UnrecognizedLossError("the loop does not show its loss")
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-        loss = recognize_loss(network, x, y, self._last_loss, gradients, self.output_fn, self.loss)
+        loss = recognize_loss(
+            network, x, y, self._last_loss, gradients, output_fn=self.output_fn, loss_function=self.loss
+        )
         shadows = {}
         for order in self.orders:
             shadow = TaylorModel(network, order, self.output_fn)

@@ -137,7 +137,7 @@ class EnsemblePart(ForecastPart):
             raise ValueError("not an MLP: its forward takes several inputs")
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         rate = read_learning_rates(network, [optimizer]).learning_rate
-        loss = recognize_squared_error(network, x, y, self._seen.loss, gradients, self.output_fn)
+        loss = recognize_squared_error(network, x, y, self._seen.loss, gradients, output_fn=self.output_fn)
         self._same_loss(loss.name, loss.rate_factor)
         self._comparison = EnsembleComparison(
             self._ensemble,

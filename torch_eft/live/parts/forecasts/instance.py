@@ -11,8 +11,8 @@ from torch_eft.live.parts.common import compared_scalars
 from torch_eft.live.parts.forecasts.base import ForecastPart
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.forward.probe import OutputFn
-from torch_eft.measure.losses import LossFunction, recognize_loss
 from torch_eft.measure.network.snapshot import Plan
+from torch_eft.measure.training_loss import LossFunction, recognize_loss
 
 
 class InstancePart(ForecastPart):
@@ -89,7 +89,9 @@ class InstancePart(ForecastPart):
         network, rates = start.network, read_learning_rates(start.network, [optimizer])
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         self._lambdas = rates.lambdas
-        loss = recognize_loss(network, x, y, self._seen.loss, gradients, self.output_fn, self.loss)
+        loss = recognize_loss(
+            network, x, y, self._seen.loss, gradients, output_fn=self.output_fn, loss_function=self.loss
+        )
         self._same_loss(loss.name, loss.factor)
         self._comparison = InstanceComparison(
             network,
