@@ -12,7 +12,8 @@ from torch_eft.live.parts.forecasts.base import ForecastPart
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.network.snapshot import Plan
-from torch_eft.measure.training_loss import LossFunction, recognize_loss
+from torch_eft.measure.training_loss import recognize_loss
+from torch_eft.results.training import LossFunction
 
 
 class InstancePart(ForecastPart):
