@@ -54,9 +54,9 @@ def errors(width, seed, steps):
     """Largest error of the outputs over the steps, and of the last NTK, relative to the largest movement of each."""
     x, y, x_probe = TETRAHEDRON, torch.tensor([[1.0], [-0.5], [0.5], [-1.0]]).double(), PROBES
     model, lambdas = draw(width, seed)
+    training = eft.Training(learning_rate=ETA, steps=steps, reduction="sum")
     forecasts = [
-        eft.predict_from_network(model, x, y, x_probe, ETA, steps, lambdas, reduction="sum", order=order)
-        for order in (0, 1)
+        eft.predict_from_network(model, x, y, x_probe, training, lambdas=lambdas, order=order) for order in (0, 1)
     ]
     outputs, H = train(model, lambdas, x, y, x_probe, steps)
     moved = float((outputs - outputs[0]).abs().max())

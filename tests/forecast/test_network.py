@@ -9,11 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from tests.forecast.trained import F64, network, slope, train
-from torch_eft import measure
+from torch_eft import Training, measure
 from torch_eft.forecast import start as forecast_start
 from torch_eft.forecast.network import predict_from_network
 from torch_eft.theory.hierarchy.evolution import train_hierarchy
-from torch_eft.theory.training.optimizer import Loss, descent
 
 
 def small(activation=nn.Tanh, points=5, seed=0):
@@ -37,15 +36,14 @@ CASES = {
 def test_equals_the_hierarchy_of_whole_tensors(name):
     """Whole dNTK and ddNTK by reverse mode of reverse mode, against Gram matrices along the path; the directions left
     out are a part in 1e8 of the path, and errors e, which are its slopes, are resolved to about a part in 1e7."""
-    options = dict(learning_rate=0.05, steps=30, tolerance=1e-8) | CASES[name]
+    options = dict(steps=30) | CASES[name]
+    training = Training(**({} if "schedule" in options else dict(learning_rate=0.05)) | options)
     model, lambdas, x, y, x_probe = small()
-    if options.get("loss") == "cross_entropy":
+    if training.loss == "cross_entropy":
         y = torch.tensor([1, 0, 1])
-    found = predict_from_network(model, x, y, x_probe, lambdas=lambdas, **options)
+    found = predict_from_network(model, x, y, x_probe, training, lambdas=lambdas, tolerance=1e-8)
     everything = torch.cat([x_probe, x])
     ddI, ddII = measure.ddntk(model, everything, lambdas=lambdas)
-    loss = Loss(options.get("loss", "mse"), y, options.get("reduction", "mean"))
-    names = ("learning_rate", "steps", "momentum", "dampening", "nesterov", "schedule", "batches")
     expected = train_hierarchy(
         measure.output(model, everything).detach(),
         measure.ntk(model, everything, lambdas=lambdas),
@@ -53,11 +51,11 @@ def test_equals_the_hierarchy_of_whole_tensors(name):
         ddI,
         ddII,
         [2, 3, 4],
-        loss,
-        descent(**{key: options[key] for key in names if key in options}),
+        y,
+        training,
     )
     z0, z1 = expected.z0, expected.z1
-    frozen = predict_from_network(model, x, y, x_probe, lambdas=lambdas, order=0, **options)
+    frozen = predict_from_network(model, x, y, x_probe, training, lambdas=lambdas, order=0)
     torch.testing.assert_close(frozen.output_mean, z0[:, :2], rtol=0, atol=1e-12)
     torch.testing.assert_close(frozen.train_output_mean, z0[:, 2:], rtol=0, atol=1e-12)
     size = float(z1.abs().max())
@@ -74,10 +72,14 @@ def test_equals_the_hierarchy_of_whole_tensors(name):
 def test_gradient_flow_is_the_limit_of_small_steps():
     """First order in eta: halved steps, halved error; outputs and NTK."""
     model, lambdas, x, y, x_probe = small()
-    flow = predict_from_network(model, x, y, x_probe, 0.1, 10, lambdas, dynamics="gradient_flow", tolerance=1e-9)
+    flow = predict_from_network(
+        model, x, y, x_probe, learning_rate=0.1, steps=10, dynamics="gradient_flow", lambdas=lambdas, tolerance=1e-9
+    )
     errors = []
     for parts in (16, 32):
-        found = predict_from_network(model, x, y, x_probe, 0.1 / parts, 10 * parts, lambdas, tolerance=1e-9)
+        found = predict_from_network(
+            model, x, y, x_probe, learning_rate=0.1 / parts, steps=10 * parts, lambdas=lambdas, tolerance=1e-9
+        )
         errors.append(
             [
                 float((found.output_mean[::parts] - flow.output_mean).abs().max()),
@@ -92,11 +94,11 @@ def test_few_directions_hold_the_path_of_many_points():
     """24 training outputs move along 24 exponentials of different rates, which 6 directions hold to a part in 1e6. With
     fewer, what is missing of the correction (of degree 2 and 3 in the path) is a few times what is left of the path."""
     model, lambdas, x, y, x_probe = small(points=14)
-    arguments = (model, x, y, x_probe, 0.2, 60, lambdas)
-    frozen, whole = (predict_from_network(*arguments, order=order, tolerance=1e-6) for order in (0, 1))
+    data, options = (model, x, y, x_probe, Training(learning_rate=0.2, steps=60)), dict(lambdas=lambdas)
+    frozen, whole = (predict_from_network(*data, order=order, tolerance=1e-6, **options) for order in (0, 1))
     assert int(re.search(r"along (\d+) directions", whole.provenance)[1]) < 10
     for modes in (2, 3, 4):
-        found = predict_from_network(*arguments, modes=modes)
+        found = predict_from_network(*data, num_modes=modes, **options)
         left_out = float(re.search(r"directions of the path, (\S+) of", found.provenance)[1])
         size = (whole.output_mean - frozen.output_mean).norm()
         assert float((found.output_mean - whole.output_mean).norm() / size) < 10 * left_out < 0.3
@@ -120,33 +122,37 @@ def test_inputs_as_dicts_and_the_model_is_left_alone():
         dict(a=x.float(), b=torch.zeros(3, 3)),
         y.float(),
         dict(a=x_probe.float(), b=torch.zeros(2, 3)),
-        0.05,
-        10,
-        scales,
+        learning_rate=0.05,
+        steps=10,
+        lambdas=scales,
         output_fn=lambda out: out["z"],
     )
     assert named.training and next(named.parameters()).dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(before, named.parameters(), strict=True))
-    expected = predict_from_network(model.double(), x.float(), y.float(), x_probe.float(), 0.05, 10, lambdas)
+    expected = predict_from_network(
+        model.double(), x.float(), y.float(), x_probe.float(), learning_rate=0.05, steps=10, lambdas=lambdas
+    )
     torch.testing.assert_close(found.output_mean, expected.output_mean)
     assert found.output_mean.dtype == F64
 
 
 def test_kinks_are_declared():
     model, lambdas, x, y, x_probe = small(nn.ReLU)
-    found = predict_from_network(model, x, y, x_probe, 0.05, 5, lambdas)
+    data, training = (model, x, y, x_probe), Training(learning_rate=0.05, steps=5)
+    found = predict_from_network(*data, training, lambdas=lambdas)
     assert found.validity.flag == "invalid"
     assert "almost everywhere" in found.validity.reason and "relu" in found.validity.reason
-    assert predict_from_network(model, x, y, x_probe, 0.05, 5, lambdas, order=0).validity.flag == "caution"
+    assert predict_from_network(*data, training, lambdas=lambdas, order=0).validity.flag == "caution"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(learning_rate=10.0), r"learning_rate: 10 given, beyond the linear stability bound .*2 / lambda_max"),
-        (dict(learning_rate=10.0, momentum=0.9), r"with momentum 0.9"),
-        (dict(learning_rate=0.0), r"learning_rate: 0 given; it must be positive"),
+        (dict(learning_rate=10.0, momentum=0.9), r"momentum m = 0.9"),
+        (dict(learning_rate=0.0), r"learning_rate: 0.0 given; it must be positive"),
         (dict(order=2), r"order: 2 given"),
+        (dict(steps=2.5, dynamics="gradient_flow"), r"steps: 2.5 given; give a whole number"),
         (dict(loss="hinge"), r"loss: 'hinge' given"),
         (dict(memory=10_000), r"memory: .* allowed"),
         (dict(dynamics="adam"), r"dynamics: 'adam' given"),
@@ -167,10 +173,13 @@ def test_unusable_arguments_are_named(change, message):
 def test_duplicates_with_conflicting_targets_are_refused_and_consistent_ones_are_not():
     model, lambdas, x, y, x_probe = small()
     twice, same = torch.cat([x, x[:1]]), torch.cat([y, y[:1]])
-    found = predict_from_network(model, twice, same, x_probe, 0.05, 10, lambdas)
+    options = dict(learning_rate=0.05, steps=10, lambdas=lambdas)
+    found = predict_from_network(model, twice, same, x_probe, **options)
     assert found.output_mean.isfinite().all()
     with pytest.raises(ValueError, match=r"x_train: 2 of 8 eigenvalues of the NTK on the training points vanish"):
-        predict_from_network(model, twice, torch.cat([y, -y[:1]]), x_probe, 0.05, 10, lambdas)
+        predict_from_network(
+            model, twice, torch.cat([y, -y[:1]]), x_probe, learning_rate=0.05, steps=10, lambdas=lambdas
+        )
 
 
 # ---- against networks really trained
@@ -187,8 +196,8 @@ def errors(width, seed, momentum=0.0, variants=(0, 1)):
     x = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1], [3**0.5, 0, 0]], dtype=F64)
     y = torch.tensor([[1.0], [-0.5], [0.3], [-1.2]], dtype=F64)
     model, lambdas = network([3, width, width, 1], torch.Generator().manual_seed(1000 * width + seed))
-    arguments = (model, x[:4], y, x[4:], 0.05 * (1 - momentum), STEPS, lambdas, momentum, False, "sum")
-    found = {order: forecast(order, arguments) for order in variants}
+    training = Training(learning_rate=0.05 * (1 - momentum), steps=STEPS, momentum=momentum, reduction="sum")
+    found = {order: forecast(order, (model, x[:4], y, x[4:], training), lambdas) for order in variants}
     real = train(
         model,
         lambdas,
@@ -212,9 +221,9 @@ def errors(width, seed, momentum=0.0, variants=(0, 1)):
     return result
 
 
-def forecast(order, arguments):
+def forecast(order, data, lambdas):
     if order != "dNTK alone":
-        return predict_from_network(*arguments, order=order)
+        return predict_from_network(*data, order=order, lambdas=lambdas)
     with pytest.MonkeyPatch.context() as patch:
         measured = forecast_start.along_path
 
@@ -225,7 +234,7 @@ def forecast(order, arguments):
                 yield replace(part, ddI=torch.zeros_like(part.dH), ddII=torch.zeros_like(part.dH))
 
         patch.setattr(forecast_start, "along_path", dH_alone)
-        return predict_from_network(*arguments)
+        return predict_from_network(*data, lambdas=lambdas)
 
 
 def medians(width, seeds, **options):
@@ -272,9 +281,9 @@ def test_trained_classifiers_are_closer_to_order_1():
         classes = torch.randint(0, 3, (4,), generator=generator)
         model, lambdas = network([4, 256, 256, 3], generator)
         batches = [torch.randperm(4, generator=generator)[:2] for _ in range(40)]
-        options = dict(momentum=0.8, loss="cross_entropy", batches=batches)
+        training = Training(loss="cross_entropy", steps=100, momentum=0.8, batches=batches, learning_rate=0.05)
         predictions = [
-            predict_from_network(model, x[:4], classes, x[4:], 0.05, 100, lambdas, order=order, **options)
+            predict_from_network(model, x[:4], classes, x[4:], training, order=order, lambdas=lambdas)
             for order in (0, 1)
         ]
         real = train(
@@ -309,8 +318,8 @@ def test_trained_digits_are_closer_to_order_1():
     y = functional.one_hot(torch.tensor(labels)[chosen[:64]], 10).to(F64)
     model, lambdas = network([64, 128, 128, 10], torch.Generator().manual_seed(1))
     rate = 1 / float(torch.linalg.eigvalsh(measure.as_matrix(measure.ntk(model, x[:64], lambdas=lambdas)))[-1])
-    arguments = (model, x[:64], y, x[64:], rate, 60, lambdas, 0.0, False, "sum")
-    frozen, corrected = (predict_from_network(*arguments, order=order) for order in (0, 1))
+    data = (model, x[:64], y, x[64:], Training(learning_rate=rate, steps=60, reduction="sum"))
+    frozen, corrected = (predict_from_network(*data, order=order, lambdas=lambdas) for order in (0, 1))
     assert int(re.search(r"along (\d+) directions", corrected.provenance)[1]) < 8
     assert corrected.validity.flag == "valid"
     real = train(model, lambdas, x[:64], lambda z, samples: (z - y[samples]).square().sum() / 2, x[64:], rate, 60, [60])
@@ -338,7 +347,16 @@ def confidences(hidden, sizes, seeds, steps):
                     y = size * torch.randn(4, 1, dtype=F64, generator=generator)
                     model, lambdas = network([3, *widths, 1], torch.Generator().manual_seed(sum(widths) + seed))
                     try:
-                        found = predict_from_network(model, x[:4], y, x[4:], 0.02, steps, lambdas, reduction="sum")
+                        found = predict_from_network(
+                            model,
+                            x[:4],
+                            y,
+                            x[4:],
+                            learning_rate=0.02,
+                            steps=steps,
+                            reduction="sum",
+                            lambdas=lambdas,
+                        )
                     except ValueError as error:
                         assert "stability bound" in str(error)
                         continue
@@ -388,11 +406,15 @@ def test_no_false_confidence_over_a_grid():
 def test_nothing_to_learn_and_no_steps():
     model, lambdas, x, _, x_probe = small()
     z = measure.output(model, x)
-    still = predict_from_network(model, x, z, x_probe, 0.05, 5, lambdas)
+    still = predict_from_network(model, x, z, x_probe, learning_rate=0.05, steps=5, lambdas=lambdas)
     torch.testing.assert_close(
         still.output_mean, still.output_mean[:1].expand_as(still.output_mean), rtol=0, atol=1e-14
     )
     assert float(still.ntk_drift.abs().max()) < 1e-14
-    assert predict_from_network(model, x, z + 1, x_probe, 0.05, 0, lambdas).output_mean.shape == (1, 2, 2)
-    flow = predict_from_network(model, x, z + 1, x_probe, 0.05, 0, lambdas, dynamics="gradient_flow")
+    assert predict_from_network(
+        model, x, z + 1, x_probe, learning_rate=0.05, steps=0, lambdas=lambdas
+    ).output_mean.shape == (1, 2, 2)
+    flow = predict_from_network(
+        model, x, z + 1, x_probe, learning_rate=0.05, steps=0, lambdas=lambdas, dynamics="gradient_flow"
+    )
     torch.testing.assert_close(flow.output_mean[0], measure.output(model, x_probe))

@@ -45,7 +45,18 @@ def lambdas_of(n):
 
 def forecast(n, networks, order=1, steps=10, seed=0, **options):
     return eft.predict_from_networks(
-        drawn(n), X[1:], Y, X[:1], 0.08, steps, networks, seed, order, lambdas=lambdas_of(n), reduction="sum", **options
+        drawn(n),
+        X[1:],
+        Y,
+        X[:1],
+        learning_rate=0.08,
+        steps=steps,
+        num_networks=networks,
+        seed=seed,
+        order=order,
+        lambdas=lambdas_of(n),
+        reduction="sum",
+        **options,
     )
 
 
@@ -58,8 +69,8 @@ def test_is_the_mean_of_the_single_forecasts(order):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = drawn(16)()
-        options = dict(lambdas=lambdas_of(16), reduction="sum", order=order)
-        singles.append(predict_from_network(model, X[1:], Y, X[:1], 0.08, 10, **options))
+        options = dict(learning_rate=0.08, steps=10, lambdas=lambdas_of(16), reduction="sum", order=order)
+        singles.append(predict_from_network(model, X[1:], Y, X[:1], **options))
     for name, error in (("output_mean", "output_error"), ("ntk_mean", "ntk_error"), ("ntk_drift", "ntk_drift_error")):
         values = torch.stack([getattr(single, name) for single in singles])
         torch.testing.assert_close(getattr(found, name), values.mean(0), rtol=0, atol=1e-13)
@@ -131,18 +142,24 @@ def test_a_small_cnn_on_cross_entropy_with_minibatches():
     """Shapes, what it says of itself, and that the module's own precision and device are taken as they are."""
     batches = [[0, 1], [2, 0]]
     found = eft.predict_from_networks(
-        SmallCNN, IMAGES[2:], CLASSES, IMAGES[:2], 0.05, 8, 3, loss="cross_entropy", batches=batches, modes=2
+        SmallCNN,
+        IMAGES[2:],
+        CLASSES,
+        IMAGES[:2],
+        eft.Training(learning_rate=0.05, steps=8, loss="cross_entropy", batches=batches),
+        num_networks=3,
+        num_modes=2,
     )
     assert found.output_mean.shape == found.output_error.shape == (9, 2, 2)
     assert found.output_covariance.shape == found.ntk_mean.shape == found.ntk_drift.shape == (9, 2, 2, 2, 2)
     assert found.train_output_mean.shape == (9, 3, 2)
     assert bool((found.output_error > 0).all()) and not bool(found.ntk_drift_error[0].any())
-    assert "SmallCNN" in found.provenance and "fixed minibatches" in found.provenance
+    assert "SmallCNN" in found.provenance and "fixed-minibatch" in found.provenance
     assert "of 3 networks outside" in found.validity.reason and "standard errors: mean output" in found.validity.reason
 
 
 def test_averages_make_nothing_on_the_default_device():
-    singles = [predict_from_network(drawn(8)(), X[1:], Y, X[:1], 0.02, 3) for _ in range(3)]
+    singles = [predict_from_network(drawn(8)(), X[1:], Y, X[:1], learning_rate=0.02, steps=3) for _ in range(3)]
     expected = eft.average_trajectories(singles, "three")
     with poisoned():
         found = eft.average_trajectories(singles, "three")
@@ -153,7 +170,13 @@ def test_averages_make_nothing_on_the_default_device():
 
 def test_kinks_are_told_for_every_network():
     found = eft.predict_from_networks(
-        lambda: SmallCNN(nn.ReLU), IMAGES[2:], CLASSES, IMAGES[:1], 0.05, 2, 2, loss="cross_entropy", modes=1
+        lambda: SmallCNN(nn.ReLU),
+        IMAGES[2:],
+        CLASSES,
+        IMAGES[:1],
+        eft.Training(learning_rate=0.05, steps=2, loss="cross_entropy"),
+        num_networks=2,
+        num_modes=1,
     )
     assert found.validity.flag == "invalid"
     assert "2 of 2 networks outside" in found.validity.reason and "relu" in found.validity.reason
@@ -184,7 +207,7 @@ def test_verdicts_are_shared_out():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(networks=1), r"networks: 1 given"),
+        (dict(num_networks=1), r"num_networks: 1 given"),
         (dict(make_model=lambda: 3), r"make_model: it returned int"),
         (dict(make_model=lambda: FIXED), r"make_model: it returned the same network twice"),
         (dict(learning_rate=50.0), r"learning_rate: 50 given.*\(network 0 of 2, drawn with seed 3\)"),
@@ -193,7 +216,14 @@ def test_verdicts_are_shared_out():
 )
 def test_errors_name_the_argument(change, message):
     arguments = dict(
-        make_model=drawn(8), x_train=X[1:], y_train=Y, x_probe=X[:1], learning_rate=0.02, steps=2, networks=2, seed=3
+        make_model=drawn(8),
+        x_train=X[1:],
+        y_train=Y,
+        x_probe=X[:1],
+        learning_rate=0.02,
+        steps=2,
+        num_networks=2,
+        seed=3,
     )
     with pytest.raises(ValueError, match=message):
         eft.predict_from_networks(**{**arguments, "order": 0, **change})

@@ -134,7 +134,7 @@ def hidden():
     ensemble = MLPEnsemble([3, 20, 30, 2], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3, lambda_W=1.0)
     x = torch.randn(2, 3, dtype=F64, generator=torch.Generator().manual_seed(5))
     y = torch.tensor([[0.5, -1.0]], dtype=F64)
-    return predict_representation(ensemble, x[1:], y, x[:1], 0.05, 4, "sum", ntk=False)
+    return predict_representation(ensemble, x[1:], y, x[:1], learning_rate=0.05, steps=4, reduction="sum", ntk=False)
 
 
 def test_hidden_kernels_take_no_vertex_of_the_last_layer(monkeypatch):

@@ -1,32 +1,37 @@
-"""The forecast of one network's training from its own NTK, dNTK and ddNTK at the start: measured, then integrated.
+"""The forecast of one network's training from its own measured NTK, dNTK and ddNTK at the start.
 
 Order 0 trains with the NTK frozen; order 1 adds the first response to dNTK and ddNTK (``theory.hierarchy``), with an
-error of order 1/n^2 where that of order 0 is of order 1/n. The tensors are measured along the directions that order 0
-moves in (``theory.path_tensors``), so that time and memory do not grow with powers of the number of training points.
+error of order 1/n^2 where that of order 0 is of order 1/n. The tensors are measured along the directions in which order
+0 moves (``theory.hierarchy.contractions``), so that time and memory do not grow with powers of the number of training
+points.
 
 Of this network's tensors, dNTK (of random sign, correlated with the outputs) and ddNTK (of non-zero mean) enter outputs
 and NTK at the same order. Cumulants over initializations are not needed: z, H, dH, ddI and ddII of this network are all
 that PDLT's update equations take.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from torch_eft.forecast.start import Start
-from torch_eft.forecast.validity import check_conflicts, check_stability, gauge_of, kinked_validity, validity_of
+from torch_eft.forecast.start import ForecastOrders, StartingDerivatives
+from torch_eft.forecast.validity import (
+    check_conflicts,
+    check_stability,
+    expansion_parameter,
+    validity_at_order_0,
+    validity_at_order_1,
+    validity_with_kinks,
+)
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.kernels.dntk import almost_everywhere
+from torch_eft.results.training import Training, as_training
 from torch_eft.results.trajectory import Trajectory
 from torch_eft.theory.hierarchy.contractions import DEFAULT_MEMORY
-from torch_eft.theory.hierarchy.evolution import FirstOrder
-from torch_eft.theory.training.optimizer import Descent, LossFunction, Reduction, Schedule, descent
-
-Dynamics = Literal["gradient_descent", "gradient_flow"]
 
 
 def predict_from_network(
@@ -34,49 +39,38 @@ def predict_from_network(
     x_train: Any,
     y_train: Tensor,
     x_probe: Any,
-    learning_rate: float,
-    steps: int,
-    lambdas: Mapping[str, float] | float | None = None,
-    momentum: float = 0.0,
-    nesterov: bool = False,
-    reduction: Reduction = "mean",
+    training: Training | None = None,
+    *,
+    learning_rate: float | None = None,
+    steps: float | None = None,
     order: int = 1,
-    loss: str | LossFunction = "mse",
-    schedule: Schedule | None = None,
-    batches: Sequence[Sequence[int] | Tensor] | None = None,
-    dynamics: Dynamics = "gradient_descent",
+    lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
-    dampening: float = 0.0,
-    modes: int | None = None,
+    num_modes: int | None = None,
     tolerance: float = 1e-4,
     memory: int = DEFAULT_MEMORY,
+    **keywords: Any,
 ) -> Trajectory:
-    """How the outputs and the NTK of this network will move in training, from its state now, in float64.
+    """Predict how the outputs and the NTK of this network will move in training, from its present state, in float64.
 
     Args:
-        model: Any module, as ``measure.ntk`` takes it; in evaluation mode, and left untouched.
+        model: Any module accepted by ``measure.ntk``; evaluated in evaluation mode, and left untouched.
         x_train: Training inputs: a tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
         y_train: Targets, (N, C); classes (N,) for the cross-entropy.
         x_probe: Probe inputs, like ``x_train``.
+        training: The training; None builds it from the keywords.
         learning_rate: eta > 0, multiplying ``lambdas``.
         steps: Number T of optimizer steps.
-        lambdas: The learning-rate tensor, one number or ``{parameter name: lambda}``; None means 1.
-        momentum: Of ``torch.optim.SGD``.
-        nesterov: Of ``torch.optim.SGD``.
-        reduction: ``"mean"``: torch's ``MSELoss`` or ``CrossEntropyLoss``; ``"sum"``: (1/2) sum (z - y)^2 (PDLT), or
-            the sum of cross-entropies.
         order: 0, the NTK frozen; 1, with the response to dNTK and ddNTK.
-        loss: ``"mse"``, ``"cross_entropy"``, or a differentiable function of (outputs, targets) to a number.
-        schedule: The learning rate of every step in place of ``learning_rate``: a sequence or a function of the step.
-        batches: The training samples of every step's minibatch; gone through again if fewer than ``steps``.
-        dynamics: ``"gradient_descent"``, or ``"gradient_flow"`` on the whole squared error, in closed form (time t =
-            step, in units of the learning rate).
-        output_fn: Turns what the model returns into (N, C).
-        dampening: Of ``torch.optim.SGD``.
-        modes: Directions of the frozen path, in the space of parameters, along which dNTK and ddNTK are measured, at
-            most; None for all within ``tolerance``. The cost is about 3/2 of their number squared in Gram matrices.
-        tolerance: Directions with less than this share of the path are left out, and such a share of the correction.
+        lambdas: The learning-rate tensor, see ``measure.ntk``.
+        output_fn: Converts the model's return value to (N, C).
+        num_modes: Largest number of directions of the frozen path, in the space of parameters, along which dNTK and
+            ddNTK are measured; None for all within ``tolerance``. The cost is about 3/2 of their number squared in Gram
+            matrices.
+        tolerance: Directions with less than this share of the path are left out, with such a share of the correction.
         memory: Bytes allowed for the NTK's differentials, and for one Gram matrix with its factors.
+        **keywords: Further fields of a ``torch_eft.Training``: ``loss``, ``reduction``, ``momentum``, ``schedule``,
+            ``batches``, ``dynamics``, ...
 
     Returns:
         A ``Trajectory`` of this network; its covariance is 0.
@@ -84,38 +78,46 @@ def predict_from_network(
     Raises:
         ValueError: If an argument is out of range, the learning rate is beyond the stability bound, training points
             conflict, ``memory`` is too small, or the network cannot be measured.
+
+    Example:
+        >>> import torch
+        >>> import torch_eft as eft
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.eye(3), torch.ones(3, 2)
+        >>> forecast = eft.predict_from_network(model, x, y, x[:2], learning_rate=0.1, steps=5)
+        >>> forecast.output_mean.shape, forecast.ntk_mean.shape
+        (torch.Size([6, 2, 2]), torch.Size([6, 2, 2, 2, 2]))
+        >>> bool(forecast.ntk_drift.any())  # a linear network has a frozen NTK
+        False
     """
     if order not in (0, 1):
         raise ValueError(f"order: {order} given; 0 is the frozen NTK, 1 adds dNTK and ddNTK")
-    if (modes is not None and modes < 1) or not 0 <= tolerance < 1:
-        raise ValueError(f"modes: {modes}, tolerance: {tolerance:g} given; give at least one mode, 0 <= tolerance < 1")
-    if dynamics not in ("gradient_descent", "gradient_flow"):
-        raise ValueError(f"dynamics: {dynamics!r} given; give 'gradient_descent' or 'gradient_flow'")
-    train_probe, probe = as_probe(x_train), as_probe(x_probe)
-    optimizer = descent(learning_rate, steps, momentum, dampening, nesterov, schedule, batches, train_probe.size)
-    flows = dynamics == "gradient_flow"
-    if flows and (loss != "mse" or momentum or schedule is not None or batches is not None):
+    if (num_modes is not None and num_modes < 1) or not 0 <= tolerance < 1:
         raise ValueError(
-            "dynamics: 'gradient_flow' is in closed form for the squared error, full batch, without momentum and "
-            "schedule; give loss='mse' and none of those, or 'gradient_descent' with a small learning rate"
+            f"num_modes: {num_modes}, tolerance: {tolerance:g} given; give at least one mode, 0 <= tolerance < 1"
         )
-    everything = Probe(_joined(probe.inputs, train_probe.inputs))
+    training = as_training(training, learning_rate=learning_rate, steps=steps, **keywords)
+    if training.steps == float("inf") or training.steps != int(training.steps):
+        raise ValueError(f"steps: {training.steps:g} given; give a whole number")
+    train, probe = as_probe(x_train), as_probe(x_probe)
+    everything = Probe(_joined(probe.inputs, train.inputs))
     with isolated(model, output_fn, torch.float64) as network:
-        start = Start(network, everything, train_probe, y_train, loss, reduction, lambdas, memory, probe.size)
-        check_conflicts(start.loss, start.z, start.H, start.train)
-        if not flows:
-            check_stability(start.loss, start.z, start.H, start.train, optimizer)
-        zs, first, note, kinks = (
-            start.flow(learning_rate, steps, order, modes, tolerance)
-            if flows
-            else start.descend(optimizer, order, modes, tolerance)
-        )
-    where = f"{dynamics.replace('_', ' ')}, {_described(optimizer, flows)}, loss {start.loss_name}"
-    return _trajectory(start, zs, first, f"order {order} of this network's NTK hierarchy{note}; {where}", kinks)
+        start = StartingDerivatives(network, everything, train, y_train, training, lambdas, memory)
+        check_conflicts(start)
+        check_stability(start, training)
+        orders = start.forecast(order, num_modes, tolerance)
+    note = ""
+    if orders.first is not None:
+        rest = f", {orders.left_out:.1g} of the path left out" if orders.left_out > 0 else ""
+        note = f" (dNTK and ddNTK along {orders.directions} directions of the path{rest})"
+    return _trajectory(start, orders, f"order {order} of this network's NTK hierarchy{note}; {training}")
 
 
 def _joined(first: Any, second: Any) -> Any:
-    """Two batches of the same structure as one."""
+    """Join two batches of the same structure.
+
+    Raises:
+        ValueError: If structures or shapes differ.
+    """
     (leaves, structure), (others, other_structure) = tree_flatten(first), tree_flatten(second)
     if structure != other_structure or any(
         isinstance(a, Tensor) != isinstance(b, Tensor) or (isinstance(a, Tensor) and a.shape[1:] != b.shape[1:])
@@ -131,46 +133,31 @@ def _joined(first: Any, second: Any) -> Any:
     return tree_unflatten(joined, structure)
 
 
-def _described(optimizer: Descent, flows: bool) -> str:
-    if flows or optimizer.steps == 0:
-        return "full batch"
-    rates = optimizer.learning_rates
-    eta = f"eta {rates[0]:g}" if min(rates) == max(rates) else f"eta {min(rates):g} to {max(rates):g}"
-    batch = "full batch" if optimizer.batches is None else "fixed minibatches"
-    name = "Nesterov" if optimizer.nesterov else "momentum"
-    return f"{eta}, {name} {optimizer.momentum:g}, {batch}" if optimizer.momentum else f"{eta}, {batch}"
-
-
-def _trajectory(
-    start: Start, zs: Tensor, first: FirstOrder | None, provenance: str, kinks: tuple[str, ...]
-) -> Trajectory:
-    T, K, C, N = len(zs), start.K, start.C, start.probes
-    z, z1 = zs, None if first is None else first.z
-    if z1 is not None:
-        z = zs + z1
+def _trajectory(start: StartingDerivatives, orders: ForecastOrders, provenance: str) -> Trajectory:
+    z0, first = orders.z0, orders.first
+    T, K, C, N = len(z0), start.K, start.C, start.K // start.C
 
     def by_point(H: Tensor) -> Tensor:
         return H.unflatten(-1, (N, C)).unflatten(-3, (N, C)).transpose(-3, -2)
 
-    H0 = by_point(start.whole_H[:K, :K])
-    drift = by_point(first.H) if first is not None else H0.new_zeros(1).expand(T, *H0.shape)
-    gauge = None if first is None else gauge_of(zs, first, start.whole_H[:K, :K], start.train)
-    validity = validity_of(start.loss, start.z, gauge, start.H, start.train)
-    text = almost_everywhere(kinks)
-    if first is not None and text is not None:
-        validity = kinked_validity(text)
+    z, H_0, drift = z0, by_point(start.whole_H[:K, :K]), None
     output_truncation, ntk_truncation = None, None
-    if gauge is not None:
-        next_order = gauge.g.square()
-        moved = (zs - zs[0])[:, :K].square().mean(1).sqrt().max()
+    validity = validity_at_order_0()
+    if first is not None:
+        z, drift = z0 + first.z, by_point(first.H)
+        parameter = expansion_parameter(z0, first, start)
+        kinks = almost_everywhere(orders.kinks)
+        validity = validity_at_order_1(start, parameter) if kinks is None else validity_with_kinks(kinks)
+        next_order = parameter.largest.square()
+        moved = (z0 - z0[0])[:, :K].square().mean(1).sqrt().max()
         output_truncation = (next_order * moved)[:, None, None].expand(T, N, C)
-        ntk_truncation = (next_order * H0.square().mean().sqrt())[:, None, None, None, None].expand(drift.shape)
+        ntk_truncation = (next_order * H_0.square().mean().sqrt())[:, None, None, None, None].expand(drift.shape)
     return Trajectory(
         steps=torch.arange(T, device=z.device),
         output_mean=z[:, :K].unflatten(1, (N, C)),
         output_covariance=z.new_zeros(1).expand(T, N, N, C, C),
-        ntk_mean=(H0 + drift) if first is not None else H0.expand(T, *H0.shape),
-        ntk_drift=drift,
+        ntk_mean=H_0.expand(T, *H_0.shape) if drift is None else H_0 + drift,
+        ntk_drift=H_0.new_zeros(1).expand(T, *H_0.shape) if drift is None else drift,
         provenance=provenance,
         validity=validity,
         output_truncation=output_truncation,

@@ -1,4 +1,4 @@
-"""The forecast of an ensemble of any architecture, from networks drawn at random: where no recursion exists.
+"""The forecast of an ensemble of any architecture from networks drawn at random, where no recursion exists.
 
 ``theory.predict_training`` knows the ensemble of an MLP in closed form. A CNN, a transformer, kinked activations, fixed
 minibatches have no such recursion, but their networks have tensors: each network's own forecast
@@ -9,7 +9,7 @@ full; nothing assumes that outputs are exchangeable or odd under a change of sig
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from torch_eft.forecast.network import predict_from_network
+from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.results.averages import Averages
+from torch_eft.results.training import Training, as_training
 from torch_eft.results.trajectory import Trajectory
+from torch_eft.theory.hierarchy.contractions import DEFAULT_MEMORY
 
 
 def predict_from_networks(
@@ -27,17 +30,25 @@ def predict_from_networks(
     x_train: Any,
     y_train: Tensor,
     x_probe: Any,
-    learning_rate: float,
-    steps: int,
-    networks: int = 50,
+    training: Training | None = None,
+    *,
+    learning_rate: float | None = None,
+    steps: float | None = None,
+    num_networks: int = 50,
     seed: int = 0,
     order: int = 1,
-    **options: Any,
+    lambdas: Mapping[str, float] | float | None = None,
+    output_fn: OutputFn | None = None,
+    num_modes: int | None = None,
+    tolerance: float = 1e-4,
+    memory: int = DEFAULT_MEMORY,
+    **keywords: Any,
 ) -> Trajectory:
-    """The trained distribution over initializations of any architecture, by ``networks`` forecasts of single networks.
+    """Predict the trained distribution over initializations of any architecture, from forecasts of single networks.
 
-    The ensemble counterpart of ``predict_from_network``, for what ``theory.predict_training`` has no recursion for; for
-    a smooth MLP that one is exact in the average and much cheaper. The cost is that of ``networks`` single forecasts.
+    The ensemble counterpart of ``predict_from_network``, for ensembles that have no recursion in
+    ``theory.predict_training``; for a smooth MLP that one is exact in the average and much cheaper. The cost is that of
+    ``num_networks`` single forecasts.
 
     Args:
         make_model: Builds one network, drawn from the global random state (of torch, NumPy or Python), on the device
@@ -45,51 +56,81 @@ def predict_from_networks(
         x_train: Training inputs: a tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
         y_train: Targets, (N, C); classes (N,) for the cross-entropy.
         x_probe: Probe inputs, like ``x_train``.
+        training: The training; None builds it from the keywords.
         learning_rate: eta > 0, multiplying ``lambdas``.
         steps: Number T of optimizer steps.
-        networks: S >= 2. Standard errors fall as 1/sqrt(S).
-        seed: Of the first network; the others follow. The global random state is left alone.
-        order: 0, every network with its NTK frozen; 1, with its response to dNTK and ddNTK.
-        options: All others of ``predict_from_network``: ``lambdas``, ``momentum``, ``loss``, ``batches``, ...
+        num_networks: S >= 2. Standard errors fall as 1/sqrt(S).
+        seed: Seed of the first network; the others follow. The global random state is left alone.
+        order: 0, each network with its NTK frozen; 1, with its response to dNTK and ddNTK.
+        lambdas: See ``predict_from_network``, like all further arguments.
+        output_fn: Likewise.
+        num_modes: Likewise.
+        tolerance: Likewise.
+        memory: Likewise.
+        **keywords: Further fields of a ``torch_eft.Training``: ``loss``, ``batches``, ...
 
     Returns:
-        A ``Trajectory``, as ``average_trajectories`` makes it: means over networks with their standard errors, the
-        covariance between networks, and a verdict that tells how many of them are outside the expansion.
+        The average made by ``average_trajectories``: means over networks with their standard errors, the covariance
+        between networks, and a verdict with the share of networks outside the expansion.
 
     Raises:
-        ValueError: If an argument is out of range, networks come out all alike, or one of them cannot be forecast; the
+        ValueError: If an argument is out of range, all networks come out alike, or one of them cannot be forecast; the
             message says which.
+
+    Example:
+        >>> import torch
+        >>> import torch_eft as eft
+        >>> x, y = torch.eye(3), torch.ones(3, 2)
+        >>> forecast = eft.predict_from_networks(
+        ...     lambda: torch.nn.Linear(3, 2), x, y, x[:1], learning_rate=0.1, steps=4, num_networks=3
+        ... )
+        >>> forecast.output_mean.shape, forecast.output_error.shape
+        (torch.Size([5, 1, 2]), torch.Size([5, 1, 2]))
     """
-    if networks < 2:
-        raise ValueError(f"networks: {networks} given; a mean with its standard error needs at least 2")
-    averages, provenance = Averages(), ""
+    if num_networks < 2:
+        raise ValueError(f"num_networks: {num_networks} given; a mean with its standard error needs at least 2")
+    training = as_training(training, learning_rate=learning_rate, steps=steps, **keywords)
+    averages, kind = Averages(), ""
     first: Trajectory | None = None
-    for index in range(networks):
-        with _drawn_from(seed + index):
+    for index in range(num_networks):
+        with _seeded(seed + index):
             model = make_model()
         if not isinstance(model, nn.Module):
             raise ValueError(f"make_model: it returned {type(model).__name__}; return a torch.nn.Module")
         try:
-            found = predict_from_network(model, x_train, y_train, x_probe, learning_rate, steps, order=order, **options)
-        except ValueError as error:
-            raise ValueError(f"{error} (network {index} of {networks}, drawn with seed {seed + index})") from error
-        averages.add(found)
-        if first is None:
-            first, settings = found, found.provenance.partition("; ")[2]
-            provenance = (
-                f"order {order} of each one's NTK hierarchy; {settings}; {type(model).__name__}, seeds {seed} on"
+            forecast = predict_from_network(
+                model,
+                x_train,
+                y_train,
+                x_probe,
+                training,
+                order=order,
+                lambdas=lambdas,
+                output_fn=output_fn,
+                num_modes=num_modes,
+                tolerance=tolerance,
+                memory=memory,
             )
-        elif index == 1 and torch.equal(first.ntk_mean[0], found.ntk_mean[0]):
+        except ValueError as error:
+            raise ValueError(f"{error} (network {index} of {num_networks}, drawn with seed {seed + index})") from error
+        averages.add(forecast)
+        if first is None:
+            first, kind = forecast, type(model).__name__
+        elif index == 1 and _same_start(first, forecast):
             raise ValueError(
                 "make_model: it returned the same network twice; build a new one at every call, drawn from the global "
                 "random state"
             )
-    return averages.trajectory(provenance)
+    return averages.trajectory(f"order {order} of each one's NTK hierarchy; {training}; {kind}, seeds from {seed}")
+
+
+def _same_start(first: Trajectory, second: Trajectory) -> bool:
+    return all(torch.equal(getattr(first, name)[0], getattr(second, name)[0]) for name in ("output_mean", "ntk_mean"))
 
 
 @contextmanager
-def _drawn_from(seed: int) -> Iterator[None]:
-    """The global random states, seeded, and afterwards what they were."""
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global random states, and restore them afterwards."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     try:

@@ -1,10 +1,11 @@
-"""What a forecast starts from: one network's outputs and NTK, and its differentials along the frozen path.
+"""Measurements at theta_0 from which one network is forecast: outputs, NTK, and differentials along the frozen path.
 
 All on probe points, then training points, with one index (sample, output): M outputs, the first K on probe points, the
 last B on training points.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,102 +17,130 @@ from torch_eft.measure.jacobian.engine import JacobianGram
 from torch_eft.measure.jets.jet import watch_kinks
 from torch_eft.measure.kernels.along_path import Part, along_path
 from torch_eft.measure.kernels.metrics import as_matrix
+from torch_eft.results.training import Training
 from torch_eft.theory.hierarchy.contractions import PathTensors, check_memory, path_basis
 from torch_eft.theory.hierarchy.evolution import FirstOrder, first_order, frozen_path
-from torch_eft.theory.hierarchy.gradient_flow import eigenmodes, flow, frozen_flow
-from torch_eft.theory.training.optimizer import Descent, Loss, LossFunction, Reduction
+from torch_eft.theory.hierarchy.gradient_flow import eigenmodes, first_order_flow, frozen_flow
+from torch_eft.theory.training.optimizer import Loss, LossFunction
 
 
-class Start:
-    """The measured start: outputs and NTK on probe points, then training points, index (sample, output)."""
+@dataclass(frozen=True)
+class ForecastOrders:
+    """The forecast of one network, order by order.
+
+    Args:
+        z0: (T+1, M), outputs with the NTK frozen.
+        first: The first order; None if it was not computed.
+        directions: Number r of directions along which dNTK and ddNTK were measured.
+        left_out: Share of the path outside these directions.
+        kinks: The kinked operations that the derivatives met.
+    """
+
+    z0: Tensor
+    first: FirstOrder | None = None
+    directions: int = 0
+    left_out: float = 0.0
+    kinks: tuple[str, ...] = ()
+
+
+class StartingDerivatives:
+    """Outputs and NTK at theta_0, with dNTK and ddNTK along the path that training takes from there.
+
+    Args:
+        network: The network, isolated, in float64.
+        everything: Probe inputs, then training inputs.
+        x_train: Training inputs.
+        y_train: Targets.
+        training: The training.
+        lambdas: The learning-rate tensor, see ``measure.ntk``.
+        memory: Bytes allowed for the NTK's differentials, and for one Gram matrix with its factors.
+
+    Raises:
+        ValueError: If targets or batches do not fit, ``memory`` is too small, or the network cannot be measured.
+    """
 
     def __init__(
         self,
         network: IsolatedModel,
         everything: Probe,
-        train_probe: Probe,
+        x_train: Probe,
         y_train: Tensor,
-        loss: str | LossFunction,
-        reduction: Reduction,
+        training: Training,
         lambdas: Mapping[str, float] | float | None,
         memory: int,
-        probes: int,
     ) -> None:
-        self.network, self.everything, self.train_probe = network, everything, train_probe
-        self.lambdas, self.memory, self.probes = lambdas, memory, probes
+        self._network, self._everything, self._x_train = network, everything, x_train
+        self._lambdas, self._memory, self._training = lambdas, memory, training
+        training.check_batches(x_train.size)
         with torch.no_grad():
             self.z = checked_output(network, everything).detach()
         points, self.C = self.z.shape
-        self.loss = Loss(loss, self._targets(y_train, loss), reduction)
-        self.loss_name = f"{loss} ({reduction})" if isinstance(loss, str) else "a function of the outputs"
-        self.M, self.K = points * self.C, probes * self.C
-        self.B = self.M - self.K
+        targets = checked_targets(y_train.detach().to(self.z.device), training.loss, x_train.size, self.C)
+        self.loss = Loss(training.loss, targets, training.reduction)
+        self.M, self.B = points * self.C, x_train.size * self.C
+        self.K = self.M - self.B
         self.train = torch.arange(self.K, self.M, device=self.z.device)
         check_memory(self.M, 8 * 3 * self.M**2, memory)
         self.whole_H = as_matrix(JacobianGram(network, everything, lambdas, memory).ntk())
         self.H = self.whole_H[:, self.train]
 
-    def _targets(self, y: Tensor, loss: str | LossFunction) -> Tensor:
-        y = y.detach().to(self.z.device, self.z.dtype if y.is_floating_point() else None)
-        N, C = len(self.z) - self.probes, self.C
-        classes = loss == "cross_entropy" and not y.is_floating_point()
-        if classes and tuple(y.shape) == (N,) and 0 <= int(y.min()) <= int(y.max()) < C:
-            return y
-        if (isinstance(loss, str) and tuple(y.shape) != (N, C)) or len(y) != N or classes:
-            wanted = f"({N}, {C})" + (f", or ({N},) classes below {C}" if loss == "cross_entropy" else "")
-            raise ValueError(f"y_train: shape {tuple(y.shape)} given; x_train and the outputs ask for {wanted}")
-        return y.to(self.z.dtype) if isinstance(loss, str) else y
+    @property
+    def train_outputs(self) -> Tensor:
+        """Outputs on the training points, (N, C)."""
+        return self.z.flatten()[self.train].unflatten(0, (-1, self.C))
 
-    def descend(
-        self, optimizer: Descent, order: int, modes: int | None, tolerance: float
-    ) -> tuple[Tensor, FirstOrder | None, str, tuple[str, ...]]:
-        """Outputs at order 0 (T+1, M), the first order, a remark, and the kinks met."""
-        path = frozen_path(self.z, self.H, self.train, self.loss, optimizer)
-        if order == 0:
-            return path.z, None, "", ()
-        found = path_basis(path.p, self.H[self.train], tolerance, modes)
-        tensors, kinks = self._measured(found.basis, found.dual, optimizer.steps)
-        first = first_order(path, self.H, self.train, tensors, self.loss, optimizer, self.C)
-        return path.z, first, self._note(len(found.basis), found.left_out), kinks
+    def forecast(self, order: int, num_modes: int | None, tolerance: float) -> ForecastOrders:
+        """Integrate the training.
 
-    def flow(
-        self, learning_rate: float, steps: int, order: int, modes: int | None, tolerance: float
-    ) -> tuple[Tensor, FirstOrder | None, str, tuple[str, ...]]:
-        """As ``descend``."""
-        z, targets = self.z.flatten(), self.loss.targets.flatten()
-        step = learning_rate * self.loss.scale(self.B)
-        found = eigenmodes(self.H[self.train], z[self.train] - targets, step * steps, tolerance, modes)
+        Args:
+            order: 0, or 1 with the response to dNTK and ddNTK.
+            num_modes: Largest number of directions for dNTK and ddNTK, or None.
+            tolerance: Share of the path below which directions are left out.
+
+        Returns:
+            The outputs and, at order 1, the change of the NTK.
+        """
+        training, loss, steps = self._training, self.loss, int(self._training.steps)
+        if not training.flows:
+            path = frozen_path(self.z, self.H, self.train, loss, training)
+            if order == 0:
+                return ForecastOrders(path.z)
+            basis = path_basis(path.p, self.H[self.train], tolerance, num_modes)
+            tensors, kinks = self._measured(basis.basis, basis.dual, steps)
+            first = first_order(path, self.H, self.train, tensors, loss, training, self.C)
+            return ForecastOrders(path.z, first, len(basis.basis), basis.left_out, kinks)
+        z, targets = self.z.flatten(), loss.targets.flatten()
+        step = (training.learning_rate or 0.0) * loss.scale(self.B)
+        modes = eigenmodes(self.H[self.train], z[self.train] - targets, step * steps, tolerance, num_modes)
         times = step * torch.arange(steps + 1, dtype=z.dtype, device=z.device)
-        zs = frozen_flow(z, self.H, self.train, targets, found, times)
+        z0 = frozen_flow(z, self.H, self.train, targets, modes, times)
         if order == 0:
-            return zs, None, "", ()
-        tensors, kinks = self._measured(found.basis, found.dual, steps)
-        first = flow(z, self.H, self.train, targets, tensors, found, step, steps)
-        return zs, first, self._note(len(found.basis), found.left_out), kinks
-
-    def _note(self, kept: int, left_out: float) -> str:
-        rest = f", {left_out:.1g} of the path left out" if left_out > 0 else ""
-        return f" (dNTK and ddNTK along {kept} directions of the path{rest})"
+            return ForecastOrders(z0)
+        tensors, kinks = self._measured(modes.basis, modes.dual, steps)
+        first = first_order_flow(z, self.H, self.train, targets, tensors, modes, step, steps)
+        return ForecastOrders(z0, first, len(modes.basis), modes.left_out, kinks)
 
     def _measured(self, basis: Tensor, dual: Tensor, steps: int) -> tuple[PathTensors, tuple[str, ...]]:
+        """Measure dNTK and ddNTK along a basis; also return the kinked operations met."""
         r, M, K = len(basis), self.M, self.K
-        parameters = sum(value.numel() for value in self.network.params.values())
+        parameters = sum(value.numel() for value in self._network.params.values())
         held = 3 * M**2 * (r + 1) + M * (2 * r**2 + 4 * r**3) + K**2 * (r + 2 * r**2) + 2 * r * parameters
-        check_memory(M, 8 * (held + steps * (M + K**2 + r**2)), self.memory)
-        collected = Collected(basis, dual, M, K, self.train)
+        check_memory(M, 8 * (held + steps * (M + K**2 + r**2)), self._memory)
+        collected = _PathTensorsFromPairs(basis, dual, M, K, self.train)
+        network, points = self._network, self._everything
         with watch_kinks() as kinks:
-            for part in along_path(self.network, self.everything, self.train_probe, basis, self.lambdas, self.memory):
+            for part in along_path(network, points, self._x_train, basis, self._lambdas, self._memory):
                 collected.add(part)
         return collected.tensors(), tuple(dict.fromkeys(kinks))
 
 
-class Collected:
-    """``PathTensors`` out of matrices that come one pair of directions after another."""
+class _PathTensorsFromPairs:
+    """Collects ``PathTensors`` from the matrices of one pair of directions after another."""
 
     def __init__(self, basis: Tensor, dual: Tensor, M: int, K: int, train: Tensor) -> None:
-        r, self.K, self.train, self.basis = len(basis), K, train, basis
+        r, self._K, self._train, self._basis = len(basis), K, train, basis
         new = basis.new_zeros
-        self.found = PathTensors(
+        self._tensors = PathTensors(
             basis,
             dual,
             dH_first=new(M, r, r),
@@ -126,35 +155,65 @@ class Collected:
         )
 
     def add(self, part: Part) -> None:
-        """Take in one pair."""
-        c, d, found = part.c, part.d, self.found
+        """Add the matrices of one pair."""
+        c, d, tensors = part.c, part.d, self._tensors
         if part.dH is not None:
-            found.dH_first[:, :, c], found.dH_second[:, :, c] = self._contracted(part.dH)
-            found.ntk_p[:, :, c] = self._both(part.dH)
+            tensors.dH_first[:, :, c], tensors.dH_second[:, :, c] = self._contracted(part.dH)
+            tensors.ntk_p[:, :, c] = self._symmetric(part.dH)
         if part.ddI is not None and part.ddII is not None:
             first, second = self._contracted(part.ddI)
-            squares = self._both(part.ddI) / 2 + part.ddII[: self.K, : self.K]
+            squares = self._symmetric(part.ddI) / 2 + part.ddII[: self._K, : self._K]
             for i, j in ((c, d), (d, c)):
-                found.ddI_first[:, :, i, j], found.ddI_second[:, :, i, j] = first, second
-                found.ntk_pp[:, :, i, j] = squares
+                tensors.ddI_first[:, :, i, j], tensors.ddI_second[:, :, i, j] = first, second
+                tensors.ntk_pp[:, :, i, j] = squares
         if part.X is not None:
-            found.X_first[:, :, c, d], found.X_second[:, :, c, d] = self._contracted(part.X)
-            found.ntk_q[:, :, c, d] = self._both(part.X)
+            tensors.X_first[:, :, c, d], tensors.X_second[:, :, c, d] = self._contracted(part.X)
+            tensors.ntk_q[:, :, c, d] = self._symmetric(part.X)
 
     def _contracted(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        return (self.basis @ value[self.train]).T, value[:, self.train] @ self.basis.T
+        return (self._basis @ value[self._train]).T, value[:, self._train] @ self._basis.T
 
-    def _both(self, value: Tensor) -> Tensor:
-        part = value[: self.K, : self.K]
+    def _symmetric(self, value: Tensor) -> Tensor:
+        part = value[: self._K, : self._K]
         return part + part.T
 
     def tensors(self) -> PathTensors:
-        """All of it, if X_abcd = X_cdab: its sides were differentiated by Taylor series and by reverse mode."""
-        X = torch.einsum("bB,Bacd->bacd", self.basis, self.found.X_second[self.train])
-        allowed = torch.finfo(X.dtype).eps ** 0.5 * float(X.norm())
-        if not float((X - X.permute(2, 3, 0, 1)).norm()) <= allowed:
+        """Return all contractions.
+
+        Raises:
+            ValueError: If X_abcd = X_cdab fails: its two sides are differentiated by Taylor series and by reverse mode.
+        """
+        X = torch.einsum("bB,Bacd->bacd", self._basis, self._tensors.X_second[self._train])
+        asymmetry, size = float((X - X.permute(2, 3, 0, 1)).norm()), float(X.norm())
+        if not asymmetry <= torch.finfo(X.dtype).eps ** 0.5 * size:
             raise ValueError(
                 "model: its second derivatives cannot be trusted: Taylor series and reverse mode disagree by "
-                f"{float((X - X.permute(2, 3, 0, 1)).norm() / X.norm()):.3g} of ddII along the path"
+                f"{asymmetry / size:.3g} of ddII along the path"
             )
-        return self.found
+        return self._tensors
+
+
+def checked_targets(y: Tensor, loss: str | LossFunction, count: int, outputs: int) -> Tensor:
+    """Check that targets fit a loss.
+
+    Args:
+        y: The targets.
+        loss: As for ``Loss``.
+        count: Number N of training samples.
+        outputs: Number C of outputs.
+
+    Returns:
+        Classes as they came, other targets of a named loss in float64, those of a function as they came.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
+    classes = loss == "cross_entropy" and not y.is_floating_point()
+    if classes and tuple(y.shape) == (count,) and 0 <= int(y.min()) <= int(y.max()) < outputs:
+        return y
+    if len(y) != count or classes or (isinstance(loss, str) and tuple(y.shape) != (count, outputs)):
+        also = f", or ({count},) classes below {outputs}" if loss == "cross_entropy" else ""
+        raise ValueError(
+            f"y_train: shape {tuple(y.shape)} given; x_train and the outputs ask for ({count}, {outputs}){also}"
+        )
+    return y.double() if isinstance(loss, str) or y.is_floating_point() else y

@@ -151,13 +151,10 @@ class Training:
         m = self.momentum
         return 2 * (1 + m) / (1 + 2 * m) if self.nesterov else 2 * (1 + m) / (1 - self.dampening)
 
-    @cached_property
-    def _index_tensors(self) -> tuple[Tensor, ...]:
-        return tuple(torch.tensor(batch, device="cpu") for batch in self.batches or ())
-
     def batch(self, step: int) -> Tensor | None:
         """The sample indices of a step, or None for all."""
-        return None if self.is_full_batch else self._index_tensors[step % len(self._index_tensors)]
+        # Made anew each time: a tensor made and kept inside a torch.func transform would outlive the transform.
+        return None if self.batches is None else torch.tensor(self.batches[step % len(self.batches)], device="cpu")
 
     def different_batches(self) -> list[Tensor | None]:
         """Each minibatch that some step takes, once; ``[None]`` for full batches."""
@@ -173,10 +170,10 @@ class Training:
         Raises:
             ValueError: With the minibatch.
         """
-        for batch in self._index_tensors:
-            if int(batch.max()) >= num_samples:
+        for batch in self.batches or ():
+            if max(batch) >= num_samples:
                 raise ValueError(
-                    f"batches: {batch.tolist()} given; each is a list of sample indices, 0 .. {num_samples - 1}"
+                    f"batches: {list(batch)} given; each is a list of sample indices, 0 .. {num_samples - 1}"
                 )
 
     def summed(self, outputs: int) -> "Training":

@@ -27,8 +27,8 @@ from torch_eft.theory.gaussian.activations import (
     register_activation,
 )
 from torch_eft.theory.gaussian.quadrature import QuadratureError
-from torch_eft.theory.hidden_layers.predict import RepresentationForecast, predict_representation
-from torch_eft.theory.hidden_layers.result import HiddenLayerForecast
+from torch_eft.theory.hidden_layers.predict import predict_representation
+from torch_eft.theory.hidden_layers.result import HiddenLayerForecast, RepresentationForecast
 from torch_eft.theory.hidden_layers.statistics import RepresentationStatistics, representation_statistics
 from torch_eft.theory.hierarchy.evolution import Hierarchy, train_hierarchy
 from torch_eft.theory.initialization.statistics import (

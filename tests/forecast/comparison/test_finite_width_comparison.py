@@ -73,14 +73,24 @@ def test_the_numbers_are_those_of_the_theory():
 
 def check_hidden_kernels(found, x, y, x_probe):
     hidden = predict_representation(
-        ensemble(), x, y, x_probe, 0.05, 60, "sum", at_steps=[20], ntk=False, samples=4096, replicas=2
+        ensemble(),
+        x,
+        y,
+        x_probe,
+        learning_rate=0.05,
+        steps=60,
+        reduction="sum",
+        at_steps=[20],
+        ntk=False,
+        num_samples=4096,
+        num_replicas=2,
     )
     now, then = ([torch.rand(2, 2, dtype=F64) for _ in range(2)] for _ in range(2))
     H = torch.rand(2, 2, 1, 1, dtype=F64)
     compared = found.compare(20, torch.zeros(2, 1), H, H, (now, then))["representation_mean_drift"]
     layers = found.layers(20, now, then)
     for layer, K, K_0, (measured, predicted) in zip(hidden.layers, now, then, layers, strict=True):
-        D, scale = layer.kernel_drift[0], layer.kernel_order0.norm()
+        D, scale = layer.kernel_drift[0], layer.kernel_infinite_width.norm()
         assert predicted == pytest.approx(float(D.norm() / scale), rel=1e-6)
         assert measured == pytest.approx(float(((K - K_0) * D).sum() / D.norm() / scale), rel=1e-6)
     assert compared.measured == pytest.approx(sum(m for m, _ in layers) / 2)

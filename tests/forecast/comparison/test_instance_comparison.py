@@ -89,7 +89,7 @@ def test_it_extends_from_theta_0_when_the_training_goes_on():
     model, lambdas, x, y, x_probe = setting()
     loss = recognized(model, x, y, F.mse_loss)
     found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, seconds=60)
-    expected = predict_from_network(model, x, y, x_probe, 0.05, 40, lambdas)
+    expected = predict_from_network(model, x, y, x_probe, learning_rate=0.05, steps=40, lambdas=lambdas)
     with torch.no_grad():  # the live network has moved since
         for p in model.parameters():
             p.add_(1.0)

@@ -41,7 +41,9 @@ def recorded(model, step, arguments):
 
 def test_a_measured_run_is_a_trajectory():
     model, lambdas, x, y, x_probe = case()
-    forecast = predict_from_network(model, x, y, x_probe, RATE, STEPS, lambdas, reduction="sum")
+    forecast = predict_from_network(
+        model, x, y, x_probe, learning_rate=RATE, steps=STEPS, reduction="sum", lambdas=lambdas
+    )
     optimizer, loss = sgd(model, lambdas), squared(y)
 
     def step():
@@ -71,7 +73,16 @@ def test_shadows_are_trajectories(kind):
     shadow = kind(model)
     order = 0 if shadow.order == 1 else 1
     forecast = predict_from_network(
-        model, x, y, x_probe, RATE, STEPS, lambdas, reduction="sum", order=order, tolerance=1e-8
+        model,
+        x,
+        y,
+        x_probe,
+        learning_rate=RATE,
+        steps=STEPS,
+        reduction="sum",
+        lambdas=lambdas,
+        order=order,
+        tolerance=1e-8,
     )
     own = shadow.optimizer_like(sgd(model, lambdas))
     arguments = dict(x_probe=x_probe, lambdas=lambdas)

@@ -37,8 +37,8 @@ class Forecast:
         moments = TrainingMoments(Theta[-1][1:, 1:], K[-1][1:, 1:] + self.y @ self.y.T, self.rate, "gradient_descent")
         times = torch.tensor(steps, dtype=torch.float64)
         self.parted = difference_movement(unit, Theta, pairs, train, moments, times)
-        spec = dict(reduction="sum", at_steps=steps, ntk=False)
-        self.layers = predict_representation(unit, self.x[1:], self.y, self.x, self.rate, steps[-1], **spec).layers
+        spec = dict(learning_rate=self.rate, steps=steps[-1], reduction="sum", at_steps=steps, ntk=False)
+        self.layers = predict_representation(unit, self.x[1:], self.y, self.x, **spec).layers
 
     def at(self, n, step):
         """The layers at width n and the validity of the forecast up to one step."""
@@ -47,7 +47,7 @@ class Forecast:
             dataclasses.replace(
                 layer,
                 width=n,
-                kernel_mean=layer.kernel_order0 + scaled * (layer.kernel_mean - layer.kernel_order0),
+                kernel_mean=layer.kernel_infinite_width + scaled * (layer.kernel_mean - layer.kernel_infinite_width),
                 kernel_drift=scaled * layer.kernel_drift[: index + 1],
                 kernel_terms=scaled * layer.kernel_terms[: index + 1],
                 movement=scaled * layer.movement[: index + 1],

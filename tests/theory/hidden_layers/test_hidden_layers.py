@@ -9,7 +9,7 @@ import torch
 from torch_eft.theory import MLPEnsemble, initial_statistics
 from torch_eft.theory.hidden_layers.moments import TrainingMoments
 from torch_eft.theory.hidden_layers.predict import predict_representation
-from torch_eft.theory.hidden_layers.statistics import Labels, representation_statistics
+from torch_eft.theory.hidden_layers.statistics import DistinctInputs, representation_statistics
 
 C_B, C_W = (0.2, 0.1, 0.3, 0.1), (1.3, 1.5, 1.2, 1.4)
 LAMBDA_B, LAMBDA_W = (0.5, 1.0, 0.2, 0.3), (1.0, 0.7, 1.2, 0.8)
@@ -68,8 +68,8 @@ def test_hidden_ntks_contain_the_kernel_below():
         MLPEnsemble(widths, "tanh", C_b=C_B, C_W=C_W, lambda_b=LAMBDA_B, lambda_W=[LAMBDA_W[0], value, *LAMBDA_W[2:]])
         for value in (LAMBDA_W[1], 0.0)
     )
-    kernel = representation_statistics(whole, x, x, "activations")
-    ntk, rest = (representation_statistics(ensemble, x, x, "ntk") for ensemble in (whole, without))
+    kernel = representation_statistics(whole, x, x, observable="activations")
+    ntk, rest = (representation_statistics(ensemble, x, x, observable="ntk") for ensemble in (whole, without))
     assert [layer.divisor for layer in kernel] == [16, 24, 20]
     assert [layer.divisor for layer in ntk] == [3, 16, 24]
     assert not ntk[0].Xi.any() and not ntk[0].Y.any() and not ntk[0].C.any()  # the NTK of layer 1 is constant
@@ -151,7 +151,7 @@ def ratios(name, widths, layer, top, observable, networks, chunk, seed=0):
     """{statistic: (measured / theory on the theory's direction, standard error)}."""
     x = inputs(2)
     sigma = {"tanh": torch.tanh, "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / math.sqrt(2)))}[name]
-    theory = representation_statistics(ensemble_of(name, widths), x, x, observable, top=top)[layer - 1]
+    theory = representation_statistics(ensemble_of(name, widths), x, x, observable=observable, top=top)[layer - 1]
     found = measured(widths, sigma, x, layer, top, observable, networks, chunk, seed)
     result = {}
     for key, value in found.items():
@@ -258,9 +258,9 @@ def test_modes_that_do_not_move_are_left_out_and_slow_ones_are_accurate():
     # sum_{s<50} eta g^s phi(s) with all rates tiny: eta^2 t (t - 1) / 2.
     assert float(q[0, 0, 0]) == pytest.approx(2 * 0.25 * 50 * 49 / 2, rel=1e-7)
     x = inputs(3)
-    labels = Labels.of(ensemble_of("tanh", [3, 8, 1]), x[:1], x[[0, 1, 1]])
+    repeated = DistinctInputs.of(ensemble_of("tanh", [3, 8, 1]), x[[0, 1, 1]], x[:1])
     Theta = torch.tensor([[2.0, 0.5, 0.5], [0.5, 1.0, 1.0], [0.5, 1.0, 1.0]], dtype=torch.float64)
-    double = TrainingMoments(Theta, S, 0.3, "gradient_flow", labels)
+    double = TrainingMoments(Theta, S, 0.3, "gradient_flow", repeated)
     assert len(double.eigenvalues) == 2
     assert all(bool(value.isfinite().all()) for value in double.at(torch.tensor([math.inf], dtype=torch.float64)))
 
@@ -288,7 +288,7 @@ def test_nothing_has_moved_at_the_start_and_widths_only_divide():
             torch.testing.assert_close(value, 4 * getattr(second, name), rtol=1e-12, atol=0)
             torch.testing.assert_close(value, value.mT, rtol=0, atol=1e-14)
         assert float(torch.linalg.eigvalsh(first.movement).min()) > -1e-15
-        torch.testing.assert_close(first.kernel_order0, second.kernel_order0)
+        torch.testing.assert_close(first.kernel_infinite_width, second.kernel_infinite_width)
     statistics = initial_statistics(ensemble_of("tanh", [3, 32, 48, 1]), probe, statistics=("G1", "Theta1"))
     ntk = statistics[1].Theta + statistics[1].Theta1 / 32
     torch.testing.assert_close(narrow.layers[1].ntk_mean, ntk)
@@ -324,7 +324,7 @@ def test_two_outputs_against_a_sum_over_combined_indices(reduction):
 
     for name, observable in (("kernel_drift", "activations"), ("ntk_drift", "ntk")):
         for layer, found in zip(
-            forecast.layers, representation_statistics(ensemble, probe, x, observable), strict=True
+            forecast.layers, representation_statistics(ensemble, x, probe, observable=observable), strict=True
         ):
             expected = torch.einsum("abcd,cd->ab", combined(found.Xi), P)
             expected = expected + torch.einsum("abcd,cd->ab", combined(found.Y), q)
@@ -354,8 +354,8 @@ def test_sampled_moments_agree_with_integrated_ones_and_tiles_fit():
     """Five inputs, sampled; three of them, integrated; and the same sample tile by tile."""
     x = inputs(5)
     ensemble = ensemble_of("tanh", [3, 16, 24, 1])
-    sampled = representation_statistics(ensemble, x[:2], x[2:], samples=2**12)
-    exact = representation_statistics(ensemble, x[:1], x[2:4])
+    sampled = representation_statistics(ensemble, x[2:], x[:2], num_samples=2**12)
+    exact = representation_statistics(ensemble, x[2:4], x[:1])
     for found, expected in zip(sampled, exact, strict=True):
         for key in ("Xi", "Y", "C", "Mv"):
             rms = float((getattr(found, key)[:1, :1, :2, :2] - getattr(expected, key)).square().mean().sqrt())
@@ -363,7 +363,7 @@ def test_sampled_moments_agree_with_integrated_ones_and_tiles_fit():
             assert rms < 4 * found.error[key], f"{key}: {rms:.2g}, estimated {found.error[key]:.2g}"
     y = torch.ones(3, 1, dtype=torch.float64)
     whole, tiled = (
-        predict_representation(ensemble, x[2:], y, x[:3], **SPEC, samples=1024, replicas=2, memory=memory)
+        predict_representation(ensemble, x[2:], y, x[:3], **SPEC, num_samples=1024, num_replicas=2, memory=memory)
         for memory in (2**30, 8 * 64 * 3 * 9)
     )
     for first, second in zip(whole.layers, tiled.layers, strict=True):
@@ -381,6 +381,7 @@ def test_it_says_where_it_holds():
     near = predict_representation(ensemble_of("tanh", [3, 256, 256, 1]), twins, y, twins, **SPEC, ntk=False)
     assert max(layer.uncertainty for layer in near.layers) > max(layer.uncertainty for layer in calm.layers)
     assert "cancel" in near.validity.reason
+    assert near.validity.numbers["cancellation"] == max(layer.uncertainty for layer in near.layers)
     deep = predict_representation(ensemble_of("tanh", [3, 2, 2, 1]), x, y, probe, **SPEC, ntk=False)
     assert deep.validity.flag == "invalid" and "r = L/n" in deep.validity.reason
     assert dataclasses.replace(calm, layers=()).layers == ()
@@ -406,8 +407,9 @@ def test_a_kink():
         (dict(observable="weights"), "observable: 'weights'"),
         (dict(at_steps=[]), "at_steps"),
         (dict(at_steps=[40]), "at_steps"),
-        (dict(at_steps=[2.5]), "whole numbers"),
+        (dict(at_steps=[2.5]), "whole steps"),
         (dict(steps=math.inf, at_steps=None), "at_steps"),
+        (dict(momentum=0.9), "without momentum"),
         (dict(learning_rate=50.0), "learning_rate: 50"),
         (dict(memory=100), "memory allows"),
     ],
@@ -421,4 +423,4 @@ def test_it_refuses_in_words(change, words):
 def test_without_hidden_layers_there_is_nothing():
     x, y, probe = training()
     assert predict_representation(ensemble_of("tanh", [3, 1]), x, y, probe, **SPEC).layers == ()
-    assert representation_statistics(ensemble_of("tanh", [3, 1]), probe, x) == []
+    assert representation_statistics(ensemble_of("tanh", [3, 1]), x, probe) == []

@@ -44,7 +44,7 @@ def forecasts(name, ratios, outputs, steps):
     found = {}
     for observable, moved in (("activations", "ds"), ("preactivations", "dz")):
         spec = dict(reduction="sum", at_steps=[steps], observable=observable, ntk=observable == "activations")
-        for layer in predict_representation(ensemble, x[:3], y, x, 0.08, steps, **spec).layers:
+        for layer in predict_representation(ensemble, x[:3], y, x, learning_rate=0.08, steps=steps, **spec).layers:
             found[observable, layer.layer] = unit * layer.kernel_drift[0]
             found[moved, layer.layer] = unit * layer.movement[0]
             if layer.layer == 2 and layer.ntk_drift is not None:

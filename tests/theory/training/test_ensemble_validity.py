@@ -20,8 +20,8 @@ def test_movement_of_the_only_hidden_layer_is_that_of_the_representation(name):
     finite = FiniteWidthTraining(ensemble, x[:1], x[1:], y, rate, "gradient_descent")
     found = neuron_movement(ensemble, finite.vertices.layers, finite.path, torch.tensor([0, 5, 40]))
     spec = dict(reduction="sum", at_steps=[0, 5, 40], observable="preactivations", ntk=False)
-    layer = predict_representation(ensemble, x[1:], y, x, rate, 40, **spec).layers[0]
-    expected = layer.movement.diagonal(dim1=1, dim2=2).sum(1) / layer.kernel_order0.trace()
+    layer = predict_representation(ensemble, x[1:], y, x, learning_rate=rate, steps=40, **spec).layers[0]
+    expected = layer.movement.diagonal(dim1=1, dim2=2).sum(1) / layer.kernel_infinite_width.trace()
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-15)
 
 

@@ -221,7 +221,7 @@ def finite_width(problem: Problem, steps: int, direction: Tensor, seconds: float
     else:
         hidden = work.attempt("hidden kernels", 0, 2, lambda some: _hidden(some, found.steps))
         if hidden is not None:
-            found.kernels_0 = tuple(layer.kernel_order0[look, look] for layer in hidden.layers)
+            found.kernels_0 = tuple(layer.kernel_infinite_width[look, look] for layer in hidden.layers)
             found.kernels = [layer.kernel_drift[:, look, look] for layer in hidden.layers]
             verdicts.append(hidden.validity)
     mean = work.attempt("the mean output", 1, 3, training("mean"))
@@ -270,13 +270,13 @@ def _hidden(problem: Problem, steps: Sequence[int]) -> Any:
         problem.x_train,
         problem.y_train,
         problem.x_probe,
-        problem.learning_rate,
-        max(steps),
-        "sum",
-        steps,
+        learning_rate=problem.learning_rate,
+        steps=max(steps),
+        reduction="sum",
+        at_steps=steps,
         ntk=False,
-        samples=4096,
-        replicas=2,
+        num_samples=4096,
+        num_replicas=2,
     )
 
 

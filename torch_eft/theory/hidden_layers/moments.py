@@ -1,39 +1,41 @@
-"""Order-0 moments of training that the drift of hidden layers takes: Phi, <q> and <p p>, at any times."""
+"""Order-0 moments of training that drive hidden layers: Phi, <q> and <p p>, at any times."""
 
 import torch
 from torch import Tensor
 
-from torch_eft.theory.hidden_layers.statistics import Labels
+from torch_eft.theory.hidden_layers.statistics import DistinctInputs
 from torch_eft.theory.training.time_sums import Dynamics, ModePropagator
 
 
 class TrainingMoments:
-    """Phi, E sum_k q_kk and Phi S Phi on the frozen path, at any times, also infinite.
+    """Phi, E sum_k q_kk and Phi S Phi on the frozen path, at any times, infinite ones included.
 
     Args:
         Theta: (N, N), on the training inputs.
         S: (N, N), E sum_k e_k e_k^T at time 0.
         rate: eta, for L = (1/2) sum (z - y)^2.
         dynamics: ``"gradient_descent"`` or ``"gradient_flow"``.
-        labels: Which different input each training input is; None if they stand for themselves.
+        inputs: Sums the moments over repeated training inputs; None if there are none.
     """
 
-    def __init__(self, Theta: Tensor, S: Tensor, rate: float, dynamics: Dynamics, labels: Labels | None = None) -> None:
+    def __init__(
+        self, Theta: Tensor, S: Tensor, rate: float, dynamics: Dynamics, inputs: DistinctInputs | None = None
+    ) -> None:
         eigenvalues, U = torch.linalg.eigh(Theta)
         kept = eigenvalues > len(Theta) * torch.finfo(Theta.dtype).eps * eigenvalues[-1]
         self.eigenvalues, U = eigenvalues[kept], U[:, kept]
         self._S, self._U = U.T @ S @ U, U
         self._sums = ModePropagator(self.eigenvalues, rate, dynamics)
-        if labels is not None:
-            self._U = U.new_zeros(len(labels.train), U.shape[1]).index_add(0, labels.train_copies, U)
+        if inputs is not None:
+            self._U = U.new_zeros(len(inputs.train), U.shape[1]).index_add(0, inputs.train_copies, U)
 
     @property
     def spread(self) -> float:
-        """lambda_max / lambda_min, of the modes that move."""
+        """lambda_max / lambda_min of the modes that move."""
         return float(self.eigenvalues[-1] / self.eigenvalues[0])
 
     def at(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Phi, [psi o S] and Phi S Phi, each (T, N, N) over different inputs."""
+        """Return Phi, [psi o S] and Phi S Phi, each (T, N, N) over distinct inputs."""
         _, phi, psi, _ = self._sums.double(times)
         U = self._U
         return (

@@ -1,4 +1,4 @@
-"""Where the forecast of hidden layers holds: by how far neurons move, and across which kinks."""
+"""The validity of the forecast of hidden layers, by how far neurons move and across which kinks."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -23,28 +23,39 @@ def difference_movement(
     moments: TrainingMoments,
     times: Tensor,
 ) -> Tensor:
-    """How much the difference between two inputs moves in the last hidden layer, squared, over its square, (T,).
+    """Estimate the squared movement of the difference between two inputs in the last hidden layer, over its square.
 
-    The largest over pairs of inputs, of activations, estimated (derived here). Neurons whose kink lies between a and b,
+    The largest over pairs of inputs, of activations (derived here). Neurons whose kink lies between a and b,
     a share <(s'_a - s'_b)^2> of them, see only one of the two: where p_a and p_b nearly cancel for others, they move by
     Theta_aa W p_a or Theta_bb W p_b. The difference of activations is the scale on which sigma is not linear.
+
+    Args:
+        ensemble: The ensemble.
+        Theta: NTKs at infinite width by layer, (M, M) over the distinct inputs.
+        pairs: Moments of pairs of preactivations, by hidden layer.
+        train: Indices of the training inputs.
+        moments: Moments of the frozen path.
+        times: (T,).
+
+    Returns:
+        p, (T,); 0 where sigma' does not jump.
     """
     if not ensemble.hidden_widths or divergent(ensemble, "distributional") == ():
         return torch.zeros_like(times)
     activations, slopes = pairs[-1].explicit((0,), (0,)), pairs[-1].explicit((1,), (1,))
     apart, tiny = _differences(activations), 1e-10 * float(activations.diagonal().max())
     share = torch.where(apart > tiny, _differences(slopes) / apart.clamp_min(tiny), 0.0)
-    found = []
+    largest = []
     for some in times.split(max(1, _ENTRIES // len(activations) ** 2)):
         driven = activations.new_zeros(len(some), len(activations))
         driven[:, train] = moments.at(some)[2].diagonal(dim1=1, dim2=2)
         driven = driven * Theta[-2].diagonal().square() / 2
-        found.append(((driven[:, :, None] + driven[:, None, :]) * share).amax((1, 2)))
-    return ensemble.C_W[-1] / ensemble.widths[-2] * torch.cat(found)
+        largest.append(((driven[:, :, None] + driven[:, None, :]) * share).amax((1, 2)))
+    return ensemble.C_W[-1] / ensemble.widths[-2] * torch.cat(largest)
 
 
 def _differences(gram: Tensor) -> Tensor:
-    """|v_a - v_b|^2 for a Gram matrix of v, (.., N, N)."""
+    """Return |v_a - v_b|^2, (.., N, N), from the Gram matrix of v."""
     squares = gram.diagonal(dim1=-2, dim2=-1)
     return squares[..., :, None] + squares[..., None, :] - 2 * gram
 
@@ -57,9 +68,9 @@ def representation_validity(
     kinks: Kinks,
     parted: float = 0.0,
 ) -> Validity:
-    """By how far neurons move, u its square; and by r and epsilon, as at initialization.
+    """Judge a forecast by how far neurons move, u its square, and by r and epsilon, as at initialization.
 
-    What is neglected was measured to be u to 5 u times what is kept (tanh, GELU; 2 and 3 hidden layers; 1 and 2
+    The neglected terms were measured to be u to 5 u times what is kept (tanh, GELU; 2 and 3 hidden layers; 1 and 2
     outputs; n = 32 to 128), more of a drift whose terms cancel. Where sigma' jumps, neurons next to the kink leave
     terms of relative order sqrt(u), and of sqrt(p) where the difference between two inputs moves by sqrt(p) of itself:
     for inputs a tenth of their length apart and targets of 3, p = 6 at n = 64 and the forecast is off by its own size.
@@ -72,17 +83,20 @@ def representation_validity(
         x: The different inputs, (N, n_0).
         layers: The forecast.
         spread: lambda_max / lambda_min of the modes that move.
-        kinks: What explicit derivatives are at a kink.
+        kinks: Treatment of explicit derivatives at a kink.
         parted: The largest p over time, see ``difference_movement``.
+
+    Returns:
+        The verdict.
     """
     start = first_order_validity(ensemble, x)
     if not layers:
         return start
     name, jumps = ensemble.activation.name, divergent(ensemble, "distributional") != ()
-    far = max(layers, key=lambda layer: layer.relative_movement)
-    drift = max(layers, key=lambda layer: layer.relative_drift)
-    u, canceling = far.relative_movement**2, max(layer.uncertainty for layer in layers)
-    most = max(5 * u, max(u, parted) ** 0.5 if jumps else 0.0)
+    moved = max(layers, key=lambda layer: layer.relative_movement)
+    drifted = max(layers, key=lambda layer: layer.relative_drift)
+    u, canceling = moved.relative_movement**2, max(layer.uncertainty for layer in layers)
+    neglected = max(5 * u, max(u, parted) ** 0.5 if jumps else 0.0)
     blind = jumps and kinks == "autograd"
     levels: tuple[Literal["valid", "caution", "invalid"], ...] = ("valid", "caution", "invalid")
     flag = levels[
@@ -93,33 +107,41 @@ def representation_validity(
             int(parted >= _CAUTION) + int(parted >= 1),
         )
     ]
-    reason = (
-        f"neurons move by {100 * far.relative_movement:.2g} % of their size (layer {far.layer}), kernels by up to "
-        f"{100 * drift.relative_drift:.2g} % (layer {drift.layer}); what is neglected is about "
-        f"{100 * min(u, 9.99):.2g} to {100 * min(most, 9.99):.2g} % of the terms of order 1/n"
-    )
+    reasons = [
+        f"neurons move by {100 * moved.relative_movement:.2g} % of their size (layer {moved.layer}), kernels by up to "
+        f"{100 * drifted.relative_drift:.2g} % (layer {drifted.layer})",
+        f"what is neglected is about {100 * min(u, 9.99):.2g} to {100 * min(neglected, 9.99):.2g} % of the terms of "
+        "order 1/n",
+    ]
     if parted > 1.5 * u:
-        reason += (
-            f"; the difference between two inputs moves by up to {100 * parted**0.5:.2g} % of itself, across kinks"
+        reasons.append(
+            f"the difference between two inputs moves by up to {100 * parted**0.5:.2g} % of itself, across kinks"
         )
     if canceling > 1.5 * u:
-        reason += f", which cancel: up to {100 * min(5 * canceling, 9.99):.0f} % of a kernel's drift at some time"
+        reasons.append(
+            f"terms cancel: up to {100 * min(5 * canceling, 9.99):.0f} % of a kernel's drift is neglected at some time"
+        )
     if blind:
-        reason += (
-            f". sigma' of {name} jumps: kernels also move by its delta functions, which kinks='autograd' leaves out"
+        reasons.append(
+            f"sigma' of {name} jumps: kernels also move by its delta functions, which kinks='autograd' leaves out"
         )
     elif jumps:
-        reason += f". The NTK of {name} has no drift of order 1/n, its sigma' jumps: not predicted"
+        reasons.append(f"the NTK of {name} has no drift of order 1/n, because sigma' jumps: it is not predicted")
     if flag != "valid":
-        reason += (
-            ". Wider layers, smaller targets, fewer steps or less similar inputs (lambda_max / lambda_min = "
-            f"{spread:.2g}) make it better"
-        )
-    return Validity(flag, f"{reason}. At initialization {start.reason}")
+        reasons.append("wider layers, smaller targets, fewer steps or less similar inputs make it better")
+    numbers = {
+        "relative_movement": moved.relative_movement,
+        "relative_drift": drifted.relative_drift,
+        "neglected": neglected,
+        "cancellation": canceling,
+        "difference_movement": parted,
+        "eigenvalue_ratio": spread,
+    }
+    return Validity(flag, [*reasons, f"at initialization: {start.reason}"], {**start.numbers, **numbers})
 
 
 _CAUTION, _INVALID = 0.05, 0.25
-"""Tolerances of ours for u: up to 25 % and more than 100 % neglected."""
+"""Our tolerances for u: up to 25 % and more than 100 % neglected."""
 
 _ENTRIES = 2**22
-"""Entries of (times, N, N) made at once."""
+"""Entries of (times, N, N) computed at once."""

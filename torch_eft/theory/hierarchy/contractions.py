@@ -1,4 +1,4 @@
-"""What training takes of a network's dNTK and ddNTK: their contractions with the directions that it moves in.
+"""Contractions of a network's dNTK and ddNTK with the directions in which training moves it.
 
 Parameters at order 0 move by J^T p(t), in a space with the inner product p.H.p. The r leading principal directions b_k
 of this path, orthonormal in it, hold all of it but a share that falls fast with r: exponentials exp(-l t) with rates
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 DEFAULT_MEMORY = 2**30
-"""Bytes that the tensors of a network and what is made of them may take."""
+"""Bytes allowed for a network's tensors and their contractions."""
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Directions that hold a path.
+    """Directions whose span contains a path, but for a small share of it.
 
     Args:
         basis: b, (r, B).
         dual: D, (r, B).
-        left_out: Share of the path (root of the sum over steps of squared distances from the start) outside.
+        left_out: Share of the path (root of the sum over steps of squared distances from the start) outside the span.
     """
 
     basis: Tensor
@@ -31,13 +31,16 @@ class Basis:
 
 
 def path_basis(p: Tensor, H: Tensor, tolerance: float, modes: int | None = None) -> Basis:
-    """Principal directions of a path of order 0.
+    """Compute the principal directions of a path of order 0.
 
     Args:
         p: (T+1, B).
         H: (B, B), the training NTK.
         tolerance: Directions with less than this share of the largest are left out.
-        modes: At most so many.
+        modes: Largest number of directions.
+
+    Returns:
+        The directions, the longest first.
     """
     values, vectors = torch.linalg.eigh(H)
     root = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
@@ -52,10 +55,10 @@ def path_basis(p: Tensor, H: Tensor, tolerance: float, modes: int | None = None)
 
 @dataclass(frozen=True)
 class PathTensors:
-    """What Y and H(t) take of dH, ddI and ddII, with training indices in r directions of a basis.
+    """The contractions of dH, ddI and ddII that enter Y and H(t), with training indices in r directions of a basis.
 
-    With rows b_k of ``basis`` and D_k of ``dual``, p is sum_k b_k (D_k . p) on the path. Letters b, c, d below are
-    such directions; a is any of M outputs, (x, y) any two of K.
+    With rows b_k of ``basis`` and D_k of ``dual``, p is sum_k b_k (D_k . p) on the path. Below, b, c and d are such
+    directions, a is any of M outputs, and (x, y) any two of K.
 
     Args:
         basis: (r, B).
@@ -84,8 +87,8 @@ class PathTensors:
     ntk_pp: Tensor
 
 
-def combined(value: Tensor) -> Tensor:
-    """(N, N, .., C, C, ..) with one index (sample, output) for each pair: (N C, N C, ..)."""
+def with_joint_indices(value: Tensor) -> Tensor:
+    """Reshape (N, N, .., C, C, ..) to (N C, N C, ..), with one index for each pair (sample, output)."""
     order = value.ndim // 2
     axes = [axis for pair in zip(range(order), range(order, 2 * order), strict=True) for axis in pair]
     return value.permute(axes).reshape([value.shape[0] * value.shape[-1]] * order)
@@ -100,19 +103,19 @@ def path_tensors(
     basis: Tensor | None = None,
     dual: Tensor | None = None,
 ) -> PathTensors:
-    """Out of whole tensors.
+    """Contract whole tensors.
 
     Args:
         dH: (M, M, M), index (sample, output).
         ddI: (M, M, M, M).
         ddII: (M, M, M, M).
         train: (B,), the training indices among M.
-        ntk: (K,), the indices between which H(t) is wanted.
+        ntk: (K,), the indices between which H(t) is computed.
         basis: (r, B); None is the identity.
         dual: (r, B); None is the basis, for orthonormal rows.
 
     Returns:
-        The tensors, exact on paths within the basis.
+        The contractions, exact on paths within the basis.
     """
     b = torch.eye(len(train), dtype=dH.dtype, device=dH.device) if basis is None else basis
     X = ddII.transpose(1, 2)
@@ -148,7 +151,7 @@ def path_tensors(
 
 
 def ntk_change(tensors: PathTensors, p: Tensor, q: Tensor) -> Tensor:
-    """H1 (T, K, K) of p (T, r) and q (T, r, r)."""
+    """Compute H1 (T, K, K) from p (T, r) and q (T, r, r)."""
     return (
         torch.einsum("xyc,tc->txy", tensors.ntk_p, p)
         + torch.einsum("xycd,tcd->txy", tensors.ntk_q, q)
@@ -157,7 +160,7 @@ def ntk_change(tensors: PathTensors, p: Tensor, q: Tensor) -> Tensor:
 
 
 def whitened_change(tensors: PathTensors, train: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """|G p| / max |p|, (T,), of p (T, r) and q (T, r, r), with G_kl the contraction of H1 with two basis vectors."""
+    """Compute |G p| / max |p|, (T,), from p (T, r) and q (T, r, r), with G_kl = b_k.H1.b_l."""
     dH, ddI, X = (
         torch.einsum("kB,B...->k...", tensors.basis, value[train])
         for value in (tensors.dH_second, tensors.ddI_second, tensors.X_second)
@@ -174,15 +177,15 @@ def whitened_change(tensors: PathTensors, train: Tensor, p: Tensor, q: Tensor) -
 
 
 def check_memory(outputs: int, needed: int, memory: int) -> None:
-    """Refuse what does not fit.
+    """Raise unless the tensors fit into memory.
 
     Args:
         outputs: M, for the message.
-        needed: Bytes.
+        needed: Bytes that they take.
         memory: Bytes allowed.
 
     Raises:
-        ValueError: With both numbers.
+        ValueError: If they do not fit, with both numbers.
     """
     if needed > memory:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Gradient flow on the squared error in closed form, to first order in dNTK and ddNTK, at any time and in the limit.
+"""Gradient flow on the squared error in closed form, to first order in dNTK and ddNTK, at any time.
 
 In eigenmodes of the training NTK, with eigenvalues l and errors E_b = z_b - y_b at the start, errors at order 0 are
-E_b exp(-l_b t), and all coefficients of ``hierarchy.py`` are iterated integrals of exponentials,
+E_b exp(-l_b t), and all coefficients of ``evolution`` are iterated integrals of exponentials,
 
     I(b)     = int_0^t exp(-l_b s) ds,    I(b, c) = int_0^t exp(-l_b s) I(c; s) ds,    I(b, c, d) likewise:
     p_b = -E_b I(b),  q_bc = E_b E_c I(b, c),  s_bcd = -E_b E_c E_d I(b, c, d),
@@ -16,8 +16,7 @@ symmetry, all of Y is two contractions,
 The correction z1' = -l z1 + Y' on training modes replaces the outermost integral of I by one with exp(-l_m (t - s)),
 and p1 = -int z1 adds one more. Each of these is an entry of the exponential of a matrix with the rates
 (l_b + l_c + l_d, l_b + l_c, l_b, l_m, 0) on its diagonal and ones below it (a divided difference of the exponential,
-which needs no case distinction where rates coincide or vanish). For t to infinity, I(b, c) = 1 / (l_b (l_b + l_c)),
-I(b, c, d) = 1 / (l_b (l_b + l_c) (l_b + l_c + l_d)), z1 = 0 on training points, and p1 = -Y / l.
+which needs no case distinction where rates coincide or vanish).
 """
 
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from torch_eft.theory.hierarchy.evolution import FirstOrder
 
 @dataclass(frozen=True)
 class Eigenmodes:
-    """Those modes of the training NTK in which a network moves.
+    """The modes of the training NTK in which a network moves.
 
     Args:
         values: (B,), all eigenvalues, ascending, clamped at 0.
@@ -52,14 +51,17 @@ class Eigenmodes:
 
 
 def eigenmodes(H: Tensor, error: Tensor, time: float, tolerance: float = 0.0, modes: int | None = None) -> Eigenmodes:
-    """Modes by how far they carry the parameters, sqrt(l) |E| (1 - exp(-l t)) / l.
+    """Select modes by how far they carry the parameters, sqrt(l) |E| (1 - exp(-l t)) / l.
 
     Args:
         H: (B, B), the training NTK.
         error: (B,), z - y at the start.
         time: The last time, in units in which z' = -H (z - y).
         tolerance: Modes that carry less than this share of the largest are left out.
-        modes: At most so many.
+        modes: Largest number of modes.
+
+    Returns:
+        All eigenvalues and vectors, and the basis of the selected modes.
     """
     values, vectors = torch.linalg.eigh(H)
     values = values.clamp_min(0.0)
@@ -76,7 +78,7 @@ def eigenmodes(H: Tensor, error: Tensor, time: float, tolerance: float = 0.0, mo
 
 
 def frozen_flow(z: Tensor, H: Tensor, train: Tensor, targets: Tensor, modes: Eigenmodes, times: Tensor) -> Tensor:
-    """Order 0: z(t) = z - H U ((1 - exp(-l t)) / l) U^T E.
+    """Compute order 0, z(t) = z - H U ((1 - exp(-l t)) / l) U^T E.
 
     Args:
         z: (M,), outputs at the start.
@@ -84,10 +86,10 @@ def frozen_flow(z: Tensor, H: Tensor, train: Tensor, targets: Tensor, modes: Eig
         train: (B,), training indices among M.
         targets: (B,).
         modes: Of the training NTK.
-        times: (T,), as in ``eigenmodes``; may be infinite.
+        times: (T,), in the units of ``eigenmodes``; they may be infinite.
 
     Returns:
-        (T, M).
+        The outputs, (T, M).
     """
     E = modes.vectors.T @ (z[train] - targets)
     positive = modes.values > 0
@@ -96,7 +98,7 @@ def frozen_flow(z: Tensor, H: Tensor, train: Tensor, targets: Tensor, modes: Eig
     return z - torch.where(E == 0, 0.0, phi * E) @ (H @ modes.vectors).T
 
 
-def flow(
+def first_order_flow(
     z: Tensor,
     H: Tensor,
     train: Tensor,
@@ -106,7 +108,7 @@ def flow(
     step: float,
     steps: int,
 ) -> FirstOrder:
-    """z1 and H1 at times 0, step, .. steps * step.
+    """Compute z1 and H1 at times 0, step, .. steps * step.
 
     Args:
         z: (M,), outputs at the start.
@@ -115,15 +117,15 @@ def flow(
         targets: (B,).
         tensors: In the basis of ``modes``.
         modes: Of the training NTK.
-        step: Time between two results, as in ``eigenmodes``.
+        step: Time between two results, in the units of ``eigenmodes``.
         steps: T.
 
     Returns:
-        ``FirstOrder``, exact at each of the times.
+        The first order, exact at each of the times.
     """
     E, pairs, triples = _couplings(tensors, modes, z[train] - targets)
     chain_1, chain_2, chain_3 = _chains(modes.rates)
-    # Own states: exponentials, and on top of each chain the integral I, a chain that ends with rate 0.
+    # A chain that ends with rate 0 accumulates the integral I of the exponentials below it.
     zero = E.new_zeros(())
     own = [_propagator([*chain, zero], step) for chain in (chain_1, chain_2, chain_3)]
     states = [E.new_zeros(*propagator.shape[:-1]) for propagator in own]
@@ -134,7 +136,7 @@ def flow(
         _feed(to_modes @ value[train].flatten(1), chain, modes.values, step)
         for value, chain in ((pairs, chain_2), (triples, chain_3))
     ]
-    last = _propagator([modes.values, zero], step)  # of (z1_m, its integral)
+    last = _propagator([modes.values, zero], step)  # propagates (z1_m, integral of z1_m)
     back = H @ modes.vectors
     driven = torch.zeros(len(modes.values), 2, dtype=E.dtype, device=E.device)
     zs, ps, qs = [], [], []
@@ -151,39 +153,12 @@ def flow(
             added = sum(feed @ source for feed, source in zip(feeds, sources, strict=True))
             driven = torch.einsum("mij,mj->mi", last, driven) + added
             states = [torch.einsum("...ij,...j->...i", p, s) for p, s in zip(own, states, strict=True)]
-    return _first_order(torch.stack(zs), tensors, train, torch.stack(ps), torch.stack(qs))
-
-
-def flow_limit(
-    z: Tensor, H: Tensor, train: Tensor, targets: Tensor, tensors: PathTensors, modes: Eigenmodes
-) -> FirstOrder:
-    """z1 (1, M) and H1 (1, K, K) at t = infinity; arguments as ``flow``.
-
-    Raises:
-        ValueError: If the training NTK is singular: the limit then need not exist.
-    """
-    smallest, largest = float(modes.values[0]), float(modes.values[-1])
-    if smallest <= len(modes.values) * torch.finfo(z.dtype).eps * largest:
-        raise ValueError(
-            f"H: the smallest eigenvalue on the training points is {smallest:.3g} of {largest:.3g} at most; training "
-            "has no limit that the NTK determines. Remove duplicate training points, or give a finite time"
-        )
-    E, pairs, triples = _couplings(tensors, modes, z[train] - targets)
-    rates = modes.rates
-    two = rates[:, None] + rates
-    I2 = 1 / (rates[:, None] * two)
-    I3 = I2[:, :, None] / (two[:, :, None] + rates)
-    Y = pairs.flatten(1) @ I2.flatten() + triples.flatten(1) @ I3.flatten()
-    z1 = Y - H @ (modes.vectors @ ((modes.vectors.T @ Y[train]) / modes.values))
-    return _first_order(z1[None], tensors, train, (-E / rates)[None], (torch.outer(E, E) * I2)[None])
-
-
-def _first_order(z1: Tensor, tensors: PathTensors, train: Tensor, p: Tensor, q: Tensor) -> FirstOrder:
-    return FirstOrder(z1, ntk_change(tensors, p, q), whitened_change(tensors, train, p, q))
+    p, q = torch.stack(ps), torch.stack(qs)
+    return FirstOrder(torch.stack(zs), ntk_change(tensors, p, q), whitened_change(tensors, train, p, q))
 
 
 def _couplings(tensors: PathTensors, modes: Eigenmodes, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """E in the modes, C2 E E (M, r, r) and -C3 E E E (M, r, r, r)."""
+    """Return E in the modes, C2 E E (M, r, r) and -C3 E E E (M, r, r, r)."""
     E = modes.dual @ error
     X = tensors.X_second
     orders = X + X.transpose(1, 2) + X.permute(0, 2, 3, 1)
@@ -193,7 +168,7 @@ def _couplings(tensors: PathTensors, modes: Eigenmodes, error: Tensor) -> tuple[
 
 
 def _chains(rates: Tensor) -> Sequence[list[Tensor]]:
-    """Rates of I(b), I(b, c) and I(b, c, d), innermost first."""
+    """Return the rates of I(b), I(b, c) and I(b, c, d), innermost first."""
     first = rates[:, None]
     two = first + rates
     three = first[:, None] + two
@@ -202,17 +177,17 @@ def _chains(rates: Tensor) -> Sequence[list[Tensor]]:
 
 
 def _propagator(rates: Sequence[Tensor], step: float) -> Tensor:
-    """exp(step A) of y_0' = -x_0 y_0, y_j' = -x_j y_j + y_{j-1}: (..., J, J), for rates x of broadcastable shapes."""
+    """Return exp(step A) of y_0' = -x_0 y_0, y_j' = -x_j y_j + y_{j-1}, (..., J, J); the rates x broadcast."""
     x = torch.stack(torch.broadcast_tensors(*rates), -1)
     A = torch.diag_embed(-x * step) + torch.diag_embed(torch.full_like(x[..., 1:], step), offset=-1)
     return torch.linalg.matrix_exp(A)
 
 
 def _feed(couplings: Tensor, chain: Sequence[Tensor], values: Tensor, step: float) -> Tensor:
-    """What the exponentials of a chain add in one step to z1_m and to its integral: (B, 2, numbers of the chain)."""
-    found = []
-    for coupling, value in zip(couplings, values, strict=True):  # one mode at a time, for memory
+    """Return how a chain's exponentials drive z1_m and its integral over one step, (B, 2, size of the chain)."""
+    driving = []
+    for coupling, value in zip(couplings, values, strict=True):  # mode by mode, to bound memory
         rows = _propagator([*chain, value, value.new_zeros(())], step)[..., -2:, :-2]
         weighted = rows.flatten(0, -3) * coupling[:, None, None]
-        found.append(weighted.transpose(0, 1).flatten(1))
-    return torch.stack(found)
+        driving.append(weighted.transpose(0, 1).flatten(1))
+    return torch.stack(driving)
