@@ -57,8 +57,8 @@ def contenders(build, x, y):
 
     found = {"ordinary": ordinary}
     shadows = {
-        "k = 1": TaylorModel(model, 1),
-        "k = 3": TaylorModel(model, 3),
+        "k = 1": TaylorModel(model, taylor_order=1),
+        "k = 3": TaylorModel(model),
         "perturbative": PerturbativeTaylorModel(model),
     }
     for name, shadow in shadows.items():

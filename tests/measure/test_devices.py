@@ -47,7 +47,7 @@ def taylor(model, x):
     params = {name: wide(p) for name, p in model.named_parameters()}
     d = directions(model)
     return measure.taylor_terms(
-        model, params, {name: p + 0.125 * wide(d[name]) for name, p in params.items()}, x, order=2
+        model, x, params, {name: p + 0.125 * wide(d[name]) for name, p in params.items()}, taylor_order=2
     )
 
 
@@ -59,7 +59,7 @@ MEASUREMENTS = {
     "kinked operations": lambda model, x: len(kinked_operations(model, x)),
     "ntk": measure.ntk,
     "dntk": lambda model, x: measure.ntk_derivatives(model, x, directions(model)).dH,
-    "secant": lambda model, x: ntk_finite_difference(model, x, directions(model), 0.1).value,
+    "secant": lambda model, x: ntk_finite_difference(model, x, directions(model), distance=0.1).value,
     "change": lambda model, x: [layer.effective_rank[0] for layer in change(model, x).layers.values()],
     "taylor": taylor,
 }

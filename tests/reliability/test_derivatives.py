@@ -235,7 +235,7 @@ def check_taylor_term(name, order):
     d = {key: end[key].double() - start[key] for key in start}
     J = own.jacobians(d, order)[0][-1]
     d = torch.cat([step.flatten() for step in d.values()])
-    found = measure.taylor_terms(model, start, end, x, order=order, output_fn=output_fn)[order].double()
+    found = measure.taylor_terms(model, x, start, end, taylor_order=order, output_fn=output_fn)[order].double()
     off = (found.flatten() - J @ d / order).abs()
     assert bool((off <= rounding(model, order) * J.norm(dim=1) * d.norm()).all()), f"off by {float(off.max()):.3g}"
 
@@ -268,7 +268,7 @@ def test_derivatives(name, order):
         model, x, output_fn = build(name)
         start = dict(model.named_parameters())
         with pytest.raises(ValueError, match=why):
-            measure.taylor_terms(model, start, start, x, order=order, output_fn=output_fn)
+            measure.taylor_terms(model, x, start, start, taylor_order=order, output_fn=output_fn)
 
 
 @pytest.mark.parametrize(

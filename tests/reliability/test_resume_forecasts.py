@@ -22,7 +22,7 @@ from torch_eft.live.parts.dntk import DNTKPart
 from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
 from torch_eft.live.parts.forecasts.instance import InstancePart
 from torch_eft.live.parts.interval import IntervalPart
-from torch_eft.measure.taylor.displacement import interval
+from torch_eft.measure.taylor.displacement import displacement_terms
 from torch_eft.tensorboard import tag
 
 THEORY = {"ensemble": ("output_projection", "ntk_mean_drift"), "instance": ("instance_output",)}
@@ -323,7 +323,7 @@ def test_what_looks_back_after_a_resume_looks_back_to_where_it_went_on(every):
     resumed.train(next_one + 1, STEPS)
     observer = resumed.observer
     lambdas = observer.subject.learning_rates()
-    expected = interval(resumed.net, theta[HALF], theta[next_one], observer.subject.inputs, lambdas)
+    expected = displacement_terms(resumed.net, observer.subject.inputs, theta[HALF], theta[next_one], lambdas=lambdas)
     moved, size = expected.output_change.norm(), expected.output_terms[0].norm()
     rest = expected.output_change - expected.output_terms[0]
     found = resumed.history[next_one]

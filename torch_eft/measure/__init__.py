@@ -31,10 +31,9 @@ from torch_eft.measure.representations.change import (
     representation_change,
 )
 from torch_eft.measure.representations.hidden_kernels import Representation, hidden_kernels, representation
-from torch_eft.measure.taylor.displacement import DisplacementTerms, RelativeDNTK, interval, relative_dntk
+from torch_eft.measure.taylor.displacement import DisplacementTerms, RelativeDNTK, displacement_terms, relative_dntk
 from torch_eft.measure.taylor.model import TaylorModel
 from torch_eft.measure.taylor.perturbative import PerturbativeTaylorModel
-from torch_eft.measure.taylor.recorder import TrajectoryRecorder
 from torch_eft.measure.taylor.secant import NTKChange, ntk_change, ntk_finite_difference
 from torch_eft.measure.taylor.series import TaylorSeries, TaylorSizes, taylor_series, taylor_sizes, taylor_terms
 from torch_eft.measure.training_loss import (
@@ -73,7 +72,6 @@ __all__ = [
     "TaylorSizes",
     "TheoryAgreement",
     "TrainingLoss",
-    "TrajectoryRecorder",
     "UnrecognizedLossError",
     "as_matrix",
     "as_trace",
@@ -81,10 +79,10 @@ __all__ = [
     "centered",
     "coverage",
     "ddntk",
+    "displacement_terms",
     "dntk",
     "effective_rank",
     "hidden_kernels",
-    "interval",
     "kernel_distance",
     "kinked_operations",
     "linear_cka",

@@ -15,7 +15,7 @@ from torch_eft.live.parts.interval import IntervalPart
 from torch_eft.live.parts.shadow import ShadowPart
 from torch_eft.live.parts.taylor import TaylorPart
 from torch_eft.live.parts.theta import too_many
-from torch_eft.measure.taylor.displacement import interval, relative_dntk
+from torch_eft.measure.taylor.displacement import displacement_terms, relative_dntk
 
 
 def adam(model):
@@ -46,7 +46,7 @@ def test_the_next_interval_in_a_run_with_adam_and_minibatches():
 
 
 def test_the_numbers_of_an_interval():
-    """By hand, from measure.interval between the weights at two visits."""
+    """By hand, from measure.displacement_terms between the weights at two visits."""
     x, y, x_probe = data(24)
     model = mlp(16)
     thetas = {0: {name: p.detach().clone() for name, p in model.named_parameters()}}
@@ -56,11 +56,11 @@ def test_the_numbers_of_an_interval():
 
     observer, _ = fit(model, [IntervalPart()], 4, adam(model), x, y, x_probe, batch=8, every=4, on_step=keep)
     scalars = observer.history[4]
-    found = interval(model, thetas[0], thetas[4], x_probe)
+    found = displacement_terms(model, x_probe, thetas[0], thetas[4])
     H, change, P = found.ntk, found.ntk_change, found.ntk_terms.sum(0)
     correction, linear = found.output_terms[1:].sum(0), found.output_terms[0]
     d = {name: thetas[4][name] - thetas[0][name] for name in thetas[0]}
-    sized = relative_dntk(model, thetas[0], d, x_probe)  # along the displacement, whose length drops out
+    sized = relative_dntk(model, x_probe, d, theta=thetas[0])  # along the displacement, whose length drops out
     along = float((change * P).sum() / P.norm() / H.norm()) / 4
     expected = {
         "eft/ntk_rate/measured": along,
@@ -84,7 +84,7 @@ def test_taylor_terms_of_the_real_trajectory():
     theta_0 = {name: p.detach().clone() for name, p in model.named_parameters()}
     observer, pages = fit(model, [TaylorPart()], 20, adam(model), x, y, x_probe, batch=8, every=10)
     theta = {name: p.detach() for name, p in model.named_parameters()}
-    series = measure.taylor_series(model, theta_0, theta, x_probe)
+    series = measure.taylor_series(model, x_probe, theta_0, theta)
     change = series.value - series.terms[0]
     scalars = observer.history[20]
     for order in (1, 2, 3):
@@ -121,7 +121,7 @@ def test_dntk_along_the_gradient_is_logged_where_it_belongs():
         step for step, scalars in observer.history.items() if "eft-more/dntk_along_gradient/measured" in scalars
     ] == [0, 2, 4]
     for step in (0, 2, 4):
-        expected = relative_dntk(model, thetas[step], kept[step], x_probe, 1.0)
+        expected = relative_dntk(model, x_probe, kept[step], theta=thetas[step], lambdas=1.0)
         scalars = observer.history[step]
         assert scalars["eft-more/dntk_along_gradient/measured"] == pytest.approx(expected.dntk, rel=1e-3)
         assert scalars["eft-more/ddntk_along_gradient/measured"] == pytest.approx(expected.ddntk, rel=1e-3)
@@ -133,7 +133,7 @@ def test_shadows_follow_minibatches_of_any_optimizer():
     x, y, x_probe = data(24)
     classes = y.argmax(1)
     model = mlp(128)
-    shadow = measure.TaylorModel(model, 1)
+    shadow = measure.TaylorModel(model, taylor_order=1)
     optimizer = adam(model)
     twin = shadow.optimizer_like(optimizer)
     torch.manual_seed(5)

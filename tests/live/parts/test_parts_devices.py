@@ -10,8 +10,8 @@ from torch_eft.forecast.comparison import EnsembleComparison, InstanceComparison
 from torch_eft.forecast.comparison.instance import SGDOptions
 from torch_eft.live.parts.forecasts.full_batch import FullBatch
 from torch_eft.live.parts.interval import interval_compared
-from torch_eft.measure.taylor.displacement import interval, relative_dntk
-from torch_eft.measure.taylor.series import taylor_series, taylor_sizes
+from torch_eft.measure.taylor.displacement import displacement_terms, relative_dntk
+from torch_eft.measure.taylor.series import taylor_sizes
 from torch_eft.measure.training_loss import recognize_loss
 from torch_eft.theory import MLPEnsemble
 
@@ -33,17 +33,17 @@ def step_of(model, x, y):
 
 def intervals():
     model, theta, moved, _, _, x_probe = setting()
-    return lambda: interval_compared(interval(model, theta, moved, x_probe), 3)
+    return lambda: interval_compared(displacement_terms(model, x_probe, theta, moved), 3)
 
 
 def dntk():
     model, theta, moved, _, _, x_probe = setting()
-    return lambda: relative_dntk(model, theta, moved, x_probe)
+    return lambda: relative_dntk(model, x_probe, moved, theta=theta)
 
 
 def taylor():
     model, theta, moved, _, _, x_probe = setting()
-    return lambda: taylor_sizes(taylor_series(model, theta, moved, x_probe))
+    return lambda: taylor_sizes(model, x_probe, theta, moved)
 
 
 def ensemble():

@@ -54,7 +54,7 @@ def test_every_measurement_on_one_copy_and_as_by_its_function(copies):
             network.taylor(theta_0, theta).terms,
             network.displacement_terms(theta_0, theta).ntk_change,
             network.ntk_change(theta_0, theta).value,
-            network.relative_dntk(theta, theta_0).dntk,
+            network.relative_dntk(theta_0, theta=theta).dntk,
             network.representation().K,
             network.snapshot(measure.Plan(ntk=True, hidden=True)).ntk,
             network.on(x[:2]).ntk(),
@@ -66,7 +66,7 @@ def test_every_measurement_on_one_copy_and_as_by_its_function(copies):
         other = mlp().double()
         other.load_state_dict(theta)
     H = measure.ntk(model, x, lambdas=lambdas)
-    terms = measure.taylor_series(model, theta_0, theta, x).terms
+    terms = measure.taylor_series(model, x, theta_0, theta).terms
     expected = [
         measure.output(model, x),
         H,
@@ -81,7 +81,7 @@ def test_every_measurement_on_one_copy_and_as_by_its_function(copies):
         terms,
         measure.ntk(other, x, lambdas=lambdas) - H,
         measure.ntk(other, x, lambdas=lambdas) - H,
-        measure.relative_dntk(model, theta, theta_0, x, lambdas).dntk,
+        measure.relative_dntk(model, x, theta_0, theta=theta, lambdas=lambdas).dntk,
         measure.representation(model, x).K,
         H,
         H[:2, :2],

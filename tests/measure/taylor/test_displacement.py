@@ -1,4 +1,4 @@
-"""The terms of an interval: against brute force, and their errors against powers of the displacement."""
+"""The terms of a displacement: against brute force, and their errors against powers of the displacement."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from torch_eft import measure
-from torch_eft.measure.taylor.displacement import interval
+from torch_eft.measure.taylor.displacement import displacement_terms
 
 F64 = torch.float64
 
@@ -68,7 +68,7 @@ def test_terms_are_derivatives_along_the_displacement():
     """Reverse mode of reverse mode of f(theta + s d) and of the whole H(theta + s d), entry by entry."""
     model, theta, d, x, lambdas = small()
     end = {name: value + d[name] for name, value in theta.items()}
-    found = interval(model, theta, end, x, lambdas)
+    found = displacement_terms(model, x, theta, end, lambdas=lambdas)
     f, H = along(model, lambdas, x, theta, d)
     df, dH = derivatives(f, 3), derivatives(H, 2)
     factorials = torch.tensor([1.0, 2.0, 6.0], dtype=F64)[:, None, None]
@@ -79,7 +79,7 @@ def test_terms_are_derivatives_along_the_displacement():
     change = measure.as_matrix(found.ntk_change)
     torch.testing.assert_close(change, (J1 @ J1.T - J0 @ J0.T).detach(), rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(found.output_change, model_at(model, end, x) - model_at(model, theta, x))
-    traced = interval(model, theta, end, x, lambdas, trace=True)
+    traced = displacement_terms(model, x, theta, end, lambdas=lambdas, trace=True)
     torch.testing.assert_close(traced.ntk_terms[1], measure.as_trace(found.ntk_terms[1]))
 
 
@@ -93,7 +93,7 @@ def test_a_step_of_gradient_descent_is_minus_eta_H_e():
     e, eta = torch.randn(3, 2, dtype=F64), 1e-3
     v = measure.ntk_vjp(model, x, e, lambdas=lambdas)
     end = {name: value - eta * v[name] for name, value in theta.items()}
-    found = interval(model, theta, end, x, lambdas)
+    found = displacement_terms(model, x, theta, end, lambdas=lambdas)
     whole = torch.einsum("abij,bj->ai", measure.ntk(model, x, lambdas=lambdas), e)
     torch.testing.assert_close(found.output_terms[0], -eta * whole, rtol=1e-8, atol=1e-14)
     dH = torch.einsum("abcijk,ck->abij", measure.dntk(model, x, lambdas=lambdas), e)
@@ -108,7 +108,7 @@ def test_errors_fall_with_powers_of_the_displacement():
     errors = []
     for scale in (1 / 8, 1 / 16):
         end = {name: value + scale * d[name] for name, value in theta.items()}
-        found = interval(model, theta, end, x, lambdas)
+        found = displacement_terms(model, x, theta, end, lambdas=lambdas)
         f = [found.output_change - found.output_terms[:k].sum(0) for k in (1, 2, 3)]
         H = [found.ntk_change - found.ntk_terms[:k].sum(0) for k in (1, 2)]
         errors.append([float(error.norm()) for error in (*f, *H)])
@@ -120,22 +120,22 @@ def test_known_kernels_are_not_measured_again_and_first_order_alone_is_cheaper()
     model, theta, d, x, lambdas = small()
     end = {name: value + d[name] for name, value in theta.items()}
     kernels = torch.zeros(3, 3, 2, 2, dtype=F64), torch.ones(3, 3, 2, 2, dtype=F64)
-    found = interval(model, theta, end, x, lambdas, order=1, kernels=kernels)
+    found = displacement_terms(model, x, theta, end, lambdas=lambdas, derivatives=1, kernels=kernels)
     assert torch.equal(found.ntk_change, torch.ones(3, 3, 2, 2, dtype=F64))
     assert len(found.ntk_terms) == 1
-    assert interval(model, theta, end, x, ntk=False).ntk_terms is None
+    assert displacement_terms(model, x, theta, end, ntk=False).ntk_terms is None
 
 
 def test_what_the_numbers_do_not_say():
     model, theta, d, x, lambdas = small(nn.ReLU)
     end = {name: value + d[name] for name, value in theta.items()}
-    assert "kinks (relu" in interval(model, theta, end, x, lambdas).validity
+    assert "kinks (relu" in displacement_terms(model, x, theta, end, lambdas=lambdas).validity.reason
     lambdas["0.bias"] = 0.0
-    found = interval(model, theta, end, x, lambdas)
+    found = displacement_terms(model, x, theta, end, lambdas=lambdas)
     share = float(d["0.bias"].norm() / torch.cat([part.flatten() for part in d.values()]).norm())
     assert found.frozen_moved == pytest.approx(share, rel=1e-12)
-    assert "lambda = 0" in found.validity
-    with pytest.raises(ValueError, match="order: 3 given"):
-        interval(model, theta, end, x, order=3)
-    with pytest.raises(ValueError, match="params"):
-        interval(model, {}, end, x)
+    assert "lambda = 0" in found.validity.reason
+    with pytest.raises(ValueError, match="derivatives: 3 given"):
+        displacement_terms(model, x, theta, end, derivatives=3)
+    with pytest.raises(ValueError, match=r"theta_0: '0.weight' is missing"):
+        displacement_terms(model, x, {}, end)

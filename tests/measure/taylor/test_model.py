@@ -39,7 +39,7 @@ def test_order_three_is_exact_for_polynomials_of_degree_three(build, optimizer):
             torch.testing.assert_close(shadow.theta[name], value, rtol=1e-10, atol=1e-10)
     x = torch.cat([batch for batch, _ in data])
     torch.testing.assert_close(shadow(x), model(x), rtol=1e-10, atol=1e-10)
-    assert shadow.validity(x).flag == "valid"
+    assert shadow.check(x).flag == "valid"
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -49,7 +49,7 @@ def test_order_one_is_the_linearized_network(build, optimizer):
     theta_0 = {name: p.detach().clone() for name, p in model.named_parameters()}
     theta = {name: p.clone().requires_grad_() for name, p in theta_0.items()}
     by_hand = OPTIMIZERS[optimizer](theta.values())
-    shadow = TaylorModel(model, order=1)
+    shadow = TaylorModel(model, taylor_order=1)
     own = shadow.optimizer_like(OPTIMIZERS[optimizer](model.parameters()))
 
     def linearized(x):
@@ -85,7 +85,7 @@ def test_parameter_groups_state_and_frozen_parameters_are_taken_over():
         torch.testing.assert_close(value, model.get_parameter(name), rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match=r"^optimizer: it has a state .* no longer at theta_0"):
         shadow.optimizer_like(real)
-    with pytest.raises(ValueError, match=r"^optimizer: a parameter \(4, 4\) in it is none of the network"):
+    with pytest.raises(ValueError, match=r"^optimizer: a parameter \(4, 4\) in it does not belong to the network"):
         shadow.optimizer_like(torch.optim.SGD(deep_linear().parameters(), lr=0.1))
     with pytest.raises(ValueError, match=r"^optimizer: it holds no trainable parameter"):
         shadow.optimizer_like(torch.optim.SGD([model[1].weight], lr=0.1))
@@ -117,7 +117,7 @@ def test_the_perturbative_shadow_is_the_series_of_the_full_one(optimizer, loss):
     data = [(x, y.softmax(1)) for x, y in batches(20)]
     probe = batches(1, seed=5)[0][0]
     found = stepped(PerturbativeTaylorModel(model), real, data, loss)
-    linear = stepped(TaylorModel(model, 1), real, data, loss)
+    linear = stepped(TaylorModel(model, taylor_order=1), real, data, loss)
     for name, value in linear.theta.items():
         torch.testing.assert_close(found.theta[name], value, rtol=1e-10, atol=1e-12)
     outputs, thetas = {}, {}
@@ -150,7 +150,7 @@ def test_the_perturbative_shadow_agrees_with_order_three_where_both_are_small():
     gaps = []
     for rate in (0.1, 0.05):
         real = torch.optim.SGD(model.parameters(), lr=rate)
-        full, linear = (stepped(TaylorModel(model, k), real, data) for k in (3, 1))
+        full, linear = (stepped(TaylorModel(model, taylor_order=k), real, data) for k in (3, 1))
         perturbed = stepped(PerturbativeTaylorModel(model), real, data)
         gap = (full(probe) - perturbed(probe)).norm()
         correction = (full(probe) - linear(probe)).norm()
@@ -165,11 +165,11 @@ def test_the_perturbative_shadow_stays_finite_where_order_three_diverges():
     real = torch.optim.SGD(model.parameters(), lr=0.3)
     full = stepped(TaylorModel(model), real, data, F.mse_loss)
     assert not bool(full(data[0][0]).isfinite().all())
-    assert full.validity(data[0][0]).flag == "invalid"
+    assert full.check(data[0][0]).flag == "invalid"
     found = stepped(PerturbativeTaylorModel(model), real, data, F.mse_loss)
     assert bool(found(data[0][0]).isfinite().all())
-    verdict = found.validity(data[0][0])
-    assert verdict.flag == "invalid" and "of the change of the k = 1 shadow" in verdict.reason
+    verdict = found.check(data[0][0])
+    assert verdict.flag == "invalid" and "of the change of the Taylor model of order 1" in verdict.reason
 
 
 LAYERS = {

@@ -43,12 +43,14 @@ def test_the_network_and_the_random_state_are_left_alone(build, order):
         model.eval()
     before, flags = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     kept, state = copy.deepcopy(inputs), torch.get_rng_state()
-    shadow = TaylorModel(model, order, (lambda out: out["logits"]) if build is TwoInputs else None)
+    shadow = TaylorModel(
+        model, taylor_order=order, output_fn=(lambda out: out["logits"]) if build is TwoInputs else None
+    )
     theta_0 = copy.deepcopy(shadow.theta_0)
     own = shadow.optimizer_like(torch.optim.AdamW(model.parameters(), lr=0.01))
     for _ in range(3):
         shadow.step(inputs, lambda z: z.square().mean() + F.dropout(z, 0.5).mean(), own)
-    shadow.validity(inputs)
+    shadow.check(inputs)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == flags
@@ -81,7 +83,7 @@ def test_another_loss_terms_parameters_get_no_gradient_and_the_real_optimizer_is
     x = batches(1)[0][0]
     shadow.step(x, lambda z: (scale * z).square().mean() + model(x).sum(), shadow.optimizer_like(real))
     assert scale.grad is None and all(p.grad is None for p in model.parameters())
-    with pytest.raises(ValueError, match=r"^optimizer: it holds parameters other than this shadow's"):
+    with pytest.raises(ValueError, match=r"^optimizer: it holds parameters other than this Taylor model's"):
         shadow.step(x, lambda z: z.sum(), real)
 
 
@@ -168,9 +170,9 @@ def test_what_has_no_rule_or_cannot_be_evaluated_is_said():
     with pytest.raises(NoJetRuleError, match=r"solve"):
         TaylorModel(Solving())(x)
     with pytest.raises(ValueError, match=r"^probe: .* rejects"):
-        TaylorModel(mlp((4, 6, 3))).validity(x[:, :3])
+        TaylorModel(mlp((4, 6, 3))).check(x[:, :3])
     with pytest.raises(ValueError, match=r"^probe: .*NaN"):
-        TaylorModel(mlp((4, 6, 3))).validity(x * math.nan)
+        TaylorModel(mlp((4, 6, 3))).check(x * math.nan)
 
 
 def test_compiled_and_copied_networks():
@@ -191,10 +193,10 @@ def test_compiled_and_copied_networks():
 
 def test_bad_orders_and_models():
     model = deep_linear()
-    with pytest.raises(ValueError, match=r"^order: 2 given, which is no consistent order: .* both O\(1/n\)"):
-        TaylorModel(model, 2)
+    with pytest.raises(ValueError, match=r"^taylor_order: 2 given, which is not a consistent order: .* both O\(1/n\)"):
+        TaylorModel(model, taylor_order=2)
     for order in (0, 4, True, 1.5, "3"):
-        with pytest.raises(ValueError, match=r"^order: .* given; it must be 1"):
-            TaylorModel(model, order)
+        with pytest.raises(ValueError, match=r"^taylor_order: .* given; it must be 1"):
+            TaylorModel(model, taylor_order=order)
     with pytest.raises(ValueError, match=r"^model: it has no trainable parameter"):
         TaylorModel(nn.Tanh())

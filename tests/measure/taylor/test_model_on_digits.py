@@ -43,7 +43,7 @@ def errors_on_digits(width, activation, kind, seed, steps=60, images=32, faster=
         optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    shadows = {1: TaylorModel(model, 1), 3: TaylorModel(model, 3)}
+    shadows = {1: TaylorModel(model, taylor_order=1), 3: TaylorModel(model)}
     if kind == "SGD":
         shadows["perturbative"] = PerturbativeTaylorModel(model)
     own = {name: shadow.optimizer_like(optimizer) for name, shadow in shadows.items()}
@@ -58,7 +58,7 @@ def errors_on_digits(width, activation, kind, seed, steps=60, images=32, faster=
                 change = max(change, float((value - start).square().mean().sqrt()))
                 for name, shadow in shadows.items():
                     error[name] = max(error[name], float((shadow(probe) - value).square().mean().sqrt()))
-    return {name: value / change for name, value in error.items()} | {"validity": shadows[3].validity(probe)}
+    return {name: value / change for name, value in error.items()} | {"validity": shadows[3].check(probe)}
 
 
 @pytest.mark.parametrize("kind", RATES)
@@ -113,19 +113,19 @@ def test_kinks_and_strong_weight_decay_are_said():
     model = critical(64, nn.ReLU, 2.0, 0)
     x, y = X[:32], Y[:32]
     shadow = TaylorModel(model)
-    reason = shadow.validity(x).reason
-    assert reason.startswith("does not apply: the network has kinks (relu)") and "nothing has moved yet" in reason
-    assert shadow.validity(x).flag == "invalid"
-    linear = TaylorModel(model, 1)
+    reason = shadow.check(x).reason
+    assert reason.startswith("the network has kinks (relu)") and "nothing has moved yet" in reason
+    assert shadow.check(x).flag == "invalid"
+    linear = TaylorModel(model, taylor_order=1)
     train(linear, linear.optimizer_like(torch.optim.SGD(model.parameters(), lr=1e-3)), [(x, y)] * 3, F.cross_entropy)
-    assert linear.validity(x).flag == "caution" and "kinks (relu)" in linear.validity(x).reason
-    assert PerturbativeTaylorModel(model).validity(x).flag == "invalid"
+    assert linear.check(x).flag == "caution" and "kinks (relu)" in linear.check(x).reason
+    assert PerturbativeTaylorModel(model).check(x).flag == "invalid"
 
     model = critical(128, nn.Tanh, 1.0, 0)
     for order in (1, 3):
-        shadow = TaylorModel(model, order)
-        assert shadow.validity(x).flag == "valid"
+        shadow = TaylorModel(model, taylor_order=order)
+        assert shadow.check(x).flag == "valid"
         real = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=5.0)
         train(shadow, shadow.optimizer_like(real), [(x, y)] * 60, F.cross_entropy)
-        verdict = shadow.validity(x)
+        verdict = shadow.check(x)
         assert verdict.flag == "invalid" and "of theta_0 is gone (weight decay?)" in verdict.reason

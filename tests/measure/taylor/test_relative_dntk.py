@@ -27,7 +27,7 @@ def test_against_whole_tensors():
     loss = (e * model(x)).sum()
     names = [name for name, _ in model.named_parameters()]
     gradient = dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
-    found = relative_dntk(model, {}, gradient, x, lambdas)
+    found = relative_dntk(model, x, gradient, lambdas=lambdas)
     H, dH = measure.ntk(model, x, lambdas=lambdas), measure.dntk(model, x, lambdas=lambdas)
     ddI, ddII = measure.ddntk(model, x, lambdas=lambdas)
     moved = torch.einsum("abij,bj->ai", H, e).norm() / math.sqrt(6)
@@ -42,20 +42,20 @@ def test_against_whole_tensors():
     for p in model.parameters():
         nn.init.zeros_(p)
     scaled = {name: 1e4 * value for name, value in gradient.items()}
-    again = relative_dntk(model, theta, scaled, x, lambdas, order=1)
+    again = relative_dntk(model, x, scaled, theta=theta, lambdas=lambdas, derivatives=1)
     assert (again.dntk, again.ddntk) == (pytest.approx(found.dntk, rel=1e-10), None)
 
 
 def test_nothing_moves():
     model, lambdas, x = setting()
     gradient = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    assert relative_dntk(model, {}, gradient, x, lambdas) is None
+    assert relative_dntk(model, x, gradient, lambdas=lambdas) is None
 
 
 def test_kinks_are_said():
     model, lambdas, x = setting(activation=nn.ReLU)
     gradient = {name: torch.ones_like(p) for name, p in model.named_parameters()}
-    assert "almost everywhere" in relative_dntk(model, {}, gradient, x, lambdas).validity.reason
+    assert "almost everywhere" in relative_dntk(model, x, gradient, lambdas=lambdas).validity.reason
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_both_fall_with_the_width():
             loss = (model(x) - y).square().sum() / 2
             names = [name for name, _ in model.named_parameters()]
             gradient = dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
-            found = relative_dntk(model, {}, gradient, x, lambdas)
+            found = relative_dntk(model, x, gradient, lambdas=lambdas)
             rows.append([math.log(found.dntk), math.log(found.ddntk)])
         logs[width] = torch.tensor(rows)
     change = logs[128].mean(0) - logs[16].mean(0)

@@ -84,8 +84,8 @@ def test_kinked_operations_are_named_and_their_crossings_seen(case):
     (name,) = kinked_operations(model, x)
     assert name.split(" in ")[0] == case.split(" of two")[0].split(" along")[0].split(" in place")[0]
     direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-    assert 0 < ntk_finite_difference(model, x, direction, 0.3).crossings <= 1
-    assert ntk_finite_difference(model, x, direction, 1e-7).crossings == 0
+    assert 0 < ntk_finite_difference(model, x, direction, distance=0.3).crossings <= 1
+    assert ntk_finite_difference(model, x, direction, distance=1e-7).crossings == 0
 
 
 @pytest.mark.parametrize("case", SMOOTH)
@@ -115,8 +115,10 @@ def test_kinks_of_attention_and_recurrent_networks():
     cells = nn.RNN(3, 4, nonlinearity="relu", batch_first=True)
     assert kinked_operations(cells, torch.randn(2, 3, 3), lambda out: out[0][:, -1]) == ("rnn_relu in the forward",)
     direction = {name: torch.randn_like(p) for name, p in cells.named_parameters()}
-    found = ntk_finite_difference(cells, torch.randn(2, 3, 3), direction, 0.1, output_fn=lambda out: out[0][:, -1])
-    assert math.isnan(found.crossings) and "not seen" in found.validity
+    found = ntk_finite_difference(
+        cells, torch.randn(2, 3, 3), direction, distance=0.1, output_fn=lambda out: out[0][:, -1]
+    )
+    assert math.isnan(found.crossings) and "not seen" in found.validity.reason
 
 
 def randn(*shape, seed=0):
@@ -151,8 +153,8 @@ def test_secant_of_a_smooth_network_converges_as_the_square_of_the_step():
     expected = slope_by_reverse_mode(model, x, direction)
     errors = []
     for step in (2e-3, 1e-3):
-        found = ntk_finite_difference(model, x, direction, step)
-        assert found.kinked == () and found.crossings == 0 and "smooth" in found.validity
+        found = ntk_finite_difference(model, x, direction, distance=step)
+        assert found.kinked == () and found.crossings == 0 and "smooth" in found.validity.reason
         errors.append(float((found.value - expected).norm() / expected.norm()))
     assert errors[1] < 1e-4
     assert errors[0] / errors[1] == pytest.approx(4, rel=1e-3)
@@ -161,9 +163,9 @@ def test_secant_of_a_smooth_network_converges_as_the_square_of_the_step():
 def test_secant_of_relu_is_the_derivative_within_the_kinks():
     model, x, direction = network(nn.ReLU)
     expected = slope_by_reverse_mode(model, x, direction)
-    found = ntk_finite_difference(model, x, direction, 1e-6)
+    found = ntk_finite_difference(model, x, direction, distance=1e-6)
     assert found.kinked == ("relu in '1'", "relu in '3'")
-    assert found.crossings == 0 and "within the kinks" in found.validity
+    assert found.crossings == 0 and "within the kinks" in found.validity.reason
     assert float((found.value - expected).norm() / expected.norm()) < 1e-9
 
 
@@ -171,12 +173,15 @@ def test_secant_of_relu_is_not_the_derivative_across_kinks():
     """At step 0.02 the smooth remainder is about 1e-3 (tanh: less than that); the kinks change the slope by a lot."""
     model, x, direction = network(nn.ReLU, width=256)
     expected = slope_by_reverse_mode(model, x, direction)
-    found = ntk_finite_difference(model, x, direction, 0.02)
-    assert 0.01 < found.crossings < 0.3 and "across kinks" in found.validity
+    found = ntk_finite_difference(model, x, direction, distance=0.02)
+    assert 0.01 < found.crossings < 0.3 and "across kinks" in found.validity.reason
     assert float((found.value - expected).norm() / expected.norm()) > 0.3
     smooth, x, direction = network(nn.Tanh, width=256)
     expected = slope_by_reverse_mode(smooth, x, direction)
-    assert float((ntk_finite_difference(smooth, x, direction, 0.002).value - expected).norm() / expected.norm()) < 0.05
+    assert (
+        float((ntk_finite_difference(smooth, x, direction, distance=0.002).value - expected).norm() / expected.norm())
+        < 0.05
+    )
 
 
 def test_secant_between_two_settings_is_the_difference_of_two_ntks():
@@ -184,7 +189,7 @@ def test_secant_between_two_settings_is_the_difference_of_two_ntks():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     after = {name: p + 0.1 * direction[name] for name, p in before.items()}
     lambdas = {name: 0.5 + index for index, name in enumerate(before)}
-    found = ntk_change(model, x, before, after, 0.1, lambdas, trace=True)
+    found = ntk_change(model, x, before, after, distance=0.1, lambdas=lambdas, trace=True)
     kernels = []
     for values in (before, after):
         model.load_state_dict(values)
@@ -197,13 +202,13 @@ def test_secant_between_two_settings_is_the_difference_of_two_ntks():
             y = F.linear(z.relu(), values["2.weight"], values["2.bias"])
             sides.append(torch.cat([z, y], 1) > 0)
     assert found.crossings == pytest.approx(float((sides[0] != sides[1]).double().mean()))
-    assert found.step == 0.1
+    assert found.distance == 0.1
 
 
 def test_weights_are_left_alone():
     model, x, direction = network(nn.ReLU)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    ntk_finite_difference(model, x, direction, 0.1)
+    ntk_finite_difference(model, x, direction, distance=0.1)
     kinked_operations(model, x)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -215,7 +220,8 @@ def test_a_direction_may_leave_parameters_out():
     only = {"2.weight": direction["2.weight"]}
     padded = {name: only.get(name, torch.zeros_like(p)) for name, p in model.named_parameters()}
     torch.testing.assert_close(
-        ntk_finite_difference(model, x, only, 0.1).value, ntk_finite_difference(model, x, padded, 0.1).value
+        ntk_finite_difference(model, x, only, distance=0.1).value,
+        ntk_finite_difference(model, x, padded, distance=0.1).value,
     )
 
 
@@ -223,12 +229,12 @@ def test_a_direction_may_leave_parameters_out():
     ("direction", "step", "message"),
     [
         ({"0.weight": torch.ones(3)}, 1.0, r"direction: '0.weight' has shape \(3,\), the parameter \(12, 5\)"),
-        ({"weight": torch.ones(3)}, 1.0, r"direction: 'weight' is no trainable parameter"),
-        ({"0.bias": torch.ones(12)}, 0.0, r"step: 0 given; it must be positive and finite"),
-        ({"0.bias": torch.ones(12)}, -1.0, r"step: -"),
-        ({"0.bias": torch.ones(12)}, float("nan"), r"step: nan given"),
+        ({"weight": torch.ones(3)}, 1.0, r"direction: 'weight' is not a trainable parameter"),
+        ({"0.bias": torch.ones(12)}, 0.0, r"distance: 0 given; it must be positive and finite"),
+        ({"0.bias": torch.ones(12)}, -1.0, r"distance: -"),
+        ({"0.bias": torch.ones(12)}, float("nan"), r"distance: nan given"),
     ],
 )
 def test_wrong_arguments_are_named(direction, step, message):
     with pytest.raises(ValueError, match=message):
-        ntk_finite_difference(mlp(), torch.ones(2, 5), direction, step)
+        ntk_finite_difference(mlp(), torch.ones(2, 5), direction, distance=step)

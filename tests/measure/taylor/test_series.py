@@ -1,5 +1,6 @@
 """Taylor terms along a displacement: exact cases, orders of the remainder, brute force, and refusals."""
 
+import copy
 import math
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_deep_linear_network_is_exact_at_its_depth(depth):
     model = seeded(lambda: nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(depth)]))
     params0, params = displaced(model, 1.0)
     x = torch.randn(5, 4, dtype=DTYPE)
-    series = taylor_series(model, params0, params, x)
+    series = taylor_series(model, x, params0, params)
     assert float(series.remainder.abs().max()) < 1e-13 * float(series.value.abs().max())
     assert not bool(series.terms[depth + 1 :].any())
     expected = x
@@ -53,7 +54,7 @@ def test_a_deep_linear_network_is_exact_at_its_depth(depth):
     torch.testing.assert_close(series.terms.sum(0), expected)
     assert (series.method, series.kinked, series.remarks) == ("jets", (), ())
     if depth > 1:
-        assert bool(taylor_series(model, params0, params, x, order=depth - 1).remainder.any())
+        assert bool(taylor_series(model, x, params0, params, taylor_order=depth - 1).remainder.any())
 
 
 MODELS = {
@@ -83,7 +84,7 @@ def test_values_alone_give_the_same_terms_and_the_remainder_is_of_fourth_order(n
         with torch.no_grad():
             return functional_call(reference, moved, (x,))
 
-    found = taylor_series(model, params0, params, x)
+    found = taylor_series(model, x, params0, params)
     assert found.method == "jets"
     for term, expected in zip(found.terms, by_polynomial_fit(f, 3), strict=True):
         torch.testing.assert_close(term, expected, rtol=0, atol=1e-9 * float(found.value.abs().max()))
@@ -92,7 +93,7 @@ def test_values_alone_give_the_same_terms_and_the_remainder_is_of_fourth_order(n
         remainders = []
         for step in steps:
             at = {key: p + step * (params[key] - p) for key, p in params0.items()}
-            remainders.append(float(taylor_series(model, params0, at, x, order).remainder.norm()))
+            remainders.append(float(taylor_series(model, x, params0, at, taylor_order=order).remainder.norm()))
         assert math.log2(remainders[0] / remainders[1]) == pytest.approx(order + 1, abs=0.35)
 
 
@@ -101,14 +102,16 @@ def test_lower_orders_and_other_outputs():
     params0, params = displaced(model)
     x = {"a": torch.randn(3, 3, dtype=DTYPE), "b": torch.randn(3, 4, dtype=DTYPE)}
     pick = lambda out: out["logits"]  # noqa: E731
-    terms = taylor_terms(model, params0, params, x, output_fn=pick)
+    terms = taylor_terms(model, x, params0, params, output_fn=pick)
     assert terms.shape == (4, 3, 2)
     for order in range(3):
-        torch.testing.assert_close(taylor_terms(model, params0, params, x, order, pick), terms[: order + 1])
+        torch.testing.assert_close(
+            taylor_terms(model, x, params0, params, taylor_order=order, output_fn=pick), terms[: order + 1]
+        )
     torch.testing.assert_close(terms[0], model(**x)["logits"].detach())
     single = model.float()
     params0, params = displaced(single)
-    found = taylor_terms(single, params0, {k: p.double() for k, p in params.items()}, x, output_fn=pick)
+    found = taylor_terms(single, x, params0, {k: p.double() for k, p in params.items()}, output_fn=pick)
     assert found.dtype == torch.float32
 
 
@@ -117,7 +120,7 @@ def test_frozen_parameters_do_not_move():
     model[0].requires_grad_(False)
     params0, params = displaced(model)
     assert set(params0) == {"2.weight", "2.bias"}
-    series = taylor_series(model, params0, params, torch.randn(3, 4, dtype=DTYPE))
+    series = taylor_series(model, torch.randn(3, 4, dtype=DTYPE), params0, params)
     assert float(series.remainder.abs().max()) < 1e-15
     assert not bool(series.terms[2:].any())
 
@@ -175,7 +178,7 @@ def test_without_a_rule_reverse_mode_steps_in(build, shape, reason):
     model = seeded(build)
     params0, params = displaced(model, 0.02)
     x = torch.randn(shape, dtype=DTYPE)
-    series = taylor_series(model, params0, params, x)
+    series = taylor_series(model, x, params0, params)
     assert series.method == "reverse-over-reverse"
     assert any(reason in remark and "reverse-over-reverse" in remark for remark in series.remarks)
     assert series.kinked == (("relu",) if build is Solving else ())
@@ -193,20 +196,24 @@ def test_kinks_are_said_and_order_two_alone_is_warned_of():
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)))
     params0, params = displaced(model)
     x = torch.randn(5, 4, dtype=DTYPE)
-    series = taylor_series(model, params0, params, x)
+    series = taylor_series(model, x, params0, params)
     assert series.kinked == ("relu",)
     assert len(series.remarks) == 1 and series.remarks[0].startswith("almost everywhere: the network has kinks (relu)")
-    assert taylor_series(model, params0, params, x, order=1).remarks == ()
+    assert taylor_series(model, x, params0, params, taylor_order=1).remarks == ()
     smooth = seeded(lambda: mlp((4, 6, 2)))
     params0, params = displaced(smooth)
-    assert taylor_series(smooth, params0, params, x, order=2).remarks[0].startswith("order 2 alone is not a consistent")
+    assert (
+        taylor_series(smooth, x, params0, params, taylor_order=2)
+        .remarks[0]
+        .startswith("order 2 alone is not a consistent")
+    )
 
 
 def test_jumps_are_said_where_reverse_mode_steps_in():
     """An orthogonal weight is made with signs that are read off as integers: a parameter that moves may lose them."""
     model = seeded(lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 3)), nn.Tanh()))
     params0, params = displaced(model, 0.01)
-    series = taylor_series(model, params0, params, torch.randn(5, 4, dtype=DTYPE))
+    series = taylor_series(model, torch.randn(5, 4, dtype=DTYPE), params0, params)
     assert series.method == "reverse-over-reverse"
     assert series.kinked == ("int",)
     assert series.remarks[0].startswith("almost everywhere")
@@ -216,8 +223,8 @@ def test_the_cost_is_in_forward_passes():
     model = mlp((64, 256, 256, 10))
     params0, params = displaced(model)
     x = torch.randn(256, 64)
-    taylor_series(model, params0, params, x)
-    cost = sorted(taylor_series(model, params0, params, x).cost for _ in range(9))[4]
+    taylor_series(model, x, params0, params)
+    cost = sorted(taylor_series(model, x, params0, params).cost for _ in range(9))[4]
     assert 1 < cost < 40  # 7 products of matrices and the elementwise work of the activations
 
 
@@ -232,15 +239,15 @@ def test_a_wrong_rule_is_refused(monkeypatch):
     wrong = lambda h: type(h)([*right(h)[:3], None if right(h)[3] is None else 0.5 * right(h)[3]])  # noqa: E731
     monkeypatch.setitem(jets._RULES, torch.tanh, wrong)
     with pytest.raises(ValueError, match=r"^model: the Taylor term of order 3 is .* by jets and .* by reverse mode"):
-        taylor_terms(model, params0, params, x)
-    wrong_terms = taylor_terms(model, params0, params, x, check=False)
+        taylor_terms(model, x, params0, params)
+    wrong_terms = taylor_terms(model, x, params0, params, check=False)
     monkeypatch.setitem(jets._RULES, torch.tanh, right)
     assert len(calls) == 1
-    right_terms = taylor_terms(model, params0, params, x)
-    taylor_terms(model, params0, params, x)
-    taylor_terms(model, params0, params, x, order=2)
+    right_terms = taylor_terms(model, x, params0, params)
+    taylor_terms(model, x, params0, params)
+    taylor_terms(model, x, params0, params, taylor_order=2)
     assert len(calls) == 2  # once for a model
-    taylor_terms(model, params0, params, x, check=True)
+    taylor_terms(model, x, params0, params, check=True)
     assert len(calls) == 3
     torch.testing.assert_close(wrong_terms[:3], right_terms[:3])
     assert not torch.allclose(wrong_terms[3], right_terms[3])
@@ -282,10 +289,10 @@ def test_what_cannot_be_checked_or_derived_is_said():
     params0, params = displaced(model)
     x = torch.randn(5, 4, dtype=DTYPE)
     with pytest.raises(ValueError, match=r"^model: an operation of OnceDifferentiable has no derivative of order 2"):
-        taylor_terms(model, params0, params, x, order=2)
+        taylor_terms(model, x, params0, params, taylor_order=2)
     model = seeded(Bagged)
     params0, params = displaced(model)
-    series = taylor_series(model, params0, params, torch.arange(12).reshape(4, 3) % 7)
+    series = taylor_series(model, torch.arange(12).reshape(4, 3) % 7, params0, params)
     assert series.method == "jets"
     assert any(remark.startswith("not checked against reverse mode") for remark in series.remarks)
 
@@ -295,15 +302,26 @@ def test_the_model_and_the_random_state_are_left_alone():
     params0, params = displaced(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    first = taylor_terms(model, params0, params, torch.ones(2, 1, 8, 8, dtype=DTYPE))
+    first = taylor_terms(model, torch.ones(2, 1, 8, 8, dtype=DTYPE), params0, params)
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     with torch.no_grad():
-        second = taylor_terms(model, params0, params, torch.ones(2, 1, 8, 8, dtype=DTYPE))
+        second = taylor_terms(model, torch.ones(2, 1, 8, 8, dtype=DTYPE), params0, params)
     assert torch.equal(first, second)
     assert not first.requires_grad
+
+
+def test_parameters_may_be_given_as_modules():
+    """Frozen copies of the network included: whether they train is the model's matter."""
+    model = seeded(lambda: mlp((4, 6, 2)))
+    params0, params = displaced(model)
+    x = torch.randn(5, 4, dtype=DTYPE)
+    modules = [copy.deepcopy(model).requires_grad_(False) for _ in range(2)]
+    for module, values in zip(modules, (params0, params), strict=True):
+        module.load_state_dict(values)
+    assert torch.equal(taylor_terms(model, x, *modules), taylor_terms(model, x, params0, params))
 
 
 def test_bad_input():
@@ -311,28 +329,32 @@ def test_bad_input():
     params0, params = displaced(model)
     x = torch.randn(5, 4, dtype=DTYPE)
     for order in (4, -1, 1.5, True):
-        with pytest.raises(ValueError, match=r"^order: .* given; it must be 0, 1, 2 or 3"):
-            taylor_terms(model, params0, params, x, order)
-    with pytest.raises(ValueError, match=r"^params0: '0.bias' is missing; name every"):
-        taylor_terms(model, {k: p for k, p in params0.items() if k != "0.bias"}, params, x)
-    with pytest.raises(ValueError, match=r"^params: 'extra' is no trainable parameter"):
-        taylor_terms(model, params0, params | {"extra": x}, x)
-    with pytest.raises(ValueError, match=r"^params: \(5, 4\) given for '0.bias'; the model's is \(6,\)"):
-        taylor_terms(model, params0, params | {"0.bias": x}, x)
-    with pytest.raises(ValueError, match=r"^params: float given for '0.bias'"):
-        taylor_terms(model, params0, params | {"0.bias": 1.0}, x)
-    with pytest.raises(ValueError, match=r"^params0: list given; give"):
-        taylor_terms(model, list(params0), params, x)
-    with pytest.raises(ValueError, match=r"^params: the output there is not finite"):
-        taylor_terms(model, params0, params | {"2.bias": params["2.bias"] * math.inf}, x)
+        with pytest.raises(ValueError, match=r"^taylor_order: .* given; it must be 0, 1, 2 or 3"):
+            taylor_terms(model, x, params0, params, taylor_order=order)
+    with pytest.raises(ValueError, match=r"^theta_0: '0.bias' is missing; name every"):
+        taylor_terms(model, x, {k: p for k, p in params0.items() if k != "0.bias"}, params)
+    with pytest.raises(ValueError, match=r"^theta: 'extra' is not a trainable parameter"):
+        taylor_terms(model, x, params0, params | {"extra": x})
+    with pytest.raises(ValueError, match=r"^theta: '0.bias' has shape \(5, 4\), the parameter \(6,\)"):
+        taylor_terms(model, x, params0, params | {"0.bias": x})
+    with pytest.raises(ValueError, match=r"^theta: float for '0.bias' given; give"):
+        taylor_terms(model, x, params0, params | {"0.bias": 1.0})
+    with pytest.raises(ValueError, match=r"^theta_0: a list given; give"):
+        taylor_terms(model, x, list(params0), params)
+    with pytest.raises(ValueError, match=r"^theta: the output there is not finite"):
+        taylor_terms(model, x, params0, params | {"2.bias": params["2.bias"] * math.inf})
+    with pytest.raises(ValueError, match=r"^theta: a tensor \(5, 4\) given; .* \(model, x, theta_0, theta\)"):
+        taylor_terms(model, params0, params, x)
+    with pytest.raises(ValueError, match=r"^theta_0: '0.weight' is missing"):
+        taylor_terms(model, x, nn.Linear(4, 2), params)
     with pytest.raises(ValueError, match=r"^probe: "):
-        taylor_terms(model, params0, params, x[:, :3])
+        taylor_terms(model, x[:, :3], params0, params)
     with pytest.raises(ValueError, match=r"^model: it has no trainable parameter"):
-        taylor_terms(nn.Tanh(), {}, {}, x)
+        taylor_terms(nn.Tanh(), x, {}, {})
     roots = seeded(lambda: nn.Sequential(nn.Linear(4, 2, bias=False), Root()))
     params0, params = displaced(roots)
-    with pytest.raises(ValueError, match=r"^params0: the Taylor term of order 1 is not finite"):
-        taylor_terms(roots, params0, params, torch.zeros(5, 4, dtype=DTYPE))
+    with pytest.raises(ValueError, match=r"^theta_0: the Taylor term of order 1 is not finite"):
+        taylor_terms(roots, torch.zeros(5, 4, dtype=DTYPE), params0, params)
 
 
 class Root(nn.Module):

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from torch_eft import measure
-from torch_eft.measure.taylor.series import taylor_sizes
 
 F64 = torch.float64
 
@@ -24,13 +23,11 @@ class Cubic(nn.Module):
 
 def sizes(w):
     model = Cubic()
-    series = measure.taylor_series(
-        model, {"w": torch.zeros(1, dtype=F64)}, {"w": torch.tensor([w], dtype=F64)}, torch.ones(1, 1, dtype=F64)
-    )
-    return taylor_sizes(series)
+    x, theta = torch.ones(1, 1, dtype=F64), {"w": torch.tensor([w], dtype=F64)}
+    return measure.taylor_sizes(model, x, model, theta)
 
 
-def test_powers_are_told_apart():
+def test_powers_are_separated():
     w = 0.5
     found = sizes(w)
     total = w + w**2 + w**3 + w**4
@@ -54,5 +51,5 @@ def test_rounding_is_an_honest_floor():
     theta = {name: p.detach().clone() for name, p in model.named_parameters()}
     for scale in (1e-3, 1e-4):
         end = {name: value + scale * torch.randn_like(value) for name, value in theta.items()}
-        found = taylor_sizes(measure.taylor_series(model, theta, end, torch.randn(6, 8)))
+        found = measure.taylor_sizes(model, torch.randn(6, 8), theta, end)
         assert found.left[2] < found.rounding < 1

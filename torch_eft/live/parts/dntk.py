@@ -82,11 +82,11 @@ class DNTKPart(Instrument):
             return Reading()
         found = relative_dntk(
             visit.network,
-            pending.theta,
-            pending.gradient,
             visit.probe,
-            pending.lambdas,
-            self.order,
+            pending.gradient,
+            theta=pending.theta,
+            lambdas=pending.lambdas,
+            derivatives=self.order,
             output_fn=visit.output_fn,
             trace=visit.snapshot.ntk is not None and visit.snapshot.ntk.ndim == 2,
         )
@@ -100,7 +100,6 @@ class DNTKPart(Instrument):
         if found.validity.reason != self._validity:
             self._validity = found.validity.reason
             report.pages["dntk"] = (
-                f"dNTK and ddNTK along the training gradient: {found.validity.reason}. "
-                f"It takes {memory(visit.network, 2)}."
+                f"dNTK and ddNTK along the training gradient: {self._validity}. It takes {memory(visit.network, 2)}."
             )
         return report

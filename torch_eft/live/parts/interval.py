@@ -15,7 +15,7 @@ from torch_eft.live.parts.common import compared_scalars
 from torch_eft.live.parts.theta import LARGEST, copied, current, memory, too_many
 from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.network.snapshot import Plan
-from torch_eft.measure.taylor.displacement import DisplacementTerms, interval
+from torch_eft.measure.taylor.displacement import DisplacementTerms, displacement_terms
 
 
 @dataclass
@@ -78,22 +78,22 @@ class IntervalPart(Instrument):
     def _between(self, earlier: _Earlier, visit: Measurement) -> Reading:
         H, H_now = earlier.ntk, visit.snapshot.ntk
         kernels = None if H is None or H_now is None or earlier.lambdas != visit.lambdas else (H, H_now)
-        found = interval(
+        found = displacement_terms(
             visit.network,
+            visit.probe,
             earlier.theta,
             current(visit.network),
-            visit.probe,
-            visit.lambdas,
-            self.order,
+            lambdas=visit.lambdas,
+            derivatives=self.order,
             output_fn=visit.output_fn,
             kernels=kernels,
             ntk=kernels is not None,
         )
         report = Reading(compared_scalars(interval_compared(found, visit.step - earlier.step)))
-        if found.validity != self._validity:
-            self._validity = found.validity
+        if found.validity.reason != self._validity:
+            self._validity = found.validity.reason
             report.pages["interval"] = (
-                f"Changes over an interval by derivatives at its start: {found.validity}. It takes "
+                f"Changes over an interval by derivatives at its start: {found.validity.reason}. It takes "
                 f"{memory(visit.network, 1)}."
             )
         return report

@@ -156,7 +156,7 @@ class ShadowPart(Instrument):
             )
         if visit.last:
             shadow = self._shadows[self.orders[-1]][0]
-            self.validity = shadow.validity(visit.probe.inputs)
+            self.validity = shadow.check(visit.probe.inputs)
             report.pages["shadow"] = f"Shadows of order {self._named}, loss: {self._loss_name}. {self.validity}"
         return report
 
@@ -171,7 +171,7 @@ class ShadowPart(Instrument):
         )
         shadows = {}
         for order in self.orders:
-            shadow = TaylorModel(network, order, self.output_fn)
+            shadow = TaylorModel(network, taylor_order=order, output_fn=self.output_fn)
             shadows[order] = (shadow, shadow.optimizer_like(optimizer))
         self._shadows, self._training_loss, self._last_loss = shadows, loss, None
 

@@ -3,7 +3,7 @@
 from torch_eft.live.part import Event, Instrument, Measurement, Reading, Start
 from torch_eft.live.parts.theta import LARGEST, current, memory, too_many
 from torch_eft.measure.forward.probe import OutputFn
-from torch_eft.measure.taylor.series import taylor_series, taylor_sizes
+from torch_eft.measure.taylor.series import taylor_series
 from torch_eft.results.tags import layer_tag, tag
 
 TOLERANCE = 0.05
@@ -45,8 +45,8 @@ class TaylorPart(Instrument):
         if self._refusal is not None or visit.theta_0 is None:
             return Reading()
         theta = current(visit.network)
-        series = taylor_series(visit.network, visit.theta_0, theta, visit.probe, 3, visit.output_fn)
-        sizes = taylor_sizes(series)
+        series = taylor_series(visit.network, visit.probe, visit.theta_0, theta, output_fn=visit.output_fn)
+        sizes = series.sizes()
         if sizes is None:
             return Reading()
         scalars = {layer_tag("taylor_terms", f"order_{k}"): size for k, size in enumerate(sizes.terms, start=1)}

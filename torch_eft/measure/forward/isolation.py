@@ -79,30 +79,37 @@ class IsolatedModel:
 
         return tree_map_only(Tensor, move, probe.inputs)
 
-    def complete(self, values: Mapping[str, Tensor], argument: str) -> dict[str, Tensor]:
+    def complete(self, values: "Parameters", argument: str, *, every: bool = False) -> dict[str, Tensor]:
         """Bring tensors to the dtype and device of the parameters, whose own value is taken where one is left out.
 
         Args:
-            values: ``{name of a trainable parameter: tensor}``.
+            values: ``{name of a trainable parameter: tensor}``, or a module with parameters of these names.
             argument: Name of the argument, for messages.
+            every: Refuse values that leave a parameter out.
 
         Returns:
             A tensor for every trainable parameter.
 
         Raises:
-            ValueError: If a name is no trainable parameter, or a shape is another.
+            ValueError: If a name is not that of a trainable parameter, a shape differs, or one is missing.
         """
+        check_parameters(**{argument: values})
+        if isinstance(values, nn.Module):  # its frozen parameters may be trainable here, and the other way round
+            values, every = {name: p for name, p in values.named_parameters() if name in self.params}, True
         for name, value in values.items():
             if name not in self.params:
-                raise ValueError(f"{argument}: {name!r} is no trainable parameter")
+                raise ValueError(f"{argument}: {name!r} is not a trainable parameter of the model")
             if value.shape != self.params[name].shape:
                 own = tuple(self.params[name].shape)
                 raise ValueError(f"{argument}: {name!r} has shape {tuple(value.shape)}, the parameter {own}")
+        missing = [name for name in self.params if name not in values]
+        if every and missing:
+            raise ValueError(f"{argument}: {missing[0]!r} is missing; name every trainable parameter")
         return {name: values[name].detach().to(own) if name in values else own for name, own in self.params.items()}
 
-    def at(self, theta: Mapping[str, Tensor], argument: str = "theta") -> "IsolatedModel":
+    def at(self, theta: "Parameters", argument: str = "theta", *, every: bool = False) -> "IsolatedModel":
         """Return the same network at other parameters; arguments and errors as ``complete``."""
-        return replace(self, params=self.complete(theta, argument))
+        return replace(self, params=self.complete(theta, argument, every=every))
 
     def bound(self, output_fn: OutputFn | None, dtype: torch.dtype | None = None) -> "IsolatedModel":
         """Return the same network with another output function or dtype, where they are given."""
@@ -117,7 +124,36 @@ class IsolatedModel:
 
 
 Model: TypeAlias = nn.Module | IsolatedModel
-"""What functions of ``measure`` take: a module, or one that is already isolated."""
+"""A module, or one that is already isolated: what functions of ``measure`` take."""
+
+Parameters: TypeAlias = Mapping[str, Tensor] | nn.Module
+"""Values of trainable parameters: ``{name: tensor}``, or a module that holds them."""
+
+
+def check_parameters(**arguments: Any) -> None:
+    """Refuse arguments that are not ``Parameters``, before anything else is looked at.
+
+    Args:
+        **arguments: By name, as the user writes them.
+
+    Raises:
+        ValueError: If one is something else, such as the inputs in the place of theta.
+    """
+    for argument, values in arguments.items():
+        if isinstance(values, nn.Module):
+            continue
+        given = f"a {type(values).__name__}"
+        if isinstance(values, Mapping):
+            wrong = [name for name, value in values.items() if not isinstance(value, Tensor)]
+            if not wrong:
+                continue
+            given = f"{type(values[wrong[0]]).__name__} for {wrong[0]!r}"
+        elif isinstance(values, Tensor):
+            given = f"a tensor {tuple(values.shape)}"
+        raise ValueError(
+            f"{argument}: {given} given; give {{name: tensor}} of the trainable parameters, or a module that holds "
+            "them, after the inputs: (model, x, theta_0, theta)"
+        )
 
 
 @contextmanager

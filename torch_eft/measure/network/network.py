@@ -6,7 +6,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, Parameters, isolated
 from torch_eft.measure.forward.output import output
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, Estimate
@@ -15,11 +15,9 @@ from torch_eft.measure.kernels.ntk import Coverage, Per, coverage, ntk, ntk_esti
 from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.representations.hidden_kernels import Representation, hidden_kernels, representation
-from torch_eft.measure.taylor.displacement import DisplacementTerms, RelativeDNTK, interval, relative_dntk
+from torch_eft.measure.taylor.displacement import DisplacementTerms, RelativeDNTK, displacement_terms, relative_dntk
 from torch_eft.measure.taylor.secant import NTKChange, ntk_change
 from torch_eft.measure.taylor.series import TaylorSeries, taylor_series
-
-Parameters = Mapping[str, Tensor]
 
 
 class Network:
@@ -177,7 +175,8 @@ class Network:
         self, theta_0: Parameters, theta: Parameters, *, taylor_order: int = 3, check: bool | None = None
     ) -> TaylorSeries:
         """Return the Taylor terms of the output about theta_0 at theta; see ``measure.taylor_series``."""
-        return taylor_series(self.current, theta_0, theta, self.probe, taylor_order, self.output_fn, check)
+        options: dict[str, Any] = {"taylor_order": taylor_order, "output_fn": self.output_fn, "check": check}
+        return taylor_series(self.current, self.probe, theta_0, theta, **options)
 
     def displacement_terms(
         self,
@@ -190,12 +189,12 @@ class Network:
         ntk: bool = True,
     ) -> DisplacementTerms:
         """Return changes of outputs and NTK from theta_0 to theta; see ``measure.displacement_terms``."""
-        return interval(
+        return displacement_terms(
             self.current,
+            self.probe,
             theta_0,
             theta,
-            self.probe,
-            order=derivatives,
+            derivatives=derivatives,
             trace=trace,
             kernels=kernels,
             ntk=ntk,
@@ -203,16 +202,22 @@ class Network:
         )
 
     def relative_dntk(
-        self, theta: Parameters, gradient: Parameters, *, derivatives: int = 2, trace: bool = False
+        self,
+        gradient: Mapping[str, Tensor],
+        *,
+        theta: Parameters | None = None,
+        derivatives: int = 2,
+        trace: bool = False,
     ) -> RelativeDNTK | None:
-        """Return the sizes of dNTK and ddNTK along a gradient at theta; see ``measure.relative_dntk``."""
-        return relative_dntk(self.current, theta, gradient, self.probe, order=derivatives, trace=trace, **self._within)
+        """Return the sizes of dNTK and ddNTK along a gradient; see ``measure.relative_dntk``."""
+        options: dict[str, Any] = {"theta": theta, "derivatives": derivatives, "trace": trace}
+        return relative_dntk(self.current, self.probe, gradient, **options, **self._within)
 
     def ntk_change(
-        self, theta_0: Parameters, theta: Parameters, *, step: float = 1.0, trace: bool = False
+        self, theta_0: Parameters, theta: Parameters, *, distance: float = 1.0, trace: bool = False
     ) -> NTKChange:
         """Return the realized change of the NTK; see ``measure.ntk_change``."""
-        return ntk_change(self.current, self.probe, theta_0, theta, step=step, trace=trace, **self._options)
+        return ntk_change(self.current, self.probe, theta_0, theta, distance=distance, trace=trace, **self._options)
 
     def representation(
         self, targets: Tensor | None = None, *, layers: Sequence[str] | None = None, keep: bool = False

@@ -1,9 +1,10 @@
-"""What a displacement of the parameters did to outputs and NTK, beside what derivatives at its start say of it.
+"""Changes of outputs and NTK over a displacement of the parameters, realized and by derivatives at its start.
 
-With d = theta' - theta, the real displacement (of any optimizer), and J = J_0 + s J_1 + s^2 J_2 + .. along theta + s d,
+With d = theta - theta_0, the real displacement (of any optimizer), and J = J_0 + s J_1 + s^2 J_2 + .. along
+theta_0 + s d,
 
-    f(theta') - f(theta) = f' d + f'' d d / 2 + f''' d d d / 6 + O(d^4),
-    H(theta') - H(theta) = (J_1 lambda J_0^T + transpose) + (J_2 lambda J_0^T + transpose + J_1 lambda J_1^T) + O(d^3).
+    f(theta) - f(theta_0) = f' d + f'' d d / 2 + f''' d d d / 6 + O(d^4),
+    H(theta) - H(theta_0) = (J_1 lambda J_0^T + transpose) + (J_2 lambda J_0^T + transpose + J_1 lambda J_1^T) + O(d^3).
 
 For a step of gradient descent, d = - eta lambda J^T e, the first terms are -eta H e and the dNTK, - eta (dH e + its
 transpose), the second ones dH e e and the ddNTKs (PDLT 11.1 and chapter infinity): outputs with the NTK frozen are of
@@ -11,25 +12,26 @@ order 0 in 1/n, everything else here is of order 1/n.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.isolation import Model, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, Parameters, check_parameters, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, checked_lambdas
-from torch_eft.measure.kernels.dntk import almost_everywhere, ntk_derivatives
+from torch_eft.measure.kernels.dntk import NTKDerivatives, derivatives_validity, ntk_derivatives
 from torch_eft.measure.kernels.ntk import ntk as ntk_of
 from torch_eft.measure.taylor.series import taylor_series
+from torch_eft.results.repr import short_repr
 from torch_eft.results.trajectory import Validity
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DisplacementTerms:
-    """Realized changes over a displacement, and their terms from its start.
+    """Realized changes over a displacement, and their terms by derivatives at its start.
 
     Args:
         output: (N, C), at the start.
@@ -40,6 +42,14 @@ class DisplacementTerms:
         ntk_terms: (1 or 2, ...): from dNTK, and from the ddNTKs.
         kinked: Operations with kinks, whose crossings no term contains.
         frozen_moved: |d| of the parameters with lambda = 0, relative to |d|: the NTK's terms leave them out.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft.measure import DisplacementTerms
+        >>> z = torch.zeros(4, 2)
+        >>> terms = DisplacementTerms(z, z, torch.zeros(3, 4, 2), None, None, None, ("relu in '1'",), 0.0)
+        >>> terms.validity.flag
+        'caution'
     """
 
     output: Tensor
@@ -51,141 +61,185 @@ class DisplacementTerms:
     kinked: tuple[str, ...]
     frozen_moved: float
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
     @property
-    def validity(self) -> str:
-        """What the terms stand for, in words."""
-        text = almost_everywhere(self.kinked) or "the derivatives of a smooth network"
-        if self.frozen_moved > 0:
-            text += f"; {100 * self.frozen_moved:.2g} % of the displacement is of parameters with lambda = 0"
-        return text
+    def validity(self) -> Validity:
+        """Effects that the terms leave out: crossings of kinks, and parameters with lambda = 0 that moved."""
+        smooth = derivatives_validity(self.kinked)
+        if self.frozen_moved == 0:
+            return smooth
+        text = f"{100 * self.frozen_moved:.2g} % of the displacement is of parameters with lambda = 0"
+        return Validity("caution", (*smooth.reasons, text), {"frozen_moved": self.frozen_moved})
 
 
-def interval(
+def displacement_terms(
     model: Model,
-    params0: Mapping[str, Tensor],
-    params: Mapping[str, Tensor],
     x: Any,
+    theta_0: Parameters,
+    theta: Parameters,
+    *,
     lambdas: Mapping[str, float] | float | None = None,
-    order: int = 2,
+    derivatives: int = 2,
     trace: bool = False,
     output_fn: OutputFn | None = None,
     kernels: tuple[Tensor, Tensor] | None = None,
     ntk: bool = True,
     memory: int = DEFAULT_MEMORY,
 ) -> DisplacementTerms:
-    """Changes of outputs and NTK from ``params0`` to ``params``, realized and by derivatives at ``params0``.
+    """Measure the changes of outputs and NTK from theta_0 to theta, realized and by derivatives at theta_0.
 
     Args:
         model: Any module, in evaluation mode; its own parameters are not used.
-        params0: theta, ``{name: tensor}`` of every trainable parameter.
-        params: theta', likewise.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
-        lambdas: The learning-rate tensor of the NTK, as ``ntk`` takes it.
-        order: 1: the NTK's change by dNTK; 2: by the ddNTKs as well.
+        theta_0: Every trainable parameter at the start, ``{name: tensor}`` or a module that holds them.
+        theta: Every trainable parameter at the end, likewise.
+        lambdas: The learning-rate tensor, see ``measure.ntk``.
+        derivatives: 1: the NTK's change by dNTK; 2: by the ddNTKs as well.
         trace: Average the NTK over outputs.
         output_fn: Turns what the model returns into (N, C).
-        kernels: H at ``params0`` and at ``params``, where they are known.
-        ntk: Whether the NTK is wanted.
-        memory: Bytes allowed.
+        kernels: H at theta_0 and at theta, where they are known.
+        ntk: False leaves the NTK out.
+        memory: Bytes allowed, see ``measure.ntk``.
+
+    Returns:
+        Changes and terms.
 
     Raises:
-        ValueError: As ``taylor_series`` and ``ntk_derivatives``; if ``order`` is not 1 or 2.
+        ValueError: As ``taylor_series`` and ``ntk_derivatives``; if ``derivatives`` is not 1 or 2.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Linear(3, 2, bias=False)  # linear in its parameters: the first term is all
+        >>> terms = measure.displacement_terms(model, torch.eye(3), model, {"weight": torch.zeros(2, 3)})
+        >>> torch.allclose(terms.output_change, terms.output_terms[0]), terms.ntk_terms.norm()
+        (True, tensor(0.))
     """
-    if order not in (1, 2):
-        raise ValueError(f"order: {order} given; 1 is dNTK, 2 is dNTK and ddNTK")
+    if derivatives not in (1, 2):
+        raise ValueError(f"derivatives: {derivatives!r} given; 1 is dNTK, 2 is dNTK and ddNTK")
+    check_parameters(theta_0=theta_0, theta=theta)
     probe = as_probe(x)
     with isolated(model, output_fn) as network:
-        series = taylor_series(network, params0, params, probe, 3)
-        first, second = network.complete(params0, "params0"), network.complete(params, "params")
-        at_start = replace(network, params=first)
-        d = {name: second[name] - value for name, value in first.items()}
-        moving = set(first) if not isinstance(lambdas, Mapping) else {name for name in first if lambdas[name] > 0}
+        series = taylor_series(network, probe, theta_0, theta)
+        start, end = network.at(theta_0, "theta_0"), network.at(theta, "theta")
+        d = {name: end.params[name] - value for name, value in start.params.items()}
+        trainable = {name for name in d if not isinstance(lambdas, Mapping) or lambdas[name] > 0}
         H = change = terms = None
         kinked = series.kinked
         if ntk:
             if kernels is None:
-                H, H_end = (
-                    ntk_of(replace(network, params=at), probe, lambdas=lambdas, trace=trace, memory=memory)
-                    for at in (first, second)
-                )
+                H, H_end = (ntk_of(at, probe, lambdas=lambdas, trace=trace, memory=memory) for at in (start, end))
             else:
-                H, H_end = (value.to(next(iter(first.values())).device) for value in kernels)
-            found = ntk_derivatives(
-                at_start,
+                H, H_end = (value.to(next(iter(d.values())).device) for value in kernels)
+            measured = ntk_derivatives(
+                start,
                 probe,
                 d,
                 lambdas=lambdas,
-                derivatives=order,
+                derivatives=derivatives,
                 trace=H.ndim == 2,
                 memory=memory,
                 kernel=False,
             )
-            kinked = tuple(dict.fromkeys((*kinked, *found.kinked)))
-            change, linear = H_end - H, symmetrized(found.dH)
-            terms = linear[None]
-            if found.ddI is not None and found.ddII is not None:
-                terms = torch.stack([linear, symmetrized(found.ddI) / 2 + found.ddII])
+            kinked = tuple(dict.fromkeys((*kinked, *measured.kinked)))
+            change, terms = H_end - H, _ntk_terms(measured)
         squares = torch.stack([value.double().square().sum() for value in d.values()])
-        left = torch.tensor([name not in moving for name in d], device=squares.device)
+        left = torch.tensor([name not in trainable for name in d], device=squares.device)
         share = float((squares[left].sum() / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
     return DisplacementTerms(
         series.terms[0], series.value - series.terms[0], series.terms[1:], H, change, terms, kinked, share
     )
 
 
-def symmetrized(dH: Tensor) -> Tensor:
+def _ntk_terms(measured: NTKDerivatives) -> Tensor:
+    """The NTK's change of order 1 and, where it is known, 2 in the displacement, (1 or 2, ...)."""
+    terms = [_symmetrized(measured.dH)]
+    if measured.ddI is not None and measured.ddII is not None:
+        terms.append(_symmetrized(measured.ddI) / 2 + measured.ddII)
+    return torch.stack(terms)
+
+
+def _symmetrized(dH: Tensor) -> Tensor:
     """dH_{ij;ab} + dH_{ji;ba}: the NTK's own rate of change, of a one-sided dNTK (N, N, C, C) or (N, N)."""
     return dH + (dH.transpose(0, 1) if dH.ndim == 2 else dH.permute(1, 0, 3, 2))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RelativeDNTK:
-    """Sizes along one direction.
+    """Sizes of dNTK and ddNTK relative to the NTK along one direction v, in units in which the length of v drops out.
+
+    Along v, outputs move by J v and the NTK by dH v + its transpose, then by half of ddI v v + its transpose +
+    2 ddII v v. Divided by ||H|| and by powers of the rms motion of the outputs, both say how much the NTK changes while
+    the outputs of the probe move by one unit: of order 1/n at width n, 0 at infinite width.
 
     Args:
         dntk: (||dH v + transpose|| / ||H||) / (||J v|| / sqrt(N C)).
         ddntk: (||ddI v v + transpose + 2 ddII v v|| / (2 ||H||)) / (||J v||^2 / N C); None if not asked for.
-        validity: Where they hold.
+        validity: Caution where the network has kinks.
+
+    Example:
+        >>> from torch_eft import Validity
+        >>> from torch_eft.measure import RelativeDNTK
+        >>> RelativeDNTK(0.1, None, Validity("valid", "the derivatives of a smooth network"))
+        RelativeDNTK(
+          dntk: 0.1
+          validity: valid: the derivatives of a smooth network
+        )
     """
 
     dntk: float
     ddntk: float | None
     validity: Validity
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 def relative_dntk(
     model: Model,
-    params: Mapping[str, Tensor],
-    gradient: Mapping[str, Tensor],
     x: Any,
+    gradient: Mapping[str, Tensor],
+    *,
+    theta: Parameters | None = None,
     lambdas: Mapping[str, float] | float | None = None,
-    order: int = 2,
+    derivatives: int = 2,
     trace: bool = False,
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> RelativeDNTK | None:
-    """The sizes along v = lambda times a gradient.
+    """Measure the sizes of dNTK and ddNTK along v = lambda times a gradient.
 
     Args:
         model: Any module, in evaluation mode.
-        params: theta, ``{name: tensor}``; the model's own where a name is left out.
-        gradient: ``{name: tensor}`` for every trainable parameter, of any scale.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
-        lambdas: As ``ntk`` takes them.
-        order: 1 (dNTK) or 2.
+        gradient: ``{name: tensor}`` for every trainable parameter, of any scale.
+        theta: Parameters, ``{name: tensor}`` or a module that holds them; None, or one left out, is the model's own.
+        lambdas: The learning-rate tensor, see ``measure.ntk``.
+        derivatives: 1 (dNTK) or 2 (ddNTK as well).
         trace: Average kernels over outputs.
         output_fn: Turns what the model returns into (N, C).
-        memory: Bytes allowed.
+        memory: Bytes allowed, see ``measure.ntk``.
 
     Returns:
         The sizes, or None where the direction moves no output.
 
     Raises:
         ValueError: As ``ntk_derivatives``.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Linear(3, 2)  # linear in its parameters: the NTK is constant
+        >>> gradient = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+        >>> measure.relative_dntk(model, torch.eye(3), gradient).dntk
+        0.0
     """
+    check_parameters(gradient=gradient, theta={} if theta is None else theta)
     probe = as_probe(x)
     with isolated(model, output_fn) as network:
-        at = network.at(params, "params")
+        at = network if theta is None else network.at(theta)
         scales = checked_lambdas(at, lambdas)
         v = {name: g * scales.get(name, 0.0) for name, g in at.complete(gradient, "gradient").items()}
         # The length drops out: a unit vector keeps the numbers away from overflow.
@@ -193,23 +247,23 @@ def relative_dntk(
         if not float(size) > 0:
             return None
         v = {name: value / size for name, value in v.items()}
-        found = ntk_derivatives(at, probe, v, lambdas=lambdas, derivatives=order, trace=trace, memory=memory)
-        inputs = at.place(probe)
-        moved = _along(at, inputs, v)
-        assert found.H is not None
+        measured = ntk_derivatives(at, probe, v, lambdas=lambdas, derivatives=derivatives, trace=trace, memory=memory)
+        moved = _jvp(at, at.place(probe), v)
+        assert measured.H is not None
         channels = checked_output(at, probe).numel()
-        numbers = [moved.norm(), found.H.norm(), symmetrized(found.dH).norm()]
-        if found.ddI is not None and found.ddII is not None:
-            numbers.append((symmetrized(found.ddI) / 2 + found.ddII).norm())
-        motion, H, first, *second = torch.stack(numbers).tolist()
+        norms = [moved.norm(), measured.H.norm(), *(term.norm() for term in _ntk_terms(measured))]
+        motion, H, first, *second = torch.stack(norms).tolist()
     if not (motion > 0 and H > 0):
         return None
     rms = motion / channels**0.5
-    return RelativeDNTK(first / H / rms, second[0] / H / rms**2 if second else None, found.validity)
+    return RelativeDNTK(first / H / rms, second[0] / H / rms**2 if second else None, measured.validity)
 
 
-def _along(network: Any, inputs: Any, v: Mapping[str, Tensor]) -> Tensor:
-    """J v, (N, C), by two backward passes: the derivative of u . J v in u."""
+def _jvp(network: IsolatedModel, inputs: Any, v: Mapping[str, Tensor]) -> Tensor:
+    """J v, (N, C), by two backward passes: the derivative of u . J v in u.
+
+    Forward mode would be one pass, but not every operation has it.
+    """
     leaves = {name: network.params[name].detach().requires_grad_() for name in v}
     z = network({**network.params, **leaves}, inputs)
     u = torch.zeros_like(z).requires_grad_()

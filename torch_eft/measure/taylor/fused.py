@@ -1,7 +1,7 @@
 """Linear layers and smooth activations of jets about constant parameters, each as one node of autograd's graph.
 
-Where h_0 takes no gradient, as in a shadow's forward, the backward passes are short, and sums of products are formed in
-place. What is not handled here goes by the rules of ``jets``, with the same result.
+Where h_0 takes no gradient, as in a Taylor model's forward, the backward passes are short, and sums of products are
+formed in place. Other operations go by the rules of ``jets``, with the same result.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ class Fused(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Fuses what it knows, and passes on everything else."""
+        """Fuse linear layers and smooth activations, and pass on everything else."""
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
             value = _linear(*args, **kwargs)
@@ -42,10 +42,10 @@ _SMOOTH |= dict.fromkeys(builtins("gelu"), gelu)
 def _activation(derivatives: Callable[[Tensor, int], list[Any]], h: Any) -> Jet | None:
     if not isinstance(h, Jet) or h.order < 3 or h.primal.requires_grad or h.coefficients[1] is None:
         return None
-    found = derivatives(h.primal, 3)
-    if len(found) < 4 or not all(isinstance(part, Tensor) for part in found):
+    values = derivatives(h.primal, 3)
+    if len(values) < 4 or not all(isinstance(part, Tensor) for part in values):
         return None
-    return jet((found[0], *_Activation.apply(*found[1:4], *h.coefficients[1:])))
+    return jet((values[0], *_Activation.apply(*values[1:4], *h.coefficients[1:])))
 
 
 class _Activation(torch.autograd.Function):
@@ -115,7 +115,7 @@ class _Linear(torch.autograd.Function):
         ctx.order = order
         h, w, b = parts[: order + 1], parts[order + 1 : 2 * order + 2], (None, *parts[2 * order + 2 :])
         ctx.save_for_backward(*h, *w)
-        found: list[Tensor | None] = []
+        outputs: list[Tensor | None] = []
         for j in range(1, order + 1):
             value = None
             for left, right in _pairs(h, w[j::-1]):
@@ -128,8 +128,8 @@ class _Linear(torch.autograd.Function):
             if value is None and shift is not None:
                 rows = next(part for part in h if part is not None)
                 value = shift.expand(len(rows), -1).clone()
-            found.append(value)
-        return tuple(found)
+            outputs.append(value)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable

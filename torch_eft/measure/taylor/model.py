@@ -1,12 +1,12 @@
-"""Shadow training: the Taylor model of a network about theta_0, trained as the network itself is.
+"""The Taylor model of a network about theta_0, trained as the network itself is.
 
-With d = theta - theta_0, the shadow of order k computes
+With d = theta - theta_0, the Taylor model of order k computes
 
     f_k(x; theta) = sum_{j <= k} f^(j)(x; theta_0) d^j / j!
 
 and is trained in theta by the real run's optimizer, batches and loss. k = 1 is the network at infinite width (its NTK
 frozen at theta_0); the terms of order 2 and 3 are both O(1/n), so that k = 3, whose error is O(1/n^2), is the next
-consistent order and k = 2 is none.
+consistent order, and k = 2 is not consistent.
 
 Jets give f_k, and reverse mode through their higher coefficients its gradient. Activations of order 0 belong to the
 constant theta_0 and enter no graph: a linear layer takes 2 k + 1 products forward and 3 k - 1 backward.
@@ -31,8 +31,8 @@ from torch_eft.measure.jets.jet import Jet
 from torch_eft.measure.jets.series import Series, total
 from torch_eft.measure.taylor.fused import Fused
 from torch_eft.measure.taylor.model_checks import check_modules, check_same_function, judged
-from torch_eft.measure.taylor.optimizer import twin_optimizer
-from torch_eft.measure.taylor.series import TaylorSeries, taylor_series
+from torch_eft.measure.taylor.optimizer import optimizer_copy
+from torch_eft.measure.taylor.series import NotFiniteError, TaylorSeries, taylor_series
 from torch_eft.results.trajectory import Validity
 
 Curve: TypeAlias = dict[str, tuple[Tensor | None, ...]]
@@ -44,36 +44,50 @@ _HALF = (torch.float16, torch.bfloat16)
 class TaylorModel(nn.Module):
     """The Taylor model of order 1 or 3 of a network about its present parameters, ready to be trained.
 
-    Called as the network is, ``shadow(x)`` gives f_k; ``shadow.parameters()`` are the leaves theta, at first theta_0,
-    for any optimizer of torch. The network is copied: nothing is ever written into it.
+    It is called as the network is and returns f_k; its ``parameters()`` are the leaves theta, at first theta_0, for any
+    optimizer of torch. The network is copied: nothing is ever written into it.
 
-    The shadow is one function, in training and in evaluation: that of the network in evaluation mode. A network that
-    computes another one while it is trained (dropout, batch statistics) is refused, at the latest with the first
-    batch. Of clipped gradients and changing learning rates the shadow knows only what its optimizer is told.
+    A Taylor model is one function, in training and in evaluation: that of the network in evaluation mode. A network
+    that computes another one while it is trained (dropout, batch statistics) is refused, at the latest with the first
+    batch. Clipped gradients and changing learning rates have to be passed on to its optimizer.
 
     Args:
         model: Any module, in the mode in which it is trained. Half precision is widened to float32.
-        order: k, 1 or 3.
-        output_fn: Turns what the model returns into (N, C): the shadow is then that of these outputs.
+        taylor_order: k, 1 or 3.
+        output_fn: Turns what the model returns into (N, C): the Taylor model is then that of these outputs.
 
     Raises:
         ValueError: If the order is not 1 or 3, or the model has no trainable parameter, cannot be measured, drops out
             or takes batch statistics.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> model, x = measure.TaylorModel(network, taylor_order=1), torch.eye(3)
+        >>> torch.allclose(model(x), network(x))  # before training
+        True
+        >>> optimizer = model.optimizer_like(torch.optim.SGD(network.parameters(), lr=0.1))
+        >>> loss = model.step(x, lambda z: z.square().mean(), optimizer)
+        >>> bool(model(x).square().mean() < loss)
+        True
+        >>> model.check(x).flag
+        'valid'
     """
 
-    def __init__(self, model: nn.Module, order: int = 3, output_fn: OutputFn | None = None) -> None:
+    def __init__(self, model: nn.Module, *, taylor_order: int = 3, output_fn: OutputFn | None = None) -> None:
         super().__init__()
-        _check_order(order)
+        _check_order(taylor_order)
         check_modules(model)
-        self.order, self.output_fn = order, output_fn
+        self.taylor_order, self.output_fn = taylor_order, output_fn
         self._modes: list[bool] | None = [module.training for module in model.modules()]
         self._half = any(p.dtype in _HALF for p in model.parameters())
         with isolated(model) as network:
             self.network = copy.deepcopy(network.shadow)  # that of ``isolated`` shares its parameters with the model
         if self._half:
             self.network.float()
-        self._live = [(name, weakref.ref(p)) for name, p in model.named_parameters() if p.requires_grad]
-        if not self._live:
+        self._originals = [(name, weakref.ref(p)) for name, p in model.named_parameters() if p.requires_grad]
+        if not self._originals:
             raise ValueError("model: it has no trainable parameter to expand in; set requires_grad on some")
         self._theta: dict[str, Tensor] = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         self._tied = len(list(self.network.parameters())) != len(
@@ -94,12 +108,19 @@ class TaylorModel(nn.Module):
         return dict(zip(self._theta, self.origin._buffers.values(), strict=True))  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> "TaylorModel":
-        """Sets the flag ``training`` alone: the function stays the same."""
+        """Set the flag ``training`` alone: the function stays the same."""
         self.training = mode
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """f_k, in the structure that the network (or ``output_fn``) returns.
+
+        Args:
+            *args: As the network takes them.
+            **kwargs: Likewise.
+
+        Returns:
+            The outputs of the Taylor model.
 
         Raises:
             NoJetRuleError: If an operation has no rule for Taylor series.
@@ -108,18 +129,18 @@ class TaylorModel(nn.Module):
         return _mapped(Jet, self._combined, self._along(self._curve(), args, kwargs))
 
     def step(self, inputs: Any, loss_fn: Callable[[Any], Tensor], optimizer: Optimizer) -> Tensor:
-        """One training step; gradients of other parameters in the loss, and torch's random state, are left alone.
+        """Take one training step; gradients of other parameters in the loss and torch's random state are left alone.
 
         Args:
             inputs: A tensor, a tuple of arguments or a dict of keyword arguments of the network.
             loss_fn: The loss as a function of the outputs, e.g. ``lambda z: F.cross_entropy(z, y)``.
-            optimizer: One that holds this shadow's parameters.
+            optimizer: One that holds the parameters of this Taylor model.
 
         Returns:
             The loss before the step, detached.
 
         Raises:
-            ValueError: If the optimizer holds other parameters than this shadow's.
+            ValueError: If the optimizer holds other parameters as well.
         """
         self._check_own(optimizer)
         args, kwargs = as_call(inputs)
@@ -134,39 +155,53 @@ class TaylorModel(nn.Module):
         return loss.detach()
 
     def optimizer_like(self, optimizer: Optimizer) -> Optimizer:
-        """The real run's optimizer for this shadow: the same type, parameter groups and, if it has one, state.
+        """Make the real run's optimizer for this Taylor model: the same type, parameter groups and, if any, state.
+
+        Args:
+            optimizer: The optimizer of the network.
+
+        Returns:
+            A new optimizer of the parameters of this Taylor model.
 
         Raises:
             ValueError: If it holds trainable parameters of something else, or has a state (momentum) while the network
                 is no longer at theta_0.
         """
-        return twin_optimizer(optimizer, {name: [p] for name, p in self.theta.items()}, self._live, self.theta_0)
+        return optimizer_copy(optimizer, {name: [p] for name, p in self.theta.items()}, self._originals, self.theta_0)
 
     def taylor_series(self, inputs: Any) -> TaylorSeries:
-        """The Taylor terms up to order 3 at the present theta, and what they leave of the network there.
+        """Compute the Taylor terms up to order 3 at the present theta, and the network's remainder there.
+
+        Args:
+            inputs: A tensor, a tuple of arguments or a dict of keyword arguments of the network.
+
+        Returns:
+            The terms and the remainder.
 
         Raises:
             ValueError: As ``torch_eft.measure.taylor_series``.
         """
         theta = {name: value.detach() for name, value in self.theta.items()}
-        return taylor_series(self.network, self.theta_0, theta, inputs, 3, self.output_fn)
+        return taylor_series(self.network, inputs, self.theta_0, theta, output_fn=self.output_fn)
 
-    def validity(self, inputs: Any) -> Validity:
-        """Whether this order applies at the present theta, with the sizes of the terms on ``inputs``.
+    def check(self, inputs: Any) -> Validity:
+        """Check if this order applies at the present theta, by the sizes of the terms on ``inputs``.
 
-        "invalid" begins with "does not apply": kinks (ReLU ...), where a large part of theta_0 is gone (weight decay),
-        and higher terms that are not small; "caution" is between.
+        Args:
+            inputs: A tensor, a tuple of arguments or a dict of keyword arguments of the network.
+
+        Returns:
+            "invalid" with kinks (ReLU ...), where a large part of theta_0 is gone (weight decay), where higher terms
+            are not small, and where the training has diverged; "caution" in between. ``numbers`` are the sizes.
 
         Raises:
             ValueError: If the network cannot be evaluated on ``inputs``.
         """
         try:
             series = self.taylor_series(inputs)
-        except ValueError as error:
-            if not str(error).startswith("params"):  # else the shadow has diverged
-                raise
-            return Validity("invalid", f"does not apply: {error}")
-        return judged(series, self.order, self.theta_0, self.theta)
+        except NotFiniteError as error:  # the Taylor model has diverged
+            return Validity("invalid", str(error))
+        return judged(series, self.taylor_order, self.theta_0, self.theta)
 
     def _leaves(self) -> list[Tensor]:
         return list(self._theta.values())
@@ -175,8 +210,8 @@ class TaylorModel(nn.Module):
         own = {id(p) for p in self._leaves()}
         if not all(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
-                "optimizer: it holds parameters other than this shadow's, and would train them; give one made by "
-                "shadow.optimizer_like(optimizer)"
+                "optimizer: it holds parameters other than this Taylor model's, and would train them; give one made by "
+                "its optimizer_like(optimizer)"
             )
 
     def _combined(self, value: Jet) -> Tensor:
@@ -185,7 +220,7 @@ class TaylorModel(nn.Module):
     def _curve(self) -> Curve:
         """The coefficients of order 1 to k of every parameter."""
         theta_0 = self.theta_0
-        return {name: (p - theta_0[name], None, None)[: self.order] for name, p in self._theta.items()}
+        return {name: (p - theta_0[name], None, None)[: self.taylor_order] for name, p in self._theta.items()}
 
     def _along(self, curve: Curve, args: Any, kwargs: Any) -> Any:
         """The network's Taylor series along a curve through theta_0."""
@@ -200,7 +235,7 @@ class TaylorModel(nn.Module):
                 name: Jet(Series((value, *(p if p is None or graph else p.detach() for p in curve[name]))))
                 for name, value in self.theta_0.items()
             }
-            with Fused() if self.order > 1 else nullcontext():
+            with Fused() if self.taylor_order > 1 else nullcontext():
                 output = functional_call(self.network, jets, args, kwargs, tie_weights=self._tied)
                 return output if self.output_fn is None else self.output_fn(output)
 
@@ -210,7 +245,7 @@ class TaylorModel(nn.Module):
 
     @contextmanager
     def _one_function(self) -> Iterator[None]:
-        """Gradients on, for jets need them, and the full precision of the parameters."""
+        """Switch gradients on, which jets need, and autocast and compilation off."""
         with ExitStack() as stack:
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
@@ -236,20 +271,22 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _mapped(kind: type, function: Callable[[Any], Any], value: Any) -> Any:
-    """Every ``kind`` inside ``value``; most often that is one itself."""
+    """Apply ``function`` to every ``kind`` inside ``value``; most often ``value`` is one itself."""
     return function(value) if isinstance(value, kind) else tree_map_only(kind, function, value)
 
 
 def _without_dots(name: str) -> str:
-    """A name for a buffer, which no attribute of a module has."""
+    """A name for a buffer that no attribute of a module can have."""
     return "/" + name.replace(".", "/")
 
 
 def _check_order(order: int) -> None:
     if order == 2 and not isinstance(order, bool):
         raise ValueError(
-            "order: 2 given, which is no consistent order: the terms of order 2 and 3 are both O(1/n), and 2 alone "
-            "can be worse than 1; use 3, or 1 for infinite width"
+            "taylor_order: 2 given, which is not a consistent order: the terms of order 2 and 3 are both O(1/n), and 2 "
+            "alone can be worse than 1; use 3, or 1 for infinite width"
         )
     if isinstance(order, bool) or order not in (1, 3):
-        raise ValueError(f"order: {order!r} given; it must be 1 (infinite width) or 3 (the first correction in 1/n)")
+        raise ValueError(
+            f"taylor_order: {order!r} given; it must be 1 (infinite width) or 3 (the first correction in 1/n)"
+        )

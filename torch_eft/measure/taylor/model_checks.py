@@ -1,7 +1,7 @@
-"""When a Taylor model stands for the training of a network, and when it does not."""
+"""Checks that a Taylor model stands for the training of a network."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ SHRINKAGE = 0.1
 
 
 def check_modules(model: nn.Module) -> None:
-    """Refuse modules of torch that in training compute something else than in evaluation.
+    """Refuse modules of torch that compute something else in training than in evaluation.
 
     Raises:
         ValueError: For dropout and batch statistics in training mode; the message names the module.
@@ -38,7 +38,7 @@ def check_modules(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
             raise ValueError(
                 f"model: {place} normalizes with the statistics of the batch in training and with running ones in "
-                "evaluation: no one function of the parameters to expand. Train it with running statistics, "
+                "evaluation, which is not one function of the parameters to expand. Train it with running statistics, "
                 "module.eval(), or use GroupNorm or LayerNorm"
             )
 
@@ -51,7 +51,7 @@ def check_same_function(
     Two forwards, leaving the random state and the buffers as they are.
 
     Raises:
-        ValueError: Saying which.
+        ValueError: If it is; the message says how.
     """
     modules = list(network.modules())
     devices = {value.device.index or 0 for value in theta_0.values() if value.device.type == "cuda"}
@@ -95,63 +95,80 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def judged(series: TaylorSeries, order: int, theta_0: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> Validity:
-    """Whether a Taylor model of this order applies where its terms are those of ``series``.
+    """Judge a Taylor model of this order where its terms are those of ``series``.
 
     Args:
         series: To order 3, at theta.
-        order: Of the model, 1 or 3.
+        order: Order of the Taylor model, 1 or 3.
         theta_0: The point of expansion.
         theta: The present parameters.
+
+    Returns:
+        The verdict; the last of its reasons, and ``numbers``, give the sizes.
     """
     first, second, third, remainder = (_rms(term) for term in (*series.terms[1:], series.remainder))
     distance, shrinkage = displacement(theta_0, theta)
     ratio = max(second, third) / first if first > 0 else 0.0
-    sizes = (
-        f"relative to f'd, |f''dd/2| is {second / first:.2g}, |f'''ddd/6| {third / first:.2g} and the network's "
-        f"remainder there {remainder / first:.2g}; |theta - theta_0| / |theta_0| is {distance:.2g}"
-        if first > 0
-        else "nothing has moved yet"
-    )
+    numbers = {"higher_terms": ratio, "distance": distance, "shrinkage": shrinkage}
+    sizes = "nothing has moved yet"
+    if first > 0:
+        numbers |= {"second": second / first, "third": third / first, "remainder": remainder / first}
+        sizes = (
+            f"relative to f'd, |f''dd/2| is {second / first:.2g}, |f'''ddd/6| {third / first:.2g} and the network's "
+            f"remainder there {remainder / first:.2g}; |theta - theta_0| / |theta_0| is {distance:.2g}"
+        )
+    kinks = f"the network has kinks ({', '.join(series.kinked)}), "
+
+    def verdict(flag: Literal["valid", "caution", "invalid"], *reasons: str) -> Validity:
+        return Validity(flag, (*reasons, sizes), numbers)
+
     if series.kinked and order == 3:
-        return Validity(
-            "invalid",
-            f"does not apply: the network has kinks ({', '.join(series.kinked)}), whose contribution no Taylor term "
-            f"contains, so that order 3 does not improve on order 1; {sizes}",
+        return verdict(
+            "invalid", kinks + "whose contribution no Taylor term contains, so that order 3 does not improve on order 1"
         )
     if order == 3 and remainder <= ENDED * first:
-        return Validity("valid", f"the series has all but ended with order 3; {sizes}")
+        return verdict("valid", "the series has all but ended with order 3")
     if shrinkage > SHRINKAGE:
-        return Validity(
+        return verdict(
             "invalid",
-            f"does not apply: {100 * shrinkage:.0f} % of theta_0 is gone (weight decay?), and with it what an "
-            f"expansion about it says; decay less, or towards theta_0; {sizes}",
+            f"{100 * shrinkage:.0f} % of theta_0 is gone (weight decay?), and an expansion about it does not apply; "
+            "decay less, or towards theta_0",
         )
     if not ratio <= LIMIT:
-        return Validity(
+        return verdict(
             "invalid",
-            f"does not apply: the higher terms are {ratio:.2g} of the first, beyond {LIMIT}, where order 3 has been "
-            f"seen worse than order 1; a wider network or a shorter training has smaller ones; {sizes}",
+            f"the higher terms are {ratio:.2g} of the first, beyond {LIMIT}, where order 3 has been seen worse than "
+            "order 1; a wider network or a shorter training has smaller ones",
         )
     if ratio > CAUTION:
-        return Validity("caution", f"the higher terms are {ratio:.2g} of the first; {sizes}")
+        return verdict("caution", f"the higher terms are {ratio:.2g} of the first")
     if series.kinked:
-        return Validity(
+        return verdict(
             "caution",
-            f"the network has kinks ({', '.join(series.kinked)}), and no higher term says how much their crossings, "
-            f"which order 1 leaves out, contribute; {sizes}",
+            kinks + "and no higher term says how much their crossings, which order 1 leaves out, contribute",
         )
-    return Validity("valid", sizes)
+    return verdict("valid")
 
 
-def judged_correction(found: Validity, first: Tensor, correction: Tensor) -> Validity:
-    """The verdict ``found`` on order 3, and that on the linearized correction's size relative to f'd."""
+def judged_correction(full: Validity, first: Tensor, correction: Tensor) -> Validity:
+    """Judge the linearized correction by its size relative to f'd.
+
+    Args:
+        full: The verdict on order 3.
+        first: f'd, the change of the Taylor model of order 1.
+        correction: The correction.
+
+    Returns:
+        The stricter of the two verdicts, with the reasons of both.
+    """
     size = _rms(first)
     ratio = _rms(correction) / size if size > 0 else 0.0
+    numbers = {**full.numbers, "correction": ratio}
+    reason = f"the correction is {ratio:.2g} of the change of the Taylor model of order 1"
     if not ratio <= LIMIT:
-        reason = f"does not apply: the correction is {ratio:.2g} of the change of the k = 1 shadow, beyond {LIMIT}"
-        return Validity("invalid", f"{reason}; {found.reason.removeprefix('does not apply: ')}")
-    flag = "caution" if ratio > CAUTION and found.flag == "valid" else found.flag
-    return Validity(flag, f"{found.reason}; the correction is {ratio:.2g} of the change of the k = 1 shadow")
+        return Validity("invalid", (f"{reason}, beyond {LIMIT}", *full.reasons), numbers)
+    flag = "caution" if ratio > CAUTION and full.flag == "valid" else full.flag
+    return Validity(flag, (*full.reasons, reason), numbers)
 
 
 def _rms(value: Tensor) -> float:
@@ -159,7 +176,7 @@ def _rms(value: Tensor) -> float:
 
 
 def displacement(theta_0: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> tuple[float, float]:
-    """|theta - theta_0| / |theta_0|, and how much of theta_0 is gone: 1 - theta . theta_0 / |theta_0|^2."""
+    """|theta - theta_0| / |theta_0|, and the part of theta_0 that is gone: 1 - theta . theta_0 / |theta_0|^2."""
     pairs = [(value.detach(), theta[name].detach()) for name, value in theta_0.items()]
     norm = sum(float(a.square().sum()) for a, _ in pairs)
     if norm == 0.0:

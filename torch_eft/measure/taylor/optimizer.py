@@ -1,4 +1,4 @@
-"""The real run's optimizer, once more for a shadow's parameters."""
+"""Copies the real run's optimizer for the parameters of a Taylor model."""
 
 import copy
 import inspect
@@ -11,25 +11,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-def twin_optimizer(
+def optimizer_copy(
     optimizer: Optimizer,
     leaves: Mapping[str, Sequence[Tensor]],
-    live: Sequence[tuple[str, weakref.ref[Any]]],
+    originals: Sequence[tuple[str, weakref.ref[Any]]],
     theta_0: Mapping[str, Tensor],
 ) -> Optimizer:
-    """The same type of optimizer with the same groups; its state is copied for the first of a parameter's leaves.
+    """Make an optimizer of the same type with the same groups; the first leaf of a parameter takes over its state.
 
     Args:
-        optimizer: Of the real run.
-        leaves: ``{name: leaves}`` in the place of each parameter.
-        live: Names and parameters of the real network.
+        optimizer: The optimizer of the real run.
+        leaves: ``{name: leaves}`` that replace each parameter.
+        originals: Names and parameters of the real network.
         theta_0: The point of expansion, to which a state must belong.
 
+    Returns:
+        The new optimizer.
+
     Raises:
-        ValueError: If it holds trainable parameters of something else, or its state is of another moment.
+        ValueError: If it holds trainable parameters of something else, or its state belongs to another moment.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
-    names = {id(p): name for name, ref in live if (p := ref()) is not None}
+    names = {id(p): name for name, ref in originals if (p := ref()) is not None}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         options = {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
@@ -39,28 +42,28 @@ def twin_optimizer(
                 own += leaves[names[id(parameter)]]
             elif parameter.requires_grad:
                 raise ValueError(
-                    f"optimizer: a parameter {tuple(parameter.shape)} in it is none of the network that this shadow is "
-                    "of; give the optimizer of that network, which trains nothing else"
+                    f"optimizer: a parameter {tuple(parameter.shape)} in it does not belong to the network of this "
+                    "Taylor model; give the optimizer of that network, which trains nothing else"
                 )
         if own:
             groups.append({**options, "params": own})
     if not groups:
-        raise ValueError("optimizer: it holds no trainable parameter of the network that this shadow is of")
+        raise ValueError("optimizer: it holds no trainable parameter of the network of this Taylor model")
     known = inspect.signature(type(optimizer)).parameters
-    twin = type(optimizer)(groups, **{key: value for key, value in optimizer.defaults.items() if key in known})
+    copied = type(optimizer)(groups, **{key: value for key, value in optimizer.defaults.items() if key in known})
     for parameter, state in optimizer.state.items():
         if state and id(parameter) in names:
             name = names[id(parameter)]
             if not torch.equal(parameter.detach().to(theta_0[name]), theta_0[name]):
                 raise ValueError(
-                    f"optimizer: it has a state (momentum) and {name!r} is no longer at theta_0; make the shadow and "
-                    "its optimizer at the same moment"
+                    f"optimizer: it has a state (momentum) and {name!r} is no longer at theta_0; make the Taylor "
+                    "model and its optimizer at the same moment"
                 )
             first, *others = leaves[name]
-            twin.state[first] = {key: _copied(value, first) for key, value in state.items()}
+            copied.state[first] = {key: _copied(value, first) for key, value in state.items()}
             for other in others:
-                twin.state[other] = {key: _zero(value, other) for key, value in state.items()}
-    return twin
+                copied.state[other] = {key: _zero(value, other) for key, value in state.items()}
+    return copied
 
 
 def _copied(value: Any, leaf: Tensor) -> Any:

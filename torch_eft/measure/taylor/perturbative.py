@@ -1,4 +1,4 @@
-"""The first correction in 1/n to the k = 1 shadow, expanded about it: linear equations, which cannot diverge.
+"""The first correction in 1/n to the Taylor model of order 1: linear equations, which cannot diverge.
 
 With d = theta - theta_0 count f'' as kappa and f''' as kappa^2,
 
@@ -6,7 +6,7 @@ With d = theta - theta_0 count f'' as kappa and f''' as kappa^2,
 
 since at large width f'' J has norm^2 O(1/n) (ddNTK II), as has f''' J J J (ddNTK I), while J f'' J (dNTK) is O(1/n) by
 its random signs. Two orders in kappa are therefore one in 1/n; the first alone is not (it lacks ddNTK II). Training
-makes d a series too, d + kappa delta + kappa^2 xi, where d is the k = 1 shadow's. As kappa z_kappa(d) is f along the
+makes d a series too, d + kappa delta + kappa^2 xi, where d is that of order 1. As kappa z_kappa(d) is f along the
 curve theta_0 + kappa d + kappa^2 delta + kappa^3 xi, one jet of the network has all outputs as its coefficients,
 
     c_1 = f' d,   c_2 = f' delta + f'' d d / 2,   c_3 = f' xi + f'' d delta + f''' d d d / 6,
@@ -14,8 +14,8 @@ curve theta_0 + kappa d + kappa^2 delta + kappa^3 xi, one jet of the network has
 and z = f + c_1 + c_2 + c_3. With the loss's series e + kappa h_1 + kappa^2 h_2 = L'(f + c_1 + kappa c_2 + kappa^2 c_3)
 the gradients come out of one backward pass of e c_3 + h_1 c_2 + h_2 c_1, in reverse order: that in xi is f'^T e, which
 moves d; that in delta is f'^T h_1 + (f'' d)^T e, which moves delta; and that in d moves xi. An optimizer that is linear
-in gradients, parameters and momenta moves all three alike. Where the shadow of order 3 diverges, delta and xi only
-grow, and their size relative to f' d says so.
+in gradients, parameters and momenta moves all three alike. Where the Taylor model of order 3 diverges, delta and
+xi only grow, and their size relative to f' d says so.
 """
 
 from collections.abc import Callable
@@ -29,15 +29,15 @@ from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.jets.jet import Jet
 from torch_eft.measure.taylor.model import Curve, TaylorModel, as_call
 from torch_eft.measure.taylor.model_checks import judged_correction
-from torch_eft.measure.taylor.optimizer import twin_optimizer
+from torch_eft.measure.taylor.optimizer import optimizer_copy
 from torch_eft.results.trajectory import Validity
 
 
 class PerturbativeTaylorModel(TaylorModel):
-    """The k = 1 shadow of a network with its first correction in 1/n, by perturbation about it.
+    """The Taylor model of order 1 with its first correction in 1/n, by perturbation about it.
 
-    ``shadow(x)`` gives f + c_1 + c_2 + c_3. Train it by ``step`` alone, with the optimizer that ``optimizer_like``
-    makes of the real run's SGD (momentum, Nesterov and weight decay included).
+    Called with inputs it returns f + c_1 + c_2 + c_3. Train it by ``step`` alone, with the optimizer that
+    ``optimizer_like`` makes of the real run's SGD (momentum, Nesterov and weight decay included).
 
     Args:
         model: As for ``TaylorModel``.
@@ -45,10 +45,20 @@ class PerturbativeTaylorModel(TaylorModel):
 
     Raises:
         ValueError: As ``TaylorModel``.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> model = measure.PerturbativeTaylorModel(network)
+        >>> optimizer = model.optimizer_like(torch.optim.SGD(network.parameters(), lr=0.1))
+        >>> _ = model.step(torch.eye(3), lambda z: z.square().mean(), optimizer)
+        >>> [term.shape for term in model.terms(torch.eye(3))[:2]]
+        [torch.Size([3, 2]), torch.Size([3, 2])]
     """
 
-    def __init__(self, model: nn.Module, output_fn: OutputFn | None = None) -> None:
-        super().__init__(model, 3, output_fn)
+    def __init__(self, model: nn.Module, *, output_fn: OutputFn | None = None) -> None:
+        super().__init__(model, taylor_order=3, output_fn=output_fn)
         self._delta, self._xi = (nn.ParameterList(map(torch.zeros_like, self._theta.values())) for _ in range(2))
 
     @property
@@ -62,7 +72,18 @@ class PerturbativeTaylorModel(TaylorModel):
         return dict(zip(self._theta, self._xi, strict=True))
 
     def terms(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The network at theta_0, the k = 1 shadow's change c_1 and the corrections c_2 and c_3; tensors of outputs."""
+        """Compute the network at theta_0, the change c_1 of order 1 and the corrections c_2 and c_3.
+
+        Args:
+            *args: As the network takes them.
+            **kwargs: Likewise.
+
+        Returns:
+            Four tensors of outputs.
+
+        Raises:
+            ValueError: If the outputs are not one tensor that depends on trainable parameters.
+        """
         value = self._along(self._curve(), args, kwargs)
         if not isinstance(value, Jet):
             raise ValueError(
@@ -74,15 +95,15 @@ class PerturbativeTaylorModel(TaylorModel):
         return value.primal, first, second, third
 
     def step(self, inputs: Any, loss_fn: Callable[[Any], Tensor], optimizer: Optimizer) -> Tensor:
-        """One training step of theta, delta and xi.
+        """Take one training step of theta, delta and xi.
 
         Args:
             inputs: As for ``TaylorModel.step``.
-            loss_fn: Of the outputs, three times differentiable.
+            loss_fn: The loss as a function of the outputs, three times differentiable.
             optimizer: Made by ``optimizer_like``.
 
         Returns:
-            The loss of the k = 1 shadow before the step, detached.
+            The loss of order 1 before the step, detached.
         """
         _check_linear(optimizer)
         self._check_own(optimizer)
@@ -91,16 +112,23 @@ class PerturbativeTaylorModel(TaylorModel):
         with self._random_state_kept(), torch.enable_grad():
             value, first, second, third = self.terms(*args, **kwargs)
             loss, e, h_1, h_2 = _loss_series(loss_fn, value + first.detach(), second.detach(), third.detach())
-            found = torch.autograd.grad((first, second, third), leaves, (h_2, h_1, e), allow_unused=True)
+            gradients = torch.autograd.grad((first, second, third), leaves, (h_2, h_1, e), allow_unused=True)
             count = len(self._xi)
-            reverse = (*found[2 * count :], *found[count : 2 * count], *found[:count])
+            # The gradient in xi moves theta, that in delta moves delta, that in theta moves xi: see the top.
+            reverse = (*gradients[2 * count :], *gradients[count : 2 * count], *gradients[:count])
             for leaf, gradient in zip(leaves, reverse, strict=True):
                 leaf.grad = gradient
             optimizer.step()
         return loss
 
     def optimizer_like(self, optimizer: Optimizer) -> Optimizer:
-        """The real run's SGD for theta, delta and xi.
+        """Make the real run's SGD for theta, delta and xi.
+
+        Args:
+            optimizer: The SGD of the network.
+
+        Returns:
+            A new optimizer of theta, delta and xi.
 
         Raises:
             ValueError: As for ``TaylorModel``; for optimizers that are not linear in the gradient.
@@ -108,14 +136,14 @@ class PerturbativeTaylorModel(TaylorModel):
         _check_linear(optimizer)
         delta, xi = self.delta, self.xi
         leaves = {name: [value, delta[name], xi[name]] for name, value in self.theta.items()}
-        return twin_optimizer(optimizer, leaves, self._live, self.theta_0)
+        return optimizer_copy(optimizer, leaves, self._originals, self.theta_0)
 
-    def validity(self, inputs: Any) -> Validity:
-        """Whether the correction is small on ``inputs``, as an expansion about the k = 1 shadow needs."""
+    def check(self, inputs: Any) -> Validity:
+        """Check if the correction is small on ``inputs``, as an expansion about order 1 needs; see ``TaylorModel``."""
         args, kwargs = as_call(inputs)
         with torch.no_grad():
             _, first, second, third = self.terms(*args, **kwargs)
-        return judged_correction(super().validity(inputs), first, second + third)
+        return judged_correction(super().check(inputs), first, second + third)
 
     def _leaves(self) -> list[Tensor]:
         return [*self._theta.values(), *self._delta, *self._xi]
@@ -138,7 +166,7 @@ def _loss_series(
 
 
 def _derivative(value: Tensor, z: Tensor, direction: Tensor | None) -> Tensor:
-    """Of a scalar, or of a gradient along a direction; zero where nothing depends on z any more."""
+    """The derivative of a scalar, or of a gradient along a direction; 0 where nothing depends on z any more."""
     if direction is not None and not value.requires_grad:
         return torch.zeros_like(z)
     options: dict[str, bool] = {} if direction is None else {"allow_unused": True, "materialize_grads": True}
@@ -151,5 +179,5 @@ def _check_linear(optimizer: Optimizer) -> None:
         raise ValueError(
             f"optimizer: {type(kind).__name__} given; the perturbative correction is derived for updates linear in the "
             "gradient: torch.optim.SGD, with or without momentum, Nesterov and weight decay. For others train "
-            "TaylorModel(model, order=3)"
+            "TaylorModel(model, taylor_order=3)"
         )

@@ -1,140 +1,189 @@
-"""The NTK's realized change over a step, which for networks with kinks is not what autodiff's derivative says."""
+"""The NTK's realized change over a step, which in networks with kinks differs from what autodiff's derivative says."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, Parameters, check_parameters, isolated
 from torch_eft.measure.forward.kinks import Sides, kink_sides
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.kernels.ntk import ntk
+from torch_eft.results.repr import short_repr
+from torch_eft.results.trajectory import Validity
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NTKChange:
-    """The realized change of the NTK between two settings of the parameters, per unit step.
+    """The realized change of the NTK between two settings of the parameters, per unit of distance.
 
     Args:
-        value: (H(second) - H(first)) / step, (N, N, C, C), or (N, N) averaged over outputs.
-        step: The distance that the change is divided by.
+        value: (H(theta) - H(theta_0)) / distance, (N, N, C, C), or (N, N) averaged over outputs.
+        distance: The divisor.
         kinked: The kinked operations met, as ``kinked_operations`` names them.
-        crossings: Share of the kinked units, over samples, that are on another side at the second setting than at the
-            first; 0 without kinks, NaN if some are in operations whose units are not seen (recurrent layers).
+        crossings: Share of the kinked units, over samples, that changed their side; 0 without kinks, NaN if some are in
+            operations whose units are not seen (recurrent layers).
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> theta = {name: 1.1 * p.detach() for name, p in model.named_parameters()}
+        >>> change = measure.ntk_change(model, torch.eye(3), model, theta)
+        >>> change.value.shape, change.crossings, change.validity.flag
+        (torch.Size([3, 3, 2, 2]), 0.0, 'valid')
     """
 
     value: Tensor
-    step: float
+    distance: float
     kinked: tuple[str, ...]
     crossings: float
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
     @property
-    def validity(self) -> str:
-        """What the value is, in words."""
+    def validity(self) -> Validity:
+        """How the secant is related to the derivative; ``numbers["crossings"]`` decides it."""
+        numbers = {"crossings": self.crossings}
         if not self.kinked:
-            return "smooth network: the secant tends to the derivative as the step does to 0"
+            return Validity("valid", "smooth network: the secant tends to the derivative as the distance tends to 0")
         if math.isnan(self.crossings):
-            return "kinks whose units are not seen: the secant holds for this step, autodiff's derivative may not"
+            return Validity(
+                "caution",
+                "kinks whose units are not seen: the secant holds for this step, autodiff's derivative may not",
+                numbers,
+            )
         if self.crossings == 0:
-            return "within the kinks: no unit changed its side, and autodiff's derivative is the slope"
-        return (
+            return Validity(
+                "valid",
+                "within the kinks: no unit changed its side, and autodiff's derivative is the slope",
+                numbers,
+            )
+        return Validity(
+            "caution",
             f"across kinks: {self.crossings:.2g} of the kinked units changed their side, which autodiff's derivative "
-            "leaves out; the secant holds for this step"
+            "leaves out; the secant holds for this step",
+            numbers,
         )
 
 
 def ntk_change(
     model: Model,
     x: Any,
-    params0: Mapping[str, Tensor],
-    params: Mapping[str, Tensor],
-    step: float = 1.0,
+    theta_0: Parameters,
+    theta: Parameters,
+    *,
+    distance: float = 1.0,
     lambdas: Mapping[str, float] | float | None = None,
     trace: bool = False,
     output_fn: OutputFn | None = None,
 ) -> NTKChange:
-    """(H(params) - H(params0)) / step: how the NTK has really changed, over a training step for example.
+    """Measure (H(theta) - H(theta_0)) / distance, the realized change of the NTK, for example over a training step.
 
     Args:
-        model: Any module; its own parameters matter only where the two mappings leave them out.
+        model: Any module; its own parameters are used only where theta_0 or theta leaves one out.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
-        params0: ``{name of a trainable parameter: value}`` before.
-        params: And after.
-        step: What to divide by, e.g. the learning rate times the number of steps.
-        lambdas: The learning-rate tensor, as ``ntk`` takes it.
+        theta_0: Parameters before, ``{name: tensor}`` or a module that holds them.
+        theta: Parameters after, likewise.
+        distance: Divisor, e.g. the learning rate times the number of steps.
+        lambdas: The learning-rate tensor, see ``measure.ntk``.
         trace: Average over outputs.
         output_fn: Turns what the model returns into (N, C).
 
+    Returns:
+        The change and the share of kinked units that changed their side.
+
     Raises:
-        ValueError: As ``ntk``; if a name is no trainable parameter, a shape is another, or ``step`` is not positive.
+        ValueError: As ``ntk``; if a name is not that of a trainable parameter, a shape differs, or ``distance`` is not
+            positive.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Linear(3, 2, bias=False)  # linear in its parameters: the NTK is constant
+        >>> measure.ntk_change(model, torch.eye(3), model, {"weight": torch.zeros(2, 3)}).value.norm()
+        tensor(0.)
     """
+    check_parameters(theta_0=theta_0, theta=theta)
     with isolated(model, output_fn) as network:
-        first, second = (network.complete(values, name) for values, name in ((params0, "params0"), (params, "params")))
-        return _between(network, as_probe(x), first, second, step, lambdas, trace)
+        start, end = network.at(theta_0, "theta_0"), network.at(theta)
+        return _between(start, end, as_probe(x), distance, lambdas, trace)
 
 
 def ntk_finite_difference(
     model: Model,
     x: Any,
     direction: Mapping[str, Tensor],
-    step: float,
+    *,
+    distance: float,
     lambdas: Mapping[str, float] | float | None = None,
     trace: bool = False,
     output_fn: OutputFn | None = None,
 ) -> NTKChange:
-    """(H(theta + step d) - H(theta - step d)) / (2 step): the slope of the NTK along d at the scale of a step.
+    """Measure (H(theta + s d) - H(theta - s d)) / (2 s), the slope of the NTK along d at the scale of a distance s.
 
-    For smooth networks the derivative along d up to a remainder of order step^2. For kinked ones take the size of a
-    training step, and look at ``crossings``.
+    For smooth networks this is the derivative along d up to a remainder of order s^2. For kinked ones take the size of
+    a training step, and look at ``crossings``.
 
     Args:
         model: Any module, at theta.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
         direction: d, ``{name of a trainable parameter: tensor}``; 0 where a parameter is left out. For a step of
-            gradient descent with learning rate eta: minus lambda times the gradient, and ``step`` = eta.
-        step: Positive.
-        lambdas: The learning-rate tensor, as ``ntk`` takes it.
+            gradient descent with learning rate eta: minus lambda times the gradient, and ``distance`` = eta.
+        distance: s > 0.
+        lambdas: The learning-rate tensor, see ``measure.ntk``.
         trace: Average over outputs.
         output_fn: Turns what the model returns into (N, C).
 
+    Returns:
+        The slope and the share of kinked units that change their side between the two ends.
+
     Raises:
         ValueError: As ``ntk_change``.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+        >>> d = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+        >>> slope = measure.ntk_finite_difference(model, torch.eye(3), d, distance=1e-4).value
+        >>> dH = measure.dntk(model, torch.eye(3), d)
+        >>> torch.allclose(slope, dH + dH.permute(1, 0, 3, 2), rtol=1e-5)
+        True
     """
+    check_parameters(direction=direction)
     with isolated(model, output_fn) as network:
         network.complete(direction, "direction")
-        ends: list[dict[str, Tensor]] = []
-        for sign in (-1, 1):
-            moved = {
-                name: network.params[name] + sign * step * d.to(network.params[name]) for name, d in direction.items()
-            }
-            ends.append({**network.params, **moved})
-        return _between(network, as_probe(x), ends[0], ends[1], 2 * step, lambdas, trace)
+        theta = {name: network.params[name] for name in direction}
+        start, end = (
+            network.at({name: value + s * direction[name].to(value) for name, value in theta.items()})
+            for s in (-distance, distance)
+        )
+        return _between(start, end, as_probe(x), 2 * distance, lambdas, trace)
 
 
 def _between(
-    network: IsolatedModel,
+    start: IsolatedModel,
+    end: IsolatedModel,
     probe: Probe,
-    first: dict[str, Tensor],
-    second: dict[str, Tensor],
-    step: float,
+    distance: float,
     lambdas: Mapping[str, float] | float | None,
     trace: bool,
 ) -> NTKChange:
-    if not 0 < step < math.inf:
-        raise ValueError(f"step: {step:g} given; it must be positive and finite")
-    change, sides = [], []
-    for params in (first, second):
-        change.append(ntk(replace(network, params=params), probe, lambdas=lambdas, trace=trace))
-        sides.append(kink_sides(network, params, probe))
-    names = tuple(dict.fromkeys(sides[0].names + sides[1].names))
-    return NTKChange((change[1] - change[0]) / step, step, names, _crossings(*sides))
+    if not 0 < distance < math.inf:
+        raise ValueError(f"distance: {distance:g} given; it must be positive and finite")
+    H_0, H = (ntk(network, probe, lambdas=lambdas, trace=trace) for network in (start, end))
+    sides_0, sides = (kink_sides(network, network.params, probe) for network in (start, end))
+    names = tuple(dict.fromkeys(sides_0.names + sides.names))
+    return NTKChange((H - H_0) / distance, distance, names, _crossings(sides_0, sides))
 
 
 def _crossings(first: Sides, second: Sides) -> float:
-    """Waits for the device once. Units that only one of the two forwards has count as crossed."""
+    """Share of units on another side. Waits for the device once; units that only one forward has count as crossed."""
     if not (first.all_seen and second.all_seen):
         return math.nan
     crossed: list[Tensor] = []

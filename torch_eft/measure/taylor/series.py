@@ -1,4 +1,4 @@
-"""The network's function along its real trajectory, term by term in the displacement of the parameters (PDLT 0.5).
+"""Taylor terms of the network's function along its real trajectory, in the displacement of the parameters (PDLT 0.5).
 
 With d = theta - theta_0,
 
@@ -12,7 +12,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,19 +21,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.forward.checks import check_differentiable_function
-from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, Parameters, check_parameters, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jets.jet import MAX_ORDER, NoJetRuleError, coefficients_of, lift, watch_kinks
 from torch_eft.measure.jets.reverse import series_by_reverse_mode
+from torch_eft.results.repr import short_repr
 
 JETS = "jets"
 REVERSE = "reverse-over-reverse"
 
 
-@dataclass(frozen=True)
+class NotFiniteError(ValueError):
+    """A Taylor term, or the output at the displaced parameters, is not finite."""
+
+
+@dataclass(frozen=True, repr=False)
 class TaylorSeries:
-    """The Taylor terms of a network's output and what they leave.
+    """The Taylor terms of a network's output and their remainder.
 
     Args:
         terms: (order + 1, N, C): f(theta_0), f' d, f'' d d / 2, f''' d d d / 6.
@@ -42,7 +47,15 @@ class TaylorSeries:
         method: ``"jets"``, or ``"reverse-over-reverse"`` where an operation has no rule for jets.
         cost: Time for the terms in units of one forward pass.
         kinked: Names of the operations with kinks or jumps that the terms went through.
-        remarks: Limits of validity, in words.
+        remarks: Sentences on the limits of validity.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Linear(3, 2)
+        >>> series = measure.taylor_series(model, torch.eye(3), model, model, taylor_order=1)
+        >>> series.terms.shape, series.method, series.sizes() is None  # nothing has moved
+        (torch.Size([2, 3, 2]), 'jets', True)
     """
 
     terms: Tensor
@@ -53,67 +66,173 @@ class TaylorSeries:
     kinked: tuple[str, ...]
     remarks: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+    def sizes(self) -> "TaylorSizes | None":
+        """The sizes of the terms relative to the change of the output; None if it has not moved."""
+        moved = self.value - self.terms[0]
+        higher = self.terms[1:]
+        left = moved - higher.cumsum(0)
+        norms = higher.flatten(1).norm(dim=1)
+        numbers = [moved.norm()[None], (self.value.norm() + norms.sum())[None], norms, left.flatten(1).norm(dim=1)]
+        change, scale, *rest = torch.cat(numbers).tolist()
+        if not change > 0 or not math.isfinite(change):
+            return None
+        relative = [value / change for value in rest]
+        # A forward's rounding is a few eps of its size; sums over layers make it some tens of eps.
+        rounding = 32 * torch.finfo(self.value.dtype).eps * scale / change
+        return TaylorSizes(change, tuple(relative[: len(higher)]), tuple(relative[len(higher) :]), rounding)
+
+
+@dataclass(frozen=True)
+class TaylorSizes:
+    """Sizes of Taylor terms: norms over probe and outputs, relative to ||f - f_0||.
+
+    At infinite width the term of order 1 is everything; at order 1/n those of order 2 and 3 appear together, and three
+    terms leave O(1/n^2).
+
+    Args:
+        change: ||f - f_0|| itself.
+        terms: Sizes of the terms of order 1, 2, ..
+        left: Sizes of the remainder after the terms up to order 1, 2, ..
+        rounding: Estimate of the remainder that rounding alone leaves.
+
+    Example:
+        >>> from torch_eft.measure import TaylorSizes
+        >>> TaylorSizes(2.0, (0.9, 0.2, 0.01), (0.3, 0.04, 0.001), 1e-6).orders_needed(0.05)
+        2
+    """
+
+    change: float
+    terms: tuple[float, ...]
+    left: tuple[float, ...]
+    rounding: float
+
+    def orders_needed(self, tolerance: float) -> int:
+        """The smallest number of terms that leave at most ``tolerance``; one more than there are if none do."""
+        return next((k for k, left in enumerate(self.left, start=1) if left <= tolerance), len(self.left) + 1)
+
 
 def taylor_terms(
     model: Model,
-    params0: Mapping[str, Tensor],
-    params: Mapping[str, Tensor],
     x: Any,
-    order: int = 3,
+    theta_0: Parameters,
+    theta: Parameters,
+    *,
+    taylor_order: int = 3,
     output_fn: OutputFn | None = None,
     check: bool | None = None,
 ) -> Tensor:
-    """The terms f(theta_0), f' d, f'' d d / 2, f''' d d d / 6 of the output, d = params - params0; (order + 1, N, C).
+    """Compute the Taylor terms f(theta_0), f' d, f'' d d / 2, f''' d d d / 6 of the output, d = theta - theta_0.
 
     Args and errors as for ``taylor_series``.
+
+    Returns:
+        The terms, (taylor_order + 1, N, C).
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Linear(3, 2)
+        >>> theta = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        >>> terms = measure.taylor_terms(model, torch.eye(3), model, theta)
+        >>> terms.shape, bool(terms[2:].any())  # linear in its parameters
+        (torch.Size([4, 3, 2]), False)
     """
-    return taylor_series(model, params0, params, x, order, output_fn, check).terms
+    options: dict[str, Any] = {"taylor_order": taylor_order, "output_fn": output_fn, "check": check}
+    return taylor_series(model, x, theta_0, theta, **options).terms
+
+
+def taylor_sizes(
+    model: Model,
+    x: Any,
+    theta_0: Parameters,
+    theta: Parameters,
+    *,
+    taylor_order: int = 3,
+    output_fn: OutputFn | None = None,
+    check: bool | None = None,
+) -> TaylorSizes | None:
+    """Compute the sizes of the Taylor terms relative to the change of the output; None if it has not moved.
+
+    Args and errors as for ``taylor_series``.
+
+    Returns:
+        The sizes.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Linear(3, 2).double()
+        >>> theta = {name: 2 * p.detach() for name, p in model.named_parameters()}
+        >>> sizes = measure.taylor_sizes(model, torch.eye(3), model, theta)
+        >>> sizes.orders_needed(0.01)
+        1
+    """
+    options: dict[str, Any] = {"taylor_order": taylor_order, "output_fn": output_fn, "check": check}
+    return taylor_series(model, x, theta_0, theta, **options).sizes()
 
 
 def taylor_series(
     model: Model,
-    params0: Mapping[str, Tensor],
-    params: Mapping[str, Tensor],
     x: Any,
-    order: int = 3,
+    theta_0: Parameters,
+    theta: Parameters,
+    *,
+    taylor_order: int = 3,
     output_fn: OutputFn | None = None,
     check: bool | None = None,
 ) -> TaylorSeries:
-    """The Taylor terms of the output about ``params0`` at ``params``, in evaluation mode, and their remainder.
+    """Compute the Taylor terms of the output about theta_0 at theta, in evaluation mode, and their remainder.
 
     Args:
         model: Any module; its own parameters are not used but for their names, shapes, dtype and device.
-        params0: theta_0, ``{name: tensor}`` for every trainable parameter.
-        params: theta, likewise.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
-        order: Of the last term, 0 to 3.
+        theta_0: Every trainable parameter at the point of expansion, ``{name: tensor}`` or a module that holds them.
+        theta: Every trainable parameter at the end, likewise.
+        taylor_order: Order of the last term, 0 to 3.
         output_fn: Turns what the model returns into (N, C).
         check: Compare the terms of the jets, in one random direction of the output, with reverse mode, which is
             independent of their rules: always, never, or (None) the first time for this model, probe and order.
 
+    Returns:
+        The terms and the remainder.
+
     Raises:
         ValueError: If the forward rejects ``x``, the output is not (N, C), parameters are missing, unknown or of
             another shape, the order is not 0 to 3, terms are not finite, or the check fails.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+        >>> theta = {name: 1.01 * p.detach() for name, p in model.named_parameters()}
+        >>> series = measure.taylor_series(model, torch.eye(3), model, theta)
+        >>> series.terms.shape, bool(series.remainder.norm() < 1e-4 * series.terms[1].norm())
+        (torch.Size([4, 3, 2]), True)
     """
-    if not isinstance(order, int) or isinstance(order, bool) or not 0 <= order <= MAX_ORDER:
-        raise ValueError(f"order: {order!r} given; it must be 0, 1, 2 or {MAX_ORDER}")
+    if not isinstance(taylor_order, int) or isinstance(taylor_order, bool) or not 0 <= taylor_order <= MAX_ORDER:
+        raise ValueError(f"taylor_order: {taylor_order!r} given; it must be 0, 1, 2 or {MAX_ORDER}")
+    check_parameters(theta_0=theta_0, theta=theta)
     probe = as_probe(x)
     with isolated(model, output_fn) as network:
-        base = replace(network, params=_matched("params0", params0, network.params))
-        moved = replace(network, params=_matched("params", params, network.params))
-        direction = {name: moved.params[name] - value for name, value in base.params.items()}
+        if not network.params:
+            raise ValueError("model: it has no trainable parameter to expand in; set requires_grad on some")
+        start, end = network.at(theta_0, "theta_0", every=True), network.at(theta, "theta", every=True)
+        direction = {name: end.params[name] - value for name, value in start.params.items()}
         with torch.no_grad():
-            passes = [_timed(moved, partial(checked_output, at, probe)) for at in (base, moved)]
+            passes = [_timed(end, partial(checked_output, at, probe)) for at in (start, end)]
         value, seconds = passes[1][0], min(spent for _, spent in passes)
-        (terms, method, kinked, remarks), spent = _timed(moved, lambda: _terms(base, direction, probe, order))
+        (terms, method, kinked, remarks), spent = _timed(end, lambda: _terms(start, direction, probe, taylor_order))
         terms = terms.detach()
         _check_finite(terms, value)
-        if method == JETS and order > 0:
+        if method == JETS and taylor_order > 0:
             key = (probe.description, network.output_fn)
             seen = _checked.setdefault(network.origin, {})
-            if check or (check is None and seen.get(key, 0) < order):
-                remarks += _compare(base, direction, probe, terms)
-                seen[key] = max(order, seen.get(key, 0))
+            if check or (check is None and seen.get(key, 0) < taylor_order):
+                remarks += _compare(start, direction, probe, terms)
+                seen[key] = max(taylor_order, seen.get(key, 0))
     return TaylorSeries(
         terms=terms,
         value=value,
@@ -121,31 +240,12 @@ def taylor_series(
         method=method,
         cost=spent / seconds,
         kinked=kinked,
-        remarks=(*_validity(order, kinked), *remarks),
+        remarks=(*_limits(taylor_order, kinked), *remarks),
     )
 
 
 _checked: "weakref.WeakKeyDictionary[nn.Module, dict[Any, int]]" = weakref.WeakKeyDictionary()
 """The highest order that was compared with reverse mode, for every model and kind of probe."""
-
-
-def _matched(argument: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In the dtype and on the device of the model's."""
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{argument}: {type(given).__name__} given; give {{name: tensor}}")
-    if not own:
-        raise ValueError("model: it has no trainable parameter to expand in; set requires_grad on some")
-    if set(given) != set(own):
-        wrong = sorted(set(given) ^ set(own))[0]
-        raise ValueError(
-            f"{argument}: {wrong!r} is {'missing' if wrong in own else 'no trainable parameter'}; name every "
-            "trainable parameter once"
-        )
-    for name, value in own.items():
-        if not isinstance(given[name], Tensor) or given[name].shape != value.shape:
-            found = tuple(given[name].shape) if isinstance(given[name], Tensor) else type(given[name]).__name__
-            raise ValueError(f"{argument}: {found} given for {name!r}; the model's is {tuple(value.shape)}")
-    return {name: given[name].detach().to(value) for name, value in own.items()}
 
 
 def _timed(network: IsolatedModel, compute: Callable[[], Any]) -> tuple[Any, float]:
@@ -172,7 +272,7 @@ def _terms(
         return terms, JETS, tuple(kinks), ()
     except Exception as error:  # the plain forward has run: whatever it is, jets are the cause
         reason = str(error).splitlines()[0] if isinstance(error, NoJetRuleError) else f"{type(error).__name__}: {error}"
-    check_differentiable_function(base, base.place(probe))  # which jets would have found out
+    check_differentiable_function(base, base.place(probe))  # jets would have refused such forwards by themselves
     with watch_kinks() as kinks:
         terms = series_by_reverse_mode(base, direction, probe, order)
     return terms, REVERSE, tuple(kinks), (f"computed by {REVERSE} differentiation: {reason}",)
@@ -187,7 +287,7 @@ def _by_jets(base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe,
 
 
 def _compare(base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe, terms: Tensor) -> tuple[str, ...]:
-    """Terms by jets against reverse mode in one random direction; a remark where the latter is not to be had.
+    """Terms by jets against reverse mode in one random direction; a remark where the latter is not available.
 
     Raises:
         ValueError: If they differ.
@@ -199,12 +299,12 @@ def _compare(base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe,
         expected = series_by_reverse_mode(base, direction, probe, order, pattern)
     except ValueError as error:
         return (f"not checked against reverse mode: {error}",)
-    found = (terms * pattern).sum((1, 2))
+    by_jets = (terms * pattern).sum((1, 2))
     # A third of the digits: a wrong rule is wrong by much more, and third derivatives amplify rounding.
     tolerance = torch.finfo(terms.dtype).eps ** (1 / 3) * (terms * pattern).abs().sum((1, 2))
     floor = 1e3 * torch.finfo(terms.dtype).eps * (terms[0] * pattern).abs().sum()
-    wrong = (found - expected).abs() > tolerance + floor
-    for degree, (is_wrong, a, b) in enumerate(zip(wrong.tolist(), found.tolist(), expected.tolist(), strict=True)):
+    wrong = (by_jets - expected).abs() > tolerance + floor
+    for degree, (is_wrong, a, b) in enumerate(zip(wrong.tolist(), by_jets.tolist(), expected.tolist(), strict=True)):
         if is_wrong:
             raise ValueError(
                 f"model: the Taylor term of order {degree} is {a:.6g} by jets and {b:.6g} by reverse mode in one "
@@ -219,16 +319,16 @@ def _check_finite(terms: Tensor, value: Tensor) -> None:
     finite = [*torch.isfinite(terms).all((1, 2)), torch.isfinite(value).all()]
     *orders, at_end = torch.stack(finite).tolist()
     if not at_end:
-        raise ValueError("params: the output there is not finite")
+        raise NotFiniteError("theta: the output there is not finite")
     for degree, is_finite in enumerate(orders):
         if not is_finite:
-            raise ValueError(
-                f"params0: the Taylor term of order {degree} is not finite; parameters contain NaN or infinite "
+            raise NotFiniteError(
+                f"theta_0: the Taylor term of order {degree} is not finite; parameters contain NaN or infinite "
                 "values, or an operation has no derivative there (a square root at 0)"
             )
 
 
-def _validity(order: int, kinked: tuple[str, ...]) -> tuple[str, ...]:
+def _limits(order: int, kinked: tuple[str, ...]) -> tuple[str, ...]:
     remarks = []
     if order == 2:
         remarks.append(
@@ -240,50 +340,3 @@ def _validity(order: int, kinked: tuple[str, ...]) -> tuple[str, ...]:
             "contains; the terms of order 2 and 3 do not improve on order 1, and the remainder shows what is missing"
         )
     return tuple(remarks)
-
-
-@dataclass(frozen=True)
-class TaylorSizes:
-    """Norms over probe and outputs, relative to ||f - f_0||.
-
-    Args:
-        change: ||f - f_0|| itself.
-        terms: Of the terms of order 1, 2, ..
-        left: What is left after the terms up to order 1, 2, ..
-        rounding: About what rounding alone leaves.
-    """
-
-    change: float
-    terms: tuple[float, ...]
-    left: tuple[float, ...]
-    rounding: float
-
-    def orders_needed(self, tolerance: float) -> int:
-        """The fewest terms that leave at most ``tolerance``; one more than there are if none do."""
-        return next((k for k, left in enumerate(self.left, start=1) if left <= tolerance), len(self.left) + 1)
-
-
-def taylor_sizes(series: TaylorSeries) -> TaylorSizes | None:
-    """The sizes of a series' terms; None where outputs have not moved."""
-    moved = series.value - series.terms[0]
-    partial = series.terms[1:].cumsum(0)
-    scale = series.value.norm() + series.terms[1:].flatten(1).norm(dim=1).sum()
-    numbers = torch.cat(
-        [
-            torch.stack([moved.norm(), scale]),
-            series.terms[1:].flatten(1).norm(dim=1),
-            (moved - partial).flatten(1).norm(dim=1),
-        ]
-    ).tolist()
-    change, scale_of_sum, *rest = numbers
-    if not change > 0 or not math.isfinite(change):
-        return None
-    count = len(rest) // 2
-    # A forward's rounding is a few eps of its size; sums over layers make it some tens of eps.
-    rounding = 32 * torch.finfo(series.value.dtype).eps * scale_of_sum / change
-    return TaylorSizes(
-        change,
-        tuple(value / change for value in rest[:count]),
-        tuple(value / change for value in rest[count:]),
-        rounding,
-    )
