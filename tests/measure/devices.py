@@ -1,4 +1,4 @@
-"""What a machine without accelerators can tell about devices: "meta" tensors, and waits for the device counted."""
+"""Checks of devices for machines without accelerators: "meta" tensors, and counted waits for the device."""
 
 from contextlib import contextmanager
 
@@ -27,7 +27,7 @@ class Waits(TorchDispatchMode):
 
 
 def waits(measurement):
-    """How often ``measurement()`` would wait."""
+    """Count how often ``measurement()`` would wait."""
     with Waits() as counter:
         measurement()
     return counter.count

@@ -71,10 +71,10 @@ BOUNDS = {
     "kinked operations": 1,
     "change": 2,  # and one transfer of all the numbers
 }
-"""How often each measurement waits at most, whatever the number of samples and layers."""
+"""Waits of each measurement at most, whatever the number of samples and layers."""
 
 VALUE_FREE = ["output", "checks", "hidden kernels", "representation", "kinked operations"]
-"""What computes nothing from values on the host: the rest reads finiteness, crossings or the final numbers."""
+"""Measurements that compute nothing from values on the host; the rest reads finiteness or the final numbers."""
 
 
 def relu_mlp(widths=(5, 12, 9, 3)):

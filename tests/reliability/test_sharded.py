@@ -95,7 +95,7 @@ def test_the_kernel_is_that_of_one_process(size):
 
 
 def failing(rank):
-    """What rank 1 does wrong, and what each rank then says; after it, both measure."""
+    """Return what each rank says after mistakes of rank 1; after each, both measure."""
     said = []
     net = network("batch norm, dense")
 
@@ -182,10 +182,10 @@ def test_sharded_parameters_are_refused_or_measured_by_a_plain_twin():
     for said, _, _ in found:
         assert "is sharded over processes (FSDP, DTensor)" in said[0] and "full_copy" in said[0]
         assert said[0] == said[1]
-        assert "'0.bias' is (8,) in the model and missing in the twin" in said[2]
+        assert "'0.bias' is (8,) in the model and missing in the unsharded one" in said[2]
     (first, _, _), (second, _, _) = found
     assert first[3] == "rank 1 failed (its own message says why); all ranks skip the measurement with it"
-    assert "'0.bias' is (8,) in the model and missing in the twin" in second[3]
+    assert "'0.bias' is (8,) in the model and missing in the unsharded one" in second[3]
     for _, together, alone in found:
         for H in (together, alone):
             assert (torch.from_numpy(H) - expected).norm() <= 1e-12 * expected.norm()

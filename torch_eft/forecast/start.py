@@ -15,7 +15,7 @@ from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.jacobian.engine import JacobianGram
 from torch_eft.measure.jets.jet import watch_kinks
-from torch_eft.measure.kernels.along_path import Part, along_path
+from torch_eft.measure.kernels.along_path import DirectionPair, along_path
 from torch_eft.measure.kernels.metrics import as_matrix
 from torch_eft.results.training import Training
 from torch_eft.theory.hierarchy.contractions import PathTensors, check_memory, path_basis
@@ -154,7 +154,7 @@ class _PathTensorsFromPairs:
             ntk_pp=new(K, K, r, r),
         )
 
-    def add(self, part: Part) -> None:
+    def add(self, part: DirectionPair) -> None:
         """Add the matrices of one pair."""
         c, d, tensors = part.c, part.d, self._tensors
         if part.dH is not None:

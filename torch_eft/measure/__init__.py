@@ -1,4 +1,4 @@
-"""What one real network does: ``nn.Module`` in, tensors out; no Lightning."""
+"""Measurements of one real network: ``nn.Module`` in, tensors out; no Lightning."""
 
 from torch_eft.measure.ensembles.learning_rates import LearningRates, read_learning_rates
 from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble

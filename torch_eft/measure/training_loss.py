@@ -103,6 +103,8 @@ def recognize_squared_error(
 ) -> SquaredError:
     """Recognize squared error from the value and the gradient of a training step's loss on one batch.
 
+    ``UnrecognizedLossError`` says in which of them the step differs from squared error on (x, y).
+
     Args:
         model: The network, before the step.
         x: The batch's inputs.
@@ -113,9 +115,6 @@ def recognize_squared_error(
 
     Returns:
         The loss, with its constant.
-
-    Raises:
-        UnrecognizedLossError: If value or gradient differ from those of squared error on (x, y).
 
     Example:
         >>> import torch

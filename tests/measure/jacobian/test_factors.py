@@ -108,10 +108,10 @@ def test_a_handler_that_is_wrong_is_found_out_and_replaced(monkeypatch):
 
     def forgetful(recorder, func, input, weight, bias=None):
         output = right(recorder, func, input, weight, bias)
-        if output is not None and len(recorder.sites) == 2:  # the second layer's bias gets half its gradient
-            site = recorder.sites[-1]
-            recorder.sites[-1] = type(site)(
-                site.kind, site.weight, site.bias, (0.5 * site.inputs[0],), site.edges, site.shape, site.options
+        if output is not None and len(recorder.calls) == 2:  # the second layer's bias gets half its gradient
+            call = recorder.calls[-1]
+            recorder.calls[-1] = type(call)(
+                call.kind, call.weight, call.bias, (0.5 * call.inputs[0],), call.edges, call.shape, call.options
             )
         return output
 

@@ -72,7 +72,7 @@ def third(function):
     ids=["mlp", "layer_norm"],
 )
 def test_dense_derivatives_agree_to_rounding(build, reference):
-    """Of torch's own layer norm, dense derivatives are wrong from second order on: it is written out for them."""
+    """Dense derivatives of torch's own layer norm are wrong from second order on: it is written out for them."""
     model, plain = build().double(), reference().double()
     params, x, lambdas, f = stacked(model, 2)
     found = differentials(f, params, lambdas)

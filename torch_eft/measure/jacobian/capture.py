@@ -1,4 +1,4 @@
-"""Recording what a network does with its parameters: the inputs and outputs of every layer, in one forward.
+"""Records what a network does with its parameters: the inputs and outputs of every layer, in one forward.
 
 A ``TorchFunctionMode`` replaces each parameter, where it recognizes what is done with it, by a copy of its value, and
 keeps the operation's input and the place of its output in the autograd graph. What still leads from the output to a
@@ -7,6 +7,8 @@ parameter afterwards is a use that was not recognized: nothing can be dropped si
 The same rules serve plain tensors and jets along theta + s v (``jets.py``): there inputs and outputs are series.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,17 +27,17 @@ _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One use of one or two parameters.
+    """One operation that uses one or two parameters.
 
     Args:
-        kind: How the Jacobian follows from inputs and gradients: ``"linear"``, ``"convolution"``,
+        kind: Which rule leads from inputs and gradients to the Jacobian: ``"linear"``, ``"convolution"``,
             ``"transposed convolution"``, ``"embedding"`` or ``"scale"``.
         weight: Name of the weight, or None.
         bias: Name of what is added, or None.
         inputs: Coefficients of the operation's input, outside the autograd graph; None for zero.
-        edges: Where the coefficients of its output stand in the graph.
+        edges: Places of the coefficients of its output in the graph.
         shape: The output's shape.
-        options: What else the kind needs.
+        options: Further settings of the operation (stride, groups ...).
     """
 
     kind: str
@@ -48,17 +50,12 @@ class LayerCall:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The parameters."""
+        """The parameters' names."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """What tells it from other uses in other networks."""
-        return self.kind, self.weight, self.bias, self.shape
 
 
 class Capture(TorchFunctionMode):
-    """A context in which the recognized uses of ``params`` are recorded.
+    """Context in which the recognized uses of ``params`` are recorded.
 
     Args:
         params: The very tensors (or jets) that the network is called with, by name.
@@ -67,20 +64,17 @@ class Capture(TorchFunctionMode):
 
     def __init__(self, params: Mapping[str, Tensor], excluded: Iterable[str] = ()) -> None:
         super().__init__()
-        self.sites: list[LayerCall] = []
+        self.calls: list[LayerCall] = []
         self._names = {id(tensor): name for name, tensor in params.items() if name not in set(excluded)}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Records what a rule recognizes; everything else is passed on."""
+        """Record what a rule recognizes; pass everything else on."""
         kwargs = kwargs or {}
         rule = _RULES.get(func)
-        if rule is not None:
-            try:
-                value = rule(self, func, *args, **kwargs)
-            except TypeError:  # called in a form that the rule does not know: the use stays unrecognized
-                value = None
+        if rule is not None and _accepts(rule, self, func, *args, **kwargs):
+            value = rule(self, func, *args, **kwargs)
             if value is not None:
                 return value
         if func in _RECURRENT:  # its weights are used by the operations it is made of
@@ -95,11 +89,23 @@ class Capture(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def name(self, tensor: Any) -> str | None:
-        """Of a parameter, or None."""
+        """Return the name of a parameter, None of other tensors."""
         return self._names.get(id(tensor))
 
     def record(self, kind: str, weight: str | None, bias: str | None, x: Any, output: Tensor, **options: Any) -> Tensor:
-        """Note an operation whose parameters were replaced by ``fresh``; returns its output."""
+        """Note an operation whose parameters were replaced by ``fresh``.
+
+        Args:
+            kind: See ``LayerCall``.
+            weight: See ``LayerCall``.
+            bias: See ``LayerCall``.
+            x: The operation's input.
+            output: Its output.
+            **options: See ``LayerCall``.
+
+        Returns:
+            The output, to go on with.
+        """
         if isinstance(output, Jet):
             # A zero coefficient (a linear layer's third order, say) has a gradient all the same.
             parts = [output.primal.new_zeros(output.shape) if part is None else part for part in output.coefficients]
@@ -111,12 +117,12 @@ class Capture(TorchFunctionMode):
             return output
         inputs = tuple(None if part is None else part.detach() for part in coefficients_of(x, len(coefficients) - 1))
         edges = tuple(get_gradient_edge(part) for part in coefficients)
-        self.sites.append(LayerCall(kind, weight, bias, inputs, edges, output.shape, options))
+        self.calls.append(LayerCall(kind, weight, bias, inputs, edges, output.shape, options))
         return output
 
 
 def fresh(parameter: Any) -> Any:
-    """A copy of the parameter's value that the graph of the original does not know."""
+    """Copy the parameter's value, without a way back to the original in the graph."""
     if isinstance(parameter, Jet):
         first, *others = parameter.coefficients
         assert first is not None
@@ -125,10 +131,10 @@ def fresh(parameter: Any) -> Any:
 
 
 def unrecognized(outputs: Tensor, params: Mapping[str, Tensor]) -> set[str]:
-    """Names of the parameters that the graph of ``outputs`` still leads to."""
+    """Return the names of the parameters that the graph of ``outputs`` still leads to."""
     leaves = {id(coefficients_of(tensor, 0)[0]): name for name, tensor in params.items()}
     pending = [part.grad_fn for part in coefficients_of(outputs, 0) if part is not None]
-    seen, found = set(), set()
+    seen, reached = set(), set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:
@@ -136,15 +142,27 @@ def unrecognized(outputs: Tensor, params: Mapping[str, Tensor]) -> set[str]:
         seen.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) in leaves:
-            found.add(leaves[id(variable)])
+            reached.add(leaves[id(variable)])
         pending += [previous for previous, _ in node.next_functions]
-    return found
+    return reached
 
 
 # ---- rules: each returns None for a use that it does not recognize
 
 Rule = Callable[..., Tensor | None]
 _RULES: dict[Callable[..., Any], Rule] = {}
+
+
+def _accepts(rule: Rule, *args: Any, **kwargs: Any) -> bool:
+    """Return whether the rule knows this form of the call; otherwise the use stays unrecognized."""
+    try:
+        _signature(rule).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def _rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
@@ -258,7 +276,7 @@ def _embedding(
 
 
 def _scaled(capture: Capture, normalized: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Tensor:
-    """Normalized * weight + bias, both brought to ``shape``."""
+    """Return normalized * weight + bias, both brought to ``shape``."""
     w, b = capture.name(weight), capture.name(bias)
     shape = (bias if weight is None else weight).reshape(shape).shape
     output = normalized
@@ -360,7 +378,7 @@ def _expand(capture: Capture, func: Any, input: Any, *sizes: Any) -> Tensor | No
 
 
 def _broadcasts(parameter: Tensor, x: Any) -> bool:
-    """Whether ``parameter`` is stretched to the shape of ``x``, and not the other way round."""
+    """Return whether ``parameter`` is stretched to the shape of ``x``, and not the other way round."""
     return (
         isinstance(x, Tensor) and x.is_floating_point() and torch.broadcast_shapes(parameter.shape, x.shape) == x.shape
     )

@@ -25,7 +25,7 @@ from torch_eft.measure.jacobian.blocks import GramBlocks, summed_over_outputs
 from torch_eft.measure.jacobian.factors import jacobian_factors
 from torch_eft.measure.jacobian.fallback import reverse_factors
 from torch_eft.measure.jacobian.gram import Factor, Orders
-from torch_eft.measure.jacobian.plan import Plan, make_plan, sample_count, slice_of
+from torch_eft.measure.jacobian.plan import JacobianPlan, make_plan, sample_count, slice_of
 from torch_eft.measure.jacobian.verification import mismatches
 from torch_eft.measure.jets.jet import NoJetRuleError
 
@@ -36,8 +36,8 @@ _log = logging.getLogger("torch_eft")
 _REMEMBERED = 16  # plans and methods of one module
 
 
-class _Findings(WeakKeyDictionary[nn.Module, dict[Any, Any]]):
-    """What was found out about modules, by probe shape and output function; the oldest are forgotten."""
+class _Remembered(WeakKeyDictionary[nn.Module, dict[Any, Any]]):
+    """Plans and methods by module, probe shape and output function; the oldest are forgotten."""
 
     def get_or_make(self, network: IsolatedModel, key: Any, make: Callable[[], Any]) -> Any:
         known = self.setdefault(network.origin, {})
@@ -50,14 +50,14 @@ class _Findings(WeakKeyDictionary[nn.Module, dict[Any, Any]]):
         return known[key][0]
 
 
-_plans, _methods = _Findings(), _Findings()
+_plans, _methods = _Remembered(), _Remembered()
 
 JETS = "jets"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a measurement will take, in bytes.
+    """The memory that a measurement will take, in bytes.
 
     Args:
         sample: Factors and graph of one sample.
@@ -74,9 +74,9 @@ class Estimate:
     total: int
 
     def __str__(self) -> str:
-        """In words."""
+        """Return one line with sizes in GiB or MiB."""
         return (
-            f"{_size(self.total)} ({_size(self.kernels)} for the kernels, {_size(self.sample)} a sample, "
+            f"{_size(self.total)} ({_size(self.kernels)} for the kernels, {_size(self.sample)} per sample, "
             f"{self.blocks} block{'s' if self.blocks > 1 else ''} of {self.block} samples)"
         )
 
@@ -147,8 +147,8 @@ class JacobianGram:
         inputs = [(leaf.shape[1:], leaf.dtype) for leaf in leaves]
         return str((shapes, inputs, self.trainable, self.samples == 1, id(self.network.output_fn)))
 
-    def _planned(self, probe: Probe) -> Plan:
-        def make() -> Plan:
+    def _planned(self, probe: Probe) -> JacobianPlan:
+        def make() -> JacobianPlan:
             check_measurable(self.network)
             with torch.no_grad():
                 outputs = checked_output(self.network, probe)
@@ -158,8 +158,8 @@ class JacobianGram:
 
         return _plans.get_or_make(self.network, self._key(), make)
 
-    def _verified(self, plan: Plan, few: Any) -> Plan:
-        """The plan, with what does not agree with an ordinary backward pass left to the fallback."""
+    def _verified(self, plan: JacobianPlan, few: Any) -> JacobianPlan:
+        """Leave what does not agree with an ordinary backward pass to the fallback."""
         for attempt in range(2):
             try:
                 factors = jacobian_factors(self.network, few, self.trainable, plan)
@@ -171,13 +171,13 @@ class JacobianGram:
             if not wrong:
                 return plan
             if attempt == 0:
-                refused = {name: f"its factors disagree with backward: {found}" for name, found in wrong.items()}
+                refused = {name: f"its factors disagree with backward: {sizes}" for name, sizes in wrong.items()}
                 plan = make_plan(self.network, self.inputs, self.trainable, {**plan.fallback, **refused})
-        name, found = next(iter(wrong.items()))
+        name, sizes = next(iter(wrong.items()))
         raise ValueError(
-            f"model: the Jacobian of {name!r} cannot be trusted: |u . J| is {found}. The forward is no function of "
-            "its parameters and of each sample alone (random operations, samples that see each other, state that "
-            "changes); measure the part of it that is"
+            f"model: the Jacobian of {name!r} cannot be trusted: |u . J| is {sizes}. The forward does not depend on "
+            "its parameters and each sample alone (random operations, samples that see each other, state that "
+            "changes); measure the part of it that does"
         )
 
     # ---- memory
@@ -384,10 +384,15 @@ def check_finite(network: IsolatedModel, tensors: Collection[Tensor], name: str)
 
 
 def checked_lambdas(network: IsolatedModel, lambdas: Mapping[str, float] | float | None) -> dict[str, float]:
-    """Lambda of every trainable parameter with lambda > 0.
+    """Return lambda of every trainable parameter with lambda > 0.
+
+    Args:
+        network: The network.
+        lambdas: See ``ntk``.
 
     Raises:
-        ValueError: If there is no trainable parameter, or ``lambdas`` names others, or gives negative values.
+        ValueError: If there is no trainable parameter, ``lambdas`` is neither a number nor such a mapping, names other
+            parameters, or gives negative values.
     """
     names = set(network.params)
     if not names:
@@ -399,10 +404,17 @@ def checked_lambdas(network: IsolatedModel, lambdas: Mapping[str, float] | float
                 f"lambdas: {wrong[0]!r} is {'missing' if wrong[0] in names else 'no trainable parameter'}; "
                 "name every trainable parameter once"
             )
-        values = {name: float(value) for name, value in lambdas.items()}
+        values = {name: _number(value, f" for {name!r}") for name, value in lambdas.items()}
     else:
-        values = dict.fromkeys(network.params, 1.0 if lambdas is None else float(lambdas))
+        values = dict.fromkeys(network.params, 1.0 if lambdas is None else _number(lambdas))
     for name, value in values.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"lambdas: {value:g} given for {name!r}; it must be finite and >= 0")
     return {name: values[name] for name in network.params if values[name] > 0}
+
+
+def _number(value: Any, place: str = "") -> float:
+    """Return a lambda as a float, refusing strings and tensors of several numbers."""
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise ValueError(f"lambdas: {value!r} given{place}; give a number, or {{parameter name: number}}")
+    return float(value)

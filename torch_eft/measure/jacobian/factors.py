@@ -11,96 +11,111 @@ from torch_eft.measure.jacobian.capture import Capture, LayerCall
 from torch_eft.measure.jacobian.fallback import along, fallback_factors
 from torch_eft.measure.jacobian.gram import Factor, PerOutput
 from torch_eft.measure.jacobian.layers import Axis, Formed, factors, worth_forming
-from torch_eft.measure.jacobian.plan import Plan, sample_count, signature
+from torch_eft.measure.jacobian.plan import JacobianPlan, sample_count, signature
 from torch_eft.measure.jets.jet import coefficients_of
 
-_SMALL = 2**19  # numbers in all uses' outputs
+_SMALL = 2**19  # numbers in all calls' outputs
 
 
 def jacobian_factors(
     network: IsolatedModel,
     inputs: Any,
     trainable: Sequence[str],
-    plan: Plan,
+    plan: JacobianPlan,
     direction: Mapping[str, Tensor] | None = None,
     order: int = 0,
 ) -> list[Factor]:
-    """The Jacobian's Taylor coefficients J_0 .. J_order along ``direction``, as factors that cover every parameter."""
-    found: list[Factor] = []
+    """Return the Jacobian's Taylor coefficients J_0 .. J_order as factors that cover every parameter.
+
+    Args:
+        network: The network.
+        inputs: Some samples, where the network is.
+        trainable: Names of the parameters.
+        plan: Which of them have factors, and which fall back.
+        direction: What J is differentiated along; needed above order 0.
+        order: Of the last coefficient.
+
+    Returns:
+        The factors of some number of parameters each.
+
+    Raises:
+        ValueError: If the network does something else with its parameters than when the plan was made.
+    """
+    result: list[Factor] = []
     samples = sample_count(inputs)
-    if plan.sites:
+    if plan.calls:
         leaves = {name: network.params[name].detach().requires_grad_() for name in trainable}
         params = dict(network.params) | (leaves if direction is None else along(leaves, direction, order))
         with Capture({name: params[name] for name in trainable}, plan.fallback) as capture:
             outputs = network(params, inputs)
-        signatures = tuple(signature(site, axis) for site, axis in zip(capture.sites, plan.axes, strict=False))
-        if signatures != plan.sites or len(capture.sites) != len(plan.sites):
+        signatures = tuple(signature(call, axis) for call, axis in zip(capture.calls, plan.axes, strict=False))
+        if signatures != plan.calls or len(capture.calls) != len(plan.calls):
             raise ValueError(
                 "model: what its forward does depends on the number or the values of the samples; measure one "
                 "sample at a time, or pass samples that take the same way through it"
             )
-        found = _factors(outputs, capture.sites, plan.axes, samples, order)
+        result = _factors(outputs, capture.calls, plan.axes, samples, order)
     missing = [name for name in plan.fallback if name in trainable]
     if missing:
-        found += fallback_factors(network, inputs, missing, trainable, direction, order)
-    return found
+        result += fallback_factors(network, inputs, missing, trainable, direction, order)
+    return result
 
 
 def _factors(
-    outputs: Tensor, sites: Sequence[LayerCall], axes: Sequence[Axis], samples: int, order: int
+    outputs: Tensor, calls: Sequence[LayerCall], axes: Sequence[Axis], samples: int, order: int
 ) -> list[Factor]:
-    """From g_p = d z_order / d o_{order - p} of every use's output.
+    """Compute the factors from g_p = d z_order / d o_{order - p} of every call's output.
 
     Small layers take all outputs of the network at once. Large ones take them one after the other: kernels are large
     enough, operations without a batching rule would be looped over and their results copied, and the Jacobian of a
     layer with many places can take the place of its gradients.
+
+    Returns:
+        The factors of all calls.
     """
     last = coefficients_of(outputs, order)[order]
     channels = outputs.shape[1]
-    edges = [site.edges[order - p] for site in sites for p in range(order + 1)]
-    shapes = [site.shape for site in sites for _ in range(order + 1)]
+    edges = [call.edges[order - p] for call in calls for p in range(order + 1)]
+    shapes = [call.shape for call in calls for _ in range(order + 1)]
     if last is None or not last.requires_grad:
         zeros = [torch.zeros(shape, dtype=outputs.dtype, device=outputs.device) for shape in shapes]
-        return factors(sites, _by_site([(zero,) * channels for zero in zeros], order), axes, samples)
+        return factors(calls, _by_call([(zero,) * channels for zero in zeros], order), axes, samples)
     if channels > 1 and sum(shape.numel() for shape in shapes) <= _SMALL:
         parts = _all_at_once(last, edges, shapes)
         if parts is not None:
-            return factors(sites, _by_site(parts, order), axes, samples)
+            return factors(calls, _by_call(parts, order), axes, samples)
     formed = {
-        index: Formed(site, axis, samples)
-        for index, (site, axis) in enumerate(zip(sites, axes, strict=True))
-        if worth_forming(site, sites, samples)
+        index: Formed(call, axis, samples)
+        for index, (call, axis) in enumerate(zip(calls, axes, strict=True))
+        if worth_forming(call, calls, samples)
     }
-    kept = [index for index in range(len(sites)) if index not in formed]
+    kept = [index for index in range(len(calls)) if index not in formed]
     rows: list[list[Tensor]] = []
     for i in range(channels):
-        found = torch.autograd.grad(last[:, i].sum(), edges, retain_graph=i < channels - 1, allow_unused=True)
-        given = [last.new_zeros(shape) if g is None else g for g, shape in zip(found, shapes, strict=True)]
+        gradients = torch.autograd.grad(last[:, i].sum(), edges, retain_graph=i < channels - 1, allow_unused=True)
+        given = [last.new_zeros(shape) if g is None else g for g, shape in zip(gradients, shapes, strict=True)]
         for index, layer in formed.items():
             layer.add(given[index * (order + 1) : (index + 1) * (order + 1)])
         rows.append([given[index * (order + 1) + p] for index in kept for p in range(order + 1)])
-        del found, given
-    gradients = _by_site([tuple(parts) for parts in zip(*rows, strict=True)], order)
-    others = factors([sites[index] for index in kept], gradients, [axes[index] for index in kept], samples)
+        del gradients, given
+    kept_gradients = _by_call([tuple(parts) for parts in zip(*rows, strict=True)], order)
+    others = factors([calls[index] for index in kept], kept_gradients, [axes[index] for index in kept], samples)
     return [factor for layer in formed.values() for factor in layer.factors()] + others
 
 
-def _by_site(parts: Sequence[PerOutput], order: int) -> list[tuple[PerOutput, ...]]:
+def _by_call(parts: Sequence[PerOutput], order: int) -> list[tuple[PerOutput, ...]]:
     return [tuple(parts[start : start + order + 1]) for start in range(0, len(parts), order + 1)]
 
 
 def _all_at_once(last: Tensor, edges: Sequence[Any], shapes: Sequence[torch.Size]) -> list[PerOutput] | None:
-    """The gradients of sum_a last_{a;i} for every output i in one backward pass; None where that is not possible."""
+    """Differentiate sum_a last_{a;i} for every output i in one backward pass; None where that is not possible."""
     channels = last.shape[1]
     unit = torch.eye(channels, dtype=last.dtype, device=last.device)[:, None].expand(-1, len(last), -1)
     try:
-        found = torch.autograd.grad(last, edges, unit, is_grads_batched=True, allow_unused=True, retain_graph=True)
+        gradients = torch.autograd.grad(last, edges, unit, is_grads_batched=True, allow_unused=True, retain_graph=True)
     except RuntimeError:  # an operation that cannot be batched
         return None
     return [
         (last.new_zeros(shape),) * channels if g is None else g.unbind(0)
-        for g, shape in zip(found, shapes, strict=True)
+        for g, shape in zip(gradients, shapes, strict=True)
     ]
-
-
-# ---- the fallback

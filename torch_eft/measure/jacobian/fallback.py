@@ -20,10 +20,17 @@ from torch_eft.measure.jets.jet import coefficients_of, jet
 def reverse_factors(
     network: IsolatedModel, inputs: Any, trainable: Sequence[str], direction: Mapping[str, Tensor], order: int
 ) -> list[Factor]:
-    """J_0 .. J_order of every parameter by reverse mode of reverse mode, for operations that jets do not know.
+    """Compute J_0 .. J_order of every parameter by reverse mode of reverse mode, for operations without jets.
 
-    Raises:
-        RuntimeError: If an operation has no derivative of order + 1.
+    Args:
+        network: The network.
+        inputs: Some samples, where the network is.
+        trainable: Names of the parameters.
+        direction: What J is differentiated along.
+        order: Of the last coefficient.
+
+    Returns:
+        One factor per parameter. torch raises a ``RuntimeError`` if an operation has no derivative of order + 1.
     """
     leaves = [network.params[name].detach().requires_grad_() for name in trainable]
     with Decomposed():
@@ -53,7 +60,19 @@ def fallback_factors(
     direction: Mapping[str, Tensor] | None,
     order: int,
 ) -> list[Factor]:
-    """The Jacobian of some parameters, one sample at a time."""
+    """Compute the Jacobian of some parameters, one sample at a time.
+
+    Args:
+        network: The network.
+        inputs: Some samples, where the network is.
+        names: The parameters wanted.
+        trainable: All parameters that the direction moves.
+        direction: What J is differentiated along; needed above order 0.
+        order: Of the last coefficient.
+
+    Returns:
+        One factor per parameter.
+    """
     if order == 0:
         rows = _first_order(network, inputs, names)
         return [DenseFactor(name, (rows[name].flatten(2).transpose(0, 1),)) for name in names]
@@ -69,14 +88,14 @@ def fallback_factors(
 
 
 def _rows(part: Tensor | None, leaves: Sequence[Tensor], channels: int) -> list[Tensor]:
-    """D part_i / d leaf, (C, P) each; ``part`` is (1, C)."""
+    """Return d part_i / d leaf, (C, P) each; ``part`` is (1, C)."""
     values = [leaves[0].new_zeros(())] * channels if part is None else part[0].unbind()
     gradients = [pull_back([value], [torch.ones_like(value)], leaves) for value in values]
     return [torch.stack(row).flatten(1) for row in zip(*gradients, strict=True)]
 
 
 def _first_order(network: IsolatedModel, inputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
-    """(N, C, *parameter) by name."""
+    """Return J_0, (N, C, *parameter) by name."""
     own = {name: network.params[name] for name in names}
     others = {name: value for name, value in network.params.items() if name not in own}
 
@@ -96,5 +115,5 @@ def _first_order(network: IsolatedModel, inputs: Any, names: Sequence[str]) -> d
 
 
 def along(leaves: Mapping[str, Tensor], direction: Mapping[str, Tensor], order: int) -> dict[str, Tensor]:
-    """Parameters as jets along ``direction``."""
+    """Return parameters as jets along ``direction``."""
     return {name: jet([leaf, direction[name], *[None] * (order - 1)]) for name, leaf in leaves.items()}

@@ -26,7 +26,7 @@ BLOCK_BYTES = 4 * 2**20
 """Size of the buffer in which parts of a Jacobian are formed: reused, so that it stays in the cache."""
 
 FORMED = 64
-"""Of a layer's outputs, at least so many are taken at once where a Jacobian is formed: narrower products are slow."""
+"""Least number of a layer's outputs that are taken at once where a Jacobian is formed: narrower products are slow."""
 
 PerOutput = tuple[Tensor, ...]
 """One tensor for every output i."""
@@ -160,7 +160,7 @@ class OuterProductFactor:
 
 @dataclass(frozen=True)
 class EmbeddingFactor(OuterProductFactor):
-    """The same for a table whose inputs are token numbers (N, T), standing for one-hot vectors; below 0 for none."""
+    """Factor of a table, whose inputs are token numbers (N, T) standing for one-hot vectors, and below 0 for none."""
 
     _one_place: ClassVar[bool] = False
 
@@ -258,7 +258,7 @@ def _lower_blocks(size: int) -> Iterator[tuple[slice, slice]]:
 def _add_products(
     out: Mapping[Orders, Tensor], rows: Jacobians, columns: Jacobians, scale: float, symmetric: bool
 ) -> None:
-    """By matrix products of (C, N, P) Jacobians."""
+    """Add matrix products of (C, N, P) Jacobians."""
     if scale == 0:
         return
     for (m, n), value in out.items():
@@ -278,7 +278,7 @@ def _add_one_place(
     lambdas: Mapping[str, float],
     symmetric: bool,
 ) -> None:
-    """T = 1: J_m J_n^T = sum (g_p . g_r) * (a_q . a_s) over p + q = m, r + s = n; the bias has a_0 = 1."""
+    """Add, for T = 1, J_m J_n^T = sum (g_p . g_r) * (a_q . a_s) over p + q = m, r + s = n; the bias has a_0 = 1."""
     overlaps: dict[Orders, Tensor] = {}
 
     def overlap(q: int, s: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""From recorded uses of parameters and gradients to the factors of the Jacobian, kind by kind."""
+"""Turns recorded calls and gradients into the factors of the Jacobian, kind by kind."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,59 +12,59 @@ from torch_eft.measure.jacobian.capture import LayerCall
 from torch_eft.measure.jacobian.gram import DenseFactor, EmbeddingFactor, Factor, OuterProductFactor, PerOutput
 
 Gradients = tuple[PerOutput, ...]
-"""g_0, g_1, ... of one use's output: for every output of the network a tensor of the use's shape."""
+"""g_0, g_1, ... of one call's output: for every output of the network a tensor of the call's shape."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Where the samples are in a layer's output.
+    """Axis of a layer's output on which the samples are.
 
     Args:
         index: The axis; its length may be a multiple of N.
-        inner: Whether samples run faster than what else is on this axis.
+        inner: True if samples run faster than the other index on this axis.
     """
 
     index: int
     inner: bool = False
 
     def split(self, x: Tensor, samples: int) -> Tensor:
-        """(..., N m, ...) as (N, m, ...)."""
+        """Return (..., N m, ...) as (N, m, ...)."""
         x = x.movedim(self.index, 0)
         return x.unflatten(0, (-1, samples)).transpose(0, 1) if self.inner else x.unflatten(0, (samples, -1))
 
 
 def factors(
-    sites: Sequence[LayerCall], gradients: Sequence[Gradients], axes: Sequence[Axis], samples: int
+    calls: Sequence[LayerCall], gradients: Sequence[Gradients], axes: Sequence[Axis], samples: int
 ) -> list[Factor]:
-    """One factor a parameter (a layer's bias may stand with its weight).
+    """Return one factor per parameter (a layer's bias may stand with its weight).
 
     Args:
-        sites: The uses.
+        calls: The recorded calls.
         gradients: Of their outputs.
         axes: The samples' axis in each output.
         samples: N.
     """
     outer: dict[tuple[str, int], list[OuterProductFactor]] = {}
     direct: dict[str, list[DenseFactor]] = {}
-    for site, g, axis in zip(sites, gradients, axes, strict=True):
-        for factor in _KINDS[site.kind](site, g, axis, samples):
+    for call, g, axis in zip(calls, gradients, axes, strict=True):
+        for factor in _KINDS[call.kind](call, g, axis, samples):
             if isinstance(factor, OuterProductFactor):
                 group = len(outer)  # groups of a convolution are different parameters
-                outer.setdefault((factor.weight, 0 if _mergeable(site) else group), []).append(factor)
+                outer.setdefault((factor.weight, 0 if _mergeable(call) else group), []).append(factor)
             else:
                 direct.setdefault(factor.weight, []).append(factor)
-    found: list[Factor] = []
+    result: list[Factor] = []
     for (_, _), uses in outer.items():
         alone = len(uses) == 1 and uses[0].bias not in direct and _uses(outer, uses[0].bias) == 1
         for use in uses:
             if use.bias is not None and not alone:
                 direct.setdefault(use.bias, []).append(use.of_bias())
-        found.append(uses[0] if alone else _merged(uses))
-    return found + [_summed(uses) for uses in direct.values()]
+        result.append(uses[0] if alone else _merged(uses))
+    return result + [_summed(uses) for uses in direct.values()]
 
 
-def _mergeable(site: LayerCall) -> bool:
-    return site.options.get("groups", 1) == 1
+def _mergeable(call: LayerCall) -> bool:
+    return call.options.get("groups", 1) == 1
 
 
 def _uses(outer: Mapping[tuple[str, int], Sequence[OuterProductFactor]], bias: str | None) -> int:
@@ -72,7 +72,7 @@ def _uses(outer: Mapping[tuple[str, int], Sequence[OuterProductFactor]], bias: s
 
 
 def _merged(uses: Sequence[OuterProductFactor]) -> OuterProductFactor:
-    """A weight used several times: the places of all uses side by side."""
+    """Put the places of all uses of a weight side by side."""
     if len(uses) == 1:
         return replace(uses[0], bias=None)
     inputs = tuple(_joined(uses, q) for q in range(len(uses[0].inputs)))
@@ -92,7 +92,7 @@ def _joined(uses: Sequence[OuterProductFactor], q: int) -> Tensor | None:
 
 
 def _given(x: Tensor | None) -> Tensor:
-    """The zeroth coefficient of an input is never left out."""
+    """Return the zeroth coefficient of an input, which is never left out."""
     assert x is not None
     return x
 
@@ -112,39 +112,39 @@ def _each_output(gradients: Gradients, function: Callable[[Tensor], Tensor]) -> 
     return tuple(tuple(function(part) for part in g) for g in gradients)
 
 
-def _inputs(site: LayerCall, axis: Axis, samples: int) -> tuple[Tensor | None, ...]:
-    """Of a linear layer or an ungrouped convolution, (N, T, D) each."""
-    if site.kind == "linear":
-        return tuple(None if a is None else axis.split(a, samples).flatten(1, -2) for a in site.inputs)
-    windows = [None if a is None else _windows(a, site).flatten(2) for a in site.inputs]
+def _inputs(call: LayerCall, axis: Axis, samples: int) -> tuple[Tensor | None, ...]:
+    """Return the inputs of a linear layer or an ungrouped convolution, (N, T, D) each."""
+    if call.kind == "linear":
+        return tuple(None if a is None else axis.split(a, samples).flatten(1, -2) for a in call.inputs)
+    windows = [None if a is None else _windows(a, call).flatten(2) for a in call.inputs]
     return tuple(None if w is None else _samples(w, axis, samples) for w in windows)
 
 
-def _places(x: Tensor, site: LayerCall, axis: Axis, samples: int) -> Tensor:
-    """The gradient at its output, (N, T, E)."""
-    return axis.split(x, samples).flatten(1, -2) if site.kind == "linear" else _samples(x.flatten(2).mT, axis, samples)
+def _places(x: Tensor, call: LayerCall, axis: Axis, samples: int) -> Tensor:
+    """Return the gradient at its output, (N, T, E)."""
+    return axis.split(x, samples).flatten(1, -2) if call.kind == "linear" else _samples(x.flatten(2).mT, axis, samples)
 
 
-def _linear(site: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
-    gradients = _each_output(g, partial(_places, site=site, axis=axis, samples=samples))
-    return [OuterProductFactor(site.names[0], _inputs(site, axis, samples), gradients, site.bias)]
+def _linear(call: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+    gradients = _each_output(g, partial(_places, call=call, axis=axis, samples=samples))
+    return [OuterProductFactor(call.names[0], _inputs(call, axis, samples), gradients, call.bias)]
 
 
-def _convolution(site: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
-    groups = site.options["groups"]
+def _convolution(call: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+    groups = call.options["groups"]
     if groups == 1:
-        return _linear(site, g, axis, samples)
-    windows = [None if a is None else _windows(a, site) for a in site.inputs]  # (N, places, k, Cin)
+        return _linear(call, g, axis, samples)
+    windows = [None if a is None else _windows(a, call) for a in call.inputs]  # (N, places, k, Cin)
     parts = _each_output(g, lambda x: x.flatten(2).mT)
-    found: list[Factor] = []
+    result: list[Factor] = []
     for index in range(groups):
         inputs = tuple(None if w is None else _group(w, index, groups, axis, samples) for w in windows)
         gradients = _each_output(parts, partial(_group, index=index, groups=groups, axis=axis, samples=samples))
-        found.append(OuterProductFactor(site.names[0], inputs, gradients))
-    if site.bias is not None:
+        result.append(OuterProductFactor(call.names[0], inputs, gradients))
+    if call.bias is not None:
         summed = _each_output(parts, lambda x: _samples(x, axis, samples).sum(1))
-        found.append(DenseFactor(site.bias, tuple(torch.stack(rows) for rows in summed)))
-    return found
+        result.append(DenseFactor(call.bias, tuple(torch.stack(rows) for rows in summed)))
+    return result
 
 
 class Formed:
@@ -153,79 +153,79 @@ class Formed:
     It is then smaller than the gradients: of a convolution on large images by an order of magnitude.
 
     Args:
-        site: The use.
+        call: The call.
         axis: The samples' axis.
         samples: N.
     """
 
-    def __init__(self, site: LayerCall, axis: Axis, samples: int) -> None:
-        self.site, self.axis, self.samples = site, axis, samples
-        self._inputs = _inputs(site, axis, samples)
+    def __init__(self, call: LayerCall, axis: Axis, samples: int) -> None:
+        self.call, self.axis, self.samples = call, axis, samples
+        self._inputs = _inputs(call, axis, samples)
         self._rows: list[list[Tensor]] = []
         self._biases: list[list[Tensor]] = []
 
     def add(self, gradients: Sequence[Tensor]) -> None:
-        """The next output's g_0, g_1, ..."""
-        g = [_places(part, self.site, self.axis, self.samples) for part in gradients]
-        one = OuterProductFactor(self.site.names[0], self._inputs, tuple((part,) for part in g))
+        """Take the next output's g_0, g_1, ..."""
+        g = [_places(part, self.call, self.axis, self.samples) for part in gradients]
+        one = OuterProductFactor(self.call.names[0], self._inputs, tuple((part,) for part in g))
         self._rows.append([J[0] for J in one.formed(range(len(g)))])
         self._biases.append([part.sum(1) for part in g])
 
     def factors(self) -> list[Factor]:
-        """J_m of the weight and of the bias."""
-        found: list[Factor] = [
-            DenseFactor(self.site.names[0], tuple(torch.stack(J) for J in zip(*self._rows, strict=True)))
+        """Return J_m of the weight and of the bias."""
+        result: list[Factor] = [
+            DenseFactor(self.call.names[0], tuple(torch.stack(J) for J in zip(*self._rows, strict=True)))
         ]
-        if self.site.bias is not None:
-            found.append(DenseFactor(self.site.bias, tuple(torch.stack(J) for J in zip(*self._biases, strict=True))))
-        return found
+        if self.call.bias is not None:
+            result.append(DenseFactor(self.call.bias, tuple(torch.stack(J) for J in zip(*self._biases, strict=True))))
+        return result
 
 
-def worth_forming(site: LayerCall, sites: Sequence[LayerCall], samples: int) -> bool:
-    """Whether a use has more places than inputs, and its parameters no other use."""
-    if site.weight is None or site.kind not in ("linear", "convolution") or site.options.get("groups", 1) > 1:
+def worth_forming(call: LayerCall, calls: Sequence[LayerCall], samples: int) -> bool:
+    """Return whether a call has more places than inputs, and its parameters no other use."""
+    if call.weight is None or call.kind not in ("linear", "convolution") or call.options.get("groups", 1) > 1:
         return False
-    if sum(bool({*site.names} & {*other.names}) for other in sites) > 1:
+    if sum(bool({*call.names} & {*other.names}) for other in calls) > 1:
         return False
-    x = _given(site.inputs[0])
-    if site.kind == "linear":
-        inputs, outputs = x.shape[-1], site.shape[-1]
+    x = _given(call.inputs[0])
+    if call.kind == "linear":
+        inputs, outputs = x.shape[-1], call.shape[-1]
     else:
-        inputs, outputs = x.shape[1] * torch.Size(site.options["kernel"]).numel(), site.shape[1]
-    return site.shape.numel() // (samples * outputs) > inputs
+        inputs, outputs = x.shape[1] * torch.Size(call.options["kernel"]).numel(), call.shape[1]
+    return call.shape.numel() // (samples * outputs) > inputs
 
 
-def _transposed(site: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
-    """The roles are exchanged: windows of the gradient meet the input, place by place."""
-    groups = site.options["groups"]
-    places = _given(site.inputs[0]).shape[2:]
-    windows = _each_output(g, lambda x: _windows(x, site, places))
-    found: list[Factor] = []
+def _transposed(call: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+    """Exchange the roles: windows of the gradient meet the input, place by place."""
+    groups = call.options["groups"]
+    places = _given(call.inputs[0]).shape[2:]
+    windows = _each_output(g, lambda x: _windows(x, call, places))
+    result: list[Factor] = []
     for index in range(groups):
         inputs = tuple(
-            None if a is None else _group(a.flatten(2).mT, index, groups, axis, samples) for a in site.inputs
+            None if a is None else _group(a.flatten(2).mT, index, groups, axis, samples) for a in call.inputs
         )
         gradients = _each_output(windows, partial(_group, index=index, groups=groups, axis=axis, samples=samples))
-        found.append(OuterProductFactor(site.names[0], inputs, gradients))
-    return found
+        result.append(OuterProductFactor(call.names[0], inputs, gradients))
+    return result
 
 
 def _group(x: Tensor, index: int, groups: int, axis: Axis, samples: int) -> Tensor:
-    """The channels of one group, (N m, places, ..., channels) as (N, m places, ... channels)."""
+    """Return the channels of one group, (N m, places, ..., channels) as (N, m places, ... channels)."""
     return _samples(x.chunk(groups, -1)[index].flatten(2), axis, samples)
 
 
 def _samples(x: Tensor, axis: Axis, samples: int) -> Tensor:
-    """(N m, places, channels) as (N, m places, channels)."""
+    """Return (N m, places, channels) as (N, m places, channels)."""
     return x if len(x) == samples else axis.split(x, samples).flatten(1, 2)
 
 
-def _windows(x: Tensor, site: LayerCall, places: Sequence[int] | None = None) -> Tensor:
-    """What a convolution's kernel sees, (N, places, kernel, channels)."""
-    kernel = site.options["kernel"]
+def _windows(x: Tensor, call: LayerCall, places: Sequence[int] | None = None) -> Tensor:
+    """Return what a convolution's kernel sees, (N, places, kernel, channels)."""
+    kernel = call.options["kernel"]
     count = len(kernel)
-    stride, dilation = (_each(site.options[name], count) for name in ("stride", "dilation"))
-    x = F.pad(x, _padding(site.options["padding"], kernel, dilation))
+    stride, dilation = (_each(call.options[name], count) for name in ("stride", "dilation"))
+    x = F.pad(x, _padding(call.options["padding"], kernel, dilation))
     if places is None:
         places = [
             (size - d * (k - 1) - 1) // s + 1
@@ -255,7 +255,7 @@ def _each(value: int | Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def _padding(padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """Before and after, last axis first, as ``torch.nn.functional.pad`` takes them."""
+    """Return the padding before and after, last axis first, as ``torch.nn.functional.pad`` takes it."""
     if padding == "same":
         whole = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         pairs = [(total // 2, total - total // 2) for total in whole]
@@ -264,32 +264,32 @@ def _padding(padding: str | int | Sequence[int], kernel: Sequence[int], dilation
     return [edge for pair in reversed(pairs) for edge in pair]
 
 
-def _embedding(site: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
-    tokens = axis.split(_given(site.inputs[0]), samples).flatten(1)
+def _embedding(call: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+    tokens = axis.split(_given(call.inputs[0]), samples).flatten(1)
     inputs = (tokens, *[None] * (len(g) - 1))
-    return [EmbeddingFactor(site.names[0], inputs, _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2)))]
+    return [EmbeddingFactor(call.names[0], inputs, _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2)))]
 
 
-def _scale(site: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
-    found: list[Factor] = []
-    if site.weight is not None:
+def _scale(call: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
+    result: list[Factor] = []
+    if call.weight is not None:
         jacobians = []
         for order in range(len(g)):
             rows = []
             for i in range(len(g[0])):
-                terms = [g[p][i] * a for p in range(order + 1) if (a := site.inputs[order - p]) is not None]
-                rows.append(_reduced(sum(terms[1:], terms[0]), site, axis, samples))
+                terms = [g[p][i] * a for p in range(order + 1) if (a := call.inputs[order - p]) is not None]
+                rows.append(_reduced(sum(terms[1:], terms[0]), call, axis, samples))
             jacobians.append(torch.stack(rows))
-        found.append(DenseFactor(site.weight, tuple(jacobians)))
-    if site.bias is not None:
-        reduced = _each_output(g, lambda x: _reduced(x, site, axis, samples))
-        found.append(DenseFactor(site.bias, tuple(torch.stack(parts) for parts in reduced)))
-    return found
+        result.append(DenseFactor(call.weight, tuple(jacobians)))
+    if call.bias is not None:
+        reduced = _each_output(g, lambda x: _reduced(x, call, axis, samples))
+        result.append(DenseFactor(call.bias, tuple(torch.stack(parts) for parts in reduced)))
+    return result
 
 
-def _reduced(x: Tensor, site: LayerCall, axis: Axis, samples: int) -> Tensor:
-    """A use's output summed over what the parameter is stretched along, (N, P)."""
-    shape = [*[1] * (x.ndim - len(site.options["shape"])), *site.options["shape"]]
+def _reduced(x: Tensor, call: LayerCall, axis: Axis, samples: int) -> Tensor:
+    """Sum a call's output over what the parameter is stretched along, (N, P)."""
+    shape = [*[1] * (x.ndim - len(call.options["shape"])), *call.options["shape"]]
     del shape[axis.index]
     x = axis.split(x, samples)  # (N, m, ...)
     return x.sum([1, *(index + 2 for index, size in enumerate(shape) if size == 1)]).reshape(samples, -1)

@@ -1,4 +1,4 @@
-"""How the Jacobian of each parameter is had: which uses are recognized, where the samples are, what falls back."""
+"""Plans how each parameter's Jacobian is computed: which calls have factors, where samples are, what falls back."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +15,19 @@ from torch_eft.measure.jacobian.layers import Axis
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How the Jacobian of each parameter is had: which uses are recognized, where the samples are, what falls back."""
+class JacobianPlan:
+    """The way in which each parameter's Jacobian is computed.
 
-    sites: tuple[tuple[Any, ...], ...] = ()
+    Args:
+        calls: Signatures of the recognized calls, in order.
+        axes: The samples' axis of each.
+        kinds: ``{parameter: kind of its call}``, of the recognized ones.
+        fallback: ``{parameter: why}``, of the others.
+        sample_bytes: Memory of the factors and the graph of one sample.
+        outputs: C.
+    """
+
+    calls: tuple[tuple[Any, ...], ...] = ()
     axes: tuple[Axis, ...] = ()
     kinds: Mapping[str, str] = field(default_factory=dict)
     fallback: Mapping[str, str] = field(default_factory=dict)
@@ -26,7 +35,9 @@ class Plan:
     outputs: int = 0
 
 
-def make_plan(network: IsolatedModel, inputs: Any, trainable: Sequence[str], refused: Mapping[str, str]) -> Plan:
+def make_plan(
+    network: IsolatedModel, inputs: Any, trainable: Sequence[str], refused: Mapping[str, str]
+) -> JacobianPlan:
     """Recognize the uses of the parameters ``trainable`` on a few samples.
 
     Args:
@@ -34,6 +45,9 @@ def make_plan(network: IsolatedModel, inputs: Any, trainable: Sequence[str], ref
         inputs: All of the probe's inputs, on the network's device.
         trainable: Names of the parameters that count.
         refused: ``{parameter: why}``, to be left to the fallback.
+
+    Returns:
+        The plan, not yet verified.
     """
     count = sample_count(inputs)
     few, fewer = (min(count, 3), min(count, 2)) if count > 2 else (count, 1)
@@ -41,92 +55,92 @@ def make_plan(network: IsolatedModel, inputs: Any, trainable: Sequence[str], ref
     while True:
         recognized = [name for name in trainable if name not in fallback]
         try:
-            traced = _trace(network, slice_of(inputs, 0, few), trainable, fallback)
-            smaller = _trace(network, slice_of(inputs, 0, fewer), trainable, fallback).sites
+            recorded = _record(network, slice_of(inputs, 0, few), trainable, fallback)
+            smaller = _record(network, slice_of(inputs, 0, fewer), trainable, fallback).calls
         except Exception as error:  # whatever the recording breaks, the fallback does not need it
             with torch.no_grad():
                 outputs = network(network.params, slice_of(inputs, 0, fewer)).shape[1]
             reason = f"the recording of its layers failed: {type(error).__name__}: {error}"
-            return Plan(fallback=fallback | dict.fromkeys(recognized, reason), outputs=outputs)
-        axes = _axes(traced.sites, smaller, few, fewer)
-        new = dict.fromkeys(traced.left, "a use that is not recognized")
-        for site, axis in zip(traced.sites, axes, strict=True):
+            return JacobianPlan(fallback=fallback | dict.fromkeys(recognized, reason), outputs=outputs)
+        axes = _axes(recorded.calls, smaller, few, fewer)
+        new = dict.fromkeys(recorded.left, "a use that is not recognized")
+        for call, axis in zip(recorded.calls, axes, strict=True):
             if axis is None:
-                new |= dict.fromkeys(site.names, f"a {site.kind} operation whose samples cannot be told apart")
-        new |= _mixed_uses(traced.sites)
+                new |= dict.fromkeys(call.names, f"a {call.kind} operation whose samples cannot be distinguished")
+        new |= _mixed_uses(recorded.calls)
         if not new:
             break
         fallback |= new
-    kinds = {name: site.kind for site in traced.sites for name in site.names}
+    kinds = {name: call.kind for call in recorded.calls for name in call.names}
     unused = [name for name in recognized if name not in kinds]
     kinds |= dict.fromkeys(unused, "unused")
-    return Plan(
-        tuple(signature(site, axis) for site, axis in zip(traced.sites, axes, strict=True)),
+    return JacobianPlan(
+        tuple(signature(call, axis) for call, axis in zip(recorded.calls, axes, strict=True)),
         tuple(axis for axis in axes if axis is not None),
         kinds,
         fallback,
-        _sample_bytes(network, traced, few),
-        traced.outputs.shape[1],
+        _sample_bytes(network, recorded, few),
+        recorded.outputs.shape[1],
     )
 
 
 def sample_count(inputs: Any) -> int:
-    """N."""
+    """Return N."""
     return next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
 
 
 def slice_of(inputs: Any, start: int, length: int) -> Any:
-    """Some of the samples."""
+    """Return ``length`` samples from ``start`` on."""
     return tree_map_only(Tensor, lambda tensor: tensor[start : start + length], inputs)
 
 
 @dataclass(frozen=True)
-class _Trace:
+class _Recording:
     outputs: Tensor
-    sites: list[LayerCall]
+    calls: list[LayerCall]
     left: set[str]
 
 
-def _trace(network: IsolatedModel, inputs: Any, trainable: Sequence[str], fallback: Mapping[str, str]) -> _Trace:
+def _record(network: IsolatedModel, inputs: Any, trainable: Sequence[str], fallback: Mapping[str, str]) -> _Recording:
     leaves = {name: network.params[name].detach().requires_grad_() for name in trainable}
     with Capture(leaves, fallback) as capture:
         outputs = network({**network.params, **leaves}, inputs)
-    return _Trace(outputs, capture.sites, unrecognized(outputs, leaves) - set(fallback))
+    return _Recording(outputs, capture.calls, unrecognized(outputs, leaves) - set(fallback))
 
 
-def _axes(sites: Sequence[LayerCall], smaller: Sequence[LayerCall], few: int, fewer: int) -> list[Axis | None]:
-    if len(sites) != len(smaller):
-        return [None] * len(sites)
-    return [_axis(first, second, few, fewer) for first, second in zip(sites, smaller, strict=True)]
+def _axes(calls: Sequence[LayerCall], smaller: Sequence[LayerCall], few: int, fewer: int) -> list[Axis | None]:
+    if len(calls) != len(smaller):
+        return [None] * len(calls)
+    return [_axis(first, second, few, fewer) for first, second in zip(calls, smaller, strict=True)]
 
 
-def _axis(site: LayerCall, smaller: LayerCall, few: int, fewer: int) -> Axis | None:
-    """The one axis that grows with the number of samples; None without one, or if the parameter varies along it."""
+def _axis(call: LayerCall, smaller: LayerCall, few: int, fewer: int) -> Axis | None:
+    """Find the one axis that grows with the number of samples; None if the parameter varies along it."""
     index = 0  # a single sample: everything belongs to it
     if few > fewer:
-        differ = [i for i, (a, b) in enumerate(zip(site.shape, smaller.shape, strict=False)) if a != b]
-        if len(site.shape) != len(smaller.shape) or len(differ) != 1:
+        differ = [i for i, (a, b) in enumerate(zip(call.shape, smaller.shape, strict=False)) if a != b]
+        if len(call.shape) != len(smaller.shape) or len(differ) != 1:
             return None
         index = differ[0]
-        if site.shape[index] * fewer != smaller.shape[index] * few or site.shape[index] % few:
+        if call.shape[index] * fewer != smaller.shape[index] * few or call.shape[index] % few:
             return None
-    if "convolution" in site.kind and index != 0:
+    if "convolution" in call.kind and index != 0:
         return None
-    if site.kind in ("linear", "embedding") and index == len(site.shape) - 1:
+    if call.kind in ("linear", "embedding") and index == len(call.shape) - 1:
         return None
-    if site.kind == "scale":
-        shape = (*[1] * (len(site.shape) - len(site.options["shape"])), *site.options["shape"])
+    if call.kind == "scale":
+        shape = (*[1] * (len(call.shape) - len(call.options["shape"])), *call.options["shape"])
         if shape[index] != 1:
             return None
     outer, inner = Axis(index), Axis(index, inner=True)
-    if few == fewer or site.shape[index] == few:
+    if few == fewer or call.shape[index] == few:
         return outer
-    return min((outer, inner), key=lambda axis: _difference(site, smaller, axis, few, fewer))
+    return min((outer, inner), key=lambda axis: _difference(call, smaller, axis, few, fewer))
 
 
-def _difference(site: LayerCall, smaller: LayerCall, axis: Axis, few: int, fewer: int) -> float:
-    """How far the inputs that belong to the first samples depend on how many others there are."""
-    more, less = site.inputs[0], smaller.inputs[0]
+def _difference(call: LayerCall, smaller: LayerCall, axis: Axis, few: int, fewer: int) -> float:
+    """Return how far the inputs that belong to the first samples depend on how many others there are."""
+    more, less = call.inputs[0], smaller.inputs[0]
     if more is None or less is None or more.ndim <= axis.index:
         return 0.0
     if more.device.type == "meta":
@@ -134,42 +148,42 @@ def _difference(site: LayerCall, smaller: LayerCall, axis: Axis, few: int, fewer
     return float((axis.split(more, few)[:fewer] - axis.split(less, fewer)).abs().max())
 
 
-def _mixed_uses(sites: Sequence[LayerCall]) -> dict[str, str]:
-    """Parameters whose uses do not add up to one factor."""
-    found = {}
+def _mixed_uses(calls: Sequence[LayerCall]) -> dict[str, str]:
+    """Return the parameters whose uses do not add up to one factor, and why."""
+    reasons = {}
     forms: dict[str, set[str]] = {}
-    for site in sites:
-        grouped = site.options.get("groups", 1) > 1
-        if site.weight is not None:
-            form = {"convolution": "matrix", "linear": "matrix"}.get(site.kind, site.kind)
-            forms.setdefault(site.weight, set()).add(form)
-            repeated = sum(other.weight == site.weight for other in sites) > 1
-            if repeated and (grouped or site.kind != "linear"):
-                found[site.weight] = f"several {site.kind} uses"
-        if site.bias is not None:
-            forms.setdefault(site.bias, set()).add("bias")
+    for call in calls:
+        grouped = call.options.get("groups", 1) > 1
+        if call.weight is not None:
+            form = {"convolution": "matrix", "linear": "matrix"}.get(call.kind, call.kind)
+            forms.setdefault(call.weight, set()).add(form)
+            repeated = sum(other.weight == call.weight for other in calls) > 1
+            if repeated and (grouped or call.kind != "linear"):
+                reasons[call.weight] = f"several {call.kind} uses"
+        if call.bias is not None:
+            forms.setdefault(call.bias, set()).add("bias")
     for name, kinds in forms.items():
         if len(kinds) > 1:
-            found[name] = f"uses of different kinds: {', '.join(sorted(kinds))}"
-    return found
+            reasons[name] = f"uses of different kinds: {', '.join(sorted(kinds))}"
+    return reasons
 
 
-def signature(site: LayerCall, axis: Axis | None) -> tuple[Any, ...]:
-    """What a use must have in common with the planned one: all but the number of samples."""
-    shape = tuple(-1 if axis is not None and index == axis.index else size for index, size in enumerate(site.shape))
-    return site.kind, site.weight, site.bias, shape
+def signature(call: LayerCall, axis: Axis | None) -> tuple[Any, ...]:
+    """Return what a call must have in common with the planned one: all but the number of samples."""
+    shape = tuple(-1 if axis is not None and index == axis.index else size for index, size in enumerate(call.shape))
+    return call.kind, call.weight, call.bias, shape
 
 
-def _sample_bytes(network: IsolatedModel, traced: _Trace, few: int) -> int:
-    """Inputs (convolutions': what their windows see), outputs, the gradients of every output, and one buffer."""
-    channels = traced.outputs.shape[1]
+def _sample_bytes(network: IsolatedModel, recorded: _Recording, few: int) -> int:
+    """Add up inputs (of convolutions their windows), outputs, the gradients of every output, and one buffer."""
+    channels = recorded.outputs.shape[1]
     numbers, buffer = 0, 0
-    for site in traced.sites:
-        windows = torch.Size(site.options["kernel"]).numel() if site.kind == "convolution" else 1
-        numbers += (channels + 1) * site.shape.numel()
-        numbers += 0 if site.inputs[0] is None else windows * site.inputs[0].numel()
-        if site.weight is not None and site.kind != "scale":
-            weight = network.params[site.weight]
-            if site.shape.numel() > few * len(weight):  # several places: the Jacobian is formed in parts
+    for call in recorded.calls:
+        windows = torch.Size(call.options["kernel"]).numel() if call.kind == "convolution" else 1
+        numbers += (channels + 1) * call.shape.numel()
+        numbers += 0 if call.inputs[0] is None else windows * call.inputs[0].numel()
+        if call.weight is not None and call.kind != "scale":
+            weight = network.params[call.weight]
+            if call.shape.numel() > few * len(weight):  # several places: the Jacobian is formed in parts
                 buffer = max(buffer, channels * min(weight.numel(), FORMED * (weight.numel() // len(weight))))
-    return (numbers // few + buffer) * traced.outputs.element_size()
+    return (numbers // few + buffer) * recorded.outputs.element_size()

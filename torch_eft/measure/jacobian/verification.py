@@ -1,4 +1,4 @@
-"""Is the structured Jacobian the network's own? Checked at first use, against ordinary backward passes.
+"""Checks at first use, against ordinary backward passes, that the structured Jacobian is the network's own.
 
 For a random u, u . J of every parameter, put together from the recorded factors, must be the gradient of u . z that
 one backward pass through the untouched network gives; along a direction v, u . J_1 must be the gradient of
@@ -28,7 +28,7 @@ def mismatches(
     direction: Mapping[str, Tensor] | None = None,
     order: int = 0,
 ) -> dict[str, str]:
-    """``{parameter: what was found}`` for those whose factors are not what backward passes give.
+    """Return ``{parameter: both sizes}`` for those whose factors are not what backward passes give.
 
     The tolerance is half the digits of the dtype, of the parameter's own size, plus a thousand roundings of the
     largest one's (a gradient that vanishes identically is rounding).
@@ -43,7 +43,7 @@ def mismatches(
         for name, value in factor.vjp(u, order).items():
             parts.setdefault(name, []).append(value)
     sizes = torch.stack([expected[name].norm() for name in trainable])
-    found = torch.stack(
+    norms = torch.stack(
         [
             torch.stack([part.norm() for part in parts[name]]).norm() if name in parts else sizes.new_zeros(())
             for name in trainable
@@ -51,16 +51,16 @@ def mismatches(
     )
     eps = torch.finfo(sizes.dtype).eps
     allowed = eps**0.5 * sizes + 1e3 * eps * sizes.max()
-    wrong = (~((found - sizes).abs() <= allowed)).tolist()  # the one host sync
+    wrong = (~((norms - sizes).abs() <= allowed)).tolist()  # the one host sync
     return {
-        name: f"{float(found[index]):.6g} by its factors, {float(sizes[index]):.6g} by backward"
+        name: f"{float(norms[index]):.6g} by its factors, {float(sizes[index]):.6g} by backward"
         for index, name in enumerate(trainable)
         if wrong[index]
     }
 
 
 def _signs(channels: int, samples: int, like: Tensor) -> Tensor:
-    """Random signs that do not touch the global random state."""
+    """Draw random signs without touching the global random state."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     signs = torch.randint(0, 2, (channels, samples), generator=generator, device="cpu") * 2 - 1
     return signs.to(like.device, like.dtype)
@@ -74,7 +74,7 @@ def _by_backward(
     direction: Mapping[str, Tensor] | None,
     order: int,
 ) -> dict[str, Tensor]:
-    """U . J_order by reverse mode of reverse mode; above order 0 with fused operations written out."""
+    """Compute u . J_order by reverse mode of reverse mode; above order 0 with fused operations written out."""
     leaves = {name: network.params[name].detach().requires_grad_() for name in trainable}
     along = [] if direction is None else [direction[name] for name in trainable]
     # A checkpoint runs its part of the forward again, and must find it written out as before.

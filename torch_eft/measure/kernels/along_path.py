@@ -1,4 +1,4 @@
-"""dH, ddI and ddII between all outputs, contracted with a few directions: what a training that stays in them sees.
+"""dH, ddI and ddII between all outputs, contracted with the few directions in which a training stays.
 
 For directions v_c = lambda grad (b_c . z) of r combinations of training outputs, and u_cd = d2(b_c . z) v_d,
 
@@ -26,7 +26,7 @@ from torch_eft.measure.kernels.metrics import as_matrix
 
 
 @dataclass(frozen=True)
-class Part:
+class DirectionPair:
     """Matrices (M, M) of one pair of directions, index (sample, output).
 
     Args:
@@ -53,43 +53,42 @@ def along_path(
     basis: Tensor,
     lambdas: Mapping[str, float] | float | None,
     memory: int,
-) -> Iterator[Part]:
-    """The matrices of every pair of directions, one pair after another.
+) -> Iterator[DirectionPair]:
+    """Yield the matrices of every pair of directions, one pair after another.
+
+    Raises a ``ValueError`` if second derivatives by reverse mode and by Taylor series disagree.
 
     Args:
         network: Isolated.
         probe: All points.
         train: The training points.
         basis: b, (r, N C), on the training outputs, index (sample, output).
-        lambdas: As ``ntk`` takes them.
+        lambdas: See ``ntk``.
         memory: Bytes allowed for one Gram matrix and its factors.
 
     Yields:
         r (r + 1) / 2 parts with dH, ddI and ddII, then r^2 parts with X.
-
-    Raises:
-        ValueError: If second derivatives by reverse mode and by Taylor series disagree.
     """
     engine = JacobianGram(network, probe, lambdas, memory)
     curvature = _Curvature(network, train, basis, engine.lambdas)
     directions, r = curvature.directions, len(basis)
 
     def gram(direction: list[Tensor], pairs: list[Orders]) -> dict[Orders, Tensor]:
-        found = engine.gram(pairs, dict(zip(engine.trainable, direction, strict=True)))
-        return {pair: as_matrix(value) for pair, value in found.matrices.items()}
+        matrices = engine.gram(pairs, dict(zip(engine.trainable, direction, strict=True))).matrices
+        return {pair: as_matrix(value) for pair, value in matrices.items()}
 
     squares: list[dict[Orders, Tensor]] = []
     for c in range(r):
         squares.append(gram(directions[c], [(1, 0), (2, 0), (1, 1)]))
-        yield Part(c, c, squares[c].pop((1, 0)), 2 * squares[c][2, 0], squares[c][1, 1])
+        yield DirectionPair(c, c, squares[c].pop((1, 0)), 2 * squares[c][2, 0], squares[c][1, 1])
     for c in range(r):
         for d in range(c + 1, r):
             both = gram([a + b for a, b in zip(directions[c], directions[d], strict=True)], [(2, 0), (1, 1)])
             halves = {pair: (both[pair] - squares[c][pair] - squares[d][pair]) / 2 for pair in both}
-            yield Part(c, d, ddI=2 * halves[2, 0], ddII=halves[1, 1])
+            yield DirectionPair(c, d, ddI=2 * halves[2, 0], ddII=halves[1, 1])
     for c in range(r):
         for d, direction in enumerate(curvature.rows(c)):
-            yield Part(c, d, X=gram(direction, [(1, 0)])[1, 0])
+            yield DirectionPair(c, d, X=gram(direction, [(1, 0)])[1, 0])
 
 
 class _Curvature:

@@ -225,6 +225,8 @@ def dntk(
 ) -> Tensor:
     """Compute the dNTK of ``model`` on ``x``, in evaluation mode: whole, or contracted with a direction.
 
+    Errors as ``ntk_derivatives``; ``MemoryLimitError`` if the whole does not fit into ``memory``.
+
     Args:
         model: Any module.
         x: See ``ntk``.
@@ -235,9 +237,6 @@ def dntk(
 
     Returns:
         ``[a, b, c, i, j, k] = dH_{ijk;abc}``, (N, N, N, C, C, C); contracted, ``[a, b, i, j]``, (N, N, C, C).
-
-    Raises:
-        ValueError: As ``ntk_derivatives``; if the whole does not fit into ``memory``.
 
     Warns:
         AlmostEverywhereWarning: If the network has kinks.
@@ -267,7 +266,7 @@ def ddntk(
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> DDNTK:
-    """Compute the two ddNTKs, whole or contracted with a direction.
+    """Compute the two ddNTKs, whole or contracted with a direction; errors as ``dntk``.
 
     Args:
         model: Any module.
@@ -279,9 +278,6 @@ def ddntk(
 
     Returns:
         ddI and ddII, (N, N, N, N, C, C, C, C) each; contracted, (N, N, C, C) each.
-
-    Raises:
-        ValueError: As ``dntk``.
 
     Warns:
         AlmostEverywhereWarning: If the network has kinks.

@@ -4,8 +4,8 @@
 
 One forward records what every layer sees, one backward for all outputs what comes back (``capture.py``); the kernel
 follows layer by layer, without forming the Jacobian where that is cheaper (``gram.py``). Parameters whose use is not
-recognized have their Jacobian formed sample by sample. Which is which is ``coverage``; that both are right is checked
-at first use (``verification.py``).
+recognized have their Jacobian formed sample by sample. ``coverage`` says which is which; that both are right is
+checked at first use (``verification.py``).
 """
 
 from collections.abc import Mapping
@@ -62,7 +62,11 @@ def ntk(
     per: Per | None = None,
     other: Any = None,
 ) -> Tensor | dict[str, Tensor]:
-    """The NTK of ``model`` on ``x``, in evaluation mode.
+    """Compute the NTK of ``model`` on ``x``, in evaluation mode.
+
+    What cannot be measured raises a ``ValueError`` that names it: a forward that rejects ``x``, outputs that are not
+    (N, C), depend on chance or on the other samples, kernels that are not finite; ``MemoryLimitError`` if the result or
+    the factors of one sample do not fit.
 
     Args:
         model: Any module. Frozen parameters do not contribute; tied ones count once.
@@ -71,8 +75,7 @@ def ntk(
             trainable parameter; None means 1.
         trace: Average over outputs, (1/C) sum_i H_{ii;ab}.
         output_fn: Turns what the model returns into (N, C).
-        memory: Bytes allowed for kernels, factors and graph; less means more recomputation. ``ntk_estimate``
-            tells what a measurement takes.
+        memory: Bytes allowed for kernels, factors and graph; less means more recomputation. See ``ntk_estimate``.
         per: ``"parameter"`` or ``"layer"`` (the module that holds the parameter): the parts of the NTK, by name, which
             sum up to it.
         other: Other inputs, like ``x``: the cross kernel H(x, other).
@@ -81,10 +84,15 @@ def ntk(
         ``[a, b, i, j] = H_{ij;ab}``, (N, N, C, C), or (N, N) with ``trace``; (N, N', ...) with ``other``; in the dtype
         of the parameters (at least float32), on their device. A dict of such tensors with ``per``.
 
-    Raises:
-        ValueError: If the forward rejects ``x``, the output is not (N, C), ``lambdas`` does not name
-            the trainable parameters or is negative, there are none, the result or the factors of one sample do not
-            fit into ``memory``, the kernel is not finite, or the forward is no function of each sample.
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> net = torch.nn.Linear(3, 2)  # z = W x + b: H_{ij;ab} = delta_ij (x_a . x_b + 1)
+        >>> H = measure.ntk(net, torch.eye(3))
+        >>> H.shape, H[:, :, 0, 0].tolist()
+        (torch.Size([3, 3, 2, 2]), [[2.0, 1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 1.0, 2.0]])
+        >>> measure.ntk(net, torch.eye(3), trace=True, per="parameter")["bias"][0].tolist()
+        [1.0, 1.0, 1.0]
     """
     if per is not None:
         check_choice("per", per, ("parameter", "layer"), "None for the whole kernel")
@@ -98,7 +106,7 @@ def ntk(
 
 
 def layer_of(name: str) -> str:
-    """The module that holds a parameter; the parameter itself at the top level."""
+    """Return the module that holds a parameter; the parameter itself at the top level."""
     return name.rpartition(".")[0] or name
 
 
@@ -111,7 +119,26 @@ def ntk_estimate(
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> Estimate:
-    """What ``ntk`` will take, in bytes, without computing it; arguments and errors as there."""
+    """Estimate the memory that ``ntk`` will take, without computing it; arguments and errors as there.
+
+    Args:
+        model: See ``ntk``.
+        x: See ``ntk``.
+        lambdas: See ``ntk``.
+        trace: See ``ntk``.
+        output_fn: See ``ntk``.
+        memory: See ``ntk``.
+
+    Returns:
+        Bytes of the result, of one sample and of all, and the blocks in which it will be computed.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> estimate = measure.ntk_estimate(torch.nn.Linear(3, 2), torch.eye(3))
+        >>> estimate.kernels, estimate.blocks  # (3 * 3 * 2 * 2) numbers of four bytes
+        (144, 1)
+    """
     with isolated(model, output_fn) as network:
         engine = JacobianGram(network, as_probe(x), lambdas, memory)
         return engine.estimate(outputs=1 if trace else None)
@@ -120,7 +147,7 @@ def ntk_estimate(
 def too_large(
     model: Model, x: Any, *, trace: bool = False, output_fn: OutputFn | None = None, memory: int = DEFAULT_MEMORY
 ) -> str | None:
-    """Why the NTK does not fit into ``memory`` bytes, or None if it does."""
+    """Return why the NTK does not fit into ``memory`` bytes, or None if it does; arguments as for ``ntk``."""
     try:
         ntk_estimate(model, x, lambdas=None, trace=trace, output_fn=output_fn, memory=memory)
     except MemoryLimitError as error:
@@ -130,12 +157,18 @@ def too_large(
 
 @dataclass(frozen=True)
 class Coverage:
-    """How each trainable parameter enters the NTK.
+    """The way in which each trainable parameter enters the NTK.
 
     Args:
         structured: ``{parameter: kind of operation}``, by its layer's factors.
         fallback: ``{parameter: why}``, by its Jacobian, formed sample by sample.
         constant: Parameters with lambda = 0.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> measure.coverage(torch.nn.Linear(3, 2), torch.eye(3)).fallback
+        {}
     """
 
     structured: dict[str, str]
@@ -143,7 +176,7 @@ class Coverage:
     constant: tuple[str, ...]
 
     def __str__(self) -> str:
-        """A line a parameter."""
+        """Return one line per parameter."""
         lines = [f"{name}: {kind}" for name, kind in self.structured.items()]
         lines += [f"{name}: fallback, {why}" for name, why in self.fallback.items()]
         return "\n".join(lines + [f"{name}: constant (lambda = 0)" for name in self.constant])
@@ -156,7 +189,24 @@ def coverage(
     lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
 ) -> Coverage:
-    """How ``ntk`` has each trainable parameter; arguments and errors as there."""
+    """Return how ``ntk`` computes the Jacobian of each trainable parameter; arguments and errors as there.
+
+    Args:
+        model: See ``ntk``.
+        x: See ``ntk``.
+        lambdas: See ``ntk``.
+        output_fn: See ``ntk``.
+
+    Returns:
+        Which parameters have layer factors, which fall back and why, and which are constant.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> print(measure.coverage(torch.nn.Linear(3, 2), torch.eye(3), lambdas={"weight": 1.0, "bias": 0.0}))
+        weight: linear
+        bias: constant (lambda = 0)
+    """
     with isolated(model, output_fn) as network:
         engine = JacobianGram(network, as_probe(x), lambdas)
         plan = engine.plan

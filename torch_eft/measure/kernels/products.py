@@ -16,6 +16,7 @@ from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.forward.reverse_mode import pull_back
 from torch_eft.measure.jacobian.engine import checked_lambdas
+from torch_eft.results.repr import short_repr
 
 
 class NTKOperator:
@@ -24,7 +25,7 @@ class NTKOperator:
     Args:
         network: The network.
         probe: The inputs.
-        lambdas: As ``ntk`` takes them.
+        lambdas: See ``ntk``.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class NTKOperator:
         self._linear: tuple[Tensor, Sequence[Tensor]] | None = None
 
     def _map(self) -> tuple[Tensor, Sequence[Tensor]]:
-        """A vector u and J^T u, which is linear in it; made when first asked for."""
+        """Return a vector u and J^T u, which is linear in it; made when first asked for."""
         if self._linear is None:
             u = torch.zeros_like(self.outputs).requires_grad_()
             self._linear = u, pull_back([self.outputs], [u], list(self.leaves.values()), keep=True)
@@ -61,17 +62,24 @@ def ntk_vector_product(
     lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
 ) -> Tensor:
-    """``sum_{b,j} H_{ij;ab} v_{bj}`` in two backward passes, without H.
+    """Compute ``sum_{b,j} H_{ij;ab} v_{bj}`` in two backward passes, without H; errors as ``ntk``.
 
     Args:
         model: Any module.
-        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        x: See ``ntk``.
         direction: v, (N, C).
-        lambdas: As ``ntk`` takes them.
-        output_fn: Turns what the model returns into (N, C).
+        lambdas: See ``ntk``.
+        output_fn: See ``ntk``.
 
-    Raises:
-        ValueError: As ``ntk``, or if the direction is not (N, C).
+    Returns:
+        H v, (N, C).
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> net = torch.nn.Linear(3, 1, bias=False)  # H_{ab} = x_a . x_b
+        >>> measure.ntk_vector_product(net, torch.eye(3), torch.ones(3, 1)).flatten().tolist()
+        [1.0, 1.0, 1.0]
     """
     with isolated(model, output_fn) as network:
         operator = NTKOperator(network, as_probe(x), lambdas=lambdas)
@@ -86,22 +94,32 @@ def ntk_vjp(
     lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
 ) -> dict[str, Tensor]:
-    """The direction ``lambda J^T e`` in parameter space; a step of gradient descent is -eta times that of dL/dz.
+    """Compute the direction ``lambda J^T e`` in parameter space; errors as ``ntk``.
+
+    A step of gradient descent is -eta times that of e = dL/dz.
 
     Args:
         model: Any module.
-        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        x: See ``ntk``.
         direction: e, (N, C): the training error, an eigenvector of H, or any other.
-        lambdas: As ``ntk`` takes them.
-        output_fn: Turns what the model returns into (N, C).
+        lambdas: See ``ntk``.
+        output_fn: See ``ntk``.
 
     Returns:
         ``{parameter: tensor}``, 0 where lambda is 0.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> net = torch.nn.Linear(3, 1)  # J^T e = sum_a e_a (x_a, 1)
+        >>> v = measure.ntk_vjp(net, torch.eye(3), torch.ones(3, 1), lambdas={"weight": 1.0, "bias": 0.5})
+        >>> v["weight"].tolist(), v["bias"].tolist()
+        ([[1.0, 1.0, 1.0]], [1.5])
     """
     with isolated(model, output_fn) as network:
         operator = NTKOperator(network, as_probe(x), lambdas=lambdas)
-        found = operator.ntk_vjp(checked_direction(direction, operator))
-        return {name: found.get(name, torch.zeros_like(value)) for name, value in network.params.items()}
+        gradients = operator.ntk_vjp(checked_direction(direction, operator))
+        return {name: gradients.get(name, torch.zeros_like(value)) for name, value in network.params.items()}
 
 
 def checked_direction(direction: Any, operator: NTKOperator, instead: str = "") -> Tensor:
@@ -111,6 +129,9 @@ def checked_direction(direction: Any, operator: NTKOperator, instead: str = "") 
         direction: What was given.
         operator: Whose outputs it belongs to.
         instead: What else may be given, for the message.
+
+    Returns:
+        The direction, (N, C).
 
     Raises:
         ValueError: If it is not (N, C).
@@ -124,7 +145,7 @@ def checked_direction(direction: Any, operator: NTKOperator, instead: str = "") 
     return direction.to(operator.outputs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Eigenpairs:
     """Leading eigenpairs of H.
 
@@ -132,11 +153,23 @@ class Eigenpairs:
         values: (k,), descending.
         vectors: (k, N, C), orthonormal.
         residuals: (k,), |H v - l v|: an eigenvalue lies within this distance of each value.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> measure.Eigenpairs(torch.ones(2), torch.zeros(2, 3, 1), torch.zeros(2))
+        Eigenpairs(
+          values: (2,) float32
+          vectors: (2, 3, 1) float32
+          residuals: (2,) float32
+        )
     """
 
     values: Tensor
     vectors: Tensor
     residuals: Tensor
+
+    __repr__ = short_repr
 
 
 def ntk_eigenpairs(
@@ -149,14 +182,14 @@ def ntk_eigenpairs(
     tolerance: float = 1e-5,
     num_matvecs: int | None = None,
 ) -> Eigenpairs:
-    """The largest eigenvalues of H and their eigenvectors, by Lanczos iteration, without H.
+    """Compute the largest eigenvalues of H and their eigenvectors by Lanczos iteration, without H.
 
     Args:
         model: Any module.
-        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        x: See ``ntk``.
         num_eigenpairs: k.
-        lambdas: As ``ntk`` takes them.
-        output_fn: Turns what the model returns into (N, C).
+        lambdas: See ``ntk``.
+        output_fn: See ``ntk``.
         tolerance: Residuals to reach, relative to the largest eigenvalue.
         num_matvecs: Products with H at most; None means min(N C, 20 + 10 k).
 
@@ -165,6 +198,14 @@ def ntk_eigenpairs(
 
     Raises:
         ValueError: As ``ntk``, or if ``num_eigenpairs`` is not in 1 .. N C.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> net, x = torch.nn.Linear(2, 1, bias=False), torch.diag(torch.tensor([3.0, 1.0]))  # H = diag(9, 1)
+        >>> pairs = measure.ntk_eigenpairs(net, x, 2)
+        >>> [round(value, 4) for value in pairs.values.tolist()]
+        [9.0, 1.0]
     """
     with isolated(model, output_fn) as network:
         operator = NTKOperator(network, as_probe(x), lambdas=lambdas)
@@ -175,7 +216,7 @@ def ntk_eigenpairs(
 
 
 def _lanczos(operator: NTKOperator, count: int, tolerance: float, steps: int) -> Eigenpairs:
-    """With full reorthogonalization (Golub & Van Loan, chapter 10): exact in at most N C steps."""
+    """Iterate with full reorthogonalization (Golub & Van Loan, chapter 10): exact in at most N C steps."""
     shape = operator.outputs.shape
     generator = torch.Generator(device="cpu").manual_seed(0)
     basis = [_unit(torch.randn(shape.numel(), generator=generator, device="cpu").to(operator.outputs))]
@@ -187,15 +228,15 @@ def _lanczos(operator: NTKOperator, count: int, tolerance: float, steps: int) ->
         T = Q @ W.T
         values, rotation = torch.linalg.eigh((T + T.T) / 2)
         top = rotation[:, -count:].flip(1).T
-        vectors, found = top @ Q, values[-count:].flip(0)
-        residuals = (top @ W - found[:, None] * vectors).norm(dim=1)
-        done = len(basis) >= count and bool((residuals <= tolerance * found[0].abs()).all())
+        vectors, largest = top @ Q, values[-count:].flip(0)
+        residuals = (top @ W - largest[:, None] * vectors).norm(dim=1)
+        done = len(basis) >= count and bool((residuals <= tolerance * largest[0].abs()).all())
         if done or len(basis) >= max(steps, count):
-            return Eigenpairs(found, vectors.unflatten(1, shape), residuals)
+            return Eigenpairs(largest, vectors.unflatten(1, shape), residuals)
         rest = image
         for _ in range(2):  # once more than in exact arithmetic
             rest = rest - Q.T @ (Q @ rest)
-        if float(rest.norm()) <= 1e-6 * float(found[-1].abs()):  # an invariant subspace: go on elsewhere
+        if float(rest.norm()) <= 1e-6 * float(largest[-1].abs()):  # an invariant subspace: go on elsewhere
             rest = torch.randn(shape.numel(), generator=generator, device="cpu").to(rest)
             for _ in range(2):
                 rest = rest - Q.T @ (Q @ rest)

@@ -23,12 +23,12 @@ from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.reverse_mode import pull_back
 
 NAMES = ("H", "dH", "ddI", "ddII")
-"""What ``differentials`` computes, in ascending order of cost."""
+"""The tensors that ``differentials`` computes, in ascending order of cost."""
 
 
 @dataclass(frozen=True)
 class Differentials:
-    """The NTK and its differentials for S networks, N samples, C outputs; what was not asked for is None.
+    """The NTK and its differentials for S networks, N samples, C outputs; None for those not asked for.
 
     Args:
         z: (S, N, C), the outputs.
@@ -51,10 +51,11 @@ def differentials(
     lambdas: Mapping[str, float | Tensor],
     names: Collection[str] = NAMES,
 ) -> Differentials:
-    """H, dH, ddI, ddII of a stack of networks.
+    """Compute H, dH, ddI and ddII of a stack of networks.
 
     The networks are differentiated together: as network s depends on slice s of the parameters only, the gradient of
-    the sum over networks is every network's own gradient. With M = N C, dH and ddII take M^2 backward passes through
+    the sum over networks is every network's own gradient. torch raises a ``RuntimeError`` where an operation has no
+    derivative of the order that is needed. With M = N C, dH and ddII take M^2 backward passes through
     the gradient and M^2 copies of the parameters, ddI about M^3 / 4 passes through the second derivative.
 
     Args:
@@ -66,9 +67,6 @@ def differentials(
 
     Returns:
         The differentials, in the dtype of the outputs.
-
-    Raises:
-        RuntimeError: If an operation of the network has no derivative of the order that is asked for.
     """
     trainable = [name for name in params if not _is_zero(lambdas.get(name, 0.0))]
     leaves = [params[name].detach().requires_grad_() for name in trainable]
@@ -81,17 +79,17 @@ def differentials(
     scale = torch.cat(scales) if scales else flat.new_zeros(0)
     J = torch.stack([_flatten(_gradient(flat[:, x], leaves, keep=False), flat) for x in range(flat.shape[1])], 1)
     v = J * scale
-    found = {"H": J @ v.mT} if "H" in names else {}
+    tensors = {"H": J @ v.mT} if "H" in names else {}
     if set(names) & {"dH", "ddI", "ddII"}:
         check_twice_differentiable(z)
-        found |= _higher(flat, leaves, v, scale, names)
-    return Differentials(z.detach(), **{name: _by_index(value, z.shape) for name, value in found.items()})
+        tensors |= _higher(flat, leaves, v, scale, names)
+    return Differentials(z.detach(), **{name: _by_index(value, z.shape) for name, value in tensors.items()})
 
 
 def _higher(
     flat: Tensor, leaves: Sequence[Tensor], v: Tensor, scale: Tensor, names: Collection[str]
 ) -> dict[str, Tensor]:
-    """The tensors dH (S, M, M, M), ddI and ddII (S, M, M, M, M) along the directions v (S, M, P)."""
+    """Compute dH (S, M, M, M), ddI and ddII (S, M, M, M, M) along the directions v (S, M, P)."""
     count, outputs, _ = v.shape
     directions = [_unflatten(v[:, y], leaves) for y in range(outputs)]
     ddI = v.new_zeros(count, *[outputs] * 4) if "ddI" in names else None
@@ -114,14 +112,14 @@ def _higher(
         dH.append(curvature @ v.mT)
         if "ddII" in names:
             curvatures.append(curvature)
-    found = {} if ddI is None else {"ddI": ddI}
+    tensors = {} if ddI is None else {"ddI": ddI}
     if "dH" in names:
-        found["dH"] = torch.stack(dH, 1)
+        tensors["dH"] = torch.stack(dH, 1)
     if "ddII" in names:
         rows = torch.stack(curvatures, 1).flatten(1, 2)  # rows (x, z), (y, w)
-        found["ddII"] = ((rows * scale) @ rows.mT).unflatten(2, (outputs, outputs)).unflatten(1, (outputs, outputs))
-        found["ddII"] = found["ddII"].transpose(2, 3)
-    return found
+        tensors["ddII"] = ((rows * scale) @ rows.mT).unflatten(2, (outputs, outputs)).unflatten(1, (outputs, outputs))
+        tensors["ddII"] = tensors["ddII"].transpose(2, 3)
+    return tensors
 
 
 def _gradient(values: Tensor, leaves: Sequence[Tensor], keep: bool) -> Sequence[Tensor]:
@@ -130,7 +128,7 @@ def _gradient(values: Tensor, leaves: Sequence[Tensor], keep: bool) -> Sequence[
 
 
 def _flatten(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """(S, P) out of one (S, ...) a parameter."""
+    """Join one (S, ...) per parameter to (S, P)."""
     return torch.cat([part.detach().flatten(1) for part in parts], 1) if parts else like.detach()[:, :0]
 
 
@@ -148,7 +146,7 @@ def _flat_scale(value: float | Tensor, leaf: Tensor) -> Tensor:
 
 
 def _by_index(value: Tensor, shape: torch.Size) -> Tensor:
-    """(S, M, M, ...) with M = (a, i) as (S, N, N, ..., C, C, ...)."""
+    """Return (S, M, M, ...) with M = (a, i) as (S, N, N, ..., C, C, ...)."""
     order = value.ndim - 1
     value = value.reshape(shape[0], *shape[1:] * order)
     return value.permute(0, *range(1, 2 * order, 2), *range(2, 2 * order + 1, 2))

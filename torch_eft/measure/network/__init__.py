@@ -1,1 +1,1 @@
-"""One network under measurement: snapshots, also shared between ranks."""
+"""One network under measurement: bound once, measured as often as wanted; snapshots, also shared between ranks."""

@@ -95,6 +95,9 @@ class Network:
         Args:
             x: As for the class.
             lambdas: Another learning-rate tensor; None keeps this one.
+
+        Returns:
+            The network on these inputs.
         """
         kept = self.lambdas if lambdas is None else lambdas
         return Network(self.current, x, lambdas=kept, output_fn=self.output_fn, memory=self.memory)
@@ -105,9 +108,11 @@ class Network:
         Args:
             theta: ``{name of a trainable parameter: tensor}``; those left out are the network's own.
 
+        Returns:
+            A network that is open as long as this one is.
+
         Raises:
             RuntimeError: Outside of ``with``.
-            ValueError: If a name is no trainable parameter, or a shape is another.
         """
         if self._open is None:
             raise RuntimeError("at: the network is not isolated; use it inside `with network:`")

@@ -1,4 +1,4 @@
-"""Several processes that measure together: no collective is entered unless every rank comes to it.
+"""Processes that measure together: no collective is entered unless every rank comes to it.
 
 Every rank runs its own work under ``Ranks.together``, which ends in one small all_reduce(MIN): an exception on one rank
 becomes an exception on all, and none waits for another until the process group's timeout kills the job.
@@ -48,7 +48,7 @@ class Ranks:
 
     @property
     def timeout(self) -> float | None:
-        """Seconds after which the group gives up on a rank that does not come; None where torch does not tell."""
+        """Return the seconds after which the group gives up on a rank; None where torch does not say."""
         group = dist.group.WORLD if self.group is None else self.group
         try:
             options = group._get_backend(self._device).options  # type: ignore[union-attr]
@@ -58,6 +58,12 @@ class Ranks:
 
     def together(self, action: Callable[[], T]) -> T:
         """Run ``action`` on every rank; if it fails on one, all raise.
+
+        Args:
+            action: What to run; it must not enter a collective.
+
+        Returns:
+            What it returns on this rank.
 
         Raises:
             PeerError: On the ranks where it did not fail. Where it did, what it raised.
@@ -80,7 +86,7 @@ class Ranks:
         """Compare numbers between the ranks.
 
         Args:
-            values: Scalars by what they are, the same names on all ranks.
+            values: Scalars by name, the same names on all ranks.
 
         Raises:
             ValueError: On all ranks, if they differ on any; the message names the first.
@@ -97,7 +103,7 @@ class Ranks:
                 )
 
     def from_first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Rank 0's values, in new tensors; shapes and dtypes are those of every rank."""
+        """Return rank 0's values in new tensors; shapes and dtypes must be the same on all ranks."""
         if not tensors:
             return []
         packed = torch.cat([_bytes(tensor) for tensor in tensors]).to(self._device)
@@ -106,20 +112,20 @@ class Ranks:
         return _unpacked(packed, tensors)
 
     def gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The tensors of every rank, in the order of ranks; shapes and dtypes are the same on all."""
+        """Return the tensors of every rank, in the order of ranks; shapes and dtypes must be the same on all."""
         packed = torch.cat([_bytes(tensor) for tensor in tensors]).to(self._device)
         parts = [torch.empty_like(packed) for _ in range(self.size)]
         dist.all_gather(parts, packed, group=self.group)
         return [_unpacked(part, tensors) for part in parts]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks."""
+        """Return the sum over ranks."""
         total = tensor.to(self._device)
         dist.all_reduce(total, group=self.group)
         return total.to(tensor.device)
 
     def tell(self, message: Any) -> Any:
-        """Rank 0's ``message``, of plain types, on all ranks."""
+        """Return rank 0's ``message``, of plain types, on all ranks."""
         box = [message]
         source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         dist.broadcast_object_list(box, source, group=self.group, device=self._device)
@@ -127,16 +133,16 @@ class Ranks:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A copy, padded so that whatever follows stays aligned."""
+    """Copy the bytes, padded so that whatever follows stays aligned."""
     flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
     return torch.nn.functional.pad(flat, (0, -len(flat) % 16))
 
 
 def _unpacked(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    found, start = [], 0
+    tensors, start = [], 0
     for tensor in like:
         size = tensor.numel() * tensor.element_size()
         part = packed[start : start + size].to(tensor.device)
-        found.append(part.view(tensor.dtype).reshape(tensor.shape))
+        tensors.append(part.view(tensor.dtype).reshape(tensor.shape))
         start += size + -size % 16
-    return found
+    return tensors

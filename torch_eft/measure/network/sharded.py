@@ -1,11 +1,11 @@
-"""A snapshot taken by several processes together, each with its rows of the probe. Needs no Lightning.
+"""Snapshots taken by several processes together, each with its rows of the probe.
 
 With N samples and W ranks each rank runs N/W of them through the network and back, the factors of the Jacobian
 (``gram.py``) are exchanged, and each rank computes 1/W of the blocks of the symmetric kernel. Where the factors of all
-samples do not fit into memory, they are not exchanged but made again block by block, and only the kernel is shared out.
+samples do not fit into memory, they are not exchanged but recomputed block by block, and only the kernel is divided.
 
-It pays where a sample's passes are dear (convolutions, attention); for a perceptron the exchange takes longer than it
-saves. ``python -m tests.benchmarks.sharded`` times both.
+It pays where a sample's passes are expensive (convolutions, attention); for a perceptron the exchange takes longer than
+it saves. ``python -m tests.benchmarks.sharded`` times both.
 
 Running statistics differ between the ranks of a DistributedDataParallel: those of rank 0 are used by all, in copies.
 """
@@ -41,26 +41,23 @@ def sharded_snapshot(
     group: dist.ProcessGroup | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> Snapshot:
-    """As ``take_snapshot``, by all ranks of a process group together; all must call, with equal arguments.
+    """Take a snapshot by all ranks of a process group together; all must call, with equal arguments.
 
-    Outputs and NTK are shared out over the ranks; hidden kernels, which take a forward only, are not.
+    Outputs and NTK are divided among the ranks; hidden kernels, which take a forward only, are not. A model that cannot
+    be measured, is not the same on all ranks or has sharded parameters (FSDP, see ``full_copy``) raises a
+    ``ValueError``; the failure of another rank a ``PeerError``.
 
     Args:
         model: The module that every rank holds (of a DistributedDataParallel, its ``.module``).
         x: All the samples, on every rank.
         plan: What to measure.
-        lambdas: The learning-rate tensor.
-        output_fn: Turns what the model returns into (N, C).
+        lambdas: See ``ntk``.
+        output_fn: See ``ntk``.
         group: The process group; None for the default one.
         memory: Bytes allowed on each rank.
 
     Returns:
         The whole snapshot, on every rank.
-
-    Raises:
-        ValueError: If the model cannot be measured, or is not the same on all ranks; parameters that are sharded
-            (FSDP) are refused: see ``full_copy``.
-        PeerError: If another rank failed.
     """
     probe, ranks = as_probe(x), Ranks(group)
     if ranks.size == 1:
@@ -85,52 +82,49 @@ def sharded_ntk(
     group: dist.ProcessGroup | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> Tensor:
-    """As ``ntk``, by all ranks of a process group together; arguments and errors as ``sharded_snapshot``."""
+    """Compute the NTK by all ranks of a process group together; see ``ntk`` and ``sharded_snapshot``."""
     plan = Plan(ntk=True, ntk_trace=trace)
     H = sharded_snapshot(model, x, plan, lambdas=lambdas, output_fn=output_fn, group=group, memory=memory).ntk
     assert H is not None
     return H
 
 
-def full_copy(model: nn.Module, twin: nn.Module) -> nn.Module:
-    """Gather the sharded parameters and buffers of ``model`` (FSDP2, DTensor) into a plain ``twin``.
+def full_copy(model: nn.Module, unsharded_model: nn.Module) -> nn.Module:
+    """Gather the sharded parameters and buffers of ``model`` (FSDP2, DTensor) into a plain module.
 
-    A collective: every rank must call it. The twin can then be measured by every rank, alone or together.
+    A collective: every rank must call it. The copy can then be measured by every rank, alone or together. Names or
+    shapes that differ raise a ``ValueError`` before anything is gathered, a ``PeerError`` on the other ranks.
 
     Args:
         model: The module whose tensors may be sharded.
-        twin: The same architecture, built plainly, with real tensors.
+        unsharded_model: The same architecture, built plainly, with real tensors.
 
     Returns:
-        The twin.
-
-    Raises:
-        ValueError: If their names or shapes differ, before anything is gathered.
-        PeerError: If they differ on another rank.
+        ``unsharded_model``, with the values of ``model``.
     """
-    source, target = _tensors_of(model), _tensors_of(twin)
+    source, target = _tensors_of(model), _tensors_of(unsharded_model)
     if dist.is_available() and dist.is_initialized():
-        Ranks().together(lambda: _check_twin(source, target))
+        Ranks().together(lambda: _check_same_tensors(source, target))
     else:
-        _check_twin(source, target)
+        _check_same_tensors(source, target)
     with torch.no_grad():
         for name, value in source.items():
             gather = getattr(value, "full_tensor", None)
             target[name].copy_(value if gather is None else gather())
     for name, parameter in model.named_parameters():
-        twin.get_parameter(name).requires_grad_(parameter.requires_grad)
-    return twin
+        unsharded_model.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return unsharded_model
 
 
-def _check_twin(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+def _check_same_tensors(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     wrong = sorted(set(source) ^ set(target))
     wrong = wrong or [name for name in source if source[name].shape != target[name].shape]
     if wrong:
         name = wrong[0]
         sides = [tuple(side[name].shape) if name in side else "missing" for side in (source, target)]
         raise ValueError(
-            f"twin: {name!r} is {sides[0]} in the model and {sides[1]} in the twin; build it as the model was built "
-            "before it was sharded"
+            f"unsharded_model: {name!r} is {sides[0]} in the model and {sides[1]} in the unsharded one; build it as "
+            "the model was built before it was sharded"
         )
 
 
@@ -139,7 +133,7 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _fingerprint(network: IsolatedModel, probe: Probe) -> dict[str, Tensor]:
-    """Numbers that are equal where the ranks hold the same."""
+    """Return numbers that are equal where the ranks hold the same."""
     values = {f"the parameter {name!r} (its norm)": value.double().norm() for name, value in network.params.items()}
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(probe.inputs) if isinstance(leaf, Tensor)]
     numbers = {f"input {i} of the probe (its norm)": leaf.double().norm() for i, leaf in enumerate(leaves)}
@@ -147,14 +141,14 @@ def _fingerprint(network: IsolatedModel, probe: Probe) -> dict[str, Tensor]:
 
 
 def _equal_buffers(network: IsolatedModel, ranks: Ranks) -> None:
-    """Rank 0's buffers on all: into the network's constants, which are copies; frozen parameters stay."""
+    """Put rank 0's buffers on all ranks into the network's constants, which are copies; frozen parameters stay."""
     names = [name for name, _ in network.shadow.named_buffers()]
     values = ranks.from_first([network.constants[name] for name in names])
     network.constants.update(zip(names, values, strict=True))
 
 
 def _own_rows(samples: int, ranks: Ranks, device: torch.device) -> Tensor:
-    """The numbers of this rank's samples; equally many on all, the last ones repeated."""
+    """Return the indices of this rank's samples; equally many on all, the last ones repeated."""
     each = -(-samples // ranks.size)
     return (torch.arange(each, device=device) + ranks.rank * each).clamp_max(samples - 1)
 
@@ -212,7 +206,7 @@ def _by_exchange(engine: JacobianGram, trace: bool, ranks: Ranks) -> Tensor:
         return summed_over_outputs(factors) if trace else factors
 
     def own_share() -> Tensor:
-        """The whole kernel, zero outside the own blocks."""
+        """Return the whole kernel, zero outside the own blocks."""
         sums = engine.gram_blocks(trace=trace)
         for rows, columns in _share(ranks.rank, ranks.size, each, N):
             first = rows_of(rows)
@@ -228,7 +222,7 @@ def _with_tensors(factors: Sequence[Factor], tensors: Sequence[Tensor]) -> list[
 
 
 def _share(rank: int, size: int, each: int, samples: int) -> Iterator[tuple[slice, slice]]:
-    """A rank's blocks (rows, columns) of the kernel, without the samples that are only repeated."""
+    """Yield a rank's blocks (rows, columns) of the kernel, without the samples that are only repeated."""
     for row, column in _pairs(rank, size, each):
         rows, columns = (slice(s.start, min(s.stop, samples)) for s in (row, column))
         if rows.start < rows.stop and columns.start < columns.stop:
@@ -236,7 +230,7 @@ def _share(rank: int, size: int, each: int, samples: int) -> Iterator[tuple[slic
 
 
 def _pairs(rank: int, size: int, each: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks (rows, columns) on and beside the diagonal, so that every pair of samples is one rank's, once.
+    """Yield blocks (rows, columns) on and beside the diagonal, so that every pair of samples is one rank's, once.
 
     Rank r takes the blocks (r, r + d) with d up to W/2, cyclically; of d = W/2, which two ranks could take, one takes
     the first half of the rows and the other the rest.
@@ -260,7 +254,7 @@ def _by_recomputation(
     memory: int,
     ranks: Ranks,
 ) -> Tensor:
-    """The own rows of H, (own, N), block by block within ``memory``."""
+    """Compute the own rows of H, (own, N), block by block within ``memory``, and gather them."""
     N = engine.samples
 
     def own_rows() -> Tensor:

@@ -1,4 +1,4 @@
-"""Everything that is measured of a network at one moment, in one isolated visit."""
+"""Snapshots: outputs, NTK and hidden kernels of a network at one moment, on one isolated copy."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,23 @@ from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.kernels.ntk import ntk
 from torch_eft.measure.representations.hidden_kernels import hidden_kernels
+from torch_eft.results.repr import short_repr
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """The contents of a snapshot, besides the outputs.
 
     Args:
         ntk: The NTK.
         ntk_trace: Its average over outputs only, (N, N).
         hidden: The kernels of hidden layers.
         layers: Their names; None picks them as ``hidden_kernels`` does.
+
+    Example:
+        >>> from torch_eft import measure
+        >>> measure.Plan(ntk=True).hidden
+        False
     """
 
     ntk: bool = False
@@ -31,7 +37,7 @@ class Plan:
     layers: Sequence[str] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Snapshot:
     """A network on its probe at one moment.
 
@@ -39,11 +45,22 @@ class Snapshot:
         output: (N, C).
         ntk: (N, N, C, C) or (N, N), or None if not asked for.
         hidden: ``{layer: (N, N)}``; empty if not asked for.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> measure.Snapshot(torch.zeros(3, 2), None, {"1": torch.eye(3)})
+        Snapshot(
+          output: (3, 2) float32
+          hidden: {1: (3, 3) float32}
+        )
     """
 
     output: Tensor
     ntk: Tensor | None
     hidden: dict[str, Tensor]
+
+    __repr__ = short_repr
 
 
 def take_snapshot(
@@ -54,20 +71,24 @@ def take_snapshot(
     lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
 ) -> Snapshot:
-    """Measure ``model`` on ``x`` as ``plan`` says, leaving no trace in it.
+    """Measure ``model`` on ``x`` as ``plan`` says, leaving no trace in it; errors as ``ntk``.
 
     Args:
         model: Any module.
-        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        x: See ``ntk``.
         plan: What to measure.
-        lambdas: As ``ntk`` takes them.
-        output_fn: Turns what the model returns into (N, C).
+        lambdas: See ``ntk``.
+        output_fn: See ``ntk``.
 
     Returns:
-        What the plan asks for.
+        The outputs and what the plan asks for.
 
-    Raises:
-        ValueError: If the model cannot be measured; the message says why.
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> snapshot = measure.take_snapshot(torch.nn.Linear(3, 2), torch.eye(3), measure.Plan(ntk=True))
+        >>> snapshot.output.shape, snapshot.ntk.shape, snapshot.hidden
+        (torch.Size([3, 2]), torch.Size([3, 3, 2, 2]), {})
     """
     probe = as_probe(x)
     with isolated(model, output_fn) as network:
