@@ -58,7 +58,7 @@ def test_a_configuration_file_trains_with_it(tmp_path):
     )
     monitor = monitor_of(cli)
     assert list(monitor.history) == [0, 1, 2, 5, 6]
-    assert torch.equal(monitor.observer.subject.probe.inputs, PROBE)
+    assert torch.equal(monitor.observer.network.probe.inputs, PROBE)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -90,7 +90,7 @@ def test_schedules_in_a_configuration_file(tmp_path, line, attribute, value):
         ("every: [1, 2]", "every"),
         ("on_error: ignore", "on_error"),
         ("jsonl: 3", "jsonl"),
-        ("also: 7", "also"),
+        ("extra: 7", "extra"),
         ("module: [net]", "module"),
         ("output_fn: torch.nowhere", "output_fn"),
     ],
@@ -105,7 +105,7 @@ def test_the_first_samples_of_the_training_data_and_the_same_bits():
     reference = digest(*run())
     monitor = EFTMonitor("first_batch:4", preset="light", every=1, budget=None, on_error="raise")
     assert digest(*run([monitor])) == reference
-    assert torch.equal(monitor.observer.subject.probe.inputs, dataset().tensors[0][:4])
+    assert torch.equal(monitor.observer.network.probe.inputs, dataset().tensors[0][:4])
     assert len(monitor.history) == 10
 
 

@@ -5,7 +5,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from tests.callbacks.trainings import PROBE, digest, plain_sgd, run, simple_mlp
 from torch_eft.callbacks import EFTMonitor, MeasurementWarning, NTKMonitor
-from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
+from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.tensorboard.run_info import find_jsonl, read_jsonl
 
 
@@ -84,8 +84,7 @@ def test_a_run_resumed_in_one_file(tmp_path):
 
 
 def test_pages_and_validity_of_a_compared_run(tmp_path):
-    monitor = EFTMonitor(PROBE, budget=None, on_error="raise")
-    monitor.observer.parts = [EnsemblePart(order=0)]
+    monitor = EFTMonitor(PROBE, instruments=[TheoryInstrument(order=0)], budget=None, on_error="raise")
     run([monitor], net=simple_mlp, optimizer=plain_sgd, batch_size=24, logger=CSVLogger(tmp_path))
     records = read_jsonl(find_jsonl(tmp_path)[0])
     assert records.info["validity"] == {"flag": monitor.validity.flag, "reason": monitor.validity.reason}
@@ -102,4 +101,4 @@ def test_a_short_training_keeps_first_and_last_and_says_what_was_left_out(tmp_pa
     assert {0, 9} <= set(monitor.history)
     assert "left out to stay within 5 %" in monitor.overhead()
     page = read_jsonl(find_jsonl(tmp_path)[0]).pages["overhead"]
-    assert "Due visits were left out to stay within the budget." in page
+    assert "Due measurements were left out to stay within the budget." in page

@@ -114,11 +114,11 @@ def test_the_kernel_of_a_submodule_and_of_chosen_outputs():
 
 
 def test_large_kernels_are_averaged_over_outputs():
-    from torch_eft.live.parts.ntk import NTKPart
+    from torch_eft.live.instruments.ntk import NTKInstrument
 
-    assert not NTKPart().plan(outputs=10, samples=100).ntk_trace
-    assert NTKPart().plan(outputs=1000, samples=16).ntk_trace
-    assert not NTKPart("full").plan(outputs=1000, samples=16).ntk_trace
+    assert not NTKInstrument().plan(outputs=10, samples=100).ntk_trace
+    assert NTKInstrument().plan(outputs=1000, samples=16).ntk_trace
+    assert not NTKInstrument("full").plan(outputs=1000, samples=16).ntk_trace
 
 
 def test_cost_is_counted_logged_and_printed(caplog):
@@ -214,7 +214,7 @@ def test_a_float64_probe_is_simply_converted():
         (dict(probe=torch.ones(0, 5)), r"probe: 0 samples given"),
         (dict(every=0), r"every: 0 given; give .epoch., a positive number"),
         (dict(every="step"), r"every: 'step' given"),
-        (dict(on_error="ignore"), r"on_error: 'ignore' given; give 'warn' or 'raise'"),
+        (dict(on_error="ignore"), r"on_error: 'ignore' given; give one of 'warn', 'raise'"),
     ],
 )
 def test_unusable_arguments_stop_at_construction(arguments, message):
@@ -237,9 +237,9 @@ def test_misnamed_layers_stop_before_training():
 
 
 def test_a_kernel_too_large_is_left_out_in_words_and_the_rest_is_measured(monkeypatch):
-    from torch_eft.live.run import planning as module
+    from torch_eft.live.run import measured_network as module
 
-    monkeypatch.setattr(module, "too_large", lambda *args: measure_too_large(*args, memory=100))
+    monkeypatch.setattr(module, "too_large", lambda *args, **more: measure_too_large(*args, **more, memory=100))
     monitor = EFTMonitor(PROBE, budget=None, on_error="raise")
     with pytest.warns(MeasurementWarning, match=r"will not measure the NTK: memory: .* 4 samples and 3 outputs"):
         run([monitor], net=simple_mlp)

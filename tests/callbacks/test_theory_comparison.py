@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from tests.callbacks.trainings import PROBE, adamw, dataset, normed_net, plain_sgd, run, simple_mlp
 from torch_eft import measure
-from torch_eft.callbacks.monitor import Monitor
-from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
-from torch_eft.live.parts.ntk import NTKPart
-from torch_eft.live.parts.representation import RepresentationPart
+from torch_eft.callbacks import EFTMonitor
+from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
+from torch_eft.live.instruments.ntk import NTKInstrument
+from torch_eft.live.instruments.representation import RepresentationInstrument
 from torch_eft.theory import MLPEnsemble, initial_statistics, predict_training
 
 FULL = {"net": simple_mlp, "optimizer": plain_sgd, "batch_size": 24, "epochs": 6}
@@ -21,8 +21,8 @@ FULL = {"net": simple_mlp, "optimizer": plain_sgd, "batch_size": 24, "epochs": 6
 
 def beside(every="epoch", ensemble=None, on_error="warn"):
     """Order 0 of the ensemble's theory beside what is measured: what is tested here is the road, not the numbers."""
-    parts = [NTKPart(), RepresentationPart(), EnsemblePart(ensemble, order=0)]
-    return Monitor(PROBE, parts, every, budget=None, on_error=on_error)
+    instruments = [NTKInstrument(), RepresentationInstrument(), TheoryInstrument(ensemble, order=0)]
+    return EFTMonitor(PROBE, instruments=instruments, every=every, budget=None, on_error=on_error)
 
 
 def test_theory_is_that_of_the_ensemble_read_off_the_network():
@@ -92,7 +92,7 @@ def clipped(**options):
 
 
 OUTSIDE = {
-    "mini-batches": (FULL | {"batch_size": 8}, r"mini-batches \(3 an epoch\)"),
+    "mini-batches": (FULL | {"batch_size": 8}, r"mini-batches \(3 per epoch\)"),
     "Adam": (FULL | {"optimizer": adamw}, r"AdamW: forecasts are derived for gradient descent"),
     "clipping": (FULL | {"gradient_clip_val": 0.1}, r"gradient clipping at 0.1"),
     "accumulation": (FULL | {"accumulate_grad_batches": 2}, r"gradient accumulation over 2 batches"),
@@ -122,12 +122,12 @@ def test_outside_the_theory_it_says_so_and_measures_on(name):
 
 def test_a_failing_theory_does_not_cost_theta_0(monkeypatch):
     from torch_eft.live import MeasurementWarning
-    from torch_eft.live.parts.forecasts import ensemble
+    from torch_eft.live.instruments.forecasts import theory
 
     def broken(*unused):
         raise RuntimeError("no diagnosis today")
 
-    monkeypatch.setattr(ensemble, "diagnose", broken)
+    monkeypatch.setattr(theory, "diagnose", broken)
     monitor = beside()
     with pytest.warns(MeasurementWarning, match="no diagnosis today"):
         run([monitor], **FULL)

@@ -92,7 +92,7 @@ def test_the_total_stays_within_the_limit(clock, known, cost):
     visited = train(budget, clock, 1000, {"snapshot": cost}, total=1000 if known else None)["snapshot"]
     assert visited[0] == 0
     assert visited[-1] == 1000
-    # All of the 50 s are used, up to the cost of one visit.
+    # All of the 50 s are used, up to the cost of one measurement.
     assert 50 - cost - 1e-9 <= budget.seconds <= 50 + 1e-9
     assert len(visited) == budget.accounts["snapshot"].made
     assert budget.accounts["snapshot"].left_out == 1001 - len(visited)

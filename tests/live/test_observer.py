@@ -9,12 +9,12 @@ import torch
 from torch.nn import functional as F
 
 from tests.callbacks.trainings import PROBE, dataset, normed_net, plain_sgd, run, sgd, simple_mlp
-from torch_eft.callbacks.monitor import Monitor
+from torch_eft.callbacks import EFTMonitor
 from torch_eft.live import Instrument, MeasurementWarning, Observer, Reading, Sink
 from torch_eft.live import budget as budget_module
-from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
-from torch_eft.live.parts.ntk import NTKPart
-from torch_eft.live.parts.representation import RepresentationPart
+from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
+from torch_eft.live.instruments.ntk import NTKInstrument
+from torch_eft.live.instruments.representation import RepresentationInstrument
 from torch_eft.measure.network.snapshot import Plan
 from torch_eft.results.tags import quantity_of
 from torch_eft.tensorboard import QUANTITIES, tag
@@ -71,14 +71,14 @@ def test_a_bare_loop_ends_in_the_same_bits(net, optimizer):
 def test_it_says_what_the_callback_says():
     """The same full-batch training by hand and by Lightning: the same numbers to rounding."""
 
-    def parts():  # order 1 is left out where a loaded machine could not afford it: not what is compared
-        return [NTKPart(), RepresentationPart(), EnsemblePart(order=0)]
+    def instruments():  # order 1 is left out where a loaded machine could not afford it: not what is compared
+        return [NTKInstrument(), RepresentationInstrument(), TheoryInstrument(order=0)]
 
     def observe(net, optimizer):
-        return Observer(net, PROBE, optimizer, every=2, budget=None, on_error="raise", parts=parts())
+        return Observer(net, PROBE, optimizer, every=2, budget=None, on_error="raise", instruments=instruments())
 
     *_, observer = train(observe=observe)
-    monitor = Monitor(PROBE, parts(), every=2, budget=None, on_error="raise")
+    monitor = EFTMonitor(PROBE, instruments=instruments(), every=2, budget=None, on_error="raise")
     run([monitor], net=simple_mlp, optimizer=plain_sgd, batch_size=24, epochs=6)
     assert str(observer.validity) == str(monitor.validity)
     assert list(observer.history) == list(monitor.history) == [0, 2, 4, 6]
@@ -108,9 +108,11 @@ def test_the_last_planned_step_is_measured_whatever_the_schedule():
 
 
 def test_files_hold_the_history(tmp_path):
-    parts = [NTKPart(), EnsemblePart(order=0)]
+    instruments = [NTKInstrument(), TheoryInstrument(order=0)]
     *_, observer = train(
-        observe=lambda *of: Observer(of[0], PROBE, of[1], every=3, budget=None, logdir=tmp_path, parts=parts)
+        observe=lambda *of: Observer(
+            of[0], PROBE, of[1], every=3, budget=None, logdir=tmp_path, instruments=instruments
+        )
     )
     records = read_jsonl(tmp_path / "eft.jsonl")
     assert records.measurements == observer.history
@@ -157,9 +159,9 @@ class _Costly(Instrument):
     def plan(self, outputs, samples):
         return Plan()
 
-    def observe(self, visit):
+    def observe(self, measurement):
         self.clock.now += self.seconds
-        self.visits.append((visit.step, visit.last))
+        self.visits.append((measurement.step, measurement.last))
         return Reading()
 
 
@@ -173,25 +175,24 @@ class _Clock:
 def test_the_schedule_is_thinned_to_the_budget_and_says_so(monkeypatch):
     clock, said = _Clock(), []
     monkeypatch.setattr(budget_module, "time", clock)
-    part = _Costly(clock)
-    observer = Observer(simple_mlp(), PROBE, every=1, budget=0.05, parts=[part])
-    observer.recorder.say = said.append
+    instrument = _Costly(clock)
+    observer = Observer(simple_mlp(), PROBE, every=1, budget=0.05, instruments=[instrument], say=said.append)
     observer.begin(total_steps=100)
     for step in range(1, 101):
         clock.now += 1.0
         observer.measure(step)
     observer.finish()
-    assert part.visits[0] == (0, False)
-    assert part.visits[-1] == (100, True)
+    assert instrument.visits[0] == (0, False)
+    assert instrument.visits[-1] == (100, True)
     # Of 100 s at 5 % start and end take 2 s; the third of the other 3 s is earned at the very end.
-    assert [step for step, _ in part.visits] == [0, 34, 67, 100]
+    assert [step for step, _ in instrument.visits] == [0, 34, 67, 100]
     assert len(observer.history) == 101  # the snapshot itself takes no time on this clock
     assert observer.budget.percent == pytest.approx(4.0, abs=0.01)  # the check before it takes real time
     assert "left out to stay within 5 %: costly at 97 (budget=None makes them all)" in said[-1]
 
 
 def test_a_measurement_too_dear_is_left_out_whole(monkeypatch):
-    from torch_eft.live.run import subject as module
+    from torch_eft.live.run import measured_network as module
 
     clock, said = _Clock(), []
     monkeypatch.setattr(budget_module, "time", clock)
@@ -202,8 +203,7 @@ def test_a_measurement_too_dear_is_left_out_whole(monkeypatch):
         return take(*arguments, **options)
 
     monkeypatch.setattr(module, "take_snapshot", slow)
-    observer = Observer(simple_mlp(), PROBE, preset="light", every=1)
-    observer.recorder.say = said.append
+    observer = Observer(simple_mlp(), PROBE, preset="light", every=1, say=said.append)
     observer.begin()
     for step in range(1, 101):
         clock.now += 1.0
@@ -244,14 +244,14 @@ def test_a_sink_that_fails_does_not_keep_others_from_their_numbers():
 class _FailsSometimes(Instrument):
     name = "moody"
 
-    def observe(self, visit):
-        if visit.step == 1:
+    def observe(self, measurement):
+        if measurement.step == 1:
             raise RuntimeError("not today")
         return Reading(scalars={tag("dntk"): 1.0})
 
 
 def test_a_part_that_fails_is_skipped_and_the_others_go_on():
-    observer = Observer(simple_mlp(), PROBE, every=1, budget=None, parts=[_FailsSometimes(), NTKPart()])
+    observer = Observer(simple_mlp(), PROBE, every=1, budget=None, instruments=[_FailsSometimes(), NTKInstrument()])
     with pytest.warns(MeasurementWarning, match="not today"):
         for step in range(3):
             observer.measure(step)
@@ -262,7 +262,7 @@ def test_a_part_that_fails_is_skipped_and_the_others_go_on():
 
 def test_a_prediction_that_ends_is_an_event():
     def observe(net, optimizer):
-        return Observer(net, PROBE, optimizer, every=1, budget=None, parts=[EnsemblePart(order=0)])
+        return Observer(net, PROBE, optimizer, every=1, budget=None, instruments=[TheoryInstrument(order=0)])
 
     *_, observer = train(batch=8, observe=observe)
     assert observer.validity.flag == "invalid"
@@ -275,7 +275,7 @@ def test_a_prediction_that_ends_is_an_event():
     ("arguments", "message"),
     [
         (dict(preset="everything"), r"preset: 'everything' given; give one of 'light', 'standard', 'full'"),
-        (dict(also=["horoscope"]), r"also: 'horoscope' is no part; there are ntk, representation"),
+        (dict(extra=["horoscope"]), r"extra: 'horoscope' given; give one of 'ntk', 'representation'"),
         (dict(budget=0), r"budget: 0 given"),
         (dict(on_error="ignore"), r"on_error: 'ignore' given"),
     ],

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.live.parts.loop import data, mlp
+from tests.live.instruments.loop import data, mlp
 from torch_eft.live import Observer
-from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
-from torch_eft.live.parts.forecasts.instance import InstancePart
+from torch_eft.live.instruments.forecasts.instance import InstanceInstrument
+from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.tensorboard import tag
 
 HALF, STEPS = 4, 8
@@ -18,14 +18,14 @@ SECONDS = 60.0
 
 
 def forecasts():
-    return [EnsemblePart(seconds=SECONDS), InstancePart(seconds=SECONDS)]
+    return [TheoryInstrument(seconds=SECONDS), InstanceInstrument(seconds=SECONDS)]
 
 
 class Run:
     """A bare loop with an observer, that can be saved and brought back."""
 
     def __init__(
-        self, lr=0.05, parts=None, every=1, probe=None, seed=0, momentum=0.0, loss=F.mse_loss, total=STEPS, **more
+        self, lr=0.05, instruments=None, every=1, probe=None, seed=0, momentum=0.0, loss=F.mse_loss, total=STEPS, **more
     ):
         self.net, self.loss, self.total = mlp(24, seed=seed), loss, total
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr, momentum=momentum)
@@ -36,7 +36,7 @@ class Run:
             self.optimizer,
             every=every,
             budget=None,
-            parts=forecasts() if parts is None else parts,
+            instruments=forecasts() if instruments is None else instruments,
             on_error="raise",
             **more,
         )
@@ -69,7 +69,7 @@ class Run:
             self.observer.observe_loss(loss)
             self.optimizer.zero_grad()
             loss.backward()
-            self.observer.before_step()
+            self.observer.before_step(self.optimizer)
             self.optimizer.step()
             self.observer.measure(step)
         return self
@@ -78,8 +78,8 @@ class Run:
     def history(self):
         return self.observer.history
 
-    def parts(self):
-        return {"ensemble": self.observer.parts[0], "instance": self.observer.parts[1]}
+    def instruments(self):
+        return {"ensemble": self.observer.instruments[0], "instance": self.observer.instruments[1]}
 
 
 def same(resumed, whole, steps):

@@ -111,7 +111,7 @@ def sharded_parameters():
     for case in ("without", "rank_zero", "sharded", "no twin"):
         distributed = "sharded" if case == "sharded" else "rank_zero"
         twin = None if case in ("without", "no twin") else seeded()
-        monitor = EFTMonitor(probe, every=2, budget=None, module="net", distributed=distributed, twin=twin)
+        monitor = EFTMonitor(probe, every=2, budget=None, module="net", distributed=distributed, unsharded_model=twin)
         options = {"kind": Sharded, "net": seeded, "optimizer": plain_sgd, "strategy": ModelParallelStrategy(2, 1)}
         try:
             _, module = train([] if case == "without" else [monitor], devices=2, **options)
@@ -271,7 +271,7 @@ def test_sharded_parameters_are_measured_through_a_twin(ranks):
 def test_sharded_parameters_without_a_twin_are_refused_before_training(ranks):
     _, found = ranks
     for rank in found:
-        assert "sharded" in rank["FSDP2"]["no twin"] and "twin=" in rank["FSDP2"]["no twin"]
+        assert "sharded" in rank["FSDP2"]["no twin"] and "unsharded_model=" in rank["FSDP2"]["no twin"]
 
 
 def test_a_bare_loop_calls_the_observer_on_every_rank(ranks):

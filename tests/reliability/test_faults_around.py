@@ -1,4 +1,4 @@
-"""Faults beside the measurements: in what the user gives, in hooks, states and figures of parts, in files and workers.
+"""Faults beside the measurements: in what the user gives, in hooks, states and figures of instruments, in files.
 
 As in ``test_faults``: the training ends as without the callback, one warning says what was skipped, nothing is lost.
 """
@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader
 from tests.callbacks.trainings import PROBE, Training, dataset, normed_net, sgd
 from tests.reliability.runs import left_behind, train
 from torch_eft.callbacks import EFTMonitor, MeasurementWarning
-from torch_eft.callbacks.monitor import Monitor
 from torch_eft.live import Instrument
-from torch_eft.live.parts.ntk import NTKPart
+from torch_eft.live.instruments.ntk import NTKInstrument
 from torch_eft.tensorboard import tag
 from torch_eft.tensorboard.run_info import find_jsonl, read_jsonl
 
@@ -48,7 +47,17 @@ def test_a_schedule_that_raises():
     assert list(monitor.history) == [*ALL[:5], 9]  # the last in any case
 
 
-HOOKS = ["begin", "observe", "on_batch", "on_loss", "on_gradient", "on_step", "state", "info", "first_figures"]
+HOOKS = [
+    "begin",
+    "observe",
+    "observe_batch",
+    "observe_loss",
+    "before_step",
+    "after_step",
+    "state",
+    "facts",
+    "first_figures",
+]
 HOOKS += ["last_figures"]
 
 
@@ -59,7 +68,7 @@ def fail(*unused):
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_part_that_fails_in_a_hook(tmp_path, hook):
     broken = type("Broken", (Instrument,), {hook: fail, "name": "broken"})()
-    monitor = Monitor(PROBE, [broken, NTKPart()], every=1, budget=None)
+    monitor = EFTMonitor(PROBE, instruments=[broken, NTKInstrument()], every=1, budget=None)
     logger = TensorBoardLogger(tmp_path)
     saver = pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", save_top_k=-1, every_n_train_steps=4)
     left, said = outcome(monitor, logger=logger, extra=lambda: [saver], enable_checkpointing=True)

@@ -290,11 +290,11 @@ def test_events_are_not_told_again_after_a_resume():
             values = {tag("ntk_drift", series): 1.0 * (series == "truncation") for series in ("order_0", "truncation")}
             return Reading(scalars={tag("ntk_drift"): 10.0 * (visit.step > 0)} | values)
 
-    first = Observer(simple_mlp(), PROBE, every=1, budget=None, parts=[Outside()], on_error="raise")
+    first = Observer(simple_mlp(), PROBE, every=1, budget=None, instruments=[Outside()], on_error="raise")
     for step in range(3):
         first.measure(step)
     assert [event.step for event in first.events] == [1]
-    second = Observer(simple_mlp(), PROBE, every=1, budget=None, parts=[Outside()], on_error="raise")
+    second = Observer(simple_mlp(), PROBE, every=1, budget=None, instruments=[Outside()], on_error="raise")
     second.load_state_dict(first.state_dict())
     second.begin(2)
     second.measure(3)

@@ -13,15 +13,15 @@ import torch
 from torch.nn import functional as F
 
 from tests.callbacks.trainings import dataset
-from tests.live.parts.loop import data
+from tests.live.instruments.loop import data
 from tests.reliability.interruptions import fit as lightning_fit
 from tests.reliability.interruptions import light
 from tests.reliability.resumed_loops import HALF, SECONDS, STEPS, Run, same
 from torch_eft.callbacks import MeasurementWarning
-from torch_eft.live.parts.dntk import DNTKPart
-from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
-from torch_eft.live.parts.forecasts.instance import InstancePart
-from torch_eft.live.parts.interval import IntervalPart
+from torch_eft.live.instruments.dntk import DNTKInstrument
+from torch_eft.live.instruments.forecasts.instance import InstanceInstrument
+from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
+from torch_eft.live.instruments.interval import IntervalInstrument
 from torch_eft.measure.taylor.displacement import displacement_terms
 from torch_eft.tensorboard import tag
 
@@ -46,11 +46,11 @@ def test_its_values_are_those_of_the_training_that_was_not_stopped(momentum):
     resumed = Run(seed=1, momentum=momentum).resume(saved).train(HALF + 1, STEPS)
     for quantities in THEORY.values():
         for name in quantities:
-            assert tag(name, "order_1") in whole.history[STEPS], whole.parts()["ensemble"].info()
+            assert tag(name, "order_1") in whole.history[STEPS], whole.instruments()["ensemble"].facts()
     assert list(resumed.history) == list(range(STEPS + 1))
     same(resumed, whole, range(STEPS + 1))
-    for name, part in resumed.parts().items():
-        assert part.info() == whole.parts()[name].info()
+    for name, instrument in resumed.instruments().items():
+        assert instrument.facts() == whole.instruments()[name].facts()
     assert [event.text for event in resumed.observer.events] == [event.text for event in whole.observer.events]
 
 
@@ -76,7 +76,7 @@ def test_cross_entropy_and_a_measurement_that_falls_on_the_resume():
             dense.history[step][tag("instance_output")], rel=1e-5
         )
         assert name in resumed.history[step]
-    assert "squared error" in resumed.parts()["ensemble"].validity.reason  # it had none, and says why still
+    assert "squared error" in resumed.instruments()["ensemble"].validity.reason  # it had none, and says why still
 
 
 def test_it_goes_on_after_two_resumes_one_of_them_without_a_step():
@@ -139,7 +139,6 @@ def momentum(run):
 
 def adam(run):
     run.optimizer = torch.optim.Adam(run.net.parameters(), 1e-3)
-    run.observer.subject.optimizers = [run.optimizer]
 
 
 ENDS = {
@@ -159,10 +158,10 @@ def test_another_training_after_the_resume_ends_it(name):
     resumed = Run(seed=1).resume(saved)
     change(resumed)
     resumed.train(HALF + 1, STEPS)
-    for part in resumed.parts().values():
-        assert part.validity.flag == "invalid"
-        assert words in part.validity.reason
-        assert any(event.text.startswith(part.what) and words in event.text for event in resumed.observer.events)
+    for instrument in resumed.instruments().values():
+        assert instrument.validity.flag == "invalid"
+        assert words in instrument.validity.reason
+        assert any(event.text.startswith(instrument.what) and words in event.text for event in resumed.observer.events)
     for quantities in THEORY.values():
         for quantity in quantities:
             name = tag(quantity, "order_0")
@@ -173,8 +172,8 @@ def test_another_training_after_the_resume_ends_it(name):
 def test_a_momentum_that_was_not_restored_ends_it():
     _, saved = half(0.5)
     resumed = Run(seed=1, momentum=0.5).resume(saved, optimizer=False).train(HALF + 1, STEPS)
-    for part in resumed.parts().values():
-        assert "lost its momentum with the resume" in part.validity.reason
+    for instrument in resumed.instruments().values():
+        assert "lost its momentum with the resume" in instrument.validity.reason
 
 
 def test_why_it_ended_before_the_checkpoint_is_still_known_after_it():
@@ -182,8 +181,8 @@ def test_why_it_ended_before_the_checkpoint_is_still_known_after_it():
     run.optimizer.param_groups[0]["lr"] = 0.01
     run.train(3, HALF)
     resumed = Run(seed=1).resume(run.saved()).train(HALF + 1, STEPS)
-    for part in resumed.parts().values():
-        assert part.validity.reason == "the learning rate changed at step 2: the forecast is for a constant one"
+    for instrument in resumed.instruments().values():
+        assert instrument.validity.reason == "the learning rate changed at step 2: the forecast is for a constant one"
 
 
 def emptied(state):
@@ -231,9 +230,9 @@ UNREADABLE = {
 def test_a_state_that_cannot_be_read_ends_it_and_nothing_else(change):
     whole, saved = half()
     resumed = Run(seed=1).resume(saved, change=change).train(HALF + 1, STEPS)
-    for part, words in zip(resumed.parts().values(), UNREADABLE[change], strict=True):
-        assert part.validity.flag == "invalid"
-        assert words in part.validity.reason
+    for instrument, words in zip(resumed.instruments().values(), UNREADABLE[change], strict=True):
+        assert instrument.validity.flag == "invalid"
+        assert words in instrument.validity.reason
     assert list(resumed.history) == list(range(STEPS + 1))
     same(resumed, whole, range(HALF + 1))
 
@@ -242,18 +241,18 @@ def test_a_state_that_cannot_be_read_ends_it_and_nothing_else(change):
 def test_theta_0_beside_the_checkpoint_or_not_at_all(keep, tmp_path):
     """This network's forecast is made again of theta_0, and ends without; that of the ensemble needs none."""
 
-    def parts():
-        return [EnsemblePart(order=0), InstancePart(seconds=SECONDS)]
+    def instruments():
+        return [TheoryInstrument(order=0), InstanceInstrument(seconds=SECONDS)]
 
     options = dict(keep_theta_0="none" if keep == "none" else "file", logdir=tmp_path)
-    whole = Run(parts=parts(), **options).train(1, HALF)
+    whole = Run(instruments=instruments(), **options).train(1, HALF)
     saved = whole.saved()
     whole.train(HALF + 1, STEPS)
     state = torch.load(io.BytesIO(saved), weights_only=True)[2]
     assert state["theta_0"] is state["parts"]["instance"]["theta_0"] is None
     files = [path.name for path in tmp_path.glob("*.pt")]
     assert files == ([] if keep == "none" else ["eft-theta_0-instance.pt"])
-    resumed = Run(parts=parts(), seed=1, **options)
+    resumed = Run(instruments=instruments(), seed=1, **options)
     if keep == "a file that is gone":
         (tmp_path / files[0]).unlink()
         resumed.observer.recorder.on_error = "warn"
@@ -267,7 +266,7 @@ def test_theta_0_beside_the_checkpoint_or_not_at_all(keep, tmp_path):
     if keep == "file":
         same(resumed, whole, range(STEPS + 1))
     else:
-        assert "theta_0, of which it would be made again" in resumed.parts()["instance"].validity.reason
+        assert "theta_0, of which it would be made again" in resumed.instruments()["instance"].validity.reason
         assert tag("output_projection", "order_0") in resumed.history[STEPS]
 
 
@@ -280,8 +279,8 @@ def test_a_state_of_another_kind_is_a_new_start():
     with pytest.warns(MeasurementWarning, match="cannot be read"):
         resumed = Run(seed=1).resume(saved, change=change)
     resumed.train(HALF + 1, STEPS)
-    for part in resumed.parts().values():
-        assert part.validity.reason == NO_STATE
+    for instrument in resumed.instruments().values():
+        assert instrument.validity.reason == NO_STATE
 
 
 def test_a_forecast_for_another_probe_is_dropped_with_its_theta_0():
@@ -289,12 +288,12 @@ def test_a_forecast_for_another_probe_is_dropped_with_its_theta_0():
     with pytest.warns(MeasurementWarning, match="the probe is another"):
         resumed = Run(seed=1, probe=data()[2] + 1).resume(saved)
     resumed.train(HALF + 1, STEPS)
-    for part in resumed.parts().values():
-        assert part.validity.reason == NO_STATE
+    for instrument in resumed.instruments().values():
+        assert instrument.validity.reason == NO_STATE
     assert list(resumed.history) == list(range(HALF, STEPS + 1))
 
 
-# ---- parts that look back to the last measurement
+# ---- instruments that look back to the last measurement
 
 
 def test_the_first_interval_after_a_resume_is_measured(tmp_path):
@@ -309,21 +308,21 @@ def test_what_looks_back_after_a_resume_looks_back_to_where_it_went_on(every):
     """Changes over the interval, and dNTK along the displacement and along the gradient, with the checkpoint on a
     measurement and between two."""
 
-    def parts():
-        return [IntervalPart(), DNTKPart()]
+    def instruments():
+        return [IntervalInstrument(), DNTKInstrument()]
 
-    dense = Run(parts=parts(), loss=F.smooth_l1_loss).train(1, STEPS)
+    dense = Run(instruments=instruments(), loss=F.smooth_l1_loss).train(1, STEPS)
     theta = {}
-    stopped = Run(parts=parts(), every=every, loss=F.smooth_l1_loss).train(1, HALF)
+    stopped = Run(instruments=instruments(), every=every, loss=F.smooth_l1_loss).train(1, HALF)
     theta[HALF] = {name: p.detach().clone() for name, p in stopped.net.named_parameters()}
-    resumed = Run(parts=parts(), every=every, loss=F.smooth_l1_loss, seed=1).resume(stopped.saved())
+    resumed = Run(instruments=instruments(), every=every, loss=F.smooth_l1_loss, seed=1).resume(stopped.saved())
     next_one = HALF + 1 if every == 1 else 6
     resumed.train(HALF + 1, next_one)
     theta[next_one] = {name: p.detach().clone() for name, p in resumed.net.named_parameters()}
     resumed.train(next_one + 1, STEPS)
     observer = resumed.observer
-    lambdas = observer.subject.learning_rates()
-    expected = displacement_terms(resumed.net, observer.subject.inputs, theta[HALF], theta[next_one], lambdas=lambdas)
+    lambdas = observer.network.learning_rates()
+    expected = displacement_terms(resumed.net, observer.network.probe, theta[HALF], theta[next_one], lambdas=lambdas)
     moved, size = expected.output_change.norm(), expected.output_terms[0].norm()
     rest = expected.output_change - expected.output_terms[0]
     found = resumed.history[next_one]

@@ -15,7 +15,7 @@ DRIFT = tag("ntk_drift")
 
 
 def monitored(**options):
-    return EFTMonitor(PROBE, **{"preset": "light", "also": ["taylor"], "every": 3, "budget": None} | options)
+    return EFTMonitor(PROBE, **{"preset": "light", "extra": ["taylor"], "every": 3, "budget": None} | options)
 
 
 def fit(monitor, **options):

@@ -6,7 +6,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from torch_eft.live.part import History
+from torch_eft.live.instrument import History
 from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink
 
 

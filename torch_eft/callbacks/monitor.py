@@ -3,7 +3,7 @@
 Hooks. ``setup`` checks probe and model. theta_0 is taken in ``on_train_start`` (after the sanity check and
 after a checkpoint is loaded). Measurements follow in ``on_train_batch_end`` or ``on_train_epoch_end``, never in
 validation hooks, where weights may be averaged ones. Only rank 0 measures, and without collectives, unless
-``distributed="sharded"`` or a twin asks for the other ranks.
+``distributed="sharded"`` or ``unsharded_model=`` asks for the other ranks.
 """
 
 import time
@@ -20,64 +20,121 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.callbacks.applicability import outside_the_theory
 from torch_eft.callbacks.loggers import log_directory, logger_sinks
+from torch_eft.live.config.presets import Preset
 from torch_eft.live.config.probes import ProbeLike, first_count, first_samples
 from torch_eft.live.config.schedule import Every
+from torch_eft.live.instrument import Event, History, Instrument, MeasurementWarning, Obstacle
 from torch_eft.live.observer import Observer
-from torch_eft.live.part import Event, History, Instrument, MeasurementWarning
-from torch_eft.live.run.subject import Distributed
-from torch_eft.live.run.theta_file import KeepTheta
+from torch_eft.live.run.measured_network import Distributed
+from torch_eft.live.run.reference import KeepTheta
 from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.network.ranks import Ranks
 from torch_eft.results.trajectory import Validity
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.activations import ActivationLike
 
 
-class Monitor(Callback):
-    """Base of the monitors; use ``EFTMonitor``, ``NTKMonitor``, ``RepresentationMonitor`` or ``TheoryComparison``.
+class EFTMonitor(Callback):
+    """NTK drift, representation change and the theory beside them, in one callback: ``EFTMonitor(x[:16])``.
+
+    What is logged, with formula, unit and source: ``torch_eft.tensorboard.QUANTITIES``. The network is visited once for
+    everything. ``NTKMonitor``, ``RepresentationMonitor`` and ``TheoryComparison`` are this with one instrument each,
+    and take the arguments from ``every`` on but for ``preset``, ``instruments`` and ``forecast_seconds``.
+
+    Args:
+        probe: Fixed inputs: a tensor (N, ...), a tuple of arguments or a dict of keyword arguments of the forward; the
+            path of a file that holds one (``torch.save``); or ``"first_batch:N"``, the first N samples of the training
+            data set.
+        preset: ``"light"``: NTK and hidden kernels; ``"standard"``: the theory beside them; ``"full"``: everything.
+        every: When to measure besides the first and the last weights: ``"epoch"``, a number of optimizer steps,
+            ``"log:10"`` (10 per decade of steps), or a function of the step. A Trainer announces epochs, so that the
+            default here is ``"epoch"``; that of ``torch_eft.live.Observer``, to which nobody announces them, is not.
+        budget: Time that measuring may take, as a share of the training's own. The schedule is thinned to stay within,
+            and the end says how much was left out. None: no limit.
+        instruments: The instruments in place of the preset's: names, or ``torch_eft.live.Instrument`` of your own.
+        extra: Instruments beyond the preset's, likewise.
+        ensemble: C_b and C_W, if known (lambda is the optimizer's in any case); None estimates them.
+        activation: The activation, where it is not a registered one.
+        forecast_seconds: Time that each forecast of the theory may take before the first step, at any budget; what
+            takes longer is left out, and its page says so.
+        output_fn: Converts the model's output to (N, C).
+        module: Name of the submodule to measure; empty means the LightningModule itself.
+        jsonl: Write every measurement to ``eft.jsonl`` too, next to the first logger's files.
+        on_error: ``"warn"`` or ``"raise"``.
+        name: Distinguishes several monitors of this class in checkpoints.
+        distributed: In a training on several devices: ``"rank_zero"``: rank 0 measures, the others wait for it in their
+            next collective; ``"sharded"``: every rank takes its share of the samples (outputs and NTK), wherever
+            ``every``, which must be the same on all ranks, may ask for it; it pays where a sample's passes are
+            expensive (convolutions, attention).
+        unsharded_model: For a model whose parameters are sharded (FSDP2): the same architecture built plainly. The
+            parameters are gathered into it for every measurement, and it needs that much memory on every rank; batches
+            and gradients are not looked at, so that there are measurements only.
+        keep_theta_0: Where the parameters of theta_0 are kept for a resumed training, if something needs them (Taylor
+            terms do): ``"checkpoint"``; ``"file"``, ``eft-theta_0.pt`` next to ``eft.jsonl``, to which checkpoints
+            point; ``"none"``.
 
     Attributes:
-        observer: What measures.
+        observer: The observer that measures.
         history: ``{optimizer step: {tag: value}}``, everything measured so far.
         events: Quantities that left their band, predictions that left their validity.
         skipped: ``[(step, what went wrong)]``.
-        origin: Where theta_0 was taken, in words.
+        origin: A phrase saying where theta_0 was taken.
         seconds: Time spent measuring.
         validity: Where the theory holds for this run, or why it does not apply; None before the first step.
 
-    Logged besides the parts' own scalars: ``eft/overhead_percent/measured``, the time spent measuring in % of the
-    training's own time.
+    Raises:
+        ValueError: Here, in ``setup`` or at the start of training, if an argument or the model is not usable.
+
+    Example:
+        >>> import lightning, torch
+        >>> from torch_eft.callbacks import EFTMonitor
+        >>> monitor = EFTMonitor(torch.zeros(4, 3), preset="light", extra=["taylor"])
+        >>> [instrument.name for instrument in monitor.observer.instruments]
+        ['ntk', 'representation', 'taylor']
+        >>> trainer = lightning.Trainer(callbacks=[monitor], logger=False, enable_checkpointing=False)
     """
 
     def __init__(
         self,
         probe: ProbeLike,
-        parts: Sequence[Instrument],
+        *,
+        preset: Preset = "standard",
         every: Every = "epoch",
         budget: float | None = 0.05,
+        instruments: Sequence[str | Instrument] | None = None,
+        extra: Sequence[str | Instrument] = (),
+        ensemble: MLPEnsemble | None = None,
+        activation: ActivationLike | None = None,
+        forecast_seconds: float = 3.0,
         output_fn: OutputFn | None = None,
         module: str = "",
         jsonl: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
         name: str = "",
         distributed: Distributed = "rank_zero",
-        twin: nn.Module | None = None,
+        unsharded_model: nn.Module | None = None,
         keep_theta_0: KeepTheta = "checkpoint",
     ) -> None:
         self.observer = Observer(
             None,
             probe,
+            preset=preset,
             every=every,
             budget=budget,
+            instruments=instruments,
+            extra=extra,
+            ensemble=ensemble,
+            activation=activation,
+            forecast_seconds=forecast_seconds,
             output_fn=output_fn,
             distributed=distributed,
-            twin=twin,
+            unsharded_model=unsharded_model,
             keep_theta_0=keep_theta_0,
             on_error=on_error,
-            parts=parts,
+            name=type(self).__name__,
+            say=rank_zero_info,
         )
-        self.observer.recorder.name = type(self).__name__
-        self.observer.recorder.say = rank_zero_info
         self.module = module
         self.jsonl = jsonl
         self.name = name
@@ -101,7 +158,7 @@ class Monitor(Callback):
 
     @property
     def origin(self) -> str:
-        """Where theta_0 was taken, in words."""
+        """A phrase saying where theta_0 was taken."""
         return self.observer.origin
 
     @property
@@ -115,7 +172,7 @@ class Monitor(Callback):
         return self.observer.validity
 
     def overhead(self) -> str:
-        """What measuring has cost, and what was left out, in a sentence."""
+        """One sentence on what measuring has cost, and on what was left out."""
         return self.observer.overhead()
 
     # ---- before training
@@ -123,16 +180,12 @@ class Monitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the model can be measured on the probe; errors here stop before training."""
         if stage == "fit" and self._first is None and not is_overridden("configure_model", pl_module):
-            self._check(pl_module)
+            self.observer.check(self._network(pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same check for models built in ``configure_model``."""
         if self._first is None and is_overridden("configure_model", pl_module):
-            self._check(pl_module)
-
-    def _check(self, pl_module: LightningModule) -> None:
-        self.observer.subject.model = self._network(pl_module)
-        self.observer.check()
+            self.observer.check(self._network(pl_module))
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         if not self.module:
@@ -155,26 +208,26 @@ class Monitor(Callback):
                     f"probe: 'first_batch:{self._first}' needs one training DataLoader, not {type(loader).__name__}; "
                     "give the inputs as a tensor or a .pt file"
                 )
-            self.observer.subject.probe = first_samples(dataset, self._first, collate)
-            self._check(pl_module)
+            self.observer.check(self._network(pl_module), first_samples(dataset, self._first, collate))
         if self._takes_part(trainer):
-            self.observer.subject.place = (trainer.global_rank, trainer.world_size)
-            self.observer.subject.model = self._network(pl_module)
-            self.observer.subject.optimizers = list(trainer.optimizers)
-            if trainer.is_global_zero:
-                self.observer.sinks = logger_sinks(trainer, self._file(trainer) if self.jsonl else None)
-                directory = log_directory(trainer)
-                stem = Path(self._file(trainer)).stem
-                self.observer.theta_file = None if directory is None else directory / f"{stem}-theta_0.pt"
-            waiting = trainer.is_global_zero and trainer.world_size > 1 and dist.is_initialized()
+            leads, file = trainer.is_global_zero, self._file(trainer)
+            directory = log_directory(trainer) if leads else None
+            waiting = leads and trainer.world_size > 1 and dist.is_initialized()
             self._timeout = Ranks().timeout if waiting else None
             with self._waited_for():
                 self.observer.begin(
-                    trainer.global_step, outside_the_theory(trainer, pl_module), _planned_steps(trainer)
+                    trainer.global_step,
+                    obstacle=obstacle(trainer, pl_module),
+                    total_steps=_planned_steps(trainer),
+                    model=self._network(pl_module),
+                    optimizers=trainer.optimizers,
+                    place=(trainer.global_rank, trainer.world_size),
+                    sinks=logger_sinks(trainer, file if self.jsonl else None) if leads else (),
+                    theta_file=None if directory is None else directory / f"{Path(file).stem}-theta_0.pt",
                 )
 
     def _takes_part(self, trainer: Trainer) -> bool:
-        return trainer.is_global_zero or self.observer.subject.shared
+        return trainer.is_global_zero or self.observer.collective
 
     @contextmanager
     def _waited_for(self) -> Iterator[None]:
@@ -193,23 +246,23 @@ class Monitor(Callback):
             self._timeout = None
 
     def _file(self, trainer: Trainer) -> str:
-        """The name of its JSONL file: two monitors do not write to one."""
-        others = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]  # type: ignore[attr-defined]
-        place = sorted(others, key=lambda each: -len(each.observer.parts)).index(self)
+        """Name of its JSONL file: two monitors never write to the same one."""
+        others = [callback for callback in trainer.callbacks if isinstance(callback, EFTMonitor)]  # type: ignore[attr-defined]
+        place = sorted(others, key=lambda each: -len(each.observer.instruments)).index(self)
         return "eft.jsonl" if place == 0 else f"eft-{place + 1}.jsonl"
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Show the batch to the parts."""
+        """Show the batch to the instruments."""
         if trainer.is_global_zero:
             self.observer.observe_batch(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Show the loss to the parts."""
+        """Show the loss to the instruments."""
         if trainer.is_global_zero:
             self.observer.observe_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Show the gradient, and the learning rates in force, to the parts."""
+        """Show the gradient, and the learning rates in force, to the instruments."""
         if trainer.is_global_zero:
             self.observer.before_step(optimizer)
 
@@ -243,7 +296,7 @@ class Monitor(Callback):
 
     @property
     def state_key(self) -> str:
-        """Monitors of one class are told apart by ``name``."""
+        """The key in checkpoints, which ``name`` makes different for monitors of one class."""
         return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,8 +309,24 @@ class Monitor(Callback):
 
 
 def _planned_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps in all, as far as the Trainer's arguments say; with one optimizer."""
+    """Optimizer steps of the whole training, as far as the Trainer's arguments say; with one optimizer."""
     planned = [trainer.max_steps] if trainer.max_steps > 0 else []
     if trainer.max_epochs and trainer.max_epochs > 0 and isinstance(trainer.num_training_batches, int):
         planned.append(trainer.max_epochs * -(-trainer.num_training_batches // trainer.accumulate_grad_batches))
     return min(planned) if planned and len(trainer.optimizers) == 1 else None
+
+
+def obstacle(trainer: Trainer, pl_module: LightningModule) -> Obstacle | None:
+    """Return why the loop is not plain full-batch training on one device, as far as the Trainer knows, or None."""
+    if not pl_module.automatic_optimization:
+        return Obstacle("manual optimization: the steps taken are not known")
+    if trainer.world_size > 1:
+        return Obstacle(f"{trainer.world_size} processes share the batch; the theory is compared on one")
+    if trainer.accumulate_grad_batches != 1:
+        return Obstacle(f"gradient accumulation over {trainer.accumulate_grad_batches} batches")
+    if trainer.gradient_clip_val:
+        return Obstacle(f"gradient clipping at {trainer.gradient_clip_val}")
+    if trainer.num_training_batches != 1:
+        reason = f"mini-batches ({trainer.num_training_batches} per epoch): order 0 covers full-batch training"
+        return Obstacle(reason, minibatches=True)
+    return None

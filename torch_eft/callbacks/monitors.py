@@ -1,182 +1,98 @@
-"""The monitors: everything at once, or one concern each."""
+"""Monitors of one concern each: ``EFTMonitor`` with one instrument."""
 
-from collections.abc import Sequence
-from typing import Literal
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
-from torch import nn
-
-from torch_eft.callbacks.monitor import Monitor
-from torch_eft.live.config.presets import Options, Preset, parts_of
+from torch_eft.callbacks.monitor import EFTMonitor
 from torch_eft.live.config.probes import ProbeLike
-from torch_eft.live.config.schedule import Every
-from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
-from torch_eft.live.parts.ntk import NTKPart
-from torch_eft.live.parts.representation import RepresentationPart
-from torch_eft.live.run.subject import Distributed
-from torch_eft.live.run.theta_file import KeepTheta
-from torch_eft.measure.forward.probe import OutputFn
+from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
+from torch_eft.live.instruments.ntk import NTKInstrument
+from torch_eft.live.instruments.representation import RepresentationInstrument
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import ActivationLike
 
+_OWN = ("preset", "instruments", "ensemble", "activation", "forecast_seconds")
+"""Arguments of ``EFTMonitor`` that a monitor of one concern does not have."""
 
-class EFTMonitor(Monitor):
-    """NTK drift, representation change and the theory beside them, in one callback: ``EFTMonitor(probe=x[:16])``.
-
-    What is logged, with formula, unit and source: ``torch_eft.tensorboard.QUANTITIES``. The network is visited once for
-    everything.
-
-    Args:
-        probe: Fixed inputs: a tensor (N, ...), a tuple of arguments or a dict of keyword arguments of the forward; the
-            path of a file that holds one (``torch.save``); or ``"first_batch:N"``, the first N samples of the training
-            data set.
-        preset: ``"light"``: NTK and hidden kernels; ``"standard"``: the theory beside them; ``"full"``: everything.
-        every: When to measure besides the first and the last weights: ``"epoch"``, a number of optimizer steps,
-            ``"log:10"`` (10 a decade of steps), or a function of the step.
-        budget: Time that measuring may take, as a share of the training's own. The schedule is thinned to stay within,
-            and the end says how much was left out. None: no limit.
-        also: Names of parts beyond the preset's.
-        ensemble: C_b and C_W, if known (lambda is the optimizer's in any case); None estimates them.
-        activation: The activation, where it is none of the registered ones.
-        forecast_seconds: Time that each forecast of the theory may take before the first step, at any budget; what is
-            dearer is left out, in words.
-        output_fn: Turns what the model returns into (N, C).
-        module: Name of the submodule to measure; empty means the LightningModule itself.
-        jsonl: Write every measurement to ``eft.jsonl`` too, next to the first logger's files.
-        on_error: ``"warn"`` or ``"raise"``.
-        name: Tells several monitors of this class apart in checkpoints.
-        distributed: In a training on several devices: ``"rank_zero"``: rank 0 measures, the others wait for it in their
-            next collective; ``"sharded"``: every rank takes its share of the samples (outputs and NTK), wherever
-            ``every``, which must be the same on all ranks, may ask for it; it pays where a sample's passes are dear
-            (convolutions, attention).
-        twin: For a model whose parameters are sharded (FSDP2): the same architecture built plainly. The parameters are
-            gathered into it for every measurement, and it needs that much memory on every rank; batches and gradients
-            are not looked at, so that there are measurements only.
-        keep_theta_0: Where the parameters of theta_0 are kept for a resumed training, if something needs them (Taylor
-            terms do): ``"checkpoint"``; ``"file"``, ``eft-theta_0.pt`` next to ``eft.jsonl``, to which checkpoints
-            point; ``"none"``.
-
-    Raises:
-        ValueError: Here, in ``setup`` or at the start of training, if an argument or the model is not usable.
-    """
-
-    def __init__(
-        self,
-        probe: ProbeLike,
-        preset: Preset = "standard",
-        every: Every = "epoch",
-        budget: float | None = 0.05,
-        also: Sequence[str] = (),
-        ensemble: MLPEnsemble | None = None,
-        activation: ActivationLike | None = None,
-        forecast_seconds: float = 3.0,
-        output_fn: OutputFn | None = None,
-        module: str = "",
-        jsonl: bool = True,
-        on_error: Literal["warn", "raise"] = "warn",
-        name: str = "",
-        distributed: Distributed = "rank_zero",
-        twin: nn.Module | None = None,
-        keep_theta_0: KeepTheta = "checkpoint",
-    ) -> None:
-        parts = parts_of(preset, also, Options(ensemble, activation, output_fn, forecast_seconds))
-        super().__init__(
-            probe, parts, every, budget, output_fn, module, jsonl, on_error, name, distributed, twin, keep_theta_0
-        )
+Init = TypeVar("Init", bound=Callable[..., None])
 
 
-class NTKMonitor(Monitor):
-    """Measure how far the neural tangent kernel has moved.
+def _with_shared_arguments(init: Init) -> Init:
+    """Show the arguments behind ``**shared`` in the signature, for ``help``, editors and configuration files."""
+    own = inspect.signature(init)
+    names = [name for name, parameter in own.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    every = inspect.signature(EFTMonitor.__init__).parameters
+    shared = [parameter for name, parameter in every.items() if name not in (*names, *_OWN)]
+    init.__signature__ = own.replace(parameters=[own.parameters[name] for name in names] + shared)  # type: ignore[attr-defined]
+    return init
+
+
+class NTKMonitor(EFTMonitor):
+    """Measures how far the neural tangent kernel has moved.
 
     Logs ``ntk_drift``, ``ntk_kernel_distance``, ``ntk_top_eigenvalue``, ``ntk_trace`` and the spectrum, on the probe,
     with H_0 the NTK at theta_0 and the optimizer's relative learning rates as lambda.
 
     Args:
-        probe: As ``EFTMonitor``.
-        every: As ``EFTMonitor``.
-        budget: As ``EFTMonitor``.
+        probe: As for ``EFTMonitor``.
         outputs: ``"full"``, ``"trace"`` (average over outputs) or ``"auto"``.
-        output_fn: Turns what the model returns into (N, C).
-        module: Name of the submodule to measure; empty means the LightningModule itself.
-        jsonl: As ``EFTMonitor``.
-        on_error: ``"warn"`` or ``"raise"``.
-        name: Tells several monitors of this class apart in checkpoints.
-        distributed: As ``EFTMonitor``.
-        twin: As ``EFTMonitor``.
+        **shared: As for ``EFTMonitor``: ``every``, ``budget``, ``extra``, ``output_fn``, ``module``, ``jsonl``,
+            ``on_error``, ``name``, ``distributed``, ``unsharded_model``, ``keep_theta_0``.
 
     Raises:
-        ValueError: As ``EFTMonitor``.
+        ValueError: As for ``EFTMonitor``.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft.callbacks import NTKMonitor
+        >>> NTKMonitor(torch.zeros(4, 3), every=10, outputs="trace").observer.every
+        10
     """
 
-    def __init__(
-        self,
-        probe: ProbeLike,
-        every: Every = "epoch",
-        budget: float | None = 0.05,
-        outputs: Literal["auto", "full", "trace"] = "auto",
-        output_fn: OutputFn | None = None,
-        module: str = "",
-        jsonl: bool = True,
-        on_error: Literal["warn", "raise"] = "warn",
-        name: str = "",
-        distributed: Distributed = "rank_zero",
-        twin: nn.Module | None = None,
-    ) -> None:
-        super().__init__(
-            probe, [NTKPart(outputs)], every, budget, output_fn, module, jsonl, on_error, name, distributed, twin
-        )
+    @_with_shared_arguments
+    def __init__(self, probe: ProbeLike, *, outputs: Literal["auto", "full", "trace"] = "auto", **shared: Any) -> None:
+        super().__init__(probe, instruments=[NTKInstrument(outputs)], **shared)
 
 
-class RepresentationMonitor(Monitor):
-    """Measure how far the hidden representations have moved.
+class RepresentationMonitor(EFTMonitor):
+    """Measures how far the hidden representations have moved.
 
     Logs ``representation_change`` and ``representation_cka_distance``, on the probe, with K_0 a layer's kernel
     (1/n) sum_j s_j s_j at theta_0: the mean over layers, and with ``per_layer`` each as
     ``eft-layers/<quantity>/<layer>``.
 
     Args:
-        probe: As ``EFTMonitor``.
-        every: As ``EFTMonitor``.
-        budget: As ``EFTMonitor``.
-        layers: Names of the submodules to watch; None picks the activations, or the layers with weights.
+        probe: As for ``EFTMonitor``.
+        layers: Names of the submodules to watch; None chooses the activations, or the layers with weights.
         per_layer: Log each layer.
-        output_fn: Turns what the model returns into (N, C).
-        module: Name of the submodule to measure; empty means the LightningModule itself.
-        jsonl: As ``EFTMonitor``.
-        on_error: ``"warn"`` or ``"raise"``.
-        name: Tells several monitors of this class apart in checkpoints.
-        distributed: As ``EFTMonitor``.
-        twin: As ``EFTMonitor``.
+        **shared: As for ``NTKMonitor``.
 
     Raises:
-        ValueError: As ``EFTMonitor``.
+        ValueError: As for ``EFTMonitor``.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft.callbacks import RepresentationMonitor
+        >>> monitor = RepresentationMonitor(torch.zeros(4, 3), per_layer=True)
+        >>> [instrument.name for instrument in monitor.observer.instruments]
+        ['representation']
     """
 
+    @_with_shared_arguments
     def __init__(
-        self,
-        probe: ProbeLike,
-        every: Every = "epoch",
-        budget: float | None = 0.05,
-        layers: Sequence[str] | None = None,
-        per_layer: bool = False,
-        output_fn: OutputFn | None = None,
-        module: str = "",
-        jsonl: bool = True,
-        on_error: Literal["warn", "raise"] = "warn",
-        name: str = "",
-        distributed: Distributed = "rank_zero",
-        twin: nn.Module | None = None,
+        self, probe: ProbeLike, *, layers: Sequence[str] | None = None, per_layer: bool = False, **shared: Any
     ) -> None:
-        parts = [RepresentationPart(layers, per_layer, output_fn)]
-        super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name, distributed, twin)
+        super().__init__(probe, instruments=[RepresentationInstrument(layers=layers, per_layer=per_layer)], **shared)
 
 
-class TheoryComparison(Monitor):
-    """Compare a training with the theory of its ensemble, infinite width and order 1/n, predicted before it starts.
+class TheoryComparison(EFTMonitor):
+    """Compares a training with the theory of its ensemble, infinite width and order 1/n, predicted before it starts.
 
     The ensemble (widths, activation, C_b, C_W) is read off the network at theta_0, lambda and the learning
     rate off the optimizer, data and loss off the first batch; its value and gradient must be those of squared
-    error. Where the training is not what the theory covers (no MLP, mini-batches, another loss or optimizer), it
-    says so in words, in the log and on the page ``eft/validity``, and logs measurements only.
+    error. Where the theory does not cover the training (other networks than MLPs, mini-batches, another loss or
+    optimizer), the log and the page ``eft/validity`` say why, and there are measurements only.
 
     Logs measured and theory, with the band of one standard deviation over initializations, of ``ntk_trace``,
     ``output_projection`` and ``output_chi_squared``, and without a band ``ntk_drift`` and ``ntk_mean_drift``; and the
@@ -184,37 +100,28 @@ class TheoryComparison(Monitor):
     go; the page ``eft/validity`` says what is at which order.
 
     Args:
-        probe: As ``EFTMonitor``; a tensor (N, ...).
-        every: As ``EFTMonitor``.
-        budget: As ``EFTMonitor``.
-        ensemble: C_b and C_W, if known (lambda is the optimizer's in any case); None estimates them.
-        activation: The activation, where it is none of the registered ones.
-        output_fn: Turns what the model returns into (N, C).
-        module: Name of the submodule to measure; empty means the LightningModule itself.
-        jsonl: As ``EFTMonitor``.
-        on_error: ``"warn"`` or ``"raise"``.
-        name: Tells several monitors of this class apart in checkpoints.
-        distributed: As ``EFTMonitor``.
-        twin: As ``EFTMonitor``.
+        probe: As for ``EFTMonitor``; a tensor (N, ...).
+        ensemble: As for ``EFTMonitor``.
+        activation: As for ``EFTMonitor``.
+        **shared: As for ``NTKMonitor``.
 
     Raises:
-        ValueError: As ``EFTMonitor``.
+        ValueError: As for ``EFTMonitor``.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft.callbacks import TheoryComparison
+        >>> TheoryComparison(torch.zeros(4, 3)).validity is None  # before the first step
+        True
     """
 
+    @_with_shared_arguments
     def __init__(
         self,
         probe: ProbeLike,
-        every: Every = "epoch",
-        budget: float | None = 0.05,
+        *,
         ensemble: MLPEnsemble | None = None,
         activation: ActivationLike | None = None,
-        output_fn: OutputFn | None = None,
-        module: str = "",
-        jsonl: bool = True,
-        on_error: Literal["warn", "raise"] = "warn",
-        name: str = "",
-        distributed: Distributed = "rank_zero",
-        twin: nn.Module | None = None,
+        **shared: Any,
     ) -> None:
-        parts = [EnsemblePart(ensemble, activation, output_fn)]
-        super().__init__(probe, parts, every, budget, output_fn, module, jsonl, on_error, name, distributed, twin)
+        super().__init__(probe, instruments=[TheoryInstrument(ensemble, activation)], **shared)

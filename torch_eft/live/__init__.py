@@ -1,8 +1,16 @@
-"""The live comparison without a trainer: an observer, the parts it is made of, and the sinks it writes to."""
+"""The live comparison without a trainer: an observer, its instruments, and the sinks that it writes to."""
 
 from torch_eft.live.config.schedule import linear, logarithmic
+from torch_eft.live.instrument import (
+    Event,
+    Instrument,
+    Measurement,
+    MeasurementWarning,
+    Obstacle,
+    Reading,
+    TrainingStart,
+)
 from torch_eft.live.observer import Observer
-from torch_eft.live.part import Event, Instrument, Measurement, MeasurementWarning, Reading, Start
 from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink
 
 __all__ = [
@@ -12,10 +20,11 @@ __all__ = [
     "Measurement",
     "MeasurementWarning",
     "Observer",
+    "Obstacle",
     "Reading",
     "Sink",
-    "Start",
     "TensorBoardSink",
+    "TrainingStart",
     "linear",
     "logarithmic",
 ]

@@ -1,13 +1,13 @@
-"""What measuring costs, by its own clock, and which due measurements the budget leaves out.
+"""The cost of measuring, by the observer's own clock, and which due measurements the budget leaves out.
 
 Everything that runs inside the observer is on its account; everything else since the start is the training's own time
 (validation, loading and logging included). ``limit`` is the ratio of the two that may be reached.
 
-What falls once (start, first and last visit, figures) is spread over the planned steps, where their number is known;
-the last visit is taken to cost what the latest one did. Forecasts, made once before the first step, are counted and
-told, but thin nothing: they set their own limits, and without measurements beside them they were in vain. What is left
-of the allowance is shared among the accounts (the snapshot, and each part): equal parts, and what one does not need
-goes to the others, so that a dear part thins itself before it starves a cheap one.
+One-off costs (start, first and last measurement, figures) are spread over the planned steps, where their number is
+known; the last measurement is assumed to cost what the latest one did. Forecasts, made once before the first step, are
+counted and reported, but thin nothing: they set their own limits, and without measurements beside them they would be in
+vain. The rest of the allowance is shared among the accounts (the snapshot, and each instrument): equal shares, and what
+one does not need goes to the others, so that an expensive instrument thins itself before it starves a cheap one.
 """
 
 import math
@@ -17,18 +17,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 SNAPSHOT = "snapshot"
-"""The account of what all parts look at together: outputs, NTK, hidden kernels."""
+"""The account of what all instruments share: outputs, NTK, hidden kernels."""
 
 
 @dataclass
 class Account:
-    """What one kind of work has cost.
+    """The cost of one kind of work.
 
     Args:
-        spent: Seconds, on visits between the first and the last.
-        latest: Seconds, of the latest visit, which is the estimate of the next.
-        made: Visits.
-        left_out: Due visits that were left out.
+        spent: Seconds, on measurements between the first and the last.
+        latest: Seconds, of the latest measurement: the estimate for the next.
+        made: Measurements.
+        left_out: Due measurements that were left out.
     """
 
     spent: float = 0.0
@@ -38,16 +38,16 @@ class Account:
 
 
 class Budget:
-    """The observer's clock.
+    """The observer's clock and accounts.
 
     Args:
         limit: Time spent measuring / the training's own; None for no limit.
         clock: Seconds; None for the wall clock.
 
     Attributes:
-        once: Seconds spent on what falls once.
+        once: Seconds of one-off costs.
         forecasts: Seconds spent on forecasts before the first step.
-        reserve: Seconds kept for the end besides the last visit, a quarter of the allowance at most.
+        reserve: Seconds kept for the end besides the last measurement, at most a quarter of the allowance.
         accounts: By name.
 
     Raises:
@@ -65,7 +65,7 @@ class Budget:
         self.restart()
 
     def restart(self, spent: float = 0.0) -> None:
-        """A training starts: all clocks at zero, but for ``spent`` seconds of measuring just before."""
+        """Set all clocks to zero as a training starts, except for ``spent`` seconds of measuring just before."""
         self._started = self.clock() - spent
         self._stopped: float | None = None
         self._spent = spent
@@ -93,7 +93,7 @@ class Budget:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """What happens inside is measuring; may be nested."""
+        """Count the time spent inside as measuring; may be nested."""
         if self._depth == 0:
             self._begun = self.clock()
         self._depth += 1
@@ -106,7 +106,7 @@ class Budget:
 
     @contextmanager
     def account(self, name: str, forced: bool) -> Iterator[None]:
-        """What happens inside is a visit on an account; ``forced``: the first or last one, which falls once."""
+        """Book a measurement on an account; ``forced``: the first or last one, a one-off cost."""
         account = self.accounts.setdefault(name, Account())
         begun = self.clock()
         try:
@@ -119,7 +119,7 @@ class Budget:
 
     @contextmanager
     def forecasting(self) -> Iterator[None]:
-        """What happens inside is a forecast."""
+        """Count the time spent inside as a forecast."""
         before = self.seconds
         try:
             yield
@@ -127,29 +127,29 @@ class Budget:
             self.forecasts += self.seconds - before
 
     def settle(self) -> None:
-        """What was spent so far, but for visits between the first and the last, falls once."""
+        """Book everything spent so far, except intermediate measurements, as one-off cost."""
         self.once = self.seconds - self.forecasts - sum(account.spent for account in self.accounts.values())
 
     def room(self, seconds: float) -> bool:
-        """Whether so much more time stays within the limit now."""
+        """Return whether ``seconds`` more stay within the limit now."""
         return self.limit is None or self.seconds - self.forecasts + seconds <= self.limit * self.training_seconds
 
     def stop(self) -> None:
-        """The training is over."""
+        """Stop the training's clock."""
         self._stopped = self.clock()
 
     def affordable(self, name: str, progress: float | None) -> bool:
-        """Whether a due visit on an account stays within the budget; if not, it is counted as left out.
+        """Return whether a due measurement on an account stays within the budget; if not, count it as left out.
 
         Args:
             name: The account.
-            progress: The share of the planned steps that is behind; None if their number is not known.
+            progress: The share of the planned steps already taken; None if their number is not known.
         """
         if self.limit is None:
             return True
         account = self.accounts.setdefault(name, Account())
-        visits = sum(each.spent for each in self.accounts.values())
-        hooks = self.seconds - self.forecasts - self.once - visits
+        intermediate = sum(each.spent for each in self.accounts.values())
+        hooks = self.seconds - self.forecasts - self.once - intermediate
         allowance = self.limit * self.training_seconds
         passed = 1.0 if progress is None else min(1.0, progress)
         once = passed * (self.once + sum(each.latest for each in self.accounts.values()))
@@ -171,3 +171,54 @@ def equal_level(demands: Iterable[float], amount: float) -> float:
             return share
         amount -= demand
     return math.inf
+
+
+def cost_sentence(budget: Budget, measurements: int, skipped: int, undrawn: int) -> str:
+    """One sentence on the cost of measuring and on what was left out."""
+    failed = f", {skipped} skipped" if skipped else ""
+    text = (
+        f"torch_eft: {measurements} measurements{failed} took {budget.seconds:.2f} s, {budget.percent:.1f} % on top of "
+        "the training's own time"
+    )
+    if budget.forecasts > 0.1 * budget.seconds:
+        text += f" ({budget.forecasts:.2f} s of it forecasts before the first step, outside the budget)"
+    left = {name: account.left_out for name, account in budget.accounts.items() if account.left_out}
+    if budget.limit is None or not (left or undrawn):
+        return text
+    whole = left.pop(SNAPSHOT, 0)
+    items = [f"{whole} due measurements"] * bool(whole) + [f"{name} at {count}" for name, count in left.items()]
+    items += [f"{undrawn} figures"] * bool(undrawn)
+    return f"{text}; left out to stay within {100 * budget.limit:g} %: {', '.join(items)} (budget=None makes them all)"
+
+
+def thinning_sentence(budget: Budget, step: int) -> str:
+    """One sentence saying that due measurements are left out from now on, and why."""
+    latest = sum(account.latest for account in budget.accounts.values())
+    return (
+        f"torch_eft: the latest measurement took {1000 * latest:.0f} ms; from step {step} on due ones are left out "
+        f"where they would take more than {100 * (budget.limit or 0):g} % of the training's time "
+        "(budget=None makes them all)"
+    )
+
+
+def cost_page(budget: Budget, measurements: int) -> str:
+    """The cost of measuring, account by account, and what was left out, as Markdown."""
+    limit = "no limit" if budget.limit is None else f"limit {100 * budget.limit:g} %"
+    lines = [
+        f"{measurements} measurements took {budget.seconds:.2f} s, {budget.percent:.1f} % on top of the training's own "
+        f"time of {budget.training_seconds:.2f} s ({limit}). {budget.once:.2f} s of it was spent at the start, "
+        f"{budget.forecasts:.2f} s on forecasts before the first step, which the budget does not limit.",
+        "",
+        "| account | measurements | left out | seconds between first and last | ms of the latest |",
+        "|---|---|---|---|---|",
+    ]
+    for name, account in budget.accounts.items():
+        spent, latest = f"{account.spent:.3f}", f"{1000 * account.latest:.1f}"
+        lines.append(f"| {name} | {account.made} | {account.left_out} | {spent} | {latest} |")
+    if any(account.left_out for account in budget.accounts.values()):
+        lines += [
+            "",
+            "Due measurements were left out to stay within the budget. `budget=None` makes them all; fewer due ones, a "
+            "smaller probe or a lighter preset cost less.",
+        ]
+    return "\n".join(lines)

@@ -20,8 +20,9 @@ In a distributed training every rank calls the same; rank 0 decides, records and
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,20 +30,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.live.budget import Budget
-from torch_eft.live.config.presets import Options, Preset, parts_of
+from torch_eft.live.budget import Budget, cost_page, cost_sentence
+from torch_eft.live.config.presets import Options, Preset, chosen_instruments
 from torch_eft.live.config.probes import ProbeLike, probe_from
 from torch_eft.live.config.schedule import Every, checked_every, due
-from torch_eft.live.costs import cost_page, cost_sentence
-from torch_eft.live.part import Event, History, Instrument, MeasurementWarning, Start
-from torch_eft.live.record.outlet import skipped_page
-from torch_eft.live.record.recorder import LOADING, Recorder, validity_of
+from torch_eft.live.instrument import Event, History, Instrument, MeasurementWarning, Obstacle, TrainingStart
+from torch_eft.live.progress import Progress
+from torch_eft.live.record.recorder import LOADING, Recorder
+from torch_eft.live.record.run_summary import shown_claim, skipped_page
 from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink
-from torch_eft.live.run.reference import Reference
-from torch_eft.live.run.subject import Distributed, MeasuredNetwork
-from torch_eft.live.run.theta_file import KeepTheta, load_theta_0, save_theta_0
-from torch_eft.live.run.visits import Visits
-from torch_eft.measure.forward.probe import OutputFn
+from torch_eft.live.run.measured_network import Distributed, MeasuredNetwork, checked_network
+from torch_eft.live.run.measurements import Measurements
+from torch_eft.live.run.ranks import RankProtocol
+from torch_eft.live.run.reference import KeepTheta, Reference
+from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.results.choices import check_choice
 from torch_eft.results.trajectory import Validity
 from torch_eft.tensorboard.run_info import JSONL_NAME
 from torch_eft.theory.ensemble import MLPEnsemble
@@ -50,37 +52,40 @@ from torch_eft.theory.gaussian.activations import ActivationLike
 
 
 class Observer:
-    """Measures a network during its training, and lays the theory beside it.
+    """Measures a network during its training, and shows the theory beside it.
 
     Args:
-        model: The network; its output is (N, C), or becomes so by ``output_fn``.
+        model: The network; its output is (N, C), or is converted to that by ``output_fn``. None: ``begin`` gets it.
         probe: Fixed inputs: a tensor (N, ...), a tuple of arguments or a dict of keyword arguments of the forward, or
             the path of a file that holds one (``torch.save``).
-        optimizer: That of the training, or several; gives the learning-rate tensor lambda. None: lambda = 1.
-        preset: ``"light"``, ``"standard"`` or ``"full"``: which parts (``torch_eft.live.config.presets``).
-        every: When to measure besides the first and the last time (``torch_eft.live.config.schedule``).
+        optimizer: The optimizer of the training, or several; gives the learning-rate tensor lambda. None: lambda = 1.
+        preset: ``"light"``, ``"standard"`` or ``"full"``: which instruments (``torch_eft.live.config.presets``).
+        every: When to measure besides the first and the last time (``torch_eft.live.config.schedule``). A bare loop
+            does not announce epochs, so that the default here is ``"log:10"``.
         budget: Time that measuring may take, as a share of the training's own; the schedule is thinned to stay within.
             None: no limit.
         logdir: Where TensorBoard files and ``eft.jsonl`` go; None: nowhere, results are in ``history``.
-        also: Names of parts beyond the preset's.
+        instruments: The instruments in place of the preset's, by name or your own.
+        extra: Instruments beyond the preset's, by name or your own.
         ensemble: C_b and C_W, if known; None estimates them.
-        activation: The activation, where it is none of the registered ones.
-        forecast_seconds: Time that each forecast of the theory may take before the first step, at any budget; what is
-            dearer is left out, in words.
-        output_fn: Turns what the model returns into (N, C).
+        activation: The activation, where it is not a registered one.
+        forecast_seconds: Time that each forecast of the theory may take before the first step, at any budget; what
+            takes longer is left out, and its page says so.
+        output_fn: Converts the model's output to (N, C).
         distributed: In a training by several processes: ``"rank_zero"``, where rank 0 measures and the others do
             nothing; or ``"sharded"``, where every rank takes its share of the snapshot's samples, wherever ``every``
-            (which must be the same on all ranks) may ask for one. What else the parts compute, rank 0 does alone.
-        twin: A plain network like the model, for a model whose parameters are sharded (FSDP2): they are gathered into
-            it for every measurement, on all ranks. What parts learn from batches and gradients is left out then.
-        keep_theta_0: Where the parameters of theta_0 are kept for a resumed training, if a part needs them:
+            (which must be the same on all ranks) may ask for one. All else is computed by rank 0 alone.
+        unsharded_model: A plain network like the model, for a model whose parameters are sharded (FSDP2): they are
+            gathered into it for every measurement, on all ranks. Batches and gradients are not looked at then.
+        keep_theta_0: Where the parameters of theta_0 are kept for a resumed training, if an instrument needs them:
             ``"checkpoint"``; ``"file"``, written once to ``theta_file``, to which checkpoints point; or ``"none"``.
         on_error: ``"warn"`` or ``"raise"``.
-        parts: The parts themselves, instead of a preset's.
         sinks: More places where results go.
+        name: Name in warnings.
+        say: Prints a sentence (validity, cost); None: the logger ``torch_eft`` does.
 
     Attributes:
-        subject: What is looked at.
+        reference: theta_0.
         theta_file: ``eft-theta_0.pt`` in ``logdir``; None: ``"file"`` is as ``"checkpoint"``.
         history: ``{optimizer step: {tag: value}}``, everything measured so far.
         events: Quantities that left their band, predictions that left their validity.
@@ -89,6 +94,22 @@ class Observer:
 
     Raises:
         ValueError: If an argument is not usable; from ``begin``, if the model is not.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft.live import Observer
+        >>> model, x = torch.nn.Linear(2, 1), torch.ones(3, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> observer = Observer(model, x, optimizer, preset="light", budget=None)
+        >>> observer.begin()
+        >>> for step in (1, 2):
+        ...     optimizer.zero_grad()
+        ...     model(x).square().mean().backward()
+        ...     optimizer.step()
+        ...     _ = observer.measure(step)
+        >>> observer.finish()
+        >>> sorted(observer.history), observer.history[2]["eft/ntk_drift/measured"]
+        ([0, 1, 2], 0.0)
     """
 
     def __init__(
@@ -96,52 +117,65 @@ class Observer:
         model: nn.Module | None,
         probe: ProbeLike,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        *,
         preset: Preset = "standard",
         every: Every = "log:10",
         budget: float | None = 0.05,
         logdir: str | Path | None = None,
-        also: Sequence[str] = (),
+        instruments: Sequence[str | Instrument] | None = None,
+        extra: Sequence[str | Instrument] = (),
         ensemble: MLPEnsemble | None = None,
         activation: ActivationLike | None = None,
         forecast_seconds: float = 3.0,
         output_fn: OutputFn | None = None,
         distributed: Distributed = "rank_zero",
-        twin: nn.Module | None = None,
+        unsharded_model: nn.Module | None = None,
         keep_theta_0: KeepTheta = "checkpoint",
         on_error: Literal["warn", "raise"] = "warn",
-        parts: Sequence[Instrument] | None = None,
         sinks: Sequence[Sink] = (),
+        name: str = "Observer",
+        say: Callable[[str], None] | None = None,
     ) -> None:
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-        self.subject = MeasuredNetwork(model, probe_from(probe), optimizers, output_fn, distributed, twin)
-        if keep_theta_0 not in ("checkpoint", "file", "none"):
-            raise ValueError(f"keep_theta_0: {keep_theta_0!r} given; give 'checkpoint', 'file' or 'none'")
-        self.keep_theta_0 = keep_theta_0
-        self.theta_file = None if logdir is None else Path(logdir) / "eft-theta_0.pt"
+        check_choice("distributed", distributed, ("rank_zero", "sharded"))
+        check_choice("keep_theta_0", keep_theta_0, ("checkpoint", "file", "none"))
+        self._model, self._probe = model, probe_from(probe)
+        self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+        self._output_fn, self._distributed, self._unsharded_model = output_fn, distributed, unsharded_model
+        self._ranks = RankProtocol(self.collective)
+        self.instruments = chosen_instruments(
+            preset, instruments, extra, Options(ensemble, activation, forecast_seconds)
+        )
         self.every = checked_every(every)
         self.budget = Budget(budget)
-        chosen = parts_of(preset, also, Options(ensemble, activation, output_fn, forecast_seconds))
-        self.parts = chosen if parts is None else list(parts)
+        self.keep_theta_0 = keep_theta_0
+        self.theta_file = None if logdir is None else Path(logdir) / "eft-theta_0.pt"
         self.sinks = list(sinks)
-        if logdir is not None and self.subject.leads:
+        if logdir is not None and self._ranks.leads:
             self.sinks += [_tensorboard(logdir), JSONLSink(Path(logdir) / JSONL_NAME)]
-        self.recorder = Recorder(type(self).__name__, self.budget, on_error)
-        self._visits = Visits(self.subject, self.parts, self.recorder)
-        self._checking = 0.0
+        self.progress = Progress()
+        self.recorder = Recorder(self.budget, self.progress, on_error, name, say)
+        self.reference = Reference()
+        self._network: MeasuredNetwork | None = None
+        self._measurements = Measurements(self.instruments, self.reference, self.recorder)
         self._begun = False
+        self._checking = 0.0
         self._drawn = False
         self._listening: dict[str, list[Instrument]] = {}
-        self._start_afresh()
 
-    def _start_afresh(self) -> None:
+    def _forget(self) -> None:
         self.recorder.forget()
-        self._visits.forget()
-        self._theta_records: dict[str, dict[str, Any]] = {}
+        self.reference.forget()
+        self._measurements.forget()
+
+    @property
+    def collective(self) -> bool:
+        """Whether every rank of a distributed training must call the observer."""
+        return self._distributed == "sharded" or self._unsharded_model is not None
 
     @property
     def origin(self) -> str:
-        """Where theta_0 was taken, in words."""
-        return self._visits.beginning.origin
+        """A phrase saying where theta_0 was taken."""
+        return self.reference.origin
 
     @property
     def history(self) -> History:
@@ -161,150 +195,225 @@ class Observer:
     @property
     def validity(self) -> Validity | None:
         """Where the theory holds for this run, or why it does not apply; None before that is known."""
-        return validity_of(self.parts)
+        claim = shown_claim([instrument.facts() for instrument in self.instruments])
+        return None if claim is None else claim.validity
+
+    @property
+    def network(self) -> MeasuredNetwork:
+        """The measured network, checked now if it was not before.
+
+        Raises:
+            ValueError: If it cannot be measured, with the reason.
+        """
+        return self._network or self.check()
 
     # ---- before training
 
-    def check(self) -> None:
-        """See that the model can be measured on the probe; ``begin`` does it if it was not done.
+    def check(self, model: nn.Module | None = None, probe: Probe | None = None) -> MeasuredNetwork:
+        """Check that the model can be measured on the probe; ``begin`` does it if it was not done.
+
+        Args:
+            model: The model, if it was not known before.
+            probe: The probe, if it was not known before.
+
+        Returns:
+            The measured network.
 
         Raises:
             ValueError: If it cannot, with the reason.
         """
         started = self.budget.clock()
-        self.subject.check(self.parts, self.recorder.name)
+        self._network = checked_network(
+            self._model if model is None else model,
+            self._probe if probe is None else probe,
+            self.instruments,
+            self.recorder.name,
+            self._output_fn,
+            self._ranks,
+            self._distributed,
+            self._unsharded_model,
+        )
         self._checking = self.budget.clock() - started
+        return self._network
 
-    def begin(self, step: int = 0, outside: str | None = None, total_steps: int | None = None) -> None:
+    def begin(
+        self,
+        step: int = 0,
+        *,
+        obstacle: Obstacle | None = None,
+        total_steps: int | None = None,
+        model: nn.Module | None = None,
+        optimizers: Sequence[Optimizer] | None = None,
+        place: tuple[int, int] | None = None,
+        sinks: Sequence[Sink] = (),
+        theta_file: Path | None = None,
+    ) -> None:
         """Take theta_0, or go on from a restored one.
+
+        A trainer that knows more than the observer was given says so here; the rest stays as it was.
 
         Args:
             step: Optimizer steps taken so far.
-            outside: Why the loop is no plain full-batch training on one device, if that is known.
-            total_steps: Optimizer steps to be taken in all, if that is known: costs that fall once are spread over
-                them, and at the last of them a measurement is always made.
+            obstacle: Why the loop is not plain full-batch training on one device, if that is known.
+            total_steps: Optimizer steps of the whole training, if that is known: one-off costs are spread over them,
+                and the last of them is always measured.
+            model: The model.
+            optimizers: The optimizers of the training.
+            place: (rank, number of ranks) of this process; None: in torch's default process group.
+            sinks: More places where the results of this training go.
+            theta_file: Where ``keep_theta_0="file"`` writes.
 
         Raises:
             ValueError: If the model cannot be measured; the message says why.
         """
-        if not self.subject.checked:
-            self.check()
+        network = self._network or self.check(model)
+        self._ranks = RankProtocol(self.collective, place)
+        self._network = network = replace(
+            network,
+            model=network.model if model is None else model,
+            optimizers=list(self._optimizers if optimizers is None else optimizers),
+            ranks=self._ranks,
+        )
+        self.theta_file = theta_file or self.theta_file
         self.budget.restart(self._checking)
         self._checking, self._begun = 0.0, True
-        self._visits.first_step, self._visits.total_steps = step, total_steps
-        self.recorder.step = step
-        if not self.subject.leads:
-            self.recorder.guard(self.subject.follow)
+        self.progress.step = self.progress.first_step = step
+        self.progress.total_steps = total_steps
+        if not self._ranks.leads:
+            with self.recorder.guard():
+                network.follow()
             return
-        self.recorder.outlet.open(self.sinks)
-        with self.subject.awaited():
-            self.recorder.guard(lambda: self._begin(step, outside))
+        self.recorder.open([*self.sinks, *sinks])
+        with self._ranks.awaited(), self.recorder.guard():
+            self._begin(network, obstacle)
         self.budget.settle()
 
-    def _begin(self, step: int, outside: str | None) -> None:
-        network, probe = self.subject.network, self.subject.inputs
-        restored = self._visits.beginning.restored
-        going_on = restored or step > 0
-        unlike = self._visits.beginning.unlike(network, probe)
-        if unlike and going_on:
-            warnings.warn(
-                f"{self.recorder.name}: {unlike}, whose measurements cannot be compared with; training goes on, "
-                "measured from here as from a new start",
-                MeasurementWarning,
-                stacklevel=2,
-            )
-        goes_on = self._visits.beginning.snapshot is not None and going_on and unlike is None
+    def _begin(self, network: MeasuredNetwork, obstacle: Obstacle | None) -> None:
+        step, restored, goes_on = self.progress.step, self.reference.restored, self._goes_on(network)
         if not goes_on:
-            self._start_afresh()
-            self.recorder.each(self.parts, lambda part: part.forget())  # what a checkpoint told them of another theta_0
-            where = "initialization" if step == 0 else f"resumed at step {step} without a recorded theta_0"
-            self._visits.beginning.origin = where
-            # Learning rates are part of the NTK; those of theta_0 are kept, a schedule is no drift.
-            self._visits.beginning.lambdas = self.subject.learning_rates()
-        self._visits.beginning.belongs_to(network, probe)
-        lacking = [part.name for part in self.parts if part.needs_theta_0]
-        if goes_on and lacking and self._visits.beginning.theta_0 is None:
-            warnings.warn(
-                f"{self.recorder.name}: the parameters of theta_0 were not kept or are not to be had, so that "
-                f"what needs them ({', '.join(lacking)}) is left out from here; the rest goes on",
-                MeasurementWarning,
-                stacklevel=2,
-            )
-        fresh = not goes_on and step == 0
+            self._start_anew(network)
+        self.reference.bind(network.network, network.probe)
+        if goes_on:
+            self._warn_without_theta_0()
         if step > 0 and (restored or not goes_on):
-            known = {at: dict(scalars) for at, scalars in self.history.items() if at <= step}
-            latest = step if step in known else step - 1  # else this step is measured in a moment
-            self.recorder.outlet.each(lambda sink: sink.resume(latest, known))
-        if self.subject.twin is not None:
-            outside = outside or "its parameters are sharded over the ranks"
-        start = Start(
-            network,
-            probe,
-            list(self.subject.optimizers),
+            self.recorder.resume(step)
+        if network.unsharded_model is not None:
+            obstacle = obstacle or Obstacle("its parameters are sharded over the ranks")
+        start = TrainingStart(
+            network.network,
+            network.probe,
+            list(network.optimizers),
             step,
-            fresh,
-            outside,
-            dict(self._visits.beginning.lambdas),
-            self.subject.output_fn,
-            self._visits.total_steps,
+            fresh=not goes_on and step == 0,
+            obstacle=obstacle,
+            lambdas=dict(self.reference.lambdas),
+            output_fn=network.output_fn,
+            total_steps=self.progress.total_steps,
         )
-        self.recorder.ask_each(self.parts, lambda part: part.begin(start))
+        for instrument in self.instruments:
+            with self.recorder.guard():
+                self.recorder.take(instrument.begin(start))
         if step not in self.history:
-            self._visits.visit(step, last=False, epoch=None, start=True)
-        elif restored and any(part.looks_back for part in self.parts):
-            self._visits.look(step)
+            self._measurements.measure(network, start=True)
+        elif restored and any(instrument.looks_back for instrument in self.instruments):
+            self._measurements.look_back(network)
         self._drawn = goes_on
-        if self.recorder.outlet.draws:
+        if self.recorder.draws:
             self.budget.reserve = LOADING
-        self._draw_start()
-        self._tell()
+        self._draw_first()
+        self._summarize()
         self.flush()
 
-    def _draw_start(self) -> None:
-        """Figures of theta_0, as soon as the budget has room for them."""
-        reference = self._visits.beginning.snapshot
+    def _goes_on(self, network: MeasuredNetwork) -> bool:
+        """Return whether the recorded theta_0 is gone on from; warn where there is one that does not fit."""
+        if not (self.reference.restored or self.progress.step > 0):
+            return False
+        if self.reference.differs(network.network, network.probe):
+            reason = self.reference.difference(network.network)
+            if reason is not None:
+                warnings.warn(
+                    f"{self.recorder.name}: {reason}, whose measurements cannot be compared with; training goes on, "
+                    "measured from here as from a new start",
+                    MeasurementWarning,
+                    stacklevel=4,
+                )
+            return False
+        return self.reference.snapshot is not None
+
+    def _start_anew(self, network: MeasuredNetwork) -> None:
+        step = self.progress.step
+        self._forget()
+        for instrument in self.instruments:  # a checkpoint may have brought the state of another theta_0
+            with self.recorder.guard():
+                instrument.forget()
+        self.reference.origin = "initialization" if step == 0 else f"resumed at step {step} without a recorded theta_0"
+        # Learning rates are part of the NTK; those of theta_0 are kept, a schedule does not count as drift.
+        self.reference.lambdas = network.learning_rates()
+
+    def _warn_without_theta_0(self) -> None:
+        lacking = [instrument.name for instrument in self.instruments if instrument.needs_theta_0]
+        if lacking and self.reference.theta_0 is None:
+            warnings.warn(
+                f"{self.recorder.name}: the parameters of theta_0 were not kept or are not available, so that "
+                f"what needs them ({', '.join(lacking)}) is left out from here; the rest goes on",
+                MeasurementWarning,
+                stacklevel=4,
+            )
+
+    def _draw_first(self) -> None:
+        """Draw the figures of theta_0 as soon as the budget has room for them."""
+        reference = self.reference.snapshot
         if self._drawn or reference is None or not self.budget.room(self.recorder.drawing):
             return
         self._drawn = True
-        self.recorder.draw(self.parts, lambda part: part.first_figures(reference))
+        self.recorder.draw(self.instruments, lambda instrument: instrument.first_figures(reference))
         self.budget.settle()
-
-    def _listeners(self, hook: str) -> list[Instrument]:
-        """The parts that do something at a hook: most do nothing at most, and there are many steps."""
-        if self._visits.beginning.snapshot is None or not self.subject.leads or self.subject.twin is not None:
-            return []
-        if hook not in self._listening:
-            self._listening[hook] = [p for p in self.parts if getattr(type(p), hook) is not getattr(Instrument, hook)]
-        return self._listening[hook]
 
     # ---- training
 
+    def _listeners(self, hook: str) -> list[Instrument]:
+        """The instruments that do something at a hook: most do nothing at most of them, and there are many steps."""
+        if self.reference.snapshot is None or not self._ranks.leads or self._unsharded_model is not None:
+            return []
+        if hook not in self._listening:
+            default = getattr(Instrument, hook)
+            self._listening[hook] = [each for each in self.instruments if getattr(type(each), hook) is not default]
+        return self._listening[hook]
+
     def observe_batch(self, batch: Any) -> None:
-        """Show a training batch to the parts, before its forward."""
-        self.recorder.each(self._listeners("on_batch"), lambda part: part.on_batch(batch))
+        """Show a training batch to the instruments, before its forward."""
+        for instrument in self._listeners("observe_batch"):
+            with self.recorder.guard():
+                instrument.observe_batch(batch)
 
     def observe_loss(self, loss: Tensor) -> None:
-        """Show the batch's loss to the parts, before its backward."""
-        self.recorder.each(self._listeners("on_loss"), lambda part: part.on_loss(loss.detach()))
+        """Show the batch's loss to the instruments, before its backward."""
+        for instrument in self._listeners("observe_loss"):
+            with self.recorder.guard():
+                instrument.observe_loss(loss.detach())
 
     def before_step(self, optimizer: Optimizer | None = None) -> None:
-        """Show the gradients, and the learning rates in force, to the parts.
+        """Show the gradients, and the learning rates in force, to the instruments.
 
         Args:
             optimizer: The one that is about to take a step; None: the only one.
         """
-        chosen = optimizer if optimizer is not None else next(iter(self.subject.optimizers), None)
-        listeners = self._listeners("on_gradient")
-        if listeners and chosen is not None:
-            step = self.recorder.step
-            first = step == self._visits.first_step
-            with self.budget.forecasting() if first else nullcontext():
-                self.recorder.ask_each(listeners, lambda part: part.on_gradient(step, chosen))
-            if first:
-                self.recorder.guard(self._tell)
+        listeners = self._listeners("before_step")
+        if optimizer is None and listeners:
+            optimizer = next(iter(self.network.optimizers), None)
+        if optimizer is None or not listeners:
+            return
+        first = self.progress.at_start
+        with self.budget.forecasting() if first else nullcontext():
+            for instrument in listeners:
+                with self.recorder.guard():
+                    self.recorder.take(instrument.before_step(self.progress.step, optimizer))
+        if first:
+            with self.recorder.guard():
+                self._summarize()
 
     def measure(
-        self, step: int, due_now: bool | None = None, last: bool = False, epoch: int | None = None
+        self, step: int, *, due_now: bool | None = None, last: bool = False, epoch: int | None = None
     ) -> dict[str, float]:
         """Measure if it is due; to be called after every optimizer step.
 
@@ -315,31 +424,35 @@ class Observer:
             epoch: Where the training counts them.
 
         Returns:
-            ``{tag: value}``; empty if nothing was measured.
+            ``{tag: value}``; empty if nothing was measured: it was not due, or the budget left it out (said once).
         """
         if not self._begun:
             self.begin(step)
-        if step != self.recorder.step:
+        if step != self.progress.step:
             self._after_step(step)
-        last = last or step == self._visits.total_steps
+        last = last or step == self.progress.total_steps
         if not last and not (self._due(step) if due_now is None else due_now):
             return {}
-        found: dict[str, float] = {}
-        if not self.subject.leads:
-            self.recorder.guard(self.subject.follow)
-            return found
-        with self.subject.awaited():
-            if step == self._visits.latest_step:
-                return found
+        if not self._ranks.leads:
+            with self.recorder.guard():
+                self.network.follow()
+            return {}
+        scalars: dict[str, float] = {}
+        with self._ranks.awaited():
+            if self._measurements.done(step):
+                return {}
             if torch.cuda.is_initialized():  # the measurement itself waits for the device: its queue is not its cost
                 torch.cuda.synchronize()
-            self.recorder.guard(lambda: found.update(self._visits.visit(step, last, epoch)))
-        if found:
-            self.recorder.guard(self._tell)
+            with self.recorder.guard():
+                scalars = self._measurements.measure(self.network, last=last, epoch=epoch)
+        if scalars:
+            with self.recorder.guard():
+                self._summarize()
             self.flush()
             if not last:
-                self.recorder.guard(self._draw_start)
-        return found
+                with self.recorder.guard():
+                    self._draw_first()
+        return scalars
 
     def _due(self, step: int) -> bool:
         try:
@@ -349,10 +462,11 @@ class Observer:
             return False
 
     def _after_step(self, step: int) -> None:
-        first, self.recorder.step = self.recorder.step == self._visits.first_step, step
-        network = self.subject.network
-        self.recorder.ask_each(self._listeners("on_step"), lambda part: part.on_step(step, network))
-        if first:  # what the theory needed to know before the first step is in
+        first, self.progress.step = self.progress.at_start, step
+        for instrument in self._listeners("after_step"):
+            with self.recorder.guard():
+                self.recorder.take(instrument.after_step(step, self.network.network))
+        if first:  # the theory has seen what it needs before the first step
             self.budget.settle()
 
     def finish(self, step: int | None = None, epoch: int | None = None) -> None:
@@ -364,76 +478,78 @@ class Observer:
         """
         if not self._begun:
             return
-        step = self.recorder.step if step is None else step
-        self.measure(step, last=True, epoch=epoch)
+        self.measure(self.progress.step if step is None else step, last=True, epoch=epoch)
         self._begun = False
-        if not self.subject.leads:
+        if not self._ranks.leads:
             return
-        self.recorder.guard(self._finish)
+        with self.recorder.guard():
+            self._finish()
         self.budget.stop()
-        self.recorder.outlet.each(lambda sink: sink.close())
+        self.recorder.close()
         self.recorder.say(self.overhead())
 
     def _finish(self) -> None:
-        reference, last = self._visits.beginning.snapshot, self._visits.latest
-        self._draw_start()
+        reference, last = self.reference.snapshot, self._measurements.latest
+        self._draw_first()
         if reference is not None and last is not None:
-            self.recorder.draw(self.parts, lambda part: part.last_figures(self.history, reference, last))
+            self.recorder.draw(self.instruments, lambda each: each.last_figures(self.history, reference, last))
         pages = {"overhead": cost_page(self.budget, len(self.history))}
         if self.skipped:
             pages["skipped"] = skipped_page(self.skipped)
-        self.recorder.outlet.pages(pages, self.recorder.step)
-        self._tell()
+        self.recorder.pages(pages)
+        self._summarize()
         self.flush()
 
     def flush(self) -> None:
         """Bring everything to disk, as after an exception."""
-        self.recorder.outlet.each(lambda sink: sink.flush())
+        self.recorder.flush()
 
     def overhead(self) -> str:
-        """What measuring has cost, and what was left out, in a sentence."""
+        """One sentence on what measuring has cost, and on what was left out."""
         return cost_sentence(self.budget, len(self.history), len(self.skipped), len(self.recorder.undrawn))
 
-    def _tell(self) -> None:
-        subject = self.subject
-        self.recorder.tell(self.parts, subject.network, subject.optimizers, subject.probe_shape)
+    def _summarize(self) -> None:
+        network = self.network
+        self.recorder.summarize(self.instruments, network.network, network.optimizers, network.shape)
 
     # ---- state: plain types and tensors, so that it loads with weights_only=True
 
     def state_dict(self) -> dict[str, Any]:
-        """History, theta_0's measurements and where they were taken, and the parts' own."""
+        """History, theta_0's measurements and where they were taken, and the instruments' own states."""
         states: dict[str, Any] = {}
-        self.recorder.each(self.parts, lambda part: states.update({part.name: part.state()}))
-        beginning = self._visits.beginning.state()
-        if self.keep_theta_0 == "none" or (self.keep_theta_0 == "file" and self.theta_file is not None):
-            beginning = self._put_aside("", beginning)
-            holding = [name for name, kept in states.items() if isinstance(kept, dict) and kept.get("theta_0")]
-            states |= {name: self._put_aside(name, states[name]) for name in holding}
+        for instrument in self.instruments:
+            with self.recorder.guard():
+                states[instrument.name] = instrument.state()
+        reference = self._without_theta_0("", self.reference.state())
         return {
             "history": {step: dict(scalars) for step, scalars in self.history.items()},
             "events": [[event.step, event.quantity, event.text] for event in self.events],
-            **beginning,
-            "parts": states,
+            **reference,
+            "parts": {name: self._without_theta_0(name, state) for name, state in states.items()},
         }
 
-    def _put_aside(self, name: str, state: dict[str, Any]) -> dict[str, Any]:
-        """A state (that of a part, if it has a name) without theta_0, which is written to a file once, or nowhere."""
-        theta_0, records, file = state["theta_0"], self._theta_records, self.theta_file
-        if self.keep_theta_0 == "file" and theta_0 is not None and name not in records and self.subject.leads:
-            assert file is not None
-            path = file.with_stem(f"{file.stem}-{name}") if name else file
-            self.recorder.guard(lambda: records.update({name: save_theta_0(path, theta_0)}))
-        return state | {"theta_0": None, "theta_0_file": records.get(name)}
+    def _without_theta_0(self, name: str, state: Any) -> Any:
+        """A state (an instrument's, if it has a name) whose theta_0 is kept where ``keep_theta_0`` says."""
+        theta_0_of_instrument = isinstance(state, dict) and state.get("theta_0")
+        if self.keep_theta_0 == "checkpoint" or (name and not theta_0_of_instrument):
+            return state
+        if self.keep_theta_0 == "file":
+            if self.theta_file is None:
+                return state
+            if self._ranks.leads:
+                with self.recorder.guard():
+                    self.reference.write_theta_0(name, state, self.theta_file)
+        return self.reference.set_aside(name, state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's theta_0 and history; one that cannot be read is left alone, with a warning."""
-        self._start_afresh()
+        self._forget()
         try:
             self._load(state)
         except Exception as error:  # a corrupt checkpoint is corrupt in many ways
-            self._start_afresh()
-            for part in self.parts:
-                part.forget()
+            self._forget()
+            for instrument in self.instruments:
+                instrument.forget()
             warnings.warn(
                 f"{self.recorder.name}: its state in the checkpoint cannot be read ({type(error).__name__}: {error}); "
                 "training goes on, measured from here as from a new start",
@@ -442,23 +558,21 @@ class Observer:
             )
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.recorder.recall(
+        self.recorder.load(
             {int(step): dict(scalars) for step, scalars in state["history"].items()},
             [Event(int(step), quantity, text) for step, quantity, text in state["events"]],
         )
-        self._visits.beginning = Reference.from_state(self._fetched("", state))
-        self._visits.latest_step = max(self.history, default=None)
-        for part in self.parts:
-            part.forget()
-            part.load_state(self._fetched(part.name, dict(state["parts"].get(part.name, {}))))
+        self.reference.load_state(self._with_theta_0("", state))
+        for instrument in self.instruments:
+            instrument.forget()
+            instrument.load_state(self._with_theta_0(instrument.name, state["parts"].get(instrument.name, {})))
 
-    def _fetched(self, name: str, state: dict[str, Any]) -> dict[str, Any]:
-        """A state with the theta_0 that it points to, if that is to be had."""
-        record, found = state.get("theta_0_file"), dict(state)
-        if record is not None:
-            self._theta_records[name] = record
-            self.recorder.guard(lambda: found.update(theta_0=load_theta_0(record)))
-        return found
+    def _with_theta_0(self, name: str, state: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a state with the theta_0 that it points to, if that is available."""
+        complete = dict(state)
+        with self.recorder.guard():
+            self.reference.fetch_theta_0(name, complete)
+        return complete
 
 
 def _tensorboard(logdir: str | Path) -> Sink:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from torch_eft.live.part import Event
+from torch_eft.live.instrument import Event
 from torch_eft.live.record.events import BandWatch, deviations, events_page
 from torch_eft.tensorboard import tag
 

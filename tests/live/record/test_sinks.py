@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from torch_eft.live import Event, JSONLSink, MeasurementWarning, TensorBoardSink
-from torch_eft.live.record.outlet import described
+from torch_eft.live.record.run_summary import described
 from torch_eft.tensorboard.run_info import read_jsonl
 
 

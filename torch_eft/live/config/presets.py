@@ -1,24 +1,24 @@
-"""Which parts an observer is made of.
+"""The instruments of an observer, by preset or by name.
 
-``light`` looks at what one visit shows: NTK and hidden kernels. ``standard`` adds the theory beside it. ``full`` adds
-what costs more. A part whose question does not apply to a network says so on its page and measures nothing; what does
-not fit into the budget is thinned (``budget.py``). At most 12 scalars of ``standard`` are in the group ``eft``.
+``light`` measures what one visit shows: NTK and hidden kernels. ``standard`` adds the theory beside it. ``full`` adds
+what costs more. An instrument whose question does not apply to a network says so on its page and measures nothing; what
+does not fit into the budget is thinned (``budget.py``). At most 12 scalars of ``standard`` are in the group ``eft``.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from torch_eft.live.part import Instrument
-from torch_eft.live.parts.dntk import DNTKPart
-from torch_eft.live.parts.forecasts.ensemble import EnsemblePart
-from torch_eft.live.parts.forecasts.instance import InstancePart
-from torch_eft.live.parts.interval import IntervalPart
-from torch_eft.live.parts.ntk import NTKPart
-from torch_eft.live.parts.representation import RepresentationPart
-from torch_eft.live.parts.shadow import ShadowPart
-from torch_eft.live.parts.taylor import TaylorPart
-from torch_eft.measure.forward.probe import OutputFn
+from torch_eft.live.instrument import Instrument
+from torch_eft.live.instruments.dntk import DNTKInstrument
+from torch_eft.live.instruments.forecasts.instance import InstanceInstrument
+from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
+from torch_eft.live.instruments.interval import IntervalInstrument
+from torch_eft.live.instruments.ntk import NTKInstrument
+from torch_eft.live.instruments.representation import RepresentationInstrument
+from torch_eft.live.instruments.shadow import ShadowInstrument
+from torch_eft.live.instruments.taylor import TaylorInstrument
+from torch_eft.results.choices import check_choice
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import ActivationLike
 
@@ -28,57 +28,78 @@ PRESETS: tuple[Preset, ...] = ("light", "standard", "full")
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may have told about the network.
+    """What the user knows about the network, and how long forecasts may take.
 
     Args:
         ensemble: C_b and C_W, if known.
-        activation: The activation, where it is none of the registered ones.
-        output_fn: Turns what the network returns into (N, C).
+        activation: The activation, where it is not a registered one.
         forecast_seconds: Time that each forecast may take before the first step.
     """
 
     ensemble: MLPEnsemble | None = None
     activation: ActivationLike | None = None
-    output_fn: OutputFn | None = None
     forecast_seconds: float = 3.0
 
 
 MAKERS: dict[str, Callable[[Options], Instrument]] = {
-    # In the order in which they are asked; of several that hold, the first gives level and validity.
-    "ntk": lambda options: NTKPart(),
-    "representation": lambda options: RepresentationPart(output_fn=options.output_fn),
-    "theory": lambda options: EnsemblePart(
-        options.ensemble, options.activation, options.output_fn, seconds=options.forecast_seconds
-    ),
-    "instance": lambda options: InstancePart(options.output_fn, seconds=options.forecast_seconds),
-    "interval": lambda options: IntervalPart(options.output_fn),
-    "taylor": lambda options: TaylorPart(options.output_fn),
-    "dntk": lambda options: DNTKPart(options.output_fn),
-    "shadow": lambda options: ShadowPart(options.output_fn),
+    # In the order in which they are asked; of several predictions that hold, the first one's level and validity count.
+    "ntk": lambda options: NTKInstrument(),
+    "representation": lambda options: RepresentationInstrument(),
+    "theory": lambda options: TheoryInstrument(options.ensemble, options.activation, seconds=options.forecast_seconds),
+    "instance": lambda options: InstanceInstrument(seconds=options.forecast_seconds),
+    "interval": lambda options: IntervalInstrument(),
+    "taylor": lambda options: TaylorInstrument(),
+    "dntk": lambda options: DNTKInstrument(),
+    "shadow": lambda options: ShadowInstrument(),
 }
-"""Every part by name; ``Part.cost`` is the smallest preset that has it."""
+"""Every instrument by name; ``Instrument.cost`` is the smallest preset that includes it."""
 
 OPT_IN: frozenset[str] = frozenset({"shadow"})
-"""Parts that no preset has; ``also=`` asks for them."""
+"""Instruments that no preset includes; ``extra=`` asks for them."""
 
 
-def parts_of(preset: Preset, also: Sequence[str], options: Options) -> list[Instrument]:
-    """The parts of a preset and those asked for besides.
+def chosen_instruments(
+    preset: Preset,
+    instruments: Sequence[str | Instrument] | None,
+    extra: Sequence[str | Instrument],
+    options: Options,
+) -> list[Instrument]:
+    """The instruments of a preset, or those given in its place, and those asked for besides.
+
+    Args:
+        preset: ``"light"``, ``"standard"`` or ``"full"``.
+        instruments: Names or instruments in place of the preset's.
+        extra: Names or instruments besides; a name that is there already is not added again.
+        options: For the instruments that are made here.
 
     Raises:
-        ValueError: If the preset or a part is unknown, or ``forecast_seconds`` is not positive.
+        ValueError: If the preset or a name is unknown, two instruments share a name, or ``forecast_seconds`` is not
+            positive.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset: {preset!r} given; give one of {', '.join(map(repr, PRESETS))}")
+    check_choice("preset", preset, PRESETS)
     if not options.forecast_seconds > 0:
         raise ValueError(f"forecast_seconds: {options.forecast_seconds} given; give a positive number of seconds")
-    unknown = [name for name in also if name not in MAKERS]
-    if unknown:
-        raise ValueError(f"also: {unknown[0]!r} is no part; there are {', '.join(MAKERS)}")
-    parts = {name: make(options) for name, make in MAKERS.items()}
-    rank = PRESETS.index(preset)
-    return [
-        part
-        for name, part in parts.items()
-        if name in also or (name not in OPT_IN and PRESETS.index(part.cost) <= rank)
-    ]
+    for argument, asked in (("instruments", instruments or ()), ("extra", extra)):
+        for each in asked:
+            if not isinstance(each, Instrument):
+                check_choice(argument, each, MAKERS, "a torch_eft.live.Instrument")
+    names = {each for each in extra if isinstance(each, str)}
+    own = [each for each in extra if isinstance(each, Instrument)]
+    if instruments is None:
+        rank = PRESETS.index(preset)
+        made = {name: make(options) for name, make in MAKERS.items()}
+        chosen = [
+            instrument
+            for name, instrument in made.items()
+            if name in names or (name not in OPT_IN and PRESETS.index(instrument.cost) <= rank)
+        ]
+    else:
+        given = [MAKERS[each](options) if isinstance(each, str) else each for each in instruments]
+        there = {instrument.name for instrument in given}
+        chosen = given + [make(options) for name, make in MAKERS.items() if name in names - there]
+    chosen += own
+    every_name = [instrument.name for instrument in chosen]
+    twice = next((name for name in every_name if every_name.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"instruments: two are named {twice!r}; give each instrument of an observer its own name")
+    return chosen

@@ -7,7 +7,7 @@ no sigma, the ratio measured / theory. One network in three is outside one sigma
 
 from collections.abc import Mapping
 
-from torch_eft.live.part import Event
+from torch_eft.live.instrument import Event
 from torch_eft.results.quantities import QUANTITIES
 from torch_eft.results.tags import sigma_of, tag, theory_of
 

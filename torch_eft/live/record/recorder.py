@@ -1,19 +1,27 @@
-"""The memory of a run: history, events, pages and failures, and their way to the sinks."""
+"""The memory of a run (history, events, pages, failures) and its way to the sinks."""
 
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
 from torch_eft.live.budget import Budget
-from torch_eft.live.part import Event, History, Instrument, MeasurementWarning, Reading
-from torch_eft.live.record.events import BandWatch, deviations
-from torch_eft.live.record.outlet import Outlet, run_info
+from torch_eft.live.instrument import Event, History, Instrument, MeasurementWarning, Reading
+from torch_eft.live.progress import Progress
+from torch_eft.live.record.events import BandWatch, deviations, events_page
+from torch_eft.live.record.run_summary import run_summary, shown_claim
+from torch_eft.live.record.sinks import Sink
+from torch_eft.results.choices import check_choice
+from torch_eft.results.tags import logged_tags
 from torch_eft.results.trajectory import Validity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _log = logging.getLogger("torch_eft")
 
@@ -22,36 +30,48 @@ LOADING = 1.0
 
 
 class Recorder:
-    """What is known of a run, told to the sinks as it comes.
+    """Keeps what is known of a run, and hands it to the sinks as it comes; one that fails does not keep the others.
 
     Args:
-        name: Who measures, for warnings.
         budget: The clock on which everything runs.
+        progress: How far the training has come.
         on_error: ``"warn"``: warn of the first failure, count all; ``"raise"``.
+        name: Name of the observer, for warnings.
+        say: Prints a sentence; None: the logger ``torch_eft`` does, at level info.
 
     Attributes:
         history: ``{optimizer step: {tag: value}}``.
         events: Quantities that left their band, predictions that left their validity.
         skipped: ``[(step, what went wrong)]``.
-        undrawn: Figures (or all of a part) that the budget left out.
-        drawing: Seconds that the next figure is taken to cost: those of the latest.
-        step: The optimizer steps taken so far.
+        undrawn: Figures (or all of an instrument) that the budget left out.
+        drawing: Seconds that the next figure is assumed to cost: those of the latest.
+        sinks: Where results go.
         say: Prints a sentence.
+        announce: Prints a sentence that must not be missed: without it, missing results would be a riddle.
+
+    Raises:
+        ValueError: If ``on_error`` is something else.
     """
 
-    def __init__(self, name: str, budget: Budget, on_error: Literal["warn", "raise"]) -> None:
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f"on_error: {on_error!r} given; give 'warn' or 'raise'")
-        self.name = name
-        self.budget = budget
+    def __init__(
+        self,
+        budget: Budget,
+        progress: Progress,
+        on_error: Literal["warn", "raise"],
+        name: str,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        check_choice("on_error", on_error, ("warn", "raise"))
+        self.budget, self.progress = budget, progress
         self.on_error = on_error
-        self.say: Callable[[str], None] = _log.info
-        self.outlet = Outlet(self.guard)
-        self.step = 0
+        self.name = name
+        self.say = say or _log.info
+        self.announce = say or _log.warning
+        self.sinks: list[Sink] = []
         self.forget()
 
     def forget(self) -> None:
-        """A new run."""
+        """Start a new run."""
         self.history: History = {}
         self.events: list[Event] = []
         self.skipped: list[tuple[int, str]] = []
@@ -61,17 +81,26 @@ class Recorder:
         self._watch = BandWatch()
         self._said: Validity | None = None
 
-    def recall(self, history: History, events: list[Event]) -> None:
-        """Go on from what an earlier process knew; what is outside its band already is not told again."""
+    def load(self, history: History, events: list[Event]) -> None:
+        """Restore history from a checkpoint; quantities already outside their band are not reported again."""
         self.history, self.events = history, events
         for step, scalars in sorted(history.items()):
             self._watch.events(step, scalars)
 
-    def guard(self, action: Callable[[], Any]) -> None:
-        """Run on the observer's own clock; go on without what fails, and warn the first time."""
+    def open(self, sinks: Sequence[Sink]) -> None:
+        """Start a training with these sinks."""
+        self.sinks = list(sinks)
+        self._summary: dict[str, Any] = {}
+        self._charted: set[str] = set()
+
+    # ---- failures
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Run what is inside on the observer's own clock; if it fails, go on without it, and warn the first time."""
         with self.budget.counting():
             try:
-                action()
+                yield
             except Exception as error:
                 self.failed(error)
 
@@ -79,80 +108,119 @@ class Recorder:
         """Count a failure, and warn of the first.
 
         Raises:
-            Exception: ``error`` itself, if that is wanted.
+            Exception: ``error`` itself, with ``on_error="raise"``.
         """
         if self.on_error == "raise":
             raise error
-        reason = f"{type(error).__name__}: {error}"
+        step, reason = self.progress.step, f"{type(error).__name__}: {error}"
         if not self.skipped:
             warnings.warn(
-                f"{self.name} could not measure at step {self.step} and goes on without ({reason}). Further failures "
+                f"{self.name} could not measure at step {step} and goes on without ({reason}). Further failures "
                 "are counted in .skipped, not shown",
                 MeasurementWarning,
                 stacklevel=4,
             )
-        self.skipped.append((self.step, reason))
+        self.skipped.append((step, reason))
 
-    def each(self, parts: Sequence[Instrument], action: Callable[[Instrument], None]) -> None:
-        """Let every part do something."""
-        for part in parts:
-            self.guard(lambda part=part: action(part))  # type: ignore[misc]
+    # ---- results
 
-    def ask_each(self, parts: Sequence[Instrument], question: Callable[[Instrument], Reading]) -> None:
-        """The reports of several parts, of which only pages, events and late numbers are wanted."""
-        for part in parts:
-            self.ask(lambda part=part: question(part))  # type: ignore[misc]
+    def take(self, reading: Reading) -> None:
+        """Record a reading's pages, events, histograms and late numbers; its scalars are recorded by step."""
+        for step, scalars in reading.late.items():
+            known = self.history.get(step, {})
+            self.record(step, {name: value for name, value in scalars.items() if name not in known})
+        self.pages(reading.pages)
+        for tag, values in reading.histograms.items():
+            for sink in self.sinks:
+                with self.guard():
+                    sink.histogram(tag, values, self.progress.step)
+        self._happened(reading.events)
 
-    def ask(self, question: Callable[[], Reading]) -> Reading:
-        """A part's report, with its pages, events and late numbers told; an empty one if it fails."""
-        answers: list[Reading] = []
-        self.guard(lambda: answers.append(question()))
-        if not answers:
-            return Reading()
-        (report,) = answers
-        for at_step, scalars in report.late.items():
-            known = self.history.get(at_step, {})
-            self.record(at_step, {name: value for name, value in scalars.items() if name not in known})
-        self._pages |= report.pages
-        self.outlet.pages(report.pages, self.step)
-        self.outlet.histograms(report.histograms, self.step)
-        self.happened(report.events)
-        return report
-
-    def record(self, step: int, scalars: dict[str, float], epoch: int | None = None) -> None:
-        """Numbers of one step, those that are finite, with how far they are from the theory beside them."""
-        scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
+    def record(self, step: int, scalars: Mapping[str, float], epoch: int | None = None) -> None:
+        """Record numbers of one step, those that are finite, with how far they are from the theory beside them."""
+        new = {name: value for name, value in scalars.items() if math.isfinite(value)}
         known = self.history.setdefault(step, {})
-        scalars |= deviations(known | scalars)
-        known.update(scalars)
-        self.outlet.scalars(step, scalars, epoch)
-        self.happened(self._watch.events(step, known))
+        new |= deviations(known | new)
+        known.update(new)
+        for sink in self.sinks if new else ():
+            with self.guard():
+                sink.scalars(step, dict(sorted(new.items())), epoch)
+        self._happened(self._watch.events(step, known))
 
-    def happened(self, events: Sequence[Event]) -> None:
-        """Marks on the time axis."""
+    def pages(self, pages: Mapping[str, str]) -> None:
+        """Record pages, ``{name: Markdown}``."""
+        self._pages |= pages
+        for name, text in pages.items():
+            for sink in self.sinks:
+                with self.guard():
+                    sink.text(name, text, self.progress.step)
+
+    def _happened(self, events: Sequence[Event]) -> None:
         self.events += events
-        self.outlet.events(events, self.events, self.step)
+        for event in events:
+            for sink in self.sinks:
+                with self.guard():
+                    sink.event(event)
+        if events:
+            self.pages({"events": events_page(self.events)})
 
-    def tell(
-        self, parts: Sequence[Instrument], model: nn.Module, optimizers: Sequence[Optimizer], probe: list[int]
+    def summarize(
+        self,
+        instruments: Sequence[Instrument],
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        probe: Sequence[int],
     ) -> None:
-        """What is known of the run, if it has changed."""
-        validity = validity_of(parts)
+        """Hand the sinks what is known of the run, and the charts, where anything is new."""
+        facts = [instrument.facts() for instrument in instruments]
+        claim = shown_claim(facts)
+        validity = None if claim is None else claim.validity
         if validity is not None and validity != self._said:
             self.say(f"torch_eft: {_spoken(validity)}")
         self._said = validity
         diagnosis = self._pages.get("diagnosis", "")
-        info = run_info(parts, model, optimizers, probe, diagnosis, self.history, self.events, self.skipped)
-        self.outlet.info(info, self.history)
+        known = self.history, self.events, self.skipped
+        summary = run_summary(facts, model, optimizers, probe, diagnosis, *known)
+        if summary != self._summary:
+            self._summary = summary
+            for sink in self.sinks:
+                with self.guard():
+                    sink.run_info(summary)
+        logged = logged_tags(self.history)
+        if not logged <= self._charted:
+            self._charted |= logged
+            for sink in self.sinks:
+                with self.guard():
+                    sink.layout(logged)
 
-    def draw(self, parts: Sequence[Instrument], figures_of: Callable[[Instrument], dict[str, Any]]) -> None:
-        """The parts' figures, as long as the budget has room; if anyone wants them and matplotlib is there."""
-        for part in parts if self.outlet.draws else ():
+    def resume(self, step: int) -> None:
+        """Announce that the training goes on from a checkpoint taken at a step."""
+        known = {at: dict(scalars) for at, scalars in self.history.items() if at <= step}
+        latest = step if step in known else step - 1  # else this step is measured in a moment
+        for sink in self.sinks:
+            with self.guard():
+                sink.resume(latest, known)
+
+    # ---- figures
+
+    @property
+    def draws(self) -> bool:
+        """Whether any sink shows figures."""
+        return any(sink.draws for sink in self.sinks)
+
+    def draw(self, instruments: Sequence[Instrument], figures_of: "Callable[[Instrument], dict[str, Figure]]") -> None:
+        """Draw the instruments' figures as long as the budget has room, if a sink shows them and matplotlib is there.
+
+        Args:
+            instruments: The instruments.
+            figures_of: Asks one of them for its figures, ``{name: figure}``.
+        """
+        for instrument in instruments if self.draws else ():
             if not self.budget.room(self.drawing):
-                self.undrawn.append(part.name)
+                self.undrawn.append(instrument.name)
                 continue
             try:
-                figures = figures_of(part)
+                figures = figures_of(instrument)
             except ImportError:
                 self.say("torch_eft: no figures, matplotlib is not installed (pip install 'torch-eft[demo]')")
                 return
@@ -164,18 +232,22 @@ class Recorder:
                     self.undrawn.append(name)
                     continue
                 begun = self.budget.clock()
-                self.outlet.each(
-                    lambda sink, name=name, figure=figure: sink.figure(name, figure, self.step)  # type: ignore[misc]
-                )
+                for sink in self.sinks:
+                    with self.guard():
+                        sink.figure(name, figure, self.progress.step)
                 self.drawing = self.budget.clock() - begun
 
+    def flush(self) -> None:
+        """Bring everything to disk."""
+        for sink in self.sinks:
+            with self.guard():
+                sink.flush()
 
-def validity_of(parts: Sequence[Instrument]) -> Validity | None:
-    """Where the first prediction that holds is valid, or why the first does not hold; None before that is known."""
-    claims = [info["validity"] for part in parts if (info := part.info()).get("validity")]
-    holding = [claim for claim in claims if claim["flag"] != "invalid"]
-    claim = next(iter(holding or claims), None)
-    return None if claim is None else Validity(claim["flag"], claim["reason"])
+    def close(self) -> None:
+        """End the training: nothing more will come."""
+        for sink in self.sinks:
+            with self.guard():
+                sink.close()
 
 
 def _spoken(validity: Validity) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from torch import Tensor
 
-from torch_eft.live.part import Event, History, MeasurementWarning
+from torch_eft.live.instrument import Event, History, MeasurementWarning
 from torch_eft.results.tags import PREFIX
 from torch_eft.tensorboard.run_info import SCHEMA, dump_json, write_run_info
 

@@ -13,7 +13,7 @@ def check_structure(module: nn.Module) -> None:
         ValueError: For sharded, lazy and complex parameters, and for several devices; the message names one.
     """
     sharded = (
-        "is sharded over processes (FSDP, DTensor); give monitor or observer the same module built plainly (twin=...), "
+        "is sharded over processes (FSDP, DTensor); give the same module built plainly (unsharded_model=...), "
         "or gather the parameters into it yourself on every rank (torch_eft.measure.network.sharded.full_copy, "
         "FSDP.summon_full_params) and measure that"
     )

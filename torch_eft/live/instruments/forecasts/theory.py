@@ -1,4 +1,4 @@
-"""Measured against theory: the forecast of the ensemble, order 0 and order 1/n, beside the running training."""
+"""Forecast of the ensemble, order 0 and order 1/n, beside the running training."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -8,9 +8,9 @@ from torch.optim import Optimizer
 
 from torch_eft.diagnosis import Diagnosis, diagnose
 from torch_eft.forecast.comparison.ensemble import EnsembleComparison
-from torch_eft.live.part import Measurement, Reading, Start
-from torch_eft.live.parts.common import compared_scalars
-from torch_eft.live.parts.forecasts.base import ForecastPart
+from torch_eft.live.instrument import Measurement, Reading, RunFacts, TrainingStart
+from torch_eft.live.instruments.common import compared_scalars
+from torch_eft.live.instruments.forecasts.base import ForecastInstrument
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
 from torch_eft.measure.forward.probe import OutputFn, Probe
@@ -25,19 +25,21 @@ from torch_eft.theory.gaussian.quadrature import QuadratureError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from torch_eft.live.part import History
+    from torch_eft.live.instrument import History
 
 
-class EnsemblePart(ForecastPart):
-    """The ensemble's forecast, as long as the training is what it covers.
+class TheoryInstrument(ForecastInstrument):
+    """Compares a training with the theory of its ensemble, as long as that covers it; its page is ``eft/validity``.
 
     Args:
         ensemble: C_b and C_W, if known, with the network's widths and activation; None reads them off the network
             at theta_0. lambda is the optimizer's in any case.
-        activation: The activation to look for, where it is none of the registered ones.
-        output_fn: Turns what the model returns into (N, C).
-        order: 0, or 1 with what can be had of order 1/n within ``seconds``.
+        activation: The activation to look for, where it is not a registered one.
+        order: 0, or 1 with as much of order 1/n as can be computed within ``seconds``.
         seconds: Time that order 1/n may take before the first step.
+
+    Raises:
+        ValueError: If ``order`` or ``seconds`` is something else.
     """
 
     name = "theory"
@@ -49,7 +51,7 @@ class EnsemblePart(ForecastPart):
         self,
         ensemble: MLPEnsemble | None = None,
         activation: ActivationLike | None = None,
-        output_fn: OutputFn | None = None,
+        *,
         order: int = 1,
         seconds: float = 3.0,
     ) -> None:
@@ -57,7 +59,6 @@ class EnsemblePart(ForecastPart):
             raise ValueError(f"order: {order}, seconds: {seconds} given; give order 0 or 1, and seconds >= 0")
         self.given = ensemble
         self.activation = activation
-        self.output_fn = output_fn
         self.order, self.seconds = order, seconds
         super().__init__()
 
@@ -70,25 +71,25 @@ class EnsemblePart(ForecastPart):
         self._hidden: list[str] = []
 
     def plan(self, outputs: int, samples: int) -> Plan:
-        """Outputs (always there) and the NTK."""
+        """The NTK, besides the outputs."""
         return Plan(ntk=True)
 
-    def check(self, network: nn.Module, probe: Probe, outputs: int) -> None:
-        """A given ensemble must have the network's widths."""
+    def check(self, network: nn.Module, probe: Probe, outputs: int, output_fn: OutputFn | None) -> None:
+        """Check that a given ensemble has the network's widths."""
         if self.given is None:
             return
         activation = self.activation or self.given.activation
         try:
-            own = read_ensemble(network, probe.inputs, activation=activation, output_fn=self.output_fn)
+            own = read_ensemble(network, probe.inputs, activation=activation, output_fn=output_fn)
         except NotAnMLPError:
-            return  # said in words when training begins
+            return  # its page says so when training begins
         if own.widths != self.given.widths:
             raise ValueError(f"ensemble: widths {self.given.widths} given, the network has {own.widths}")
 
     # ---- the training
 
-    def begin(self, start: Start) -> Reading:
-        """Read the ensemble off the network; rule out what the loop already shows to be outside."""
+    def begin(self, start: TrainingStart) -> Reading:
+        """Read the ensemble off the network; end here if the loop is outside the theory already."""
         if self._goes_on(start):
             return Reading()
         pages: dict[str, str] = {}
@@ -96,7 +97,7 @@ class EnsemblePart(ForecastPart):
         try:
             activation = self.activation or (self.given.activation if self.given else None)
             read = read_ensemble(
-                start.network, inputs, optimizer=start.optimizers, activation=activation, output_fn=self.output_fn
+                start.network, inputs, optimizer=start.optimizers, activation=activation, output_fn=start.output_fn
             )
             given = self._drawn(read) or self.given
             self._ensemble = read if given is None else _with_lambda_of(given, read)
@@ -109,14 +110,14 @@ class EnsemblePart(ForecastPart):
         except Exception as error:
             self._stop(f"{type(error).__name__}: {error}")
             raise
-        reason = self._look(start)
+        reason = self._refusal(start)
         if reason is not None:
             return Reading(pages=pages | self._stop(reason))
         self._hidden = _activations(start.network, self._ensemble)
         return Reading(pages=pages)
 
     def _drawn(self, now: MLPEnsemble) -> MLPEnsemble | None:
-        """The ensemble that a checkpoint says theta_0 was drawn from: trained weights do not show it any more."""
+        """The ensemble that theta_0 was drawn from, by a checkpoint: trained weights do not show it any more."""
         if not self._kept or "ended" in self._kept:
             return None
         try:
@@ -137,7 +138,7 @@ class EnsemblePart(ForecastPart):
             raise ValueError("not an MLP: its forward takes several inputs")
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         rate = read_learning_rates(network, [optimizer]).learning_rate
-        loss = recognize_squared_error(network, x, y, self._seen.loss, gradients, output_fn=self.output_fn)
+        loss = recognize_squared_error(network, x, y, self._seen.loss, gradients, output_fn=start.output_fn)
         self._same_loss(loss.name, loss.rate_factor)
         self._comparison = EnsembleComparison(
             self._ensemble,
@@ -165,7 +166,7 @@ class EnsemblePart(ForecastPart):
         return f"No theory of the ensemble for this run, measurements only: {reason}."
 
     def state(self) -> dict[str, Any]:
-        """The forecast, and the ensemble that it is of."""
+        """The forecast, and its ensemble."""
         state, ensemble = super().state(), self._ensemble
         if "comparison" not in state or ensemble is None:
             return state
@@ -180,37 +181,39 @@ class EnsemblePart(ForecastPart):
 
     # ---- the numbers
 
-    def _compared(self, visit: Measurement) -> Reading:
+    def _compared(self, measurement: Measurement) -> Reading:
         assert self._comparison is not None
-        report = Reading(self._scalars(visit))
-        report.events += self._watch.events(visit.step, self._comparison.gauge(visit.step))
-        if visit.last:
-            report.pages |= self._layers_page(visit)
-        return report
+        reading = Reading(self._scalars(measurement))
+        reading.events += self._watch.events(measurement.step, self._comparison.gauge(measurement.step))
+        if measurement.last:
+            reading.pages |= self._layers_page(measurement)
+        return reading
 
-    def _scalars(self, visit: Measurement) -> dict[str, float]:
+    def _scalars(self, measurement: Measurement) -> dict[str, float]:
         assert self._comparison is not None
-        snapshot, reference = visit.snapshot, visit.reference
+        snapshot, reference = measurement.snapshot, measurement.reference
         if snapshot.ntk is None or reference.ntk is None:
             return {}
         ntk_0 = reference.ntk.to(snapshot.ntk)  # a checkpoint may have brought it back elsewhere
-        compared = self._comparison.compare(visit.step, snapshot.output, snapshot.ntk, ntk_0, self._kernels(visit))
+        compared = self._comparison.compare(
+            measurement.step, snapshot.output, snapshot.ntk, ntk_0, self._kernels(measurement)
+        )
         scalars = compared_scalars(compared)
         if snapshot.hidden:
             scalars[tag("representation_change", "order_0")] = 0.0  # representations are frozen
         return scalars
 
-    def _kernels(self, visit: Measurement) -> tuple[list[Tensor], list[Tensor]] | None:
-        now, then = visit.snapshot.hidden, visit.reference.hidden
+    def _kernels(self, measurement: Measurement) -> tuple[list[Tensor], list[Tensor]] | None:
+        now, then = measurement.snapshot.hidden, measurement.reference.hidden
         if not self._hidden or not all(name in now and name in then for name in self._hidden):
             return None
         return [now[name] for name in self._hidden], [then[name].to(now[name]) for name in self._hidden]
 
-    def _layers_page(self, visit: Measurement) -> dict[str, str]:
-        kernels = self._kernels(visit)
+    def _layers_page(self, measurement: Measurement) -> dict[str, str]:
+        kernels = self._kernels(measurement)
         if kernels is None or self._comparison is None:
             return {}
-        layers = self._comparison.layers(visit.step, *kernels)
+        layers = self._comparison.layers(measurement.step, *kernels)
         if not layers:
             return {}
         rows = [
@@ -220,8 +223,8 @@ class EnsemblePart(ForecastPart):
         return {
             "representation": "\n".join(
                 [
-                    f"Drift of hidden kernels at step {visit.step}, along the ensemble's mean drift, relative to the "
-                    "kernel at infinite width. One network's may differ from the mean by as much as the mean.",
+                    f"Drift of hidden kernels at step {measurement.step}, along the ensemble's mean drift, relative to "
+                    "the kernel at infinite width. One network's may differ from the mean by as much as the mean.",
                     "",
                     "| layer | measured | order 0 | order 1 |",
                     "|---|---|---|---|",
@@ -232,24 +235,25 @@ class EnsemblePart(ForecastPart):
 
     # ---- what it knows
 
-    def info(self) -> dict[str, Any]:
+    def facts(self) -> RunFacts:
         """Network, r, epsilon and criticality as diagnosed; level and validity of the comparison."""
-        info = super().info()
-        if self._diagnosis is not None:
-            ratio = self._diagnosis.aspect_ratio
-            info |= {
-                "network": self._diagnosis.network,
-                "depth": ratio.depth,
-                "width": ratio.width,
-                "r": ratio.r,
-                "epsilon": ratio.epsilon,
-                "regime": ratio.regime,
-                "criticality": self._diagnosis.verdict,
-            }
-        return info
+        facts = super().facts()
+        if self._diagnosis is None:
+            return facts
+        ratio = self._diagnosis.aspect_ratio
+        return replace(
+            facts,
+            network=self._diagnosis.network,
+            depth=ratio.depth,
+            width=ratio.width,
+            r=ratio.r,
+            epsilon=ratio.epsilon,
+            regime=ratio.regime,
+            criticality=self._diagnosis.verdict,
+        )
 
     def last_figures(self, history: "History", reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
-        """Measured against theory, a figure a quantity: several panels are unreadable at thumbnail size."""
+        """Measured against theory, one figure per quantity: several panels are unreadable at thumbnail size."""
         return {
             f"measured_against_theory/{quantity}": comparison_figure(history, [quantity])
             for quantity in compared_quantities(history)
@@ -257,7 +261,7 @@ class EnsemblePart(ForecastPart):
 
 
 def _activations(network: nn.Module, ensemble: MLPEnsemble) -> list[str]:
-    """Names of the activations in the order of the hidden layers, if they are modules and used once each."""
+    """Names of the activation modules in the order of the hidden layers, if there is one per layer."""
     names = [name for name, m in network.named_modules() if type(m).__module__ == "torch.nn.modules.activation"]
     return names if len(names) == len(ensemble.hidden_widths) else []
 

@@ -1,15 +1,15 @@
-"""Which parts of the physics belong to which preset."""
+"""Which instruments of the physics belong to which preset."""
 
 import pytest
 
-from torch_eft.live.config.presets import Options, parts_of
+from torch_eft.live.config.presets import Options, chosen_instruments
 
 LIGHT = ["ntk", "representation"]
 STANDARD = [*LIGHT, "theory", "instance", "interval", "taylor"]
 
 
 @pytest.mark.parametrize(
-    ("preset", "also", "names"),
+    ("preset", "extra", "names"),
     [
         ("light", [], LIGHT),
         ("light", ["taylor"], [*LIGHT, "taylor"]),
@@ -19,5 +19,5 @@ STANDARD = [*LIGHT, "theory", "instance", "interval", "taylor"]
         ("full", ["shadow"], [*STANDARD, "dntk", "shadow"]),
     ],
 )
-def test_presets(preset, also, names):
-    assert [part.name for part in parts_of(preset, also, Options())] == names
+def test_presets(preset, extra, names):
+    assert [instrument.name for instrument in chosen_instruments(preset, None, extra, Options())] == names

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.live.parts.loop import data, mlp
+from tests.live.instruments.loop import data, mlp
 from tests.measure.devices import poisoned, waits
 from torch_eft.forecast.comparison import EnsembleComparison, InstanceComparison
 from torch_eft.forecast.comparison.instance import SGDOptions
-from torch_eft.live.parts.forecasts.full_batch import FullBatch
-from torch_eft.live.parts.interval import interval_compared
+from torch_eft.live.instruments.forecasts.full_batch import FullBatch
+from torch_eft.live.instruments.interval import interval_compared
 from torch_eft.measure.taylor.displacement import displacement_terms, relative_dntk
 from torch_eft.measure.taylor.series import taylor_sizes
 from torch_eft.measure.training_loss import recognize_loss
@@ -93,9 +93,9 @@ def test_watching_batches_does_not_wait_for_the_device():
     _, _, _, x, y, _ = setting()
     model = mlp(16, 1)
     seen = FullBatch(None)
-    seen.on_batch((x, y))
+    seen.observe_batch((x, y))
     seen.begin(torch.optim.SGD(model.parameters(), lr=0.1))
-    assert waits(lambda: seen.on_batch((x.flip(0), y.flip(0)))) == 0
+    assert waits(lambda: seen.observe_batch((x.flip(0), y.flip(0)))) == 0
     assert seen.changed() is None
-    seen.on_batch((x[:2], y[:2]))
+    seen.observe_batch((x[:2], y[:2]))
     assert "other samples" in seen.changed()

@@ -8,14 +8,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.live.parts.loop import data, fit, mlp
+from tests.live.instruments.loop import data, fit, mlp
 from torch_eft import measure
-from torch_eft.live.parts.dntk import DNTKPart
-from torch_eft.live.parts.interval import IntervalPart
-from torch_eft.live.parts.shadow import ShadowPart
-from torch_eft.live.parts.taylor import TaylorPart
-from torch_eft.live.parts.theta import too_many
+from torch_eft.live import Obstacle
+from torch_eft.live.instruments.common import too_many
+from torch_eft.live.instruments.dntk import DNTKInstrument
+from torch_eft.live.instruments.interval import IntervalInstrument
+from torch_eft.live.instruments.shadow import ShadowInstrument
+from torch_eft.live.instruments.taylor import TaylorInstrument
 from torch_eft.measure.taylor.displacement import displacement_terms, relative_dntk
+
+MINIBATCHES = Obstacle("mini-batches", minibatches=True)
+FOUR = (IntervalInstrument, TaylorInstrument, DNTKInstrument, ShadowInstrument)
 
 
 def adam(model):
@@ -28,7 +32,7 @@ def test_the_next_interval_in_a_run_with_adam_and_minibatches():
     x, y, x_probe = data(24)
     model = mlp(64)
     observer, pages = fit(
-        model, [IntervalPart()], 30, adam(model), x, y, x_probe, batch=8, outside="mini-batches", every=5
+        model, [IntervalInstrument()], 30, adam(model), x, y, x_probe, batch=8, obstacle=MINIBATCHES, every=5
     )
     visits = [step for step in observer.history if step > 0]
     assert visits == [5, 10, 15, 20, 25, 30]
@@ -54,7 +58,7 @@ def test_the_numbers_of_an_interval():
     def keep(step):
         thetas[step] = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    observer, _ = fit(model, [IntervalPart()], 4, adam(model), x, y, x_probe, batch=8, every=4, on_step=keep)
+    observer, _ = fit(model, [IntervalInstrument()], 4, adam(model), x, y, x_probe, batch=8, every=4, on_step=keep)
     scalars = observer.history[4]
     found = displacement_terms(model, x_probe, thetas[0], thetas[4])
     H, change, P = found.ntk, found.ntk_change, found.ntk_terms.sum(0)
@@ -82,7 +86,7 @@ def test_taylor_terms_of_the_real_trajectory():
     x, y, x_probe = data(24)
     model = mlp(16)
     theta_0 = {name: p.detach().clone() for name, p in model.named_parameters()}
-    observer, pages = fit(model, [TaylorPart()], 20, adam(model), x, y, x_probe, batch=8, every=10)
+    observer, pages = fit(model, [TaylorInstrument()], 20, adam(model), x, y, x_probe, batch=8, every=10)
     theta = {name: p.detach() for name, p in model.named_parameters()}
     series = measure.taylor_series(model, x_probe, theta_0, theta)
     change = series.value - series.terms[0]
@@ -116,7 +120,7 @@ def test_dntk_along_the_gradient_is_logged_where_it_belongs():
         keep(step)
         thetas[step] = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    observer, _ = fit(model, [DNTKPart()], 6, optimizer, x, y, x_probe, every=2, on_step=both)
+    observer, _ = fit(model, [DNTKInstrument()], 6, optimizer, x, y, x_probe, every=2, on_step=both)
     assert [
         step for step, scalars in observer.history.items() if "eft-more/dntk_along_gradient/measured" in scalars
     ] == [0, 2, 4]
@@ -138,7 +142,16 @@ def test_shadows_follow_minibatches_of_any_optimizer():
     twin = shadow.optimizer_like(optimizer)
     torch.manual_seed(5)
     observer, pages = fit(
-        model, [ShadowPart()], 12, optimizer, x, classes, x_probe, F.cross_entropy, batch=8, outside="mini-batches (3)"
+        model,
+        [ShadowInstrument()],
+        12,
+        optimizer,
+        x,
+        classes,
+        x_probe,
+        F.cross_entropy,
+        batch=8,
+        obstacle=MINIBATCHES,
     )
     torch.manual_seed(5)
     start = shadow(x_probe).detach()
@@ -160,7 +173,7 @@ def test_shadows_follow_minibatches_of_any_optimizer():
 def test_shadows_say_why_there_are_none():
     x, y, x_probe = data()
     for change, message in (
-        (dict(outside="gradient clipping at 0.1"), "gradient clipping"),
+        (dict(obstacle=Obstacle("gradient clipping at 0.1")), "gradient clipping"),
         (dict(loss_function=F.l1_loss), "neither squared error"),
         (
             dict(model=nn.Sequential(mlp(16), nn.Dropout(0.5)).train()),
@@ -168,20 +181,20 @@ def test_shadows_say_why_there_are_none():
         ),
     ):
         model = change.pop("model", None) or mlp(16)
-        observer, pages = fit(model, [ShadowPart()], 3, adam(model), x, y, x_probe, **change)
+        observer, pages = fit(model, [ShadowInstrument()], 3, adam(model), x, y, x_probe, **change)
         import re
 
         assert re.search(message, pages["shadow"][-1][1]), pages["shadow"]
         assert not any("shadow" in name for scalars in observer.history.values() for name in scalars)
     with pytest.raises(ValueError, match="orders: \\(2,\\) given"):
-        ShadowPart(orders=(2,))
+        ShadowInstrument(taylor_orders=(2,))
 
 
 def test_a_network_too_large_is_told_so():
     x, y, x_probe = data()
     model = mlp(16)
-    parts = [IntervalPart(largest=10), TaylorPart(largest=10), DNTKPart(largest=10), ShadowPart(largest=10)]
-    observer, pages = fit(model, parts, 3, adam(model), x, y, x_probe)
+    instruments = [each(largest=10) for each in FOUR]
+    observer, pages = fit(model, instruments, 3, adam(model), x, y, x_probe)
     for name in ("interval", "taylor", "dntk", "shadow"):
         assert "million parameters; copies of them are kept for up to" in pages[name][0][1]
     logged = {name.split("/")[1] for scalars in observer.history.values() for name in scalars}
@@ -206,8 +219,8 @@ def test_a_network_with_kinks_is_measured_and_labeled():
     torch.manual_seed(0)
     x, x_probe, classes = torch.randn(16, 1, 5, 5), torch.randn(4, 1, 5, 5), torch.randint(0, 3, (16,))
     model = Convolutional()
-    parts = [IntervalPart(), TaylorPart(), DNTKPart()]
-    observer, pages = fit(model, parts, 8, adam(model), x, classes, x_probe, F.cross_entropy, batch=4, every=2)
+    instruments = [IntervalInstrument(), TaylorInstrument(), DNTKInstrument()]
+    observer, pages = fit(model, instruments, 8, adam(model), x, classes, x_probe, F.cross_entropy, batch=4, every=2)
     assert {"eft/ntk_rate/measured", "eft/taylor_remainder/measured"} <= set(observer.history[8])
     for name in ("interval", "dntk"):
         assert "almost everywhere" in pages[name][-1][1]
@@ -220,7 +233,7 @@ def test_an_event_where_three_taylor_orders_are_not_enough():
     x, y, x_probe = data(24)
     model = mlp(8)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    observer, _ = fit(model, [TaylorPart()], 30, optimizer, x, y, x_probe, batch=8, every=5)
+    observer, _ = fit(model, [TaylorInstrument()], 30, optimizer, x, y, x_probe, batch=8, every=5)
     (event,) = observer.events
     first = next(s for s in observer.history if observer.history[s].get("eft/taylor_remainder/measured", 0) > 0.05)
     assert (event.step, event.quantity) == (first, "taylor_remainder")
@@ -229,8 +242,11 @@ def test_an_event_where_three_taylor_orders_are_not_enough():
 
 
 SETTINGS = {
-    "full batch": dict(parts=lambda: [IntervalPart(), TaylorPart(), DNTKPart(), ShadowPart()], momentum=True),
-    "minibatches, Adam": dict(parts=lambda: [IntervalPart(), TaylorPart(), DNTKPart(), ShadowPart()], batch=3),
+    "full batch": dict(
+        instruments=lambda: [each() for each in FOUR],
+        momentum=True,
+    ),
+    "minibatches, Adam": dict(instruments=lambda: [each() for each in FOUR], batch=3),
 }
 
 
@@ -239,14 +255,14 @@ def test_the_training_is_left_bit_identical(name):
     setting = SETTINGS[name]
     x, y, x_probe = data()
     ends = []
-    for parts in (None, setting["parts"]()):
+    for instruments in (None, setting["instruments"]()):
         model = mlp(16)
         if setting.get("momentum"):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         else:
             optimizer = adam(model)
         torch.manual_seed(3)
-        fit(model, parts, 8, optimizer, x, y, x_probe, batch=setting.get("batch"), outside="mini-batches", every=2)
+        fit(model, instruments, 8, optimizer, x, y, x_probe, batch=setting.get("batch"), obstacle=MINIBATCHES, every=2)
         state = copy.deepcopy(optimizer.state_dict()["state"])
         ends.append([torch.get_rng_state(), *(p.detach().clone() for p in model.parameters()), *_tensors(state)])
     assert len(ends[0]) == len(ends[1])

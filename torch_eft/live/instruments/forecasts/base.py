@@ -1,7 +1,7 @@
-"""A forecast of the whole training, made at theta_0 before the first step, as a part: how it begins, goes on and ends.
+"""Base of instruments that forecast a whole training, at theta_0 before the first step: how they begin, go on and end.
 
-After a checkpoint it goes on if learning rates, optimizer, loss and data are those it was made for: seen at the first
-step after the resume as they were at the very first, by their numbers. Else it ends there, in words.
+After a checkpoint a forecast goes on if learning rates, optimizer, loss and data are those it was made for: they are
+compared, by their numbers, at the first step after the resume. Otherwise it ends there, and its page says why.
 """
 
 import math
@@ -10,33 +10,32 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_eft.live.part import Event, Instrument, Measurement, Reading, Start
-from torch_eft.live.parts.forecasts.full_batch import UNSHOWN, FullBatch, sgd_options
-from torch_eft.live.parts.forecasts.gauge import GaugeWatch
+from torch_eft.live.instrument import Claim, Event, Instrument, Measurement, Reading, RunFacts, TrainingStart
+from torch_eft.live.instruments.forecasts.full_batch import UNSHOWN, FullBatch, ValidityWatch, sgd_options
 from torch_eft.results.trajectory import Validity
 
 if TYPE_CHECKING:
-    from torch_eft.live.part import History
+    from torch_eft.live.instrument import History
 
 
 class Comparison(Protocol):
-    """The forecast, and what it is compared with."""
+    """A forecast that can be compared with measurements."""
 
     @property
     def level(self) -> str:
-        """Level and order, in words."""
+        """Level and order, e.g. ``"ensemble, order 1"``."""
 
     def state(self) -> dict[str, Any]:
-        """What brings it back: plain types and tensors."""
+        """All that is needed to restore it: plain types and tensors."""
 
 
-class ForecastPart(Instrument):
-    """What all forecasts of full-batch gradient descent have in common; ``_forecast`` and ``_compared`` are their own.
+class ForecastInstrument(Instrument):
+    """Common part of all forecasts of full-batch gradient descent; subclasses add ``_forecast`` and ``_compared``.
 
     Attributes:
         validity: Where it holds, or why there is none; None before that is known.
-        what: Of what it is the forecast, in words.
-        page: Where what it says is logged.
+        what: A phrase saying whose forecast it is.
+        page: Name of its page.
     """
 
     what = "Forecast"
@@ -51,32 +50,32 @@ class ForecastPart(Instrument):
         self._comparison: Comparison | None = None
         self._seen: FullBatch | None = None
         self._waiting: list[Measurement] = []
-        self._watch = GaugeWatch(self.what)
+        self._watch = ValidityWatch(self.what)
         self._kept: dict[str, Any] = {}
         self._terms: dict[str, Any] = {}
 
     # ---- its own
 
     def _forecast(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> dict[str, str]:
-        """Make it, or bring back what ``_kept`` holds, and say so.
+        """Make the forecast, or restore the one that ``_kept`` holds; returns its pages.
 
         Raises:
-            ValueError: If there is none of this training; the message says why.
+            ValueError: If this training has none; the message says why.
         """
         raise NotImplementedError
 
-    def _compared(self, visit: Measurement) -> Reading:
-        """It and the measurement."""
+    def _compared(self, measurement: Measurement) -> Reading:
+        """Compare the forecast with a measurement."""
         raise NotImplementedError
 
     def _none(self, reason: str) -> str:
-        """That there is none, in words."""
+        """The sentence shown when there is no forecast."""
         raise NotImplementedError
 
     # ---- the training
 
-    def _goes_on(self, start: Start) -> bool:
-        """Whether it is there already, as in a second fit; else forget all but what a checkpoint kept of it."""
+    def _goes_on(self, start: TrainingStart) -> bool:
+        """Return whether it is there already, as in a second fit; else forget all but what a checkpoint kept of it."""
         if not start.fresh and self._comparison is not None:
             return True
         kept = {} if start.fresh else self._kept
@@ -84,8 +83,8 @@ class ForecastPart(Instrument):
         self._kept = kept
         return False
 
-    def _look(self, start: Start) -> str | None:
-        """Why there can be none, as far as the beginning shows, in words; None: batches and losses are looked at."""
+    def _refusal(self, start: TrainingStart) -> str | None:
+        """Return why there can be no forecast, as far as the beginning shows; if None, watch batches and losses."""
         if not start.fresh and not self._kept:
             return f"training starts at step {start.step}, the theory at initialization"
         if "ended" in self._kept:
@@ -99,18 +98,18 @@ class ForecastPart(Instrument):
             self._seen = seen
         return reason
 
-    def on_batch(self, batch: Any) -> None:
+    def observe_batch(self, batch: Any) -> None:
         """Keep the first batch; compare the others with it."""
         if self._seen is not None:
-            self._seen.on_batch(batch)
+            self._seen.observe_batch(batch)
 
-    def on_loss(self, loss: Tensor) -> None:
+    def observe_loss(self, loss: Tensor) -> None:
         """Keep the first loss."""
         if self._seen is not None and self._comparison is None:
             self._seen.loss = loss
 
-    def on_gradient(self, step: int, optimizer: Optimizer) -> Reading:
-        """Decide, before the first step is taken; later, see that learning rates stay."""
+    def before_step(self, step: int, optimizer: Optimizer) -> Reading:
+        """Before the first step, decide whether there is a forecast; later, check that learning rates stay."""
         if self._seen is None:
             return Reading()
         if self._comparison is not None:
@@ -118,7 +117,7 @@ class ForecastPart(Instrument):
             return Reading() if reason is None else self._ended(step, reason)
         try:
             pages = self._decide(self._seen, optimizer)
-        except ValueError as error:  # unrecognized, unstable, too dear, conflicting points, no derivatives
+        except ValueError as error:  # unrecognized, unstable, too slow, conflicting points, no derivatives
             return self._ended(step, str(error)) if self._kept else Reading(pages=self._stop(str(error)))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
@@ -127,7 +126,7 @@ class ForecastPart(Instrument):
             self._stop(reason)
             raise
         self._kept = {}
-        late: History = {visit.step: self._compared(visit).scalars for visit in self._waiting}
+        late: History = {measurement.step: self._compared(measurement).scalars for measurement in self._waiting}
         self._waiting = []
         return Reading(late=late, pages=pages)
 
@@ -148,7 +147,7 @@ class ForecastPart(Instrument):
         pages = self._forecast(*seen.batch, optimizer, options)
         seen.begin(optimizer)
         if kept:
-            self._watch.told = int(kept["told"])
+            self._watch.level = int(kept["told"])
             pages = {
                 name: f"{text}\n\nIt goes on after a resume at step {seen.start.step}." for name, text in pages.items()
             }
@@ -161,20 +160,20 @@ class ForecastPart(Instrument):
         if then and not (then["loss"] == name and math.isclose(then["factor"], factor, rel_tol=1e-6)):
             raise ValueError(f"the loss is another after the resume: {name}, it was {then['loss']}")
 
-    def observe(self, visit: Measurement) -> Reading:
-        """Forecast beside measurement, or nothing where there is none."""
+    def observe(self, measurement: Measurement) -> Reading:
+        """Compare forecast and measurement, where there is a forecast."""
         if self._seen is None:
             return Reading()
         if self._comparison is None:
-            if visit.step > self._seen.start.step:
+            if measurement.step > self._seen.start.step:
                 return Reading(pages=self._stop(UNSHOWN))
-            self._waiting.append(visit)
+            self._waiting.append(measurement)
             return Reading()
         reason = self._seen.changed()
-        return self._compared(visit) if reason is None else self._ended(visit.step, reason)
+        return self._compared(measurement) if reason is None else self._ended(measurement.step, reason)
 
     def _stop(self, reason: str) -> dict[str, str]:
-        """From here on measurements only, and why."""
+        """Go on with measurements only; returns the page that says why."""
         self.validity = Validity("invalid", reason)
         self._comparison = self._seen = None
         self._waiting, self._kept = [], {}
@@ -186,7 +185,7 @@ class ForecastPart(Instrument):
     # ---- checkpoints
 
     def state(self) -> dict[str, Any]:
-        """The forecast and what it was made for; or why it ended."""
+        """The forecast and the training it was made for; or why it ended."""
         if self._comparison is None or self._seen is None:
             if self._kept or self.validity is None:
                 return dict(self._kept)  # resumed, and no step taken since; or nothing decided yet
@@ -198,17 +197,14 @@ class ForecastPart(Instrument):
         return terms | {
             "batches": self._seen.state(),
             "comparison": self._comparison.state(),
-            "told": self._watch.told,
+            "told": self._watch.level,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """It is looked at with the first step: only then is it known whether the training is the same."""
+        """Keep the state until the first step, which shows whether the training is the same."""
         self._kept = dict(state)
 
-    def info(self) -> dict[str, Any]:
+    def facts(self) -> RunFacts:
         """Level and validity of the comparison."""
-        validity = self.validity
-        return {
-            "level": "measurements only" if self._comparison is None else self._comparison.level,
-            "validity": None if validity is None else {"flag": validity.flag, "reason": validity.reason},
-        }
+        level = "measurements only" if self._comparison is None else self._comparison.level
+        return RunFacts(Claim(level, self.validity))

@@ -1,4 +1,4 @@
-"""Is this full-batch gradient descent on one batch? Seen before the first step, and watched ever after."""
+"""Checks that a training is full-batch gradient descent on one batch, before the first step and ever after."""
 
 from typing import Any
 
@@ -7,17 +7,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from torch_eft.live.part import Start
+from torch_eft.live.instrument import Event, TrainingStart
 from torch_eft.measure.training_loss import batch_fingerprint, same_batch
 
-UNSHOWN = "the loop does not show its batches and losses before its steps, so that nothing tells what it minimizes"
+CAUTION, INVALID = 0.2, 1.0
+"""Bounds on the expansion parameter."""
+
+UNSHOWN = "the loop does not show its batches and losses before its steps, so that its loss is not known"
 
 SURE = 16
-"""Later batches that are all looked at; of those after them one in so many is."""
+"""The first 16 later batches are all compared; after that every 16th."""
 
 
 class FullBatch:
-    """What a loop shows of its batches, losses and learning rates.
+    """Batches, losses and learning rates, as far as a loop shows them.
 
     Of later batches the first ``SURE`` and every ``SURE``-th after them are compared with the first, on their device
     (a comparison costs as much as a small network's step); the result is read only when a measurement asks for it.
@@ -26,7 +29,7 @@ class FullBatch:
         start: The training's beginning.
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: TrainingStart) -> None:
         self.start = start
         self.batch: tuple[Any, Tensor] | None = None
         self.loss: Tensor | None = None
@@ -37,14 +40,14 @@ class FullBatch:
         self._rates: list[float] = []
 
     def refusal(self) -> str | None:
-        """Why there can be no forecast of this training, as far as its beginning shows, in words."""
-        if self.start.outside is not None:
-            return self.start.outside
+        """Return why there can be no forecast of this training, as far as its beginning shows; None if there may be."""
+        if self.start.obstacle is not None:
+            return self.start.obstacle.reason
         if len(self.start.optimizers) != 1:
             return f"{len(self.start.optimizers)} optimizers"
         return None
 
-    def on_batch(self, batch: Any) -> None:
+    def observe_batch(self, batch: Any) -> None:
         """Keep the first batch; compare the others with it."""
         pair = _is_pair(batch)
         self.batch = (batch[0], batch[1]) if pair and self._reference is None else None
@@ -60,14 +63,14 @@ class FullBatch:
         self._differs = differs if self._differs is None else self._differs | differs
 
     def begin(self, optimizer: Optimizer) -> None:
-        """The forecast is made: from here on batches and learning rates must stay."""
+        """Remember batch and learning rates: once there is a forecast, they must stay."""
         if self.batch is not None:
             self._reference = _fingerprint(*self.batch)
         self._rates = rates(optimizer)
         self.batch = self.loss = None
 
     def end(self, step: int, optimizer: Optimizer) -> str | None:
-        """Why the forecast ends with the coming step, in words; without waiting for the device."""
+        """Return why the forecast ends with the coming step, or None; without waiting for the device."""
         if self._no_pair:
             return "a later batch is not a pair (inputs, targets) of tensors"
         if rates(optimizer) != self._rates:
@@ -75,7 +78,7 @@ class FullBatch:
         return None
 
     def unlike(self, kept: dict[str, Any], optimizer: Optimizer) -> str | None:
-        """Why a forecast that a checkpoint kept does not go on, in words; ``kept`` is what ``state`` returned.
+        """Return why a forecast that a checkpoint kept does not go on, or None; ``kept`` is what ``state`` returned.
 
         Raises:
             Exception: Of any kind, if it is something else.
@@ -90,18 +93,18 @@ class FullBatch:
         return None
 
     def state(self) -> dict[str, Any]:
-        """What the forecast was made for; plain types and tensors."""
+        """Batch and learning rates of the forecast: plain types and tensors."""
         return {"rates": list(self._rates), "fingerprint": self._reference}
 
     def changed(self) -> str | None:
-        """Whether a batch held other samples, in words; waits for the device."""
+        """Return a sentence if a batch held other samples, or None; waits for the device."""
         if self._differs is not None and bool(self._differs):
             return "a later batch holds other samples than the first: not full-batch training"
         return None
 
 
 def _is_pair(batch: Any) -> bool:
-    """(inputs, targets): a tensor, or tensors in a tuple, list or dict, and a tensor with as many samples."""
+    """Return whether it is (inputs, targets): tensors in any structure, and a tensor with as many samples."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor) or not batch[1].ndim:
         return False
     leaves = tree_leaves(batch[0])
@@ -111,7 +114,7 @@ def _is_pair(batch: Any) -> bool:
 
 
 def _fingerprint(x: Any, y: Tensor) -> Tensor:
-    """That of all inputs side by side."""
+    """Fingerprint of the batch, all inputs side by side."""
     if not isinstance(x, Tensor):
         x = torch.cat([leaf.reshape(len(leaf), -1).double() for leaf in tree_leaves(x)], 1)
     return batch_fingerprint(x, y)
@@ -123,11 +126,11 @@ def rates(optimizer: Optimizer) -> list[float]:
 
 
 def sgd_options(optimizer: Optimizer, at_rest: bool = True) -> dict[str, Any] | str:
-    """Momentum, Nesterov and dampening of ``torch.optim.SGD``; or why it is none that is linear in gradients.
+    """Momentum, Nesterov and dampening of ``torch.optim.SGD``; or why its steps are not linear in the gradients.
 
     Args:
         optimizer: The optimizer, or Lightning's wrapper of it.
-        at_rest: Whether its first step is to come: the forecast's momentum is zero there, and not after a resume.
+        at_rest: Whether it has not taken a step yet: the forecast's momentum is zero there, and not after a resume.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
     if type(inner) is not torch.optim.SGD:
@@ -136,8 +139,8 @@ def sgd_options(optimizer: Optimizer, at_rest: bool = True) -> dict[str, Any] | 
         used = [group[option] for group in inner.param_groups if group[option]]
         if used:
             return f"SGD with {option}={used[0]}: forecasts are derived without"
-    found = [{key: group[key] for key in ("momentum", "nesterov", "dampening")} for group in inner.param_groups]
-    if any(options != found[0] for options in found):
+    options = [{key: group[key] for key in ("momentum", "nesterov", "dampening")} for group in inner.param_groups]
+    if any(other != options[0] for other in options):
         return "SGD with another momentum for some parameters: forecasts are derived for one"
     moving = any(
         inner.state[p].get("momentum_buffer") is not None
@@ -147,6 +150,41 @@ def sgd_options(optimizer: Optimizer, at_rest: bool = True) -> dict[str, Any] | 
     )
     if at_rest and moving:
         return "the optimizer carries momentum of earlier steps: forecasts start at rest"
-    if not at_rest and not moving and found[0]["momentum"]:
+    if not at_rest and not moving and options[0]["momentum"]:
         return "the optimizer lost its momentum with the resume: the forecast has it all along"
-    return found[0]
+    return options[0]
+
+
+class ValidityWatch:
+    """Reports once when the expansion parameter, order 1 over order 0, passes 0.2, and once when it passes 1.
+
+    Args:
+        what: A phrase saying whose forecast it is.
+
+    Attributes:
+        level: 1 if the first bound has been passed, 2 if both.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what, self.level = what, 0
+
+    def events(self, step: int, expansion_parameter: float | None) -> list[Event]:
+        """The event of this step, if a bound is passed."""
+        size = expansion_parameter or 0.0
+        level = 2 if size >= INVALID else 1 if size >= CAUTION else 0
+        if level <= self.level:
+            return []
+        self.level = level
+        meaning = (
+            "order 1 is a rough correction from here on, what is neglected about the square of that"
+            if level == 1
+            else "order 1 is not a small correction any more, the forecast is not valid from here on"
+        )
+        bound = CAUTION if level == 1 else INVALID
+        return [
+            Event(
+                step,
+                "validity",
+                f"{self.what}: terms of order 1 are {size:.3g} times those of order 0, above {bound:g}; {meaning}",
+            )
+        ]

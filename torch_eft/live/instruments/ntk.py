@@ -1,12 +1,13 @@
-"""The NTK's drift from initialization."""
+"""Drift of the NTK from initialization."""
 
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from torch_eft.live.part import History, Instrument, Measurement, Reading
+from torch_eft.live.instrument import History, Instrument, Measurement, Reading
 from torch_eft.measure.kernels.metrics import as_matrix, as_trace, kernel_distance, ntk_trace, relative_change
 from torch_eft.measure.network.snapshot import Plan, Snapshot
+from torch_eft.results.choices import check_choice
 from torch_eft.results.tags import SPECTRUM, tag
 from torch_eft.tensorboard.figures import kernel_figure
 
@@ -14,23 +15,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LARGEST_FULL_KERNEL = 1024
-"""Rows N C up to which the full kernel is the default; beyond it the average over outputs is."""
+"""Rows N C up to which the full kernel is the default, and the average over outputs beyond."""
 
 
-class NTKPart(Instrument):
+class NTKInstrument(Instrument):
     """Drift of the NTK.
 
     Args:
         outputs: ``"full"``: H_{ij;ab} with all output blocks; ``"trace"``: its average over outputs;
             ``"auto"``: full up to 1024 rows (N C).
+
+    Raises:
+        ValueError: If ``outputs`` is something else.
     """
 
     name = "ntk"
     cost = "light"
 
     def __init__(self, outputs: Literal["auto", "full", "trace"] = "auto") -> None:
-        if outputs not in ("auto", "full", "trace"):
-            raise ValueError(f"outputs: {outputs!r} given; give 'auto', 'full' or 'trace'")
+        check_choice("outputs", outputs, ("auto", "full", "trace"))
         self.outputs = outputs
 
     def plan(self, outputs: int, samples: int) -> Plan:
@@ -38,9 +41,9 @@ class NTKPart(Instrument):
         trace = self.outputs == "trace" or (self.outputs == "auto" and outputs * samples > LARGEST_FULL_KERNEL)
         return Plan(ntk=True, ntk_trace=trace)
 
-    def observe(self, visit: Measurement) -> Reading:
+    def observe(self, measurement: Measurement) -> Reading:
         """Drift, distance, trace, largest eigenvalue and spectrum."""
-        H, H_0 = visit.snapshot.ntk, visit.reference.ntk
+        H, H_0 = measurement.snapshot.ntk, measurement.reference.ntk
         if H is None or H_0 is None:
             return Reading()
         H_0 = H_0.to(H)  # a checkpoint may have brought it back elsewhere

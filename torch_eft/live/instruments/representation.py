@@ -1,4 +1,4 @@
-"""The change of hidden representations."""
+"""Change of hidden representations."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from torch_eft.live.part import History, Instrument, Measurement, Reading
+from torch_eft.live.instrument import History, Instrument, Measurement, Reading
 from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.measure.kernels.metrics import relative_change
 from torch_eft.measure.network.snapshot import Plan, Snapshot
@@ -19,24 +19,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class RepresentationPart(Instrument):
+class RepresentationInstrument(Instrument):
     """Change of the hidden kernels, layer by layer.
 
     Args:
-        layers: Names of submodules; None picks them.
-        per_layer: Log every layer's scalars, too, not only the mean over layers.
-        output_fn: Turns what the model returns into (N, C).
+        layers: Names of submodules; None chooses them.
+        per_layer: Log every layer's scalars too, not only the mean over layers.
     """
 
     name = "representation"
     cost = "light"
 
-    def __init__(
-        self, layers: Sequence[str] | None = None, per_layer: bool = False, output_fn: OutputFn | None = None
-    ) -> None:
+    def __init__(self, *, layers: Sequence[str] | None = None, per_layer: bool = False) -> None:
         self.layers = layers
         self.per_layer = per_layer
-        self.output_fn = output_fn
         self.forget()
 
     def forget(self) -> None:
@@ -47,20 +43,20 @@ class RepresentationPart(Instrument):
         """The hidden kernels."""
         return Plan(hidden=True, layers=self.layers)
 
-    def check(self, network: nn.Module, probe: Probe, outputs: int) -> None:
-        """The layers asked for must exist."""
+    def check(self, network: nn.Module, probe: Probe, outputs: int, output_fn: OutputFn | None) -> None:
+        """Check that the layers asked for exist."""
         if self.layers is not None:
-            hidden_kernels(network, probe, self.layers, self.output_fn)
+            hidden_kernels(network, probe, self.layers, output_fn)
 
-    def observe(self, visit: Measurement) -> Reading:
-        """Relative change and 1 - CKA, the mean over layers and perhaps each."""
+    def observe(self, measurement: Measurement) -> Reading:
+        """Relative change and 1 - CKA: the mean over layers, and each with ``per_layer``."""
         changes, distances = {}, {}
-        for layer, K in visit.snapshot.hidden.items():
-            if layer in visit.reference.hidden:
-                K_0 = visit.reference.hidden[layer].to(K)  # a checkpoint may have brought it back elsewhere
+        for layer, K in measurement.snapshot.hidden.items():
+            if layer in measurement.reference.hidden:
+                K_0 = measurement.reference.hidden[layer].to(K)  # a checkpoint may have brought it back elsewhere
                 changes[layer] = float(relative_change(K, K_0))
                 distances[layer] = 1 - float(linear_cka(K, K_0))
-                self.changes.setdefault(layer, {})[visit.step] = changes[layer]
+                self.changes.setdefault(layer, {})[measurement.step] = changes[layer]
         scalars = {}
         for quantity, values in (("representation_change", changes), ("representation_cka_distance", distances)):
             finite = {layer: value for layer, value in values.items() if math.isfinite(value)}

@@ -8,32 +8,30 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_eft.forecast.comparison.compared import Compared, component
-from torch_eft.live.part import Event, Instrument, Measurement, Reading, Start
-from torch_eft.live.parts.common import compared_scalars
-from torch_eft.live.parts.forecasts.full_batch import UNSHOWN
-from torch_eft.live.parts.theta import LARGEST, memory, too_many
+from torch_eft.live.instrument import Event, Instrument, Measurement, Reading, TrainingStart
+from torch_eft.live.instruments.common import LARGEST, compared_scalars, memory, too_many
+from torch_eft.live.instruments.forecasts.full_batch import UNSHOWN
 from torch_eft.measure.forward.isolation import isolated
-from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.taylor.model import TaylorModel, as_call
 from torch_eft.measure.training_loss import TrainingLoss, UnrecognizedLossError, recognize_loss
 from torch_eft.results.training import LossFunction
 from torch_eft.results.trajectory import Validity
 
-_MINIBATCHES = "mini-batches"
-"""What a loop may be outside of the theory for, and a shadow follow all the same."""
 
-
-class ShadowPart(Instrument):
+class ShadowInstrument(Instrument):
     """Trains Taylor models beside the network: what its linear model would do, and with the first correction in 1/n.
 
     Every training step costs a few more (1.7 times an ordinary one for order 1, about 5 times for order 3), and every
-    order a few copies of the parameters: no preset has this part, ``also=["shadow"]`` asks for it.
+    order a few copies of the parameters: no preset includes it, ``extra=["shadow"]`` asks for it.
 
     Args:
-        output_fn: Turns what the network returns into (N, C).
-        loss: The loss as a function of outputs (N, C) and targets, if it is neither squared error nor cross-entropy.
-        orders: 1, 3 or both.
+        loss_function: The loss of outputs (N, C) and targets, if it is neither squared error nor cross-entropy.
+        taylor_orders: 1, 3 or both.
         largest: Trainable parameters up to which shadows are trained.
+
+    Raises:
+        ValueError: If ``taylor_orders`` is something else.
     """
 
     name = "shadow"
@@ -41,20 +39,22 @@ class ShadowPart(Instrument):
 
     def __init__(
         self,
-        output_fn: OutputFn | None = None,
-        loss: LossFunction | None = None,
-        orders: Sequence[int] = (1, 3),
+        *,
+        loss_function: LossFunction | None = None,
+        taylor_orders: Sequence[int] = (1, 3),
         largest: int = LARGEST // 4,
     ) -> None:
-        if not orders or not set(orders) <= {1, 3}:
-            raise ValueError(f"orders: {tuple(orders)} given; give 1 (infinite width), 3 (first order in 1/n) or both")
-        self.output_fn, self.loss, self.orders, self.largest = output_fn, loss, sorted(set(orders)), largest
+        if not taylor_orders or not set(taylor_orders) <= {1, 3}:
+            raise ValueError(
+                f"taylor_orders: {tuple(taylor_orders)} given; give 1 (infinite width), 3 (first order in 1/n) or both"
+            )
+        self.loss_function, self.taylor_orders, self.largest = loss_function, sorted(set(taylor_orders)), largest
         self.forget()
 
     def forget(self) -> None:
         """Drop what belongs to an earlier run."""
         self.validity: Validity | None = None
-        self._start: Start | None = None
+        self._start: TrainingStart | None = None
         self._shadows: dict[int, tuple[TaylorModel, Optimizer]] = {}
         self._training_loss: TrainingLoss | None = None
         self._batch: Any = None
@@ -64,7 +64,7 @@ class ShadowPart(Instrument):
         self._moved = 0.0
         self._diverged: set[int] = set()
 
-    def begin(self, start: Start) -> Reading:
+    def begin(self, start: TrainingStart) -> Reading:
         """Rule out what the loop already shows to be outside."""
         if not start.fresh and self._shadows:
             return Reading()  # a second fit goes on where the first one stopped
@@ -72,8 +72,8 @@ class ShadowPart(Instrument):
         reason = None
         if not start.fresh:
             reason = f"training starts at step {start.step}, shadows at initialization"
-        elif start.outside is not None and not start.outside.startswith(_MINIBATCHES):
-            reason = start.outside
+        elif start.obstacle is not None and not start.obstacle.minibatches:
+            reason = start.obstacle.reason
         elif len(start.optimizers) != 1:
             reason = f"{len(start.optimizers)} optimizers"
         else:
@@ -83,18 +83,18 @@ class ShadowPart(Instrument):
         self._start = start
         return Reading()
 
-    def on_batch(self, batch: Any) -> None:
+    def observe_batch(self, batch: Any) -> None:
         """Keep it for the coming step."""
         if self._start is not None:
             self._batch = batch
             self._batches += 1
 
-    def on_loss(self, loss: Tensor) -> None:
+    def observe_loss(self, loss: Tensor) -> None:
         """Keep the first one."""
         if self._training_loss is None:
             self._last_loss = loss
 
-    def on_gradient(self, step: int, optimizer: Optimizer) -> Reading:
+    def before_step(self, step: int, optimizer: Optimizer) -> Reading:
         """Take the step that the network is about to take."""
         if self._start is None:
             return Reading()
@@ -104,61 +104,61 @@ class ShadowPart(Instrument):
             return self._stopped(step, f"{count} batches before one step (1 is expected, without accumulation)")
         if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
             return self._stopped(step, "the batch is not a pair (inputs, targets)")
-        report = Reading()
+        reading = Reading()
         if self._training_loss is None:
             try:
                 self._make(batch[0], batch[1], optimizer)
             except ValueError as error:  # unrecognized loss, dropout, batch statistics, no derivatives
                 return self._stopped(step, str(error))
             copies = memory(self._start.network, 4 * len(self._shadows))
-            report.pages["shadow"] = (
+            reading.pages["shadow"] = (
                 f"Shadows of order {self._named}, loss: {self._loss_name}. They take about {copies}."
             )
         inputs, targets = batch
         function = self._training_loss.function  # type: ignore[union-attr]
-        for shadow, twin in self._shadows.values():
-            _same_options(twin, optimizer)
-            shadow.step(inputs, lambda z: function(z, targets), twin)
-        return report
+        for shadow, own_optimizer in self._shadows.values():
+            _same_options(own_optimizer, optimizer)
+            shadow.step(inputs, lambda z: function(z, targets), own_optimizer)
+        return reading
 
-    def observe(self, visit: Measurement) -> Reading:
+    def observe(self, measurement: Measurement) -> Reading:
         """Shadows beside the network."""
         if self._outputs_0 is None:
-            self._outputs_0 = visit.snapshot.output
+            self._outputs_0 = measurement.snapshot.output
         if not self._shadows:
-            unshown = self._start is not None and visit.step > self._start.step
-            return self._stopped(visit.step, UNSHOWN) if unshown else Reading()
-        z, start = visit.snapshot.output, self._outputs_0
-        outputs = {order: self._output(shadow, visit.probe) for order, (shadow, _) in self._shadows.items()}
-        report = Reading()
+            unshown = self._start is not None and measurement.step > self._start.step
+            return self._stopped(measurement.step, UNSHOWN) if unshown else Reading()
+        z, start = measurement.snapshot.output, self._outputs_0
+        outputs = {order: self._output(shadow, measurement.probe) for order, (shadow, _) in self._shadows.items()}
+        reading = Reading()
         for order, value in outputs.items():
             if order not in self._diverged and not bool(torch.isfinite(value).all()):
                 self._diverged.add(order)
-                report.events.append(
+                reading.events.append(
                     Event(
-                        visit.step,
+                        measurement.step,
                         "shadow_output",
                         f"The shadow of order {order} has diverged: its terms are not small",
                     )
                 )
-        reference = outputs[self.orders[0]]
+        reference = outputs[self.taylor_orders[0]]
         u, count = reference - start, z.numel() ** 0.5
         self._moved = max(self._moved, float(u.norm()))
         if self._moved > 0:
             series = {f"order_{order // 2}": value for order, value in outputs.items()}
             along = {name: float(component(value - start, u)) / count for name, value in series.items()}
             errors = {name: float((z - value).norm()) / self._moved for name, value in series.items()}
-            report.scalars = compared_scalars(
+            reading.scalars = compared_scalars(
                 {
                     "shadow_output": Compared(float(component(z - start, u)) / count, **along),
                     "shadow_output_error": Compared(None, **errors),
                 }
             )
-        if visit.last:
-            shadow = self._shadows[self.orders[-1]][0]
-            self.validity = shadow.check(visit.probe.inputs)
-            report.pages["shadow"] = f"Shadows of order {self._named}, loss: {self._loss_name}. {self.validity}"
-        return report
+        if measurement.last:
+            shadow = self._shadows[self.taylor_orders[-1]][0]
+            self.validity = shadow.check(measurement.probe.inputs)
+            reading.pages["shadow"] = f"Shadows of order {self._named}, loss: {self._loss_name}. {self.validity}"
+        return reading
 
     def _make(self, x: Any, y: Tensor, optimizer: Optimizer) -> None:
         assert self._start is not None
@@ -167,16 +167,16 @@ class ShadowPart(Instrument):
             raise UnrecognizedLossError("the loop does not show its loss")
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         loss = recognize_loss(
-            network, x, y, self._last_loss, gradients, output_fn=self.output_fn, loss_function=self.loss
+            network, x, y, self._last_loss, gradients, output_fn=self._start.output_fn, loss_function=self.loss_function
         )
         shadows = {}
-        for order in self.orders:
-            shadow = TaylorModel(network, taylor_order=order, output_fn=self.output_fn)
+        for order in self.taylor_orders:
+            shadow = TaylorModel(network, taylor_order=order, output_fn=self._start.output_fn)
             shadows[order] = (shadow, shadow.optimizer_like(optimizer))
         self._shadows, self._training_loss, self._last_loss = shadows, loss, None
 
     def _output(self, shadow: TaylorModel, probe: Probe) -> Tensor:
-        with isolated(shadow.network, self.output_fn) as network:
+        with isolated(shadow.network, shadow.output_fn) as network:
             args, kwargs = as_call(network.place(probe))
         with torch.no_grad():
             value: Tensor = shadow(*args, **kwargs)
@@ -184,7 +184,7 @@ class ShadowPart(Instrument):
 
     @property
     def _named(self) -> str:
-        return " and ".join(map(str, self.orders))
+        return " and ".join(map(str, self.taylor_orders))
 
     @property
     def _loss_name(self) -> str:
@@ -198,8 +198,8 @@ class ShadowPart(Instrument):
         return Reading(pages={"shadow": f"No shadows for this run: {reason}."}, events=events)
 
 
-def _same_options(twin: Optimizer, optimizer: Optimizer) -> None:
+def _same_options(own_optimizer: Optimizer, optimizer: Optimizer) -> None:
     """The learning rates (and all else) in force for the coming step."""
     inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
-    for own, group in zip(twin.param_groups, inner.param_groups, strict=False):
+    for own, group in zip(own_optimizer.param_groups, inner.param_groups, strict=False):
         own.update({key: value for key, value in group.items() if key not in ("params", "param_names")})

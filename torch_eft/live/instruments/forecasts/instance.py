@@ -6,24 +6,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_eft.forecast.comparison.instance import InstanceComparison, SGDOptions
-from torch_eft.live.part import Measurement, Reading, Start
-from torch_eft.live.parts.common import compared_scalars
-from torch_eft.live.parts.forecasts.base import ForecastPart
+from torch_eft.live.instrument import Measurement, Reading, RunFacts, TrainingStart
+from torch_eft.live.instruments.common import compared_scalars
+from torch_eft.live.instruments.forecasts.base import ForecastInstrument
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
-from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.network.snapshot import Plan
 from torch_eft.measure.training_loss import recognize_loss
 from torch_eft.results.training import LossFunction
 
 
-class InstancePart(ForecastPart):
+class InstanceInstrument(ForecastInstrument):
     """This network's own forecast, as long as the training is full-batch gradient descent (with momentum or without).
 
     Args:
-        output_fn: Turns what the network returns into (N, C).
-        loss: The loss as a function of outputs (N, C) and targets, if it is neither squared error nor cross-entropy.
+        loss_function: The loss of outputs (N, C) and targets, if it is neither squared error nor cross-entropy.
         seconds: Time that the forecast may take before the first step.
         largest: Outputs N C over training and probe points, at most.
+
+    Raises:
+        ValueError: If ``seconds`` or ``largest`` is not positive.
     """
 
     name = page = "instance"
@@ -32,14 +33,14 @@ class InstancePart(ForecastPart):
 
     def __init__(
         self,
-        output_fn: OutputFn | None = None,
-        loss: LossFunction | None = None,
+        *,
+        loss_function: LossFunction | None = None,
         seconds: float = 3.0,
         largest: int = 512,
     ) -> None:
         if not seconds > 0 or largest < 1:
             raise ValueError(f"seconds: {seconds}, largest: {largest} given; both must be positive")
-        self.output_fn, self.loss, self.seconds, self.largest = output_fn, loss, seconds, largest
+        self.loss_function, self.seconds, self.largest = loss_function, seconds, largest
         super().__init__()
 
     def forget(self) -> None:
@@ -49,35 +50,35 @@ class InstancePart(ForecastPart):
         self._lambdas: dict[str, float] = {}
 
     def plan(self, outputs: int, samples: int) -> Plan:
-        """Outputs (always there) and the NTK."""
+        """The NTK, besides the outputs."""
         return Plan(ntk=True)
 
-    def begin(self, start: Start) -> Reading:
-        """Rule out what the loop already shows to be outside."""
+    def begin(self, start: TrainingStart) -> Reading:
+        """End here if the loop is outside the theory already."""
         if self._goes_on(start):
             return Reading()
-        reason = self._look(start)
+        reason = self._refusal(start)
         return Reading() if reason is None else Reading(pages=self._stop(reason))
 
-    def _compared(self, visit: Measurement) -> Reading:
+    def _compared(self, measurement: Measurement) -> Reading:
         assert self._comparison is not None
-        extended = visit.step > self._comparison.steps
+        extended = measurement.step > self._comparison.steps
         try:
-            within = self._comparison.reaches(visit.step)
+            within = self._comparison.reaches(measurement.step)
         except ValueError as error:
-            return self._ended(visit.step, f"it cannot be extended beyond step {self._comparison.steps}: {error}")
+            return self._ended(measurement.step, f"it cannot be extended beyond step {self._comparison.steps}: {error}")
         if not within:
-            return self._ended(visit.step, f"it ends at step {self._comparison.steps}, more would take too long")
+            return self._ended(measurement.step, f"it ends at step {self._comparison.steps}, more would take too long")
         pages = self._page() if extended else {}
-        now, then = visit.snapshot.ntk, visit.reference.ntk
-        same_units = now is not None and then is not None and visit.lambdas == self._lambdas
+        now, then = measurement.snapshot.ntk, measurement.reference.ntk
+        same_units = now is not None and then is not None and measurement.lambdas == self._lambdas
         compared = self._comparison.compare(
-            visit.step,
-            visit.snapshot.output,
+            measurement.step,
+            measurement.snapshot.output,
             now if same_units else None,
             then if same_units else None,
         )
-        events = self._watch.events(visit.step, self._comparison.gauge(visit.step))
+        events = self._watch.events(measurement.step, self._comparison.gauge(measurement.step))
         return Reading(compared_scalars(compared), pages, events)
 
     def _forecast(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> dict[str, str]:
@@ -85,13 +86,13 @@ class InstancePart(ForecastPart):
         start, kept = self._seen.start, self._kept
         if kept and kept.get("theta_0") is None:
             raise ValueError(
-                "theta_0, of which it would be made again, was not kept (keep_theta_0) or is not to be had"
+                "theta_0, of which it would be made again, was not kept (keep_theta_0) or is not available"
             )
         network, rates = start.network, read_learning_rates(start.network, [optimizer])
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         self._lambdas = rates.lambdas
         loss = recognize_loss(
-            network, x, y, self._seen.loss, gradients, output_fn=self.output_fn, loss_function=self.loss
+            network, x, y, self._seen.loss, gradients, output_fn=start.output_fn, loss_function=self.loss_function
         )
         self._same_loss(loss.name, loss.factor)
         self._comparison = InstanceComparison(
@@ -102,7 +103,7 @@ class InstancePart(ForecastPart):
             SGDOptions(rates.learning_rate, **options),
             rates.lambdas,
             start.total_steps,
-            self.output_fn,
+            start.output_fn,
             self.seconds,
             self.largest,
             kept["comparison"] | {"theta_0": kept["theta_0"]} if kept else None,
@@ -119,7 +120,7 @@ class InstancePart(ForecastPart):
         }
 
     def state(self) -> dict[str, Any]:
-        """The forecast, by theta_0, of which it is made again."""
+        """The forecast, by the theta_0 that it is made from again."""
         state = super().state()
         if self._comparison is None or "comparison" not in state:
             return state
@@ -128,6 +129,6 @@ class InstancePart(ForecastPart):
     def _none(self, reason: str) -> str:
         return f"No forecast of this network, measurements only: {reason}."
 
-    def info(self) -> dict[str, Any]:
+    def facts(self) -> RunFacts:
         """Level and validity, once they are known."""
-        return {} if self.validity is None else super().info()
+        return RunFacts() if self.validity is None else super().facts()

@@ -9,7 +9,7 @@ from torch_eft.live.record.sinks import Sink
 
 
 class Pages(Sink):
-    """Keeps what parts write: ``{name: [(step, text)]}``."""
+    """Keeps what instruments write: ``{name: [(step, text)]}``."""
 
     def __init__(self):
         self.pages = {}
@@ -38,7 +38,7 @@ def data(points=5, probes=3, outputs=2):
 
 def fit(
     model,
-    parts,
+    instruments,
     steps,
     optimizer,
     x,
@@ -46,7 +46,7 @@ def fit(
     x_probe,
     loss_function=F.mse_loss,
     batch=None,
-    outside=None,
+    obstacle=None,
     total_steps=None,
     every=1,
     on_step=None,
@@ -59,11 +59,18 @@ def fit(
     """
     pages = Pages()
     observer = None
-    if parts is not None:
+    if instruments is not None:
         observer = Observer(
-            model, x_probe, optimizer, every=every, budget=None, parts=parts, sinks=[pages], on_error=on_error
+            model,
+            x_probe,
+            optimizer,
+            every=every,
+            budget=None,
+            instruments=instruments,
+            sinks=[pages],
+            on_error=on_error,
         )
-        observer.begin(outside=outside, total_steps=total_steps or steps)
+        observer.begin(obstacle=obstacle, total_steps=total_steps or steps)
     for step in range(1, steps + 1):
         samples = torch.arange(len(x)) if batch is None else torch.randperm(len(x))[:batch]
         pair = (x[samples], y[samples])

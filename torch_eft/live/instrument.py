@@ -1,0 +1,277 @@
+"""The instruments of an observer: each looks at one concern of a training and answers with a reading.
+
+An instrument knows no trainer and no logger. Every method has a default that does nothing. An instrument that raises is
+skipped at that measurement (warned of once, counted); the others go on.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.network.snapshot import Plan, Snapshot
+from torch_eft.results.trajectory import Validity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+History: TypeAlias = dict[int, dict[str, float]]
+"""``{optimizer step: {tag: value}}``."""
+
+Cost: TypeAlias = Literal["light", "standard", "full"]
+
+
+class MeasurementWarning(UserWarning):
+    """A measurement failed and was skipped, or results could not be written; training is not affected.
+
+    Example:
+        >>> import warnings
+        >>> from torch_eft.live import MeasurementWarning
+        >>> warnings.simplefilter("error", MeasurementWarning)  # stop at the first one
+    """
+
+
+@dataclass(frozen=True)
+class Event:
+    """A mark on the time axis: a quantity leaves its band, a prediction leaves its validity.
+
+    Args:
+        step: The optimizer step.
+        quantity: A name of ``torch_eft.results.quantities``, or ``"validity"``.
+        text: One sentence, with the numbers that decided.
+
+    Example:
+        >>> from torch_eft.live import Event
+        >>> Event(100, "validity", "terms of order 1 are 0.3 times those of order 0").step
+        100
+    """
+
+    step: int
+    quantity: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """A property of the training loop that keeps it from being plain full-batch training on one device.
+
+    Args:
+        reason: A short phrase, e.g. ``"gradient clipping at 0.1"``.
+        minibatches: Whether mini-batches are all that it is: Taylor models trained beside the network follow those.
+
+    Example:
+        >>> from torch_eft.live import Obstacle
+        >>> Obstacle("gradient accumulation over 4 batches").minibatches
+        False
+    """
+
+    reason: str
+    minibatches: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingStart:
+    """A training that is about to begin, or to go on.
+
+    Args:
+        network: The module that is measured; its parameters hold theta_0 if ``fresh``.
+        probe: The fixed inputs.
+        optimizers: Those of the training; may be empty.
+        step: Optimizer steps taken so far.
+        fresh: Whether training starts here rather than going on from a checkpoint.
+        obstacle: Why the loop is not plain full-batch training on one device (mini-batches, gradient accumulation,
+            clipping, several processes ...); None if it is, as far as the loop knows. What the optimizer and the data
+            show is not included.
+        lambdas: ``{parameter: lambda}``, the learning-rate tensor with which the NTK is measured.
+        output_fn: Converts the network's output to (N, C).
+        total_steps: Optimizer steps of the whole training, where the loop knows them.
+    """
+
+    network: nn.Module
+    probe: Probe
+    optimizers: list[Optimizer]
+    step: int
+    fresh: bool
+    obstacle: Obstacle | None
+    lambdas: dict[str, float]
+    output_fn: OutputFn | None = None
+    total_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement.
+
+    Args:
+        step: Optimizer steps taken.
+        network: The live module: only read it, or hand it to ``measure``, which isolates it.
+        probe: The fixed inputs.
+        output_fn: Converts the network's output to (N, C).
+        snapshot: What the plans of all instruments asked for, now.
+        reference: The same at theta_0.
+        lambdas: The learning-rate tensor of the snapshot's NTK.
+        last: Whether this is the last measurement of the training.
+        theta_0: ``{parameter: value}`` of the trainable parameters at the reference, where an instrument asks for it
+            by ``needs_theta_0``; else None.
+    """
+
+    step: int
+    network: nn.Module
+    probe: Probe
+    output_fn: OutputFn | None
+    snapshot: Snapshot
+    reference: Snapshot
+    lambdas: dict[str, float]
+    last: bool = False
+    theta_0: dict[str, Tensor] | None = None
+
+
+@dataclass
+class Reading:
+    """The answer of an instrument.
+
+    Args:
+        scalars: ``{tag: value}`` of this step; tags by ``torch_eft.results.tags.tag``. Values that are not finite are
+            dropped.
+        pages: ``{name: Markdown}``; logged as ``eft/<name>``.
+        events: Marks on the time axis. The observer itself marks when a measured quantity leaves the band that is
+            logged beside it.
+        late: ``{earlier step: {tag: value}}``, for numbers that were not available then.
+        histograms: ``{tag: values}``.
+
+    Example:
+        >>> from torch_eft.live import Reading
+        >>> Reading({"eft/ntk_trace/measured": 2.0}).scalars
+        {'eft/ntk_trace/measured': 2.0}
+    """
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    pages: dict[str, str] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+    late: History = field(default_factory=dict)
+    histograms: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A prediction for the run.
+
+    Args:
+        level: Level of theory and order, e.g. ``"ensemble, order 1"``.
+        validity: Where it holds, or why there is none; None before that is decided.
+    """
+
+    level: str
+    validity: Validity | None
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What an instrument knows of the run; None where it does not.
+
+    Args:
+        claim: What it predicts; None: it predicts nothing. Of several instruments the first that is not invalid is
+            shown.
+        network: A name for the network; None: its class.
+        depth: L.
+        width: n.
+        r: L / n.
+        epsilon: Var G / E[G]^2.
+        regime: The regime of r.
+        criticality: One sentence on the critical point.
+    """
+
+    claim: Claim | None = None
+    network: str | None = None
+    depth: int | None = None
+    width: float | None = None
+    r: float | None = None
+    epsilon: float | None = None
+    regime: str | None = None
+    criticality: str | None = None
+
+
+class Instrument:
+    """Base of all instruments.
+
+    Attributes:
+        name: Name in checkpoints, budgets and messages; one per class (and per instance, if there are several).
+        cost: The smallest preset that includes it.
+        needs_theta_0: Whether measurements must carry the parameters at the reference.
+        looks_back: Whether it compares with an earlier measurement, so that the time of the first one says nothing
+            about the others.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft.live import Instrument, Observer, Reading
+        >>> class OutputSize(Instrument):
+        ...     name = "output_size"
+        ...     def observe(self, measurement):
+        ...         return Reading({"eft/output_size/measured": float(measurement.snapshot.output.norm())})
+        >>> observer = Observer(torch.nn.Linear(2, 1), torch.zeros(3, 2), instruments=[OutputSize()])
+        >>> observer.begin()
+        >>> list(observer.history[0])
+        ['eft/output_size/measured']
+    """
+
+    name: str = "instrument"
+    cost: Cost = "light"
+    needs_theta_0: bool = False
+    looks_back: bool = False
+
+    def plan(self, outputs: int, samples: int) -> Plan:
+        """The parts of each snapshot that it needs, for ``outputs`` = C and ``samples`` = N."""
+        return Plan()
+
+    def check(self, network: nn.Module, probe: Probe, outputs: int, output_fn: OutputFn | None) -> None:
+        """Before training: raise ``ValueError`` if its arguments do not fit the network."""
+
+    def begin(self, start: TrainingStart) -> Reading:
+        """Training starts, or goes on; called before the first measurement."""
+        return Reading()
+
+    def observe(self, measurement: Measurement) -> Reading:
+        """A measurement was made. The budget may leave out those between the first and the last."""
+        return Reading()
+
+    def observe_batch(self, batch: Any) -> None:
+        """A training batch arrived, on the network's device."""
+
+    def observe_loss(self, loss: Tensor) -> None:
+        """The batch's loss was computed; detached."""
+
+    def before_step(self, step: int, optimizer: Optimizer) -> Reading:
+        """``optimizer`` is about to take a step, gradients in ``.grad``; ``step`` steps were taken before."""
+        return Reading()
+
+    def after_step(self, step: int, network: nn.Module) -> Reading:
+        """A step was taken, ``step`` in all. Called after every step: it must be cheap, or mostly do nothing."""
+        return Reading()
+
+    def forget(self) -> None:
+        """Drop what belongs to an earlier run: a new one starts, or another state is about to be loaded."""
+
+    def state(self) -> dict[str, Any]:
+        """What it needs to go on after a checkpoint: plain types and tensors only.
+
+        Parameters of theta_0, ``{name: value}``, go by the key ``"theta_0"``: they may be kept beside the checkpoint,
+        or not at all, and then are None in the state that is loaded.
+        """
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+
+    def facts(self) -> RunFacts:
+        """What it knows of the run."""
+        return RunFacts()
+
+    def first_figures(self, reference: Snapshot) -> "dict[str, Figure]":
+        """Figures of theta_0, before training."""
+        return {}
+
+    def last_figures(self, history: History, reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
+        """Figures at the end of training."""
+        return {}

@@ -1,0 +1,57 @@
+"""Shared by instruments: comparisons as scalars, and copies of parameters, which stay on their device."""
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from torch_eft.forecast.comparison.compared import Compared
+from torch_eft.results.tags import BAND, MEASURED, tag
+
+LARGEST = 50_000_000
+"""Trainable parameters up to which an instrument keeps copies of them."""
+
+
+def compared_scalars(compared: Mapping[str, Compared]) -> dict[str, float]:
+    """``{tag: value}`` of comparisons, ``{quantity: Compared}``, without what is not finite."""
+    scalars: dict[str, float] = {}
+    for quantity, values in compared.items():
+        theory, sigma = values.theory, values.sigma
+        series = {
+            MEASURED: values.measured,
+            "order_0": values.order_0,
+            "order_1": values.order_1,
+            "truncation": values.truncation,
+        }
+        if theory is not None and sigma is not None:
+            series |= {BAND[0]: theory - sigma, BAND[1]: theory + sigma}
+        scalars |= {
+            tag(quantity, name): value for name, value in series.items() if value is not None and math.isfinite(value)
+        }
+    return scalars
+
+
+def copied(network: nn.Module) -> dict[str, Tensor]:
+    """``{name: value}`` of the trainable parameters, now."""
+    return {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
+
+
+def current(network: nn.Module) -> dict[str, Tensor]:
+    """``{name: value}`` of the trainable parameters, not copied."""
+    return {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+
+
+def memory(network: nn.Module, copies: int) -> str:
+    """A phrase saying how much memory copies take."""
+    values = [p for p in network.parameters() if p.requires_grad]
+    size = copies * sum(p.numel() * p.element_size() for p in values) / 2**20
+    of = "a copy" if copies == 1 else f"{copies} copies"
+    return f"{of} of the trainable parameters, {size:.3g} MiB on {values[0].device if values else 'no device'}"
+
+
+def too_many(network: nn.Module, largest: int = LARGEST) -> str | None:
+    """The reason why no copies are kept; None if they are."""
+    count = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    if count > largest:
+        return f"{count / 1e6:.3g} million parameters; copies of them are kept for up to {largest / 1e6:.3g} million"
+    return None

@@ -1,0 +1,30 @@
+"""How far a training has come, in optimizer steps."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """The observer's step counter: the observer advances it, recorder and measurements read it.
+
+    Args:
+        step: Steps taken so far.
+        first_step: Where this training started.
+        total_steps: Steps of the whole training, if their number is known.
+    """
+
+    step: int = 0
+    first_step: int = 0
+    total_steps: int | None = None
+
+    @property
+    def at_start(self) -> bool:
+        """Whether no step of this training has been taken yet."""
+        return self.step == self.first_step
+
+    @property
+    def fraction(self) -> float | None:
+        """The share of the planned steps already taken; None if their number is not known."""
+        if self.total_steps is None or self.total_steps <= self.first_step:
+            return None
+        return (self.step - self.first_step) / (self.total_steps - self.first_step)

@@ -1,0 +1,141 @@
+"""The network that an observer looks at, on its probe, and what is to be measured of it at every visit."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from torch_eft.live.instrument import Instrument, MeasurementWarning
+from torch_eft.live.run.ranks import RankProtocol
+from torch_eft.measure.ensembles.learning_rates import read_learning_rates
+from torch_eft.measure.forward.output import output
+from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.kernels.ntk import too_large
+from torch_eft.measure.network.sharded import full_copy, sharded_snapshot
+from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
+
+Distributed = Literal["rank_zero", "sharded"]
+
+
+@dataclass(frozen=True)
+class MeasuredNetwork:
+    """A network on its probe that can be measured.
+
+    Args:
+        model: The network that is trained.
+        probe: The inputs.
+        plan: What is measured at every visit.
+        shape: [N, C].
+        ranks: The ranks of the training.
+        optimizers: Those of the training.
+        output_fn: Converts the model's output to (N, C).
+        distributed: Who measures: rank 0, or all ranks together.
+        unsharded_model: A plain network of the same architecture, where the model's parameters are sharded (FSDP): they
+            are copied into it for every snapshot, which takes all ranks.
+    """
+
+    model: nn.Module
+    probe: Probe
+    plan: Plan
+    shape: tuple[int, int]
+    ranks: RankProtocol
+    optimizers: Sequence[Optimizer] = ()
+    output_fn: OutputFn | None = None
+    distributed: Distributed = "rank_zero"
+    unsharded_model: nn.Module | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """The module that is measured: the model, or its unsharded counterpart."""
+        return self.model if self.unsharded_model is None else self.unsharded_model
+
+    def learning_rates(self) -> dict[str, float]:
+        """The learning-rate tensor lambda; 1 where there is no optimizer."""
+        if not self.optimizers:
+            return {name: 1.0 for name, p in self.model.named_parameters() if p.requires_grad}
+        return read_learning_rates(self.model, self.optimizers).lambdas
+
+    def take(self, lambdas: dict[str, float]) -> Snapshot:
+        """Take a snapshot with these learning rates; where it takes all ranks, one inside each ``ranks.awaited()``.
+
+        Raises:
+            Exception: Of any kind, if it cannot be taken.
+        """
+        self.ranks.announce((self.plan, lambdas))
+        return self._take(self.plan, lambdas)
+
+    def follow(self) -> None:
+        """Wait for rank 0, and take part in the snapshot if there is one: all that other ranks ever do.
+
+        Raises:
+            Exception: Of any kind, if it cannot be taken.
+        """
+        announced = self.ranks.wait()
+        if announced is not None:
+            self._take(*announced)
+
+    def _take(self, plan: Plan, lambdas: dict[str, float]) -> Snapshot:
+        if self.unsharded_model is not None:
+            full_copy(self.model, self.unsharded_model)
+        if self.ranks.several and self.distributed == "sharded":
+            return sharded_snapshot(self.network, self.probe, plan, lambdas=lambdas, output_fn=self.output_fn)
+        return take_snapshot(self.network, self.probe, plan, lambdas=lambdas, output_fn=self.output_fn)
+
+
+def checked_network(
+    model: nn.Module | None,
+    probe: Probe | None,
+    instruments: Sequence[Instrument],
+    name: str,
+    output_fn: OutputFn | None,
+    ranks: RankProtocol,
+    distributed: Distributed,
+    unsharded_model: nn.Module | None,
+) -> MeasuredNetwork:
+    """Check that a model can be measured on a probe, and join the instruments' plans.
+
+    An NTK that does not fit into memory is left out, with a warning.
+
+    Args:
+        model: The network that is trained.
+        probe: The inputs.
+        instruments: What will look at it.
+        name: Name of the observer, for warnings.
+        output_fn: As for ``MeasuredNetwork``.
+        ranks: As for ``MeasuredNetwork``.
+        distributed: As for ``MeasuredNetwork``.
+        unsharded_model: As for ``MeasuredNetwork``.
+
+    Raises:
+        ValueError: If the model cannot be measured on the probe, or an instrument's arguments do not fit it.
+    """
+    if model is None or probe is None:
+        raise ValueError(f"{'model' if model is None else 'probe'}: None given; an observer needs one")
+    network = model if unsharded_model is None else unsharded_model
+    samples, outputs = output(network, probe, output_fn).shape
+    for instrument in instruments:
+        instrument.check(network, probe, outputs, output_fn)
+    plans = [instrument.plan(outputs, samples) for instrument in instruments]
+    ntk, trace = any(plan.ntk for plan in plans), any(plan.ntk_trace for plan in plans)
+    refusal = too_large(network, probe, trace=trace, output_fn=output_fn) if ntk else None
+    if refusal is not None:
+        warnings.warn(f"{name} will not measure the NTK: {refusal}", MeasurementWarning, stacklevel=3)
+    plan = Plan(
+        ntk=ntk and refusal is None,
+        ntk_trace=trace,
+        hidden=any(plan.hidden for plan in plans),
+        layers=next((plan.layers for plan in plans if plan.layers is not None), None),
+    )
+    return MeasuredNetwork(
+        model,
+        probe,
+        plan,
+        (samples, outputs),
+        ranks,
+        output_fn=output_fn,
+        distributed=distributed,
+        unsharded_model=unsharded_model,
+    )
