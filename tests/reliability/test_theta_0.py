@@ -70,5 +70,5 @@ def test_a_file_of_theta_0_that_is_not_the_one(tmp_path, damage):
 
 
 def test_where_theta_0_is_kept_is_one_of_three():
-    with pytest.raises(ValueError, match=r"keep_theta_0: 'disk' given; give 'checkpoint', 'file' or 'none'"):
+    with pytest.raises(ValueError, match=r"keep_theta_0: 'disk' given; give one of 'checkpoint', 'file', 'none'"):
         monitored(keep_theta_0="disk")
