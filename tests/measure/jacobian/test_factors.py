@@ -102,6 +102,29 @@ def test_blocks_and_crossings_of_every_order(name, monkeypatch):
         torch.testing.assert_close(crossed[pair], whole[pair][:1], rtol=0, atol=atol)
 
 
+def test_crossed_derivatives_of_a_network_that_takes_reverse_mode():
+    """Rows and columns are computed in one way, which the rows choose."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), Lambda(torch.special.i0), nn.Linear(4, 2)).double(), randn(3, 3)
+    with isolated(model) as network:
+        rows, columns = JacobianGram(network, as_probe(x[:1])), JacobianGram(network, as_probe(x))
+        v = directions(network, rows.trainable)
+        whole, crossed = columns.gram(PAIRS, v), rows.gram(PAIRS, v, other=columns)
+        assert crossed.method == whole.method and crossed.method.startswith("reverse mode (")
+        torch.testing.assert_close(rows.ntk(other=columns), crossed[0, 0], rtol=0, atol=1e-12)
+    for pair in PAIRS:
+        torch.testing.assert_close(crossed[pair], whole[pair][:1], rtol=0, atol=1e-12)
+
+
+def test_the_type_error_of_a_rule_is_not_taken_for_an_unknown_call(monkeypatch):
+    def wrong(recorder, func, input, weight, bias=None):
+        return len(3)
+
+    monkeypatch.setitem(capture._RULES, F.linear, wrong)
+    model, x = nn.Linear(3, 2).double(), randn(3, 3)
+    assert "TypeError: object of type 'int' has no len()" in measure.coverage(model, x).fallback["weight"]
+
+
 def test_a_handler_that_is_wrong_is_found_out_and_replaced(monkeypatch):
     """The check at first use sees a dropped bias; the parameter falls back and the kernel is right."""
     right = capture._RULES[F.linear]

@@ -213,6 +213,7 @@ class BatchCoupled(nn.Module):
     [
         (mlp(), torch.ones(3, 5), dict(lambdas={"0.weight": 1.0}), r"lambdas: '0.bias' is missing"),
         (mlp(), torch.ones(3, 5), dict(lambdas=-1.0), r"lambdas: -1 given for '0.weight'; it must be finite and >= 0"),
+        (mlp(), torch.ones(3, 5), dict(lambdas="layer"), r"lambdas: 'layer' given; give a number, or \{parameter name"),
         (mlp().requires_grad_(False), torch.ones(3, 5), {}, r"model: it has no trainable parameter"),
         (mlp(), torch.ones(3, 4), {}, r"probe: \(3, 4\) float32 given, which the forward of Sequential"),
         (mlp(), torch.ones(3, 5, dtype=torch.long), {}, r"probe: \(3, 5\) int64 given, which the forward"),

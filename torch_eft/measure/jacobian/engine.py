@@ -65,6 +65,11 @@ class Estimate:
         block: Samples in a block; all of them if they fit.
         blocks: Number of blocks; of b blocks, b (b + 1) / 2 pairs are computed.
         total: The peak, without the network itself.
+
+    Example:
+        >>> from torch_eft import measure
+        >>> print(measure.Estimate(sample=2**20, kernels=2**20, block=8, blocks=1, total=9 * 2**20))
+        9 MiB (1 MiB for the kernels, 1 MiB per sample, 1 block of 8 samples)
     """
 
     sample: int

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jacobian.blocks import summed_over_outputs
@@ -32,7 +32,7 @@ from torch_eft.measure.representations.hidden_kernels import hidden_kernels
 
 
 def sharded_snapshot(
-    model: nn.Module,
+    model: Model,
     x: Any,
     plan: Plan,
     *,
@@ -73,7 +73,7 @@ def sharded_snapshot(
 
 
 def sharded_ntk(
-    model: nn.Module,
+    model: Model,
     x: Any,
     *,
     lambdas: Mapping[str, float] | float | None = None,
