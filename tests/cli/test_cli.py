@@ -147,7 +147,10 @@ def test_diagnose_speaks_of_plain_sgd(capsys):
     [
         (["diagnose", "--widths", "64"], "widths: (64,) given"),
         (["diagnose", "--widths", "4", "8", "2", "--C_W", "-1"], "C_W: -1 given"),
-        (["diagnose", "--widths", "4", "8", "2", "--activation", "tahn"], "activation: 'tahn' is unknown"),
+        (
+            ["diagnose", "--widths", "4", "8", "2", "--activation", "tahn"],
+            "activation: 'tahn' given (did you mean 'tanh'?)",
+        ),
         (["demo", "--depth", "1"], "--depth 1"),
         (["demo", "--steps", "0"], "--steps 0 given"),
         (["demo", "--activation", "sigmoid"], "no critical initialization"),

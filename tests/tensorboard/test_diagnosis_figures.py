@@ -35,7 +35,7 @@ def test_the_line_is_where_chi_perp_is_one_at_a_fixed_point():
             before, K = K, C_b + C_W * float(weight @ torch.tanh(z).square())
             if abs(K - before) < 1e-12 * K:
                 break
-        assert susceptibilities("tanh", C_W, K)[1] == pytest.approx(1, abs=1e-3)
+        assert susceptibilities("tanh", C_W, K).chi_perp == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize(("name", "C_W"), [("relu", 2.0), ("tanh", 1.0)])

@@ -28,7 +28,7 @@ def test_aspect_ratio_is_depth_over_the_harmonic_mean_width():
         (dict(C_b=float("nan")), r"C_b: nan given"),
         (dict(lambda_W=[1.0, 1.0, 1.0]), r"lambda_W: 3 values given for 2 layers"),
         (dict(lambda_b=-1), r"lambda_b: -1 given"),
-        (dict(activation="tahn"), r"activation: 'tahn' is unknown"),
+        (dict(activation="tahn"), r"activation: 'tahn' given \(did you mean 'tanh'"),
         (dict(widths=[3]), r"widths: \(3,\) given; give at least two positive integers"),
         (dict(widths=[3, 0, 1]), r"widths: \(3, 0, 1\) given"),
     ],

@@ -22,8 +22,8 @@ from torch_eft.theory.estimates.learning_rates import (
 )
 from torch_eft.theory.estimates.seed_spread import seed_spread
 from torch_eft.theory.gaussian.quadrature import QuadratureError
-from torch_eft.theory.signal_propagation.critical_point import slope_of_variance, slope_squared
 from torch_eft.theory.signal_propagation.regimes import EDGE, first_order_validity, infinite_width_validity
+from torch_eft.theory.signal_propagation.susceptibility import slope_of_variance, slope_squared
 
 _COMPARED = 64
 """Inputs on which this network and the doubled ones are compared: Theta takes the square of their number."""

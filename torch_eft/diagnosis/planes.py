@@ -15,8 +15,8 @@ from torch import Tensor
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.aspect_ratio import AspectRatio
 from torch_eft.theory.gaussian.activations import Activation
-from torch_eft.theory.signal_propagation.critical_point import CriticalPoint, mean_power, power_mean, slope_squared
-from torch_eft.theory.signal_propagation.susceptibility import slope_of_variance
+from torch_eft.theory.signal_propagation.critical_point import CriticalPoint
+from torch_eft.theory.signal_propagation.susceptibility import mean_power, power_mean, slope_of_variance, slope_squared
 
 _CELLS = 41
 _LARGEST_K = 1e2

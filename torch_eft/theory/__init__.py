@@ -45,8 +45,12 @@ from torch_eft.theory.signal_propagation.regimes import (
     output_fluctuation,
     regime,
 )
-from torch_eft.theory.signal_propagation.residual import ResidualFlow, residual_flow
-from torch_eft.theory.signal_propagation.susceptibility import FixedPoint, fixed_points, susceptibilities
+from torch_eft.theory.signal_propagation.susceptibility import (
+    FixedPoint,
+    Susceptibilities,
+    fixed_points,
+    susceptibilities,
+)
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
 from torch_eft.theory.training.fourth_cumulant import FourthCumulant, predict_fourth_cumulant
 from torch_eft.theory.training.predict import InfiniteWidthTraining, predict_training
@@ -70,8 +74,8 @@ __all__ = [
     "QuadratureError",
     "RepresentationForecast",
     "RepresentationStatistics",
-    "ResidualFlow",
     "SeedSpread",
+    "Susceptibilities",
     "UnstablePoint",
     "VertexBlock",
     "VertexTile",
@@ -99,7 +103,6 @@ __all__ = [
     "regime",
     "register_activation",
     "representation_statistics",
-    "residual_flow",
     "sample_ntk",
     "seed_spread",
     "statistics_memory",

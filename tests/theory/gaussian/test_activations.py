@@ -55,7 +55,7 @@ def test_registered_names_are_known_everywhere():
 
 
 def test_unknown_activation_lists_what_there_is():
-    with pytest.raises(ValueError, match=r"activation: 'tahn' is unknown; give one of .*tanh"):
+    with pytest.raises(ValueError, match=r"activation: 'tahn' given \(did you mean 'tanh'\?\); give one of .*tanh"):
         get_activation("tahn")
     with pytest.raises(TypeError, match="activation: expected a name or an elementwise function, got int"):
         get_activation(3)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy import integrate, special
 
+from tests.oracles.residual_tower import residual_flow
 from tests.oracles.scalar_moments import ALPHA, ORACLES, gauss, within
 from torch_eft.theory import Activation, QuadratureError, criticality, get_activation, leaky_relu
-from torch_eft.theory.signal_propagation.residual import hermite_modes, residual_flow, vertex_growth
+from torch_eft.theory.signal_propagation.residual import hermite_modes, vertex_growth
 
 
 def two_slope_covariance(a, correlation):
@@ -261,7 +262,7 @@ def test_vertex_of_sampled_networks_off_criticality(name, s):
         (dict(C_W=math.nan), "C_W: nan given"),
         (dict(K=0.0), "give a first kernel > 0"),
         (dict(depth=0), "at least one layer"),
-        (dict(activation="rleu"), "'rleu' is unknown"),
+        (dict(activation="rleu"), "'rleu' given"),
     ],
 )
 def test_errors_name_the_value(change, message):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.initialization.infinite_width import check_inputs
 from torch_eft.theory.initialization.statistics import LayerStatistics
-from torch_eft.theory.signal_propagation.critical_point import mean_power
+from torch_eft.theory.signal_propagation.susceptibility import mean_power
 
 _HIGHEST_POWER = 100
 """Beyond it (2p - 1)!! leaves the range of float64."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.initialization.infinite_width import check_inputs
 from torch_eft.theory.initialization.statistics import initial_statistics
-from torch_eft.theory.signal_propagation.critical_point import power_mean, slope_squared
+from torch_eft.theory.signal_propagation.susceptibility import power_mean, slope_squared
 
 
 @dataclass(frozen=True)

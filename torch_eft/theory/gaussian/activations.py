@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torch_eft.results.choices import check_choice
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Activation:
     """An elementwise activation sigma(z).
 
@@ -27,6 +29,13 @@ class Activation:
             PDLT 2.2; Gaussian expectations then have closed forms. None otherwise.
         kinks: Where sigma or a derivative of it jumps, e.g. ``(0.0,)`` for ELU, whose second derivative does.
             Between them sigma is smooth. Two different ``slopes`` imply ``(0.0,)``.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> square = theory.Activation("square", torch.square)
+        >>> square(torch.tensor([1.0, 2.0]), order=1)
+        tensor([2., 4.])
     """
 
     name: str
@@ -38,9 +47,13 @@ class Activation:
         if self.slopes is not None:
             object.__setattr__(self, "kinks", () if self.slopes[0] == self.slopes[1] else (0.0,))
 
+    def __repr__(self) -> str:
+        kinks = f", kinks={self.kinks}" if self.kinks else ""
+        return f"Activation({self.name!r}{kinks})"
+
     @property
     def kinked(self) -> bool:
-        """Whether sigma or a derivative of it is known to jump somewhere."""
+        """True if sigma or a derivative of it is known to jump somewhere."""
         return bool(self.kinks)
 
     def sides(self, order: int, kink: float = 0.0) -> tuple[float, float]:
@@ -55,10 +68,17 @@ class Activation:
         return right - left if abs(right - left) > 1e-12 * (1.0 + abs(left) + abs(right)) else 0.0
 
     def __call__(self, z: Tensor, order: int = 0) -> Tensor:
-        """The derivative of the given order at every entry of ``z``, same shape and dtype.
+        """Evaluate sigma, or its derivative of the given order, at every entry of a tensor.
 
         Derivatives come from automatic differentiation. At a kink that is a one-sided or
         averaged slope, and derivatives of order >= 2 are those almost everywhere.
+
+        Args:
+            z: Any shape and floating dtype.
+            order: Of the derivative; 0 is sigma itself.
+
+        Returns:
+            Same shape and dtype as ``z``.
 
         Raises:
             ValueError: If automatic differentiation does not reach the order.
@@ -88,7 +108,7 @@ ActivationLike: TypeAlias = str | Activation | Callable[[Tensor], Tensor]
 
 @lru_cache
 def _check_constant(activation: Activation, order: int) -> None:
-    """That a derivative without a graph is constant almost everywhere, and not cut off from its inputs.
+    """Check that a derivative without a graph is constant almost everywhere, and not cut off from its inputs.
 
     Raises:
         ValueError: If it varies, as with a custom backward that cannot be differentiated.
@@ -102,7 +122,19 @@ def _check_constant(activation: Activation, order: int) -> None:
 
 
 def leaky_relu(negative_slope: float) -> Activation:
-    """Leaky ReLU of any slope: sigma(z) = z for z > 0, ``negative_slope * z`` otherwise."""
+    """Leaky ReLU of any slope.
+
+    Args:
+        negative_slope: sigma(z) = ``negative_slope * z`` for z <= 0, and z for z > 0.
+
+    Returns:
+        The activation.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> theory.leaky_relu(0.2).slopes
+        (0.2, 1.0)
+    """
     return Activation(
         f"leaky_relu({negative_slope:g})",
         lambda z: F.leaky_relu(z, negative_slope),
@@ -119,7 +151,7 @@ def _selu(z: Tensor) -> Tensor:
 
 
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
-"""Klambauer et al. 2017, as torch has them."""
+"""Klambauer et al. 2017, with torch's digits."""
 
 _REGISTRY: dict[str, Activation] = {
     activation.name: activation
@@ -148,37 +180,72 @@ _REGISTRY: dict[str, Activation] = {
 
 
 def available_activations() -> tuple[str, ...]:
-    """The names that ``get_activation`` knows, sorted."""
+    """The names that ``get_activation`` knows, sorted.
+
+    Returns:
+        The names.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> {"gelu", "relu", "tanh"} <= set(theory.available_activations())
+        True
+    """
     return tuple(sorted(_REGISTRY))
 
 
 def register_activation(activation: Activation) -> None:
-    """Make ``activation`` available under its name.
+    """Make an activation available under its name.
+
+    Args:
+        activation: The activation.
 
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If the name is taken, in any case.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> theory.register_activation(theory.Activation("cube", lambda z: z**3))
+        >>> theory.get_activation("Cube")(torch.tensor(2.0))
+        tensor(8.)
     """
-    if activation.name in _REGISTRY:
+    if _registered(activation.name) is not None:
         raise ValueError(f"activation: the name {activation.name!r} is taken; choose another one")
     _REGISTRY[activation.name] = activation
 
 
 def get_activation(activation: ActivationLike) -> Activation:
-    """The ``Activation`` for a registered name, an ``Activation`` or any elementwise callable.
+    """The activation of a given name or function.
+
+    Args:
+        activation: A registered name, in any case and with or without underscores (``"ReLU"``, ``"LeakyReLU"``); an
+            ``Activation``; or any elementwise function.
+
+    Returns:
+        The ``Activation``.
 
     Raises:
         ValueError: If the name is unknown.
         TypeError: If it is neither a name nor callable.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> theory.get_activation("Tanh")
+        Activation('tanh')
     """
     if isinstance(activation, Activation):
         return activation
     if isinstance(activation, str):
-        if activation not in _REGISTRY:
-            raise ValueError(
-                f"activation: {activation!r} is unknown; give one of {', '.join(available_activations())}, "
-                "or an elementwise function of a tensor"
-            )
-        return _REGISTRY[activation]
+        known = _registered(activation)
+        if known is not None:
+            return known
+        check_choice("activation", activation, available_activations(), "an elementwise function of a tensor")
     if callable(activation):
         return Activation(getattr(activation, "__name__", type(activation).__name__), activation)
     raise TypeError(f"activation: expected a name or an elementwise function, got {type(activation).__name__}")
+
+
+def _registered(name: str) -> Activation | None:
+    """The activation of that name, whatever its case and underscores."""
+    plain = name.lower().replace("_", "")
+    return next((known for key, known in _REGISTRY.items() if key.lower().replace("_", "") == plain), None)

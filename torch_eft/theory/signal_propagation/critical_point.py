@@ -1,10 +1,10 @@
-"""Criticality: which (C_b, C_W) keep the kernel and its gradients from exploding or vanishing.
+"""Criticality: the (C_b, C_W) that keep the kernel and its gradients from exploding or vanishing.
 
 Critical means chi_par = chi_perp = 1 at a fixed point K* of K -> gamma^2 K + C_b + C_W <s^2>_K (PDLT 5.1); gamma = 0 is
 the plain MLP. With a skip connection 1 - gamma^2 multiplies the critical C_b, C_W and the coefficient a_1; only nu
 changes in shape (``torch_eft.theory.signal_propagation.residual``). Three ways:
 
-* scale-invariant (PDLT 5.2): two slopes; any K is a fixed point;
+* scale-invariant (PDLT 5.2): linear on either side of 0; any K is a fixed point;
 * K* = 0 (PDLT 5.3.3): s(0) = 0, s'(0) != 0, C_b = 0, C_W = 1 / s'(0)^2, attractive where K' = K + a_1 K^2 has a_1 < 0,
   a_1 = s'''/s' + (3/4) (s''/s')^2 at 0. With a kink at 0, means over both sides stand in the place of s'^2 etc., and
   <z^3>_{z>0} = sqrt(2/pi) K^{3/2} gives K' = K + a_1 K^{3/2}, a_1 = C_W sqrt(2/pi) [s's''], [] the jump at 0;
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_eft.results.repr import short_repr
 from torch_eft.theory.gaussian.activations import Activation, ActivationLike, get_activation
 from torch_eft.theory.signal_propagation.residual import vertex_growth
 from torch_eft.theory.signal_propagation.susceptibility import (
@@ -31,23 +32,8 @@ from torch_eft.theory.signal_propagation.susceptibility import (
     mean_power,
     power_mean,
     sign_changes,
-    slope_of_variance,
     slope_squared,
-    susceptibilities,
 )
-
-__all__ = [
-    "CriticalPoint",
-    "FixedPoint",
-    "UnstablePoint",
-    "criticality",
-    "fixed_points",
-    "mean_power",
-    "power_mean",
-    "slope_of_variance",
-    "slope_squared",
-    "susceptibilities",
-]
 
 _ZERO = 1e-12
 """Below it a value or derivative at 0 counts as zero."""
@@ -62,6 +48,12 @@ class UnstablePoint:
         C_W: Rescaled weight variance.
         K_star: 0.
         a_1: The coefficient.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> point = theory.criticality("gelu").unstable_alternative
+        >>> point.C_W, point.a_1 > 0
+        (4.0, True)
     """
 
     C_b: float
@@ -70,9 +62,9 @@ class UnstablePoint:
     a_1: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CriticalPoint:
-    """A critical initialization, or why there is none.
+    """A critical initialization, or the reason why there is none.
 
     Args:
         universality_class: ``"scale-invariant"``, ``"K*=0"``, ``"half-stable"`` or ``"no criticality"``.
@@ -91,6 +83,12 @@ class CriticalPoint:
         unstable_alternative: A repelling K* = 0, if the activation has one.
         residual: gamma of the skip connection; 0 is the plain MLP.
         reason: One sentence.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> point = theory.criticality("relu")
+        >>> point.exists, point.universality_class, point.C_b, point.C_W, point.nu
+        (True, 'scale-invariant', 0.0, 2.0, 5.0)
     """
 
     universality_class: str
@@ -108,13 +106,16 @@ class CriticalPoint:
     residual: float
     reason: str
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
     @property
     def exists(self) -> bool:
-        """Whether there is a critical point."""
+        """True if there is a critical point."""
         return self.C_W is not None
 
 
-def criticality(activation: ActivationLike, residual: float = 0.0) -> CriticalPoint:
+def criticality(activation: ActivationLike, *, residual: float = 0.0) -> CriticalPoint:
     """The critical initialization of an activation, computed from its Gaussian expectations.
 
     Where several exist, an attractive K* = 0 is preferred, then the half-stable point of smallest K*.
@@ -130,6 +131,12 @@ def criticality(activation: ActivationLike, residual: float = 0.0) -> CriticalPo
         ValueError: If the activation is unknown, jumps, or ``residual`` is out of range.
         QuadratureError: If the activation has a kink it does not declare, structure too fine for the quadrature, or
             exponential growth.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> point = theory.criticality("tanh")
+        >>> point.universality_class, point.C_b, point.C_W, point.K_star
+        ('K*=0', 0.0, 1.0, 0.0)
     """
     activation, gamma = get_activation(activation), check_residual(residual)
     for kink in activation.kinks:
@@ -137,7 +144,7 @@ def criticality(activation: ActivationLike, residual: float = 0.0) -> CriticalPo
             raise ValueError(
                 f"activation: {activation.name} jumps at {kink:g}, <s'^2> is infinite; give a continuous function"
             )
-    slopes = activation.slopes or _two_slopes(activation)
+    slopes = activation.slopes or _slopes(activation)
     if slopes is not None:
         return _scale_invariant(slopes, gamma)
     grid = log_grid(K_RANGE, 61)
@@ -149,7 +156,7 @@ def criticality(activation: ActivationLike, residual: float = 0.0) -> CriticalPo
     return _half_stable(activation, gamma, grid, signs, unstable, excluded)
 
 
-def _two_slopes(activation: Activation) -> tuple[float, float] | None:
+def _slopes(activation: Activation) -> tuple[float, float] | None:
     """The slopes of a function that is s_- z and s_+ z on either side of 0, to rounding."""
     z = log_grid(K_RANGE, 61)
     ratios = torch.stack([activation(-z) / -z, activation(z) / z])
@@ -160,7 +167,7 @@ def _two_slopes(activation: Activation) -> tuple[float, float] | None:
 
 
 def _scale_invariant(slopes: tuple[float, float], gamma: float) -> CriticalPoint:
-    activation = Activation("two slopes", lambda z: torch.where(z > 0, slopes[1] * z, slopes[0] * z), slopes)
+    activation = Activation("scale-invariant", lambda z: torch.where(z > 0, slopes[1] * z, slopes[0] * z), slopes)
     C_W = (1 - gamma**2) / mean_power(slopes, 2)
     return CriticalPoint(
         universality_class="scale-invariant",
@@ -182,7 +189,7 @@ def _scale_invariant(slopes: tuple[float, float], gamma: float) -> CriticalPoint
 
 
 def _small_kernel(activation: Activation, gamma: float) -> CriticalPoint | tuple[UnstablePoint | None, str]:
-    """The critical point K* = 0 if there is an attractive one; else a repelling one, and why."""
+    """The critical point K* = 0 if there is an attractive one; else a repelling one, and the reason."""
     side = 1e-15 if 0.0 in activation.kinks else 0.0
     ends = torch.tensor([-side, side], dtype=torch.float64, device="cpu")
     s_0 = float(activation(torch.zeros_like(ends[0])))
@@ -236,16 +243,16 @@ def _half_stable(
 ) -> CriticalPoint:
     where = f"for every K searched, {K_RANGE[0]:g} <= K <= {K_RANGE[1]:g}"
     roots = sign_changes(lambda K: imbalance(activation, K), grid, signs)
-    found = []
+    reasons = []
     if not roots:
         relation = ">" if bool((signs > 0).any()) else "<" if bool((signs < 0).any()) else "="
-        found.append(f"<s s''> {relation} 0, so chi_par {relation} chi_perp, {where}")
+        reasons.append(f"<s s''> {relation} 0, so chi_par {relation} chi_perp, {where}")
     for K_star in roots:
         place = torch.tensor(K_star, dtype=torch.float64, device="cpu")
         C_W = (1 - gamma**2) / float(slope_squared(activation, place))
         C_b = (1 - gamma**2) * K_star - C_W * float(power_mean(activation, place, 2))
         if C_b < 0:
-            found.append(f"chi_par = chi_perp = 1 at K = {K_star:.4g} needs C_b = {C_b:.4g} < 0")
+            reasons.append(f"chi_par = chi_perp = 1 at K = {K_star:.4g} needs C_b = {C_b:.4g} < 0")
             continue
         a_1 = C_W * float(curvature_of_variance(activation, place)) / 2
         marginal = abs(a_1) * K_star < 1e-9
@@ -281,5 +288,5 @@ def _half_stable(
         other_fixed_points=(),
         unstable_alternative=unstable,
         residual=gamma,
-        reason=f"{'; '.join(found)}; {excluded}",
+        reason=f"{'; '.join(reasons)}; {excluded}",
     )

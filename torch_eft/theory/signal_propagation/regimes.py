@@ -30,6 +30,11 @@ def output_fluctuation(ensemble: MLPEnsemble, x: Tensor | None = None) -> float:
 
     Returns:
         epsilon >= 0; 0 without a hidden layer.
+
+    Example:
+        >>> from torch_eft.theory import MLPEnsemble, output_fluctuation
+        >>> round(output_fluctuation(MLPEnsemble([3, 100, 100, 1], "relu", C_W=2.0)), 12)  # 5 (L - 1) / n
+        0.1
     """
     size = (
         torch.ones(1, dtype=torch.float64, device="cpu")
@@ -50,10 +55,22 @@ def output_fluctuation(ensemble: MLPEnsemble, x: Tensor | None = None) -> float:
 
 
 def regime(r: float, epsilon: float) -> str:
-    """The regime in words, by the larger of r and epsilon.
+    """Name the regime of a network by the larger of r and epsilon.
 
     Off criticality one of them alone misleads: in the ordered phase biases keep epsilon small at any depth.
-    The cut-offs 0.01, 0.2 and 1 are tolerances of ours: first-order errors in epsilon of 0.5, 9 and 42 %.
+    The cut-offs 0.01, 0.2 and 1 are our tolerances: first-order errors in epsilon of 0.5, 9 and 42 %.
+
+    Args:
+        r: The aspect ratio L / n.
+        epsilon: The fluctuation of the output, see ``output_fluctuation``.
+
+    Returns:
+        A short description.
+
+    Example:
+        >>> from torch_eft.theory import regime
+        >>> regime(0.1, 0.05)
+        '0 < r << 1: effectively deep, finite-width corrections small and predictable'
     """
     size = max(r, epsilon)
     if size < 0.01:

@@ -36,86 +36,20 @@ the Green-Kubo sum over layers k = -inf .. inf of Cov(s^2(z_0), s^2(z_k)), whose
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torch_eft.theory.gaussian.activations import Activation, ActivationLike, get_activation
 from torch_eft.theory.gaussian.quadrature import QuadratureError, panel_grid
-from torch_eft.theory.signal_propagation.susceptibility import check_nonnegative, check_residual, mean_power, power_mean
+from torch_eft.theory.signal_propagation.susceptibility import check_residual, mean_power, power_mean
 
 _TAIL = 1e-8
 """What the modes left out may contribute to nu, relative."""
 
 
-@dataclass(frozen=True)
-class ResidualFlow:
-    """The single-input flow of a residual MLP, layers l = 1 .. depth; V/n is Cov(z_i^2, z_j^2), i != j.
-
-    Args:
-        K: Kernel, one value a layer.
-        V: Four-point vertex, one value a layer, units K^2; V^(1) = 0.
-        V_error: Bound on the contribution of the Hermite modes left out, one value a layer.
-    """
-
-    K: tuple[float, ...]
-    V: tuple[float, ...]
-    V_error: tuple[float, ...]
-
-
-def residual_flow(
-    activation: ActivationLike, residual: float, C_b: float, C_W: float, K: float, depth: int
-) -> ResidualFlow:
-    """K and V layer by layer to order 1/n, by the tower of the module's docstring.
-
-    Args:
-        activation: A name, an ``Activation`` or an elementwise function.
-        residual: Strength gamma of the skip connection, in [0, 1).
-        C_b: Bias variance >= 0, layers 2 .. depth.
-        C_W: Rescaled weight variance >= 0, layers 2 .. depth.
-        K: Kernel of the first layer > 0.
-        depth: Number of layers >= 1.
-
-    Returns:
-        The flow.
-
-    Raises:
-        ValueError: If an argument is out of range.
-        QuadratureError: If the activation is not smooth between its ``kinks``.
-    """
-    activation, gamma = get_activation(activation), check_residual(residual)
-    for name, value in (("C_b", C_b), ("C_W", C_W), ("K", K)):
-        check_nonnegative(name, value)
-    if K == 0 or depth < 1:
-        raise ValueError(f"K, depth: {K:g}, {depth} given; give a first kernel > 0 and at least one layer")
-    modes = 8 if gamma == 0 else min(max(8, math.ceil(math.log(1e-14) / math.log(gamma))), 1024)
-    order = torch.arange(1, modes + 1, dtype=torch.float64, device="cpu")
-    u, c, u_rest, c_error = torch.zeros_like(order), 0.0, 0.0, 0.0
-    kernels, vertices, errors = [float(K)], [0.0], [0.0]
-    for _ in range(depth - 1):
-        mean, variance = _spread(activation, K)
-        K_next = gamma**2 * K + C_b + C_W * mean
-        w = C_W / (math.sqrt(2) * K_next) * hermite_modes(activation, K, modes)[1:]
-        w_2, power = float(w[1]), C_W**2 * variance / (2 * K_next**2)
-        # Cauchy-Schwarz on the modes left out.
-        w_rest = math.sqrt(max(power - float(w.square().sum()), 0.0))
-        w[1] = 0.0
-        rho = gamma * math.sqrt(K / K_next)
-        gain = rho**2 + w_2
-        c_error = gain**2 * c_error + 2 * gain * w_rest * u_rest
-        c = gain**2 * c + 2 * rho**2 * w_2 + power + 2 * gain * float(w @ u)
-        u_rest = rho ** (modes + 1) * (abs(gain) * u_rest + w_rest)
-        u = rho**order * (gain * u + w)
-        K = K_next
-        kernels.append(float(K))
-        vertices.append(2 * K**2 * c)
-        errors.append(2 * K**2 * c_error)
-    return ResidualFlow(tuple(kernels), tuple(vertices), tuple(errors))
-
-
 def vertex_growth(activation: ActivationLike, C_W: float, K: float, residual: float = 0.0) -> float:
-    """nu, the growth of V/K^2 per layer at a fixed point with chi_par = 1.
+    """Compute nu, the growth of V/K^2 per layer at a fixed point with chi_par = 1.
 
     Args:
         activation: A name, an ``Activation`` or an elementwise function.
@@ -131,7 +65,7 @@ def vertex_growth(activation: ActivationLike, C_W: float, K: float, residual: fl
         QuadratureError: If the sum does not settle.
     """
     activation, gamma = get_activation(activation), check_residual(residual)
-    _, variance = _spread(activation, K)
+    _, variance = variance_of_square(activation, K)
     if gamma == 0:
         return C_W**2 * variance / K**2
     for count in (64, 256, 1024, 2048):
@@ -148,7 +82,7 @@ def vertex_growth(activation: ActivationLike, C_W: float, K: float, residual: fl
 
 
 def hermite_modes(activation: Activation, K: float, count: int) -> Tensor:
-    """s_a = <s^2 h_a>_K, a = 0 .. ``count``, h_a the orthonormal Hermite polynomials of z / sqrt(K).
+    """The modes s_a = <s^2 h_a>_K, a = 0 .. ``count``, h_a the orthonormal Hermite polynomials of z / sqrt(K).
 
     For slopes (s_-, s_+), s^2 = K [A_2 u^2 + B u |u|], B = (s_+^2 - s_-^2)/2; integrating by parts,
     <u |u| h_1> = sqrt(8/pi), and s_(a+2) = -s_a (a-2) / sqrt((a+1)(a+2)) for odd a.
@@ -188,8 +122,8 @@ def hermite_modes(activation: Activation, K: float, count: int) -> Tensor:
     )
 
 
-def _spread(activation: Activation, K: float) -> tuple[float, float]:
-    """<s^2> and Var(s^2)."""
+def variance_of_square(activation: Activation, K: float) -> tuple[float, float]:
+    """<s^2> and Var(s^2) at one K."""
     place = torch.tensor(float(K), dtype=torch.float64, device="cpu")
     mean = float(power_mean(activation, place, 2))
     return mean, float(power_mean(activation, place, 4)) - mean**2

@@ -21,7 +21,7 @@ from torch_eft.theory.gaussian.activations import Activation, ActivationLike, ge
 from torch_eft.theory.gaussian.quadrature import expectation
 
 K_RANGE = (1e-3, 1e2)
-"""Where fixed points are searched for."""
+"""The range in which fixed points are searched for."""
 
 _TANGENT = 1e-10
 """|F(K) - K| / K at an extremum of F - K below which the curve touches: quadrature has 1e-12."""
@@ -31,14 +31,38 @@ _SMALLEST = 1e-290
 
 
 @dataclass(frozen=True)
+class Susceptibilities:
+    """The susceptibilities of one layer.
+
+    Args:
+        chi_par: Susceptibility of the kernel.
+        chi_perp: Susceptibility of gradients and of the angle between inputs.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> theory.susceptibilities("relu", C_W=2.0, K=1.0)
+        Susceptibilities(chi_par=1.0, chi_perp=1.0)
+    """
+
+    chi_par: float
+    chi_perp: float
+
+
+@dataclass(frozen=True)
 class FixedPoint:
     """A fixed point of the kernel at given (C_b, C_W).
 
     Args:
-        K: Its place.
+        K: The kernel there.
         chi_par: Susceptibility of the kernel.
         chi_perp: Susceptibility of gradients and of the angle between inputs.
         stable: Whether it attracts from either side (at K = 0: from above).
+
+    Example:
+        >>> from torch_eft import theory
+        >>> point = theory.fixed_points("linear", C_b=0.5, C_W=0.5)[0]
+        >>> round(point.K, 9), point.chi_par, point.stable
+        (1.0, 0.5, True)
     """
 
     K: float
@@ -95,7 +119,7 @@ def curvature_of_variance(activation: Activation, K: Tensor) -> Tensor:
 
 
 def check_residual(residual: float) -> float:
-    """``residual`` itself, the strength gamma of the skip connection.
+    """Return the strength gamma of the skip connection as a float.
 
     Raises:
         ValueError: If it is not in [0, 1).
@@ -109,7 +133,7 @@ def check_residual(residual: float) -> float:
 
 
 def check_nonnegative(name: str, value: float) -> Tensor:
-    """``value`` as a float64 scalar.
+    """Return ``value`` as a float64 scalar.
 
     Raises:
         ValueError: If it is negative or not finite.
@@ -119,8 +143,8 @@ def check_nonnegative(name: str, value: float) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
-def susceptibilities(activation: ActivationLike, C_W: float, K: float, residual: float = 0.0) -> tuple[float, float]:
-    """(chi_par, chi_perp) of one layer at the kernel K.
+def susceptibilities(activation: ActivationLike, C_W: float, K: float, *, residual: float = 0.0) -> Susceptibilities:
+    """The susceptibilities chi_par and chi_perp of one layer at the kernel K (PDLT 5.1).
 
     Args:
         activation: A name, an ``Activation`` or an elementwise function.
@@ -134,19 +158,25 @@ def susceptibilities(activation: ActivationLike, C_W: float, K: float, residual:
     Raises:
         ValueError: If an argument is out of range.
         QuadratureError: If the activation is not smooth between its ``kinks``.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> theory.susceptibilities("tanh", C_W=1.0, K=0.0).chi_perp
+        1.0
     """
     activation, variance = get_activation(activation), check_nonnegative("K", K)
     check_nonnegative("C_W", C_W)
     skip = check_residual(residual) ** 2
     perpendicular = float(slope_squared(activation, variance))
     parallel = perpendicular + float(imbalance(activation, variance))
-    return skip + C_W * parallel, skip + C_W * perpendicular
+    return Susceptibilities(skip + C_W * parallel, skip + C_W * perpendicular)
 
 
 def fixed_points(
     activation: ActivationLike,
     C_b: float,
     C_W: float,
+    *,
     residual: float = 0.0,
     K_range: tuple[float, float] = K_RANGE,
 ) -> list[FixedPoint]:
@@ -154,7 +184,7 @@ def fixed_points(
 
     F - K is sampled at 201 points equally spaced in log K, and at its extrema (chi_par = 1) wherever the slope changes
     its sign between them; bisection follows wherever F - K changes its sign. An extremum with |F - K| < 1e-10 K counts
-    as a point that is touched: a half-stable one. Structure finer than the spacing can be missed.
+    as a half-stable point, which the curve only touches. Structure finer than the spacing can be missed.
 
     Args:
         activation: A name, an ``Activation`` or an elementwise function.
@@ -169,6 +199,11 @@ def fixed_points(
     Raises:
         ValueError: If an argument is out of range, or if every K is a fixed point (scale invariance at criticality).
         QuadratureError: If the activation is not smooth between its ``kinks``.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> [round(point.K, 9) for point in theory.fixed_points("linear", C_b=0.5, C_W=0.5)]
+        [1.0]
     """
     activation = get_activation(activation)
     check_nonnegative("C_b", C_b)
@@ -184,8 +219,8 @@ def fixed_points(
         return skip - 1 + C_W * slope_of_variance(activation, K)
 
     def point(K: float, stable: bool | None = None) -> FixedPoint:
-        chi_par, chi_perp = susceptibilities(activation, C_W, K, residual=residual)
-        return FixedPoint(K, chi_par, chi_perp, abs(chi_par) < 1 if stable is None else stable)
+        chi = susceptibilities(activation, C_W, K, residual=residual)
+        return FixedPoint(K, chi.chi_par, chi.chi_perp, abs(chi.chi_par) < 1 if stable is None else stable)
 
     grid = log_grid(K_range, 201)
     if bool((drift(grid).abs() <= _TANGENT * grid).all()):
@@ -193,18 +228,18 @@ def fixed_points(
             f"C_b, C_W: at C_b = {C_b:g}, C_W = {C_W:g} every K is a fixed point of {activation.name}; "
             "give values off criticality to find single ones"
         )
-    found = []
+    points = []
     if C_b == 0 and C_W * float(power_mean(activation, torch.zeros_like(grid[0]), 2)) < 1e-24:
-        found.append(point(0.0, stable=bool(drift(grid[0]) < 0)))
+        points.append(point(0.0, stable=bool(drift(grid[0]) < 0)))
     extrema = sign_changes(slope, grid)
     places = torch.cat([grid, grid.new_tensor(extrema)]).sort().values
     values = drift(places)
     touches = torch.isin(places, grid.new_tensor(extrema)) & (values.abs() <= _TANGENT * places)
     signs = torch.where(touches, 0.0, values.sign())
     for index in touches.nonzero().flatten().tolist():
-        found.append(point(float(places[index]), stable=bool(signs[index - 1] > 0 > signs[index + 1])))
-    found += [point(K) for K in sign_changes(drift, places, signs)]
-    return sorted(found, key=lambda fixed: fixed.K)
+        points.append(point(float(places[index]), stable=bool(signs[index - 1] > 0 > signs[index + 1])))
+    points += [point(K) for K in sign_changes(drift, places, signs)]
+    return sorted(points, key=lambda fixed: fixed.K)
 
 
 def log_grid(K_range: tuple[float, float], count: int) -> Tensor:
@@ -213,7 +248,7 @@ def log_grid(K_range: tuple[float, float], count: int) -> Tensor:
 
 
 def sign_changes(function: Callable[[Tensor], Tensor], grid: Tensor, signs: Tensor | None = None) -> list[float]:
-    """Where ``function`` changes its sign between neighbors of ``grid``, by bisection to rounding."""
+    """The places where ``function`` changes its sign between neighbors of ``grid``, by bisection to rounding."""
     signs = function(grid).sign() if signs is None else signs
     roots = []
     for index in (signs[1:] * signs[:-1] < 0).nonzero().flatten().tolist():
