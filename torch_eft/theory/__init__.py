@@ -2,15 +2,7 @@
 
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.aspect_ratio import AspectRatio, aspect_ratio
-from torch_eft.theory.estimates.exact import (
-    LinearDifferentials,
-    dead_probability,
-    exact_G_moment_ratio,
-    exact_output_moment_ratio,
-    exact_statistics,
-    two_layer_linear_differentials,
-    two_layer_linear_map,
-)
+from torch_eft.theory.estimates.exact import dead_probability, exact_statistics
 from torch_eft.theory.estimates.expected_drift import ExpectedDrift, expected_drift
 from torch_eft.theory.estimates.learning_rates import (
     LearningRateShares,
@@ -69,7 +61,6 @@ __all__ = [
     "InfiniteWidthTraining",
     "LayerStatistics",
     "LearningRateShares",
-    "LinearDifferentials",
     "MLPEnsemble",
     "QuadratureError",
     "RepresentationForecast",
@@ -84,8 +75,6 @@ __all__ = [
     "criticality",
     "dead_probability",
     "equivalence_learning_rates",
-    "exact_G_moment_ratio",
-    "exact_output_moment_ratio",
     "exact_statistics",
     "expected_drift",
     "first_order_validity",
@@ -108,8 +97,6 @@ __all__ = [
     "statistics_memory",
     "susceptibilities",
     "train_hierarchy",
-    "two_layer_linear_differentials",
-    "two_layer_linear_map",
     "vertex_block",
     "vertex_tiles",
 ]

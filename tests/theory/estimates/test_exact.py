@@ -10,15 +10,10 @@ import pytest
 import torch
 from torch.func import functional_call, jacrev, vmap
 
+from tests.oracles.exact_moments import exact_G_moment_ratio, exact_output_moment_ratio
+from tests.oracles.two_layer_linear import two_layer_linear_differentials, two_layer_linear_map
 from torch_eft.theory import Activation, MLPEnsemble, initial_statistics, leaky_relu, output_fluctuation
-from torch_eft.theory.estimates.exact import (
-    dead_probability,
-    exact_G_moment_ratio,
-    exact_output_moment_ratio,
-    exact_statistics,
-    two_layer_linear_differentials,
-    two_layer_linear_map,
-)
+from torch_eft.theory.estimates.exact import dead_probability, exact_statistics
 
 C_W, LAMBDA_B, LAMBDA_W = (1.3, 1.5, 1.2, 1.4), (0.5, 1.0, 0.2, 0.3), (1.0, 0.7, 1.2, 0.8)
 X = torch.tensor([[1.0, -0.5, 0.7], [0.2, 1.1, -0.4]], dtype=torch.float64)
@@ -384,23 +379,13 @@ ZERO = Activation("zero", lambda z: 0 * z, slopes=(0.0, 0.0))
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: exact_G_moment_ratio(TANH), "activation tanh given; .* two-slope .* use initial_statistics"),
-        (lambda: exact_output_moment_ratio(TANH), "activation tanh given"),
+        (lambda: exact_statistics(TANH, X), "activation tanh given; .* scale-invariant .* use initial_statistics"),
         (lambda: exact_statistics(TANH, X[:1]), "activation tanh given"),
         (lambda: dead_probability(TANH), "activation tanh given"),
         (lambda: dead_probability(MLPEnsemble([3, 4, 1], ZERO)), "activation zero given; .* not zero"),
-        (lambda: exact_G_moment_ratio(RELU, 0), r"power: 0 given; give a whole number, 1 \.\. 100"),
-        (lambda: exact_G_moment_ratio(RELU, 2.5), "power: 2.5 given"),
-        (lambda: exact_G_moment_ratio(RELU, 101), "power: 101 given"),
-        (lambda: exact_G_moment_ratio(RELU, 2, X), r"x: 2 inputs given; .* one input, \(1, 3\)"),
-        (lambda: exact_G_moment_ratio(RELU, 2, 0 * X[:1]), "x: zero given"),
         (lambda: exact_statistics(RELU, X), "x: 2 inputs given; .* linear activations only, not for relu"),
         (lambda: exact_statistics(MLPEnsemble([3, 4, 1], "abs"), X), "not for abs"),
         (lambda: exact_statistics(RELU, X[:, :2]), r"x: \(2, 2\) given"),
-        (lambda: two_layer_linear_map(X, X, 0.1, 0, 3), "width: 0 given; give a positive integer"),
-        (lambda: two_layer_linear_differentials(X, X, 2.0), "width: 2.0 given"),
-        (lambda: two_layer_linear_map(X, X, 0.0, 5, 3), "learning_rate: 0 given"),
-        (lambda: two_layer_linear_map(X, X, 0.1, 5, -1), "steps: -1"),
     ],
 )
 def test_unusable_arguments_are_named(call, message):

@@ -224,7 +224,8 @@ def test_bound_of_one_input_is_two_over_theta(name):
     """Without inputs Theta is summed over layers; with one of |x|^2 = n_0 it comes from the recursion."""
     ensemble = ENSEMBLES[name]
     Theta = float(initial_statistics(ensemble, torch.ones(1, 3), statistics=("K", "Theta"))[-1].Theta)
-    assert largest_learning_rate(ensemble) == pytest.approx(2 / Theta, rel=1e-11)
+    assert largest_learning_rate(ensemble, reduction="sum") == pytest.approx(2 / Theta, rel=1e-11)
+    assert largest_learning_rate(ensemble) == pytest.approx(ensemble.widths[-1] / Theta, rel=1e-11)
 
 
 def test_bound_of_nothing_that_trains_is_infinite():
@@ -232,17 +233,17 @@ def test_bound_of_nothing_that_trains_is_infinite():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "options", "message"),
     [
-        ((torch.eye(2), None, "median"), "reduction: 'median' given"),
-        ((torch.eye(2), None, "mean"), "outputs: None given"),
-        ((torch.eye(2), torch.zeros(2, 3)), "x: given together with a kernel"),
-        ((torch.zeros(2, 3),), r"Theta: shape \(2, 3\) given"),
-        ((torch.full((1, 1), math.nan),), "NaN or infinite"),
-        ((ENSEMBLES["tanh"], None, "mean", 3), "outputs: 3 given with an ensemble of 1"),
-        ((ENSEMBLES["tanh"], torch.zeros(2, 4)), r"x: \(2, 4\) given"),
+        ((torch.eye(2),), dict(reduction="median"), "reduction: 'median' given"),
+        ((torch.eye(2),), {}, "outputs: None given"),
+        ((torch.eye(2), torch.zeros(2, 3)), {}, "x: given together with a kernel"),
+        ((torch.zeros(2, 3),), {}, r"Theta: shape \(2, 3\) given"),
+        ((torch.full((1, 1), math.nan),), dict(reduction="sum"), "NaN or infinite"),
+        ((ENSEMBLES["tanh"],), dict(outputs=3), "outputs: 3 given with an ensemble of 1"),
+        ((ENSEMBLES["tanh"], torch.zeros(2, 4)), {}, r"x: \(2, 4\) given"),
     ],
 )
-def test_unusable_arguments_of_the_bound(arguments, message):
+def test_unusable_arguments_of_the_bound(arguments, options, message):
     with pytest.raises(ValueError, match=message):
-        largest_learning_rate(*arguments)
+        largest_learning_rate(*arguments, **options)

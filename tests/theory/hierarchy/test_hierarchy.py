@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 
 from tests.oracles.naive_operator import simulate
+from tests.oracles.two_layer_linear import two_layer_linear_differentials, two_layer_linear_map
 from torch_eft import Training
-from torch_eft.theory import two_layer_linear_differentials, two_layer_linear_map
 from torch_eft.theory.hierarchy.evolution import train_hierarchy
 from torch_eft.theory.training.optimizer import Loss, SGDState
 

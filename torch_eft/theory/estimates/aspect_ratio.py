@@ -1,4 +1,4 @@
-"""The depth-to-width ratio r = L/n and what it does: the size of finite-width fluctuations.
+"""The depth-to-width ratio r = L/n and the size of the finite-width fluctuations it causes.
 
 A network's last hidden layer sets the variance G of its output given everything before;
 epsilon = Var(G) / E[G]^2 over initializations controls the 1/n expansion. To order 1/n,
@@ -23,11 +23,12 @@ maximum over r is at r* = 4 / ((20 + 3 n_L) nu) with epsilon = nu r, and with ep
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from torch import Tensor
 
+from torch_eft.results.repr import short_repr
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.learning_rates import layer_gains
 from torch_eft.theory.gaussian.activations import Activation
@@ -36,9 +37,9 @@ from torch_eft.theory.signal_propagation.critical_point import CriticalPoint, cr
 from torch_eft.theory.signal_propagation.regimes import output_fluctuation, regime
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AspectRatio:
-    """The depth-to-width ratio of an ensemble and what follows from it; ``str()`` says it in words.
+    """The depth-to-width ratio of an ensemble and what follows from it; ``print`` shows it in sentences.
 
     Args:
         depth: L.
@@ -46,21 +47,27 @@ class AspectRatio:
         r: L / n.
         inverse_widths: Sum over the L - 1 hidden layers of 1 / n_l, which is what epsilon really counts.
         epsilon: Var G / E[G]^2 of the output variance G over initializations, to order 1/n.
-        regime: In words.
+        regime: Its name, see ``regime``.
         epsilon_all_orders: Estimate of epsilon beyond order 1/n.
-        truncation_error: What order 1/n leaves out, relative: 1 - epsilon / epsilon_all_orders.
-        estimate: Which estimate that is, for which class.
+        truncation_error: The relative part that order 1/n leaves out: 1 - epsilon / epsilon_all_orders.
+        estimate: Description of that estimate and the class it is for.
         spread: sqrt(epsilon), the relative standard deviation of G from seed to seed, to order 1/n.
         seeds: Networks needed to know the mean of G within 10 % (one standard error): 100 epsilon_all_orders.
         epsilon_twice_depth: epsilon with every hidden layer twice; None without a hidden layer or if not asked for.
         epsilon_twice_width: epsilon with hidden layers twice as wide; likewise.
         critical: The critical point of the activation, or None where there is none.
-        criticality_reason: Why there is none; empty if there is one.
+        criticality_reason: The reason why there is none; empty if there is one.
         gradient_gain: E|dz/dz^(1)|^2 of an output relative to the same network at critical initialization, at
             infinite width, mean over the inputs; None without a critical point.
         r_star: 4 / ((20 + 3 n_L) nu); None without a critical point.
         r_star_shifted: r* with epsilon taken to order r^2; None where that is not derived.
-        caveats: What r* does not mean.
+        caveats: Sentences on what r* does not mean.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> ratio = theory.aspect_ratio(theory.MLPEnsemble([3, 100, 100, 1], "relu", C_W=2.0))
+        >>> ratio.at_criticality, ratio.r, round(ratio.epsilon, 9), round(ratio.epsilon_all_orders, 9)
+        (True, 0.03, 0.1, 0.1025)
     """
 
     depth: int
@@ -83,15 +90,18 @@ class AspectRatio:
     r_star_shifted: float | None
     caveats: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
     @property
     def at_criticality(self) -> bool:
-        """Whether squared gradients over the depth are within a factor of 2 of those at criticality."""
+        """True if squared gradients over the depth are within a factor of 2 of those at criticality."""
         return self.gradient_gain is not None and 0.5 <= self.gradient_gain <= 2
 
     def lines(self) -> list[str]:
-        """The sentences of ``str()``, but for the caveats."""
+        """The sentences that ``print`` shows, without the caveats."""
         width = "none" if self.width is None else f"{self.width:g}"
-        found = [
+        lines = [
             f"depth L = {self.depth}, width n = {width}, aspect ratio r = L/n = {self.r:.4g}: {self.regime}",
             f"epsilon = Var G/E[G]^2 = {self.epsilon:.4g} at order 1/n (G: output variance), "
             f"{100 * self.truncation_error:.2g} % below {self.estimate}",
@@ -99,22 +109,22 @@ class AspectRatio:
             f"{max(1, math.ceil(self.seeds * (1 - 1e-9))):.3g} network(s)",
         ]
         if self.epsilon_twice_depth is not None:
-            found.append(
+            lines.append(
                 f"epsilon with twice the hidden layers: {self.epsilon_twice_depth:.3g}; "
                 f"with twice the hidden widths: {self.epsilon_twice_width:.3g}"
             )
         if self.r_star is not None:
             shifted = "" if self.r_star_shifted is None else f", or {self.r_star_shifted:.3g} with epsilon to order r^2"
             assumed = "" if self.at_criticality else "; nu assumes criticality, this network is off it"
-            found.append(f"r* = {self.r_star:.3g}{shifted}: a heuristic scale, not a measured optimum{assumed}")
-        return found
+            lines.append(f"r* = {self.r_star:.3g}{shifted}: a heuristic scale, not a measured optimum{assumed}")
+        return lines
 
     def __str__(self) -> str:
         return "\n".join([*self.lines(), *(f"caveat: {sentence}" for sentence in self.caveats)])
 
 
-def aspect_ratio(ensemble: MLPEnsemble, x: Tensor | None = None, doubled: bool = True) -> AspectRatio:
-    """How deep an ensemble is for its width, what that does, and how well order 1/n describes it.
+def aspect_ratio(ensemble: MLPEnsemble, x: Tensor | None = None, *, doubled: bool = True) -> AspectRatio:
+    """Judge the depth of an ensemble for its width: its fluctuations, and how well order 1/n describes them.
 
     Args:
         ensemble: The ensemble.
@@ -127,6 +137,12 @@ def aspect_ratio(ensemble: MLPEnsemble, x: Tensor | None = None, doubled: bool =
     Raises:
         ValueError: If ``x`` does not fit.
         QuadratureError: If the activation is not smooth enough for quadrature.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> ratio = theory.aspect_ratio(theory.MLPEnsemble([3, 10, 10, 10, 10, 1], "tanh"))
+        >>> ratio.r, ratio.critical.universality_class
+        (0.5, 'K*=0')
     """
     epsilon = output_fluctuation(ensemble, x)
     point, reason = _critical_point(ensemble.activation)
@@ -178,7 +194,7 @@ def _gradient_gain(ensemble: MLPEnsemble, x: Tensor | None, point: CriticalPoint
 
 
 def _all_orders(ensemble: MLPEnsemble, b: float, point: CriticalPoint | None) -> tuple[float, str]:
-    """All orders of epsilon as an estimate, and which, in words; ``point`` only for an ensemble at criticality."""
+    """An estimate of epsilon to all orders, and its description; ``point`` only for an ensemble at criticality."""
     hidden = ensemble.hidden_widths
     if len(hidden) < 2:
         return b, "the exact value of one hidden layer"
@@ -236,5 +252,5 @@ def _twice_as_deep(ensemble: MLPEnsemble) -> MLPEnsemble:
 
 
 def _twice_as_wide(ensemble: MLPEnsemble) -> MLPEnsemble:
-    widths = [ensemble.widths[0], *(2 * n for n in ensemble.hidden_widths), ensemble.widths[-1]]
-    return MLPEnsemble(widths, ensemble.activation, C_b=ensemble.C_b, C_W=ensemble.C_W)
+    widths = (ensemble.widths[0], *(2 * n for n in ensemble.hidden_widths), ensemble.widths[-1])
+    return replace(ensemble, widths=widths)

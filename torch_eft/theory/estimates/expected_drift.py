@@ -1,4 +1,4 @@
-"""How far the NTK will move in training, before anything is trained: the order of magnitude, at order 1/n.
+"""The expected movement of the NTK in training, before anything is trained: an order of magnitude, at order 1/n.
 
 One input x with itself as the training set, gradient flow to zero loss L = (1/2) sum_i (z_i - y_i)^2. With the vertices
 P .. U of that input, G = n_L K + |y|^2 = E sum_i (z_i - y_i)^2 at the start and phi = 1/Theta, psi = 1/(2 Theta^2),
@@ -7,8 +7,8 @@ P .. U of that input, G = n_L K + |y|^2 = E sum_i (z_i - y_i)^2 at the start and
                                      + (phi^2 Cij + psi 2 (S + U)) |y|^2 / n_L,
     PQ = 2 (P + n_L Q + Q),    Cpp = R + S,    Cqq = 2 T,    Cij = 2 R + T + U,
 
-the one-mode case of ``drift`` (derived from the GD hierarchy of PDLT chapter infinity). It is linear in |y|^2: the
-slope against the loss that the target adds is the drift per unit of loss decrease; what is left at y = 0 is the drift
+the one-mode case of ``corrections.ntk_drift`` (from the GD hierarchy of PDLT chapter infinity). Linear in |y|^2: the
+slope against the loss that the target adds is the drift per unit of loss decrease; the rest, at y = 0, is the drift
 of unlearning the random initial output.
 """
 
@@ -17,34 +17,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_eft.results.repr import short_repr
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.learning_rates import layer_gains, layer_shares
 from torch_eft.theory.initialization.infinite_width import check_inputs
 from torch_eft.theory.initialization.statistics import initial_statistics
+from torch_eft.theory.signal_propagation.regimes import TOO_DEEP
 
 DEEPEST = 32
-"""Layers beyond which the vertices P .. U are not evaluated: it takes seconds, and r is then rarely small."""
+"""Depth beyond which the vertices P .. U are not evaluated: it takes seconds, and r is then rarely small."""
 
 LARGEST = 1e6
-"""Kernel beyond which they are not, either: the quadrature's points grow as its square root."""
+"""Largest kernel for which they are evaluated: the number of quadrature points grows as its square root."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExpectedDrift:
     """The expected relative change of the NTK's mean diagonal on a training input; an order of magnitude.
 
     Args:
         per_loss: d(relative drift) / d(loss), loss = (1/2) sum_i (z_i - y_i)^2 of one input, in inverse units of the
             loss; None where the activation's kinks leave no expansion in 1/n, or it was not computed.
-        at_rest: Relative drift while the initial outputs are unlearnt, y = 0; None likewise.
+        at_rest: Relative drift while the initial outputs are unlearned, y = 0; None likewise.
         unit_targets: Relative drift for targets with y_i^2 = 1 for each output; None likewise.
         motion: |theta(inf) - theta(0)|^2 / n in units of the learning-rate tensor, G / (n Theta), for those targets:
             the expansion's own small number.
         size: The order of magnitude of the relative drift for unit targets: that of ``unit_targets``; with a kink
             (L - 1) sqrt(motion), as about that part of a hidden layer's neurons crosses it (trained ReLU networks,
-            L = 2 to 8, n = 50 to 128, n_L = 2: root mean square 0.4 to 0.7 times it); None where nothing says it.
-        validity: In words.
+            L = 2 to 8, n = 50 to 128, n_L = 2: root mean square 0.4 to 0.7 times it); None where no estimate exists.
+        validity: Its ``numbers`` are the motion, the drift and r.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> drift = theory.expected_drift(theory.MLPEnsemble([3, 100, 1], "relu", C_W=2.0))
+        >>> drift.unit_targets is None, drift.validity.flag
+        (True, 'caution')
     """
 
     per_loss: float | None
@@ -54,9 +62,12 @@ class ExpectedDrift:
     size: float | None
     validity: Validity
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 def expected_drift(ensemble: MLPEnsemble, x: Tensor | None = None) -> ExpectedDrift:
-    """The order of magnitude of the NTK's drift over a training.
+    """Estimate the order of magnitude of the NTK's drift over a training.
 
     Args:
         ensemble: The ensemble with its learning-rate tensor.
@@ -68,6 +79,11 @@ def expected_drift(ensemble: MLPEnsemble, x: Tensor | None = None) -> ExpectedDr
     Raises:
         ValueError: If ``x`` is not one input.
         QuadratureError: If the activation is not smooth enough for quadrature.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> theory.expected_drift(theory.MLPEnsemble([3, 1], "tanh")).size  # linear in its parameters
+        0.0
     """
     if x is None:
         x = torch.ones(1, ensemble.widths[0], dtype=torch.float64, device="cpu")
@@ -117,7 +133,9 @@ def _tensors(*values: Tensor | None) -> list[Tensor]:
 
 
 def _validity(ensemble: MLPEnsemble, motion: float, drift: float | None, reason: str) -> Validity:
-    size = max(motion, abs(drift or 0.0), ensemble.aspect_ratio)
-    if size >= 1:
-        return Validity("invalid", f"{reason}; but corrections are of order one ({size:.2g}): lazy training fails")
-    return Validity("caution", f"{reason}; an order of magnitude: loss, data, batches and optimizer change it")
+    numbers = {"motion": motion, "drift": abs(drift or 0.0), "aspect_ratio": ensemble.aspect_ratio}
+    size = max(numbers.values())
+    if size >= TOO_DEEP:
+        reason = f"{reason}; but corrections are of order one ({size:.2g}): lazy training fails"
+        return Validity("invalid", reason, numbers)
+    return Validity("caution", f"{reason}; an order of magnitude: loss, data, batches and optimizer change it", numbers)

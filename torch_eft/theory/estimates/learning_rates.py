@@ -2,18 +2,19 @@
 
 The NTK of one input is a sum over layers (PDLT 8.2 and 9.4, the recursion of Theta unrolled):
     Theta^(L) = sum_l [lambda_b^(l) + lambda_W^(l) g_{l-1}] J_l,    J_l = prod_{k=l}^{L-1} chi_perp(K^(k)),
-with g_0 = x.x / n_0, g_{l-1} = <sigma^2>_{K^(l-1)}, chi_perp(K^(k)) = C_W^(k+1) <sigma'^2>_{K^(k)}: what layer l's
-own parameters contribute, carried to the output by squared gradients J_l.
+with g_0 = x.x / n_0, g_{l-1} = <sigma^2>_{K^(l-1)}, chi_perp(K^(k)) = C_W^(k+1) <sigma'^2>_{K^(k)}: the contribution
+of layer l's own parameters, carried to the output by squared gradients J_l.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from torch_eft.results.choices import check_choice
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.initialization.infinite_width import check_inputs
 from torch_eft.theory.initialization.statistics import initial_statistics
@@ -22,7 +23,7 @@ from torch_eft.theory.signal_propagation.susceptibility import power_mean, slope
 
 @dataclass(frozen=True)
 class LayerGains:
-    """What passes through an ensemble at infinite width, layer by layer (l = 1 .. L) and input by input.
+    """Signals and squared gradients of an ensemble at infinite width, by layer (l = 1 .. L) and by input.
 
     Args:
         K: (L, N), the kernel's diagonal K^(l).
@@ -44,12 +45,18 @@ class LearningRateShares:
     ``eta * lr_W[l-1]``, e.g. ``{"params": [layer.weight], "lr": eta * shares.lr_W[l - 1]}``.
 
     Args:
-        lambda_b: Of the learning-rate tensor, one a layer.
+        lambda_b: Of the learning-rate tensor, one per layer.
         lambda_W: Likewise; the tensor of the weights is lambda_W / n_{l-1}.
         lr_b: Torch learning rates of the biases relative to eta: lambda_b.
         lr_W: Torch learning rates of the weights relative to eta: lambda_W / n_{l-1}.
         Theta: total_b + total_W, the NTK (mean over the inputs) they give.
         ensemble: The ensemble with these learning rates.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> shares = theory.equivalence_learning_rates(theory.MLPEnsemble([3, 8, 1], "linear"))
+        >>> shares.lambda_W, shares.Theta
+        ((0.5, 0.5), 2.0)
     """
 
     lambda_b: tuple[float, ...]
@@ -90,7 +97,7 @@ def layer_gains(ensemble: MLPEnsemble, x: Tensor | None = None) -> LayerGains:
 
 
 def layer_shares(ensemble: MLPEnsemble, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What the biases and the weights of every layer contribute to the NTK, the mean over the inputs.
+    """Contributions of the biases and of the weights of every layer to the NTK, the mean over the inputs.
 
     Args:
         ensemble: The ensemble with its learning-rate tensor.
@@ -111,7 +118,7 @@ def layer_shares(ensemble: MLPEnsemble, x: Tensor | None = None) -> tuple[Tensor
 
 
 def equivalence_learning_rates(
-    ensemble: MLPEnsemble, x: Tensor | None = None, total_b: float = 1.0, total_W: float = 1.0
+    ensemble: MLPEnsemble, x: Tensor | None = None, *, total_b: float = 1.0, total_W: float = 1.0
 ) -> LearningRateShares:
     """Layer-wise learning rates that let every layer contribute equally to the NTK (PDLT 9.4, equivalence principle).
 
@@ -133,6 +140,13 @@ def equivalence_learning_rates(
         ValueError: If a total is negative or not finite, if ``x`` does not fit, or if no signal or gradient reaches
             some layer (in float64).
         QuadratureError: If the activation is not smooth enough for quadrature.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> ensemble = theory.MLPEnsemble([10, 20, 20, 1], "relu", C_W=2.0)
+        >>> shares = theory.equivalence_learning_rates(ensemble, total_b=0.0, total_W=3.0)
+        >>> [round(rate, 6) for rate in shares.lambda_W]
+        [1.0, 1.0, 1.0]
     """
     for name, total in (("total_b", total_b), ("total_W", total_W)):
         if not (math.isfinite(total) and total >= 0):
@@ -146,21 +160,15 @@ def equivalence_learning_rates(
         lr_b=lambda_b,
         lr_W=tuple(value / n for value, n in zip(lambda_W, ensemble.widths[:-1], strict=True)),
         Theta=total_b + total_W,
-        ensemble=MLPEnsemble(
-            ensemble.widths,
-            ensemble.activation,
-            C_b=ensemble.C_b,
-            C_W=ensemble.C_W,
-            lambda_b=lambda_b,
-            lambda_W=lambda_W,
-        ),
+        ensemble=replace(ensemble, lambda_b=lambda_b, lambda_W=lambda_W),
     )
 
 
 def largest_learning_rate(
     source: MLPEnsemble | Tensor,
     x: Tensor | None = None,
-    reduction: Literal["sum", "mean"] = "sum",
+    *,
+    reduction: Literal["sum", "mean"] = "mean",
     outputs: int | None = None,
 ) -> float:
     """The learning rate below which full-batch gradient descent on squared error decreases the loss monotonically.
@@ -179,19 +187,25 @@ def largest_learning_rate(
         x: The training inputs, (N, n_0), for an ensemble; without them, one input with |x|^2 = n_0. Under
             ``"mean"`` the bound of the largest single input is safe for any number of inputs, as
             lambda_max <= N max_a Theta_aa.
-        reduction: ``"sum"``: (1/2) sum (z - y)^2; ``"mean"``: torch's ``MSELoss``.
-        outputs: n_L for a kernel under ``"mean"``; an ensemble knows it.
+        reduction: ``"mean"``: torch's ``MSELoss``; ``"sum"``: (1/2) sum (z - y)^2.
+        outputs: n_L for a kernel under ``"mean"``; not for an ensemble, which knows it.
 
     Returns:
         eta, multiplying the learning-rate tensor; infinite where Theta = 0.
 
     Raises:
         ValueError: If ``reduction`` is unknown, ``x`` does not fit or the kernel is not square and finite, or
-            ``outputs`` is missing or does not belong.
+            ``outputs`` is missing, or given with an ensemble.
         QuadratureError: If the activation is not smooth enough for quadrature.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> Theta = torch.diag(torch.tensor([4.0, 2.0]))
+        >>> theory.largest_learning_rate(Theta, reduction="sum"), theory.largest_learning_rate(Theta, outputs=3)
+        (0.5, 1.5)
     """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction: {reduction!r} given; give 'sum' or 'mean'")
+    check_choice("reduction", reduction, ("mean", "sum"))
     if isinstance(source, MLPEnsemble):
         if outputs is not None:
             raise ValueError(f"outputs: {outputs} given with an ensemble of {source.widths[-1]}; leave it out")

@@ -20,7 +20,7 @@ def sample_ntk(ensemble: MLPEnsemble, x: Tensor, *, num_networks: int, seed: int
 
     The layer-to-layer form of the NTK (PDLT 8.1): with B^(l)_{ij;a} = dz^(L)_i / dz^(l)_j,
     ``H_{ij;ab} = sum_l (lambda_b + lambda_W s^(l-1)_a . s^(l-1)_b / n_{l-1}) sum_k B^(l)_{ik;a} B^(l)_{jk;b}``.
-    A generator of its own is used: the global random state is left alone.
+    It uses its own generator and leaves the global random state alone.
 
     Args:
         ensemble: The ensemble.
@@ -30,6 +30,13 @@ def sample_ntk(ensemble: MLPEnsemble, x: Tensor, *, num_networks: int, seed: int
 
     Yields:
         (N, N, n_L, n_L), ``[a, b, i, j] = H_{ij;ab}``, float64, on the device of ``x``.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> ensemble = theory.MLPEnsemble([3, 8, 2], "tanh")
+        >>> [H.shape for H in theory.sample_ntk(ensemble, torch.eye(3), num_networks=1)]
+        [torch.Size([3, 3, 2, 2])]
     """
     x = check_inputs("x", x, ensemble)
     generator = torch.Generator(x.device).manual_seed(seed)
@@ -51,6 +58,12 @@ def ntk_trace_spread(ensemble: MLPEnsemble, x: Tensor, *, num_networks: int = 64
 
     Returns:
         The standard deviation; 0 without a hidden layer.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> theory.ntk_trace_spread(theory.MLPEnsemble([3, 2], "tanh"), torch.eye(3))
+        0.0
     """
     if not ensemble.hidden_widths:
         return 0.0

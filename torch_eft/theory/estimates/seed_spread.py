@@ -1,4 +1,4 @@
-"""How much networks of one ensemble differ from seed to seed on one input: the output and the NTK.
+"""The spread of output and NTK from seed to seed, for networks of one ensemble and one input.
 
 For each input by itself, the vertices follow scalar recursions (the single-input form of PDLT 4.3 and 8.2-8.3; all
 labels equal). With z ~ N(0, K), g' = d<s^2>/dK, w = lambda_W s^2 + C_W Theta s'^2, w' = d<w>/dK at fixed Theta and
@@ -8,10 +8,10 @@ rho = n_l / n_{l-1},
     D' = C_W [Cov(s^2, w) + rho g' (w' V + C_W <s'^2> D)]  B' = C_W^2 [Theta^2 <s'^4> + rho <s'^2>^2 B]
     A' = Var(w) + rho [w'^2 V + 2 w' C_W <s'^2> D + C_W^2 <s'^2>^2 A],
 
-from V = F = D = A = B = 0 in layer 1 (in F, <z s s'>/K = g' by Gaussian integration by parts). Two-slope activations
-(ReLU ..) need no expansion: ``exact_statistics`` has the same numbers exactly at the ensemble's widths.
+from V = F = D = A = B = 0 in layer 1 (in F, <z s s'>/K = g' by Gaussian integration by parts). Scale-invariant
+activations (ReLU ..) need no expansion: ``exact_statistics`` has the same numbers exactly at the ensemble's widths.
 
-What a vertex means for networks of C outputs: Var H_ii = (A + 2B) / n, Cov(H_ii, H_jj) = A / n, n = n_{L-1}, so that
+For networks of C outputs the vertices mean: Var H_ii = (A + 2B) / n, Cov(H_ii, H_jj) = A / n, n = n_{L-1}, so that
 the mean over outputs has Var (1/C) sum_i H_ii = (A + 2B / C) / n.
 """
 
@@ -21,12 +21,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_eft.results.repr import short_repr
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.exact import exact_statistics
 from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.quadrature import expectation
 from torch_eft.theory.initialization.infinite_width import check_inputs
+from torch_eft.theory.signal_propagation.regimes import EDGE, TOO_DEEP
 from torch_eft.theory.signal_propagation.susceptibility import mean_power, power_mean, slope_of_variance, slope_squared
 
 
@@ -42,7 +44,7 @@ class SingleInput:
         F: F.
         A: A.
         B: B.
-        exact: Whether they hold exactly at these widths (two slopes), or to order 1/n.
+        exact: True if they hold exactly at these widths (scale-invariant activations), False if to order 1/n.
     """
 
     K: Tensor
@@ -55,9 +57,9 @@ class SingleInput:
     exact: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SeedSpread:
-    """How much one network differs from the next at initialization, for one input, the mean over the inputs given.
+    """The difference between networks at initialization, for one input, the mean over the inputs given.
 
     Args:
         output: Standard deviation of an output over initializations, in the output's units: sqrt(K).
@@ -65,8 +67,14 @@ class SeedSpread:
         output_variance: Relative standard deviation of G, the output's variance given the last hidden layer.
         ntk: Relative standard deviation of H_ii, the NTK of one output.
         ntk_trace: The same of its mean over the outputs, (1/C) sum_i H_ii.
-        exact: Whether these hold exactly at finite width (two-slope activations) or to order 1/n.
-        validity: Of the numbers, in words.
+        exact: True if these hold exactly at finite width (scale-invariant activations), False if to order 1/n.
+        validity: Of the numbers; its ``numbers`` are the relative variances of G and of the NTK, and r.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> spread = theory.seed_spread(theory.MLPEnsemble([3, 50, 1], "relu", C_W=2.0))
+        >>> spread.exact, round(spread.output_variance**2, 9)  # 5 / n
+        (True, 0.1)
     """
 
     output: float
@@ -77,6 +85,9 @@ class SeedSpread:
     exact: bool
     validity: Validity
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 def single_input_statistics(ensemble: MLPEnsemble, x: Tensor | None = None) -> SingleInput:
     """K, Theta and V, D, F, A, B of the output layer, input by input.
@@ -86,7 +97,7 @@ def single_input_statistics(ensemble: MLPEnsemble, x: Tensor | None = None) -> S
         x: Inputs, (N, n_0); without them, one input with |x|^2 = n_0.
 
     Returns:
-        The statistics, float64: exact for two-slope activations, to order 1/n for others.
+        The statistics, float64: exact for scale-invariant activations, to order 1/n for others.
 
     Raises:
         ValueError: If ``x`` does not fit.
@@ -116,29 +127,34 @@ def seed_spread(ensemble: MLPEnsemble, x: Tensor | None = None) -> SeedSpread:
     Raises:
         ValueError: If ``x`` does not fit, or a relative variance leaves float64.
         QuadratureError: If the activation is not smooth enough for quadrature.
+
+    Example:
+        >>> from torch_eft import theory
+        >>> theory.seed_spread(theory.MLPEnsemble([3, 500, 500, 1], "tanh")).validity.flag
+        'valid'
     """
-    found = single_input_statistics(ensemble, x)
-    if not all(bool(value.isfinite().all()) for value in (found.K, found.Theta, found.V, found.A, found.B)):
+    one = single_input_statistics(ensemble, x)
+    if not all(bool(value.isfinite().all()) for value in (one.K, one.Theta, one.V, one.A, one.B)):
         raise ValueError(
             f"ensemble: the spread of {ensemble} from seed to seed is beyond float64; use fewer or wider layers"
         )
     n, outputs = ensemble.widths[-2], ensemble.widths[-1]
-    positive = found.Theta > 0
+    positive = one.Theta > 0
 
     def relative(variance: Tensor) -> float:
-        ratio = torch.where(positive, variance / n / torch.where(positive, found.Theta, 1.0).square(), 0.0)
+        ratio = torch.where(positive, variance / n / torch.where(positive, one.Theta, 1.0).square(), 0.0)
         return float(ratio.clamp_min(0.0).mean().sqrt())
 
-    alive = found.K > 0
-    epsilon = torch.where(alive, found.V / n / torch.where(alive, found.K, 1.0).square(), 0.0).mean()
+    alive = one.K > 0
+    epsilon = torch.where(alive, one.V / n / torch.where(alive, one.K, 1.0).square(), 0.0).mean()
     return SeedSpread(
-        output=float(found.K.mean().sqrt()),
+        output=float(one.K.mean().sqrt()),
         output_kurtosis=3 * float(epsilon),
         output_variance=math.sqrt(max(float(epsilon), 0.0)),
-        ntk=relative(found.A + 2 * found.B),
-        ntk_trace=relative(found.A + 2 * found.B / outputs),
-        exact=found.exact,
-        validity=_validity(ensemble, found.exact, relative(found.A + 2 * found.B) ** 2, float(epsilon)),
+        ntk=relative(one.A + 2 * one.B),
+        ntk_trace=relative(one.A + 2 * one.B / outputs),
+        exact=one.exact,
+        validity=_validity(ensemble, one.exact, relative(one.A + 2 * one.B) ** 2, float(epsilon)),
     )
 
 
@@ -192,19 +208,16 @@ def _slope_response(s: Activation, K: Tensor) -> Tensor:
 
 
 def _validity(ensemble: MLPEnsemble, exact: bool, ntk: float, epsilon: float) -> Validity:
+    r = ensemble.aspect_ratio
+    numbers = {"output_variance": epsilon, "ntk": ntk, "aspect_ratio": r}
     if exact:
-        return Validity(
-            "valid",
-            "exact at these widths for Gaussian weights"
-            + (
-                "; but the spread is of order one: the law has a heavy tail, a few seeds will mostly show less"
-                if max(ntk, epsilon) >= 1
-                else ""
-            ),
-        )
-    size = f"order 1/n; relative variances: G {epsilon:.3g}, NTK {ntk:.3g}, r = {ensemble.aspect_ratio:.3g}"
-    if max(ntk, epsilon, ensemble.aspect_ratio) >= 1:
-        return Validity("invalid", f"{size}: not all small, so that these are of the right order at best")
-    if max(ntk, epsilon) >= 0.2:
-        return Validity("caution", f"{size}: expect errors of that relative size, mostly too low")
-    return Validity("valid", size)
+        reason = "exact at these widths for Gaussian weights"
+        if max(ntk, epsilon) >= 1:
+            reason += "; but the spread is of order one: the law has a heavy tail, a few seeds will mostly show less"
+        return Validity("valid", reason, numbers)
+    size = f"order 1/n; relative variances: G {epsilon:.3g}, NTK {ntk:.3g}, r = {r:.3g}"
+    if max(ntk, epsilon, r) >= TOO_DEEP:
+        return Validity("invalid", f"{size}: not all small, so that these are of the right order at best", numbers)
+    if max(ntk, epsilon) >= EDGE:
+        return Validity("caution", f"{size}: expect errors of that relative size, mostly too low", numbers)
+    return Validity("valid", size, numbers)
