@@ -1,4 +1,17 @@
-"""What an ensemble of networks does: pure functions of tensors, float64, no ``nn.Module``."""
+"""The theory of an ensemble of networks: pure functions of float64 tensors, without ``nn.Module``.
+
+    ensemble             MLPEnsemble: widths, activation, variances and learning rates of a random MLP
+    derivation           the expansion in 1/n on one page: which vertex enters which observable, and why
+    gaussian             expectations of activations under N(0, K), closed or integrated or sampled
+    signal_propagation   susceptibilities, critical points, regimes
+    initialization       statistics at initialization: K, Theta and the 1/n vertices, in full, in blocks, in tiles
+    estimates            single numbers that follow: aspect ratio, learning rates, spread over seeds, expected drift
+    training             the trained network at order 0 and 1/n; any loss and minibatches by sampling
+    hidden_layers        the movement of hidden representations in training
+    hierarchy            one network's NTK, dNTK and ddNTK through its training
+
+Each folder imports from those above it, ``hierarchy`` and ``hidden_layers`` also from ``training``.
+"""
 
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.aspect_ratio import AspectRatio, aspect_ratio

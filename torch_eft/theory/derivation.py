@@ -1,4 +1,4 @@
-"""Training at order 1/n on one page: which vertex contributes to which observable, and why.
+"""Training at order 1/n on one page: the vertices that contribute to each observable, and the reasons.
 
 **What is averaged.** One network's training is a function F of its tensors at the start, z, H, dH, ddI, ddII
 (``hierarchy``: order 1 of NTK, dNTK and ddNTK; PDLT 11 and chapter infinity; the hierarchy of equations of Huang & Yau
@@ -39,11 +39,12 @@ A cumulant with more d_z than the degree gives nothing. Hence (``CONTRIBUTIONS``
                                                                 derivatives of hidden neurons along the frozen path,
                                                                 made of B, F, P and Q of that layer, not the last
 
-dNTK (its correlation with z: P, Q) and ddNTK (R, S, T, U) come in together everywhere: one without the other is no
-order. Every power of them comes with e / lambda, so that the expansion is in |e|^2 / (n lambda_min), not in 1/n alone.
+dNTK (its correlation with z: P, Q) and ddNTK (R, S, T, U) enter together everywhere: one without the other is not a
+consistent order. Every power of them comes with e / lambda, so that the expansion is in |e|^2 / (n lambda_min), not in
+1/n alone.
 
-For other losses F is no polynomial in z, the degrees are unbounded, and every vertex contributes to every observable of
-the outputs (``sampled_training``); parity of the cumulants stays.
+For other losses F is not a polynomial in z, the degrees are unbounded, and every vertex contributes to every
+observable of the outputs (``training.sampled``); parity of the cumulants stays.
 
 **What no vertex determines.** E |H(t) - H(0)| of a network is of order 1/n, as is its mean E[H(t) - H(0)], but contains
 cov(dH, dH), which is of order 1/n^2: a statistic with six labels beyond those above. The norm of the mean drift is
@@ -57,4 +58,4 @@ CONTRIBUTIONS = {
     "NTK drift": ("P", "Q", "R", "S", "T", "U"),
     "hidden kernels": (),
 }
-"""For squared error: ``{observable: what contributes to it at order 1/n}`` out of the last layer's statistics."""
+"""For squared error: ``{observable: its contributions at order 1/n}`` out of the last layer's statistics."""

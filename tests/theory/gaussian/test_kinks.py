@@ -13,7 +13,7 @@ from torch_eft.theory.gaussian.four_point_moments import SummedMoments
 from torch_eft.theory.gaussian.orthant import SignedMoments
 from torch_eft.theory.gaussian.piecewise import PiecewisePairs
 from torch_eft.theory.gaussian.points import KinkedPoints
-from torch_eft.theory.gaussian.scale_invariant import ScaleInvariantMoments, TwoSlopePairs
+from torch_eft.theory.gaussian.scale_invariant import ScaleInvariantMoments, ScaleInvariantPairs
 from torch_eft.theory.gaussian.two_point_moments import two_point_moments
 
 HYPERPARAMETERS = dict(C_b=(0.2, 0.1, 0.3), C_W=(1.3, 1.5, 1.2), lambda_b=(0.5, 1.0, 0.2), lambda_W=(1.0, 0.7, 1.2))
@@ -76,7 +76,7 @@ def test_two_exact_routes_agree_on_two_labels(distributional):
     """Quadrants and delta functions, which know nothing of slopes, against the closed forms."""
     K, slopes = covariance(4), (0.1, 1.0)
     sigma = Activation("leaky", lambda z: torch.where(z > 0, z, 0.1 * z), kinks=(0.0,))
-    general, closed = PiecewisePairs(sigma, K, distributional), TwoSlopePairs(slopes, K, distributional)
+    general, closed = PiecewisePairs(sigma, K, distributional), ScaleInvariantPairs(slopes, K, distributional)
     words = [((0,), (0,)), ((1,), (1,)), ((0, 0), (1, 1)), ((1, 1), (1, 0)), ((2,), (0,)), ((2, 1), (1, 0))]
     words += [((2,), (1, 1, 0)), ((2, 1, 1), (0,)), ((2, 0), (1, 1))]
     for first, second in words:

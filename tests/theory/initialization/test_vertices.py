@@ -326,7 +326,7 @@ def test_errors_name_the_argument():
         vertex_block(ensemble, x, name="W", labels="aabb", label_sets={"a": torch.arange(2), "b": torch.arange(2)})
     with pytest.raises(ValueError, match=r"labels: 'aaz' given; V has 4, out of the label sets a"):
         vertex_block(ensemble, x, name="V", labels="aaz", label_sets={"a": torch.arange(2)})
-    with pytest.raises(ValueError, match=r"samples: 6 given; 4 independent inputs ask for more than 8"):
+    with pytest.raises(ValueError, match=r"num_samples: 6 given per replica; 4 independent inputs need more than 8"):
         initial_statistics(ensemble_of("tanh", (8,)), inputs(5), statistics=["A"], num_samples=24)
     with pytest.raises(ValueError, match=r"num_replicas: 1 given; at least 2"):
         initial_statistics(ensemble, inputs(5), statistics=["V"], num_replicas=1)

@@ -68,3 +68,9 @@ def test_fixed_points_in_closed_form():
         (pytest.approx(3.035, abs=5e-4), True),
         (pytest.approx(gelu.K_star, rel=1e-6), False),
     ]
+
+
+def test_a_fixed_point_on_the_grid_is_not_missed():
+    """F(K) = (1 + K) / 2 is exact in floating point, and K = 1 is one of the places where it is sampled."""
+    (point,) = fixed_points("linear", 0.5, 0.5)
+    assert (point.K, point.chi_par, point.stable) == (1.0, 0.5, True)

@@ -126,6 +126,9 @@ class AspectRatio:
 def aspect_ratio(ensemble: MLPEnsemble, x: Tensor | None = None, *, doubled: bool = True) -> AspectRatio:
     """Judge the depth of an ensemble for its width: its fluctuations, and how well order 1/n describes them.
 
+    Raises ``ValueError`` if ``x`` does not fit; ``QuadratureError`` if the activation is not smooth enough for
+    quadrature.
+
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, n_0); without them, one input with |x|^2 = n_0.
@@ -134,15 +137,12 @@ def aspect_ratio(ensemble: MLPEnsemble, x: Tensor | None = None, *, doubled: boo
     Returns:
         The aspect ratio. Numbers that need a critical point are None where the activation has none.
 
-    Raises:
-        ValueError: If ``x`` does not fit.
-        QuadratureError: If the activation is not smooth enough for quadrature.
-
     Example:
         >>> from torch_eft import theory
-        >>> ratio = theory.aspect_ratio(theory.MLPEnsemble([3, 10, 10, 10, 10, 1], "tanh"))
-        >>> ratio.r, ratio.critical.universality_class
-        (0.5, 'K*=0')
+        >>> ensemble = theory.MLPEnsemble([3, 10, 10, 10, 10, 1], "relu", C_W=2.0)
+        >>> ratio = theory.aspect_ratio(ensemble, doubled=False)
+        >>> ratio.r, round(ratio.epsilon, 9), ratio.critical.C_W
+        (0.5, 2.0, 2.0)
     """
     epsilon = output_fluctuation(ensemble, x)
     point, reason = _critical_point(ensemble.activation)

@@ -29,14 +29,13 @@ def dead_probability(ensemble: MLPEnsemble) -> float:
     ``1 - prod_l (1 - 2^{-n_l})`` for ReLU (signs are independent), 0 where no slope is zero. Without biases the output
     is then zero; with them it is constant around the input.
 
+    Raises ``ValueError`` if the activation is not scale-invariant.
+
     Args:
         ensemble: The ensemble, with a scale-invariant activation.
 
     Returns:
         The probability.
-
-    Raises:
-        ValueError: If the activation is not scale-invariant.
 
     Example:
         >>> from torch_eft import theory
@@ -128,7 +127,10 @@ def _layer(
 
 
 def scale_invariant_slopes(ensemble: MLPEnsemble) -> tuple[float, float]:
-    """The slopes of a scale-invariant activation that is not zero.
+    """Look up the slopes of a scale-invariant activation that is not zero.
+
+    Returns:
+        (negative, positive).
 
     Raises:
         ValueError: If the activation is another one.

@@ -69,6 +69,8 @@ class ExpectedDrift:
 def expected_drift(ensemble: MLPEnsemble, x: Tensor | None = None) -> ExpectedDrift:
     """Estimate the order of magnitude of the NTK's drift over a training.
 
+    Raises ``QuadratureError`` if the activation is not smooth enough for quadrature.
+
     Args:
         ensemble: The ensemble with its learning-rate tensor.
         x: One input, (1, n_0), or None for one with |x|^2 = n_0.
@@ -78,7 +80,6 @@ def expected_drift(ensemble: MLPEnsemble, x: Tensor | None = None) -> ExpectedDr
 
     Raises:
         ValueError: If ``x`` is not one input.
-        QuadratureError: If the activation is not smooth enough for quadrature.
 
     Example:
         >>> from torch_eft import theory

@@ -70,16 +70,15 @@ class LearningRateShares:
 def layer_gains(ensemble: MLPEnsemble, x: Tensor | None = None) -> LayerGains:
     """Signals forward and squared gradients backward at infinite width (PDLT 4.1, 9.4).
 
+    Raises ``ValueError`` if ``x`` does not fit ``ensemble.widths[0]``, is empty or not finite; ``QuadratureError`` if
+    the activation is not smooth enough for quadrature.
+
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, n_0); without them, one input with |x|^2 = n_0.
 
     Returns:
         The gains, float64.
-
-    Raises:
-        ValueError: If ``x`` does not fit ``ensemble.widths[0]``, is empty or not finite.
-        QuadratureError: If the activation is not smooth enough for quadrature.
     """
     if x is None:
         size = torch.ones(1, dtype=torch.float64, device="cpu")
@@ -99,16 +98,15 @@ def layer_gains(ensemble: MLPEnsemble, x: Tensor | None = None) -> LayerGains:
 def layer_shares(ensemble: MLPEnsemble, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Contributions of the biases and of the weights of every layer to the NTK, the mean over the inputs.
 
+    Raises ``ValueError`` if ``x`` does not fit; ``QuadratureError`` if the activation is not smooth enough for
+    quadrature.
+
     Args:
         ensemble: The ensemble with its learning-rate tensor.
         x: Inputs, (N, n_0); without them, one input with |x|^2 = n_0.
 
     Returns:
         lambda_b^(l) J_l and lambda_W^(l) g_{l-1} J_l, (L,) each; together they sum to the mean diagonal of Theta^(L).
-
-    Raises:
-        ValueError: If ``x`` does not fit.
-        QuadratureError: If the activation is not smooth enough for quadrature.
     """
     gains = layer_gains(ensemble, x)
     return (
@@ -126,6 +124,8 @@ def equivalence_learning_rates(
     depth, where PDLT states how they scale: ~ 1/L in the scale-invariant class; lambda_b ~ 1/l and lambda_W constant
     at K* = 0 (tanh). The learning-rate tensor of ``ensemble`` itself plays no role.
 
+    Raises ``QuadratureError`` if the activation is not smooth enough for quadrature.
+
     Args:
         ensemble: The ensemble; widths, activation, C_b and C_W count.
         x: Inputs, (N, n_0); without them, one input with |x|^2 = n_0. With several, shares are equal on the mean
@@ -139,7 +139,6 @@ def equivalence_learning_rates(
     Raises:
         ValueError: If a total is negative or not finite, if ``x`` does not fit, or if no signal or gradient reaches
             some layer (in float64).
-        QuadratureError: If the activation is not smooth enough for quadrature.
 
     Example:
         >>> from torch_eft import theory
@@ -181,6 +180,8 @@ def largest_learning_rate(
     above it the loss may rise and then fall into a flatter place (a catapult; Lewkowycz et al. 2020, up to about
     twice the bound). It does not hold for momentum, Adam or minibatches.
 
+    Raises ``QuadratureError`` if the activation is not smooth enough for quadrature.
+
     Args:
         source: The ensemble, whose Theta on ``x`` is taken; or a kernel: (N, N) of one output, or measured,
             (N n_L, N n_L) over all pairs of input and output, then with ``outputs=1``.
@@ -196,7 +197,6 @@ def largest_learning_rate(
     Raises:
         ValueError: If ``reduction`` is unknown, ``x`` does not fit or the kernel is not square and finite, or
             ``outputs`` is missing, or given with an ensemble.
-        QuadratureError: If the activation is not smooth enough for quadrature.
 
     Example:
         >>> import torch

@@ -92,16 +92,15 @@ class SeedSpread:
 def single_input_statistics(ensemble: MLPEnsemble, x: Tensor | None = None) -> SingleInput:
     """K, Theta and V, D, F, A, B of the output layer, input by input.
 
+    Raises ``ValueError`` if ``x`` does not fit; ``QuadratureError`` if the activation is not smooth enough for
+    quadrature.
+
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, n_0); without them, one input with |x|^2 = n_0.
 
     Returns:
         The statistics, float64: exact for scale-invariant activations, to order 1/n for others.
-
-    Raises:
-        ValueError: If ``x`` does not fit.
-        QuadratureError: If the activation is not smooth enough for quadrature.
     """
     if x is None:
         x = torch.ones(1, ensemble.widths[0], dtype=torch.float64, device="cpu")
@@ -117,6 +116,8 @@ def single_input_statistics(ensemble: MLPEnsemble, x: Tensor | None = None) -> S
 def seed_spread(ensemble: MLPEnsemble, x: Tensor | None = None) -> SeedSpread:
     """The expected spread from seed to seed at initialization.
 
+    Raises ``QuadratureError`` if the activation is not smooth enough for quadrature.
+
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, n_0); without them, one input with |x|^2 = n_0.
@@ -126,7 +127,6 @@ def seed_spread(ensemble: MLPEnsemble, x: Tensor | None = None) -> SeedSpread:
 
     Raises:
         ValueError: If ``x`` does not fit, or a relative variance leaves float64.
-        QuadratureError: If the activation is not smooth enough for quadrature.
 
     Example:
         >>> from torch_eft import theory

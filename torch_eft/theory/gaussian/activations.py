@@ -217,6 +217,8 @@ def register_activation(activation: Activation) -> None:
 def get_activation(activation: ActivationLike) -> Activation:
     """The activation of a given name or function.
 
+    Raises ``ValueError`` if the name is unknown.
+
     Args:
         activation: A registered name, in any case and with or without underscores (``"ReLU"``, ``"LeakyReLU"``); an
             ``Activation``; or any elementwise function.
@@ -225,7 +227,6 @@ def get_activation(activation: ActivationLike) -> Activation:
         The ``Activation``.
 
     Raises:
-        ValueError: If the name is unknown.
         TypeError: If it is neither a name nor callable.
 
     Example:

@@ -1,14 +1,14 @@
 """Gaussian expectations with three and four labels, <f(z_a) g(z_b) h(z_c) k(z_d)>, f .. k products of derivatives.
 
-A weighted set of points (``points``) and one matrix product a moment: pair features of two labels each, taken about
+A weighted set of points (``points``) and one matrix product per moment: pair features of two labels each, taken about
 their exact means M_pq, so that only the connected part is summed. Where the points are a random sample, the lowest
-chaos of each feature, known exactly too, is removed as a control variate,
+chaos of each feature, also known exactly, is removed as a control variate,
 
     f g = <f g> + sum_a <d_a f g> z_a + (1/2) sum_ab <d_a d_b f g> (z_a z_b - K_ab) + residual,
 
 the residuals are multiplied, and the exact covariance of what was removed is added. Explicit delta functions (a
-kink with ``kinks="distributional"``) leave an expectation at z_a = 0. Activations with two slopes have an exact
-route of their own (``two_slope.ScaleInvariantMoments``).
+kink with ``kinks="distributional"``) leave an expectation at z_a = 0. Scale-invariant activations have an
+exact route of their own (``scale_invariant.ScaleInvariantMoments``).
 """
 
 import itertools
@@ -37,7 +37,7 @@ class FourPointMoments(Protocol):
     """Moments with three or four different labels."""
 
     def moment(self, factors: Sequence[Factor]) -> Tensor:
-        """<prod f>, one axis a factor."""
+        """<prod f>, one axis per factor."""
         ...
 
 
@@ -68,7 +68,7 @@ class SummedMoments:
         self._features: dict[tuple[int, Orders], Tensor] = {}
 
     def moment(self, factors: Sequence[Factor]) -> Tensor:
-        """<prod f>, one axis a factor; of three, the one with the most derivatives is split off."""
+        """<prod f>, one axis per factor; of three, the one with the most derivatives is split off."""
         if len(factors) == 3:
             alone = max(range(3), key=lambda index: len(factors[index][0]))
             order = [alone, *(index for index in range(3) if index != alone)]
@@ -127,32 +127,32 @@ class SummedMoments:
         return None if self._smooth is None else _LowestChaos(self._smooth, factors)
 
     def _delta_part(self, factors: Sequence[Factor], edge: KinkDerivatives) -> Tensor:
-        """What delta functions at one label add; labels that coincide with it merge into it."""
+        """The contribution of delta functions at one label; labels that coincide with it merge into it."""
         assert isinstance(self.points, Points)
         total = self.K.new_zeros([len(index) for _, index in factors])
         for at, (orders, index) in enumerate(factors):
             if max(orders) < 2:
                 continue
             others = [label for label in range(len(factors)) if label != at]
-            for place, input_ in enumerate(index.tolist()):
+            for row, input_ in enumerate(index.tolist()):
                 given = self.points.given_zero(input_, self.K)
                 density = float(1 / (2 * math.pi * self.K[input_, input_]).sqrt())
                 for size in range(len(others) + 1):
                     for together in itertools.combinations(others, size):
-                        where = [(factors[label][1] == input_).nonzero().flatten() for label in together]
-                        if any(len(found) == 0 for found in where):
+                        places = [(factors[label][1] == input_).nonzero().flatten() for label in together]
+                        if any(len(same) == 0 for same in places):
                             continue
                         merged = (*orders, *(order for label in together for order in factors[label][0]))
                         rest = [label for label in others if label not in together]
                         value = edge.delta_weight(merged) * density * self._plain(given, [factors[i] for i in rest])
-                        target = total.select(at, place)
-                        for label, found in reversed(list(zip(together, where, strict=True))):
-                            target = target.select(label - (label > at), int(found[0]))
+                        target = total.select(at, row)
+                        for label, same in reversed(list(zip(together, places, strict=True))):
+                            target = target.select(label - (label > at), int(same[0]))
                         target.copy_(value)
         return total
 
     def _plain(self, points: Points, factors: list[Factor]) -> Tensor:
-        """<prod f> of up to three labels, summed without the help of exact means."""
+        """<prod f> of up to three labels, summed without exact means."""
         weights = points.weights
         if weights is None:
             weights = points.z.new_full((points.count,), 1.0 / points.count)
@@ -162,10 +162,10 @@ class SummedMoments:
             torch.stack([self.activation(points.z, order) for order in orders]).prod(0)[:, index]
             for orders, index in factors
         ]
-        letters = "abc"[: len(values)]
+        labels = "abc"[: len(values)]
         first = values[0] * weights[:, None]
-        terms = ",".join(f"s{letter}" for letter in letters)
-        return torch.einsum(f"{terms}->{letters}", first, *values[1:]).double()
+        terms = ",".join(f"s{label}" for label in labels)
+        return torch.einsum(f"{terms}->{labels}", first, *values[1:]).double()
 
 
 class _LowestChaos:
@@ -191,16 +191,16 @@ class _LowestChaos:
 
     def _mean(self, pairs: SmoothPairs, orders: list[Orders], times: tuple[int, ...]) -> Tensor:
         """<d^times prod f>, flat over the group, by Leibniz over the factors of a label."""
-        words = [_derivatives(label, time) for label, time in zip(orders, times, strict=True)]
+        terms_at = [_derivatives(label, time) for label, time in zip(orders, times, strict=True)]
         if len(orders) == 1:
             # A single label is a pair with nothing at the second one.
-            values = [weight * pairs.single(word)[self.indices[0]] for word, weight in words[0]]
+            values = [weight * pairs.single(word)[self.indices[0]] for word, weight in terms_at[0]]
             return torch.stack(values).sum(0)
         rows, columns = self.indices
         terms = [
             weight * other * pairs.explicit(word, second)[rows][:, columns].flatten()
-            for word, weight in words[0]
-            for second, other in words[1]
+            for word, weight in terms_at[0]
+            for second, other in terms_at[1]
         ]
         return torch.stack(terms).sum(0)
 

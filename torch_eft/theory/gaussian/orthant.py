@@ -1,11 +1,11 @@
 """Exact Gaussian expectations of monomials times signs, <prod_i z_i^{k_i} prod_{i in A} sgn z_i>, up to four labels.
 
-All that an activation with two slopes needs, s = z (o + e sgn z), s' = o + e sgn z. Powers are removed by Stein's
+Sufficient for a scale-invariant activation, s = z (o + e sgn z), s' = o + e sgn z. Powers are removed by Stein's
 identity (integration by parts),
 
     <z_i g> = sum_j K_ij <d_j g>,      d_j sgn z_j = 2 delta(z_j),
 
-and a delta function by conditioning on z_j = 0 (Schur complement). What remains are means of signs: (2/pi) asin rho for
+and a delta function by conditioning on z_j = 0 (Schur complement). Means of signs remain: (2/pi) asin rho for
 two (Sheppard 1899), and for four the integral of Plackett's identity (Plackett 1954) along K(t), in which the
 correlations between two pairs are multiplied by t:
 
@@ -34,7 +34,7 @@ class SignedMoments:
     Args:
         K: Up to four labels; float64.
         like: Gives dtype and device where there is no label.
-        determined: For each label, where it vanishes by the condition that K is the covariance under.
+        determined: For each label, where it vanishes by the condition under which K is the covariance.
     """
 
     def __init__(self, K: Covariance, like: Tensor | None = None, determined: tuple[Tensor, ...] = ()) -> None:
@@ -69,7 +69,7 @@ class SignedMoments:
             variance = self.K[label][label]
             inverse = torch.where(variance > 0, 1.0 / torch.where(variance > 0, variance, 1.0), 0.0)
             left = {i: self.K[i][i] - self.K[i][label].square() * inverse for i in others}
-            # What rounding leaves of the variance of a label that z_label determines is no variance.
+            # A label that z_label determines has no variance left, only rounding.
             alive = {i: left[i] > _ROUNDING * self.K[i][i] for i in others}
             rows = []
             for i in others:
@@ -87,11 +87,11 @@ class SignedMoments:
         return SignedMoments(tuple(tuple(self.K[i][j] for j in labels) for i in labels), self._like)
 
     def vanishing(self, labels: tuple[int, ...]) -> Tensor:
-        """Where exactly these labels have no variance."""
-        found = self._like.new_ones((), dtype=torch.bool)
+        """Mask of the entries where exactly these labels have no variance."""
+        mask = self._like.new_ones((), dtype=torch.bool)
         for index in range(len(self.K)):
-            found = found & ((self.K[index][index] == 0) == (index in labels))
-        return found
+            mask = mask & ((self.K[index][index] == 0) == (index in labels))
+        return mask
 
     def _moment(self, powers: tuple[int, ...], signs: tuple[int, ...]) -> Tensor:
         if (sum(powers) + len(signs)) % 2:
@@ -136,6 +136,9 @@ def mean_of_four_signs(r12: Tensor, r13: Tensor, r14: Tensor, r23: Tensor, r24: 
 
     The most correlated pair of labels is kept together: the integrand is steepest where two labels of different
     pairs nearly coincide.
+
+    Returns:
+        The broadcast shape of the correlations.
     """
     shape = torch.broadcast_shapes(*(r.shape for r in (r12, r13, r14, r23, r24, r34)))
     r12, r13, r14, r23, r24, r34 = (r.expand(shape).reshape(-1) for r in (r12, r13, r14, r23, r24, r34))
@@ -182,7 +185,7 @@ def _plackett(correlations: Tensor, step: float) -> Tensor:
 
 @lru_cache
 def _double_exponential_nodes(step: float, reach: float = 3.5) -> tuple[tuple[float, float, float], ...]:
-    """(t, 1 - t, weight) of the tanh-sinh rule on [0, 1] (Takahasi & Mori 1974), which allows for steep ends."""
+    """(t, 1 - t, weight) of the tanh-sinh rule on [0, 1] (Takahasi & Mori 1974), which tolerates steep ends."""
     nodes = []
     for index in range(-round(reach / step), round(reach / step) + 1):
         u = index * step

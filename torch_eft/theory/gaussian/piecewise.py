@@ -6,7 +6,7 @@ A derivative of such a sigma is a function, smooth on either side, and delta fun
 
 {.} being the value almost everywhere. The functions' part is a polar integral over the four quadrants of (z_a, z_b),
 smooth in each; a delta function leaves a Gaussian integral over the other label, and two of them the density and
-its derivatives at the origin. As in ``two_slope``, responses are always distributional, explicit derivatives by
+its derivatives at the origin. As in ``scale_invariant``, responses are always distributional, explicit derivatives by
 ``kinks``. At coincident inputs only sums of responses mean anything (of the merged label): their delta parts are put
 where every such sum counts them once.
 """
@@ -84,14 +84,17 @@ class PiecewisePairs:
     def _deltas(self, p: int, i: int) -> list[tuple[int, float]]:
         """(order m, weight) of the delta functions in d^i sigma^(p)."""
         lowest = 0 if self.distributional else p
-        found = [(p + i - 1 - k, self.edge.jump(k)) for k in range(lowest, p + i)]
-        return [(m, weight) for m, weight in found if weight]
+        deltas = [(p + i - 1 - k, self.edge.jump(k)) for k in range(lowest, p + i)]
+        return [(m, weight) for m, weight in deltas if weight]
 
     def _merged_delta(self, p: int, q: int, i: int, j: int) -> Tensor:
-        """The delta part of the sum of responses of h = {sigma^(p) sigma^(q)} at one label, (N,).
+        """The delta part of the sum of responses of h = {sigma^(p) sigma^(q)} at one label.
 
         One derivative: d_a + d_b gives h' (in the slot 0, 1). Two: h''/2 out of the slots (2, 0)/2 + (1, 1) + (0, 2)/2.
         Four: h''''/8, out of the slots weighted 1, 4, 6, 4, 1 over 8. <delta'> = 0 and <delta''> = -<delta> / K.
+
+        Returns:
+            (N,).
         """
         zero = torch.zeros_like(self._density)
         if (i, j) == (0, 1):
@@ -128,7 +131,7 @@ class PiecewisePairs:
         )
 
     def _polar(self, f: Callable, g: Callable, radial: int, angular: int) -> tuple[Tensor, Tensor]:
-        """The integral, and that of its absolute value."""
+        """The integral, and that of the integrand's absolute value."""
         nodes, weights = gauss_legendre(radial, self.K)
         r, radial_weights = (nodes + 1) * _HALF_RANGE / 2, weights * _HALF_RANGE / 2
         radial_weights = radial_weights * r * torch.exp(-r.square() / 2) / (2 * math.pi)
@@ -215,6 +218,12 @@ class KinkDerivatives:
 
         A sigma'' with m sigma' beside it is the derivative of sigma'^{m+1} / (m+1); where sigma' is continuous, a
         sigma''' multiplies continuous functions.
+
+        Args:
+            orders: The derivatives multiplied.
+
+        Returns:
+            The weight, 0 where there is no delta function.
 
         Raises:
             ValueError: If the product has no value: delta functions squared, or delta' times a jump.

@@ -1,4 +1,4 @@
-"""Weighted points that stand for N(0, K): what three- and four-label expectations are summed over.
+"""Weighted points that represent N(0, K), over which three- and four-label expectations are summed.
 
 * ``grid_points``: a product trapezoid rule in the eigenbasis of K, for at most four inputs and smooth sigma. The
   spacing in each direction resolves the wider of sigma (its distance to the nearest singularity) and the Gaussian, so
@@ -40,7 +40,7 @@ class Points:
             yield self.z[part], None if self.weights is None else self.weights[part]
 
     def given_zero(self, label: int, K: Tensor) -> "Points":
-        """Points of N(0, K) given z_label = 0: the same ones, less what z_label determines."""
+        """Points of N(0, K) given z_label = 0: the same ones, minus the part that z_label determines."""
         return Points(self.z - self.z[:, label, None] * (K[label] / K[label, label]).to(self.z.dtype), self.weights)
 
 
@@ -51,31 +51,36 @@ def square_root(K: Tensor) -> tuple[Tensor, Tensor]:
     return values[kept], vectors[:, kept] * values[kept].sqrt()
 
 
-def sample_points(K: Tensor, samples: int, seed: int, dtype: torch.dtype = torch.float32) -> Points:
-    """A sample of N(0, K) with mean 0 and covariance K exactly.
+def sample_points(K: Tensor, num_samples: int, seed: int, dtype: torch.dtype = torch.float32) -> Points:
+    """Draw a sample of N(0, K) whose mean is exactly 0 and whose covariance is exactly K.
 
     Args:
         K: (N, N).
-        samples: S, more than the rank of K.
+        num_samples: S, more than twice the rank of K.
         seed: Seed of the sample; the global random state is left alone.
-        dtype: Of the points; float32 is far below the sampling error.
+        dtype: Of the points; the rounding of float32 is far below the sampling error.
+
+    Returns:
+        The points, with equal weights.
 
     Raises:
-        ValueError: If there are not more samples than the rank of K.
+        ValueError: If there are too few samples for the rank of K.
     """
     _, factor = square_root(K)
     rank = factor.shape[1]
-    if samples <= 2 * rank:
-        raise ValueError(f"samples: {samples} given; {rank} independent inputs ask for more than {2 * rank}")
+    if num_samples <= 2 * rank:
+        raise ValueError(
+            f"num_samples: {num_samples} given per replica; {rank} independent inputs need more than {2 * rank}"
+        )
     generator = torch.Generator(K.device).manual_seed(seed)
-    u = torch.randn(samples, rank, generator=generator, dtype=torch.float64, device=K.device)
+    u = torch.randn(num_samples, rank, generator=generator, dtype=torch.float64, device=K.device)
     u = u - u.mean(0)
-    u = torch.linalg.solve_triangular(torch.linalg.cholesky(u.T @ u / samples), u.T, upper=False).T
+    u = torch.linalg.solve_triangular(torch.linalg.cholesky(u.T @ u / num_samples), u.T, upper=False).T
     return Points((u @ factor.T).to(dtype), None)
 
 
 class GridPoints:
-    """A trapezoid rule for N(0, K), made slice by slice: tens of millions of nodes are never held at once.
+    """A trapezoid rule for N(0, K), generated slice by slice: tens of millions of nodes are never held at once.
 
     Args:
         K: (N, N).
@@ -109,7 +114,10 @@ def quadrature_step(activation: Activation, K: Tensor, tolerance: float = 1e-10)
     """The coarsest step, in units of z, that integrates products of derivatives at one label to ``tolerance``.
 
     All labels share sigma's singularities, and the nearest one, seen from any direction, is as near as for the single
-    label of the largest variance. None if no step down to 1/64 will do, as for powers that outgrow the range.
+    label of the largest variance.
+
+    Returns:
+        The step; None if no step down to 1/64 suffices, as for powers that outgrow the range.
     """
     deviation = K.diagonal().max().sqrt()
     if not _HALF_RANGE * float(deviation) * 128 < _MOST_NODES:
@@ -154,7 +162,7 @@ class KinkedPoints(Points):
 
     Args:
         K: (N, N), N <= 4.
-        count: Nodes a side and label; (2 count)^N in all at most.
+        count: Nodes per side and label; at most (2 count)^N in all.
     """
 
     def __init__(self, K: Tensor, count: int) -> None:
@@ -202,9 +210,12 @@ def _pivoted_cholesky(K: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _half_line_rules(edge: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Gauss rules for exp(-u^2/2) / sqrt(2 pi) left and right of each edge: (M, 2 count) nodes and weights.
+    """Gauss rules for exp(-u^2/2) / sqrt(2 pi) left and right of each edge.
 
     By Lanczos on a fine discretization of the weight and the eigenvectors of the Jacobi matrix (Golub & Welsch 1969).
+
+    Returns:
+        Nodes and weights, (M, 2 count) each.
     """
     bound = _HALF_RANGE + 0.5
     edge = edge.clamp(-bound, bound)

@@ -1,7 +1,8 @@
 """Gaussian expectations of one label, <f(z)> for z ~ N(0, K).
 
 For an analytic f that grows slower than the Gaussian decays, the trapezoid rule converges exponentially in the step.
-The step is found, not assumed: it is halved until neither halving it again nor widening the range changes the result.
+The step is determined, not assumed: it is halved until neither halving it again nor widening the range changes the
+result.
 Between kinks f is smooth, and Gauss-Legendre panels that end at them converge as fast.
 """
 
@@ -20,22 +21,32 @@ _FINEST_STEP = 1.0 / 512.0
 
 
 class QuadratureError(ValueError):
-    """The function is not smooth enough, or grows too fast, for quadrature to reach its error bound."""
+    """The function is not smooth enough, or grows too fast, for quadrature to reach its error bound.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> shifted = theory.MLPEnsemble([3, 5, 1], lambda z: torch.relu(z - 0.3))
+        >>> try:
+        ...     theory.output_fluctuation(shifted)
+        ... except theory.QuadratureError:
+        ...     print("declare the kink")
+        declare the kink
+    """
 
 
 def expectation(function: Callable[[Tensor], Tensor], K: Tensor, kinks: tuple[float, ...] = ()) -> Tensor:
     """``<f(z)>`` for z ~ N(0, K), elementwise in ``K``.
 
+    Raises ``QuadratureError`` if halving the step or widening the range changes the result.
+
     Args:
         function: f, elementwise, smooth but for ``kinks``.
         K: Variances >= 0, any shape, float64.
-        kinks: Where f or a derivative of it jumps. What f has there beyond a jump, a delta function, is not seen.
+        kinks: Where f or a derivative of it jumps. Delta functions of f there are not included.
 
     Returns:
         Same shape as ``K``.
-
-    Raises:
-        QuadratureError: If halving the step or widening the range changes the result.
     """
     deviation = K.reshape(-1, 1).sqrt()
     if kinks:
@@ -56,7 +67,7 @@ def panel_grid(deviation: Tensor, kinks: tuple[float, ...], pieces: int) -> tupl
     Args:
         deviation: sqrt(K), (..., 1).
         kinks: Where the integrand jumps.
-        pieces: Into how many equal pieces the stretch from kink to kink is cut.
+        pieces: Number of equal pieces into which the stretch from kink to kink is cut.
 
     Returns:
         Nodes u = z / sqrt(K) and their weights with the Gaussian density, both (..., nodes).
@@ -99,7 +110,7 @@ def _grid(step: float, half_range: float, like: Tensor) -> tuple[Tensor, Tensor]
 
 
 def resolved_grid(functions: list[Callable[[Tensor], Tensor]], deviation: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """A grid on which the mean of every function, at every deviation, no longer depends on step and range."""
+    """Refine a grid until the mean of every function, at every deviation, no longer depends on step and range."""
     step = 0.25
     while step >= _FINEST_STEP:
         means = []

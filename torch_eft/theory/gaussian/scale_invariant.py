@@ -1,9 +1,9 @@
-"""Gaussian moments of activations with two slopes (linear, ReLU, leaky ReLU, |z|), exactly, for up to four labels.
+"""Gaussian moments of scale-invariant activations (linear, ReLU, leaky ReLU, |z|), exactly, for up to four labels.
 
 Two kinds of derivative must not be confused. RESPONSES, derivatives of Gaussian expectations with respect to K, are
-finite whatever automatic differentiation makes of sigma'' at the kink: the arc-cosine kernel (Cho & Saul 2009)
-differentiated. EXPLICIT derivatives multiply one another in the network's own Taylor coefficients: sigma'' is 0 for
-``kinks="autograd"`` and (slope_+ - slope_-) delta(z) for ``"distributional"``.
+finite for every convention for sigma'' at the kink: the arc-cosine kernel (Cho & Saul 2009), differentiated. EXPLICIT
+derivatives multiply one another in the network's own Taylor coefficients: sigma'' is 0 for ``kinks="autograd"`` and
+(slope_+ - slope_-) delta(z) for ``"distributional"``.
 """
 
 import itertools
@@ -34,7 +34,7 @@ def correlation(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rho, torch.where(parallel, 0.0, sine_squared).sqrt(), scale
 
 
-class TwoSlopePairs:
+class ScaleInvariantPairs:
     """Two-label moments; the interface of ``two_point_moments.TwoPointMoments``.
 
     Args:
@@ -64,7 +64,7 @@ class TwoSlopePairs:
         return arc_cosine_response(self.slopes, self.K, p + i, q + j)
 
     def _product(self, moments: SignedMoments, orders: list[Orders]) -> Tensor:
-        return two_slope_product(self.slopes, moments, orders, self.distributional)
+        return scale_invariant_product(self.slopes, moments, orders, self.distributional)
 
 
 class ScaleInvariantMoments:
@@ -80,13 +80,13 @@ class ScaleInvariantMoments:
         self.slopes, self.K, self.distributional = slopes, K, distributional
 
     def moment(self, factors: Sequence[tuple[Orders, Tensor]]) -> Tensor:
-        """<prod f>, one axis a factor, in chunks of the first."""
+        """<prod f>, one axis per factor, in chunks of the first."""
         sizes = [len(index) for _, index in factors]
         rows = max(1, _CHUNK // math.prod(sizes[1:]))
         parts = []
         for part in factors[0][1].split(rows):
             indices = [part, *(index for _, index in factors[1:])]
-            value = two_slope_product(
+            value = scale_invariant_product(
                 self.slopes, SignedMoments(self._entries(indices)), [o for o, _ in factors], self.distributional
             )
             parts.append(value.expand([len(index) for index in indices]))
@@ -107,7 +107,7 @@ class ScaleInvariantMoments:
         return tuple(tuple(entry(i, j) for j in range(count)) for i in range(count))
 
 
-def two_slope_product(
+def scale_invariant_product(
     slopes: tuple[float, float], moments: SignedMoments, orders: Sequence[Orders], distributional: bool
 ) -> Tensor:
     """<prod over labels of prod sigma^(p)>, with at most one explicit second derivative.
@@ -115,6 +115,15 @@ def two_slope_product(
     With L, R the slopes, sigma'^m = (R^m + L^m) / 2 + (R^m - L^m) / 2 sgn z and sigma = z sigma'. A second derivative
     with m first ones is the derivative of sigma'^{m+1} / (m+1): (R^{m+1} - L^{m+1}) / (m+1) delta(z); with a sigma
     it is 0.
+
+    Args:
+        slopes: (negative, positive): L, R.
+        moments: Expectations of monomials times signs, one position per label.
+        orders: The derivatives multiplied at each label.
+        distributional: Whether a second derivative is a delta function or zero.
+
+    Returns:
+        Broadcast over the entries of the covariance.
 
     Raises:
         ValueError: If derivatives beyond that are asked for: products of delta functions have no value.
@@ -153,7 +162,7 @@ def _with_delta(slopes: tuple[float, float], moments: SignedMoments, orders: Seq
         count = merged.count(1) + 1
         rest = [index for index in range(len(others)) if index not in together]
         weight = (slopes[1] ** count - slopes[0] ** count) / count
-        inner = two_slope_product(slopes, given.only(rest), [others[index] for index in rest], False)
+        inner = scale_invariant_product(slopes, given.only(rest), [others[index] for index in rest], False)
         return weight * moments.density(at) * inner
 
     total = value(())
@@ -166,7 +175,16 @@ def _with_delta(slopes: tuple[float, float], moments: SignedMoments, orders: Seq
 
 
 def arc_cosine_response(slopes: tuple[float, float], K: Tensor, p: int, q: int) -> Tensor:
-    """<d_a^p d_b^q sigma_a sigma_b> for p + q even, (N, N); at coincident inputs the response of one merged label.
+    """<d_a^p d_b^q sigma_a sigma_b> for p + q even; at coincident inputs the response of one merged label.
+
+    Args:
+        slopes: (negative, positive).
+        K: (N, N), float64.
+        p: Order of the derivative at a.
+        q: Order of the derivative at b.
+
+    Returns:
+        (N, N).
 
     Raises:
         ValueError: If there is no closed form for the orders.
@@ -196,4 +214,4 @@ def arc_cosine_response(slopes: tuple[float, float], K: Tensor, p: int, q: int) 
         return torch.where(merged, 0.0, forms[p, q]())
     if (q, p) in forms:
         return arc_cosine_response(slopes, K, q, p).T
-    raise ValueError(f"orders {(p, q)}: no closed form for two-slope activations")
+    raise ValueError(f"orders {(p, q)}: no closed form for scale-invariant activations")

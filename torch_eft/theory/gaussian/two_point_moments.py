@@ -1,11 +1,11 @@
 """All two-label moments of one layer, <f(z_a) g(z_b)>, with f, g products of derivatives of sigma.
 
 ``explicit(p.., q..)``: <prod sigma^(p)_a prod sigma^(q)_b>, e.g. M_pq(ab) = <sigma^(p)_a sigma^(q)_b>_K (PDLT 4.2),
-with derivatives as the network's own Taylor coefficients have them. ``response(p, q, i, j)``: the derivatives
-d_a^i d_b^j of sigma^(p)_a sigma^(q)_b that arise when an expectation answers to a change of K. For smooth sigma both
-are M_{p+i, q+j}; at a kink they are not (see ``two_slope``). Routes, chosen by the activation:
+with derivatives as in the network's own Taylor coefficients. ``response(p, q, i, j)``: the derivatives
+d_a^i d_b^j of sigma^(p)_a sigma^(q)_b that arise when an expectation responds to a change of K. For smooth sigma both
+are M_{p+i, q+j}; at a kink they are not (see ``scale_invariant``). Routes, chosen by the activation:
 
-* two slopes (linear, ReLU, leaky ReLU): closed forms (``two_slope``);
+* scale-invariant (linear, ReLU, leaky ReLU): closed forms (``scale_invariant``);
 * a kink at zero (ELU, SELU): integrals quadrant by quadrant and delta functions (``piecewise``);
 * erf (Williams 1996) and sin, M_00 and M_11: closed forms;
 * every other smooth function: Mehler's expansion in Hermite polynomials (Mehler 1866)
@@ -27,11 +27,11 @@ from torch import Tensor
 from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.piecewise import PiecewisePairs
 from torch_eft.theory.gaussian.quadrature import RELATIVE_ERROR, QuadratureError, resolved_grid
-from torch_eft.theory.gaussian.scale_invariant import Orders, TwoSlopePairs, correlation
+from torch_eft.theory.gaussian.scale_invariant import Orders, ScaleInvariantPairs, correlation
 
 Kinks = Literal["autograd", "distributional"]
-"""Explicit second derivatives at a kink: 0 almost everywhere, as automatic differentiation of the network has
-them, or the delta functions of a smooth activation sharpened to the kink."""
+"""Explicit second derivatives at a kink: 0 almost everywhere, as in automatic differentiation of the network, or the
+delta functions of a smooth activation sharpened to the kink."""
 
 _MAX_TERMS = 20000
 _BLOCK = 32
@@ -59,19 +59,22 @@ def two_point_moments(activation: Activation, K: Tensor, kinks: Kinks = "autogra
     Args:
         activation: sigma.
         K: (N, N), float64.
-        kinks: What explicit derivatives are at a kink.
+        kinks: The meaning of explicit derivatives at a kink.
+
+    Returns:
+        The moments, computed when first asked for.
 
     Raises:
         ValueError: If sigma has kinks elsewhere than at zero.
     """
     if activation.slopes is not None:
-        return TwoSlopePairs(activation.slopes, K, kinks == "distributional")
+        return ScaleInvariantPairs(activation.slopes, K, kinks == "distributional")
     if activation.kinks == (0.0,):
         return PiecewisePairs(activation, K, kinks == "distributional")
     if activation.kinks:
         raise ValueError(
             f"activation: {activation.name} has kinks at {', '.join(f'{k:g}' for k in activation.kinks)}; expectations "
-            "of two inputs are there for smooth functions and for a kink at 0. Use criticality() for one input"
+            "of two inputs exist for smooth functions and for a kink at 0. Use criticality() for one input"
         )
     return SmoothPairs(activation, K)
 
@@ -133,7 +136,7 @@ class SmoothPairs:
 
         def function(z: Tensor) -> Tensor:
             value = torch.ones_like(z)
-            for order in orders:  # of no functions: 1
+            for order in orders:  # an empty product is 1
                 value = value * self.activation(z, order)
             return value
 
@@ -144,7 +147,7 @@ class SmoothPairs:
         total = values.square().sum(1)
         before, current = torch.zeros_like(weight), weight.sqrt()
         blocks, remainder = [], total.clone()
-        for start in range(0, _MAX_TERMS, _BLOCK):  # a matrix product a block of Hermite functions
+        for start in range(0, _MAX_TERMS, _BLOCK):  # one matrix product per block of Hermite functions
             basis = []
             for k in range(start, start + _BLOCK):
                 basis.append(current)

@@ -7,9 +7,9 @@ PDLT 11.2-11.3 and chapter infinity (the ddNTK), for any number of inputs and an
     E[ddI_{i0 i1 i2 i3;0123}]     = (1/n) [ d_01 d_23 R_0123 + d_02 d_31 R_0231 + d_03 d_12 R_0312 ]
     E[ddII_{i1 i2 i3 i4;1234}]    = (1/n) [ d_12 d_34 S_1234 + d_13 d_24 T_1324 + d_14 d_23 U_1423 ].
 
-``v.curved`` is false for two slopes whose kink automatic differentiation does not see: every term with an explicit
-sigma'' (one that multiplies H's in the network's derivatives) is then absent. The second derivatives inside responses
-are derivatives of Gaussian expectations, and stay.
+``v.curved`` is false for a scale-invariant activation whose kink automatic differentiation does not see: every term
+with an explicit sigma'' (one that multiplies H's in the network's derivatives) is then absent. The second derivatives
+inside responses are derivatives of Gaussian expectations, and stay.
 """
 
 from torch import Tensor

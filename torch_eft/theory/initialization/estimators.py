@@ -41,7 +41,7 @@ _KINKED_NODES = {1: (32, 40), 2: (32, 40), 3: (20, 28), 4: (14, 18)}
 difference, that of the coarser one."""
 
 _PARALLEL = 1e-10
-"""Inputs of a correlation closer to 1 than this cannot be told apart: responses at a kink diverge between them."""
+"""Inputs whose correlation is closer to 1 than this count as equal: responses at a kink diverge between them."""
 
 
 class ReplicaMean:
@@ -116,6 +116,20 @@ def vertex_replicas(
     Scale-invariant activations: one, exact. At most four inputs: one, integrated, for a smooth sigma; two of different
     fineness for one with a kink. Else ``num_replicas`` sampled ones; also where the rule would need more than 2^25
     nodes, or none resolves sigma.
+
+    Args:
+        ensemble: The ensemble.
+        K: K^(1) .. K^(L) on all inputs.
+        Theta: Theta^(1) .. Theta^(L), likewise.
+        pairs: Two-label moments at layers 1 .. L-1.
+        label_sets: The inputs that each label runs over.
+        num_samples: Sample size in all, where moments are sampled.
+        num_replicas: Independent samples that share it.
+        seed: Seed of the samples.
+        kinks: The meaning of explicit derivatives at a kink.
+
+    Returns:
+        The evaluators.
 
     Raises:
         ValueError: If there are fewer than two replicas, or too few samples for the number of inputs.

@@ -67,6 +67,9 @@ def divergent(ensemble: MLPEnsemble, kinks: Kinks) -> tuple[str, ...]:
     """Names of the vertices without a value: ddNTK statistics contain squared delta functions where sigma' jumps.
 
     For sigma smoothed on a scale 1/beta they grow linearly with beta: the expansion of the ddNTK does not exist.
+
+    Returns:
+        The names, none for ``kinks="autograd"``.
     """
     activation = ensemble.activation
     if kinks == "autograd" or not activation.kinked or not any(activation.jump(1, kink) for kink in activation.kinks):

@@ -1,4 +1,4 @@
-"""How expectations answer to changes of the covariance: the building blocks of the recursions at order 1/n.
+"""Responses of expectations to changes of the covariance: the building blocks of the recursions at order 1/n.
 
 With f = sigma^(p)_1 sigma^(q)_2 and a change X_bb' of the covariance (PDLT 4.3 and 8.2, in the form in which K is never
 inverted; derived by d<f>/dK_bb' = (1/2) <d_b d_b' f> summed over the two labels that f depends on):

@@ -107,6 +107,8 @@ def initial_statistics(
     gives, not the rates of change of the network's NTK. ``"distributional"``: the delta function, the limit of
     smooth activations; R, S, T, U then diverge where sigma' jumps and are NaN, with a warning.
 
+    Raises ``QuadratureError`` if the activation is not smooth enough for quadrature.
+
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, n_0), any real dtype.
@@ -125,15 +127,14 @@ def initial_statistics(
         ValueError: If ``x`` does not fit ``ensemble.widths[0]``, is empty or not finite, if a name is unknown, if
             the tensors do not fit into ``memory``; and, where more than K and Theta is asked for, if r >= 1, if an
             input vanishes with C_b = 0, or if two inputs coincide for a kinked activation.
-        QuadratureError: If the activation is not smooth enough for quadrature.
 
     Example:
         >>> import torch
         >>> from torch_eft import theory
-        >>> ensemble = theory.MLPEnsemble([3, 100, 100, 1], "relu", C_W=2.0)
+        >>> ensemble = theory.MLPEnsemble([3, 100, 1], "relu", C_W=2.0)
         >>> last = theory.initial_statistics(ensemble, torch.eye(3), statistics=["V"])[-1]
         >>> last.layer, last.V.shape, last.validity.flag
-        (3, torch.Size([3, 3, 3, 3]), 'valid')
+        (2, torch.Size([3, 3, 3, 3]), 'valid')
     """
     x = check_inputs("x", x, ensemble)
     names = {statistics} if isinstance(statistics, str) else set(statistics)

@@ -51,9 +51,8 @@ class UnstablePoint:
 
     Example:
         >>> from torch_eft import theory
-        >>> point = theory.criticality("gelu").unstable_alternative
-        >>> point.C_W, point.a_1 > 0
-        (4.0, True)
+        >>> theory.UnstablePoint(C_b=0.0, C_W=4.0, K_star=0.0, a_1=0.5)
+        UnstablePoint(C_b=0.0, C_W=4.0, K_star=0.0, a_1=0.5)
     """
 
     C_b: float
@@ -120,6 +119,9 @@ def criticality(activation: ActivationLike, *, residual: float = 0.0) -> Critica
 
     Where several exist, an attractive K* = 0 is preferred, then the half-stable point of smallest K*.
 
+    Raises ``QuadratureError`` if the activation has a kink it does not declare, structure too fine for the quadrature,
+    or exponential growth.
+
     Args:
         activation: A name, an ``Activation`` or an elementwise function, smooth between its ``kinks``.
         residual: Strength gamma in [0, 1) of the skip connection, z' = gamma z + b + W s(z); 0 is the plain MLP.
@@ -129,14 +131,12 @@ def criticality(activation: ActivationLike, *, residual: float = 0.0) -> Critica
 
     Raises:
         ValueError: If the activation is unknown, jumps, or ``residual`` is out of range.
-        QuadratureError: If the activation has a kink it does not declare, structure too fine for the quadrature, or
-            exponential growth.
 
     Example:
         >>> from torch_eft import theory
-        >>> point = theory.criticality("tanh")
-        >>> point.universality_class, point.C_b, point.C_W, point.K_star
-        ('K*=0', 0.0, 1.0, 0.0)
+        >>> point = theory.criticality("linear", residual=0.6)
+        >>> point.universality_class, point.C_b, round(point.C_W, 12)
+        ('scale-invariant', 0.0, 0.64)
     """
     activation, gamma = get_activation(activation), check_residual(residual)
     for kink in activation.kinks:

@@ -45,11 +45,13 @@ from torch_eft.theory.gaussian.quadrature import QuadratureError, panel_grid
 from torch_eft.theory.signal_propagation.susceptibility import check_residual, mean_power, power_mean
 
 _TAIL = 1e-8
-"""What the modes left out may contribute to nu, relative."""
+"""Largest relative contribution to nu allowed for the modes left out."""
 
 
 def vertex_growth(activation: ActivationLike, C_W: float, K: float, residual: float = 0.0) -> float:
     """Compute nu, the growth of V/K^2 per layer at a fixed point with chi_par = 1.
+
+    Raises ``ValueError`` if ``residual`` is out of range.
 
     Args:
         activation: A name, an ``Activation`` or an elementwise function.
@@ -61,7 +63,6 @@ def vertex_growth(activation: ActivationLike, C_W: float, K: float, residual: fl
         The Green-Kubo sum; what is left out is bounded by 1e-8 of it.
 
     Raises:
-        ValueError: If ``residual`` is out of range.
         QuadratureError: If the sum does not settle.
     """
     activation, gamma = get_activation(activation), check_residual(residual)

@@ -146,6 +146,9 @@ def check_nonnegative(name: str, value: float) -> Tensor:
 def susceptibilities(activation: ActivationLike, C_W: float, K: float, *, residual: float = 0.0) -> Susceptibilities:
     """The susceptibilities chi_par and chi_perp of one layer at the kernel K (PDLT 5.1).
 
+    Raises ``ValueError`` if an argument is out of range; ``QuadratureError`` if the activation is not smooth between
+    its ``kinks``.
+
     Args:
         activation: A name, an ``Activation`` or an elementwise function.
         C_W: Rescaled weight variance >= 0.
@@ -154,10 +157,6 @@ def susceptibilities(activation: ActivationLike, C_W: float, K: float, *, residu
 
     Returns:
         gamma^2 + C_W d<s^2>/dK and gamma^2 + C_W <s'^2>.
-
-    Raises:
-        ValueError: If an argument is out of range.
-        QuadratureError: If the activation is not smooth between its ``kinks``.
 
     Example:
         >>> from torch_eft import theory
@@ -186,6 +185,8 @@ def fixed_points(
     its sign between them; bisection follows wherever F - K changes its sign. An extremum with |F - K| < 1e-10 K counts
     as a half-stable point, which the curve only touches. Structure finer than the spacing can be missed.
 
+    Raises ``QuadratureError`` if the activation is not smooth between its ``kinks``.
+
     Args:
         activation: A name, an ``Activation`` or an elementwise function.
         C_b: Bias variance >= 0.
@@ -198,7 +199,6 @@ def fixed_points(
 
     Raises:
         ValueError: If an argument is out of range, or if every K is a fixed point (scale invariance at criticality).
-        QuadratureError: If the activation is not smooth between its ``kinks``.
 
     Example:
         >>> from torch_eft import theory
@@ -236,6 +236,7 @@ def fixed_points(
     values = drift(places)
     touches = torch.isin(places, grid.new_tensor(extrema)) & (values.abs() <= _TANGENT * places)
     signs = torch.where(touches, 0.0, values.sign())
+    points += [point(K) for K in places[(values == 0) & ~touches].tolist()]  # a sample that hits one exactly
     for index in touches.nonzero().flatten().tolist():
         points.append(point(float(places[index]), stable=bool(signs[index - 1] > 0 > signs[index + 1])))
     points += [point(K) for K in sign_changes(drift, places, signs)]
