@@ -131,10 +131,10 @@ def initial_statistics(
     Example:
         >>> import torch
         >>> from torch_eft import theory
-        >>> ensemble = theory.MLPEnsemble([3, 100, 1], "relu", C_W=2.0)
+        >>> ensemble = theory.MLPEnsemble([3, 100, 100, 1], "linear")
         >>> last = theory.initial_statistics(ensemble, torch.eye(3), statistics=["V"])[-1]
         >>> last.layer, last.V.shape, last.validity.flag
-        (2, torch.Size([3, 3, 3, 3]), 'valid')
+        (3, torch.Size([3, 3, 3, 3]), 'valid')
     """
     x = check_inputs("x", x, ensemble)
     names = {statistics} if isinstance(statistics, str) else set(statistics)

@@ -102,7 +102,7 @@ def vertex_block(
         >>> import torch
         >>> from torch_eft import theory
         >>> x, probe, train = torch.eye(3), torch.tensor([0]), torch.tensor([1, 2])
-        >>> ensemble = theory.MLPEnsemble([3, 50, 1], "relu", C_W=2.0)
+        >>> ensemble = theory.MLPEnsemble([3, 50, 50, 1], "linear")
         >>> sets = {"x": probe, "g": train, "d": train}
         >>> theory.vertex_block(ensemble, x, name="V", labels="xxgd", label_sets=sets).value.shape
         torch.Size([1, 2, 2])
@@ -154,7 +154,7 @@ def vertex_tiles(
     Example:
         >>> import torch
         >>> from torch_eft import theory
-        >>> ensemble = theory.MLPEnsemble([3, 50, 1], "relu", C_W=2.0)
+        >>> ensemble = theory.MLPEnsemble([3, 50, 50, 1], "linear")
         >>> [tile.value.shape[:2] for tile in theory.vertex_tiles(ensemble, torch.eye(3), name="V", tile=2)][:2]
         [torch.Size([2, 2]), torch.Size([2, 1])]
     """
