@@ -232,7 +232,7 @@ def test_unknown_names_and_outputs_stop_before_training():
 
 
 def test_misnamed_layers_stop_before_training():
-    with pytest.raises(ValueError, match=r"layers: 'nope' is no submodule; there are net, net.0"):
+    with pytest.raises(ValueError, match=r"layers: 'nope' given; give one of 'net', 'net.0'"):
         run([RepresentationMonitor(PROBE, budget=None, layers=["nope"])])
 
 

@@ -16,7 +16,7 @@ from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.kinks import kinked_operations
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.representations.alignment import effective_rank, target_alignment
-from torch_eft.measure.representations.change import block_drift, representation_change
+from torch_eft.measure.representations.change import block_drift, compare_representations
 from torch_eft.measure.representations.hidden_kernels import representation
 from torch_eft.measure.taylor.secant import ntk_finite_difference
 
@@ -38,8 +38,8 @@ def checked(model, x):
 
 def change(model, x):
     labels = torch.arange(len(x), device="cpu") % 2
-    found = representation(model, x, labels, keep=True)
-    return representation_change(found, found)
+    found = representation(model, x, targets=labels, keep=True)
+    return compare_representations(found, found)
 
 
 def taylor(model, x):
@@ -55,7 +55,9 @@ MEASUREMENTS = {
     "output": measure.output,
     "checks": checked,
     "hidden kernels": measure.hidden_kernels,
-    "representation": lambda model, x: representation(model, x, torch.arange(len(x), device="cpu") % 2, keep=True).K,
+    "representation": lambda model, x: (
+        representation(model, x, targets=torch.arange(len(x), device="cpu") % 2, keep=True).K
+    ),
     "kinked operations": lambda model, x: len(kinked_operations(model, x)),
     "ntk": measure.ntk,
     "dntk": lambda model, x: measure.ntk_derivatives(model, x, directions(model)).dH,

@@ -27,6 +27,7 @@ from torch_eft.measure.representations.change import (
     LayerChange,
     RepresentationChange,
     block_drift,
+    compare_representations,
     movement,
     representation_change,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "as_trace",
     "block_drift",
     "centered",
+    "compare_representations",
     "coverage",
     "ddntk",
     "displacement_terms",

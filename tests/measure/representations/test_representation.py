@@ -10,7 +10,12 @@ from torch import nn
 from tests.oracles.models import ConvNet, mlp
 from torch_eft import measure
 from torch_eft.measure.representations.alignment import effective_rank, target_alignment
-from torch_eft.measure.representations.change import block_drift, movement, representation_change
+from torch_eft.measure.representations.change import (
+    block_drift,
+    compare_representations,
+    movement,
+    representation_change,
+)
 from torch_eft.measure.representations.hidden_kernels import representation
 
 
@@ -54,7 +59,7 @@ def test_a_module_called_twice_is_recorded_twice():
 
 
 def test_unknown_layers_are_named():
-    with pytest.raises(ValueError, match=r"layers: 'nope' is no submodule; there are 0, 1, 2"):
+    with pytest.raises(ValueError, match=r"layers: 'nope' given; give one of '0', '1', '2'"):
         measure.hidden_kernels(mlp(), torch.ones(2, 5), layers=["nope"])
 
 
@@ -109,7 +114,7 @@ def test_cka_of_independent_features_is_biased_and_the_debiased_one_is_not():
     for seed in range(200):
         X, Y = randn(10, 100, seed=seed), randn(10, 100, seed=1000 + seed)
         for debiased in found:
-            found[debiased].append(float(measure.linear_cka(X @ X.T, Y @ Y.T, debiased)))
+            found[debiased].append(float(measure.linear_cka(X @ X.T, Y @ Y.T, debiased=debiased)))
     means = {debiased: sum(values) / len(values) for debiased, values in found.items()}
     assert means[False] > 0.8
     assert abs(means[True]) < 0.05
@@ -118,16 +123,16 @@ def test_cka_of_independent_features_is_biased_and_the_debiased_one_is_not():
 @pytest.mark.parametrize("debiased", [False, True])
 def test_cka_that_is_not_defined_is_nan(debiased):
     one = torch.ones(1, 1)
-    assert math.isnan(measure.linear_cka(one, one, debiased))
+    assert math.isnan(measure.linear_cka(one, one, debiased=debiased))
     X = randn(6, 3).float()
     K = X @ X.T
     same = torch.full((6, 4), 0.1) * torch.tensor([1.0, 3.0, 0.7, 0.2])  # centered, this is rounding and not 0
     for constant in (same @ same.T, torch.zeros(6, 6), torch.full((6, 6), 1 / 3)):
-        assert math.isnan(measure.linear_cka(K, constant, debiased))
-        assert math.isnan(measure.linear_cka(constant, K, debiased))
+        assert math.isnan(measure.linear_cka(K, constant, debiased=debiased))
+        assert math.isnan(measure.linear_cka(constant, K, debiased=debiased))
     small = 100 + 1e-2 * X  # constant but for a part that can still be told from rounding in float64
     small = (small.double() @ small.double().T, K.double())
-    assert not math.isnan(measure.linear_cka(*small, debiased))
+    assert not math.isnan(measure.linear_cka(*small, debiased=debiased))
 
 
 def test_debiased_cka_needs_four_samples():
@@ -143,12 +148,14 @@ def test_effective_ranks_of_spectra_known_by_hand():
         return rotation @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ rotation.T
 
     for entropy in (False, True):
-        assert float(effective_rank(kernel(2, 2, 2, 0, 0), entropy)) == pytest.approx(3)
-        assert float(effective_rank(kernel(7, 0, 0, 0, 0), entropy)) == pytest.approx(1)
-        assert math.isnan(effective_rank(torch.zeros(3, 3), entropy))
-        assert float(effective_rank(torch.ones(1, 1), entropy)) == pytest.approx(1)
+        assert float(effective_rank(kernel(2, 2, 2, 0, 0), entropy=entropy)) == pytest.approx(3)
+        assert float(effective_rank(kernel(7, 0, 0, 0, 0), entropy=entropy)) == pytest.approx(1)
+        assert math.isnan(effective_rank(torch.zeros(3, 3), entropy=entropy))
+        assert float(effective_rank(torch.ones(1, 1), entropy=entropy)) == pytest.approx(1)
     assert float(effective_rank(kernel(3, 1, 0, 0, 0))) == pytest.approx(16 / 10)
-    assert float(effective_rank(kernel(3, 1, 0, 0, 0), True)) == pytest.approx(4 / 3**0.75)  # H = 2 log 2 - (3/4) log 3
+    assert float(effective_rank(kernel(3, 1, 0, 0, 0), entropy=True)) == pytest.approx(
+        4 / 3**0.75
+    )  # H = 2 log 2 - (3/4) log 3
 
 
 def test_target_alignment_by_its_definition():
@@ -194,7 +201,7 @@ def trained(steps, width=12, inputs=6, activation=nn.Tanh, seed=0):
 
 def test_representation_holds_kernels_widths_and_activations():
     model, x, y = trained(0)
-    found = representation(model, x, y, keep=True)
+    found = representation(model, x, targets=y, keep=True)
     assert found.widths == {"1": 12, "3": 12}
     with torch.no_grad():
         torch.testing.assert_close(found.activations["3"], model[:4](x))
@@ -214,8 +221,9 @@ def test_activations_survive_operations_in_place():
 
 def test_the_change_of_a_trained_network_layer_by_layer():
     (old, x, y), (new, _, _) = trained(0), trained(30)
-    before, now = (representation(model, x, y, keep=True) for model in (old, new))
-    change = representation_change(now, before)
+    before, now = (representation(model, x, targets=y, keep=True) for model in (old, new))
+    change = compare_representations(now, before)
+    assert str(representation_change(new, x, old, new, targets=y)) == str(change)
     moves = movement(now, before)
     for depth, name in ((2, "1"), (4, "3")):
         with torch.no_grad():
@@ -240,12 +248,12 @@ def test_the_change_of_a_trained_network_layer_by_layer():
 def test_no_change_and_nothing_kept():
     model, x, _ = trained(0, width=3)
     found = representation(model, x)
-    change = representation_change(found, found)
+    change = compare_representations(found, found)
     for layer in change.layers.values():
         assert layer.relative_change == 0
         assert layer.cka_distance == pytest.approx(0, abs=1e-12)
         assert math.isnan(layer.movement) and math.isnan(layer.alignment[0])
-    assert change.validity == ()
+    assert change.validity.flag == "valid" and change.validity.reasons == ()
     with pytest.raises(ValueError, match=r"needs the activations; .*keep=True"):
         movement(found, found)
 
@@ -253,10 +261,10 @@ def test_no_change_and_nothing_kept():
 def test_a_single_sample_is_said_to_be_one():
     model, x, _ = trained(0, inputs=1)
     found = representation(model, x)
-    change = representation_change(found, found)
+    change = compare_representations(found, found)
     assert math.isnan(change.layers["1"].cka_distance) and math.isnan(change.layers["1"].effective_rank[0])
-    assert any("one sample only" in words for words in change.validity)
-    assert any("debiasing it takes four samples" in words for words in change.validity)
+    assert any("one sample only" in words for words in change.validity.reasons)
+    assert any("debiasing it takes four samples" in words for words in change.validity.reasons)
 
 
 def test_neurons_move_by_one_over_root_n_and_kernels_by_one_over_n():
@@ -290,9 +298,9 @@ def test_different_layers_or_probes_are_named():
     model, x, _ = trained(0)
     found = representation(model, x)
     with pytest.raises(ValueError, match=r"reference: the layer '3' is in one of the two only"):
-        representation_change(found, representation(model, x, layers=["1"]))
+        compare_representations(found, representation(model, x, layers=["1"]))
     with pytest.raises(ValueError, match=r"reference: the layer '1' has shape \(6, 6\) now, \(5, 5\)"):
-        representation_change(found, representation(model, x[:5]))
+        compare_representations(found, representation(model, x[:5]))
 
 
 def test_activations_that_are_not_finite_are_named():

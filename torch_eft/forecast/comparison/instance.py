@@ -113,7 +113,7 @@ class InstanceComparison:
                 f"{largest}"
             )
         self.words = ""
-        self._kinked = kinked_operations(self._model, as_probe(x_probe), output_fn) != ()
+        self._kinked = kinked_operations(self._model, as_probe(x_probe), output_fn=output_fn) != ()
         self._forecast(min(steps or _FIRST_HORIZON, _LONGEST_AT_ONCE) if earlier is None else int(earlier["steps"]))
 
     # ---- theta_0 in a checkpoint

@@ -46,7 +46,7 @@ class RepresentationInstrument(Instrument):
     def check(self, network: nn.Module, probe: Probe, outputs: int, output_fn: OutputFn | None) -> None:
         """Check that the layers asked for exist."""
         if self.layers is not None:
-            hidden_kernels(network, probe, self.layers, output_fn)
+            hidden_kernels(network, probe, layers=self.layers, output_fn=output_fn)
 
     def observe(self, measurement: Measurement) -> Reading:
         """Relative change and 1 - CKA: the mean over layers, and each with ``per_layer``."""

@@ -115,7 +115,7 @@ def checked_network(
     if model is None or probe is None:
         raise ValueError(f"{'model' if model is None else 'probe'}: None given; an observer needs one")
     network = model if unsharded_model is None else unsharded_model
-    samples, outputs = output(network, probe, output_fn).shape
+    samples, outputs = output(network, probe, output_fn=output_fn).shape
     for instrument in instruments:
         instrument.check(network, probe, outputs, output_fn)
     plans = [instrument.plan(outputs, samples) for instrument in instruments]

@@ -10,16 +10,26 @@ from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 
 
-def output(model: Model, x: Any, output_fn: OutputFn | None = None) -> Tensor:
-    """The network's output on ``x`` in evaluation mode, (N, C).
+def output(model: Model, x: Any, *, output_fn: OutputFn | None = None) -> Tensor:
+    """Compute the network's output on ``x`` in evaluation mode.
 
     Args:
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
         output_fn: Turns what the model returns into (N, C).
 
+    Returns:
+        (N, C).
+
     Raises:
         ValueError: If the forward rejects ``x`` or changes it in place, or what it returns is not (N, C).
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(0.5))
+        >>> measure.output(model, torch.eye(3)).shape  # without dropout
+        torch.Size([3, 2])
     """
     probe = as_probe(x)
     with isolated(model, output_fn) as network, torch.no_grad():
@@ -27,7 +37,15 @@ def output(model: Model, x: Any, output_fn: OutputFn | None = None) -> Tensor:
 
 
 def checked_output(network: IsolatedModel, probe: Probe, params: dict[str, Tensor] | None = None) -> Tensor:
-    """(N, C) for an isolated network, with ``params`` in the place of its own if given.
+    """Compute the output of an isolated network.
+
+    Args:
+        network: The network.
+        probe: N samples.
+        params: Parameters in the place of its own.
+
+    Returns:
+        (N, C).
 
     Raises:
         ValueError: As ``output``.

@@ -25,6 +25,13 @@ class Probe:
         ValueError: If there is no tensor, no sample, the numbers of samples or the devices differ, or an input is
             complex or not finite.
         TypeError: If something other than a tensor, tuple, list or dict is given.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> probe = measure.Probe({"tokens": torch.zeros(4, 7, dtype=torch.long), "mask": torch.ones(4, 7)})
+        >>> probe.size, probe.description
+        (4, '(4, 7) int64, (4, 7) float32')
     """
 
     inputs: Any
@@ -64,5 +71,5 @@ class Probe:
 
 
 def as_probe(x: Any) -> Probe:
-    """``x`` itself if it is a probe, else the probe with these inputs."""
+    """Return ``x`` itself if it is a probe, else the probe with these inputs."""
     return x if isinstance(x, Probe) else Probe(x)

@@ -1,4 +1,4 @@
-"""What can be seen of a module without running it, or reading its values; and whether values are numbers."""
+"""Checks of a module that neither run it nor read its values; and checks that values are numbers."""
 
 import torch
 from torch import Tensor, nn
@@ -44,17 +44,17 @@ def check_structure(module: nn.Module) -> None:
 
 
 def all_finite(*tensors: Tensor) -> bool:
-    """Whether every number is finite, waiting for the device once; True on "meta", where there are none."""
+    """True if every number is finite, waiting for the device once; True on "meta", where there are none."""
     floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
-    found = [tensor.isfinite().all() for tensor in floating if has_values(tensor)]
-    return bool(torch.stack(found).all()) if found else True
+    finite = [tensor.isfinite().all() for tensor in floating if has_values(tensor)]
+    return bool(torch.stack(finite).all()) if finite else True
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether it holds numbers: on the device "meta" there are none."""
+    """True if the tensor holds numbers: on the device "meta" there are none."""
     return tensor.device.type != "meta"
 
 
 def place(name: str, module: nn.Module) -> str:
-    """A submodule in words."""
+    """The name and class of a submodule, for messages."""
     return f"{name!r} ({type(module).__name__})" if name else type(module).__name__

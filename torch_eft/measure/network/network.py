@@ -128,7 +128,7 @@ class Network:
 
     def output(self) -> Tensor:
         """Return the outputs, (N, C); see ``measure.output``."""
-        return output(self.current, self.probe, self.output_fn)
+        return output(self.current, self.probe, output_fn=self.output_fn)
 
     @overload
     def ntk(self, *, trace: bool = ..., per: None = ..., other: Any = ...) -> Tensor: ...
@@ -225,10 +225,12 @@ class Network:
         return ntk_change(self.current, self.probe, theta_0, theta, distance=distance, trace=trace, **self._options)
 
     def representation(
-        self, targets: Tensor | None = None, *, layers: Sequence[str] | None = None, keep: bool = False
+        self, *, targets: Tensor | None = None, layers: Sequence[str] | None = None, keep: bool = False
     ) -> Representation:
         """Return the hidden layers; see ``measure.representation``."""
-        return representation(self.current, self.probe, targets, layers=layers, output_fn=self.output_fn, keep=keep)
+        return representation(
+            self.current, self.probe, targets=targets, layers=layers, output_fn=self.output_fn, keep=keep
+        )
 
     def hidden_kernels(self, *, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Return the kernels of hidden layers; see ``measure.hidden_kernels``."""

@@ -68,7 +68,7 @@ def sharded_snapshot(
         _equal_buffers(network, ranks)
         output = _outputs(network, probe, ranks)
         ntk = _kernel(network, probe, lambdas, plan.ntk_trace, memory, ranks) if plan.ntk else None
-        hidden = ranks.together(lambda: hidden_kernels(network, probe, plan.layers) if plan.hidden else {})
+        hidden = ranks.together(lambda: hidden_kernels(network, probe, layers=plan.layers) if plan.hidden else {})
     return Snapshot(output, ntk, hidden)
 
 

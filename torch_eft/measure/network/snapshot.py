@@ -97,5 +97,5 @@ def take_snapshot(
         return Snapshot(
             output,
             ntk(network, probe, lambdas=lambdas, trace=plan.ntk_trace) if plan.ntk else None,
-            hidden_kernels(network, probe, plan.layers) if plan.hidden else {},
+            hidden_kernels(network, probe, layers=plan.layers) if plan.hidden else {},
         )

@@ -1,4 +1,4 @@
-"""Kernels compared: with each other, with the targets, with their own trace."""
+"""Compares kernels with each other, with the targets and with their own trace."""
 
 import math
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def linear_cka(K: Tensor, reference: Tensor, debiased: bool = False) -> Tensor:
-    """Linear centered kernel alignment of two kernels (Kornblith et al. 2019), in [0, 1]; a 0-d tensor.
+def linear_cka(K: Tensor, reference: Tensor, *, debiased: bool = False) -> Tensor:
+    """Compute the linear centered kernel alignment of two kernels (Kornblith et al. 2019), in [0, 1].
 
     <K_c, L_c> / (||K_c|| ||L_c||) with K_c = C K C, C = 1 - (1/N) 1 1^T. NaN for one sample, or for a
     representation that is the same for all samples, to rounding.
@@ -15,6 +15,21 @@ def linear_cka(K: Tensor, reference: Tensor, debiased: bool = False) -> Tensor:
     With fewer samples than features it is biased towards 1: even independent representations are alike. ``debiased``
     puts U-statistics, HSIC_1 of Song et al. 2012 (eq. 4), in place of the three products, as Nguyen et al. 2021 do:
     0 in the mean for independent representations, at most 1, NaN below four samples.
+
+    Args:
+        K: (N, N).
+        reference: (N, N), of the same samples.
+        debiased: Take U-statistics.
+
+    Returns:
+        A 0-d tensor.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> K = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+        >>> round(float(measure.linear_cka(K, 5 * K)), 4)  # the scale drops out
+        1.0
     """
     first, second = centered(K), centered(reference)
     if debiased:
@@ -24,7 +39,21 @@ def linear_cka(K: Tensor, reference: Tensor, debiased: bool = False) -> Tensor:
 
 
 def centered(K: Tensor) -> Tensor:
-    """C K C with C = 1 - (1/N) 1 1^T: the kernel of the features less their means over the samples, (N, N)."""
+    """Center a kernel, C K C with C = 1 - (1/N) 1 1^T: that of the features less their means over the samples.
+
+    Args:
+        K: (N, N).
+
+    Returns:
+        (N, N).
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> measure.centered(torch.ones(2, 2) + torch.eye(2))
+        tensor([[ 0.5000, -0.5000],
+                [-0.5000,  0.5000]])
+    """
     return K - K.mean(0, keepdim=True) - K.mean(1, keepdim=True) + K.mean()
 
 
@@ -40,12 +69,12 @@ def _u_centered(K: Tensor) -> Tensor:
 
 
 def is_constant(K: Tensor) -> Tensor:
-    """Whether what is left after centering is rounding; a 0-d tensor."""
+    """True where only rounding is left after centering; a 0-d tensor."""
     return centered(K).norm() <= 32 * torch.finfo(K.dtype).eps * K.norm()
 
 
-def effective_rank(K: Tensor, entropy: bool = False) -> Tensor:
-    """How many directions a kernel has, from 1 to N; a 0-d tensor, NaN for K = 0.
+def effective_rank(K: Tensor, *, entropy: bool = False) -> Tensor:
+    """Compute the number of directions of a kernel, from 1 to N, NaN for K = 0.
 
     With p its eigenvalues divided by their sum, the participation ratio 1 / sum p^2 = (tr K)^2 / tr K^2 (Gao and
     Ganguli 2015), which needs no eigenvalues, or exp(- sum p log p) (Roy and Vetterli 2007), which small ones weigh
@@ -55,6 +84,15 @@ def effective_rank(K: Tensor, entropy: bool = False) -> Tensor:
         K: (N, N), symmetric, positive semidefinite; ``centered(K)`` leaves out the mean over the samples, which
             dominates the kernels of positive activations.
         entropy: Take the second.
+
+    Returns:
+        A 0-d tensor.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> float(measure.effective_rank(torch.eye(5))), float(measure.effective_rank(torch.ones(5, 5)))
+        (5.0, 1.0)
     """
     if not entropy:
         return K.trace().square() / K.square().sum()
@@ -63,13 +101,24 @@ def effective_rank(K: Tensor, entropy: bool = False) -> Tensor:
 
 
 def target_alignment(K: Tensor, targets: Tensor) -> Tensor:
-    """Centered alignment of a kernel with y y^T (Cristianini et al. 2001; centered: Cortes et al. 2012); a 0-d tensor.
+    """Compute the centered alignment of a kernel with y y^T (Cristianini et al. 2001; centered: Cortes et al. 2012).
 
     NaN for one sample, targets that are all equal, or a representation that is the same for all samples.
 
     Args:
         K: (N, N).
         targets: y, (N, C) or (N,), or class numbers (N,), taken as one-hot.
+
+    Returns:
+        A 0-d tensor.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> classes = torch.tensor([0, 0, 1, 1])
+        >>> K = (classes[:, None] == classes).float()
+        >>> round(float(measure.target_alignment(K, classes)), 4)
+        1.0
     """
     kernel = target_kernel(targets, len(K))
     assert kernel is not None
@@ -77,7 +126,18 @@ def target_alignment(K: Tensor, targets: Tensor) -> Tensor:
 
 
 def target_kernel(targets: Tensor | None, samples: int) -> Tensor | None:
-    """The kernel y y^T of (N, C) targets or (N,) class labels, one-hot; None of none."""
+    """Compute the kernel y y^T of (N, C) targets or (N,) class labels, one-hot.
+
+    Args:
+        targets: y, or None.
+        samples: N.
+
+    Returns:
+        (N, N); None without targets.
+
+    Raises:
+        ValueError: If the targets are not N.
+    """
     if targets is None:
         return None
     if targets.ndim not in (1, 2) or len(targets) != samples:

@@ -1,4 +1,4 @@
-"""Hidden representations of one network on the probe, and how far they have moved.
+"""Measures the hidden representations of one network on the probe.
 
 The kernel of a hidden layer is ``(1 / n) sum_j s_{j;a} s_{j;b}`` over its n features s (PDLT 4.1, there
 with the activations as features; preactivations if their layers are named).
@@ -16,11 +16,13 @@ from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.forward.structure import all_finite
 from torch_eft.measure.representations.alignment import target_kernel
+from torch_eft.results.choices import check_choice
+from torch_eft.results.repr import short_repr
 
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.rnn.RNNBase, nn.MultiheadAttention)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Representation:
     """The hidden layers of one network on N samples.
 
@@ -28,7 +30,16 @@ class Representation:
         K: ``{layer: (N, N)}``, the kernels, in the order of execution.
         widths: ``{layer: n}``, the numbers of features (channels times places).
         target_kernel: y y^T of the targets, (N, N), or None if none were given.
-        activations: ``{layer: (N, n)}`` if they were to be kept, else empty.
+        activations: ``{layer: (N, n)}`` if they were kept, else None.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft.measure import Representation
+        >>> Representation({"1": torch.eye(3)}, {"1": 8})
+        Representation(
+          K: {1: (3, 3) float32}
+          widths: {'1': 8}
+        )
     """
 
     K: dict[str, Tensor]
@@ -36,16 +47,20 @@ class Representation:
     target_kernel: Tensor | None = None
     activations: dict[str, Tensor] | None = None
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 def representation(
     model: Model,
     x: Any,
+    *,
     targets: Tensor | None = None,
     layers: Sequence[str] | None = None,
     output_fn: OutputFn | None = None,
     keep: bool = False,
 ) -> Representation:
-    """The hidden layers of ``model`` on ``x``, in evaluation mode.
+    """Measure the hidden layers of ``model`` on ``x``, in evaluation mode.
 
     Args:
         model: Any module.
@@ -53,11 +68,22 @@ def representation(
         targets: (N, C) or (N,), or class numbers (N,), taken as one-hot.
         layers: Names of submodules whose outputs are the features; None picks them as ``hidden_kernels`` does.
         output_fn: Turns what the model returns into (N, C).
-        keep: Keep the activations, which ``movement`` needs: N n numbers a layer.
+        keep: Keep the activations, which ``movement`` needs: N n numbers per layer.
+
+    Returns:
+        The kernels of the layers, and their activations if they are kept.
 
     Raises:
-        ValueError: If a name is no submodule, the forward rejects ``x``, a kernel is not finite, or the targets are
-            not N.
+        ValueError: If a name is not that of a submodule, the forward rejects ``x``, a kernel is not finite, or the
+            targets are not N.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> hidden = measure.representation(model, torch.eye(3), keep=True)
+        >>> hidden.widths, hidden.K["1"].shape, hidden.activations["1"].shape
+        ({'1': 4}, torch.Size([3, 3]), torch.Size([3, 4]))
     """
     probe = as_probe(x)
     kernels: dict[str, Tensor] = {}
@@ -79,9 +105,9 @@ def representation(
 
 
 def hidden_kernels(
-    model: Model, x: Any, layers: Sequence[str] | None = None, output_fn: OutputFn | None = None
+    model: Model, x: Any, *, layers: Sequence[str] | None = None, output_fn: OutputFn | None = None
 ) -> dict[str, Tensor]:
-    """The kernels of hidden layers on ``x``, in evaluation mode.
+    """Measure the kernels of hidden layers on ``x``, in evaluation mode.
 
     Args:
         model: Any module.
@@ -95,7 +121,14 @@ def hidden_kernels(
         ``name``, ``name:2``, ... Layers whose output is not a tensor with N rows are left out.
 
     Raises:
-        ValueError: If a name is no submodule, or the forward rejects ``x``.
+        ValueError: If a name is not that of a submodule, or the forward rejects ``x``.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> list(measure.hidden_kernels(model, torch.eye(3), layers=["0", "1"]))
+        ['0', '1']
     """
     with isolated(model, output_fn) as network:
         return {name: features.kernel for name, features in _features(network, as_probe(x), layers).items()}
@@ -113,9 +146,8 @@ def _features(
 ) -> dict[str, _Features]:
     modules = dict(network.shadow.named_modules())
     if layers is not None:
-        unknown = [name for name in layers if name not in modules]
-        if unknown:
-            raise ValueError(f"layers: {unknown[0]!r} is no submodule; there are {', '.join(n for n in modules if n)}")
+        for name in layers:
+            check_choice("layers", name, [name for name in modules if name])
         watched = list(layers)
     else:
         watched = [name for name, module in modules.items() if _is_activation(module)]
