@@ -48,10 +48,14 @@ class NTKOperator:
         gradients = pull_back([self.outputs], [e.to(self.outputs)], list(self.leaves.values()))
         return {name: g * self.lambdas[name] for name, g in zip(self.leaves, gradients, strict=True)}
 
-    def __call__(self, v: Tensor) -> Tensor:
-        """Return H v of v (N, C): the derivative of (J^T u) . (lambda J^T v) in u."""
+    def jvp(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """Return J v, (N, C), of v by parameter: the derivative of (J^T u) . v in u, which needs no forward rule."""
         u, image = self._map()
-        return pull_back(image, list(self.ntk_vjp(v).values()), [u])[0]
+        return pull_back(image, [direction[name] for name in self.leaves], [u])[0]
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Return H v = J (lambda J^T v) of v (N, C)."""
+        return self.jvp(self.ntk_vjp(v))
 
 
 def ntk_vector_product(

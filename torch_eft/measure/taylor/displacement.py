@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.isolation import IsolatedModel, Model, Parameters, check_parameters, isolated
-from torch_eft.measure.forward.output import checked_output
+from torch_eft.measure.forward.isolation import Model, Parameters, check_parameters, isolated
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, checked_lambdas
 from torch_eft.measure.kernels.dntk import NTKDerivatives, derivatives_validity, ntk_derivatives
 from torch_eft.measure.kernels.ntk import ntk as ntk_of
+from torch_eft.measure.kernels.products import NTKOperator
 from torch_eft.measure.taylor.series import taylor_series
 from torch_eft.results.repr import short_repr
 from torch_eft.results.trajectory import Validity
@@ -248,30 +248,11 @@ def relative_dntk(
             return None
         v = {name: value / size for name, value in v.items()}
         measured = ntk_derivatives(at, probe, v, lambdas=lambdas, derivatives=derivatives, trace=trace, memory=memory)
-        moved = _jvp(at, at.place(probe), v)
         assert measured.H is not None
-        channels = checked_output(at, probe).numel()
-        norms = [moved.norm(), measured.H.norm(), *(term.norm() for term in _ntk_terms(measured))]
+        operator = NTKOperator(at, probe, lambdas)
+        norms = [operator.jvp(v).norm(), measured.H.norm(), *(term.norm() for term in _ntk_terms(measured))]
         motion, H, first, *second = torch.stack(norms).tolist()
     if not (motion > 0 and H > 0):
         return None
-    rms = motion / channels**0.5
+    rms = motion / operator.outputs.numel() ** 0.5
     return RelativeDNTK(first / H / rms, second[0] / H / rms**2 if second else None, measured.validity)
-
-
-def _jvp(network: IsolatedModel, inputs: Any, v: Mapping[str, Tensor]) -> Tensor:
-    """J v, (N, C), by two backward passes: the derivative of u . J v in u.
-
-    Forward mode would be one pass, but not every operation has it.
-    """
-    leaves = {name: network.params[name].detach().requires_grad_() for name in v}
-    z = network({**network.params, **leaves}, inputs)
-    u = torch.zeros_like(z).requires_grad_()
-    pulled = torch.autograd.grad(
-        z, list(leaves.values()), u, create_graph=True, allow_unused=True, materialize_grads=True
-    )
-    pairs = [(p, v[name]) for name, p in zip(leaves, pulled, strict=True) if p.requires_grad]
-    if not pairs:
-        return torch.zeros_like(z)
-    rows, along = zip(*pairs, strict=True)
-    return torch.autograd.grad(rows, u, along)[0].detach()
