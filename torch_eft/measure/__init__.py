@@ -7,7 +7,7 @@ from torch_eft.measure.ensembles.statistics import TheoryAgreement
 from torch_eft.measure.forward.kinks import kinked_operations
 from torch_eft.measure.forward.output import output
 from torch_eft.measure.forward.probe import Probe
-from torch_eft.measure.jacobian.engine import Estimate
+from torch_eft.measure.jacobian.blocks import Estimate
 from torch_eft.measure.jets.jet import NoJetRuleError
 from torch_eft.measure.kernels.dntk import DDNTK, AlmostEverywhereWarning, NTKDerivatives, ddntk, dntk, ntk_derivatives
 from torch_eft.measure.kernels.metrics import (

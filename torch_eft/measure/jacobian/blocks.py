@@ -1,10 +1,47 @@
-"""Gram matrices J_m lambda J_n^T, added up block by block of samples, whole or by groups of parameters."""
+"""Blocks of samples: how many fit into memory, and Gram matrices J_m lambda J_n^T added up block by block."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from torch_eft.measure.jacobian.gram import Factor, Orders, mirror
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory that a measurement will take, in bytes.
+
+    Args:
+        sample: Factors and graph of one sample.
+        kernels: The results.
+        block: Samples in a block; all of them if they fit.
+        blocks: Number of blocks; of b blocks, b (b + 1) / 2 pairs are computed.
+        total: The peak, without the network itself.
+
+    Example:
+        >>> from torch_eft import measure
+        >>> print(measure.Estimate(sample=2**20, kernels=2**20, block=8, blocks=1, total=9 * 2**20))
+        9 MiB (1 MiB for the kernels, 1 MiB per sample, 1 block of 8 samples)
+    """
+
+    sample: int
+    kernels: int
+    block: int
+    blocks: int
+    total: int
+
+    def __str__(self) -> str:
+        """Return one line with sizes in GiB or MiB."""
+        return (
+            f"{readable(self.total)} ({readable(self.kernels)} for the kernels, {readable(self.sample)} per sample, "
+            f"{self.blocks} block{'s' if self.blocks > 1 else ''} of {self.block} samples)"
+        )
+
+
+def readable(count: float) -> str:
+    """Return bytes as text in GiB or MiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.2g} MiB"
 
 
 class GramBlocks:

@@ -21,7 +21,7 @@ from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.forward.structure import all_finite
-from torch_eft.measure.jacobian.blocks import GramBlocks, summed_over_outputs
+from torch_eft.measure.jacobian.blocks import Estimate, GramBlocks, readable, summed_over_outputs
 from torch_eft.measure.jacobian.factors import jacobian_factors
 from torch_eft.measure.jacobian.fallback import reverse_factors
 from torch_eft.measure.jacobian.gram import Factor, Orders
@@ -53,41 +53,6 @@ class _Remembered(WeakKeyDictionary[nn.Module, dict[Any, Any]]):
 _plans, _methods = _Remembered(), _Remembered()
 
 JETS = "jets"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The memory that a measurement will take, in bytes.
-
-    Args:
-        sample: Factors and graph of one sample.
-        kernels: The results.
-        block: Samples in a block; all of them if they fit.
-        blocks: Number of blocks; of b blocks, b (b + 1) / 2 pairs are computed.
-        total: The peak, without the network itself.
-
-    Example:
-        >>> from torch_eft import measure
-        >>> print(measure.Estimate(sample=2**20, kernels=2**20, block=8, blocks=1, total=9 * 2**20))
-        9 MiB (1 MiB for the kernels, 1 MiB per sample, 1 block of 8 samples)
-    """
-
-    sample: int
-    kernels: int
-    block: int
-    blocks: int
-    total: int
-
-    def __str__(self) -> str:
-        """Return one line with sizes in GiB or MiB."""
-        return (
-            f"{_size(self.total)} ({_size(self.kernels)} for the kernels, {_size(self.sample)} per sample, "
-            f"{self.blocks} block{'s' if self.blocks > 1 else ''} of {self.block} samples)"
-        )
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.2g} MiB"
 
 
 @dataclass(frozen=True)
@@ -225,8 +190,8 @@ class JacobianGram:
         block = min(count, (self.memory - result) // max(1, 2 * sample))
         if block < 1:
             raise MemoryLimitError(
-                f"memory: {_size(self.memory)} allowed, {_size(result + 2 * sample)} needed at least: {_size(result)} "
-                f"for the kernels of {count} samples and {own} output{'s' if own > 1 else ''}, {_size(2 * sample)} for "
+                f"memory: {readable(self.memory)} allowed, {readable(result + 2 * sample)} needed at least: {readable(result)} "
+                f"for the kernels of {count} samples and {own} output{'s' if own > 1 else ''}, {readable(2 * sample)} for "
                 "the factors of two samples. Allow more, or take fewer samples, fewer outputs (output_fn) or trace=True"
             )
         blocks = math.ceil(count / block)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, Parameters, isolated
 from torch_eft.measure.forward.output import output
 from torch_eft.measure.forward.probe import OutputFn, as_probe
-from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, Estimate
+from torch_eft.measure.jacobian.blocks import Estimate
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.measure.kernels.dntk import DDNTK, Direction, NTKDerivatives, ddntk, dntk, ntk_derivatives
 from torch_eft.measure.kernels.ntk import Coverage, Per, coverage, ntk, ntk_estimate
 from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
