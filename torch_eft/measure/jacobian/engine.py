@@ -190,9 +190,10 @@ class JacobianGram:
         block = min(count, (self.memory - result) // max(1, 2 * sample))
         if block < 1:
             raise MemoryLimitError(
-                f"memory: {readable(self.memory)} allowed, {readable(result + 2 * sample)} needed at least: {readable(result)} "
-                f"for the kernels of {count} samples and {own} output{'s' if own > 1 else ''}, {readable(2 * sample)} for "
-                "the factors of two samples. Allow more, or take fewer samples, fewer outputs (output_fn) or trace=True"
+                f"memory: {readable(self.memory)} allowed, {readable(result + 2 * sample)} needed at least: "
+                f"{readable(result)} for the kernels of {count} samples and {own} output{'s' if own > 1 else ''}, "
+                f"{readable(2 * sample)} for the factors of two samples. Allow more, or take fewer samples, fewer outputs "
+                "(output_fn) or trace=True"
             )
         blocks = math.ceil(count / block)
         return Estimate(sample, result, block, blocks, result + 2 * block * sample)
