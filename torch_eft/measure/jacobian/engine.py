@@ -192,8 +192,8 @@ class JacobianGram:
             raise MemoryLimitError(
                 f"memory: {readable(self.memory)} allowed, {readable(result + 2 * sample)} needed at least: "
                 f"{readable(result)} for the kernels of {count} samples and {own} output{'s' if own > 1 else ''}, "
-                f"{readable(2 * sample)} for the factors of two samples. Allow more, or take fewer samples, fewer outputs "
-                "(output_fn) or trace=True"
+                f"{readable(2 * sample)} for the factors of two samples. Allow more, or take fewer samples, fewer "
+                "outputs (output_fn) or trace=True"
             )
         blocks = math.ceil(count / block)
         return Estimate(sample, result, block, blocks, result + 2 * block * sample)
