@@ -68,7 +68,7 @@ def errors(width, seed, steps):
 
 
 def slope(widths, values):
-    """Of log value against log width, by least squares."""
+    """Slope of log value against log width, by least squares."""
     x = torch.log(torch.tensor(widths, dtype=torch.float64))
     y = torch.log(torch.tensor(values, dtype=torch.float64))
     x = x - x.mean()

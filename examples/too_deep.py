@@ -68,10 +68,10 @@ def diagnosed_and_trained(name, depth, width, initialization, x, y, steps, seeds
             diagnosis = eft.diagnose(model, x[:16])
         curves.append(train(model, x, y, 0.5 * diagnosis.largest_learning_rate, steps))
     ends = [curve[-1] for curve in curves]
-    told = ", ".join(finding.code for finding in diagnosis.warnings) or "no warnings"
+    codes = ", ".join(finding.code for finding in diagnosis.warnings) or "no warnings"
     print(
         f"{name:18} n = {width:3}, r = {diagnosis.aspect_ratio.r:.2f}: loss {curves[0][0]:.3f} -> "
-        f"{sum(ends) / len(ends):.4f} (seeds: {min(ends):.4f} .. {max(ends):.4f}); diagnosis: {told}"
+        f"{sum(ends) / len(ends):.4f} (seeds: {min(ends):.4f} .. {max(ends):.4f}); diagnosis: {codes}"
     )
     return diagnosis, curves
 
@@ -100,9 +100,9 @@ def draw_figure(results, depth, y, figure):
     canvas, axes = pyplot.subplots(figsize=(7.5, 5.4), layout="constrained")
     for (name, (diagnosis, curves)), color in zip(results.items(), COLOURS, strict=True):
         width = diagnosis.aspect_ratio.width
-        told = ", ".join(finding.code for finding in diagnosis.warnings) or "no warnings"
+        codes = ", ".join(finding.code for finding in diagnosis.warnings) or "no warnings"
         for index, curve in enumerate(curves):
-            label = f"{name} (n = {width:g}): {told}" if index == 0 else None
+            label = f"{name} (n = {width:g}): {codes}" if index == 0 else None
             axes.semilogy(curve, color=color, lw=1.8, alpha=0.85, label=label)
     axes.axhline(float(y.var(0, unbiased=False).mean()), color="black", ls=":", lw=1.5)
     axes.text(0.99, 0.97, "dotted: constant output", fontsize=11, va="top", ha="right", transform=axes.transAxes)

@@ -17,7 +17,7 @@ from torch_eft.live.instruments.ntk import NTKInstrument
 from torch_eft.live.instruments.representation import RepresentationInstrument
 from torch_eft.measure.network.snapshot import Plan
 from torch_eft.results.tags import quantity_of
-from torch_eft.tensorboard import QUANTITIES, tag
+from torch_eft.tensorboard import QUANTITIES, register_quantity, tag
 from torch_eft.tensorboard.run_info import read_jsonl
 
 
@@ -192,7 +192,7 @@ def test_the_schedule_is_thinned_to_the_budget_and_says_so(monkeypatch):
 
 
 def test_a_measurement_too_dear_is_left_out_whole(monkeypatch):
-    from torch_eft.live.run import measured_network as module
+    from torch_eft.measure.network import network as module
 
     clock, said = _Clock(), []
     monkeypatch.setattr(budget_module, "time", clock)
@@ -316,3 +316,37 @@ def test_the_core_needs_no_lightning():
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[] 2"
+
+
+class _WeightNorm(Instrument):
+    name = "weight_norm"
+
+    def observe(self, measurement):
+        norm = sum(float(p.detach().square().sum()) for p in measurement.model.parameters()) ** 0.5
+        return Reading({tag("weight_norm"): norm})
+
+
+def test_an_own_instrument_has_its_scalar_drawn_with_a_title(tmp_path):
+    register_quantity("weight_norm", title="Norm of the weights", formula="||theta||")
+    try:
+        net = simple_mlp()
+        observer = Observer(net, PROBE, preset="light", extra=[_WeightNorm()], budget=None, logdir=tmp_path)
+        observer.begin()
+        observer.finish()
+        records = read_jsonl(tmp_path / "eft.jsonl")
+        assert records.info["quantities"]["weight_norm"]["title"] == "Norm of the weights"
+        assert records.measurements[0]["eft-more/weight_norm/measured"] > 0
+        assert [instrument.name for instrument in observer.instruments] == ["ntk", "representation", "weight_norm"]
+        with pytest.raises(ValueError, match="two are named 'weight_norm'"):
+            Observer(net, PROBE, instruments=["ntk", _WeightNorm()], extra=[_WeightNorm()])
+    finally:
+        del QUANTITIES["weight_norm"]
+
+
+def test_a_loop_too_fast_for_the_budget_is_told_why_nothing_is_measured(caplog):
+    observer = Observer(simple_mlp(), PROBE, every=1)
+    observer.begin()
+    with caplog.at_level("WARNING", logger="torch_eft"):
+        assert [observer.measure(step) for step in range(1, 4)] == [{}] * 3
+    (said,) = caplog.messages
+    assert "from step 1 on due ones are left out where they would take more than 5 % of the training's time" in said

@@ -17,7 +17,7 @@ from tests.callbacks.trainings import PROBE, plain_sgd, simple_mlp
 from tests.reliability.runs import left_behind, train
 from torch_eft.callbacks import EFTMonitor, MeasurementWarning
 from torch_eft.live.record.sinks import JSONLSink, TensorBoardSink
-from torch_eft.live.run import measured_network as observing
+from torch_eft.measure.network import network as observing
 from torch_eft.tensorboard.run_info import read_jsonl
 
 ALL = list(range(10))

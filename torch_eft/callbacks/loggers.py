@@ -1,4 +1,4 @@
-"""What a Trainer's loggers can take: scalars all of them, pages and pictures TensorBoard's."""
+"""Sinks for a Trainer's loggers: all take scalars, TensorBoard's takes pages and figures too."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ class LoggerSink(Sink):
         self.logger.log_metrics(dict(values), step=step)
 
     def resume(self, step: int, history: History) -> None:
-        """To a ``CSVLogger``, which begins its file anew, once more what was measured before."""
+        """Repeat earlier measurements to a ``CSVLogger``, which begins its file anew."""
         if isinstance(self.logger, CSVLogger):
             for at, values in sorted(history.items()):
                 self.scalars(at, values)
@@ -37,6 +37,9 @@ def logger_sinks(trainer: Trainer, jsonl: str | None) -> list[Sink]:
     Args:
         trainer: The Trainer.
         jsonl: The file's name; None for none.
+
+    Returns:
+        One sink per logger and kind of content.
     """
     sinks: list[Sink] = []
     for logger in trainer.loggers:
@@ -50,12 +53,12 @@ def logger_sinks(trainer: Trainer, jsonl: str | None) -> list[Sink]:
 
 
 def log_directory(trainer: Trainer) -> Path | None:
-    """Where the first logger with files keeps them."""
+    """The directory in which the first logger with files keeps them."""
     return next((place for logger in trainer.loggers if (place := _directory(logger)) is not None), None)
 
 
 def _directory(logger: Logger) -> Path | None:
-    """Where a logger keeps the files of this run; ``Trainer.log_dir`` is a collective, which one rank must not call."""
+    """The directory of this run's files; ``Trainer.log_dir`` is a collective, which one rank must not call."""
     if (place := getattr(logger, "log_dir", None)) is not None:
         return Path(place)
     if logger.save_dir is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Plan, Snapshot
 from torch_eft.results.trajectory import Validity
 
@@ -76,27 +76,32 @@ class TrainingStart:
     """A training that is about to begin, or to go on.
 
     Args:
-        network: The module that is measured; its parameters hold theta_0 if ``fresh``.
-        probe: The fixed inputs.
+        model: The live module; its parameters hold theta_0 if ``fresh``.
+        network: The same on the probe, isolated while training begins: measure by its methods.
         optimizers: Those of the training; may be empty.
         step: Optimizer steps taken so far.
         fresh: Whether training starts here rather than going on from a checkpoint.
         obstacle: Why the loop is not plain full-batch training on one device (mini-batches, gradient accumulation,
             clipping, several processes ...); None if it is, as far as the loop knows. What the optimizer and the data
             show is not included.
-        lambdas: ``{parameter: lambda}``, the learning-rate tensor with which the NTK is measured.
-        output_fn: Converts the network's output to (N, C).
         total_steps: Optimizer steps of the whole training, where the loop knows them.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> from torch_eft.live import TrainingStart
+        >>> model = torch.nn.Linear(2, 1)
+        >>> start = TrainingStart(model, measure.Network(model, torch.zeros(3, 2)), [], 0, fresh=True, obstacle=None)
+        >>> start.network.probe.size
+        3
     """
 
-    network: nn.Module
-    probe: Probe
+    model: nn.Module
+    network: Network
     optimizers: list[Optimizer]
     step: int
     fresh: bool
     obstacle: Obstacle | None
-    lambdas: dict[str, float]
-    output_fn: OutputFn | None = None
     total_steps: int | None = None
 
 
@@ -106,21 +111,30 @@ class Measurement:
 
     Args:
         step: Optimizer steps taken.
-        network: The live module: only read it, or hand it to ``measure``, which isolates it.
-        probe: The fixed inputs.
-        output_fn: Converts the network's output to (N, C).
+        model: The live module: only read it.
+        network: The same on the probe, isolated once for all instruments: measure by its methods.
         snapshot: What the plans of all instruments asked for, now.
         reference: The same at theta_0.
         lambdas: The learning-rate tensor of the snapshot's NTK.
         last: Whether this is the last measurement of the training.
         theta_0: ``{parameter: value}`` of the trainable parameters at the reference, where an instrument asks for it
             by ``needs_theta_0``; else None.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> from torch_eft.live import Measurement
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> network = measure.Network(model, torch.eye(2))
+        >>> snapshot = network.snapshot(measure.Plan(ntk=True))
+        >>> Measurement(0, model, network, snapshot, snapshot, {"weight": 1.0}).network.ntk(trace=True)
+        tensor([[1., 0.],
+                [0., 1.]])
     """
 
     step: int
-    network: nn.Module
-    probe: Probe
-    output_fn: OutputFn | None
+    model: nn.Module
+    network: Network
     snapshot: Snapshot
     reference: Snapshot
     lambdas: dict[str, float]
@@ -169,7 +183,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What an instrument knows of the run; None where it does not.
+    """An instrument's knowledge of the run; None where it knows nothing.
 
     Args:
         claim: What it predicts; None: it predicts nothing. Of several instruments the first that is not invalid is
@@ -225,8 +239,8 @@ class Instrument:
         """The parts of each snapshot that it needs, for ``outputs`` = C and ``samples`` = N."""
         return Plan()
 
-    def check(self, network: nn.Module, probe: Probe, outputs: int, output_fn: OutputFn | None) -> None:
-        """Before training: raise ``ValueError`` if its arguments do not fit the network."""
+    def check(self, network: Network) -> None:
+        """Before training: raise ``ValueError`` if its arguments do not fit the network, which is isolated here."""
 
     def begin(self, start: TrainingStart) -> Reading:
         """Training starts, or goes on; called before the first measurement."""
@@ -254,10 +268,11 @@ class Instrument:
         """Drop what belongs to an earlier run: a new one starts, or another state is about to be loaded."""
 
     def state(self) -> dict[str, Any]:
-        """What it needs to go on after a checkpoint: plain types and tensors only.
+        """Save all that is needed to go on after a checkpoint.
 
-        Parameters of theta_0, ``{name: value}``, go by the key ``"theta_0"``: they may be kept beside the checkpoint,
-        or not at all, and then are None in the state that is loaded.
+        Returns:
+            Plain types and tensors only. Parameters of theta_0, ``{name: value}``, go by the key ``"theta_0"``: they
+            may be kept beside the checkpoint, or not at all, and then are None in the state that is loaded.
         """
         return {}
 
@@ -265,7 +280,7 @@ class Instrument:
         """Go on from ``state``."""
 
     def facts(self) -> RunFacts:
-        """What it knows of the run."""
+        """Its knowledge of the run: network, prediction, validity."""
         return RunFacts()
 
     def first_figures(self, reference: Snapshot) -> "dict[str, Figure]":

@@ -34,7 +34,7 @@ from torch_eft.live.budget import Budget, cost_page, cost_sentence
 from torch_eft.live.config.presets import Options, Preset, chosen_instruments
 from torch_eft.live.config.probes import ProbeLike, probe_from
 from torch_eft.live.config.schedule import Every, checked_every, due
-from torch_eft.live.instrument import Event, History, Instrument, MeasurementWarning, Obstacle, TrainingStart
+from torch_eft.live.instrument import Event, History, Instrument, MeasurementWarning, Obstacle
 from torch_eft.live.progress import Progress
 from torch_eft.live.record.recorder import LOADING, Recorder
 from torch_eft.live.record.run_summary import shown_claim, skipped_page
@@ -169,7 +169,7 @@ class Observer:
 
     @property
     def collective(self) -> bool:
-        """Whether every rank of a distributed training must call the observer."""
+        """True if every rank of a distributed training must call the observer."""
         return self._distributed == "sharded" or self._unsharded_model is not None
 
     @property
@@ -200,11 +200,7 @@ class Observer:
 
     @property
     def network(self) -> MeasuredNetwork:
-        """The measured network, checked now if it was not before.
-
-        Raises:
-            ValueError: If it cannot be measured, with the reason.
-        """
+        """The measured network, checked now if it was not before."""
         return self._network or self.check()
 
     # ---- before training
@@ -217,10 +213,7 @@ class Observer:
             probe: The probe, if it was not known before.
 
         Returns:
-            The measured network.
-
-        Raises:
-            ValueError: If it cannot, with the reason.
+            The measured network; a ``ValueError`` with the reason if it cannot be measured.
         """
         started = self.budget.clock()
         self._network = checked_network(
@@ -248,7 +241,7 @@ class Observer:
         sinks: Sequence[Sink] = (),
         theta_file: Path | None = None,
     ) -> None:
-        """Take theta_0, or go on from a restored one.
+        """Take theta_0, or go on from a restored one; a ``ValueError`` says why a model cannot be measured.
 
         A trainer that knows more than the observer was given says so here; the rest stays as it was.
 
@@ -262,9 +255,6 @@ class Observer:
             place: (rank, number of ranks) of this process; None: in torch's default process group.
             sinks: More places where the results of this training go.
             theta_file: Where ``keep_theta_0="file"`` writes.
-
-        Raises:
-            ValueError: If the model cannot be measured; the message says why.
         """
         network = self._network or self.check(model)
         self._ranks = RankProtocol(self.collective, place)
@@ -299,24 +289,8 @@ class Observer:
             self.recorder.resume(step)
         if network.unsharded_model is not None:
             obstacle = obstacle or Obstacle("its parameters are sharded over the ranks")
-        start = TrainingStart(
-            network.network,
-            network.probe,
-            list(network.optimizers),
-            step,
-            fresh=not goes_on and step == 0,
-            obstacle=obstacle,
-            lambdas=dict(self.reference.lambdas),
-            output_fn=network.output_fn,
-            total_steps=self.progress.total_steps,
-        )
-        for instrument in self.instruments:
-            with self.recorder.guard():
-                self.recorder.take(instrument.begin(start))
-        if step not in self.history:
-            self._measurements.measure(network, start=True)
-        elif restored and any(instrument.looks_back for instrument in self.instruments):
-            self._measurements.look_back(network)
+        fresh = not goes_on and step == 0
+        self._measurements.begin(network, fresh=fresh, obstacle=obstacle, resumed=restored)
         self._drawn = goes_on
         if self.recorder.draws:
             self.budget.reserve = LOADING

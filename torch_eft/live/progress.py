@@ -1,4 +1,4 @@
-"""How far a training has come, in optimizer steps."""
+"""Progress of a training, in optimizer steps."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class Progress:
 
     @property
     def at_start(self) -> bool:
-        """Whether no step of this training has been taken yet."""
+        """True before the first step of this training."""
         return self.step == self.first_step
 
     @property

@@ -1,1 +1,1 @@
-"""What a user sets: presets of parts, probe inputs, schedules."""
+"""Settings of a user: presets of instruments, probe inputs, schedules."""

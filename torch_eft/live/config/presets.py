@@ -28,7 +28,7 @@ PRESETS: tuple[Preset, ...] = ("light", "standard", "full")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user knows about the network, and how long forecasts may take.
+    """A user's knowledge of the network, and the time that forecasts may take.
 
     Args:
         ensemble: C_b and C_W, if known.
@@ -71,6 +71,9 @@ def chosen_instruments(
         instruments: Names or instruments in place of the preset's.
         extra: Names or instruments besides; a name that is there already is not added again.
         options: For the instruments that are made here.
+
+    Returns:
+        The instruments, in the order in which they are asked.
 
     Raises:
         ValueError: If the preset or a name is unknown, two instruments share a name, or ``forecast_seconds`` is not

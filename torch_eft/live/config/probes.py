@@ -18,11 +18,13 @@ _FIRST = re.compile(r"first_batch:([1-9][0-9]*)")
 
 
 def probe_from(given: ProbeLike | None) -> Probe | None:
-    """The probe; None for ``"first_batch:N"``, which needs a data set, and for None.
+    """Read the probe.
+
+    Returns:
+        The probe; None for ``"first_batch:N"``, which needs a data set, and for None.
 
     Raises:
         ValueError: If the file cannot be read, or does not hold a probe.
-        TypeError: If what is given is no probe.
     """
     if given is None or first_count(given) is not None:
         return None
@@ -35,11 +37,11 @@ def probe_from(given: ProbeLike | None) -> Probe | None:
         raise ValueError(f"probe: {str(given)!r} cannot be read ({error.strerror or error}); {hint}") from None
     except Exception as error:  # the unpickler's own errors are of many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"probe: {str(given)!r} is no file of tensors ({reason}); {hint}") from None
+        raise ValueError(f"probe: {str(given)!r} is not a file of tensors ({reason}); {hint}") from None
     try:
         return as_probe(stored)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"probe: in {str(given)!r}, {str(error).removeprefix('probe: ')}") from None
+        raise ValueError(f"{error} (read from {str(given)!r})") from None
 
 
 def first_count(given: Any) -> int | None:
@@ -55,6 +57,9 @@ def first_samples(dataset: Any, count: int, collate: Callable[[list[Any]], Any])
         dataset: A map-style data set of (input, target) pairs, or of inputs.
         count: How many.
         collate: Makes a batch of a list of samples.
+
+    Returns:
+        The probe.
 
     Raises:
         ValueError: If the data set has no indices, or its batches are not pairs or tensors.

@@ -1,4 +1,4 @@
-"""When to measure. The first and the last weights always are; a schedule says which others.
+"""Schedules: when to measure besides the first and the last weights, which always are.
 
 A schedule is ``"epoch"``, a number of optimizer steps, ``linear(k)``, ``logarithmic(per_decade)`` or any function of
 the step; in a configuration file also ``"100"``, ``"linear:100"`` and ``"log:10"``.
@@ -12,7 +12,7 @@ from typing import TypeAlias
 Every: TypeAlias = int | str | Callable[[int], bool]
 
 _ALLOWED = (
-    "give 'epoch', a positive number of optimizer steps, 'log:10' (10 measurements a decade of steps), 'linear:100', "
+    "give 'epoch', a positive number of optimizer steps, 'log:10' (10 measurements per decade of steps), 'linear:100', "
     "or a function of the step"
 )
 
@@ -21,8 +21,13 @@ _ALLOWED = (
 class linear:
     """Due every ``steps`` optimizer steps.
 
-    Raises:
-        ValueError: If ``steps`` is no positive integer.
+    Args:
+        steps: A positive integer, else ``ValueError``.
+
+    Example:
+        >>> from torch_eft.live import linear
+        >>> [step for step in range(1, 10) if linear(4)(step)]
+        [4, 8]
     """
 
     steps: int
@@ -31,7 +36,7 @@ class linear:
         _positive_integer("linear: steps", self.steps)
 
     def __call__(self, step: int) -> bool:
-        """Whether a measurement is due after ``step`` steps."""
+        """Return whether a measurement is due after ``step`` steps."""
         return step % self.steps == 0
 
 
@@ -39,8 +44,13 @@ class linear:
 class logarithmic:
     """Due at the steps round(10^(j / per_decade)), j = 0, 1, ...: dense where most of the motion is.
 
-    Raises:
-        ValueError: If ``per_decade`` is no positive integer.
+    Args:
+        per_decade: A positive integer, else ``ValueError``.
+
+    Example:
+        >>> from torch_eft.live import logarithmic
+        >>> [step for step in range(1, 101) if logarithmic(3)(step)]
+        [1, 2, 5, 10, 22, 46, 100]
     """
 
     per_decade: int = 10
@@ -49,7 +59,7 @@ class logarithmic:
         _positive_integer("logarithmic: per_decade", self.per_decade)
 
     def __call__(self, step: int) -> bool:
-        """Whether a measurement is due after ``step`` steps."""
+        """Return whether a measurement is due after ``step`` steps."""
         if step < 1:
             return False
         nearest = round(self.per_decade * math.log10(step))
@@ -57,10 +67,13 @@ class logarithmic:
 
 
 def checked_every(every: Every) -> Every:
-    """``every`` itself, or the schedule that a string names.
+    """Check a schedule.
+
+    Returns:
+        ``every`` itself, or the schedule that a string names.
 
     Raises:
-        ValueError: If it is none of what is allowed.
+        ValueError: If it is not one of those allowed.
     """
     if every == "epoch" or (callable(every) and not isinstance(every, str)):
         return every
@@ -75,7 +88,7 @@ def checked_every(every: Every) -> Every:
 
 
 def due(every: Every, step: int) -> bool:
-    """Whether a measurement is due after ``step`` optimizer steps (``"epoch"``: never, epochs are announced)."""
+    """Return whether a measurement is due after ``step`` optimizer steps (``"epoch"``: never, epochs are announced)."""
     if isinstance(every, str):
         return False
     return bool(every(step)) if callable(every) else step % every == 0

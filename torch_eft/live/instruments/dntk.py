@@ -8,7 +8,6 @@ from torch.optim import Optimizer
 
 from torch_eft.live.instrument import History, Instrument, Measurement, Reading, TrainingStart
 from torch_eft.live.instruments.common import LARGEST, copied, memory, too_many
-from torch_eft.measure.taylor.displacement import relative_dntk
 from torch_eft.results.tags import tag
 
 
@@ -55,11 +54,11 @@ class DNTKInstrument(Instrument):
 
     def begin(self, start: TrainingStart) -> Reading:
         """Decide whether copies of the parameters can be kept."""
-        self._refusal = too_many(start.network, self.largest)
-        self._network, self._measured, self._pending = start.network, None, None
+        self._refusal = too_many(start.model, self.largest)
+        self._network, self._measured, self._pending = start.model, None, None
         if self._refusal is not None:
             return Reading(pages={"dntk": f"No dNTK for this run: {self._refusal}."})
-        return Reading(pages={"dntk": f"dNTK along the training gradient takes {memory(start.network, 2)}."})
+        return Reading(pages={"dntk": f"dNTK along the training gradient takes {memory(start.model, 2)}."})
 
     def before_step(self, step: int, optimizer: Optimizer) -> Reading:
         """Copy parameters and gradient of the theta that was just measured."""
@@ -82,14 +81,11 @@ class DNTKInstrument(Instrument):
         self._measured = None if measurement.last else (measurement.step, dict(measurement.lambdas))
         if pending is None:
             return Reading()
-        sizes = relative_dntk(
-            measurement.network,
-            measurement.probe,
+        network = measurement.network.on(measurement.network.probe, lambdas=pending.lambdas)
+        sizes = network.relative_dntk(
             pending.gradient,
             theta=pending.theta,
-            lambdas=pending.lambdas,
             derivatives=self.derivatives,
-            output_fn=measurement.output_fn,
             trace=measurement.snapshot.ntk is not None and measurement.snapshot.ntk.ndim == 2,
         )
         if sizes is None:
@@ -103,6 +99,6 @@ class DNTKInstrument(Instrument):
             self._validity = sizes.validity.reason
             reading.pages["dntk"] = (
                 f"dNTK and ddNTK along the training gradient: {sizes.validity.reason}. It takes "
-                f"{memory(measurement.network, 2)}."
+                f"{memory(measurement.model, 2)}."
             )
         return reading

@@ -13,7 +13,7 @@ from torch_eft.forecast.comparison.compared import Compared, component
 from torch_eft.live.instrument import Instrument, Measurement, Reading, TrainingStart
 from torch_eft.live.instruments.common import LARGEST, compared_scalars, copied, current, memory, too_many
 from torch_eft.measure.network.snapshot import Plan
-from torch_eft.measure.taylor.displacement import DisplacementTerms, displacement_terms
+from torch_eft.measure.taylor.displacement import DisplacementTerms
 
 
 @dataclass
@@ -57,11 +57,11 @@ class IntervalInstrument(Instrument):
 
     def begin(self, start: TrainingStart) -> Reading:
         """Decide whether a copy of the parameters can be kept."""
-        self._refusal = too_many(start.network, self.largest)
+        self._refusal = too_many(start.model, self.largest)
         self._earlier = None
         if self._refusal is not None:
             return Reading(pages={"interval": f"No forecast of intervals for this run: {self._refusal}."})
-        return Reading(pages={"interval": f"Forecasts of intervals take {memory(start.network, 1)}."})
+        return Reading(pages={"interval": f"Forecasts of intervals take {memory(start.model, 1)}."})
 
     def observe(self, measurement: Measurement) -> Reading:
         """Compare over the interval that ends here, and begin the next one."""
@@ -72,26 +72,22 @@ class IntervalInstrument(Instrument):
         if (
             earlier is not None
             and earlier.step < measurement.step
-            and set(earlier.theta) == set(current(measurement.network))
+            and set(earlier.theta) == set(current(measurement.model))
         ):
             reading = self._between(earlier, measurement)
         if not measurement.last:
             self._earlier = _Earlier(
-                measurement.step, copied(measurement.network), measurement.snapshot.ntk, dict(measurement.lambdas)
+                measurement.step, copied(measurement.model), measurement.snapshot.ntk, dict(measurement.lambdas)
             )
         return reading
 
     def _between(self, earlier: _Earlier, measurement: Measurement) -> Reading:
         H, H_now = earlier.ntk, measurement.snapshot.ntk
         kernels = None if H is None or H_now is None or earlier.lambdas != measurement.lambdas else (H, H_now)
-        displacement = displacement_terms(
-            measurement.network,
-            measurement.probe,
+        displacement = measurement.network.displacement_terms(
             earlier.theta,
-            current(measurement.network),
-            lambdas=measurement.lambdas,
+            current(measurement.model),
             derivatives=self.derivatives,
-            output_fn=measurement.output_fn,
             kernels=kernels,
             ntk=kernels is not None,
         )
@@ -100,7 +96,7 @@ class IntervalInstrument(Instrument):
             self._validity = displacement.validity.reason
             reading.pages["interval"] = (
                 f"Changes over an interval by derivatives at its start: {self._validity}. It takes "
-                f"{memory(measurement.network, 1)}."
+                f"{memory(measurement.model, 1)}."
             )
         return reading
 
@@ -113,6 +109,9 @@ def interval_compared(displacement: DisplacementTerms, steps: int) -> dict[str, 
     Args:
         displacement: The changes over the interval.
         steps: Its length.
+
+    Returns:
+        ``{quantity: comparison}``.
     """
     linear, correction = displacement.output_terms[0], displacement.output_terms[1:].sum(0)
     eps = torch.finfo(linear.dtype).eps

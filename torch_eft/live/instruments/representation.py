@@ -4,14 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from torch_eft.live.instrument import History, Instrument, Measurement, Reading
-from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.measure.kernels.metrics import relative_change
+from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Plan, Snapshot
 from torch_eft.measure.representations.alignment import linear_cka
-from torch_eft.measure.representations.hidden_kernels import hidden_kernels
 from torch_eft.results.tags import layer_tag, tag
 from torch_eft.tensorboard.figures import layers_figure
 
@@ -43,10 +40,10 @@ class RepresentationInstrument(Instrument):
         """The hidden kernels."""
         return Plan(hidden=True, layers=self.layers)
 
-    def check(self, network: nn.Module, probe: Probe, outputs: int, output_fn: OutputFn | None) -> None:
+    def check(self, network: Network) -> None:
         """Check that the layers asked for exist."""
         if self.layers is not None:
-            hidden_kernels(network, probe, layers=self.layers, output_fn=output_fn)
+            network.hidden_kernels(layers=self.layers)
 
     def observe(self, measurement: Measurement) -> Reading:
         """Relative change and 1 - CKA: the mean over layers, and each with ``per_layer``."""

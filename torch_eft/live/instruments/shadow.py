@@ -12,7 +12,7 @@ from torch_eft.live.instrument import Event, Instrument, Measurement, Reading, T
 from torch_eft.live.instruments.common import LARGEST, compared_scalars, memory, too_many
 from torch_eft.live.instruments.forecasts.full_batch import UNSHOWN
 from torch_eft.measure.forward.isolation import isolated
-from torch_eft.measure.forward.probe import Probe
+from torch_eft.measure.network.network import Network
 from torch_eft.measure.taylor.model import TaylorModel, as_call
 from torch_eft.measure.training_loss import TrainingLoss, UnrecognizedLossError, recognize_loss
 from torch_eft.results.training import LossFunction
@@ -77,7 +77,7 @@ class ShadowInstrument(Instrument):
         elif len(start.optimizers) != 1:
             reason = f"{len(start.optimizers)} optimizers"
         else:
-            reason = too_many(start.network, self.largest)
+            reason = too_many(start.model, self.largest)
         if reason is not None:
             return self._stopped(start.step, reason)
         self._start = start
@@ -110,7 +110,7 @@ class ShadowInstrument(Instrument):
                 self._make(batch[0], batch[1], optimizer)
             except ValueError as error:  # unrecognized loss, dropout, batch statistics, no derivatives
                 return self._stopped(step, str(error))
-            copies = memory(self._start.network, 4 * len(self._shadows))
+            copies = memory(self._start.model, 4 * len(self._shadows))
             reading.pages["shadow"] = (
                 f"Shadows of order {self._named}, loss: {self._loss_name}. They take about {copies}."
             )
@@ -129,7 +129,7 @@ class ShadowInstrument(Instrument):
             unshown = self._start is not None and measurement.step > self._start.step
             return self._stopped(measurement.step, UNSHOWN) if unshown else Reading()
         z, start = measurement.snapshot.output, self._outputs_0
-        outputs = {order: self._output(shadow, measurement.probe) for order, (shadow, _) in self._shadows.items()}
+        outputs = {order: _output(shadow, measurement.network) for order, (shadow, _) in self._shadows.items()}
         reading = Reading()
         for order, value in outputs.items():
             if order not in self._diverged and not bool(torch.isfinite(value).all()):
@@ -156,31 +156,30 @@ class ShadowInstrument(Instrument):
             )
         if measurement.last:
             shadow = self._shadows[self.taylor_orders[-1]][0]
-            self.validity = shadow.check(measurement.probe.inputs)
+            self.validity = shadow.check(measurement.network.probe.inputs)
             reading.pages["shadow"] = f"Shadows of order {self._named}, loss: {self._loss_name}. {self.validity}"
         return reading
 
     def _make(self, x: Any, y: Tensor, optimizer: Optimizer) -> None:
         assert self._start is not None
-        network = self._start.network
+        network = self._start.model
         if self._last_loss is None:
             raise UnrecognizedLossError("the loop does not show its loss")
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         loss = recognize_loss(
-            network, x, y, self._last_loss, gradients, output_fn=self._start.output_fn, loss_function=self.loss_function
+            network,
+            x,
+            y,
+            self._last_loss,
+            gradients,
+            output_fn=self._start.network.output_fn,
+            loss_function=self.loss_function,
         )
         shadows = {}
         for order in self.taylor_orders:
-            shadow = TaylorModel(network, taylor_order=order, output_fn=self._start.output_fn)
+            shadow = TaylorModel(network, taylor_order=order, output_fn=self._start.network.output_fn)
             shadows[order] = (shadow, shadow.optimizer_like(optimizer))
         self._shadows, self._training_loss, self._last_loss = shadows, loss, None
-
-    def _output(self, shadow: TaylorModel, probe: Probe) -> Tensor:
-        with isolated(shadow.network, shadow.output_fn) as network:
-            args, kwargs = as_call(network.place(probe))
-        with torch.no_grad():
-            value: Tensor = shadow(*args, **kwargs)
-        return value.detach()
 
     @property
     def _named(self) -> str:
@@ -196,6 +195,14 @@ class ShadowInstrument(Instrument):
         self.validity = Validity("invalid", reason)
         events = [Event(step, "validity", f"Shadows: {reason}")] if had else []
         return Reading(pages={"shadow": f"No shadows for this run: {reason}."}, events=events)
+
+
+def _output(shadow: TaylorModel, network: Network) -> Tensor:
+    """The shadow's output on the probe, (N, C)."""
+    with isolated(network.current) as place, torch.no_grad():
+        args, kwargs = as_call(place.place(network.probe))
+        value: Tensor = shadow(*args, **kwargs)
+    return value.detach()
 
 
 def _same_options(own_optimizer: Optimizer, optimizer: Optimizer) -> None:

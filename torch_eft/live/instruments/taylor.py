@@ -2,7 +2,6 @@
 
 from torch_eft.live.instrument import Event, Instrument, Measurement, Reading, TrainingStart
 from torch_eft.live.instruments.common import LARGEST, current, memory, too_many
-from torch_eft.measure.taylor.series import taylor_series
 from torch_eft.results.tags import layer_tag, tag
 
 TOLERANCE = 0.05
@@ -33,19 +32,16 @@ class TaylorInstrument(Instrument):
 
     def begin(self, start: TrainingStart) -> Reading:
         """Decide whether theta_0 can be kept."""
-        self._refusal = too_many(start.network, self.largest)
+        self._refusal = too_many(start.model, self.largest)
         if self._refusal is not None:
             return Reading(pages={"taylor": f"No Taylor terms for this run: {self._refusal}."})
-        return Reading(pages={"taylor": f"Taylor terms about theta_0 take {memory(start.network, 1)}."})
+        return Reading(pages={"taylor": f"Taylor terms about theta_0 take {memory(start.model, 1)}."})
 
     def observe(self, measurement: Measurement) -> Reading:
         """The sizes of the terms and of the remainder."""
         if self._refusal is not None or measurement.theta_0 is None:
             return Reading()
-        theta = current(measurement.network)
-        series = taylor_series(
-            measurement.network, measurement.probe, measurement.theta_0, theta, output_fn=measurement.output_fn
-        )
+        series = measurement.network.taylor(measurement.theta_0, current(measurement.model))
         sizes = series.sizes()
         if sizes is None:
             return Reading()

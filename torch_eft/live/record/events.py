@@ -1,4 +1,4 @@
-"""How far the measured is from the theory beside it, and when it leaves the band.
+"""Deviations of measured values from the theory beside them, and events when they leave the band.
 
 z = (measured - theory) / sigma, with the highest order there is and sigma over initializations; where the theory says
 no sigma, the ratio measured / theory. One network in three is outside one sigma by chance: "left" means beyond
@@ -19,6 +19,9 @@ def deviations(scalars: Mapping[str, float]) -> dict[str, float]:
 
     Args:
         scalars: ``{tag: value}`` of one step.
+
+    Returns:
+        ``{tag: value}``.
     """
     found = {}
     for quantity in QUANTITIES:
@@ -34,7 +37,7 @@ def deviations(scalars: Mapping[str, float]) -> dict[str, float]:
 
 
 class BandWatch:
-    """Tells when a quantity leaves its band, once each time."""
+    """Reports when a quantity leaves its band, once each time."""
 
     def __init__(self) -> None:
         self.outside: set[str] = set()
@@ -45,6 +48,9 @@ class BandWatch:
         Args:
             step: The optimizer step.
             scalars: ``{tag: value}`` of it.
+
+        Returns:
+            One event per quantity.
         """
         left = []
         for quantity, item in QUANTITIES.items():

@@ -105,11 +105,7 @@ class Recorder:
                 self.failed(error)
 
     def failed(self, error: Exception) -> None:
-        """Count a failure, and warn of the first.
-
-        Raises:
-            Exception: ``error`` itself, with ``on_error="raise"``.
-        """
+        """Count a failure, and warn of the first; with ``on_error="raise"``, raise it."""
         if self.on_error == "raise":
             raise error
         step, reason = self.progress.step, f"{type(error).__name__}: {error}"
@@ -205,7 +201,7 @@ class Recorder:
 
     @property
     def draws(self) -> bool:
-        """Whether any sink shows figures."""
+        """True if a sink shows figures."""
         return any(sink.draws for sink in self.sinks)
 
     def draw(self, instruments: Sequence[Instrument], figures_of: "Callable[[Instrument], dict[str, Figure]]") -> None:

@@ -44,6 +44,9 @@ def run_summary(
         history: Everything measured so far.
         events: All events so far.
         skipped: ``[(step, what went wrong)]``.
+
+    Returns:
+        A dictionary that JSON can hold.
     """
     merged: dict[str, Any] = dict.fromkeys(("depth", "width", "r", "epsilon", "regime", "criticality"))
     merged["network"] = type(model).__name__

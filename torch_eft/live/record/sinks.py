@@ -24,6 +24,14 @@ class Sink:
 
     Attributes:
         draws: Whether figures are wanted: if no sink wants them, none is drawn.
+
+    Example:
+        >>> from torch_eft.live import Sink
+        >>> class Printer(Sink):
+        ...     def scalars(self, step, values, epoch=None):
+        ...         print(step, values)
+        >>> Printer().scalars(0, {"eft/ntk_trace/measured": 2.0})
+        0 {'eft/ntk_trace/measured': 2.0}
     """
 
     draws = False
@@ -47,7 +55,7 @@ class Sink:
         """Charts for the tags that were logged; replaces an earlier layout."""
 
     def run_info(self, info: Mapping[str, Any]) -> None:
-        """What is known of the run, plain types; replaces what came earlier."""
+        """The summary of the run, plain types; replaces an earlier one."""
 
     def resume(self, step: int, history: History) -> None:
         """The training goes on from a checkpoint: what an interrupted one left of later steps no longer holds.
@@ -74,6 +82,17 @@ class JSONLSink(Sink):
 
     Args:
         path: The file; its directory is made.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from torch_eft.live import JSONLSink
+        >>> path = Path(tempfile.mkdtemp(), "eft.jsonl")
+        >>> sink = JSONLSink(path)
+        >>> sink.text("notes", "a page", 0)
+        >>> path.read_text().rstrip()
+        '{"kind": "page", "name": "notes", "text": "a page", "step": 0}'
+        >>> sink.close()
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -109,7 +128,7 @@ class JSONLSink(Sink):
         """Close the file; a later line opens it again."""
         file, self._file = self._file, None
         if file is not None:
-            with suppress(OSError):  # told when the line was written
+            with suppress(OSError):  # reported when the line was written
                 file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -151,6 +170,14 @@ class TensorBoardSink(Sink):
     Args:
         writer: The writer, or anything with its methods.
         scalars: Whether scalars go there too; False if a logger already writes them.
+
+    Example:
+        >>> from torch_eft.live import TensorBoardSink
+        >>> class Writer:  # or torch.utils.tensorboard.SummaryWriter
+        ...     def add_scalar(self, tag, value, step):
+        ...         print(tag, value, step)
+        >>> TensorBoardSink(Writer()).scalars(3, {"eft/ntk_trace/measured": 2.0})
+        eft/ntk_trace/measured 2.0 3
     """
 
     draws = True
@@ -160,7 +187,7 @@ class TensorBoardSink(Sink):
         self._scalars = scalars
 
     def scalars(self, step: int, values: Mapping[str, float], epoch: int | None = None) -> None:
-        """One point a tag."""
+        """Write one point per tag."""
         if self._scalars:
             for name, value in sorted(values.items()):
                 self.writer.add_scalar(name, value, step)

@@ -1,7 +1,8 @@
 """The network that an observer looks at, on its probe, and what is to be measured of it at every visit."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,11 +12,11 @@ from torch.optim import Optimizer
 from torch_eft.live.instrument import Instrument, MeasurementWarning
 from torch_eft.live.run.ranks import RankProtocol
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
-from torch_eft.measure.forward.output import output
 from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.measure.kernels.ntk import too_large
+from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.sharded import full_copy, sharded_snapshot
-from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
+from torch_eft.measure.network.snapshot import Plan, Snapshot
 
 Distributed = Literal["rank_zero", "sharded"]
 
@@ -58,31 +59,38 @@ class MeasuredNetwork:
             return {name: 1.0 for name, p in self.model.named_parameters() if p.requires_grad}
         return read_learning_rates(self.model, self.optimizers).lambdas
 
-    def take(self, lambdas: dict[str, float]) -> Snapshot:
-        """Take a snapshot with these learning rates; where it takes all ranks, one inside each ``ranks.awaited()``.
+    @contextmanager
+    def isolated(self, lambdas: dict[str, float], collective: bool) -> Iterator[tuple[Network, Snapshot | None]]:
+        """Isolate the network once, for one visit.
 
-        Raises:
-            Exception: Of any kind, if it cannot be taken.
+        Args:
+            lambdas: The learning rates with which the NTK is measured.
+            collective: Whether other ranks, where there are any, take part; once inside each ``ranks.awaited()``.
+
+        Yields:
+            The network on its probe, and the snapshot if all ranks took it together.
         """
-        self.ranks.announce((self.plan, lambdas))
-        return self._take(self.plan, lambdas)
+        snapshot = None
+        if collective:
+            self.ranks.announce((self.plan, lambdas))
+            snapshot = self._together(self.plan, lambdas)
+        with Network(self.network, self.probe, lambdas=lambdas, output_fn=self.output_fn) as network:
+            yield network, snapshot
 
     def follow(self) -> None:
-        """Wait for rank 0, and take part in the snapshot if there is one: all that other ranks ever do.
-
-        Raises:
-            Exception: Of any kind, if it cannot be taken.
-        """
+        """Wait for rank 0, and take part in the snapshot if there is one: all that other ranks ever do."""
         announced = self.ranks.wait()
         if announced is not None:
-            self._take(*announced)
+            self._together(*announced)
 
-    def _take(self, plan: Plan, lambdas: dict[str, float]) -> Snapshot:
+    def _together(self, plan: Plan, lambdas: dict[str, float]) -> Snapshot | None:
+        """Do what takes all ranks: gather sharded parameters, and take the snapshot if it is shared."""
         if self.unsharded_model is not None:
             full_copy(self.model, self.unsharded_model)
-        if self.ranks.several and self.distributed == "sharded":
-            return sharded_snapshot(self.network, self.probe, plan, lambdas=lambdas, output_fn=self.output_fn)
-        return take_snapshot(self.network, self.probe, plan, lambdas=lambdas, output_fn=self.output_fn)
+        if not (self.ranks.several and self.distributed == "sharded"):
+            return None
+        # Isolated by itself, so that a failure on one rank is a failure on all, and none waits for another.
+        return sharded_snapshot(self.network, self.probe, plan, lambdas=lambdas, output_fn=self.output_fn)
 
 
 def checked_network(
@@ -109,18 +117,22 @@ def checked_network(
         distributed: As for ``MeasuredNetwork``.
         unsharded_model: As for ``MeasuredNetwork``.
 
+    Returns:
+        The network, with the plan of what is measured at every visit.
+
     Raises:
         ValueError: If the model cannot be measured on the probe, or an instrument's arguments do not fit it.
     """
     if model is None or probe is None:
         raise ValueError(f"{'model' if model is None else 'probe'}: None given; an observer needs one")
-    network = model if unsharded_model is None else unsharded_model
-    samples, outputs = output(network, probe, output_fn=output_fn).shape
-    for instrument in instruments:
-        instrument.check(network, probe, outputs, output_fn)
-    plans = [instrument.plan(outputs, samples) for instrument in instruments]
-    ntk, trace = any(plan.ntk for plan in plans), any(plan.ntk_trace for plan in plans)
-    refusal = too_large(network, probe, trace=trace, output_fn=output_fn) if ntk else None
+    module = model if unsharded_model is None else unsharded_model
+    with Network(module, probe, output_fn=output_fn) as network:
+        samples, outputs = network.output().shape
+        for instrument in instruments:
+            instrument.check(network)
+        plans = [instrument.plan(outputs, samples) for instrument in instruments]
+        ntk, trace = any(plan.ntk for plan in plans), any(plan.ntk_trace for plan in plans)
+        refusal = too_large(network.current, network.probe, trace=trace) if ntk else None
     if refusal is not None:
         warnings.warn(f"{name} will not measure the NTK: {refusal}", MeasurementWarning, stacklevel=3)
     plan = Plan(

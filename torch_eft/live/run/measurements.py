@@ -1,12 +1,14 @@
 """Measurements of one training: a snapshot, what every instrument makes of it, and what the budget leaves out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from torch_eft.live.budget import SNAPSHOT, Account, thinning_sentence
-from torch_eft.live.instrument import Instrument, Measurement
+from torch_eft.live.instrument import Instrument, Measurement, Obstacle, Reading, TrainingStart
 from torch_eft.live.record.recorder import Recorder
 from torch_eft.live.run.measured_network import MeasuredNetwork
 from torch_eft.live.run.reference import Reference
+from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Snapshot
 from torch_eft.results.tags import tag
 
@@ -15,7 +17,7 @@ UNKNOWN = 6.0
 
 
 class Measurements:
-    """The measurements of an observer, on rank 0.
+    """The measurements of an observer, on rank 0: each on one isolated copy of the network.
 
     Args:
         instruments: What looks at the network.
@@ -41,22 +43,59 @@ class Measurements:
         """Return whether this step is the latest one that was measured, here or before a checkpoint."""
         return step in (self._attempted, max(self.recorder.history, default=None))
 
-    def measure(
-        self, network: MeasuredNetwork, *, start: bool = False, last: bool = False, epoch: int | None = None
-    ) -> dict[str, float]:
+    def begin(self, network: MeasuredNetwork, *, fresh: bool, obstacle: Obstacle | None, resumed: bool) -> None:
+        """Begin with every instrument, and measure unless this step is recorded already.
+
+        Args:
+            network: What is measured.
+            fresh: Whether training starts here rather than going on from a checkpoint.
+            obstacle: Why the loop is not plain full-batch training.
+            resumed: Whether a checkpoint was just restored: instruments that look back must see this step again.
+        """
+        step = self.progress.step
+        new = step not in self.recorder.history
+        asked = [instrument for instrument in self.instruments if new or (resumed and instrument.looks_back)]
+        if new:
+            self._attempted = step  # even if it fails: one attempt per step
+        lambdas = self._lambdas(network)
+        begun: list[Reading] = []
+        observed: list[Reading] | None = None
+        with network.isolated(lambdas, collective=new or bool(asked)) as (isolated, shared):
+            start = TrainingStart(
+                network.network,
+                isolated,
+                list(network.optimizers),
+                step,
+                fresh=fresh,
+                obstacle=obstacle,
+                total_steps=self.progress.total_steps,
+            )
+            for instrument in self.instruments:
+                with self.recorder.guard():
+                    begun.append(instrument.begin(start))
+            with self.recorder.guard():
+                if new or asked:
+                    with self.budget.account(SNAPSHOT, forced=True):
+                        measurement = self._taken(network, isolated, shared, lambdas)
+                    observed = self._observed(measurement, asked, forced=True)
+        self._take(begun)
+        if observed is not None:
+            scalars = self._take(observed)
+            if new:
+                self.recorder.record(step, scalars)
+
+    def measure(self, network: MeasuredNetwork, *, last: bool = False, epoch: int | None = None) -> dict[str, float]:
         """Measure now, and record the results.
 
         Args:
             network: What is measured.
-            start: Whether the training starts here: nothing is left out.
             last: Whether these are the final weights: the budget leaves only expensive instruments out.
             epoch: Where the training counts them.
 
         Returns:
             ``{tag: value}``; empty if the budget left it out.
         """
-        step = self.progress.step
-        first = self.reference.snapshot is None or start
+        step, first = self.progress.step, self.reference.snapshot is None
         forced = first or last
         if not forced and not self.budget.affordable(SNAPSHOT, self.progress.fraction):
             if self.budget.accounts[SNAPSHOT].left_out == 1:
@@ -65,49 +104,73 @@ class Measurements:
             return {}
         if step == self._left_out:  # left out first, then found to be the last
             self.budget.accounts[SNAPSHOT].left_out -= 1
-        self._attempted = step  # even if it fails: one attempt per step
-        measurement = self._taken(network, last, forced)
-        scalars: dict[str, float] = {}
-        for instrument in self.instruments:
-            if self._affords(instrument, first, last):
-                with self.budget.account(instrument.name, forced), self.recorder.guard():
-                    reading = instrument.observe(measurement)
-                    self.recorder.take(reading)
-                    scalars |= reading.scalars
+        self._attempted = step
+        with ExitStack() as stack:
+            with self.budget.account(SNAPSHOT, forced):
+                lambdas = self._lambdas(network)
+                isolated, shared = stack.enter_context(network.isolated(lambdas, collective=True))
+                measurement = self._taken(network, isolated, shared, lambdas, last)
+            readings = self._observed(
+                measurement, self.instruments, forced, lambda instrument: self._affords(instrument, first, last)
+            )
+        scalars = self._take(readings)
         if not self.progress.at_start:  # before the first step there is no training time to compare with
             scalars[tag("overhead_percent")] = self.budget.percent
         self.recorder.record(step, scalars, epoch)
         return dict(self.recorder.history.get(step, {}))
 
-    def look_back(self, network: MeasuredNetwork) -> None:
-        """Show the start of a resumed training, whose numbers are recorded, to the instruments that look back to it."""
-        measurement = self._taken(network, last=False, forced=True)
-        for instrument in self.instruments:
-            if instrument.looks_back:
-                with self.recorder.guard():
-                    self.recorder.take(instrument.observe(measurement))
+    def _lambdas(self, network: MeasuredNetwork) -> dict[str, float]:
+        """The rates at theta_0; parameters that were frozen there and have joined since have the rates of now."""
+        lambdas = network.learning_rates()
+        return lambdas | {name: value for name, value in self.reference.lambdas.items() if name in lambdas}
 
-    def _taken(self, network: MeasuredNetwork, last: bool, forced: bool) -> Measurement:
-        with self.budget.account(SNAPSHOT, forced):
-            # Parameters that were frozen at theta_0 may have joined: theirs are the rates they have now.
-            lambdas = network.learning_rates()
-            lambdas |= {name: value for name, value in self.reference.lambdas.items() if name in lambdas}
-            snapshot = network.take(lambdas)
-            if self.reference.snapshot is None:
-                needed = any(instrument.needs_theta_0 for instrument in self.instruments)
-                self.reference.take(snapshot, network.network, needed)
+    def _taken(
+        self,
+        network: MeasuredNetwork,
+        isolated: Network,
+        shared: Snapshot | None,
+        lambdas: dict[str, float],
+        last: bool = False,
+    ) -> Measurement:
+        snapshot = isolated.snapshot(network.plan) if shared is None else shared
         self.latest = snapshot
+        if self.reference.snapshot is None:
+            needed = any(instrument.needs_theta_0 for instrument in self.instruments)
+            self.reference.take(snapshot, network.network, needed)
         return Measurement(
             self.progress.step,
             network.network,
-            network.probe,
-            network.output_fn,
+            isolated,
             snapshot,
             self.reference.snapshot or snapshot,
             lambdas,
             last,
             self.reference.theta_0,
         )
+
+    def _observed(
+        self,
+        measurement: Measurement,
+        instruments: Sequence[Instrument],
+        forced: bool,
+        affords: Callable[[Instrument], bool] = lambda instrument: True,
+    ) -> list[Reading]:
+        """The readings; sinks get them after the isolation, whose random and backend state is not theirs."""
+        readings = []
+        for instrument in instruments:
+            if affords(instrument):
+                with self.budget.account(instrument.name, forced), self.recorder.guard():
+                    readings.append(instrument.observe(measurement))
+        return readings
+
+    def _take(self, readings: Sequence[Reading]) -> dict[str, float]:
+        """Record all but the scalars, which are returned."""
+        scalars: dict[str, float] = {}
+        for reading in readings:
+            with self.recorder.guard():
+                self.recorder.take(reading)
+            scalars |= reading.scalars
+        return scalars
 
     def _affords(self, instrument: Instrument, first: bool, last: bool) -> bool:
         """Every instrument runs at theta_0. At the last step light ones always run; others only if there is room."""

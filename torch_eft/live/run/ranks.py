@@ -35,12 +35,12 @@ class RankProtocol:
 
     @property
     def leads(self) -> bool:
-        """Whether this process decides and records: rank 0, or the only one."""
+        """True if this process decides and records: rank 0, or the only one."""
         return self._place[0] == 0
 
     @property
     def several(self) -> bool:
-        """Whether a snapshot takes more than this process."""
+        """True if a snapshot takes more than this process."""
         return self.collective and self._place[1] > 1
 
     @contextmanager

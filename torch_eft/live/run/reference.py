@@ -88,11 +88,7 @@ class Reference:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what ``state`` returned.
-
-        Raises:
-            Exception: Of any kind, if it is something else.
-        """
+        """Restore what ``state`` returned; anything else raises an exception of any kind."""
         self.origin = state["origin"]
         self._parameters, self._probe = list(state["parameters"]), state.get("probe")
         self.lambdas = dict(state["lambdas"])
@@ -102,11 +98,7 @@ class Reference:
         self.restored = self.snapshot is not None
 
     def write_theta_0(self, name: str, state: Mapping[str, Any], file: Path) -> None:
-        """Write the parameters that a state holds to a file, once; ``set_aside`` points to it.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
+        """Write the parameters that a state holds to a file, once; ``set_aside`` points to it."""
         if state["theta_0"] is not None and name not in self.files:
             path = file.with_stem(f"{file.stem}-{name}") if name else file
             self.files[name] = save_theta_0(path, state["theta_0"])
@@ -116,11 +108,7 @@ class Reference:
         return state | {"theta_0": None, "theta_0_file": self.files.get(name)}
 
     def fetch_theta_0(self, name: str, state: dict[str, Any]) -> None:
-        """Put the theta_0 that a state points to into it.
-
-        Raises:
-            ValueError: If the file is gone or holds something else.
-        """
+        """Put the theta_0 that a state points to into it."""
         record = state.get("theta_0_file")
         if record is not None:
             self.files[name] = record
@@ -128,11 +116,7 @@ class Reference:
 
 
 def save_theta_0(path: Path, theta_0: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write the parameters, and return what finds them again: {"path", "checksum"}, of plain types.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
+    """Write the parameters; returns what finds them again: {"path", "checksum"}, of plain types."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     torch.save(dict(theta_0), unfinished)
@@ -143,6 +127,9 @@ def save_theta_0(path: Path, theta_0: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def load_theta_0(record: Mapping[str, Any]) -> dict[str, Tensor]:
     """Read the parameters that ``save_theta_0`` wrote; only tensors and plain types are unpickled.
+
+    Returns:
+        ``{name: tensor}``, on the CPU.
 
     Raises:
         ValueError: If the file is gone or holds something else.

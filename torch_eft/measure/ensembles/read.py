@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.ensembles.weights import WeightStatistics, remarks, weight_statistics
-from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.theory.ensemble import MLPEnsemble
@@ -46,7 +46,7 @@ class NotAnMLPError(ValueError):
 
 
 def read_ensemble(
-    model: nn.Module,
+    model: Model,
     x: Any = None,
     *,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
@@ -89,13 +89,13 @@ def read_ensemble(
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     with isolated(model, output_fn) as network:
-        layers = _linear_layers(network, model)
+        layers = _linear_layers(network)
         if x is None:
             first = next(iter(layers.values()))
             generator = torch.Generator(device="cpu").manual_seed(0)
             x = torch.randn(8, first.in_features, generator=generator, device="cpu")
         mlp = _verified_mlp(network, as_probe(x), layers, activation)
-    rates = read_learning_rates(model, optimizers).lambdas if optimizers else None
+    rates = read_learning_rates(network.origin, optimizers).lambdas if optimizers else None
     linear = list(mlp.layers.values())
     weights = [_weight_statistics(name, layer) for name, layer in mlp.layers.items()]
     biases = [None if layer.bias is None else weight_statistics(layer.bias) for layer in linear]
@@ -131,10 +131,10 @@ Call: TypeAlias = tuple[str, Tensor, Tensor]
 """One use of a linear layer: its name, input and output."""
 
 
-def _linear_layers(network: IsolatedModel, model: nn.Module) -> dict[str, nn.Linear]:
+def _linear_layers(network: IsolatedModel) -> dict[str, nn.Linear]:
     layers = {name: module for name, module in network.shadow.named_modules() if isinstance(module, nn.Linear)}
     if not layers:
-        raise NotAnMLPError(f"not an MLP: {type(model).__name__} has no nn.Linear")
+        raise NotAnMLPError(f"not an MLP: {type(network.origin).__name__} has no nn.Linear")
     used = [id(p) for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None]
     covered = set(used)
     if len(covered) < len(used):

@@ -78,10 +78,14 @@ class FullBatch:
         return None
 
     def unlike(self, kept: dict[str, Any], optimizer: Optimizer) -> str | None:
-        """Return why a forecast that a checkpoint kept does not go on, or None; ``kept`` is what ``state`` returned.
+        """Return why a forecast that a checkpoint kept does not go on, or None.
 
-        Raises:
-            Exception: Of any kind, if it is something else.
+        Args:
+            kept: What ``state`` returned; anything else raises an exception of any kind.
+            optimizer: The optimizer in force.
+
+        Returns:
+            The reason, or None.
         """
         rates_then, rates_now = [float(rate) for rate in kept["rates"]], rates(optimizer)
         if rates_then != rates_now:
@@ -131,6 +135,9 @@ def sgd_options(optimizer: Optimizer, at_rest: bool = True) -> dict[str, Any] | 
     Args:
         optimizer: The optimizer, or Lightning's wrapper of it.
         at_rest: Whether it has not taken a step yet: the forecast's momentum is zero there, and not after a resume.
+
+    Returns:
+        The options, or the reason as a sentence.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
     if type(inner) is not torch.optim.SGD:

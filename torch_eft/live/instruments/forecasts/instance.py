@@ -88,22 +88,28 @@ class InstanceInstrument(ForecastInstrument):
             raise ValueError(
                 "theta_0, of which it would be made again, was not kept (keep_theta_0) or is not available"
             )
-        network, rates = start.network, read_learning_rates(start.network, [optimizer])
+        network, rates = start.model, read_learning_rates(start.model, [optimizer])
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         self._lambdas = rates.lambdas
         loss = recognize_loss(
-            network, x, y, self._seen.loss, gradients, output_fn=start.output_fn, loss_function=self.loss_function
+            network,
+            x,
+            y,
+            self._seen.loss,
+            gradients,
+            output_fn=start.network.output_fn,
+            loss_function=self.loss_function,
         )
         self._same_loss(loss.name, loss.factor)
         self._comparison = InstanceComparison(
             network,
             x,
             loss,
-            start.probe,
+            start.network.probe,
             SGDOptions(rates.learning_rate, **options),
             rates.lambdas,
             start.total_steps,
-            start.output_fn,
+            start.network.output_fn,
             self.seconds,
             self.largest,
             kept["comparison"] | {"theta_0": kept["theta_0"]} if kept else None,

@@ -13,7 +13,7 @@ from torch_eft.live.instruments.common import compared_scalars
 from torch_eft.live.instruments.forecasts.base import ForecastInstrument
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
-from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Plan, Snapshot
 from torch_eft.measure.training_loss import recognize_squared_error
 from torch_eft.results.tags import compared_quantities, tag
@@ -74,13 +74,13 @@ class TheoryInstrument(ForecastInstrument):
         """The NTK, besides the outputs."""
         return Plan(ntk=True)
 
-    def check(self, network: nn.Module, probe: Probe, outputs: int, output_fn: OutputFn | None) -> None:
+    def check(self, network: Network) -> None:
         """Check that a given ensemble has the network's widths."""
         if self.given is None:
             return
         activation = self.activation or self.given.activation
         try:
-            own = read_ensemble(network, probe.inputs, activation=activation, output_fn=output_fn)
+            own = read_ensemble(network.current, network.probe.inputs, activation=activation)
         except NotAnMLPError:
             return  # its page says so when training begins
         if own.widths != self.given.widths:
@@ -93,12 +93,10 @@ class TheoryInstrument(ForecastInstrument):
         if self._goes_on(start):
             return Reading()
         pages: dict[str, str] = {}
-        inputs = start.probe.inputs
+        inputs = start.network.probe.inputs
         try:
             activation = self.activation or (self.given.activation if self.given else None)
-            read = read_ensemble(
-                start.network, inputs, optimizer=start.optimizers, activation=activation, output_fn=start.output_fn
-            )
+            read = read_ensemble(start.network.current, inputs, optimizer=start.optimizers, activation=activation)
             given = self._drawn(read) or self.given
             self._ensemble = read if given is None else _with_lambda_of(given, read)
             diagnosis = diagnose(given or read, inputs)
@@ -113,7 +111,7 @@ class TheoryInstrument(ForecastInstrument):
         reason = self._refusal(start)
         if reason is not None:
             return Reading(pages=pages | self._stop(reason))
-        self._hidden = _activations(start.network, self._ensemble)
+        self._hidden = _activations(start.model, self._ensemble)
         return Reading(pages=pages)
 
     def _drawn(self, now: MLPEnsemble) -> MLPEnsemble | None:
@@ -133,18 +131,18 @@ class TheoryInstrument(ForecastInstrument):
 
     def _forecast(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> dict[str, str]:
         assert self._seen is not None and self._seen.loss is not None and self._ensemble is not None
-        network, start, kept = self._seen.start.network, self._seen.start, self._kept
+        network, start, kept = self._seen.start.model, self._seen.start, self._kept
         if not isinstance(x, Tensor):
             raise ValueError("not an MLP: its forward takes several inputs")
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         rate = read_learning_rates(network, [optimizer]).learning_rate
-        loss = recognize_squared_error(network, x, y, self._seen.loss, gradients, output_fn=start.output_fn)
+        loss = recognize_squared_error(network, x, y, self._seen.loss, gradients, output_fn=start.network.output_fn)
         self._same_loss(loss.name, loss.rate_factor)
         self._comparison = EnsembleComparison(
             self._ensemble,
             x.flatten(1),
             loss.targets,
-            start.probe.inputs.flatten(1).to(x.device),
+            start.network.probe.inputs.flatten(1).to(x.device),
             rate * loss.rate_factor,
             order=self.order,
             steps=start.total_steps,
