@@ -91,7 +91,7 @@ class JSONLSink(Sink):
         >>> sink = JSONLSink(path)
         >>> sink.text("notes", "a page", 0)
         >>> path.read_text().rstrip()
-        '{"kind": "page", "name": "notes", "text": "a page", "step": 0}'
+        '{"kind":"page","name":"notes","text":"a page","step":0}'
         >>> sink.close()
     """
 
