@@ -1,4 +1,4 @@
-"""What cannot be measured is refused by name, with a remedy; what can be is not."""
+"""Networks that cannot be measured are refused by name, with a remedy; others are not."""
 
 import math
 

@@ -208,7 +208,7 @@ def test_operations(name):
 
 
 def test_embedding_bags_and_hard_sigmoid():
-    """Of these torch has no second derivative to compare with."""
+    """torch has no second derivative of these to compare with."""
     torch.manual_seed(0)
     x = jet(full(3, 4))
     bag = F.embedding_bag(INDEX, x, mode="mean")

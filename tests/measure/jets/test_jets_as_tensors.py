@@ -64,7 +64,7 @@ def test_absent_coefficients_stay_absent():
 
 
 def test_views_of_coefficients_that_lie_otherwise_in_memory():
-    """Of a bias alone the coefficient is expanded; of a transposed summand it is transposed."""
+    """The coefficient of a bias alone is expanded; that of a transposed summand is transposed."""
     x = F.linear(CONSTANT, CONSTANT, lift(normal(3), normal(3), 1))
     assert x.view(-1).unflatten(0, (3, 3)).coefficients[1].shape == (3, 3)
     y = torch.zeros(4, 3, dtype=DTYPE) + jet((torch.zeros(3, 4, dtype=DTYPE), CONSTANT)).T

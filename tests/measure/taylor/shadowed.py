@@ -46,7 +46,7 @@ def tied_linear():
 
 
 class Polynomial(nn.Module):
-    """Of degree three in its parameters, with a bias and a product of layers."""
+    """A polynomial of degree three in its parameters, with a bias and a product of layers."""
 
     def __init__(self):
         super().__init__()

@@ -51,7 +51,7 @@ def along(model, lambdas, x, theta, d):
 
 
 def derivatives(function, orders):
-    """Of a function of one number at 0, entry by entry, by reverse mode of reverse mode."""
+    """Derivatives of a function of one number at 0, entry by entry, by reverse mode of reverse mode."""
     s = torch.zeros((), dtype=F64, requires_grad=True)
     values = function(s)
     found = []
@@ -102,7 +102,7 @@ def test_a_step_of_gradient_descent_is_minus_eta_H_e():
 
 
 def test_errors_fall_with_powers_of_the_displacement():
-    """What is left after terms of order k is of order k + 1: halved d, error / 2^(k+1), up to relative corrections of
+    """The remainder after terms of order k is of order k + 1: halved d, error / 2^(k+1), up to relative corrections of
     the size of the next term over this one, below 4 % here."""
     model, theta, d, x, lambdas = small()
     errors = []

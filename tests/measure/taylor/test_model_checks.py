@@ -1,4 +1,4 @@
-"""What a shadow leaves alone, and what it refuses in words."""
+"""A Taylor model leaves the network and the random state alone, and refuses what it cannot stand for."""
 
 import copy
 import math

@@ -111,13 +111,14 @@ def test_kinks_of_what_training_does_not_move_are_none():
 
 def test_kinks_of_attention_and_recurrent_networks():
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    assert kinked_operations(encoder, torch.randn(2, 3, 8), lambda z: z.flatten(1)) == ("relu in the forward",)
-    cells = nn.RNN(3, 4, nonlinearity="relu", batch_first=True)
-    assert kinked_operations(cells, torch.randn(2, 3, 3), lambda out: out[0][:, -1]) == ("rnn_relu in the forward",)
-    direction = {name: torch.randn_like(p) for name, p in cells.named_parameters()}
-    found = ntk_finite_difference(
-        cells, torch.randn(2, 3, 3), direction, distance=0.1, output_fn=lambda out: out[0][:, -1]
+    assert kinked_operations(encoder, torch.randn(2, 3, 8), output_fn=lambda z: z.flatten(1)) == (
+        "relu in the forward",
     )
+    last = lambda out: out[0][:, -1]  # noqa: E731
+    cells = nn.RNN(3, 4, nonlinearity="relu", batch_first=True)
+    assert kinked_operations(cells, torch.randn(2, 3, 3), output_fn=last) == ("rnn_relu in the forward",)
+    direction = {name: torch.randn_like(p) for name, p in cells.named_parameters()}
+    found = ntk_finite_difference(cells, torch.randn(2, 3, 3), direction, distance=0.1, output_fn=last)
     assert math.isnan(found.crossings) and "not seen" in found.validity.reason
 
 

@@ -58,6 +58,9 @@ def read_ensemble(
     C_b = mean(b^2) and C_W = n_in mean(W^2) are estimated from the weights as they are: for a trained or pretrained
     network they do not describe its initialization.
 
+    Raises ``NotAnMLPError`` if the network is not such an MLP, with the reason. Raises ``ValueError`` if the forward
+    rejects ``x``.
+
     Args:
         model: A network whose forward is linear layers with one elementwise activation between them.
         x: Inputs of the forward; None draws a few standard normal ones.
@@ -68,10 +71,6 @@ def read_ensemble(
     Returns:
         The ensemble, with the standard errors of C_b and C_W as ``errors`` and, as ``remarks``, what weights and
         biases that are not Gaussian change in the theory.
-
-    Raises:
-        NotAnMLPError: If the network is not such an MLP, with the reason.
-        ValueError: If the forward rejects ``x``.
 
     Example:
         >>> import torch

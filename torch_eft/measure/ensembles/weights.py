@@ -1,4 +1,4 @@
-"""How the weights of a layer are distributed, and what that changes in the theory.
+"""Recognizes the distribution of a layer's weights, and says how it changes the theory.
 
 The theory's vertices are those of independent Gaussian weights. Independent weights with another fourth moment, uniform
 ones above all, change single neurons only; orthogonal weights, which are dependent, change the vertices themselves
@@ -24,7 +24,7 @@ _FEWEST = 20
 
 @dataclass(frozen=True)
 class WeightStatistics:
-    """One layer's weights (n_out, n_in) or biases (n_out,).
+    """Statistics of one layer's weights (n_out, n_in) or biases (n_out,).
 
     Args:
         variance: Mean square.
@@ -42,12 +42,18 @@ class WeightStatistics:
 
 
 def weight_statistics(weight: Tensor) -> WeightStatistics:
-    """Second and fourth moment of a layer's weights or biases, and their distribution at level ``SIGNIFICANCE``.
+    """Measure a layer's weights or biases and recognize their distribution at level ``SIGNIFICANCE``.
 
     Gaussian: the excess kurtosis, by the transformation to a normal deviate of Anscombe and Glynn 1983, whose leading
     order is the standard error sqrt(24 / N), and a mean of zero. Uniform: the excess kurtosis is -1.2 within
     1.147 / sqrt(N), and the largest |w| is the bound sqrt(3) sd within what N uniform numbers allow. Orthogonal:
     W W^T or W^T W is a multiple of 1 to rounding, far below the 1/sqrt(n) of independent weights.
+
+    Args:
+        weight: (n_out, n_in), or biases (n_out,).
+
+    Returns:
+        The statistics.
     """
     w = weight.detach().double()
     count = w.numel()
@@ -112,29 +118,32 @@ def _may_be_uniform(excess: float, largest: float, count: int) -> bool:
 def remarks(
     weights: Sequence[WeightStatistics], biases: Sequence[WeightStatistics | None], K: Sequence[float], x: Tensor
 ) -> tuple[str, ...]:
-    """What the distributions of weights and biases change in the theory, in words.
+    """Write sentences on how the distributions of weights and biases change the theory.
 
     Args:
         weights: Layer by layer.
         biases: Layer by layer; None without a bias.
         K: Mean square of the preactivations, layer by layer.
         x: Inputs, (N, n_0).
+
+    Returns:
+        The sentences; none for Gaussian weights and biases.
     """
-    found = []
+    sentences = []
     kinds = [w.distribution for w in weights]
     for kind in ("uniform", "other", "constant"):
         if kind in kinds:
-            found.append(f"{_layers(kinds, kind)}: {_independent(kind, weights, kinds, x)}")
+            sentences.append(f"{_layers(kinds, kind)}: {_independent(kind, weights, kinds, x)}")
     if "orthogonal" in kinds:
-        found.append(
+        sentences.append(
             f"{_layers(kinds, 'orthogonal')}: orthogonal weights, which are not independent: the theory's Gaussian 1/n "
             "vertices are wrong for them, K and Theta at infinite width are right; "
             "V' = chi_par^2 V + C_W^2 (<s^4> - 3 <s^2>^2) with V = -2 K^2 at the first layer, so that V / K^2 stays of "
             "order 1 for tanh and linear (nu = 0 instead of 2/3 and 2) and grows with nu = 3 instead of 5 for ReLU"
         )
     if "too few to tell" in kinds:
-        found.append(
-            f"{_layers(kinds, 'too few to tell')}: too few weights to tell Gaussian from uniform ones; the "
+        sentences.append(
+            f"{_layers(kinds, 'too few to tell')}: too few weights to distinguish Gaussian from uniform ones; the "
             "theory takes them as Gaussian"
         )
     odd = [b is not None and b.distribution in ("uniform", "other") and b.variance > 0 for b in biases]
@@ -148,11 +157,11 @@ def remarks(
             key=abs,
             default=0.0,
         )
-        found.append(
+        sentences.append(
             f"{_layers(odd, True)}: the biases are not Gaussian, which gives preactivations the excess kurtosis "
             f"k4 (C_b / K)^2 at any width (k4 that of the biases), up to {kurtosis:.2g} here; the theory takes 0"
         )
-    return tuple(found)
+    return tuple(sentences)
 
 
 def _independent(kind: str, weights: Sequence[WeightStatistics], kinds: Sequence[str], x: Tensor) -> str:

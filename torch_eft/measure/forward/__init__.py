@@ -1,1 +1,1 @@
-"""How the user's network is run: probe inputs, isolated copies, outputs, checks, decompositions."""
+"""Runs the user's network: probe inputs, isolated copies, outputs, checks, decompositions."""

@@ -1,8 +1,8 @@
-"""What cannot be measured, each with its name and its remedy; a number is never given instead.
+"""Refuses networks that cannot be measured, with the reason and its remedy, instead of returning a wrong number.
 
-``structure.check_structure`` looks at modules and parameters before. Here ``check_measurable`` reads all parameters
-once and ``check_batch_independence`` runs the forward on half of the probe; each waits for the device
-once. On the device "meta" there are no values, and none are checked.
+``structure.check_structure`` looks at modules and parameters first. ``check_measurable`` reads all parameters once and
+``check_batch_independence`` runs the forward on half of the probe; each waits for the device once. On the device "meta"
+there are no values, and none are checked.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class MemoryLimitError(ValueError):
 
 
 def check_measurable(network: nn.Module | IsolatedModel) -> None:
-    """Refuse networks whose outputs are no finite functions of each sample, as far as this shows without a forward.
+    """Refuse networks whose outputs are not finite functions of each sample, as far as this shows without a forward.
 
     Raises:
         ValueError: As ``check_structure``; for batch statistics in evaluation, and for parameters that are not finite.
@@ -56,7 +56,7 @@ def check_measurable(network: nn.Module | IsolatedModel) -> None:
 
 
 def check_batch_independence(network: IsolatedModel, probe: Probe, outputs: Tensor) -> None:
-    """Refuse forwards that are no differentiable functions of each sample.
+    """Refuse forwards that are not differentiable functions of each sample.
 
     Every second sample is run once more, from the last to the first and with gradients: half a forward.
 
@@ -96,16 +96,15 @@ def check_batch_independence(network: IsolatedModel, probe: Probe, outputs: Tens
 
 
 def check_differentiable_function(network: IsolatedModel, inputs: Any) -> None:
-    """Refuse forwards that are no differentiable functions of the whole batch; samples may see each other.
+    """Refuse forwards that are not differentiable functions of the whole batch; samples may see each other.
 
     The forward is run twice: without, and with gradients.
+
+    Raises ``ValueError`` for outputs that depend on chance, and for reentrant checkpointing.
 
     Args:
         network: Isolated.
         inputs: Where the network is.
-
-    Raises:
-        ValueError: For outputs that depend on chance, and for reentrant checkpointing.
     """
     with torch.no_grad():
         outputs = network(network.params, tree_map_only(Tensor, torch.clone, inputs))
@@ -129,16 +128,24 @@ def check_twice_differentiable(z: Tensor) -> None:
 
 @contextmanager
 def derivatives_of_order(order: int, module: nn.Module) -> Iterator[None]:
-    """What torch says where it has no derivative, as a refusal in words.
+    """Turn torch's error about a missing derivative into one that names the network and a remedy.
+
+    Args:
+        order: Order of the derivatives that are taken inside.
+        module: The network.
+
+    Yields:
+        Nothing.
 
     Raises:
+        RuntimeError: If memory runs out, as torch has it.
         ValueError: If an operation has no derivative of that order.
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ValueError(
             f"model: an operation of {type(module).__name__} has no derivative of order {order} "
             f"({str(error).splitlines()[0]}); ask for a lower order, or write it in elementary operations (an "
@@ -161,13 +168,13 @@ def _alike(values: Tensor, reference: Tensor) -> Tensor:
 
 
 def _run_with_gradients(network: IsolatedModel, inputs: Any) -> Tensor:
-    """With respect to the inputs, too: a reentrant checkpoint is no node of the graph unless its inputs are."""
+    """Run with gradients of the inputs as well: otherwise a reentrant checkpoint is not a node of the graph."""
     leaves = {name: value.detach().requires_grad_() for name, value in network.params.items()}
 
-    def moving(tensor: Tensor) -> Tensor:
+    def with_gradient(tensor: Tensor) -> Tensor:
         return tensor.detach().requires_grad_().clone() if tensor.is_floating_point() else tensor
 
-    return network(leaves, tree_map_only(Tensor, moving, inputs))
+    return network(leaves, tree_map_only(Tensor, with_gradient, inputs))
 
 
 def _check_graph(value: Tensor) -> None:

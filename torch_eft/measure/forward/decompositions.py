@@ -1,10 +1,10 @@
-"""Fused operations written out in elementary ones, whose derivatives are right at every order.
+"""Writes fused operations out in elementary ones, whose derivatives are right at every order.
 
 torch's fused layer norm, instance norm and batch norm with batch statistics have first and second derivatives by
 reverse mode; their third ones (and nested forward mode already at second order) are silently wrong, and so is weight
 norm's second.
-Fused attention and recurrent cells have no second derivative at all. Written out, they also show the linear maps they
-are made of to whoever watches the operations of a network.
+Fused attention and recurrent cells have no second derivative at all. Written out, they also show the linear maps that
+they consist of to modes that watch the operations of a network.
 """
 
 import functools
@@ -30,7 +30,7 @@ class Decomposed(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Replaces what is in ``WRITTEN_OUT``, also inside torch's own Python functions; passes on everything else."""
+        """Replace operations of ``WRITTEN_OUT``, also inside torch's own Python functions; pass on everything else."""
         kwargs = kwargs or {}
         replacement = WRITTEN_OUT.get(func)
         if replacement is not None:
@@ -45,7 +45,7 @@ class Decomposed(TorchFunctionMode):
 
 @functools.cache
 def without_dispatch(func: Callable[..., Any]) -> Callable[..., Any] | None:
-    """A Python function of torch, without the step in which it hands itself over as a whole.
+    """Copy a Python function of torch without the step in which it hands itself over as a whole.
 
     ``F.multi_head_attention_forward`` and its like ask ``has_torch_function`` first and then reach a mode, or a
     subclass of tensors, as one operation. In the copy that answer is no: its body runs, and the operations inside are
@@ -75,13 +75,13 @@ _GLOBALS: dict[int, dict[str, Any]] = {}
 
 
 def _undispatched_globals(func: types.FunctionType) -> dict[str, Any]:
-    """The globals of ``func`` with every ``has_torch_function...`` answering no; one copy a module."""
-    found = _GLOBALS.get(id(func.__globals__))
-    if found is None:
-        found = dict(func.__globals__)
-        found |= {name: _no for name in found if name.startswith("has_torch_function")}
-        _GLOBALS[id(func.__globals__)] = found
-    return found
+    """The globals of ``func`` with every ``has_torch_function...`` answering no; one copy per module."""
+    names = _GLOBALS.get(id(func.__globals__))
+    if names is None:
+        names = dict(func.__globals__)
+        names |= {name: _no for name in names if name.startswith("has_torch_function")}
+        _GLOBALS[id(func.__globals__)] = names
+    return names
 
 
 def _undispatched_cell(cell: types.CellType) -> types.CellType:
@@ -248,4 +248,4 @@ WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rnn_relu: rnn_relu,
     **CELLS,
 }
-"""Builtin function of torch -> the same in elementary operations; that returns None where it cannot be written out."""
+"""Builtin function of torch -> its decomposition, which returns None where it cannot be written out."""

@@ -1,11 +1,11 @@
-"""Evaluation that leaves a training untouched, and that the training's settings leave untouched.
+"""Evaluates a network without a trace in its training, and independently of the training's settings.
 
-What is guarded: parameters and buffers (a shadow module; parameters shared and only read, buffers cloned), train/eval
+Guarded: parameters and buffers (a shadow module; parameters shared and only read, buffers cloned), train/eval
 flags and attributes set in ``forward`` (they are set on the shadow), gradients (nothing calls ``backward``), the random
 state of torch, CUDA, NumPy and Python, torch's default dtype, and the surrounding autocast, grad and inference modes.
 
-What is set meanwhile: attention in elementary operations, as its fused kernels lack derivatives; float32 products in
-full float32, as TF32 and bfloat16 round at 1e-3, the size of the changes that are looked for; compiled modules run as
+Set meanwhile: attention in elementary operations, as its fused kernels lack derivatives; float32 products in
+full float32, as TF32 and bfloat16 round at 1e-3, the size of the changes that are measured; compiled modules run as
 they are written.
 """
 
@@ -57,12 +57,16 @@ class IsolatedModel:
         return output if self.output_fn is None else self.output_fn(output)
 
     def place(self, probe: Probe) -> Any:
-        """The probe's inputs on the device of the parameters, floating tensors in their dtype.
+        """Bring the probe's inputs to the device of the parameters, floating tensors to their dtype.
 
-        A probe on the CPU goes to wherever the model is. Between other devices nothing is moved silently.
+        A probe on the CPU goes to wherever the model is. Between other devices nothing is moved silently: a
+        ``ValueError`` names them.
 
-        Raises:
-            ValueError: If a tensor is on a device other than the CPU and the model's.
+        Args:
+            probe: The probe.
+
+        Returns:
+            The inputs.
         """
         tensors = [*self.params.values(), *self.constants.values()]
         reference = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
@@ -162,6 +166,9 @@ def isolated(
 ) -> Iterator[IsolatedModel]:
     """Evaluate ``model`` without leaving a trace in it or in the process.
 
+    Raises ``ValueError`` if the module has no parameters of its own, real and on one device (a lazy module that has not
+    seen a batch yet, FSDP); nothing waits for the device.
+
     Args:
         model: Any module; a ``LightningModule``, a compiled or a wrapped one included. One that is already isolated is
             not isolated again: whoever isolated it restores the state of the process.
@@ -171,10 +178,6 @@ def isolated(
 
     Yields:
         The network as a pure function.
-
-    Raises:
-        ValueError: If the module has no parameters of its own, real and on one device (a lazy module that has not seen
-            a batch yet, FSDP); nothing waits for the device.
     """
     if isinstance(model, IsolatedModel):
         with _differentiable():
@@ -232,7 +235,7 @@ def _elementary_operations() -> Iterator[None]:
                 backend.fp32_precision = "ieee"
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import takes seconds
+            if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and its import takes seconds
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
@@ -269,8 +272,8 @@ def _shadow_of(model: nn.Module, output_fn: OutputFn | None, dtype: torch.dtype 
 
 
 def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """Attributes without copies (locks, open files, hashes ...): the shadow shares them."""
-    found = {}
+    """Attributes that cannot be copied (locks, open files, hashes ...): the shadow shares them."""
+    shared = {}
     for module in model.modules():
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers", "_modules") or isinstance(value, Tensor | nn.Module):
@@ -278,15 +281,15 @@ def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
             try:
                 copy.deepcopy(value, dict(memo))
             except (TypeError, RuntimeError):
-                found[id(value)] = value
-    return found
+                shared[id(value)] = value
+    return shared
 
 
 _IMMUTABLE = (type(None), bool, int, float, str, torch.device, torch.dtype)
 
 
 def _twin(module: nn.Module) -> nn.Module | None:
-    """What deepcopy makes of a torch.nn module without children, hooks and attributes of unknown kinds, or None."""
+    """Copy a torch.nn module without children, hooks and attributes of unknown kinds as deepcopy does; else None."""
     if not type(module).__module__.startswith("torch.nn.modules.") or module._modules:
         return None
     state: dict[str, Any] = {}

@@ -1,8 +1,8 @@
-"""Kinks: which operations of a network have them, and the rate of change of the NTK where autodiff's is not it.
+"""Finds the operations of a network that have kinks, and the side of each of their units.
 
 At a kink, sigma' jumps and sigma'' is a delta function, which differentiation takes as zero. Each second derivative by
-autodiff therefore lacks a part of order one, however wide the network: it is the rate of change of H only as far as no
-unit changes its side. Over a training step many do, and H changes by the sum of many small jumps. What H does is its
+autodiff therefore lacks a part of order one, however wide the network: it is the rate of change of H only as long as no
+unit changes its side. Over a training step many do, and H changes by the sum of many small jumps: its rate is the
 secant over a step of that size.
 """
 
@@ -21,21 +21,30 @@ from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 
 
-def kinked_operations(model: nn.Module, x: Any, output_fn: OutputFn | None = None) -> tuple[str, ...]:
-    """The kinked operations that the forward executes on ``x``, e.g. ``("relu in '1'", "max_pool2d in 'pool'")``.
+def kinked_operations(model: nn.Module, x: Any, *, output_fn: OutputFn | None = None) -> tuple[str, ...]:
+    """Name the kinked operations that the forward executes on ``x``.
 
     Operations whose slope jumps (ReLU, max pooling, clamp, maximum ...) or which are piecewise constant (sign, round
     ...), and selections by comparison of activations (``torch.where(z > 0, ...)``, ``z * (z > 0)``, sorting). ELU and
     CELU with alpha = 1 are not among them, nor kinks of what depends on no trainable parameter. Inside TorchScript,
     custom autograd functions in C++ and fused functions of torch other than recurrent ones, nothing is seen.
 
+    Raises ``ValueError`` if the forward rejects ``x``, or what it returns is not (N, C).
+
     Args:
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
         output_fn: Turns what the model returns into (N, C).
 
-    Raises:
-        ValueError: If the forward rejects ``x``, or what it returns is not (N, C).
+    Returns:
+        The names, e.g. ``("relu in '1'", "max_pool2d in 'pool'")``; empty for smooth networks.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4), torch.nn.GELU())
+        >>> measure.kinked_operations(model, torch.eye(3))
+        ("relu in '1'",)
     """
     with isolated(model, output_fn) as network:
         return kink_sides(network, network.params, as_probe(x)).names
@@ -51,12 +60,12 @@ class Sides:
 
 
 def kink_sides(network: IsolatedModel, params: dict[str, Tensor], probe: Probe) -> Sides:
-    """Of one forward with the given parameters."""
-    # Gradients tell activations that training moves from constants, inputs and what is frozen.
+    """Run one forward with the given parameters and record its kinked operations."""
+    # Gradients mark the activations that training changes: not constants, inputs and frozen parts.
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-    moving = replace(network, params=leaves)
+    trainable = replace(network, params=leaves)
     with _module_names(network.shadow) as stack, _Watch(stack) as watch:
-        checked_output(moving, probe)
+        checked_output(trainable, probe)
     return Sides(tuple(dict.fromkeys(watch.names)), tuple(watch.sides), watch.all_seen)
 
 
@@ -80,11 +89,11 @@ def _module_names(module: nn.Module) -> Iterator[list[str]]:
 
 
 Side = Callable[..., Tensor]
-"""Takes the arguments of a kinked operation to the numbers of its units' smooth pieces."""
+"""A function of the arguments of a kinked operation that returns the number of each unit's smooth piece."""
 
 
 def _pieces(*kinks: float) -> Side:
-    """Of an activation."""
+    """The sides of an activation with kinks at the given points: the number of kinks below the input."""
 
     def side(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         first, *others = (input > kink for kink in kinks)
@@ -131,8 +140,8 @@ def _extreme_side(of: Callable[..., Tensor]) -> Side:
 
 def _order_side(of: Callable[..., Any]) -> Side:
     def side(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        found = of(input, *args, **kwargs)
-        return input > found if isinstance(found, Tensor) else found[1]
+        result = of(input, *args, **kwargs)
+        return input > result if isinstance(result, Tensor) else result[1]
 
     return side
 
@@ -172,7 +181,7 @@ _KINKED: dict[str, Side | None] = {
     **dict.fromkeys(("fractional_max_pool2d", "fractional_max_pool3d"), None),  # places drawn at random
     **dict.fromkeys(("rnn_relu", "rnn_relu_cell"), None),
 }
-"""Kinked operations by name; None where the units' sides are not to be seen."""
+"""Kinked operations by name; None where the units' sides cannot be seen."""
 
 _SELECTORS = frozenset(
     [
@@ -199,16 +208,16 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Calls ``func``, and looks at its arguments before."""
+        """Look at the arguments of ``func``, then call it."""
         kwargs = kwargs or {}
         name = func.__name__.strip("_").removesuffix("_with_indices")
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        moving = any(tensor.requires_grad for tensor in tensors)
-        if moving and name in _KINKED and _is_kinked(name, args, kwargs):
+        trainable = any(tensor.requires_grad for tensor in tensors)
+        if trainable and name in _KINKED and _is_kinked(name, args, kwargs):
             self._note(name, _KINKED[name], args, kwargs)
         value = func(*args, **kwargs)
         selections = [tensor for tensor in tensors if id(tensor) in self._selections]
-        if selections or (moving and name in _SELECTORS):
+        if selections or (trainable and name in _SELECTORS):
             results = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
             if any(result.requires_grad for result in results):
                 self.names.append(self._where(f"{name} by selection"))

@@ -13,6 +13,8 @@ from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 def output(model: Model, x: Any, *, output_fn: OutputFn | None = None) -> Tensor:
     """Compute the network's output on ``x`` in evaluation mode.
 
+    Raises ``ValueError`` if the forward rejects ``x`` or changes it in place, or what it returns is not (N, C).
+
     Args:
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
@@ -20,9 +22,6 @@ def output(model: Model, x: Any, *, output_fn: OutputFn | None = None) -> Tensor
 
     Returns:
         (N, C).
-
-    Raises:
-        ValueError: If the forward rejects ``x`` or changes it in place, or what it returns is not (N, C).
 
     Example:
         >>> import torch

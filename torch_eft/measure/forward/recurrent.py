@@ -1,7 +1,7 @@
-"""Recurrent layers written out over time in linear maps and elementwise operations.
+"""Writes recurrent layers out over time in linear maps and elementwise operations.
 
 The fused ones have a first derivative only. Here every linear map is one call of ``F.linear`` with the layer's own
-weights: the map of the inputs for all times at once, that of the hidden state a time step.
+weights: the map of the inputs for all times at once, that of the hidden state for each time step.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Cell: TypeAlias = Callable[[Tensor, State, "_Weights"], State]
 
 
 class _Weights:
-    """Those of one layer in one direction, in torch's order: w_ih, w_hh, then b_ih, b_hh, then w_hr."""
+    """The weights of one layer in one direction, in torch's order: w_ih, w_hh, then b_ih, b_hh, then w_hr."""
 
     def __init__(self, flat: Sequence[Any], has_biases: bool) -> None:
         self.w_ih, self.w_hh = flat[0], flat[1]
@@ -81,7 +81,7 @@ def _unrolled(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, ...] | None:
-    """(outputs, last states ...), the states (layers x directions, N, size) as torch has them."""
+    """Return (outputs, last states ...), the states (layers x directions, N, size) as torch has them."""
     if train and dropout > 0 and num_layers > 1:
         return None
     if batch_first:

@@ -114,7 +114,7 @@ def _norm(
 
 
 def _at_least(x: Tensor, eps: float) -> Tensor:
-    """A guard against division by zero, which is no kink of the network."""
+    """A guard against division by zero, which does not count as a kink of the network."""
     return torch.where(x.detach() > eps, x, eps)
 
 
@@ -128,7 +128,7 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
 
 
 def _softsign(input: Tensor) -> Tensor:
-    """By the sign instead of the absolute value: its slope does not jump."""
+    """Softsign by the sign instead of the absolute value: its slope does not jump."""
     return input / (1 + input * input.detach().sign())
 
 

@@ -1,7 +1,7 @@
 """Jets: tensors that carry their Taylor series, so that a network evaluated on them yields its own.
 
 A ``Jet`` is a truncated series h(s) = h_0 + h_1 s + ... + h_k s^k, k <= 3, whose coefficients are tensors of one
-shape. It passes for a tensor: as an input or a parameter of any module,
+shape. It can be used as a tensor: as an input or a parameter of any module,
 
     theta = {name: jet((p, v[name], None, None)) for name, p in params.items()}
     terms = functional_call(model, theta, (x,)).coefficients      # f(theta), f' v, f'' v v / 2, f''' v v v / 6
@@ -17,7 +17,8 @@ rule raises ``NoJetRuleError``, and nothing ever falls back on h_0 alone:
   into a jet by index or through a view. Other in-place operations give the jet new coefficients.
 - Comparisons are those of h_0 and constant; ``detach`` is the constant h_0.
 
-Where a slope jumps (ReLU, a maximum, a comparison) derivatives are those almost everywhere; ``watch_kinks`` names such.
+Where a slope jumps (ReLU, a maximum, a comparison) derivatives are those almost everywhere; ``watch_kinks`` names such
+operations.
 """
 
 import weakref
@@ -70,7 +71,7 @@ class Jet(Tensor):
         """h_0."""
         return primal(self._series)
 
-    # Asked for often, so without the way through __torch_function__.
+    # Read often, so past __torch_function__.
     shape = property(lambda self: self.primal.shape)
     dtype = property(lambda self: self.primal.dtype)
     device = property(lambda self: self.primal.device)
@@ -90,11 +91,7 @@ class Jet(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The rule of ``func``.
-
-        Raises:
-            NoJetRuleError: If it has none.
-        """
+        """Apply the rule of ``func``; raises ``NoJetRuleError`` if it has none."""
         kwargs = kwargs or {}
         rule = _RULES.get(func)
         if rule is not None:
@@ -128,10 +125,13 @@ class Jet(Tensor):
 
 
 def jet(coefficients: Sequence[Tensor | None]) -> Jet:
-    """A jet with the given coefficients.
+    """Make a jet with the given coefficients.
 
     Args:
-        coefficients: (h_0, ..., h_k), k <= 3, floating point and of one shape; None is exactly zero, h_0 is none.
+        coefficients: (h_0, ..., h_k), k <= 3, floating point and of one shape; None is exactly zero, but not for h_0.
+
+    Returns:
+        The jet.
 
     Raises:
         ValueError: If there are none or too many, or h_0 is None, or shapes differ.
@@ -156,26 +156,26 @@ def lift(tensor: Tensor, tangent: Tensor | None, order: int) -> Jet:
 
 
 def coefficients_of(x: Tensor, order: int) -> tuple[Tensor | None, ...]:
-    """Those of a jet up to ``order``, of a plain tensor (x, None, ...)."""
+    """The coefficients of a jet up to ``order``; (x, None, ...) for a plain tensor."""
     given = x.coefficients if isinstance(x, Jet) else (x,)
     return (*given, *[None] * order)[: order + 1]
 
 
 def _by_rule(func: Callable[..., Any], rule: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Unpacks jets into series, applies the rule and packs what it returns."""
+    """Unpack jets into series, apply the rule and pack its result."""
     _check_gradients_are_on(func)
     if kwargs.get("out") is not None:
         raise NoJetRuleError(f"{name_of(func)}: out= has no rule for Taylor series")
-    found: list[Series] = []
-    values = [_unpacked(value, found) for value in args]
-    options = {name: _unpacked(value, found) for name, value in kwargs.items()}
+    met: list[Series] = []
+    values = [_unpacked(value, met) for value in args]
+    options = {name: _unpacked(value, met) for name, value in kwargs.items()}
     if not args and "input" in options:
         values = [options.pop("input")]
-    if any(len(series) != len(found[0]) for series in found):
-        raise ValueError(f"jets: orders {sorted({len(s) - 1 for s in found})} meet in {name_of(func)}; use one")
+    if any(len(series) != len(met[0]) for series in met):
+        raise ValueError(f"jets: orders {sorted({len(s) - 1 for s in met})} meet in {name_of(func)}; use one")
     try:
-        if all(part is None for series in found for part in series[1:]):
-            result = _constant(func, len(found[0]), values, options)
+        if all(part is None for series in met for part in series[1:]):
+            result = _constant(func, len(met[0]), values, options)
         else:
             result = rule(*values, **options)
     except NoJetRuleError as error:
@@ -197,17 +197,17 @@ def _check_gradients_are_on(func: Callable[..., Any]) -> None:
         )
 
 
-def _unpacked(value: Any, found: list[Series]) -> Any:
+def _unpacked(value: Any, met: list[Series]) -> Any:
     if isinstance(value, Jet):
-        found.append(value._series)
+        met.append(value._series)
         return value._series
     if type(value) in (list, tuple):
-        return type(value)([_unpacked(entry, found) for entry in value])
+        return type(value)([_unpacked(entry, met) for entry in value])
     return value
 
 
 def _constant(func: Callable[..., Any], count: int, values: list[Any], options: dict[str, Any]) -> Any:
-    """Of series without higher coefficients."""
+    """Apply ``func`` itself to series without higher coefficients."""
 
     def first(value: Any) -> Any:
         if isinstance(value, Series):
@@ -243,7 +243,7 @@ def _regular(part: Tensor | None, first: Tensor) -> Tensor | None:
 
 
 def _join(base: Jet, views: Any) -> None:
-    """Remembers that ``views`` may share memory with ``base``."""
+    """Record that ``views`` may share memory with ``base``, so that in-place operations on either are refused."""
     if base._family is None:
         base._family = [weakref.ref(base)]
     for view in views if isinstance(views, tuple | list) else [views]:
@@ -253,7 +253,7 @@ def _join(base: Jet, views: Any) -> None:
 
 
 def _in_place(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Jet:
-    """Gives the first argument the coefficients of the out-of-place result."""
+    """Give the first argument the coefficients of the out-of-place result."""
     target = args[0] if args else kwargs.get("input")
     if not isinstance(target, Jet):
         raise NoJetRuleError(f"{name_of(func)}: a Taylor series would be written into a plain tensor")
@@ -268,7 +268,7 @@ def _in_place(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
 
 
 def _naming(func: Callable[..., Any], error: NoJetRuleError) -> NoJetRuleError:
-    """With the name of the operation that the caller wrote, in front."""
+    """The error with the name of the operation that the caller wrote in front."""
     return NoJetRuleError(f"{name_of(func)}: {error}")
 
 

@@ -1,6 +1,6 @@
 """Rules for operations that are not smooth: derivatives almost everywhere, chosen by the primal value.
 
-Each tells ``watch_kinks`` that it was met.
+Each rule notes the kink for ``watch_kinks``.
 """
 
 import functools
@@ -33,7 +33,7 @@ _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
 
 
 def _piecewise_linear(slope: Callable[..., Tensor], func: Callable[..., Any], h: Any, *args: Any, **kwargs: Any) -> Any:
-    """Those whose derivative ``slope`` is constant on either side."""
+    """Functions whose derivative ``slope`` is constant on either side of a kink."""
     if not isinstance(h, Series) or any(isinstance(value, Series) for value in (*args, *kwargs.values())):
         raise NoJetRuleError("only the first argument may depend on the series")
     note_kink(func.__name__)
@@ -46,7 +46,7 @@ def _leaky(z: Tensor, negative_slope: float = 0.01) -> Tensor:
 
 
 def _either(z: Tensor, right: float, left: float) -> Tensor:
-    """In the dtype of z: of two numbers ``torch.where`` makes float32."""
+    """``right`` above 0, else ``left``, in the dtype of z: ``torch.where`` makes float32 of two numbers."""
     return torch.where(z > 0, z.new_full((), right), z.new_full((), left))
 
 
@@ -99,7 +99,7 @@ def _hardswish(h: Series) -> Series:
 
 
 def _exponential_unit(name: str, alpha: float, scale: float, rate: float, h: Series) -> Series:
-    """Of scale z above 0, scale alpha (exp(rate z) - 1) below; the slope jumps unless alpha rate = 1."""
+    """Scale z above 0, scale alpha (exp(rate z) - 1) below; the slope jumps unless alpha rate = 1."""
     if alpha * rate != 1:
         note_kink(name)
     z = primal(h)
@@ -132,7 +132,7 @@ def _prelu(h: Factor, weight: Factor) -> Series:
 
 
 def _steps(func: Callable[..., Any], h: Series, *args: Any, **kwargs: Any) -> Series:
-    """Constant on either side of a jump."""
+    """Functions that are constant on either side of a jump."""
     note_kink(func.__name__)
     return Series([func(h[0], *args, **kwargs), *[None] * (len(h) - 1)])
 
@@ -148,7 +148,7 @@ def _minimum(a: Factor, b: Factor) -> Series:
 
 
 def _chosen(excess: Tensor, a: Factor, b: Factor) -> Series:
-    """The one that is larger by ``excess``; where that is 0, half of each, as in torch's derivative."""
+    """The argument that is larger by ``excess``; where that is 0, half of each, as in torch's derivative."""
     share = torch.heaviside(excess.detach(), excess.new_full((), 0.5))
     result: list[Tensor | None] = []
     for order in range(length(a, b)):
@@ -198,7 +198,7 @@ def _sorted(func: Callable[..., Any], h: Series, *args: Any, **kwargs: Any) -> A
 
 
 def _max_pool(func: Callable[..., Any], h: Series, *args: Any, **kwargs: Any) -> Any:
-    """Of 1, 2 or 3 spatial axes, with or without returned indices."""
+    """Max pooling over 1, 2 or 3 spatial axes, with or without returned indices."""
     note_kink(func.__name__.removesuffix("_with_indices"))
     axes = int(func.__name__.removesuffix("_with_indices")[-2])
     with_indices = _WITH_INDICES.get(func.__name__, func)

@@ -45,10 +45,10 @@ _WITH_BIAS = "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv
 _JOINED = "cat concat concatenate stack hstack vstack dstack column_stack"
 
 VIEWS = frozenset(builtins(_VIEWS + " " + _LIKE_ANOTHER))
-"""What may return another view of its argument."""
+"""Operations that may return another view of their argument."""
 
 _VIEWING = frozenset(builtins("view view_as unflatten"))
-"""What must return one."""
+"""Operations that always return one."""
 
 
 def _linear(func: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -77,8 +77,8 @@ def _bilinear(func: Callable[..., Any], a: Factor, b: Factor) -> Series:
 
 
 def _with_bias(func: Callable[..., Any], x: Factor, weight: Factor, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Each order's bias goes into the first product of that order, as in the fused operation."""
-    found: list[Tensor | None] = []
+    """Add each order's bias in the first product of that order, as the fused operation does."""
+    outputs: list[Tensor | None] = []
     for order in range(length(x, weight, bias)):
         pairs = [(coefficient(x, i), coefficient(weight, order - i)) for i in range(order + 1)]
         pairs = [pair for pair in pairs if pair[0] is not None and pair[1] is not None]
@@ -86,8 +86,8 @@ def _with_bias(func: Callable[..., Any], x: Factor, weight: Factor, bias: Any = 
         terms = [func(*pair, shift if index == 0 else None, *args, **kwargs) for index, pair in enumerate(pairs)]
         if not pairs and shift is not None:
             terms = [shift.reshape(-1, *[1] * _spatial_axes(func))]
-        found.append(total(terms))
-    return Series(found)
+        outputs.append(total(terms))
+    return Series(outputs)
 
 
 def _spatial_axes(func: Callable[..., Any]) -> int:
@@ -96,15 +96,15 @@ def _spatial_axes(func: Callable[..., Any]) -> int:
 
 def _joined(func: Callable[..., Any], tensors: Sequence[Factor], *args: Any, **kwargs: Any) -> Series:
     primals = [coefficient(value, 0) for value in tensors]
-    found = [func(primals, *args, **kwargs)]
+    joined = [func(primals, *args, **kwargs)]
     for order in range(1, length(*tensors)):
         parts = [coefficient(value, order) for value in tensors]
         if all(part is None for part in parts):
-            found.append(None)
+            joined.append(None)
             continue
         parts = [torch.zeros_like(p) if part is None else part for p, part in zip(primals, parts, strict=True)]
-        found.append(func(parts, *args, **kwargs))
-    return Series(found)
+        joined.append(func(parts, *args, **kwargs))
+    return Series(joined)
 
 
 def _einsum(equation: str, *operands: Any, **kwargs: Any) -> Series:
@@ -120,13 +120,13 @@ def _tensordot(a: Factor, b: Factor, dims_self: Sequence[int], dims_other: Seque
 def _sum(sign: float, a: Factor, b: Factor, *, alpha: float = 1) -> Series:
     """The sum a + sign alpha b."""
     scale = sign * alpha
-    found = []
+    sums = []
     for order in range(length(a, b)):
         left, right = coefficient(a, order), coefficient(b, order)
         if right is not None and scale != 1:
             right = -right if scale == -1 else right * scale
-        found.append(right if left is None else left if right is None else left + right)
-    return Series(found)
+        sums.append(right if left is None else left if right is None else left + right)
+    return Series(sums)
 
 
 def _where(condition: Tensor, *choices: Factor) -> Series:
@@ -174,14 +174,14 @@ def _embedding_bag(weight: Series, *args: Any, **kwargs: Any) -> Any:
 
 
 def _index_add(func: Callable[..., Any], x: Factor, dim: int, index: Tensor, source: Factor, **kwargs: Any) -> Series:
-    """Linear in both at once."""
-    found = []
+    """Operations that are linear in both arguments at once."""
+    results = []
     zero_x, zero_source = (torch.zeros_like(coefficient(value, 0)) for value in (x, source))
     for order in range(length(x, source)):
         a, b = coefficient(x, order), coefficient(source, order)
         given = (zero_x if a is None else a, dim, index, zero_source if b is None else b)
-        found.append(None if a is None and b is None else func(*given, **kwargs))
-    return Series(found)
+        results.append(None if a is None and b is None else func(*given, **kwargs))
+    return Series(results)
 
 
 def _register() -> None:

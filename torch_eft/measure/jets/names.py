@@ -1,4 +1,4 @@
-"""The several objects under which torch knows one operation."""
+"""Finds the several objects under which torch knows one operation."""
 
 import types
 from collections.abc import Callable, Iterator
@@ -19,9 +19,15 @@ SPACES = (
 
 
 def builtins(names: str) -> Iterator[Callable[..., Any]]:
-    """All builtin functions, methods and getters of torch with one of ``names``, words in one string.
+    """Yield all builtin functions, methods and getters of torch with one of ``names``.
 
     The Python methods of ``Tensor`` count as such; torch's other Python functions are made of these.
+
+    Args:
+        names: Names in one string, separated by spaces.
+
+    Yields:
+        The objects.
 
     Raises:
         AttributeError: If there is none of a name.
@@ -40,7 +46,7 @@ def builtins(names: str) -> Iterator[Callable[..., Any]]:
 
 
 def name_of(func: Callable[..., Any]) -> str:
-    """For messages."""
+    """The name of an operation, for messages."""
     return torch.overrides.resolve_name(func) or getattr(func, "__name__", str(func))
 
 
@@ -54,7 +60,7 @@ OF_THE_PRIMAL = frozenset(
         "empty_like isnan isinf isfinite isposinf isneginf argsort"
     )
 )
-"""Metadata, and what does not depend on the values."""
+"""Operations that return metadata, or do not depend on the values."""
 
 COMPARISONS = frozenset(
     builtins(
@@ -62,7 +68,7 @@ COMPARISONS = frozenset(
         "__ne__ argmax argmin signbit int long short bool"
     )
 )
-"""Constant but for jumps."""
+"""Operations that are constant except for jumps."""
 
 CONSTANT = frozenset(builtins("detach data"))
-"""What takes the derivative as zero by its meaning."""
+"""Operations whose purpose is a derivative of zero."""

@@ -1,4 +1,4 @@
-"""Taylor terms of a network along a line by repeated reverse mode: slow, and independent of the rules of jets."""
+"""Computes Taylor terms along a line by repeated reverse mode: slow, and independent of the rules of jets."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +21,20 @@ from torch_eft.measure.jets.series import note_kink
 def series_by_reverse_mode(
     base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe, order: int, pattern: Tensor | None = None
 ) -> Tensor:
-    """The derivatives along s -> f(theta_0 + s d), of all outputs, or of their product with a fixed ``pattern``.
+    """Compute Taylor terms along s -> f(theta_0 + s d), of all outputs, or of their product with a fixed ``pattern``.
 
-    A derivative of many outputs with respect to the one s takes two backward passes: (d/dw) (d/ds) (w . f).
+    A derivative of many outputs with respect to the one s takes two backward passes: (d/dw) (d/ds) (w . f). An
+    operation without a derivative of that order raises a ``ValueError``.
 
-    Raises:
-        ValueError: If an operation has no derivative of that order.
+    Args:
+        base: The network at theta_0.
+        direction: d, for every trainable parameter.
+        probe: Inputs.
+        order: Order of the last term.
+        pattern: (N, C).
+
+    Returns:
+        (order + 1, N, C), or (order + 1,) with a pattern.
     """
     with _differentiable_backends(), _Watching():
         s = next(iter(base.params.values())).new_zeros(()).requires_grad_()
@@ -56,7 +64,7 @@ def _slope(value: Tensor, variable: Tensor) -> Tensor:
 
 @contextmanager
 def _differentiable_backends() -> Iterator[None]:
-    """Fused recurrent kernels have a first derivative only."""
+    """Switch off fused recurrent kernels, which have a first derivative only."""
     backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
     before = [backend.enabled for backend in backends]
     try:
@@ -69,7 +77,7 @@ def _differentiable_backends() -> Iterator[None]:
 
 
 class _Watching(Decomposed):
-    """Written out, and telling of the kinks that are met."""
+    """Decompositions that also note the kinks that are met."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -27,7 +27,18 @@ def primal(h: Series) -> Tensor:
 
 
 class NoJetRuleError(NotImplementedError):
-    """An operation whose effect on a Taylor series is not known."""
+    """An operation has no rule for Taylor series.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> from torch_eft.measure.jets.jet import lift
+        >>> try:
+        ...     torch.linalg.inv(lift(torch.eye(2), torch.ones(2, 2), 1))
+        ... except measure.NoJetRuleError as error:
+        ...     print(error)
+        torch.linalg.inv: it has no rule for Taylor series
+    """
 
 
 Factor: TypeAlias = Series | Tensor | float
@@ -35,7 +46,7 @@ Factor: TypeAlias = Series | Tensor | float
 
 
 def coefficient(x: Any, order: int) -> Any:
-    """Of a series, or of a constant: itself at order 0, else None."""
+    """The coefficient of a series; a constant has itself at order 0, else None."""
     return x[order] if isinstance(x, Series) else (x if order == 0 else None)
 
 
@@ -53,7 +64,7 @@ def total(terms: Sequence[Tensor]) -> Tensor | None:
 
 
 def product(f: Callable[..., Tensor], *factors: Factor) -> Series:
-    """An f that is linear in each of its factors: o_j = sum over i_1 + i_2 + ... = j of f(a_{i_1}, b_{i_2}, ...)."""
+    """Apply an f that is linear in each factor: o_j = sum over i_1 + i_2 + ... = j of f(a_{i_1}, b_{i_2}, ...)."""
     count = length(*factors)
     if len(factors) == 2:  # the usual case, without the search
         a, b = factors
@@ -80,24 +91,27 @@ def quotient(a: Factor, b: Factor) -> Series:
     """From a = q b: q_j = (a_j - sum_{i=1..j} b_i q_{j-i}) / b_0."""
     if not isinstance(b, Series):
         return Series(None if part is None else part / b for part in a)  # type: ignore[union-attr]
-    found: list[Any] = []
+    quotients: list[Any] = []
     for order in range(len(b)):
-        pairs = [(part, found[order - i]) for i, part in enumerate(b[: order + 1]) if i > 0]
+        pairs = [(part, quotients[order - i]) for i, part in enumerate(b[: order + 1]) if i > 0]
         terms = [-part * other for part, other in pairs if part is not None and other is not None]
         first = coefficient(a, order)
         rest = total(terms if first is None else [first, *terms])
-        found.append(None if rest is None else rest / primal(b))
-    return Series(found)
+        quotients.append(None if rest is None else rest / primal(b))
+    return Series(quotients)
 
 
 def composed(h: Series, derivatives: Sequence[Any]) -> Series:
-    """sigma(h(s)) elementwise, given sigma and its derivatives at h_0 (Faa di Bruno).
+    """Compose sigma(h(s)) elementwise, given sigma and its derivatives at h_0 (Faa di Bruno).
 
     o_1 = s' h_1,   o_2 = s' h_2 + s'' h_1^2 / 2,   o_3 = s' h_3 + s'' h_1 h_2 + s''' h_1^3 / 6
 
     Args:
         h: The series.
         derivatives: A tensor, then tensors or numbers; None, or what is missing at the end, is zero.
+
+    Returns:
+        The series of sigma(h(s)).
     """
     value, first, second, third = (*derivatives, None, None, None)[:4]
     _, h1, h2, _ = (*h, None, None, None)[:4]
@@ -151,7 +165,7 @@ def watch_kinks() -> Iterator[list[str]]:
 
 
 def note_kink(name: str) -> None:
-    """Tells all watchers that a series has met the kinked operation ``name``."""
+    """Record for all watchers that a series has met the kinked operation ``name``."""
     for names in _watching.get():
         if name not in names:
             names.append(name)

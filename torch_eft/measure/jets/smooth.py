@@ -31,7 +31,7 @@ def _expm1(z: Tensor, order: int) -> Derivatives:
 
 
 def _logarithm(function: Callable[[Tensor], Tensor], scale: float = 1.0, shift: float = 0.0) -> Any:
-    """Of scale * log(shift + z), computed by ``function``."""
+    """Derivatives of scale * log(shift + z), computed by ``function``."""
 
     def derivatives(z: Tensor, order: int) -> Derivatives:
         r = 1 / (z + shift if shift else z)
@@ -42,18 +42,18 @@ def _logarithm(function: Callable[[Tensor], Tensor], scale: float = 1.0, shift: 
 
 
 def _power(exponent: float) -> Any:
-    """z^p; the factor of a vanished derivative is left out, as z may be 0."""
+    """Derivatives of z^p; the factor of a vanished derivative is left out, as z may be 0."""
 
     def derivatives(z: Tensor, order: int) -> Derivatives:
-        found: Derivatives = [z.pow(exponent)]
+        values: Derivatives = [z.pow(exponent)]
         factor = 1.0
         for m in range(order):
             factor *= exponent - m
             if factor == 0:
                 break
             power = exponent - m - 1
-            found.append(factor if power == 0 else factor * z.pow(power))
-        return found
+            values.append(factor if power == 0 else factor * z.pow(power))
+        return values
 
     return derivatives
 
@@ -110,7 +110,7 @@ def _tanh(z: Tensor, order: int) -> Derivatives:
 
 
 def _inverse(function: Callable[[Tensor], Tensor], sign: float, a: float, b: float) -> Any:
-    """Those with sigma' = sign / sqrt(q), q = a + b z^2: sigma'' = -b z sigma' / q."""
+    """Derivatives of functions with sigma' = sign / sqrt(q), q = a + b z^2: sigma'' = -b z sigma' / q."""
 
     def derivatives(z: Tensor, order: int) -> Derivatives:
         q = a + b * z * z
@@ -147,9 +147,8 @@ def _logistic(z: Tensor, order: int) -> Derivatives:
 
 
 def _gated(gate: Derivatives, z: Tensor, value: Tensor) -> Derivatives:
-    """Of z g(z): the m-th derivative is m g^(m-1) + z g^(m)."""
-    found: Derivatives = [value, gate[0] + z * gate[1]]
-    return found + [m * gate[m - 1] + z * gate[m] for m in range(2, len(gate))]
+    """Derivatives of z g(z): the m-th one is m g^(m-1) + z g^(m)."""
+    return [value, gate[0] + z * gate[1]] + [m * gate[m - 1] + z * gate[m] for m in range(2, len(gate))]
 
 
 def _silu(z: Tensor, order: int) -> Derivatives:
@@ -163,7 +162,7 @@ def _log_sigmoid(z: Tensor, order: int) -> Derivatives:
 
 
 def gelu(z: Tensor, order: int) -> Derivatives:
-    """Of z Phi(z): Phi + z phi, (2 - z^2) phi, (z^3 - 4 z) phi, with the normal distribution Phi and density phi."""
+    """Derivatives of z Phi(z): Phi + z phi, (2 - z^2) phi, (z^3 - 4 z) phi, with normal distribution and density."""
     density = (-0.5 * z * z).exp() * (1 / math.sqrt(2 * math.pi))
     slope = 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * density
     higher = [(2 - z * z) * density] if order > 1 else []
@@ -220,10 +219,10 @@ def _softplus(h: Series, beta: float = 1, threshold: float = 20) -> Series:
     """log(1 + exp(beta z)) / beta, linear above the threshold as torch has it."""
     z, order = primal(h), len(h) - 1
     high = z * beta > threshold
-    found: Derivatives = [torch.nn.functional.softplus(z, beta, threshold)]
+    values: Derivatives = [torch.nn.functional.softplus(z, beta, threshold)]
     for m, value in enumerate(_logistic(z * beta, order)[:order]):
-        found.append(torch.where(high, 1.0 if m == 0 else 0.0, value * beta**m))
-    return composed(h, found)
+        values.append(torch.where(high, 1.0 if m == 0 else 0.0, value * beta**m))
+    return composed(h, values)
 
 
 def _pow(base: Factor, exponent: Factor) -> Series:
@@ -250,10 +249,17 @@ def _divide(a: Factor, b: Factor, *, rounding_mode: str | None = None) -> Series
 
 
 def _softmax_series(h: Series, dim: Any) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The series p = softmax(h) and the higher coefficients of L = logsumexp(h).
+    """Compute the series p = softmax(h) and the higher coefficients of L = logsumexp(h).
 
     p' = p (h' - L') with L' = sum_x p h', order by order: with H_j = j h_j,
     j L_j = sum_x sum_i H_i p_{j-i} and j p_j = sum_i (H_i - i L_i) p_{j-i}.
+
+    Args:
+        h: The series.
+        dim: The axis, or several.
+
+    Returns:
+        The coefficients of p, and those of L with None at order 0.
     """
     z = primal(h)
     p = [z.softmax(dim) if isinstance(dim, int) else (z - z.logsumexp(dim, keepdim=True)).exp()]

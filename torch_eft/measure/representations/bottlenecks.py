@@ -61,15 +61,14 @@ class _Record:
 def bottlenecks(network: IsolatedModel, probe: Probe) -> list[Bottleneck]:
     """The bottlenecks of an isolated network.
 
+    Raises ``ValueError`` if the forward rejects the probe.
+
     Args:
         network: The network.
         probe: Inputs; samples must not depend on one another.
 
     Returns:
         The bottlenecks in the order of execution; empty if there is none.
-
-    Raises:
-        ValueError: If the forward rejects the probe.
     """
     params = {name: value.detach().requires_grad_() for name, value in network.params.items()}
     inputs = tree_map_only(

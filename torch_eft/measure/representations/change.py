@@ -122,6 +122,9 @@ def representation_change(
 ) -> RepresentationChange:
     """Measure the change of every hidden layer from theta_0 to theta, in evaluation mode.
 
+    Raises ``ValueError`` as ``measure.representation``; if a name is not that of a trainable parameter, or a shape
+    differs.
+
     Args:
         model: Any module; its own parameters are used only where theta_0 or theta leaves one out.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
@@ -133,9 +136,6 @@ def representation_change(
 
     Returns:
         The change, with the movement of single neurons.
-
-    Raises:
-        ValueError: As ``measure.representation``; if a name is not that of a trainable parameter, or a shape differs.
 
     Example:
         >>> import torch
@@ -156,15 +156,14 @@ def representation_change(
 def compare_representations(now: Representation, reference: Representation) -> RepresentationChange:
     """Compare every hidden layer with that of an earlier measurement; waits for the device once.
 
+    Raises ``ValueError`` if the layers or the numbers of samples are not the same.
+
     Args:
         now: The representation; its targets, or else those of ``reference``, are used.
         reference: That of the same layers and inputs before.
 
     Returns:
         The change; with the movement of single neurons if both have kept their activations.
-
-    Raises:
-        ValueError: If the layers or the numbers of samples are not the same.
 
     Example:
         >>> import torch
@@ -203,15 +202,14 @@ def compare_representations(now: Representation, reference: Representation) -> R
 def block_drift(blocks: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
     """Compute ||H - H_0|| / ||H_0|| of the layers' parts of the NTK; waits for the device once.
 
+    Raises ``ValueError`` if the layers are not the same, or their parts have other shapes.
+
     Args:
         blocks: ``{layer: H}``, as ``ntk(..., per="layer")`` gives them.
         reference: ``{layer: H_0}``.
 
     Returns:
         ``{layer: relative change}``: 0 where a part was and is zero, infinite where it only was.
-
-    Raises:
-        ValueError: If the layers are not the same, or their parts have other shapes.
 
     Example:
         >>> import torch

@@ -109,6 +109,8 @@ def hidden_kernels(
 ) -> dict[str, Tensor]:
     """Measure the kernels of hidden layers on ``x``, in evaluation mode.
 
+    Raises ``ValueError`` if a name is not that of a submodule, or the forward rejects ``x``.
+
     Args:
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
@@ -119,9 +121,6 @@ def hidden_kernels(
     Returns:
         ``{name: (N, N)}`` in the order of execution; a module called several times appears as
         ``name``, ``name:2``, ... Layers whose output is not a tensor with N rows are left out.
-
-    Raises:
-        ValueError: If a name is not that of a submodule, or the forward rejects ``x``.
 
     Example:
         >>> import torch

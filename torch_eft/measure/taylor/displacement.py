@@ -211,6 +211,8 @@ def relative_dntk(
 ) -> RelativeDNTK | None:
     """Measure the sizes of dNTK and ddNTK along v = lambda times a gradient.
 
+    Raises ``ValueError`` as ``ntk_derivatives``.
+
     Args:
         model: Any module, in evaluation mode.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
@@ -224,9 +226,6 @@ def relative_dntk(
 
     Returns:
         The sizes, or None where the direction moves no output.
-
-    Raises:
-        ValueError: As ``ntk_derivatives``.
 
     Example:
         >>> import torch

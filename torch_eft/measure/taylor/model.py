@@ -115,21 +115,22 @@ class TaylorModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """f_k, in the structure that the network (or ``output_fn``) returns.
 
+        Raises ``NoJetRuleError`` if an operation has no rule for Taylor series. Raises ``ValueError`` with the first
+        batch, if the network computes something else in the mode it was given in.
+
         Args:
             *args: As the network takes them.
             **kwargs: Likewise.
 
         Returns:
             The outputs of the Taylor model.
-
-        Raises:
-            NoJetRuleError: If an operation has no rule for Taylor series.
-            ValueError: With the first batch, if the network computes something else in the mode it was given in.
         """
         return _mapped(Jet, self._combined, self._along(self._curve(), args, kwargs))
 
     def step(self, inputs: Any, loss_fn: Callable[[Any], Tensor], optimizer: Optimizer) -> Tensor:
         """Take one training step; gradients of other parameters in the loss and torch's random state are left alone.
+
+        Raises ``ValueError`` if the optimizer holds other parameters as well.
 
         Args:
             inputs: A tensor, a tuple of arguments or a dict of keyword arguments of the network.
@@ -138,9 +139,6 @@ class TaylorModel(nn.Module):
 
         Returns:
             The loss before the step, detached.
-
-        Raises:
-            ValueError: If the optimizer holds other parameters as well.
         """
         self._check_own(optimizer)
         args, kwargs = as_call(inputs)
@@ -157,29 +155,27 @@ class TaylorModel(nn.Module):
     def optimizer_like(self, optimizer: Optimizer) -> Optimizer:
         """Make the real run's optimizer for this Taylor model: the same type, parameter groups and, if any, state.
 
+        Raises ``ValueError`` if it holds trainable parameters of something else, or has a state (momentum) while the
+        network is no longer at theta_0.
+
         Args:
             optimizer: The optimizer of the network.
 
         Returns:
             A new optimizer of the parameters of this Taylor model.
-
-        Raises:
-            ValueError: If it holds trainable parameters of something else, or has a state (momentum) while the network
-                is no longer at theta_0.
         """
         return optimizer_copy(optimizer, {name: [p] for name, p in self.theta.items()}, self._originals, self.theta_0)
 
     def taylor_series(self, inputs: Any) -> TaylorSeries:
         """Compute the Taylor terms up to order 3 at the present theta, and the network's remainder there.
 
+        Raises ``ValueError`` as ``torch_eft.measure.taylor_series``.
+
         Args:
             inputs: A tensor, a tuple of arguments or a dict of keyword arguments of the network.
 
         Returns:
             The terms and the remainder.
-
-        Raises:
-            ValueError: As ``torch_eft.measure.taylor_series``.
         """
         theta = {name: value.detach() for name, value in self.theta.items()}
         return taylor_series(self.network, inputs, self.theta_0, theta, output_fn=self.output_fn)
@@ -187,15 +183,14 @@ class TaylorModel(nn.Module):
     def check(self, inputs: Any) -> Validity:
         """Check if this order applies at the present theta, by the sizes of the terms on ``inputs``.
 
+        Raises ``ValueError`` if the network cannot be evaluated on ``inputs``.
+
         Args:
             inputs: A tensor, a tuple of arguments or a dict of keyword arguments of the network.
 
         Returns:
             "invalid" with kinks (ReLU ...), where a large part of theta_0 is gone (weight decay), where higher terms
             are not small, and where the training has diverged; "caution" in between. ``numbers`` are the sizes.
-
-        Raises:
-            ValueError: If the network cannot be evaluated on ``inputs``.
         """
         try:
             series = self.taylor_series(inputs)

@@ -124,14 +124,13 @@ class PerturbativeTaylorModel(TaylorModel):
     def optimizer_like(self, optimizer: Optimizer) -> Optimizer:
         """Make the real run's SGD for theta, delta and xi.
 
+        Raises ``ValueError`` as for ``TaylorModel``; for optimizers that are not linear in the gradient.
+
         Args:
             optimizer: The SGD of the network.
 
         Returns:
             A new optimizer of theta, delta and xi.
-
-        Raises:
-            ValueError: As for ``TaylorModel``; for optimizers that are not linear in the gradient.
         """
         _check_linear(optimizer)
         delta, xi = self.delta, self.xi

@@ -47,7 +47,7 @@ class NTKChange:
 
     @property
     def validity(self) -> Validity:
-        """How the secant is related to the derivative; ``numbers["crossings"]`` decides it."""
+        """The relation of the secant to the derivative; ``numbers["crossings"]`` decides it."""
         numbers = {"crossings": self.crossings}
         if not self.kinked:
             return Validity("valid", "smooth network: the secant tends to the derivative as the distance tends to 0")
@@ -84,6 +84,9 @@ def ntk_change(
 ) -> NTKChange:
     """Measure (H(theta) - H(theta_0)) / distance, the realized change of the NTK, for example over a training step.
 
+    Raises ``ValueError`` as ``ntk``; if a name is not that of a trainable parameter, a shape differs, or ``distance``
+    is not positive.
+
     Args:
         model: Any module; its own parameters are used only where theta_0 or theta leaves one out.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
@@ -96,10 +99,6 @@ def ntk_change(
 
     Returns:
         The change and the share of kinked units that changed their side.
-
-    Raises:
-        ValueError: As ``ntk``; if a name is not that of a trainable parameter, a shape differs, or ``distance`` is not
-            positive.
 
     Example:
         >>> import torch
@@ -129,6 +128,8 @@ def ntk_finite_difference(
     For smooth networks this is the derivative along d up to a remainder of order s^2. For kinked ones take the size of
     a training step, and look at ``crossings``.
 
+    Raises ``ValueError`` as ``ntk_change``.
+
     Args:
         model: Any module, at theta.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
@@ -141,9 +142,6 @@ def ntk_finite_difference(
 
     Returns:
         The slope and the share of kinked units that change their side between the two ends.
-
-    Raises:
-        ValueError: As ``ntk_change``.
 
     Example:
         >>> import torch

@@ -287,7 +287,16 @@ def _by_jets(base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe,
 
 
 def _compare(base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe, terms: Tensor) -> tuple[str, ...]:
-    """Terms by jets against reverse mode in one random direction; a remark where the latter is not available.
+    """Compare terms by jets with reverse mode in one random direction of the output.
+
+    Args:
+        base: The network at theta_0.
+        direction: d, for every trainable parameter.
+        probe: Inputs.
+        terms: (order + 1, N, C), by jets.
+
+    Returns:
+        A remark if reverse mode is not available, else nothing.
 
     Raises:
         ValueError: If they differ.
