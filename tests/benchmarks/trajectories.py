@@ -12,8 +12,10 @@ import time
 
 import torch
 
-from torch_eft.theory import MLPEnsemble
+from torch_eft import Training
+from torch_eft.theory import MLPEnsemble, initial_statistics
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
+from torch_eft.theory.training.infinite_width import FrozenTraining
 
 
 def digits(train, outputs):
@@ -30,9 +32,10 @@ def digits(train, outputs):
 def case(train, outputs, samples):
     x_probe, x_train, y = digits(train, outputs)
     ensemble = MLPEnsemble([64, 128, 128, outputs], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
-    first = FiniteWidthTraining(ensemble, x_probe, x_train, y, 1.0, "gradient_descent", samples)
-    rate = 0.5 / float(first.path.eigenvalues[-1])
-    return FiniteWidthTraining(ensemble, x_probe, x_train, y, rate, "gradient_descent", samples)
+    Theta = initial_statistics(ensemble, x_train, statistics=("K", "Theta"))[-1].Theta
+    rate = 0.5 / float(torch.linalg.eigvalsh(Theta)[-1])
+    training = Training(learning_rate=rate, steps=60, reduction="sum")
+    return FiniteWidthTraining(FrozenTraining(ensemble, x_train, y, x_probe, training), num_samples=samples)
 
 
 def report(name, train, outputs, samples, what):
@@ -49,12 +52,16 @@ def report(name, train, outputs, samples, what):
     )
 
 
+def record(correction):
+    return correction.value, correction.error
+
+
 STEPS = torch.arange(61)
 CASES = {
-    "drift": lambda: report("NTK drift, 64 images", 64, 10, 4096, lambda f: f.ntk_drift(STEPS)),
-    "mean": lambda: report("mean output, 64 images", 64, 10, 4096, lambda f: f.mean_output(STEPS)),
-    "wide": lambda: report("NTK drift, 100 outputs", 64, 100, 4096, lambda f: f.ntk_drift(STEPS, trace=True)),
-    "many": lambda: report("NTK drift, 1,000 images", 1000, 10, 4096, lambda f: f.ntk_drift(STEPS[::20], trace=True)),
+    "drift": lambda: report("NTK drift, 64 images", 64, 10, 4096, lambda f: record(f.ntk_drift(STEPS))),
+    "mean": lambda: report("mean output, 64 images", 64, 10, 4096, lambda f: record(f.mean_output(STEPS))),
+    "wide": lambda: report("NTK drift, 100 outputs", 64, 100, 4096, lambda f: f.ntk_trace_drift(STEPS)),
+    "many": lambda: report("NTK drift, 1,000 images", 1000, 10, 4096, lambda f: f.ntk_trace_drift(STEPS[::20])),
 }
 
 

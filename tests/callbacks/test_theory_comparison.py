@@ -33,7 +33,7 @@ def test_theory_is_that_of_the_ensemble_read_off_the_network():
     pl.seed_everything(0, verbose=False)
     ensemble = measure.read_ensemble(simple_mlp(), x=PROBE)
     x, y = dataset().tensors
-    prediction = predict_training(ensemble, x, y, PROBE, learning_rate=0.05, steps=6)
+    prediction = predict_training(ensemble, x, y, PROBE, learning_rate=0.05, steps=6, order=0)
     first = prediction.output_mean[1] - prediction.output_mean[0]
     # The direction of the first step, up to rounding in the difference of two means.
     direction = first / first.norm()

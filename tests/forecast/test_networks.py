@@ -103,7 +103,10 @@ def test_agrees_with_the_theory_of_the_ensemble():
         found = forecast(n, networks, steps=steps)
         ensemble = eft.theory.MLPEnsemble([3, n, n, 1], "tanh", C_b=C_B, C_W=C_W, lambda_b=LAMBDA_B, lambda_W=LAMBDA_W)
         zeroth, theory = (
-            eft.theory.predict_training(ensemble, X[1:], Y, X[:1], 0.08, steps, "sum", order) for order in (0, 1)
+            eft.theory.predict_training(
+                ensemble, X[1:], Y, X[:1], learning_rate=0.08, steps=steps, reduction="sum", order=order
+            )
+            for order in (0, 1)
         )
         # The next order of single networks is the ensemble's, too: fluctuations that cancel in the mean of order 1 do
         # not in its square. It is what the networks' own truncations say.

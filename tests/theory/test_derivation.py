@@ -9,16 +9,16 @@ from torch.func import jvp, vmap
 
 from tests.oracles.naive_operator import simulate
 from tests.theory.training.test_finite_width import KnownTensors, random_case
+from torch_eft import Training
 from torch_eft.theory import MLPEnsemble
 from torch_eft.theory.derivation import CONTRIBUTIONS
 from torch_eft.theory.hidden_layers.predict import predict_representation
 from torch_eft.theory.hidden_layers.statistics import HiddenStatistics
 from torch_eft.theory.initialization.evaluator import SYMMETRIES, Vertices
-from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
 from torch_eft.theory.training.corrections.mean_output import mean_output
 from torch_eft.theory.training.corrections.ntk_drift import ntk_drift
 from torch_eft.theory.training.corrections.output_covariance import output_covariance
-from torch_eft.theory.training.optimizer import descent
+from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 
 F64 = torch.float64
 VERTICES = tuple(SYMMETRIES)
@@ -36,7 +36,7 @@ def test_closed_forms_change_with_exactly_these_vertices(observable):
     """Random tensors with the symmetries alone, 1 probe and 2 training points, 2 outputs: each vertex is set to 0."""
     K, Theta, tensors = random_case()
     y = torch.randn(2, 2, dtype=F64, generator=torch.Generator().manual_seed(8))
-    path = OrderZeroPath(K, Theta, y, 0.08, "gradient_descent", descent(0.08, 6))
+    path = InfiniteWidthPath(K, Theta, y, Training(learning_rate=0.08, steps=6, reduction="sum"))
 
     def found(tensors):
         vertices = KnownTensors(tensors)
@@ -77,7 +77,7 @@ ENTERS = {  # (factor, derivatives) of each vertex in 0 z, 1 H, 2 dH, 3 ddI, 4 d
 def trained(*point):
     """Output and NTK of the trained network as a function of its tensors, () each."""
     shaped = [value.reshape([1] * order) for value, order in zip(point, (1, 2, 3, 4, 4), strict=True)]
-    z, H = simulate(*shaped, lambda now, step: now - Y, descent(RATE, T), [T])
+    z, H = simulate(*shaped, lambda now, step: now - Y, Training(learning_rate=RATE, steps=T), [T])
     return z.flatten()[0], H.flatten()[0]
 
 

@@ -21,7 +21,7 @@ from torch_eft.results.training import Training
 from torch_eft.theory.hierarchy.contractions import PathTensors, check_memory, path_basis
 from torch_eft.theory.hierarchy.evolution import FirstOrder, first_order, frozen_path
 from torch_eft.theory.hierarchy.gradient_flow import eigenmodes, first_order_flow, frozen_flow
-from torch_eft.theory.training.optimizer import Loss, LossFunction
+from torch_eft.theory.training.optimizer import Loss, checked_targets
 
 
 @dataclass(frozen=True)
@@ -191,29 +191,3 @@ class _PathTensorsFromPairs:
                 f"{asymmetry / size:.3g} of ddII along the path"
             )
         return self._tensors
-
-
-def checked_targets(y: Tensor, loss: str | LossFunction, count: int, outputs: int) -> Tensor:
-    """Check that targets fit a loss.
-
-    Args:
-        y: The targets.
-        loss: As for ``Loss``.
-        count: Number N of training samples.
-        outputs: Number C of outputs.
-
-    Returns:
-        Classes as they came, other targets of a named loss in float64, those of a function as they came.
-
-    Raises:
-        ValueError: If they do not fit.
-    """
-    classes = loss == "cross_entropy" and not y.is_floating_point()
-    if classes and tuple(y.shape) == (count,) and 0 <= int(y.min()) <= int(y.max()) < outputs:
-        return y
-    if len(y) != count or classes or (isinstance(loss, str) and tuple(y.shape) != (count, outputs)):
-        also = f", or ({count},) classes below {outputs}" if loss == "cross_entropy" else ""
-        raise ValueError(
-            f"y_train: shape {tuple(y.shape)} given; x_train and the outputs ask for ({count}, {outputs}){also}"
-        )
-    return y.double() if isinstance(loss, str) or y.is_floating_point() else y

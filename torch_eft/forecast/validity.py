@@ -19,7 +19,7 @@ from torch_eft.forecast.start import StartingDerivatives
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.hierarchy.evolution import FirstOrder
-from torch_eft.theory.training.optimizer import Loss
+from torch_eft.theory.training.optimizer import sharpness
 
 CAUTION, INVALID = 0.2, 1.0
 _ILL_CONDITIONED = 1e3
@@ -166,23 +166,3 @@ def _relative(change: Tensor, moved: Tensor) -> Tensor:
     """Return |change(t)| / max |moved|, (T,), and 0 where both vanish."""
     largest, sizes = moved.norm(dim=1).max(), change.norm(dim=1)
     return torch.where(sizes == 0, 0.0, sizes / largest)
-
-
-def sharpness(loss: Loss, z: Tensor, H: Tensor, batch: Tensor | None = None) -> float:
-    """Return the largest eigenvalue of the loss's Hessian in parameter space, of its part J^T (d^2 Loss/dz^2) J.
-
-    Args:
-        loss: The loss.
-        z: Training outputs, (N, C).
-        H: Their NTK, (N C, N C), or (N, N) if it is the same for all outputs and vanishes between them.
-        batch: Samples, or None for all.
-    """
-    if loss.is_squared_error and batch is None:
-        return float(torch.linalg.eigvalsh(H)[-1]) * loss.scale(z.numel())
-    units = torch.eye(z.numel(), dtype=z.dtype, device=z.device).unflatten(1, z.shape)
-    changes = torch.func.vmap(lambda unit: loss.change_of_error(z, unit, batch), chunk_size=16)(units)
-    values, vectors = torch.linalg.eigh(H)
-    root = vectors * values.clamp_min(0.0).sqrt()
-    if len(H) == len(z):  # at one output both shapes are one
-        root = torch.kron(root, torch.eye(z.shape[1], dtype=H.dtype, device=H.device))
-    return float(torch.linalg.eigvalsh(root.T @ changes.flatten(1) @ root)[-1])

@@ -285,7 +285,7 @@ def as_training(training: Training | None, **keywords: Any) -> Training:
             f"training: {training!r} given; give a torch_eft.Training, or learning_rate=, steps= and so on by keyword"
         )
     defaults = {field.name: field.default for field in fields(Training)} | {"steps": None}
-    beside = [name for name, value in keywords.items() if not _is(value, defaults[name])]
+    beside = [name for name, value in keywords.items() if not _is(value, defaults.get(name, ...))]
     if beside:
         raise ValueError(
             f"{', '.join(beside)}: given beside training; give a Training, or its parts by keyword, not both"

@@ -58,7 +58,8 @@ from torch_eft.theory.signal_propagation.susceptibility import (
 )
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
 from torch_eft.theory.training.fourth_cumulant import FourthCumulant, predict_fourth_cumulant
-from torch_eft.theory.training.predict import InfiniteWidthTraining, predict_training
+from torch_eft.theory.training.infinite_width import FrozenTraining
+from torch_eft.theory.training.predict import predict_training
 
 __all__ = [
     "STATISTICS",
@@ -69,9 +70,9 @@ __all__ = [
     "FiniteWidthTraining",
     "FixedPoint",
     "FourthCumulant",
+    "FrozenTraining",
     "HiddenLayerForecast",
     "Hierarchy",
-    "InfiniteWidthTraining",
     "LayerStatistics",
     "LearningRateShares",
     "MLPEnsemble",

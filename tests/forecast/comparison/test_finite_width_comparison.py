@@ -9,6 +9,7 @@ from torch_eft.forecast.comparison import EnsembleComparison
 from torch_eft.forecast.comparison.affordable import TooDearError, within
 from torch_eft.forecast.comparison.finite_width import Problem, time_grid
 from torch_eft.measure.kernels.metrics import as_trace
+from torch_eft.results.training import Training
 from torch_eft.theory import MLPEnsemble, predict_representation, predict_training
 
 F64 = torch.float64
@@ -34,8 +35,10 @@ def test_the_numbers_are_those_of_the_theory():
     for options in ({}, {"momentum": 0.5}):
         found = EnsembleComparison(ensemble(), x, y, x_probe, 0.05, 4, steps=60, seconds=60, **options)
         wanted = [0, 7, 41]
-        trajectory = predict_training(ensemble(), x, y, x_probe, 0.05, 60, "sum", 1, at_steps=wanted, **options)
-        zeroth = predict_training(ensemble(), x, y, x_probe, 0.05, 60, "sum", 0, at_steps=wanted, **options)
+        training = Training(learning_rate=0.05, steps=60, reduction="sum", **options)
+        trajectory, zeroth = (
+            predict_training(ensemble(), x, y, x_probe, training, order=order, at_steps=wanted) for order in (1, 0)
+        )
         for index, step in enumerate(wanted):
             compared = found.compare(step, z, H, H_0)
             c = found.direction
@@ -102,8 +105,9 @@ def test_the_forecast_extends_when_the_training_goes_on():
     x, y, x_probe = data()
     H = torch.rand(2, 2, 1, 1, dtype=F64)
     short = EnsembleComparison(ensemble(), x, y, x_probe, 0.05, 4, steps=20, seconds=60)
-    expected = predict_training(ensemble(), x, y, x_probe, 0.05, 90, "sum", 1, at_steps=[90], corrections=("ntk",))
-    D, Theta = as_trace(expected.ntk_drift[0]), short.training.Theta_probe
+    training = Training(learning_rate=0.05, steps=90, reduction="sum")
+    expected = predict_training(ensemble(), x, y, x_probe, training, at_steps=[90], corrections=("ntk",))
+    D, Theta = as_trace(expected.ntk_drift[0]), short.training.Theta[:2, :2]
     number = short.compare(90, torch.zeros(2, 1), H, H)["ntk_mean_drift"].order_1
     assert number == pytest.approx(float(D.norm() / Theta.norm()), rel=2e-3)
 
@@ -151,7 +155,8 @@ def test_with_momentum_order_1_ends(monkeypatch):
     numbers = {step: found.compare(step, torch.zeros(2, 1), H, H)["output_projection"] for step in (3, 9, 12)}
     assert numbers[9].order_1 is not None
     assert numbers[12].order_1 is None
-    exact = predict_training(ensemble(), x, y, x_probe, 0.05, 12, "sum", 0, at_steps=[12], momentum=0.5)
+    training = Training(learning_rate=0.05, steps=12, reduction="sum", momentum=0.5)
+    exact = predict_training(ensemble(), x, y, x_probe, training, order=0, at_steps=[12])
     assert numbers[12].order_0 == pytest.approx(float((found.direction * exact.output_mean[0]).sum()), rel=1e-9)
     assert "with momentum order 1/n ends at step 10" in found.words
 
@@ -161,7 +166,8 @@ def test_few_points_are_sampled_too():
     x, y, x_probe = data(2, 1)
     found = EnsembleComparison(ensemble(), x, y, x_probe, 0.05, 4, steps=20, seconds=60)
     more = torch.cat([x_probe, torch.randn(2, 3, dtype=F64, generator=torch.Generator().manual_seed(1))])
-    expected = predict_training(ensemble(), x, y, more, 0.05, 20, "sum", 1, at_steps=[20], corrections=("ntk",))
+    training = Training(learning_rate=0.05, steps=20, reduction="sum")
+    expected = predict_training(ensemble(), x, y, more, training, at_steps=[20], corrections=("ntk",))
     D = expected.ntk_drift[0, 0, 0, 0, 0]
     H, H_0 = torch.full((1, 1, 1, 1), 2.0, dtype=F64), torch.ones(1, 1, 1, 1, dtype=F64)
     drift = found.compare(20, torch.zeros(1, 1), H, H_0)["ntk_mean_drift"]

@@ -19,7 +19,15 @@ def test_it_is_the_one_mode_case_of_the_general_theory(name, outputs):
     drifts = []
     for y in (0.0, 1.0):
         trained = predict_training(
-            ensemble, x, torch.full((1, outputs), y), x, 1e-3, 10**6, "sum", 1, "gradient_flow", at_steps=[10**6]
+            ensemble,
+            x,
+            torch.full((1, outputs), y),
+            x,
+            learning_rate=1e-3,
+            steps=10**6,
+            reduction="sum",
+            dynamics="gradient_flow",
+            at_steps=[10**6],
         )
         drift = trained.ntk_drift[-1, 0, 0].diagonal().mean()
         drifts.append(float(drift / initial(ensemble, x)))

@@ -1,8 +1,8 @@
 """Ensembles trained on digits next to their forecast of order 1/n: tanh 64-n-n-10, one-hot targets, mirrored pairs.
 
 Of the outputs of every network its linear response z_lin(t; z(0), Theta) is subtracted, which in the mean over a
-mirrored pair, where z(0) drops out, is the forecast at order 0; and its linear response to H(0) - Theta - Theta1 / n,
-whose mean is zero up to 1/n^2.
+mirrored pair, where z(0) drops out, is the forecast at infinite width; and its linear response to
+H(0) - Theta - Theta1 / n, whose mean is zero up to 1/n^2.
 """
 
 import math
@@ -12,9 +12,11 @@ import torch
 from tests.benchmarks.trajectories import digits
 from tests.oracles.ensembles import draw
 from tests.theory.trained.trained_ensembles import Networks, linear_response, stacked_pair
+from torch_eft import Training
 from torch_eft.theory import MLPEnsemble, get_activation
 from torch_eft.theory.initialization.vertex_blocks import vertex_block
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
+from torch_eft.theory.training.infinite_width import FrozenTraining
 
 OUTPUTS = 10
 
@@ -44,26 +46,27 @@ class DigitsForecast:
         x_probe, self.x_train, self.y = digits(images, OUTPUTS)
         self.x_probe, self.steps, self.probes = x_probe[:probes], steps, probes
         at = torch.tensor(steps)
-        finite = self._training(1.0, samples, seed)
+        finite = self._training(1e-9, samples, seed)
         self.rate = 0.5 / float(finite.path.eigenvalues[-1])
         finite = self._training(self.rate, samples, seed)
         self.path, n = finite.path, finite.ensemble.widths[-2]
-        mean, error = finite.mean_output(at)
-        self.predicted = {"mean, probe": n * mean[:, :probes], "mean, train": n * mean[:, probes:]}
-        self.errors = dict.fromkeys(self.predicted, n * error)
-        first, second = (self._training(self.rate, 8 * samples, seed + k).ntk_drift(at)[0] for k in (1, 2))
+        mean = finite.mean_output(at)
+        self.predicted = {"mean, probe": n * mean.value[:, :probes], "mean, train": n * mean.value[:, probes:]}
+        self.errors = dict.fromkeys(self.predicted, n * mean.error)
+        first, second = (self._training(self.rate, 8 * samples, seed + k).ntk_drift(at).value for k in (1, 2))
         halves = zip(("drift, trace", "drift, traceless"), traceless(n * first), traceless(n * second), strict=True)
         for name, one, other in halves:
             self.predicted[name] = (one + other) / 2
             self.errors[name] = ((one - other) / 2).flatten(1).square().mean(1).sqrt()
-        self.order_0 = finite.path.mean_output(at)
+        self.infinite_width = finite.path.mean_output(at)
         x = torch.cat([self.x_probe, self.x_train])
         sets = dict.fromkeys("xy", torch.arange(len(x)))
         self.Theta1 = vertex_block(ensemble_of(128), x, name="Theta1", labels="xy", label_sets=sets).value
 
     def _training(self, rate, samples, seed):
-        run = (self.x_probe, self.x_train, self.y, rate, "gradient_descent", samples, 2, seed)
-        return FiniteWidthTraining(ensemble_of(128), *run)
+        training = Training(learning_rate=rate, steps=max(self.steps), reduction="sum")
+        frozen = FrozenTraining(ensemble_of(128), self.x_train, self.y, self.x_probe, training)
+        return FiniteWidthTraining(frozen, num_samples=samples, seed=seed)
 
     def sampling_errors(self):
         """Standard error over rms of the forecast's entries, {name: (T,)}."""
@@ -100,7 +103,7 @@ def slopes(forecast, n, pairs, batch, seed):
 
 
 def _trained(forecast, networks, x, y, batch):
-    """Means over pairs: z - order 0, (batch, T, N_all, n_L); H(t) - H(0), (batch, T, N_p, N_p, n_L, n_L)."""
+    """Means over pairs: z - infinite width, (batch, T, N_all, n_L); H(t) - H(0), (batch, T, N_p, N_p, n_L, n_L)."""
     probes = forecast.probes
     H0 = networks.ntk(x[:probes])[:batch]
     means, drifts, done = [], [], 0
@@ -109,7 +112,7 @@ def _trained(forecast, networks, x, y, batch):
             networks.step(x[probes:], y, forecast.rate)
         done = step
         z, H = networks.forward(x)[0].double(), networks.ntk(x[:probes])
-        means.append((z[:batch] + z[batch:]) / 2 - forecast.order_0[index])
+        means.append((z[:batch] + z[batch:]) / 2 - forecast.infinite_width[index])
         drifts.append(((H[:batch] + H[batch:]) / 2 - H0).double())
     return torch.stack(means, 1), torch.stack(drifts, 1)
 

@@ -23,7 +23,7 @@ def test_corrections_on_digits():
             one, other = float(slope[index]), float(before[index])
             of_one = float(torch.hypot(error[index], sampled[name][index]))
             of_both = float(torch.hypot(error[index], its_error[index]))  # of the same forecast
-            told = f"{name}, t = {step}: {other:.3f} at n = 64, {one:.3f} +- {of_one:.3f} at n = 128"
-            print(f"{told}, cosine {float(cosine[index]):.3f}")
-            assert 0.9 - 3 * of_one < one < 1.05 + 3 * of_one, told
-            assert abs(one - 1) < abs(other - 1) + 3 * of_both, told
+            sentence = f"{name}, t = {step}: {other:.3f} at n = 64, {one:.3f} +- {of_one:.3f} at n = 128"
+            print(f"{sentence}, cosine {float(cosine[index]):.3f}")
+            assert 0.9 - 3 * of_one < one < 1.05 + 3 * of_one, sentence
+            assert abs(one - 1) < abs(other - 1) + 3 * of_both, sentence

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from tests.theory.trained.trained_ensembles import measured, projection
+from torch_eft import Training
 from torch_eft.theory import MLPEnsemble, initial_statistics
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
+from torch_eft.theory.training.infinite_width import FrozenTraining
 
 
 def data(probes, train, outputs, seed):
@@ -24,13 +26,14 @@ class Forecast:
 
     def __init__(self, ensemble, x, y, probes, rate, steps):
         self.x, self.y, self.probes, self.rate, self.steps = x, y, probes, rate, steps
-        theory = FiniteWidthTraining(ensemble, x[:probes], x[probes:], y, rate, "gradient_descent")
+        training = Training(learning_rate=rate, steps=steps, reduction="sum")
+        theory = FiniteWidthTraining(FrozenTraining(ensemble, x[probes:], y, x[:probes], training))
         at, n = torch.tensor([steps]), ensemble.widths[-2]
         self.path = theory.path
         self.predicted = {
-            "mean": n * theory.mean_output(at)[0][0],
-            "covariance": n * theory.covariance(at)[0][0],
-            "ntk": n * theory.ntk_drift(at)[0][0],
+            "mean": n * theory.mean_output(at).value[0],
+            "covariance": n * theory.covariance(at).value[0],
+            "ntk": n * theory.ntk_drift(at).value[0],
         }
         last = initial_statistics(ensemble, x, statistics=("K", "Theta", "G1", "Theta1"))[-1]
         self.G1, self.Theta1 = last.G1, last.Theta1

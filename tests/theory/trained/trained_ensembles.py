@@ -75,7 +75,7 @@ def measured(ensemble, x, y, probes, rate, steps, networks, path, G1, Theta1, se
     generator = torch.Generator().manual_seed(seed)
     x32, target = x.to(dtype), y.to(dtype)
     at = torch.tensor(steps)
-    J, order_0 = path.response(at), path.mean_output(at)
+    J, infinite_width = path.response(at), path.mean_output(at)
     eye = torch.eye(outputs, dtype=torch.float64)
     initial = ((J @ (G1 / n) @ J.mT)[:, :probes, :probes, None, None] * eye).expand(-1, -1, -1, outputs, outputs)
     found = {"mean": [], "covariance": [], "ntk": [], "response": []}
@@ -91,8 +91,8 @@ def measured(ensemble, x, y, probes, rate, steps, networks, path, G1, Theta1, se
                 nets.step(x32[probes:], target, rate)
             done = step
             z, H = nets.forward(x32)[0].double(), nets.ntk(x32[:probes]).double()
-            means.append((z[:batch] + z[batch:]) / 2 - order_0[index])
-            centered = z[:, :probes] - order_0[index, :probes]
+            means.append((z[:batch] + z[batch:]) / 2 - infinite_width[index])
+            centered = z[:, :probes] - infinite_width[index, :probes]
             frozen = (J[index] @ z0)[:, :probes]
             product = torch.einsum("sxi,syj->sxyij", centered, centered) - torch.einsum(
                 "sxi,syj->sxyij", frozen, frozen
@@ -109,7 +109,7 @@ def measured(ensemble, x, y, probes, rate, steps, networks, path, G1, Theta1, se
 def linear_response(path, deviation, y, rate, steps):
     """First-order response of z(t), z(0) = 0, to a change of H, (S, T, N_all, n_L).
 
-    z1 <- z1 - rate (Theta z1 + dH e), with e the error at order 0.
+    z1 <- z1 - rate (Theta z1 + dH e), with e the error at infinite width.
     """
     train = len(path.K) - len(y)
     change = torch.zeros(len(deviation), len(path.K), y.shape[1], dtype=torch.float64)

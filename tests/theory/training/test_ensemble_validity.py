@@ -1,4 +1,4 @@
-"""What the forecast of order 1/n says of itself, against small trained ensembles: no false confidence."""
+"""The validity that a forecast of order 1/n claims, against small trained ensembles: no false confidence."""
 
 import math
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tests.theory.training.validity_grid import STEPS, Forecasts, data, ensemble_of
+from torch_eft import Training
 from torch_eft.theory.hidden_layers.predict import predict_representation
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
 from torch_eft.theory.training.corrections.validity import neuron_movement
+from torch_eft.theory.training.infinite_width import FrozenTraining
 
 PAIRS = {4: 1000, 8: 1000, 16: 1000, 32: 800, 64: 500}
 
@@ -17,7 +19,8 @@ PAIRS = {4: 1000, 8: 1000, 16: 1000, 32: 800, 64: 500}
 def test_movement_of_the_only_hidden_layer_is_that_of_the_representation(name):
     x, y = data(None, 2.0)
     ensemble, rate = ensemble_of(name, 2, 32), 0.2
-    finite = FiniteWidthTraining(ensemble, x[:1], x[1:], y, rate, "gradient_descent")
+    training = Training(learning_rate=rate, steps=40, reduction="sum")
+    finite = FiniteWidthTraining(FrozenTraining(ensemble, x[1:], y, x[:1], training))
     found = neuron_movement(ensemble, finite.vertices.layers, finite.path, torch.tensor([0, 5, 40]))
     spec = dict(reduction="sum", at_steps=[0, 5, 40], observable="preactivations", ntk=False)
     layer = predict_representation(ensemble, x[1:], y, x, learning_rate=rate, steps=40, **spec).layers[0]

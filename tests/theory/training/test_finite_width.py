@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from tests.oracles.naive_operator import first_order
+from torch_eft import Training
 from torch_eft.theory import MLPEnsemble, initial_statistics, predict_training
 from torch_eft.theory.initialization.estimators import Replicas
 from torch_eft.theory.initialization.evaluator import SYMMETRIES
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
-from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
 from torch_eft.theory.training.corrections.mean_output import mean_output
 from torch_eft.theory.training.corrections.ntk_drift import ntk_drift
 from torch_eft.theory.training.corrections.output_covariance import output_covariance
-from torch_eft.theory.training.optimizer import descent
+from torch_eft.theory.training.infinite_width import FrozenTraining, InfiniteWidthPath
 
 PROBES, TRAIN, OUTPUTS = 1, 2, 2
 STEPS = torch.tensor([1, 4, 8])
@@ -82,9 +82,10 @@ def random_case():
     return K, Theta + 0.3 * torch.eye(count, dtype=torch.float64), tensors
 
 
-PLAIN = descent(RATE, int(STEPS.max()))
-HEAVY_BALL = descent(RATE, int(STEPS.max()), momentum=0.7)
-SCHEDULED = descent(RATE, int(STEPS.max()), 0.6, nesterov=True, schedule=lambda step: RATE * (1 + step) / (2 + step**2))
+SUMMED = dict(steps=int(STEPS.max()), reduction="sum")
+PLAIN = Training(learning_rate=RATE, **SUMMED)
+HEAVY_BALL = Training(learning_rate=RATE, momentum=0.7, **SUMMED)
+SCHEDULED = Training(schedule=lambda step: RATE * (1 + step) / (2 + step**2), momentum=0.6, nesterov=True, **SUMMED)
 
 
 @pytest.fixture(
@@ -93,11 +94,11 @@ SCHEDULED = descent(RATE, int(STEPS.max()), 0.6, nesterov=True, schedule=lambda 
     ids=["plain", "heavy ball", "Nesterov with a schedule"],
 )
 def case(request):
-    tensors_of, optimizer = request.param
+    tensors_of, training = request.param
     K, Theta, tensors = tensors_of()
     y = torch.randn(TRAIN, OUTPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
-    naive = first_order(K, Theta, tensors, y, PROBES, OUTPUTS, optimizer, STEPS.tolist())
-    path = OrderZeroPath(K, Theta, y, RATE, "gradient_descent", optimizer)
+    naive = first_order(K, Theta, tensors, y, PROBES, OUTPUTS, training, STEPS.tolist())
+    path = InfiniteWidthPath(K, Theta, y, training)
     return KnownTensors(tensors), path, naive
 
 
@@ -107,8 +108,8 @@ def test_mean_output_is_that_of_the_naive_operator(case):
     expected = naive["z"].reshape(len(STEPS), PROBES + TRAIN, OUTPUTS)
     assert error == 0
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
-    order_0 = naive["z0"].reshape(len(STEPS), PROBES + TRAIN, OUTPUTS)
-    torch.testing.assert_close(path.mean_output(STEPS), order_0, rtol=0, atol=1e-12)
+    infinite_width = naive["z0"].reshape(len(STEPS), PROBES + TRAIN, OUTPUTS)
+    torch.testing.assert_close(path.mean_output(STEPS), infinite_width, rtol=0, atol=1e-12)
 
 
 def test_drift_is_that_of_the_naive_operator(case):
@@ -152,11 +153,13 @@ def test_gradient_flow_is_the_limit_of_small_steps():
     K, Theta, tensors = random_case()
     y = torch.randn(TRAIN, OUTPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
     vertices = KnownTensors(tensors)
-    flow = corrections(vertices, OrderZeroPath(K, Theta, y, RATE, "gradient_flow"), torch.tensor([12.0]))
-    fine, finer = (
-        corrections(vertices, OrderZeroPath(K, Theta, y, RATE / parts, "gradient_descent"), torch.tensor([12 * parts]))
-        for parts in (64, 128)
-    )
+
+    def at_time_12(parts=1, dynamics="gradient_descent"):
+        training = Training(learning_rate=RATE / parts, steps=12 * parts, reduction="sum", dynamics=dynamics)
+        return corrections(vertices, InfiniteWidthPath(K, Theta, y, training), torch.tensor([12 * parts]))
+
+    flow = at_time_12(dynamics="gradient_flow")
+    fine, finer = at_time_12(64), at_time_12(128)
     for value, first, second in zip(flow, fine, finer, strict=True):
         assert float((first - value).norm() / (second - value).norm()) == pytest.approx(2, rel=0.02)
 
@@ -169,36 +172,40 @@ def test_sampled_vertices_agree_with_integrated_ones():
     y = torch.randn(2, 2, dtype=torch.float64, generator=generator)
     ensemble = MLPEnsemble([3, 40, 40, 2], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
     steps = torch.tensor([5, 20])
-    exact = FiniteWidthTraining(ensemble, x[:1], x[3:], y, 0.1, "gradient_descent")
-    sampled = FiniteWidthTraining(ensemble, x[:3], x[3:], y, 0.1, "gradient_descent", samples=2**15, replicas=8)
+    training = Training(learning_rate=0.1, steps=20, reduction="sum")
+    exact = FiniteWidthTraining(FrozenTraining(ensemble, x[3:], y, x[:1], training))
+    sampled = FiniteWidthTraining(
+        FrozenTraining(ensemble, x[3:], y, x[:3], training), num_samples=2**15, num_replicas=8
+    )
     assert sampled.vertices.sampled
     assert not exact.vertices.sampled
-    value, error = sampled.ntk_drift(steps)
-    expected, none = exact.ntk_drift(steps)
-    assert none == 0
-    assert float((value[:, :1, :1] - expected).square().mean().sqrt()) < 4 * error
-    mean, error = sampled.mean_output(steps)
-    assert float((mean[:, [0, 3, 4]] - exact.mean_output(steps)[0]).square().mean().sqrt()) < 4 * error
-    covariance, error = sampled.covariance(steps)
-    assert float((covariance[:, :1, :1] - exact.covariance(steps)[0]).square().mean().sqrt()) < 4 * error
+    drift, expected = sampled.ntk_drift(steps), exact.ntk_drift(steps)
+    assert expected.error == 0
+    assert float((drift.value[:, :1, :1] - expected.value).square().mean().sqrt()) < 4 * drift.error
+    mean, expected = sampled.mean_output(steps), exact.mean_output(steps)
+    assert float((mean.value[:, [0, 3, 4]] - expected.value).square().mean().sqrt()) < 4 * mean.error
+    covariance, expected = sampled.covariance(steps), exact.covariance(steps)
+    assert float((covariance.value[:, :1, :1] - expected.value).square().mean().sqrt()) < 4 * covariance.error
     torch.testing.assert_close(sampled.initial_ntk()[:1, :1], exact.initial_ntk(), rtol=1e-4, atol=1e-6)
 
 
 def test_forecast_of_order_1():
-    """Order 0 plus the corrections, each over n; what is not asked for stays at order 0."""
+    """Infinite width plus the corrections, each over n; what is not asked for stays at infinite width."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(5, 3, dtype=torch.float64, generator=generator)
     y = torch.randn(4, 2, dtype=torch.float64, generator=generator)
     ensemble = MLPEnsemble([3, 64, 80, 2], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
-    arguments = (ensemble, x[1:], y, x[:1], 0.05, 6, "sum")
-    zeroth = predict_training(*arguments)
-    first = predict_training(*arguments, order=1, samples=1024)
-    theory = FiniteWidthTraining(ensemble, x[:1], x[1:], y, 0.05, "gradient_descent", samples=1024)
-    mean = theory.mean_output(first.steps)[0]
-    torch.testing.assert_close(first.output_mean - zeroth.output_mean, mean[:, :1], rtol=0, atol=1e-12)
-    torch.testing.assert_close(first.ntk_drift, theory.ntk_drift(first.steps)[0])
+    training = Training(learning_rate=0.05, steps=6, reduction="sum")
+    arguments = (ensemble, x[1:], y, x[:1], training)
+    infinite_width = predict_training(*arguments, order=0)
+    first = predict_training(*arguments, num_samples=1024)
+    theory = FiniteWidthTraining(FrozenTraining(*arguments), num_samples=1024)
+    mean = theory.mean_output(first.steps)
+    torch.testing.assert_close(first.output_mean - infinite_width.output_mean, mean.value[:, :1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(mean.infinite_width[:, :1], infinite_width.output_mean, rtol=0, atol=1e-14)
+    torch.testing.assert_close(first.ntk_drift, theory.ntk_drift(first.steps).value)
     assert not first.ntk_drift[0].any()
-    started = first.ntk_mean[0, 0, 0, 0, 0] - zeroth.ntk_mean[0, 0, 0, 0, 0]
+    started = first.ntk_mean[0, 0, 0, 0, 0] - infinite_width.ntk_mean[0, 0, 0, 0, 0]
     assert float(started) == pytest.approx(float(theory.initial_ntk()), rel=1e-6)
     assert float(first.output_truncation[6, 0, 0]) > 0
     assert first.train_output_mean.shape == (7, 4, 2)
@@ -206,8 +213,9 @@ def test_forecast_of_order_1():
     assert "standard errors of sampled moments (rms): mean output" in first.provenance
     for word in ("|z1| / |z0|", "|Cov1| / |Cov0|", "|H1| / |Theta|", "|e|^2 / (n lambda_min)"):
         assert word in first.validity.reason
-    ntk = predict_training(*arguments, order=1, samples=1024, corrections=("ntk",))
-    assert torch.equal(ntk.output_mean, zeroth.output_mean)
+        assert first.validity.numbers[word] > 0
+    ntk = predict_training(*arguments, num_samples=1024, corrections=("ntk",))
+    assert torch.equal(ntk.output_mean, infinite_width.output_mean)
     assert ntk.output_truncation is None
     assert "(mean, covariance at order 0)" in ntk.provenance
 
@@ -217,11 +225,11 @@ def test_momentum_of_nothing_is_gradient_descent():
     x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     y = torch.ones(2, 2, dtype=torch.float64)
     ensemble = MLPEnsemble([3, 64, 80, 2], "erf", C_b=0.1, C_W=1.5, lambda_b=0.3)
-    arguments = (ensemble, x[1:], y, x[:1], 0.1, 6, "sum", 1)
-    plain, stepped = predict_training(*arguments), predict_training(*arguments, momentum=1e-300)
+    arguments, options = (ensemble, x[1:], y, x[:1]), dict(learning_rate=0.1, steps=6, reduction="sum")
+    plain, stepped = (predict_training(*arguments, momentum=momentum, **options) for momentum in (0.0, 1e-300))
     for name in ("output_mean", "output_covariance", "ntk_drift", "train_output_mean"):
         torch.testing.assert_close(getattr(stepped, name), getattr(plain, name), rtol=1e-12, atol=1e-14)
-    moved = predict_training(*arguments, momentum=0.9)
+    moved = predict_training(*arguments, momentum=0.9, **options)
     assert float((moved.ntk_drift[6] / plain.ntk_drift[6]).abs().max()) > 1.5
     assert "gradient descent with momentum 0.9" in moved.provenance
 
@@ -233,13 +241,13 @@ def test_what_order_1_does_not_cover_is_refused():
     ensemble = MLPEnsemble([3, 64, 64, 2], "tanh")
     twice = torch.cat([x[:2], x[:1]])
     with pytest.raises(ValueError, match=r"points 0 and 2 coincide .* conflicting targets \(they differ by 2.83\)"):
-        predict_training(ensemble, twice, y, x[:1], 0.05, 6, order=1)
+        predict_training(ensemble, twice, y, x[:1], learning_rate=0.05, steps=6)
     with pytest.raises(
         ValueError, match=r"activation: relu has a kink; its ddNTK contains products of delta functions"
     ):
-        predict_training(MLPEnsemble([3, 64, 64, 2], "relu"), x, y, x[:1], 0.05, 6, order=1)
+        predict_training(MLPEnsemble([3, 64, 64, 2], "relu"), x, y, x[:1], learning_rate=0.05, steps=6)
     with pytest.raises(ValueError, match=r"beyond the linear stability bound"):
-        predict_training(ensemble, x, y, x[:1], 50.0, 6, order=1)
+        predict_training(ensemble, x, y, x[:1], learning_rate=50.0, steps=6)
 
 
 def test_a_forecast_that_cannot_hold_says_so():
@@ -247,10 +255,9 @@ def test_a_forecast_that_cannot_hold_says_so():
     x = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     y = torch.randn(2, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     wide = MLPEnsemble([3, 64, 64, 1], "erf", C_b=0.1, C_W=1.5, lambda_b=0.3)
-    large = predict_training(wide, x[1:], 20 * y, x[:1], 0.05, 30, "sum", order=1, corrections=("ntk",))
+    options = dict(learning_rate=0.05, reduction="sum", corrections=("ntk",))
+    large = predict_training(wide, x[1:], 20 * y, x[:1], steps=30, **options)
     assert large.validity.flag == "invalid"
     assert "smaller targets" in large.validity.reason
     narrow = MLPEnsemble([3, 3, 3, 1], "erf", C_b=0.1, C_W=1.5, lambda_b=0.3)
-    assert predict_training(narrow, x[1:], y, x[:1], 0.05, 3, "sum", order=1, corrections=("ntk",)).validity.flag == (
-        "invalid"
-    )
+    assert predict_training(narrow, x[1:], y, x[:1], steps=3, **options).validity.flag == "invalid"

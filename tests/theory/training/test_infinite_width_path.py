@@ -1,21 +1,22 @@
-"""The order-0 path against plain sums, in the corners where closed forms lose digits, and its continuous limit."""
+"""The path at infinite width against plain sums, where closed forms lose digits, and its continuous limit."""
 
 import pytest
 import torch
 
-from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
+from torch_eft import Training
 from torch_eft.theory.training.corrections.propagation import TimeGrid, panel_nodes, propagated_flow
-from torch_eft.theory.training.optimizer import Descent
+from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 
 
-def path_of(eigenvalues, rate, dynamics="gradient_descent", seed=0, descent=None):
+def path_of(eigenvalues, rate=None, dynamics="gradient_descent", seed=0, steps=10**9, **options):
     generator = torch.Generator().manual_seed(seed)
     count = len(eigenvalues)
     U = torch.linalg.qr(torch.randn(count, count, dtype=torch.float64, generator=generator))[0]
     Theta = U * torch.tensor(eigenvalues, dtype=torch.float64) @ U.T
     root = torch.randn(count, count, dtype=torch.float64, generator=generator)
     y = torch.randn(count, 2, dtype=torch.float64, generator=generator)
-    return OrderZeroPath(root @ root.T / count, (Theta + Theta.T) / 2, y, rate, dynamics, descent)
+    training = Training(learning_rate=rate, steps=steps, reduction="sum", dynamics=dynamics, **options)
+    return InfiniteWidthPath(root @ root.T / count, (Theta + Theta.T) / 2, y, training)
 
 
 def summed(eigenvalues, rate, steps):
@@ -80,16 +81,16 @@ def scheduled(t, s, m=0.8):
 
 
 @pytest.mark.parametrize(
-    ("weights", "descent"),
+    ("weights", "options"),
     [
-        (heavy_ball, Descent((0.1,) * 60, 0.9)),
-        (nesterov, Descent((0.1,) * 60, 0.6, nesterov=True)),
-        (scheduled, Descent(tuple(0.1 / (1 + u) for u in range(60)), 0.8)),
+        (heavy_ball, dict(rate=0.1, momentum=0.9)),
+        (nesterov, dict(rate=0.1, momentum=0.6, nesterov=True)),
+        (scheduled, dict(schedule=lambda u: 0.1 / (1 + u), momentum=0.8)),
     ],
 )
-def test_momentum_and_schedules_are_sums_over_all_gradients_before(weights, descent):
+def test_momentum_and_schedules_are_sums_over_all_gradients_before(weights, options):
     """Against lower triangular systems in time, to their rounding."""
-    path = path_of([1e-9, 0.3, 0.3 + 1e-13, 9.0], 0.1, descent=descent)
+    path = path_of([1e-9, 0.3, 0.3 + 1e-13, 9.0], steps=60, **options)
     found = path.double(torch.tensor([60, 0, 7]))
     for index, step in ((0, 60), (1, 0), (2, 7)):
         expected, rounding = weighted(path.eigenvalues.tolist(), weights, step)
@@ -102,8 +103,8 @@ def test_momentum_and_schedules_are_sums_over_all_gradients_before(weights, desc
 def test_without_momentum_and_schedule_stepping_is_doubling():
     """A rate that changes only after the last step asked for is stepped through."""
     steps, eigenvalues = torch.tensor([0, 3, 60]), [1e-9, 0.3, 0.3 + 1e-13, 19.0]
-    stepped = path_of(eigenvalues, 0.1, descent=Descent((0.1,) * 60 + (0.05,)))
-    plain = path_of(eigenvalues, 5.0, descent=Descent((0.1,) * 60))
+    stepped = path_of(eigenvalues, steps=61, schedule=(0.1,) * 60 + (0.05,))
+    plain = path_of(eigenvalues, steps=60, schedule=(0.1,) * 60)
     for value, expected in zip(stepped.double(steps), plain.double(steps), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-13, atol=1e-15)
     t, m = torch.tensor([60]), 0

@@ -1,12 +1,15 @@
-"""The order-0 trained distribution: against step-by-step integration, kernel regression and trained networks."""
+"""The trained distribution at infinite width: against plain steps, kernel regression and trained networks."""
 
 import math
+import sys
 
 import pytest
 import torch
 
 from tests.oracles.ensembles import draw, train
-from torch_eft.theory import InfiniteWidthTraining, MLPEnsemble, initial_statistics, predict_training
+from torch_eft import Training
+from torch_eft.theory import FrozenTraining, MLPEnsemble, initial_statistics, predict_training
+from torch_eft.theory.initialization.infinite_width import infinite_width
 
 ENSEMBLE = MLPEnsemble([3, 64, 64, 2], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3, lambda_W=1.0)
 
@@ -35,7 +38,8 @@ def step_by_step(x, y, x_probe, rate, steps):
 @pytest.mark.parametrize(("reduction", "factor"), [("sum", 1.0), ("mean", 2 / 8)])
 def test_closed_form_equals_step_by_step_integration(reduction, factor):
     x, y, x_probe = data()
-    prediction = predict_training(ENSEMBLE, x, y, x_probe, learning_rate=0.15, steps=40, reduction=reduction)
+    training = Training(learning_rate=0.15, steps=40, reduction=reduction)
+    prediction = predict_training(ENSEMBLE, x, y, x_probe, training, order=0)
     means, covariances = step_by_step(x, y, x_probe, 0.15 * factor, 40)
     torch.testing.assert_close(prediction.output_mean, means, rtol=0, atol=1e-12)
     torch.testing.assert_close(prediction.output_covariance[..., 0, 0], covariances, rtol=0, atol=1e-12)
@@ -50,7 +54,8 @@ def test_long_training_tends_to_kernel_regression():
     regression = torch.linalg.solve(last.Theta[2:, 2:], last.Theta[2:, :2]).T
     smallest = float(torch.linalg.eigvalsh(last.Theta[2:, 2:])[0])
     steps = int(40 / (0.15 * smallest))  # e^-40 is left
-    prediction = predict_training(ENSEMBLE, x, y, x_probe, 0.15, steps, reduction="sum", at_steps=[steps])
+    training = Training(learning_rate=0.15, steps=steps, reduction="sum")
+    prediction = predict_training(ENSEMBLE, x, y, x_probe, training, at_steps=[steps], order=0)
     J = torch.cat([torch.eye(2, dtype=torch.float64), -regression], 1)
     torch.testing.assert_close(prediction.output_mean[0], regression @ y, rtol=0, atol=1e-10)
     torch.testing.assert_close(prediction.output_covariance[0, ..., 0, 0], J @ last.K @ J.T, rtol=0, atol=1e-10)
@@ -58,12 +63,13 @@ def test_long_training_tends_to_kernel_regression():
 
 def test_small_step_descent_tends_to_gradient_flow_linearly():
     x, y, x_probe = data()
-    flow = predict_training(ENSEMBLE, x, y, x_probe, 0.1, 20, "sum", dynamics="gradient_flow", at_steps=[20])
-    errors = []
-    for halvings in (4, 5):
-        parts = 2**halvings
-        descent = predict_training(ENSEMBLE, x, y, x_probe, 0.1 / parts, 20 * parts, "sum", at_steps=[20 * parts])
-        errors.append(float((descent.output_mean - flow.output_mean).norm()))
+
+    def at_time_20(parts=1, dynamics="gradient_descent"):
+        training = Training(learning_rate=0.1 / parts, steps=20 * parts, reduction="sum", dynamics=dynamics)
+        return predict_training(ENSEMBLE, x, y, x_probe, training, at_steps=[20 * parts], order=0).output_mean
+
+    flow = at_time_20(dynamics="gradient_flow")
+    errors = [float((at_time_20(parts) - flow).norm()) for parts in (2**4, 2**5)]
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)  # the next order is a part in 2^4 of the first
 
 
@@ -72,13 +78,64 @@ def test_conflicting_training_points_are_fitted_in_the_mean():
     x, y, _ = data()
     x = torch.cat([x, x[:1]])
     y = torch.cat([y, -y[:1]])
-    prediction = predict_training(ENSEMBLE, x, y, x[:1], 0.1, 50_000, "sum", at_steps=[50_000])
+    training = Training(learning_rate=0.1, steps=50_000, reduction="sum")
+    prediction = predict_training(ENSEMBLE, x, y, x[:1], training, at_steps=[50_000], order=0)
     torch.testing.assert_close(prediction.output_mean[0], torch.zeros(1, 2, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(order=0),
+        dict(order=1),
+        dict(loss="cross_entropy", num_draws=256, order=0),
+        dict(loss="cross_entropy", num_draws=256, order=1),
+    ],
+    ids=str,
+)
+def test_the_kernels_at_infinite_width_are_computed_once(options):
+    x, y, x_probe = data(2, 1)
+    calls = []
+
+    def count(frame, event, argument):
+        if event == "call" and frame.f_code is infinite_width.__code__:
+            calls.append(frame.f_back.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        predict_training(ENSEMBLE, x, y.softmax(1), x_probe, learning_rate=0.1, steps=2, **options)
+    finally:
+        sys.setprofile(before)
+    assert len(calls) == 1, calls
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_null_modes_of_a_linear_network_move_nothing(order):
+    """Four inputs of two features: with X = Q R, Q (4, 2) of orthonormal columns, (1/2) |X W - y|^2 is, up to a
+    constant, (1/2) |R W - Q^T y|^2, so that every network trains as on the two inputs in R."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(4, 2, dtype=torch.float64, generator=generator) for _ in range(2))
+    x_probe = torch.randn(2, 2, dtype=torch.float64, generator=generator)
+    Q, R = torch.linalg.qr(x)
+    ensemble = MLPEnsemble([2, 30, 40, 2], "linear", C_b=0.0, C_W=1.0, lambda_b=0.0, lambda_W=1.0)
+    training = Training(learning_rate=0.1, steps=10**5, reduction="sum")
+    frozen = FrozenTraining(ensemble, x, y, x_probe, training)
+    assert frozen.dropped == 2
+    options = dict(order=order, at_steps=[0, 3, 60] if order else [0, 3, 10**5])
+    degenerate = predict_training(ensemble, x, y, x_probe, training, **options)
+    regular = predict_training(ensemble, R, Q.T @ y, x_probe, training, **options)
+    for name in ("output_mean", "output_covariance", "ntk_mean", "ntk_drift"):
+        expected = getattr(regular, name)
+        torch.testing.assert_close(getattr(degenerate, name), expected, rtol=1e-11, atol=1e-12, msg=name)
+    fitted = torch.linalg.lstsq(x, y).solution
+    end = frozen.output(torch.tensor([math.inf]))[0][0]
+    torch.testing.assert_close(end, x_probe @ fitted, rtol=1e-10, atol=1e-12)
 
 
 def test_result_holds_what_it_says():
     x, y, x_probe = data()
-    prediction = predict_training(ENSEMBLE, x, y, x_probe, 0.1, 5)
+    prediction = predict_training(ENSEMBLE, x, y, x_probe, learning_rate=0.1, steps=5, order=0)
     assert prediction.steps.tolist() == [0, 1, 2, 3, 4, 5]
     assert prediction.output_mean.shape == (6, 2, 2)
     assert prediction.output_covariance.shape == (6, 2, 2, 2, 2)
@@ -95,7 +152,7 @@ def test_result_holds_what_it_says():
 def test_too_deep_a_network_is_declared_invalid():
     x, y, x_probe = data()
     deep = MLPEnsemble([3, *[8] * 20, 2], "relu", C_W=2.0)
-    validity = predict_training(deep, x, y, x_probe, 0.01, 1, "sum").validity
+    validity = predict_training(deep, x, y, x_probe, learning_rate=0.01, steps=1, reduction="sum", order=0).validity
     assert validity.flag == "invalid"
     assert "Use fewer or wider layers" in validity.reason
 
@@ -105,29 +162,30 @@ def test_too_deep_a_network_is_declared_invalid():
     [
         (dict(learning_rate=-1), r"learning_rate: -1 given; it must be positive"),
         (dict(learning_rate=1e3), r"learning_rate: 1000 given, beyond the linear stability bound"),
-        (dict(reduction="max"), r"reduction: 'max' given; give 'sum' or 'mean'"),
+        (dict(reduction="max"), r"reduction: 'max' given; give one of 'sum', 'mean'"),
         (dict(dynamics="adam"), r"dynamics: 'adam' given"),
-        (dict(optimizer="Adam"), r"optimizer: 'Adam' given; only SGD .* measure.TaylorModel trains one network's"),
-        (dict(weight_decay=0.1), r"weight_decay: 0.1 given; .* for weak decay measure.TaylorModel"),
         (dict(batches=[[0, 9]]), r"batches: \[0, 9\] given; each is a list of sample indices"),
-        (dict(dynamics="gradient_flow", momentum=0.5), r"dynamics: 'gradient_flow' has no momentum"),
-        (dict(momentum=1.0), r"momentum: 1, dampening: 0 given"),
+        (
+            dict(dynamics="gradient_flow", momentum=0.5),
+            r"dynamics: 'gradient_flow' is in closed form, for the squared error on full batches without mom",
+        ),
+        (dict(momentum=1.0), r"momentum: 1.0 given; it must lie in"),
         (dict(nesterov=True), r"nesterov: needs momentum > 0"),
-        (dict(schedule=[0.1, 0.2]), r"schedule: 2 learning rates given for 5 steps"),
+        (dict(schedule=[0.1, 0.2], learning_rate=None), r"schedule: 2 learning rates given for 5 steps"),
         (dict(order=2), r"order: 2 given; give 0 \(infinite width\) or 1"),
-        (dict(corrections=("ntk", "spread")), r"corrections: 'spread' given; choose from mean, covariance, ntk"),
+        (dict(corrections=("ntk", "spread")), r"corrections: 'spread' given; give one of 'mean', 'covariance', 'ntk'"),
         (dict(corrections=()), r"corrections: none given"),
-        (dict(order=1, replicas=1), r"replicas: 1 given; at least 2"),
+        (dict(order=1, num_replicas=1), r"num_replicas: 1 given; at least 2"),
         (dict(order=1, memory=1000), r"x_train: 4 points need about 0.0 GiB for vertices .* corrections=\(.ntk.,\)"),
         (dict(y_train=torch.ones(4, 3)), r"y_train: shape \(4, 3\) given; x_train and widths ask for \(4, 2\)"),
         (dict(x_probe=torch.ones(2, 4)), r"x_probe: \(2, 4\) given; widths\[0\] = 3"),
-        (dict(at_steps=[7]), r"steps: 5, at_steps: \[7\] given"),
+        (dict(at_steps=[7]), r"at_steps: \[7\] given; give whole steps between 0 and steps = 5"),
         (dict(steps=-1), r"steps: -1"),
     ],
 )
 def test_unusable_arguments_are_named(arguments, message):
     x, y, x_probe = data()
-    defaults = dict(x_train=x, y_train=y, x_probe=x_probe, learning_rate=0.1, steps=5)
+    defaults = dict(x_train=x, y_train=y, x_probe=x_probe, learning_rate=0.1, steps=5, order=0)
     with pytest.raises(ValueError, match=message):
         predict_training(ENSEMBLE, **defaults | arguments)
 
@@ -135,39 +193,43 @@ def test_unusable_arguments_are_named(arguments, message):
 def test_the_stability_bound_is_where_descent_starts_to_grow():
     x, y, x_probe = data()
     largest = float(torch.linalg.eigvalsh(initial_statistics(ENSEMBLE, x, statistics=("K", "Theta"))[-1].Theta)[-1])
-    InfiniteWidthTraining(ENSEMBLE, x, y, x_probe, 1.999 / largest, reduction="sum")
+    below, above = (Training(learning_rate=rate / largest, steps=1, reduction="sum") for rate in (1.999, 2.001))
+    FrozenTraining(ENSEMBLE, x, y, x_probe, below)
     with pytest.raises(ValueError, match="stability bound"):
-        InfiniteWidthTraining(ENSEMBLE, x, y, x_probe, 2.001 / largest, reduction="sum")
+        FrozenTraining(ENSEMBLE, x, y, x_probe, above)
 
 
 @pytest.mark.parametrize(
     ("nesterov", "bound", "formula"),
-    [(False, 2 * 1.9, r"2 \(1 \+ m\) / lambda_max, m = 0.9"), (True, 2 * 1.9 / 2.8, r"2 \(1 \+ m\) / \(\(1 \+ 2 m\) ")],
+    [
+        (False, 2 * 1.9, r"2 \(1 \+ m\) / lambda_max, momentum m = 0.9"),
+        (True, 2 * 1.9 / 2.8, r"2 \(1 \+ m\) / \(\(1 \+ 2 m\) "),
+    ],
 )
 def test_the_stability_bound_with_momentum(nesterov, bound, formula):
     """Beyond it the refusal names it; just below, 3000 steps converge."""
     x, y, x_probe = data()
     largest = float(torch.linalg.eigvalsh(initial_statistics(ENSEMBLE, x, statistics=("K", "Theta"))[-1].Theta)[-1])
-    options = dict(reduction="sum", momentum=0.9, nesterov=nesterov)
-    settled = predict_training(ENSEMBLE, x, y, x_probe, 0.99 * bound / largest, 3000, at_steps=[2999, 3000], **options)
-    last = settled.output_mean
+    options = dict(steps=3000, reduction="sum", momentum=0.9, nesterov=nesterov)
+    training = Training(learning_rate=0.99 * bound / largest, **options)
+    last = predict_training(ENSEMBLE, x, y, x_probe, training, at_steps=[2999, 3000], order=0).output_mean
     assert float((last[1] - last[0]).norm() / last[1].norm()) < 1e-3
     with pytest.raises(ValueError, match=rf"beyond the linear stability bound {bound / largest:.4g} \({formula}"):
-        predict_training(ENSEMBLE, x, y, x_probe, 1.001 * bound / largest, 10, **options)
+        predict_training(ENSEMBLE, x, y, x_probe, learning_rate=1.001 * bound / largest, **options)
 
 
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        (dict(momentum=0.8), "gradient descent with momentum 0.8"),
-        (dict(momentum=0.8, nesterov=True), "gradient descent with Nesterov momentum 0.8"),
-        (dict(schedule=lambda t: 0.1 / (1 + t)), "gradient descent and a schedule"),
+        (dict(learning_rate=0.1, momentum=0.8), "gradient descent with momentum 0.8"),
+        (dict(learning_rate=0.1, momentum=0.8, nesterov=True), "gradient descent with Nesterov momentum 0.8"),
+        (dict(schedule=lambda t: 0.1 / (1 + t)), "learning rates 0.005 to 0.1"),
     ],
 )
 def test_momentum_and_schedules_move_the_mean_as_torch_does(options, name):
     """The mean output is that of a linear model with kernel Theta on torch.optim.SGD: z = J theta, J J^T = Theta."""
     x, y, x_probe = data()
-    prediction = predict_training(ENSEMBLE, x, y, x_probe, 0.1, 20, **options)
+    prediction = predict_training(ENSEMBLE, x, y, x_probe, steps=20, order=0, **options)
     Theta = initial_statistics(ENSEMBLE, torch.cat([x_probe, x]), statistics=("K", "Theta"))[-1].Theta
     J = torch.linalg.cholesky(Theta)
     theta = torch.zeros(len(J), 2, dtype=torch.float64, requires_grad=True)
@@ -186,14 +248,15 @@ def test_momentum_and_schedules_move_the_mean_as_torch_does(options, name):
 def test_too_many_points_say_what_they_would_need():
     x, y, x_probe = data()
     with pytest.raises(ValueError, match=r"x_train: 4 points need about 0.0 GiB, memory allows 0.0 GiB; give fewer"):
-        InfiniteWidthTraining(ENSEMBLE, x, y, x_probe, 0.1, memory=1000)
+        FrozenTraining(ENSEMBLE, x, y, x_probe, Training(learning_rate=0.1, steps=1), memory=1000)
 
 
 def test_prediction_lives_where_the_data_live():
     x, y, x_probe = data()
-    expected = predict_training(ENSEMBLE, x, y, x_probe, 0.1, 5).output_mean
+    options = dict(learning_rate=0.1, steps=5, order=0)
+    expected = predict_training(ENSEMBLE, x, y, x_probe, **options).output_mean
     with torch.device("meta"):
-        actual = predict_training(ENSEMBLE, x, y, x_probe, 0.1, 5, at_steps=[5]).output_mean
+        actual = predict_training(ENSEMBLE, x, y, x_probe, at_steps=[5], **options).output_mean
     torch.testing.assert_close(actual[0], expected[-1])
 
 
@@ -204,7 +267,8 @@ def _against_trained_networks(width, networks, batch, steps, record):
     x, y, x_probe = data()
     largest = float(torch.linalg.eigvalsh(initial_statistics(ensemble, x, statistics=("K", "Theta"))[-1].Theta)[-1])
     rate = 0.5 / largest
-    prediction = predict_training(ensemble, x, y, x_probe, rate, steps, "sum", at_steps=record)
+    training = Training(learning_rate=rate, steps=steps, reduction="sum")
+    prediction = predict_training(ensemble, x, y, x_probe, training, at_steps=record, order=0)
     generator = torch.Generator().manual_seed(11)
     collected = {step: [] for step in record}
     single = [tensor.float() for tensor in (x, y, x_probe)]

@@ -9,12 +9,13 @@ from tests.oracles.ensembles import draw
 from tests.oracles.naive_operator import cumulants, first_order, gaussian_nodes
 from tests.theory.trained.trained_ensembles import Networks, stacked_pair
 from tests.theory.training.test_finite_width import KnownTensors, random_case
+from torch_eft import Training
 from torch_eft.theory import MLPEnsemble, get_activation, initial_statistics, predict_training
-from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
 from torch_eft.theory.training.corrections.mean_output import mean_output
 from torch_eft.theory.training.corrections.ntk_drift import ntk_drift
 from torch_eft.theory.training.corrections.output_covariance import output_covariance
-from torch_eft.theory.training.optimizer import Loss, descent
+from torch_eft.theory.training.infinite_width import InfiniteWidthPath
+from torch_eft.theory.training.optimizer import Loss
 from torch_eft.theory.training.sampled.dynamics import Fluctuation, SampledTraining
 from torch_eft.theory.training.sampled.initial_distribution import Fluctuations, draw_outputs
 
@@ -67,11 +68,11 @@ def test_squared_error_is_that_of_the_closed_forms():
     K, Theta, t = random_case()
     K = K + 0.2 * torch.eye(3, dtype=torch.float64)
     y = torch.randn(2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
-    optimizer, steps = descent(RATE, 8, momentum=0.5), [1, 4, 8]
-    training = SampledTraining(K, Theta, Loss("mse", y, "sum"), optimizer, t)
+    spec, steps = Training(learning_rate=RATE, steps=8, momentum=0.5, reduction="sum"), [1, 4, 8]
+    training = SampledTraining(K, Theta, Loss("mse", y, "sum"), spec, t)
     nodes, weights = gaussian_nodes(combined(K, 2))
     total, z1, zz1 = corrections(training, nodes.reshape(-1, 3, 2), weights, steps, directions(t, 2, 1))
-    path, at = OrderZeroPath(K, Theta, y, RATE, "gradient_descent", optimizer), torch.tensor(steps)
+    path, at = InfiniteWidthPath(K, Theta, y, spec), torch.tensor(steps)
     vertices, eye = KnownTensors(t), torch.eye(2, dtype=torch.float64)
     cross = torch.einsum("txi,tyj->txiyj", z1, total.z)
     covariance = (zz1 - cross - cross.permute(0, 3, 4, 1, 2)).permute(0, 1, 3, 2, 4)
@@ -112,13 +113,13 @@ def test_another_loss_is_that_of_the_naive_operator(train, outputs):
         size = (z - y).square().sum()
         return size / 2 + size.square() / 8
 
-    optimizer, steps = descent(0.1, 2, 0.3), [1, 2]
-    training = SampledTraining(K, Theta, Loss(quartic, y), optimizer, t)
+    spec, steps = Training(loss=quartic, learning_rate=0.1, steps=2, momentum=0.3), [1, 2]
+    training = SampledTraining(K, Theta, Loss(quartic, y), spec, t)
     rule = gauss_hermite(16)
     nodes, weights = rule(combined(K, outputs))
     nodes = nodes.reshape(-1, train, outputs)
     total, z1, zz1 = corrections(training, nodes, weights, steps, directions(t, outputs, 0))
-    naive = first_order(K, Theta, t, None, 0, outputs, optimizer, steps, lambda z, _: quartic(z, y), rule)
+    naive = first_order(K, Theta, t, None, 0, outputs, spec, steps, lambda z, _: quartic(z, y), rule)
     H = total.H1.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2) + combined(t["Theta1"], outputs)
     for value, exact in ((z1.flatten(1), naive["z"]), (zz1.flatten(3).flatten(1, 2), naive["zz"]), (H, naive["H"])):
         torch.testing.assert_close(value, exact, rtol=0, atol=1e-9 * float(exact.abs().max()))
@@ -133,17 +134,17 @@ def test_minibatches_are_those_of_the_naive_operator():
     K, Theta, t = random_case()
     K = K + 0.2 * torch.eye(3, dtype=torch.float64)
     y = torch.randn(2, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
-    optimizer, steps = descent(0.2, 5, 0.4, batches=[[0], [1], [0, 1]], samples=2), [1, 5]
+    spec, steps = Training(learning_rate=0.2, steps=5, momentum=0.4, batches=[[0], [1], [0, 1]]), [1, 5]
     sizes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
 
     def mean_over_batch(z, step):
         return (sizes[step % 3][:, None] * (z - y).square()).sum()
 
-    training = SampledTraining(K, Theta, Loss("mse", y, "mean"), optimizer, t)
+    training = SampledTraining(K, Theta, Loss("mse", y, "mean"), spec, t)
     rule = gauss_hermite(6)
     nodes, weights = rule(K)
     total, z1, zz1 = corrections(training, nodes[..., None], weights, steps, directions(t, 1, 1))
-    naive = first_order(K, Theta, t, y, 1, 1, optimizer, steps, mean_over_batch, rule)
+    naive = first_order(K, Theta, t, y, 1, 1, spec, steps, mean_over_batch, rule)
     H = total.H1[..., 0, 0] + t["Theta1"]
     for value, exact in ((z1[..., 0], naive["z"]), (zz1[:, :, 0, :, 0], naive["zz"]), (H, naive["H"])):
         torch.testing.assert_close(value, exact, rtol=0, atol=1e-10 * float(exact.abs().max()))
@@ -185,9 +186,9 @@ def test_squared_error_by_draws_is_the_closed_form():
     def squared(z, y):
         return (z - y).square().sum() / 2
 
-    options = dict(order=1, at_steps=[4, 12], momentum=0.5)
-    exact = predict_training(ensemble, x[1:], y, x[:1], 0.1, 12, "sum", **options)
-    found = predict_training(ensemble, x[1:], y, x[:1], 0.1, 12, loss=squared, draws=1024, **options)
+    options = dict(learning_rate=0.1, steps=12, at_steps=[4, 12], momentum=0.5)
+    exact = predict_training(ensemble, x[1:], y, x[:1], reduction="sum", **options)
+    found = predict_training(ensemble, x[1:], y, x[:1], loss=squared, num_draws=1024, **options)
     rms = found.provenance.split("of the terms of order 1/n: ")[1]
     errors = {part.split()[0]: float(part.split()[1].rstrip(";")) for part in rms.split(", ")}
     pairs = (
@@ -206,7 +207,8 @@ def test_cross_entropy_at_infinite_width_is_the_mean_of_frozen_training():
     x, classes = inputs(), torch.tensor([0, 2, 1])
     ensemble = MLPEnsemble([3, 64, 64, 3], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
     probe = torch.cat([x[3:], x[:1], x[3:4]])
-    found = predict_training(ensemble, x[:3], classes, probe, 0.8, 15, loss="cross_entropy", draws=1024)
+    options = dict(learning_rate=0.8, loss="cross_entropy", order=0)
+    found = predict_training(ensemble, x[:3], classes, probe, steps=15, num_draws=1024, **options)
     last = initial_statistics(ensemble, torch.cat([probe[:2], x[:3]]), statistics=("K", "Theta"))[-1]
     count = 20_000
     generator = torch.Generator().manual_seed(9)
@@ -222,24 +224,24 @@ def test_cross_entropy_at_infinite_width_is_the_mean_of_frozen_training():
     assert float(((found.output_covariance[15] - covariance.mean(0)).abs() / error).max()) < 5
     assert not found.ntk_drift.any()
     batches = predict_training(
-        ensemble, x[:3], classes, probe, 0.8, 3, loss="cross_entropy", draws=512, batches=[[0, 1], [2]]
+        ensemble, x[:3], classes, probe, steps=3, num_draws=512, batches=[[0, 1], [2]], **options
     )
-    assert "fixed minibatches, gradient descent" in batches.provenance
+    assert "fixed-minibatch gradient descent" in batches.provenance
     torch.testing.assert_close(found.train_output_mean[:, 0], found.output_mean[:, 2])
-    for word in ("order 0", "loss cross_entropy", "1024 draws of z(0), standard errors (rms): mean"):
+    for word in ("order 0", "mean cross-entropy", "1024 draws of z(0), standard errors (rms): mean"):
         assert word in found.provenance
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(dynamics="gradient_flow"), r"dynamics: 'gradient_flow' is in closed form for the squared error on full"),
+        (dict(dynamics="gradient_flow"), r"dynamics: 'gradient_flow' is in closed form, for the squared error on full"),
         (dict(y_train=torch.tensor([0, 1, 3])), r"y_train: shape \(3,\) given; .* classes below 3"),
-        (dict(y_train=torch.ones(3, 2)), r"y_train: shape \(3, 2\) given; x_train and widths ask for \(3, 3\)"),
+        (dict(y_train=torch.ones(3, 2)), r"y_train: shape \(3, 2\) given; x_train and the outputs ask for \(3, 3\)"),
         (dict(loss="mse", batches=[[0]]), r"y_train: shape \(3,\) given; .* ask for \(3, 3\)"),
         (dict(batches=[[0, 3]]), r"batches: \[0, 3\] given; each is a list of sample indices"),
         (dict(learning_rate=50.0), r"learning_rate: 50 given, beyond the linear stability bound"),
-        (dict(draws=64), r"draws: 8 a batch given; 4 independent inputs of 3 outputs ask for more than 24"),
+        (dict(num_draws=64), r"num_draws: 8 per batch given; 4 independent inputs of 3 outputs ask for more than 24"),
         (dict(loss="hinge"), r"loss: 'hinge' given"),
         (dict(order=1, memory=1000), r"x_train: 4 different points need about 0.0 GiB for vertices over all"),
         (dict(order=1, x_probe=inputs()[:1] * (1 + 1e-6)), r"eigenvalues from .* near-duplicate inputs"),
@@ -250,16 +252,17 @@ def test_unusable_arguments_are_named(arguments, message):
     defaults = dict(x_train=x[:3], y_train=torch.tensor([0, 2, 1]), x_probe=x[3:4], learning_rate=0.1, steps=2)
     ensemble = MLPEnsemble([3, 64, 64, 3], "erf", C_b=0.1)
     with pytest.raises(ValueError, match=message):
-        predict_training(ensemble, **dict(loss="cross_entropy", draws=512) | defaults | arguments)
+        predict_training(ensemble, **dict(loss="cross_entropy", num_draws=512, order=0) | defaults | arguments)
 
 
 def test_a_kink_is_refused_at_order_1():
     x = inputs()
     relu = MLPEnsemble([3, 64, 64, 3], "relu", C_W=2.0)
-    arguments = (relu, x[:3], torch.tensor([0, 2, 1]), x[3:4], 0.1, 2)
-    assert predict_training(*arguments, loss="cross_entropy", draws=512).output_mean.shape == (3, 1, 3)
+    arguments = (relu, x[:3], torch.tensor([0, 2, 1]), x[3:4])
+    options = dict(loss="cross_entropy", learning_rate=0.1, steps=2, num_draws=512)
+    assert predict_training(*arguments, order=0, **options).output_mean.shape == (3, 1, 3)
     with pytest.raises(ValueError, match="activation: relu has a kink"):
-        predict_training(*arguments, loss="cross_entropy", draws=512, order=1)
+        predict_training(*arguments, **options)
 
 
 class Classifiers(Networks):
@@ -299,10 +302,12 @@ def test_trained_classifiers_shift_as_predicted():
     for width in (64, 128):
         ensemble = MLPEnsemble([3, width, width, 3], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
         if width == 64:
-            options = dict(loss="cross_entropy", at_steps=[steps], draws=1024)
-            arguments = (ensemble, x[1:], classes, x[:1], rate, steps)
-            zeroth, theory = (predict_training(*arguments, order=order, **options) for order in (0, 1))
-            start = torch.cat([zeroth.output_mean[0], zeroth.train_output_mean[0]])
+            spec = Training(loss="cross_entropy", learning_rate=rate, steps=steps)
+            infinite_width, theory = (
+                predict_training(ensemble, x[1:], classes, x[:1], spec, order=order, at_steps=[steps], num_draws=1024)
+                for order in (0, 1)
+            )
+            start = torch.cat([infinite_width.output_mean[0], infinite_width.train_output_mean[0]])
             shift = torch.cat([theory.output_mean[0], theory.train_output_mean[0]]) - start
         outputs, drift = trained_shift(ensemble, x, classes, 1, rate, steps, 3000)
         scale = 64 / width

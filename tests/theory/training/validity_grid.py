@@ -11,10 +11,11 @@ import torch
 
 from tests.oracles.ensembles import draw
 from tests.theory.trained.trained_ensembles import Networks, linear_response, measured
+from torch_eft import Training
 from torch_eft.theory import MLPEnsemble, get_activation, initial_statistics
+from torch_eft.theory.training.corrections.correction import relative_size
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
-from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
-from torch_eft.theory.training.corrections.validity import relative_size
+from torch_eft.theory.training.infinite_width import FrozenTraining, InfiniteWidthPath
 
 C_W = {"tanh": 1.5, "gelu": 1.7}
 STEPS = (5, 25, 125)
@@ -24,6 +25,10 @@ MORE = 20
 
 def ensemble_of(name, depth, n):
     return MLPEnsemble([3, *[n] * (depth - 1), 1], name, C_b=0.1, C_W=C_W[name], lambda_b=0.3, lambda_W=1.0)
+
+
+def descent_at(rate):
+    return Training(learning_rate=rate, steps=max(STEPS), reduction="sum")
 
 
 def data(close, scale, seed=3):
@@ -38,22 +43,22 @@ def data(close, scale, seed=3):
 
 @dataclass(frozen=True)
 class Compared:
-    """One observable at one time: norms of order 0, of order 1/n, of what is measured beyond both, and its error."""
+    """One observable at one time: norms at infinite width, of order 1/n, of the measured rest, and its error."""
 
-    zeroth: float
+    infinite_width: float
     first: float
     neglected: float
     error: float
 
 
 class Forecasts:
-    """Of one activation, depth and set of inputs, for any targets, width and time: the vertices are the same."""
+    """One activation, depth and set of inputs, for any targets, width and time: the vertices are the same."""
 
     def __init__(self, name, depth, close):
         self.name, self.depth, self.x = name, depth, data(close, 1.0)[0]
         ensemble = ensemble_of(name, depth, 8)
         y = data(close, 1.0)[1]
-        self.finite = FiniteWidthTraining(ensemble, self.x[:1], self.x[1:], y, 1.0, "gradient_descent")
+        self.finite = FiniteWidthTraining(FrozenTraining(ensemble, self.x[1:], y, self.x[:1], descent_at(1e-9)))
         self.rate = 0.5 / float(self.finite.path.eigenvalues[-1])
         last = initial_statistics(ensemble, self.x, statistics=("K", "Theta", "G1", "Theta1"), check_validity=False)[-1]
         self.G1, self.Theta1 = last.G1, last.Theta1
@@ -61,24 +66,24 @@ class Forecasts:
     def at(self, y, steps=STEPS):
         """n times the corrections (T, ..) and what they correct."""
         finite, times = self.finite, torch.tensor(steps)
-        finite.path = OrderZeroPath(finite.path.K, finite.path.Theta, y, self.rate, "gradient_descent")
+        finite.path = InfiniteWidthPath(finite.path.K, finite.path.Theta, y, descent_at(self.rate))
         n = finite.ensemble.widths[-2]
         J = finite.path.response(times)
-        zeroth = {
+        infinite_width = {
             "mean": finite.path.mean_output(times),
             "covariance": (J @ finite.path.K @ J.mT)[:, :1, :1, None, None],
             "ntk": finite.path.Theta[:1, :1, None, None].expand(len(steps), -1, -1, -1, -1),
         }
         first = {
-            "mean": n * finite.mean_output(times)[0],
-            "covariance": n * finite.covariance(times)[0],
-            "ntk": n * finite.ntk_drift(times)[0],
+            "mean": n * finite.mean_output(times).value,
+            "covariance": n * finite.covariance(times).value,
+            "ntk": n * finite.ntk_drift(times).value,
         }
-        return zeroth, first
+        return infinite_width, first
 
     def compared(self, y, n, pairs, seed, steps=STEPS):
         """{(observable, step): Compared} from ``pairs`` trained pairs of width n."""
-        zeroth, first = self.at(y, steps)
+        infinite_width, first = self.at(y, steps)
         ensemble, path = ensemble_of(self.name, self.depth, n), self.finite.path
         run = (self.x, y, 1, self.rate, steps, pairs, path, self.G1, self.Theta1, seed, max(1, min(pairs, 16384 // n)))
         samples = measured(ensemble, *run)
@@ -92,7 +97,7 @@ class Forecasts:
             if key == "mean":
                 variance = variance + response.var(0) / (MORE * count)
             for index, step in enumerate(steps):
-                sizes = zeroth[key][index].norm(), first[key][index].norm() / n
+                sizes = infinite_width[key][index].norm(), first[key][index].norm() / n
                 beyond = extra[index].norm() / n, variance[index].sum().sqrt() / n
                 found[key, step] = Compared(*(float(value) for value in (*sizes, *beyond)))
         return found
@@ -109,12 +114,12 @@ class Forecasts:
         return n * linear_response(path, deviation[None], y, self.rate, steps)[0]
 
     def validity(self, y, n, step, observables=("mean", "covariance", "ntk")):
-        """What the forecast says at width n, for training up to one step."""
-        zeroth, first = self.at(y, (step,))
+        """The forecast's own validity at width n, for training up to one step."""
+        infinite_width, first = self.at(y, (step,))
         ensemble = ensemble_of(self.name, self.depth, n)
-        x, rate = self.x, self.rate
-        finite = FiniteWidthTraining(ensemble, x[:1], x[1:], y, rate, "gradient_descent")
+        x = self.x
+        finite = FiniteWidthTraining(FrozenTraining(ensemble, x[1:], y, x[:1], descent_at(self.rate)))
         names = {"mean": "|z1| / |z0|", "covariance": "|Cov1| / |Cov0|", "ntk": "|H1| / |Theta|"}
         shift = {"mean": 0.0, "covariance": 0.0, "ntk": float(self.Theta1[0, 0])}
-        sizes = {names[key]: relative_size((first[key] + shift[key]) / n, zeroth[key]) for key in observables}
+        sizes = {names[key]: relative_size((first[key] + shift[key]) / n, infinite_width[key]) for key in observables}
         return finite.validity(sizes, torch.tensor([step])), sizes

@@ -30,11 +30,11 @@ from torch import Tensor
 from torch_eft.forecast.comparison.compared import Compared, component
 from torch_eft.forecast.comparison.finite_width import AtStep, FiniteWidth, Problem, finite_width
 from torch_eft.measure.kernels.metrics import as_trace, ntk_trace
+from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.sampling import ntk_trace_spread
-from torch_eft.theory.training.optimizer import descent
-from torch_eft.theory.training.predict import InfiniteWidthTraining
+from torch_eft.theory.training.infinite_width import FrozenTraining
 
 _FIRST_HORIZON = 1000
 _EXTENSION = 8
@@ -117,10 +117,16 @@ class EnsembleComparison:
             "finite": None if self.finite is None else self.finite.state(),
         }
 
-    def _order_0(self) -> InfiniteWidthTraining:
+    def _order_0(self) -> FrozenTraining:
         """In closed form at any step; with momentum, summed up to the horizon."""
-        optimizer = descent(self._given[-1], self._horizon, **self._options) if self._options else None
-        return InfiniteWidthTraining(*self._given, reduction="sum", optimizer=optimizer)
+        ensemble, x_train, y_train, x_probe, learning_rate = self._given
+        training = Training(
+            learning_rate=learning_rate,
+            steps=self._horizon if self._options else math.inf,
+            reduction="sum",
+            **self._options,
+        )
+        return FrozenTraining(ensemble, x_train, y_train, x_probe, training)
 
     @property
     def validity(self) -> Validity:
@@ -216,7 +222,8 @@ class EnsembleComparison:
         }
 
     def _ntks(self, ntk: Tensor, ntk_0: Tensor, first: AtStep) -> dict[str, Compared]:
-        Theta = self.training.Theta_probe
+        probes = self.training.probes
+        Theta = self.training.Theta[:probes, :probes]
         H, H_0 = as_trace(ntk).to(Theta), as_trace(ntk_0).to(Theta)
         trace, measured = Theta.diagonal().mean(), float((ntk - ntk_0).norm() / ntk_0.norm())
         found = {"ntk_drift": Compared(measured, 0.0)}

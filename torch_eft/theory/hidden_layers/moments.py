@@ -1,10 +1,13 @@
 """Order-0 moments of training that drive hidden layers: Phi, <q> and <p p>, at any times."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from torch_eft.results.training import Dynamics, Training
 from torch_eft.theory.hidden_layers.statistics import DistinctInputs
-from torch_eft.theory.training.time_sums import Dynamics, ModePropagator
+from torch_eft.theory.training.time_sums import ModePropagator
 
 
 class TrainingMoments:
@@ -25,7 +28,8 @@ class TrainingMoments:
         kept = eigenvalues > len(Theta) * torch.finfo(Theta.dtype).eps * eigenvalues[-1]
         self.eigenvalues, U = eigenvalues[kept], U[:, kept]
         self._S, self._U = U.T @ S @ U, U
-        self._sums = ModePropagator(self.eigenvalues, rate, dynamics)
+        training = Training(learning_rate=rate, steps=math.inf, reduction="sum", dynamics=dynamics)
+        self._sums = ModePropagator(self.eigenvalues, training)
         if inputs is not None:
             self._U = U.new_zeros(len(inputs.train), U.shape[1]).index_add(0, inputs.train_copies, U)
 

@@ -34,7 +34,7 @@ from torch_eft.theory.initialization.estimators import check_statistics, vertex_
 from torch_eft.theory.initialization.evaluator import Vertices, divergent
 from torch_eft.theory.initialization.infinite_width import infinite_width
 from torch_eft.theory.initialization.kernels import mean_correction
-from torch_eft.theory.training.predict import InfiniteWidthTraining
+from torch_eft.theory.training.infinite_width import FrozenTraining
 
 _ARRAYS = 64
 """Float64 arrays over a, b, c, d that are alive at once, about, at the peak of the recursion."""
@@ -107,15 +107,14 @@ def predict_representation(
             f"training: {training} given; the movement of hidden layers is derived for the squared error on full "
             "batches at one learning rate without momentum"
         )
-    rate = training.learning_rate or 0.0
-    frozen = InfiniteWidthTraining(ensemble, x_train, y_train, x_probe, rate, training.reduction, training.dynamics)
+    frozen = FrozenTraining(ensemble, x_train, y_train, x_probe, training)
     inputs = DistinctInputs.of(ensemble, x_train, x_probe)
     times = training.times(at_steps, inputs.x.device).double()
     check_statistics(ensemble, inputs.x, (), kinks, check_validity=False)
     K, Theta, pairs = infinite_width(ensemble, inputs.x, kinks)
     index, y = inputs.train[inputs.train_copies], frozen.y_train.to(inputs.x)
     S = ensemble.widths[-1] * K[-1][index][:, index] + y @ y.T
-    moments = TrainingMoments(Theta[-1][index][:, index], S, frozen.rate, training.dynamics, inputs)
+    moments = TrainingMoments(Theta[-1][index][:, index], S, frozen.propagator.rate, training.dynamics, inputs)
     read_out = _ReadOut(ensemble.widths[-1], observable, ntk and not divergent(ensemble, kinks), moments, times)
     rows = inputs.probe.split(_tile(inputs, memory))
     tiles: list[dict[tuple[int, str], tuple[Tensor, float]]] = []

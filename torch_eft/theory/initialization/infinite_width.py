@@ -12,10 +12,11 @@ from torch import Tensor
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments, two_point_moments
 
+InfiniteWidthLayers = tuple[list[Tensor], list[Tensor], list[TwoPointMoments]]
+"""K and Theta at layers 1 .. L, and two-point moments at layers 1 .. L-1."""
 
-def infinite_width(
-    ensemble: MLPEnsemble, x: Tensor, kinks: Kinks = "autograd"
-) -> tuple[list[Tensor], list[Tensor], list[TwoPointMoments]]:
+
+def infinite_width(ensemble: MLPEnsemble, x: Tensor, kinks: Kinks = "autograd") -> InfiniteWidthLayers:
     """K and Theta at layers 1 .. L, and the two-label moments at layers 1 .. L-1, for checked inputs."""
     gram = x @ x.T / ensemble.widths[0]
     gram = (gram + gram.T) / 2

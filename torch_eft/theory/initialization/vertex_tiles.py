@@ -20,7 +20,7 @@ from torch_eft.theory.gaussian.scale_invariant import Orders
 from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
 from torch_eft.theory.initialization.estimators import RECURSIONS, ReplicaKind, Replicas, vertex_replicas
 from torch_eft.theory.initialization.evaluator import LabelSets, VertexSource, Vertices, full_tensor
-from torch_eft.theory.initialization.infinite_width import infinite_width
+from torch_eft.theory.initialization.infinite_width import InfiniteWidthLayers
 
 
 class VertexTiles:
@@ -28,7 +28,7 @@ class VertexTiles:
 
     Args:
         ensemble: The ensemble.
-        x: All inputs, checked, (N_all, n_0).
+        layers: Kernels over all points, as ``infinite_width`` returns them.
         num_samples: Sample size in all, where moments are sampled.
         num_replicas: Independent samples that share it; one gives no error estimate.
         seed: Seed of the samples.
@@ -38,7 +38,7 @@ class VertexTiles:
     def __init__(
         self,
         ensemble: MLPEnsemble,
-        x: Tensor,
+        layers: InfiniteWidthLayers,
         num_samples: int,
         num_replicas: int,
         seed: int,
@@ -47,12 +47,11 @@ class VertexTiles:
         self.ensemble, self.depth = ensemble, ensemble.depth
         self._kinks, self._seed, self._num_replicas = kinks, seed, num_replicas
         self._size = num_samples // num_replicas
-        K, Theta, pairs = infinite_width(ensemble, x, kinks)
+        self.layers = K, Theta, pairs = layers
         self.K, self.Theta = K[-1], Theta[-1]
-        self.layers = K, Theta, pairs
         activation = ensemble.activation
         self.sampled = activation.slopes is None and not (
-            len(x) <= MOST_QUADRATURE_LABELS
+            len(K[0]) <= MOST_QUADRATURE_LABELS
             and (activation.kinked or all(quadrature_spacings(activation, k) is not None for k in K[:-1]))
         )
         self.kind: ReplicaKind = "independent" if self.sampled else "refined"

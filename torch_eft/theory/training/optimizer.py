@@ -1,21 +1,19 @@
-"""Losses and optimizers as the expansion about the start sees them: e = dLoss/dz, and updates linear in gradients.
+"""The loss and the optimizer as the expansion about the start sees them: e = dLoss/dz, updates linear in gradients.
 
 Any loss enters training through e and, to first order in a change dz of the outputs, through de = (d^2 Loss/dz^2) dz.
-``torch.optim.SGD`` is linear in the gradients that it was given: so are its coefficients when a gradient is expanded in
-fixed vectors of parameter space. Adam, clipping and decay towards zero are not of this kind.
+``torch.optim.SGD`` is linear in the gradients it has received: when a gradient is expanded in fixed vectors of
+parameter space, the coefficients of the parameters follow the same rule.
 """
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Reduction = Literal["sum", "mean"]
-LossFunction = Callable[[Tensor, Tensor], Tensor]
-Schedule = Sequence[float] | Callable[[int], float]
+from torch_eft.results.choices import check_choice
+from torch_eft.results.training import LossFunction, Reduction, Training
+
+_UNITS = 16
+"""Directions of the loss's Hessian at once: under vmap each takes megabytes."""
 
 
 class Loss:
@@ -32,15 +30,14 @@ class Loss:
     """
 
     def __init__(self, loss: str | LossFunction, targets: Tensor, reduction: Reduction = "mean") -> None:
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction: {reduction!r} given; give 'sum' or 'mean'")
-        if not callable(loss) and loss not in ("mse", "cross_entropy"):
-            raise ValueError(f"loss: {loss!r} given; give 'mse', 'cross_entropy' or a function of (outputs, targets)")
+        check_choice("reduction", reduction, ("sum", "mean"))
+        if not callable(loss):
+            check_choice("loss", loss, ("mse", "cross_entropy"), "a function of (outputs, targets)")
         self.loss, self.targets, self.reduction = loss, targets, reduction
 
     @property
     def is_squared_error(self) -> bool:
-        """Whether e is linear in z."""
+        """True if e is linear in z."""
         return self.loss == "mse"
 
     def scale(self, count: int) -> float:
@@ -48,7 +45,7 @@ class Loss:
         return 1.0 if self.reduction == "sum" else 2.0 / count
 
     def error(self, z: Tensor, batch: Tensor | None = None) -> Tensor:
-        """E = dLoss/dz of outputs (N, C), 0 outside the batch."""
+        """Returns e = dLoss/dz of outputs (N, C), 0 outside the batch."""
         if self.is_squared_error and batch is None:
             return self.scale(z.numel()) * (z - self.targets)
         batch = None if batch is None else batch.to(z.device)
@@ -80,134 +77,79 @@ class Loss:
         return functional.cross_entropy(z, targets, reduction=self.reduction)
 
 
-@dataclass(frozen=True)
-class Descent:
-    """Gradient descent as ``torch.optim.SGD`` does it, without decay.
+def checked_targets(y: Tensor, loss: str | LossFunction, count: int, outputs: int) -> Tensor:
+    """Check that targets fit a loss.
 
     Args:
-        learning_rates: eta at every step, (T,).
-        momentum: m of the heavy ball.
-        dampening: Of the gradient from the second step on.
-        nesterov: Nesterov's momentum.
-        batches: The samples of every step's minibatch, T index tensors; None is the full batch.
+        y: The targets.
+        loss: As for ``Loss``.
+        count: Number N of training samples.
+        outputs: Number C of outputs.
+
+    Returns:
+        Classes as they came, other targets of a named loss in float64, those of a function as they came.
+
+    Raises:
+        ValueError: If they do not fit.
     """
+    classes = loss == "cross_entropy" and not y.is_floating_point()
+    if classes and tuple(y.shape) == (count,) and 0 <= int(y.min()) <= int(y.max()) < outputs:
+        return y
+    if len(y) != count or classes or (isinstance(loss, str) and tuple(y.shape) != (count, outputs)):
+        also = f", or ({count},) classes below {outputs}" if loss == "cross_entropy" else ""
+        raise ValueError(
+            f"y_train: shape {tuple(y.shape)} given; x_train and the outputs ask for ({count}, {outputs}){also}"
+        )
+    return y.double() if isinstance(loss, str) or y.is_floating_point() else y
 
-    learning_rates: tuple[float, ...]
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    batches: tuple[Tensor, ...] | None = None
 
-    @property
-    def steps(self) -> int:
-        """T."""
-        return len(self.learning_rates)
+def sharpness(loss: Loss, z: Tensor, H: Tensor, batch: Tensor | None = None) -> float:
+    """Return the largest eigenvalue of the loss's Hessian in parameter space, of its part J^T (d^2 Loss/dz^2) J.
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether this is full-batch gradient descent at one rate."""
-        return self.momentum == 0 and self.batches is None and len(set(self.learning_rates)) <= 1
-
-    @property
-    def largest_stable(self) -> float:
-        """The largest stable eta times an eigenvalue of the loss's Hessian: 2, 2 (1 + m), or less for Nesterov.
-
-        From |roots| < 1 of x^2 - (1 + m - h) x + m, heavy ball, or x^2 - (1 + m) (1 - h) x + m (1 - h), Nesterov.
-        """
-        m = self.momentum
-        return 2 * (1 + m) / (1 + 2 * m) if self.nesterov else 2 * (1 + m) / (1 - self.dampening)
-
-    def batch(self, step: int) -> Tensor | None:
-        """The samples of a step, or None for all."""
-        return None if self.batches is None else self.batches[step]
+    Args:
+        loss: The loss.
+        z: Training outputs, (N, C).
+        H: Their NTK, (N C, N C), or (N, N) if it is the same for all outputs and vanishes between them.
+        batch: Samples, or None for all.
+    """
+    if loss.is_squared_error and batch is None:
+        return float(torch.linalg.eigvalsh(H)[-1]) * loss.scale(z.numel())
+    units = torch.eye(z.numel(), dtype=z.dtype, device=z.device).unflatten(1, z.shape)
+    changes = torch.func.vmap(lambda unit: loss.change_of_error(z, unit, batch), chunk_size=_UNITS)(units)
+    values, vectors = torch.linalg.eigh(H)
+    root = vectors * values.clamp_min(0.0).sqrt()
+    if len(H) == len(z):  # at one output both shapes are one
+        root = torch.kron(root.contiguous(), torch.eye(z.shape[1], dtype=H.dtype, device=H.device))
+    return float(torch.linalg.eigvalsh(root.T @ changes.flatten(1) @ root)[-1])
 
 
 class SGDState:
     """Coefficients under one optimizer, each with its momentum, starting at 0.
 
     Args:
-        descent: The optimizer.
-        values: What the coefficients start from (zeros): any shapes.
+        training: The optimizer.
+        values: The coefficients at the start (zeros), of any shapes.
     """
 
-    def __init__(self, descent: Descent, *values: Tensor) -> None:
-        self.descent = descent
+    def __init__(self, training: Training, *values: Tensor) -> None:
+        self._training = training
         self.values = list(values)
         self._velocities: list[Tensor] | None = None
         self._step = 0
 
     def update(self, *gradients: Tensor) -> None:
-        """One step of ``torch.optim.SGD`` with these gradients."""
-        m, rate = self.descent.momentum, self.descent.learning_rates[self._step]
+        """Take one step of ``torch.optim.SGD`` with these gradients."""
+        training = self._training
+        m, rate = training.momentum, training.rate(self._step)
         if m == 0:
             self._velocities = list(gradients)
         elif self._velocities is None:
             self._velocities = [gradient.clone() for gradient in gradients]
         else:
-            undamped = 1 - self.descent.dampening
+            undamped = 1 - training.dampening
             self._velocities = [m * old + undamped * new for old, new in zip(self._velocities, gradients, strict=True)]
         for index, gradient in enumerate(gradients):
             velocity = self._velocities[index]
-            direction = gradient + m * velocity if self.descent.nesterov else velocity
+            direction = gradient + m * velocity if training.nesterov else velocity
             self.values[index] = self.values[index] - rate * direction
         self._step += 1
-
-
-def descent(
-    learning_rate: float,
-    steps: int,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    schedule: Schedule | None = None,
-    batches: Sequence[Sequence[int] | Tensor] | None = None,
-    samples: int | None = None,
-) -> Descent:
-    """A checked ``Descent``.
-
-    Args:
-        learning_rate: eta > 0.
-        steps: T >= 0.
-        momentum: In [0, 1).
-        dampening: In [0, 1).
-        nesterov: As in torch, with momentum and without dampening.
-        schedule: The learning rate of every step, instead of ``learning_rate``: a sequence or a function of the step.
-        batches: One set of sample indices a step; fewer than T are gone through again.
-        samples: N, to check the batches against.
-
-    Raises:
-        ValueError: If a number is out of its range.
-    """
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps: {steps} given; give a whole number >= 0")
-    if not 0 <= momentum < 1 or not 0 <= dampening < 1:
-        raise ValueError(f"momentum: {momentum:g}, dampening: {dampening:g} given; both must lie in [0, 1)")
-    if nesterov and (momentum == 0 or dampening != 0):
-        raise ValueError("nesterov: needs momentum > 0 and dampening 0, as in torch.optim.SGD")
-    if schedule is None:
-        rates = [float(learning_rate)] * steps
-        if not learning_rate > 0:
-            raise ValueError(f"learning_rate: {learning_rate:g} given; it must be positive")
-    else:
-        rates = [float(schedule(step)) for step in range(steps)] if callable(schedule) else list(map(float, schedule))
-    if len(rates) < steps:
-        raise ValueError(f"schedule: {len(rates)} learning rates given for {steps} steps; give one a step")
-    wrong = next((rate for rate in rates[:steps] if not 0 <= rate < float("inf")), None)
-    if wrong is not None:
-        raise ValueError(f"schedule: a learning rate of {wrong:g} given; all must be finite and >= 0")
-    return Descent(tuple(rates[:steps]), momentum, dampening, nesterov, _checked_batches(batches, steps, samples))
-
-
-def _checked_batches(
-    batches: Sequence[Sequence[int] | Tensor] | None, steps: int, samples: int | None
-) -> tuple[Tensor, ...] | None:
-    if batches is None:
-        return None
-    if len(batches) == 0:
-        raise ValueError("batches: none given; give at least one set of sample indices, or None for the full batch")
-    found = [torch.as_tensor(batch, dtype=torch.long) for batch in batches]
-    for batch in found:
-        outside = samples is not None and batch.numel() > 0 and not 0 <= int(batch.min()) <= int(batch.max()) < samples
-        if batch.ndim != 1 or batch.numel() == 0 or outside:
-            raise ValueError(f"batches: {batch.tolist()} given; each is a list of sample indices, 0 .. N - 1")
-    return tuple(found[step % len(found)] for step in range(steps))

@@ -1,4 +1,4 @@
-"""Sums over the time of the order-0 path, mode by mode: what training at infinite width and its corrections take.
+"""Sums over time along the path at infinite width, mode by mode, which its corrections take too.
 
 With Theta_AA = U diag(lambda) U^T on the training points and e = z - y, every mode decays by itself (PDLT 10.1):
 e_m(t) = g_m e_m(0). An optimizer that is linear in gradients moves a coefficient with gradient x(s) by
@@ -13,15 +13,13 @@ Descent at one rate is summed by doubling the number of steps: positive terms be
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from torch_eft.results.training import Training
 from torch_eft.theory.gaussian.quadrature import gauss_legendre
-from torch_eft.theory.training.optimizer import Descent, SGDState
-
-Dynamics = Literal["gradient_descent", "gradient_flow"]
+from torch_eft.theory.training.optimizer import SGDState
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]
 """g, phi, (T, modes), psi and f, (T, modes, modes)."""
@@ -34,17 +32,13 @@ class ModePropagator:
     """g, phi, psi and f at any times.
 
     Args:
-        eigenvalues: lambda >= 0, (modes,), ascending.
-        rate: eta, for L = (1/2) sum (z - y)^2.
-        dynamics: ``"gradient_descent"`` or ``"gradient_flow"`` (time in units of the learning rate).
-        descent: Momentum or a schedule; its learning rates stand in for ``rate``.
+        eigenvalues: lambda > 0, (modes,), ascending.
+        training: The training on L = (1/2) sum (z - y)^2 (``Training.summed``).
     """
 
-    def __init__(self, eigenvalues: Tensor, rate: float, dynamics: Dynamics, descent: Descent | None = None) -> None:
-        self.eigenvalues, self.flows = eigenvalues, dynamics == "gradient_flow"
-        plain = descent is not None and descent.is_plain
-        self.rate = descent.learning_rates[0] if descent is not None and plain and descent.steps else rate
-        self._descent = None if plain else descent
+    def __init__(self, eigenvalues: Tensor, training: Training) -> None:
+        self.eigenvalues, self._training = eigenvalues, training
+        self.rate = training.rate(0) if training.steps else 0.0
 
     def single(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Decay g and phi, (T, modes); steps may be infinite at one rate."""
@@ -55,14 +49,13 @@ class ModePropagator:
         """Decay g and phi, (T, modes); psi and f, (T, modes, modes)."""
         return self._at(steps, pairs=True)
 
-    def descent(self, steps: int) -> Descent:
-        """The optimizer over so many steps."""
-        return self._descent or Descent((self.rate,) * steps)
-
     def _at(self, steps: Tensor, pairs: bool) -> Sums:
-        if self.flows:
+        if len(self.eigenvalues) == 0:  # nothing moves
+            none = self.eigenvalues.new_zeros(len(steps), 0)
+            return none, none, none[..., None], none[..., None]
+        if self._training.flows:
             return self._flow(steps, pairs)
-        return self._doubled(steps, pairs) if self._descent is None else self._stepped(self._descent, steps, pairs)
+        return self._doubled(steps, pairs) if self._training.is_plain else self._stepped(steps, pairs)
 
     def _doubled(self, steps: Tensor, pairs: bool) -> Sums:
         factor = 1 - self.rate * self.eigenvalues
@@ -92,26 +85,26 @@ class ModePropagator:
             block = _joined(block, block, pairs)
         return done
 
-    def _stepped(self, descent: Descent, steps: Tensor, pairs: bool) -> Sums:
+    def _stepped(self, steps: Tensor, pairs: bool) -> Sums:
         """Coefficients with the gradients g, g_c phi_d and g_c - lambda_m f_mc, up to the last step."""
         rates, count = self.eigenvalues, torch.round(steps).long()
         starts = [torch.zeros_like(rates)]
         if pairs:
             starts += [rates.new_zeros(len(rates), len(rates)) for _ in range(2)]
-        coefficients = SGDState(descent, *starts)
+        coefficients = SGDState(self._training, *starts)
         wanted = count.tolist()
-        found: dict[int, list[Tensor]] = {}
+        sums: dict[int, list[Tensor]] = {}
         for step in range(max(wanted) + 1):
             phi, *others = (-value for value in coefficients.values)
             g = 1 - rates * phi
             if step in wanted:
-                found[step] = [g, phi, *others]
+                sums[step] = [g, phi, *others]
             if step < max(wanted):
                 gradients = [g]
                 if pairs:
                     gradients += [torch.outer(g, phi), g - rates[:, None] * others[1]]
                 coefficients.update(*gradients)
-        g, phi, *others = (torch.stack(parts) for parts in zip(*(found[step] for step in wanted), strict=True))
+        g, phi, *others = (torch.stack(parts) for parts in zip(*(sums[step] for step in wanted), strict=True))
         psi, f = others if pairs else (g, phi)
         return g, phi, psi, f
 
@@ -137,7 +130,7 @@ class ModePropagator:
 
 
 def _joined(first: tuple[Tensor, ...], then: tuple[Tensor, ...], pairs: bool) -> Sums:
-    """The sums over a stretch of time followed by another."""
+    """Join the sums over a stretch of time and over the one after it."""
     (g, phi, psi, f), (g_2, phi_2, psi_2, f_2) = first, then
     joint_g, joint_phi = g * g_2, phi + g * phi_2
     if not pairs:

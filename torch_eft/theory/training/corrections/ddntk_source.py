@@ -1,4 +1,4 @@
-"""What R, S, T and U contribute to the source of the mean output, and to that of covariances between outputs.
+"""Contributions of R, S, T and U to the source of the mean output, and to that of covariances between outputs.
 
 M_dd[x, c](s) is a sum over structures in time: as a source of gradients, of weights w_abc(s) = g_a psi_bc (from
 ddII_abxc e_a q_bc) and g_a phi_b phi_c (ddI_abcx e_a p_b p_c / 2); as a direct one, phi_a psi_bc (ddII_xbac p_a q_bc)
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
+from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 from torch_eft.theory.training.time_sums import Sums
 
 Sources = tuple[Tensor, Tensor]
@@ -23,11 +23,11 @@ class DdntkSource:
 
     Args:
         v: ``v(name, letters)``: vertices on (x, a, b, c), a, b, c training points.
-        path: The order-0 path.
-        cross: Whether ``crossed`` will be asked for: keeps the tensors that it needs.
+        path: The path at infinite width.
+        cross: Keep the tensors that ``crossed`` needs.
     """
 
-    def __init__(self, v: Callable[[str, str], Tensor], path: OrderZeroPath, cross: bool = False) -> None:
+    def __init__(self, v: Callable[[str, str], Tensor], path: InfiniteWidthPath, cross: bool = False) -> None:
         self._path = path
         self._weights: list[float] = []
         self._grams: list[Sequence[Tensor]] = []
@@ -44,7 +44,7 @@ class DdntkSource:
         return self._contracted(functions, self._grams)
 
     def crossed(self, functions: Sums, i: int, j: int) -> Sources:
-        """As ``at`` for the part of Cov(z_i, z_j) that pairs the targets of i and j."""
+        """The same for the part of Cov(z_i, z_j) that pairs the targets of i and j."""
         targets = torch.outer(self._path.y[:, i], self._path.y[:, j])
         structures = []
         for taus in self._taus:
@@ -59,11 +59,11 @@ class DdntkSource:
     def _summed(self, taus: Sequence[Tensor]) -> list[Tensor]:
         """For each label: its tau times G plus the others times K on the pair of other labels."""
         K, targets_only = self._path.K_modes, self._path.error_gram - self._path.K_modes
-        total, found = taus[0] + taus[1] + taus[2], []
+        total, grams = taus[0] + taus[1] + taus[2], []
         for free, own in enumerate(taus):
             shape = _pair_shape(own, free)
-            found.append(own * targets_only.reshape(shape) + total * K.reshape(shape))
-        return found
+            grams.append(own * targets_only.reshape(shape) + total * K.reshape(shape))
+        return grams
 
     def _contracted(self, functions: Sums, structures: Sequence[Sequence[Tensor]]) -> Sources:
         g, phi, psi, _ = functions
@@ -97,7 +97,7 @@ def _against(tensors: Sequence[Tensor], single: Tensor, pair: Tensor) -> Tensor:
 
 
 def _rotated(tensor: Tensor, U: Tensor) -> Tensor:
-    """All three training labels to modes."""
+    """Rotates all three training labels to modes."""
     for axis in (1, 2, 3):
         tensor = (tensor.movedim(axis, -1) @ U).movedim(-1, axis)
     return tensor

@@ -1,122 +1,171 @@
 """Training of an ensemble at order 1/n: mean output and its covariance, and the drift of the NTK.
 
-Which vertex contributes to which observable, and why, is told in ``derivation``. For squared error an output depends on
-z(0) linearly at order 0: the average over z(0) is then exact by Wick contraction, outputs reduce to n_L as a number and
-to the Gram matrix of the targets, and nothing grows with n_L. Full-batch gradient descent, with momentum (heavy ball or
-Nesterov) and any schedule, and gradient flow: time enters through sums over steps alone (``time_sums``). Optimizers
-that are not linear in gradients are outside this derivation; other losses, and minibatches, which mix modes, are in
-``sampled_training``.
+``derivation`` says which vertex contributes to which observable, and why. For squared error an output depends on
+z(0) linearly at infinite width: the average over z(0) is then exact by Wick contraction, outputs reduce to n_L as a
+number and to the Gram matrix of the targets, and nothing grows with n_L. Full-batch gradient descent, with momentum
+(heavy ball or Nesterov) and any schedule, and gradient flow: time enters through sums over steps alone
+(``time_sums``). Optimizers that are not linear in gradients are outside this derivation; other losses, and minibatches,
+which mix modes, are in ``sampled``.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from torch_eft.results.trajectory import Validity
+from torch_eft.results.training import Training
+from torch_eft.results.trajectory import Trajectory, Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
-from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
+from torch_eft.theory.training.corrections.correction import Correction, corrected, provenance, sizes
 from torch_eft.theory.training.corrections.mean_output import mean_output
 from torch_eft.theory.training.corrections.ntk_drift import ntk_drift
 from torch_eft.theory.training.corrections.output_covariance import output_covariance
 from torch_eft.theory.training.corrections.validity import neuron_movement, training_validity
-from torch_eft.theory.training.optimizer import Descent
-from torch_eft.theory.training.time_sums import Dynamics
+from torch_eft.theory.training.infinite_width import FrozenTraining, InfiniteWidthPath
 
 _SAME = 1e-7
-"""Training inputs closer than this, relative to their length, cannot be told apart by Theta in float64."""
+"""Training inputs closer than this, relative to their length, have the same Theta to the accuracy of float64."""
 _ARRAYS = 110
 
 
 class FiniteWidthTraining:
-    """The corrections of order 1/n to the trained distribution, divided by n_{L-1}; each at all steps at once.
+    """The corrections of order 1/n to the trained distribution, each at all steps at once.
 
     Args:
-        ensemble: The ensemble.
-        x_probe: Checked probe inputs, (N_p, n_0).
-        x_train: Checked training inputs, (N, n_0).
-        y_train: Targets, (N, n_L).
-        rate: eta for L = (1/2) sum (z - y)^2.
-        dynamics: ``"gradient_descent"`` or ``"gradient_flow"``.
-        samples: Sample size of moments with three and four labels; its error falls as 1/sqrt(samples).
-        replicas: Independent samples it is shared by, at least 2, to estimate the error.
+        frozen: The same training at infinite width.
+        num_samples: Sample size of moments with three and four labels; its error falls as 1/sqrt(num_samples).
+        num_replicas: Independent samples it is shared by, at least 2, to estimate the error.
         seed: Seed; the global random state is left alone.
         memory: Bytes allowed for four-label arrays.
-        optimizer: Momentum or a schedule, whose learning rates stand in for ``rate``.
 
     Raises:
         ValueError: If the activation has a kink, or two training inputs coincide.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import Training, theory
+        >>> ensemble = theory.MLPEnsemble([2, 50, 1], "linear")
+        >>> x = torch.eye(2, dtype=torch.float64)
+        >>> training = Training(learning_rate=0.1, steps=1, reduction="sum")
+        >>> finite = theory.FiniteWidthTraining(theory.FrozenTraining(ensemble, x, torch.ones(2, 1), x, training))
+        >>> finite.ntk_drift(torch.tensor([0, 5]))
+        Correction(
+          value: (2, 2, 2, 1, 1) float64
+          error: 0
+          infinite_width: (2, 2, 2, 1, 1) float64
+          initial: (2, 2, 1, 1) float64
+        )
     """
 
     def __init__(
         self,
-        ensemble: MLPEnsemble,
-        x_probe: Tensor,
-        x_train: Tensor,
-        y_train: Tensor,
-        rate: float,
-        dynamics: Dynamics,
-        samples: int = 4096,
-        replicas: int = 2,
+        frozen: FrozenTraining,
+        *,
+        num_samples: int = 4096,
+        num_replicas: int = 2,
         seed: int = 0,
         memory: int = 4 * 2**30,
-        optimizer: Descent | None = None,
     ) -> None:
-        if ensemble.activation.kinked:
-            raise ValueError(
-                f"activation: {ensemble.activation.name} has a kink; its ddNTK contains products of delta functions, "
-                "and the expansion of training in 1/n does not exist. Use a smooth activation, or order=0"
-            )
-        if replicas < 2:
-            raise ValueError(f"replicas: {replicas} given; at least 2 are needed to estimate the error")
-        check_distinct(x_train, y_train)
-        x = torch.cat([x_probe, x_train])
-        self.ensemble, self.x, self.probes = ensemble, x, len(x_probe)
-        self.vertices = VertexTiles(ensemble, x, samples, replicas, seed)
-        self.path = OrderZeroPath(self.vertices.K, self.vertices.Theta, y_train, rate, dynamics, optimizer)
+        check_smooth(frozen.ensemble)
+        if num_replicas < 2:
+            raise ValueError(f"num_replicas: {num_replicas} given; at least 2 are needed to estimate the error")
+        check_distinct(frozen.x_train, frozen.y_train)
+        self.ensemble, self.x, self.probes = frozen.ensemble, frozen.x, frozen.probes
+        self.vertices = VertexTiles(frozen.ensemble, frozen.layers, num_samples, num_replicas, seed)
+        self.path: InfiniteWidthPath = frozen
         self._memory = memory
-        self._n = ensemble.widths[-2]
+        self._n = frozen.ensemble.widths[-2]
 
-    def ntk_drift(self, steps: Tensor, trace: bool = False) -> tuple[Tensor, float]:
-        """E H(t) - E H(0) on the probe points.
+    def ntk_drift(self, steps: Tensor) -> Correction:
+        """Return E H(t) - E H(0) on the probe points, (T, N_p, N_p, n_L, n_L), with Theta1 / n as its initial part.
 
         Args:
             steps: (T,).
-            trace: Whether only the mean over i = j is wanted: at a cost that does not grow with n_L.
+        """
+        mean, off, error = ntk_drift(self.vertices, self.path, self.probes, steps)
+        assert off is not None
+        outputs = torch.eye(self.path.outputs, dtype=mean.dtype, device=mean.device)
+        Theta = self.path.Theta[: self.probes, : self.probes, None, None] * outputs
+        initial = self.initial_ntk()[..., None, None] * outputs
+        drift = _with_outputs(mean, off) / self._n
+        return Correction(drift, error / self._n, Theta.expand(drift.shape), initial)
+
+    def ntk_trace_drift(self, steps: Tensor) -> tuple[Tensor, float]:
+        """As ``ntk_drift``, the mean over outputs i = j: at a cost that does not grow with n_L.
+
+        Args:
+            steps: (T,).
 
         Returns:
-            (T, N_p, N_p, n_L, n_L), or (T, N_p, N_p); and the standard error of its entries (rms).
+            (T, N_p, N_p), and the standard error of its entries (rms).
         """
-        mean, off, error = ntk_drift(self.vertices, self.path, self.probes, steps, trace)
-        return (mean if off is None else _with_outputs(mean, off)) / self._n, error / self._n
+        mean, _, error = ntk_drift(self.vertices, self.path, self.probes, steps, trace=True)
+        return mean / self._n, error / self._n
 
-    def mean_output(self, steps: Tensor) -> tuple[Tensor, float]:
-        """The correction of E z(t) on all points, probe before train, (T, N_all, n_L), and its standard error (rms)."""
+    def mean_output(self, steps: Tensor) -> Correction:
+        """Return the correction of E z(t) on all points, probe before train, (T, N_all, n_L).
+
+        Args:
+            steps: (T,).
+        """
         self._check_memory()
         value, error = mean_output(self.vertices, self.path, steps)
-        return value / self._n, error / self._n
+        return Correction(value / self._n, error / self._n, self.path.mean_output(steps))
 
-    def covariance(self, steps: Tensor) -> tuple[Tensor, float]:
-        """The correction of the covariance on the probe points, (T, N_p, N_p, n_L, n_L), and its standard error."""
+    def covariance(self, steps: Tensor) -> Correction:
+        """Return the correction of the covariance on the probe points, (T, N_p, N_p, n_L, n_L).
+
+        Args:
+            steps: (T,).
+        """
         self._check_memory()
         mean, off, error = output_covariance(self.vertices, self.path, self.probes, steps)
-        return _with_outputs(mean, off) / self._n, error / self._n
+        J = self.path.response(steps, self.probes)
+        outputs = torch.eye(self.path.outputs, dtype=mean.dtype, device=mean.device)
+        infinite_width = (J @ self.path.K @ J.mT)[..., None, None] * outputs
+        return Correction(_with_outputs(mean, off) / self._n, error / self._n, infinite_width)
 
     def initial_ntk(self) -> Tensor:
         """Theta1 / n_{L-1} on the probe points, (N_p, N_p)."""
         probe = torch.arange(self.probes, device=self.x.device)
-        sets = {"x": probe, "y": probe}
-        array = next(self.vertices.replicas(sets).members).array("Theta1", self.vertices.depth, "xy").double()
+        source = next(self.vertices.replicas({"x": probe, "y": probe}).members)
+        array = source.array("Theta1", self.vertices.depth, "xy").double()
         return array.expand(self.probes, self.probes) / self._n
 
-    def validity(self, sizes: dict[str, float], steps: Tensor) -> Validity:
-        """Where order 1/n holds, judged by its own size.
+    def validity(self, term_sizes: dict[str, float], steps: Tensor) -> Validity:
+        """Return where order 1/n holds, judged by its own size.
 
         Args:
-            sizes: ``{"|z1| / |z0|": largest ratio over time, ..}``.
+            term_sizes: ``{"|z1| / |z0|": largest ratio over time, ..}``.
             steps: (T,).
         """
         moved = neuron_movement(self.ensemble, self.vertices.layers, self.path, steps)
-        return training_validity(self.ensemble, self.x, self.path, sizes, float(moved.max()))
+        return training_validity(self.ensemble, self.x, self.path, term_sizes, float(moved.max()))
+
+    def trajectory(self, infinite_width: Trajectory, training: Training, names: Iterable[str]) -> Trajectory:
+        """Return the trajectory with some corrections.
+
+        Args:
+            infinite_width: At infinite width.
+            training: For the provenance.
+            names: Out of ``CORRECTIONS``.
+        """
+        methods = {"mean": self.mean_output, "covariance": self.covariance, "ntk": self.ntk_drift}
+        steps = infinite_width.steps
+        corrections = {name: method(steps) for name, method in methods.items() if name in names}
+        notes = []
+        if self.vertices.sampled:
+            errors = (f"{_TITLES[name]} {correction.error:.2g}" for name, correction in corrections.items())
+            notes.append("standard errors of sampled moments (rms): " + ", ".join(errors))
+        return corrected(
+            infinite_width,
+            corrections,
+            slice(0, self.probes),
+            slice(self.probes, None),
+            provenance(self.ensemble, training, list(corrections), notes),
+            self.validity(sizes(corrections, steps), steps),
+        )
 
     def _check_memory(self) -> None:
         train = len(self.path.U)
@@ -127,6 +176,22 @@ class FiniteWidthTraining:
                 f"memory allows {self._memory / 2**30:.1f} GiB; give fewer points, more memory, or ask for the NTK "
                 'alone with corrections=("ntk",), which has two'
             )
+
+
+_TITLES = {"mean": "mean output", "covariance": "covariance", "ntk": "NTK drift"}
+
+
+def check_smooth(ensemble: MLPEnsemble) -> None:
+    """Refuse activations with a kink, for which training has no expansion in 1/n.
+
+    Raises:
+        ValueError: If the activation has a kink.
+    """
+    if ensemble.activation.kinked:
+        raise ValueError(
+            f"activation: {ensemble.activation.name} has a kink; its ddNTK contains products of delta functions, "
+            "and the expansion of training in 1/n does not exist. Use a smooth activation, or order=0"
+        )
 
 
 def check_distinct(x: Tensor, y: Tensor) -> None:

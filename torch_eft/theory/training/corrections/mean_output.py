@@ -1,6 +1,6 @@
-"""The mean output at order 1/n: what drives it at every step, and the linear dynamics that carries it on.
+"""The mean output at order 1/n: its source at every step, and the linear dynamics under this source.
 
-    E z_{i;x}(t) = order 0 + (1/n) propagated sources,    source_{i;x}(s) = sum_c M[x,c](s) y_ic
+    E z_{i;x}(t) = infinite width + (1/n) propagated sources,    source_{i;x}(s) = sum_c M[x,c](s) y_ic
 
 with c a mode of training and M the same for every output, n = n_{L-1}; one source is of gradients, the other direct
 (``propagation``), so that one derivation holds for every optimizer that is linear in gradients. M has four parts, from
@@ -19,8 +19,8 @@ from torch_eft.theory.initialization.estimators import ReplicaKind, ReplicaMean
 from torch_eft.theory.initialization.evaluator import VertexSource
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles, expanded
 from torch_eft.theory.training.corrections.ddntk_source import DdntkSource, Sources
-from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
 from torch_eft.theory.training.corrections.propagation import TimeGrid
+from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 from torch_eft.theory.training.time_sums import Sums
 
 _BUDGET = 2**25
@@ -33,13 +33,15 @@ class OutputSource:
 
     Args:
         source: The vertices, with letters x (the tile) and a, b, c (training points).
-        path: The order-0 path.
+        path: The path at infinite width.
         depth: L.
         points: Number of points in the tile.
-        cross: Whether the source of covariances between outputs is wanted too.
+        cross: Prepare the source of covariances between outputs too.
     """
 
-    def __init__(self, source: VertexSource, path: OrderZeroPath, depth: int, points: int, cross: bool = False) -> None:
+    def __init__(
+        self, source: VertexSource, path: InfiniteWidthPath, depth: int, points: int, cross: bool = False
+    ) -> None:
         self.path = path
         train = len(path.U)
         sizes = (points, train, train, train)
@@ -81,19 +83,19 @@ def _over_modes(tensor: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("xcm,tm->txc", tensor, weight)
 
 
-def time_chunk(path: OrderZeroPath, points: int) -> int:
-    """How many times are contracted at once."""
+def time_chunk(path: InfiniteWidthPath, points: int) -> int:
+    """Number of times that are contracted at once."""
     return max(1, _BUDGET // (8 * len(path.eigenvalues) ** 2 * max(4, points)))
 
 
 def output_sources(
-    vertices: VertexTiles, path: OrderZeroPath, steps: Tensor, columns: Tensor, tile: int | None = None
+    vertices: VertexTiles, path: InfiniteWidthPath, steps: Tensor, columns: Tensor, tile: int | None = None
 ) -> tuple[list[Sources], ReplicaKind]:
     """The sources of the mean output at given steps, run by run: M[x, c](s) contracted with columns.
 
     Args:
         vertices: The vertices over all points.
-        path: The order-0 path.
+        path: The path at infinite width.
         steps: (T,).
         columns: (modes, C), e.g. the targets in modes, or the identity.
         tile: Points x that are evaluated at once.
@@ -104,40 +106,40 @@ def output_sources(
     points, train = torch.arange(len(path.K), device=path.K.device), path.train
     if tile is None:
         tile = points_at_once(path)
-    found: list[tuple[list[Tensor], list[Tensor]]] = []
+    runs: list[tuple[list[Tensor], list[Tensor]]] = []
     for some in points.split(tile):
         sets = {"x": some, "a": train, "b": train, "c": train}
         for run, source in enumerate(vertices.replicas(sets).members):
-            if run == len(found):
-                found.append(([], []))
+            if run == len(runs):
+                runs.append(([], []))
             chunks = list(OutputSource(source, path, vertices.depth, len(some)).matrix(steps))
-            for kind, parts in enumerate(found[run]):
+            for kind, parts in enumerate(runs[run]):
                 parts.append(torch.cat([chunk[kind] @ columns for chunk in chunks]))
-    return [(torch.cat(gradient, 1), torch.cat(direct, 1)) for gradient, direct in found], vertices.kind
+    return [(torch.cat(gradient, 1), torch.cat(direct, 1)) for gradient, direct in runs], vertices.kind
 
 
-def points_at_once(path: OrderZeroPath) -> int:
-    """How many points x make a tile whose four-label arrays fit into the budget."""
+def points_at_once(path: InfiniteWidthPath) -> int:
+    """Number of points x in a tile whose four-label arrays fit into the budget."""
     return max(1, min(len(path.K), _MEMORY // (4 * _ARRAYS * len(path.U) ** 3)))
 
 
 def mean_output(
-    vertices: VertexTiles, path: OrderZeroPath, steps: Tensor, tile: int | None = None
+    vertices: VertexTiles, path: InfiniteWidthPath, steps: Tensor, tile: int | None = None
 ) -> tuple[Tensor, float]:
     """n_{L-1} times the correction of the mean output over all points.
 
     Args:
         vertices: The vertices over all points.
-        path: The order-0 path.
+        path: The path at infinite width.
         steps: (T,), whole numbers for gradient descent.
         tile: Points that are evaluated at once.
 
     Returns:
         (T, N_all, n_L), and the standard error of its entries (rms), 0 where moments are integrated.
     """
-    clock = TimeGrid(path, steps)
-    sources, kind = output_sources(vertices, path, clock.times, path.y, tile)
-    combined = ReplicaMean(kind)
+    grid = TimeGrid(path, steps)
+    sources, kind = output_sources(vertices, path, grid.times, path.y, tile)
+    mean = ReplicaMean(kind)
     for gradient, direct in sources:
-        combined.add(clock.propagated(gradient, direct))
-    return combined.result()
+        mean.add(grid.propagated(gradient, direct))
+    return mean.result()

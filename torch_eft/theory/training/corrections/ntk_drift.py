@@ -22,7 +22,7 @@ from torch import Tensor
 from torch_eft.theory.initialization.estimators import ReplicaMean
 from torch_eft.theory.initialization.evaluator import LabelSets, VertexSource
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles, expanded
-from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
+from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 
 _TERMS = 6
 _BUDGET = 2**29
@@ -44,15 +44,15 @@ def drift_combinations(source: VertexSource, depth: int, outputs: int, sizes: Se
 
 
 def contracted_drift(
-    path: OrderZeroPath, combinations: Sequence[Tensor], steps: Tensor, trace: bool = False
+    path: InfiniteWidthPath, combinations: Sequence[Tensor], steps: Tensor, trace: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """The two parts of n times the drift from combinations in modes.
 
     Args:
-        path: The order-0 path.
+        path: The path at infinite width.
         combinations: As from ``drift_combinations`` with g and d rotated to modes, (x, y, modes, modes).
         steps: (T,).
-        trace: Whether only the mean over outputs i = j is wanted, at a cost that does not grow with n_L.
+        trace: Compute only the mean over outputs i = j, at a cost that does not grow with n_L.
 
     Returns:
         Dg, (T, x, y), and off, (T, x, y, n_L, n_L); with ``trace`` the mean of both over i = j, and None.
@@ -85,17 +85,17 @@ def _off_outputs(y: Tensor, Cij: Tensor, Sij: Tensor, Sji: Tensor, phi: Tensor, 
 
 
 def ntk_drift(
-    vertices: VertexTiles, path: OrderZeroPath, probes: int, steps: Tensor, trace: bool = False, tile: int = 128
+    vertices: VertexTiles, path: InfiniteWidthPath, probes: int, steps: Tensor, trace: bool = False, tile: int = 128
 ) -> tuple[Tensor, Tensor | None, float]:
     """n_{L-1} times the mean drift of the NTK on the first ``probes`` points.
 
     Args:
         vertices: The vertices over all points.
-        path: The order-0 path.
+        path: The path at infinite width.
         probes: N_p.
         steps: (T,).
         trace: As for ``contracted_drift``.
-        tile: Training labels a side that are evaluated at once.
+        tile: Training labels on each side that are evaluated at once.
 
     Returns:
         Dg (T, N_p, N_p), off (T, N_p, N_p, n_L, n_L) or None, and the standard error of Dg's entries (rms), 0 where
@@ -106,8 +106,8 @@ def ntk_drift(
     parts: list[_Assembled] = []
     for i, first in enumerate(blocks):
         for second in blocks[i:]:
-            found = rotated_combinations(vertices, path, first, second, tile)
-            for run, combinations in enumerate(found):
+            runs = rotated_combinations(vertices, path, first, second, tile)
+            for run, combinations in enumerate(runs):
                 if run == len(parts):
                     parts.append(_Assembled(probes))
                 parts[run].put(first, second, *contracted_drift(path, combinations, steps, trace))
@@ -120,13 +120,13 @@ def ntk_drift(
 
 
 def probe_rows(probes: int, count: int) -> int:
-    """Probes a side of a tile, so that its combinations stay within the budget."""
+    """Number of probes on each side of a tile whose combinations stay within the budget."""
     pairs = max(1, _BUDGET // (8 * _TERMS * count**2))
     return max(1, min(probes, int(pairs**0.5)))
 
 
 def rotated_combinations(
-    vertices: VertexTiles, path: OrderZeroPath, first: Tensor, second: Tensor, tile: int
+    vertices: VertexTiles, path: InfiniteWidthPath, first: Tensor, second: Tensor, tile: int
 ) -> Iterator[list[Tensor]]:
     """The combinations of one tile of probe pairs with training labels rotated to modes, run by run."""
     train = path.train.split(tile)
@@ -176,7 +176,7 @@ class _Assembled:
         self.off = torch.empty(0)
 
     def put(self, first: Tensor, second: Tensor, mean: Tensor, off: Tensor | None) -> None:
-        """A block and its mirror image."""
+        """Put a block and its mirror image."""
         if len(self.mean) == 0:
             self.mean = mean.new_zeros(len(mean), self._probes, self._probes)
             if off is not None:

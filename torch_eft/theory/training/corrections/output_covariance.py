@@ -3,9 +3,9 @@
     Cov(z_{i;x}(t), z_{j;y}(t)) = delta_ij (J K J^T)_xy + (1/n) { delta_ij Dg_xy + off^ij_xy },   J = dz(t) / dz(0)
     Dg = J G1 J^T + D + D^T + Bil,    off^ij = O^ij + (O^ji)^T + Bil^ij
 
-D, and O between outputs, pair the correction z1(t) with the order-0 output of the same network: the propagated source
-M of the mean output and one of D, F, P and Q with z(0). Bil pairs two NTK fluctuations, A and B, at two times. All
-vertices but V enter. Derived by Wick contraction of z(0); n = n_{L-1}, labels in the order of print.
+D, and O between outputs, pair the correction z1(t) with the infinite-width output of the same network: the propagated
+source M of the mean output and one of D, F, P and Q with z(0). Bil pairs two NTK fluctuations, A and B, at two times.
+All vertices but V enter. Derived by Wick contraction of z(0); n = n_{L-1}, labels in the order of print.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from torch_eft.theory.initialization.estimators import ReplicaMean
 from torch_eft.theory.initialization.evaluator import VertexSource
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles, expanded
 from torch_eft.theory.training.corrections.ddntk_source import Sources
-from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
 from torch_eft.theory.training.corrections.mean_output import OutputSource, points_at_once, time_chunk
 from torch_eft.theory.training.corrections.propagation import TimeGrid
+from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 from torch_eft.theory.training.time_sums import Sums
 
 
@@ -28,12 +28,12 @@ class _PairSource:
 
     Args:
         source: The vertices, with letters x, w, a, b.
-        path: The order-0 path.
+        path: The path at infinite width.
         depth: L.
         points: Number of points x.
     """
 
-    def __init__(self, source: VertexSource, path: OrderZeroPath, depth: int, points: int) -> None:
+    def __init__(self, source: VertexSource, path: InfiniteWidthPath, depth: int, points: int) -> None:
         self._path = path
         sizes = (points, len(path.K), len(path.U), len(path.U))
 
@@ -84,38 +84,37 @@ _Key = tuple[int, int] | None
 
 
 class _Parts:
-    """One run: sources over all points at the clock's times, and half-contracted kernels of Bil, key by key."""
+    """One run: sources over all points at the times of a grid, and half-contracted kernels of Bil, by key."""
 
-    def __init__(self, path: OrderZeroPath, probes: int, steps: Tensor, keys: Sequence[_Key]) -> None:
-        self._path, self._probes, self._steps, self._keys = path, probes, steps, keys
+    def __init__(self, path: InfiniteWidthPath, keys: Sequence[_Key]) -> None:
+        self._path, self._keys = path, keys
         self._modes: dict[_Key, list[Sources]] = {key: [] for key in keys}
         self._points: dict[_Key, list[Sources]] = {key: [] for key in keys}
         self._half: dict[_Key, Tensor] = {}
 
     def add(self, times: Tensor, output: OutputSource, pair: _PairSource, tile: Tensor, carried: Tensor) -> None:
-        """The next tile of points."""
-        found: dict[_Key, tuple[list[Sources], list[Sources]]] = {key: ([], []) for key in self._keys}
+        """Add the next tile of points."""
+        sources: dict[_Key, tuple[list[Sources], list[Sources]]] = {key: ([], []) for key in self._keys}
         for some in times.split(time_chunk(self._path, len(tile))):
             functions = self._path.double(some)
-            for key, (modes, points) in found.items():
+            for key, (modes, points) in sources.items():
                 modes.append(output.at(functions) if key is None else output.ddntk.crossed(functions, *key))
                 points.append(pair.at(functions) if key is None else pair.crossed(functions, *key))
-        for key, (modes, points) in found.items():
+        for key, (modes, points) in sources.items():
             self._modes[key].append(_joined(modes, 0))
             self._points[key].append(_joined(points, 0))
             kernel = pair.bilinear(*(key or ()))
             half = torch.einsum("tXxm,xwmk->tXwk", carried[:, :, tile], kernel)
             self._half[key] = self._half.get(key, 0.0) + half
 
-    def covariance(self, clock: TimeGrid, carried: Tensor) -> dict[_Key, tuple[Tensor, Tensor]]:
-        """By key: the pairing of z1 with z0, and Bil, (T, N_p, N_p) each."""
-        path, probes = self._path, self._probes
-        J = path.response(self._steps)[:, :probes]
+    def covariance(self, grid: TimeGrid, carried: Tensor, J: Tensor) -> dict[_Key, tuple[Tensor, Tensor]]:
+        """The pairing of z1 with z0, and Bil, (T, N_p, N_p) each, by key."""
+        path, probes = self._path, J.shape[1]
         with_modes = path.U.T @ path.K[-len(path.U) :] @ J.mT  # Cov(e_m(0), z_y(t)), (T, modes, N_p)
         result = {}
         for key in self._keys:
-            modes = clock.propagated(*_joined(self._modes[key], 1))[:, :probes]
-            points = clock.propagated(*_joined(self._points[key], 1))[:, :probes]
+            modes = grid.propagated(*_joined(self._modes[key], 1))[:, :probes]
+            points = grid.propagated(*_joined(self._points[key], 1))[:, :probes]
             paired = points @ J.mT - modes @ with_modes
             result[key] = paired, torch.einsum("tYwk,tXwk->tXY", carried, self._half[key])
         return result
@@ -126,26 +125,25 @@ def _joined(sources: Sequence[Sources], axis: int) -> Sources:
     return torch.cat(gradient, axis), torch.cat(direct, axis)
 
 
-def carried_kernel(path: OrderZeroPath, probes: int, steps: Tensor) -> Tensor:
+def carried_kernel(path: InfiniteWidthPath, probes: int, steps: Tensor) -> Tensor:
     """A source g_m(s) at point x, propagated to the probe X: (T, N_p, N_all, modes)."""
     _, phi, _, f = path.double(steps)
     lagged = (phi[:, None, :] - f) / path.eigenvalues[:, None]  # (T, k, m)
-    train = len(path.K) - len(path.U)
     result = path.K.new_zeros(len(steps), probes, len(path.K), len(path.eigenvalues))
     for point in range(probes):
         result[:, point, point] = phi
-    result[:, :, train:] -= torch.einsum("Xk,xk,tkm->tXxm", path.coupling[:probes], path.U, lagged)
+    result[:, :, path.probes :] -= torch.einsum("Xk,xk,tkm->tXxm", path.coupling[:probes], path.U, lagged)
     return result
 
 
 def output_covariance(
-    vertices: VertexTiles, path: OrderZeroPath, probes: int, steps: Tensor, tile: int | None = None
+    vertices: VertexTiles, path: InfiniteWidthPath, probes: int, steps: Tensor, tile: int | None = None
 ) -> tuple[Tensor, Tensor, float]:
     """n_{L-1} times the correction of the covariance of the outputs on the first ``probes`` points.
 
     Args:
         vertices: The vertices over all points.
-        path: The order-0 path.
+        path: The path at infinite width.
         probes: N_p.
         steps: (T,), whole numbers for gradient descent.
         tile: Points that are evaluated at once.
@@ -155,9 +153,9 @@ def output_covariance(
         are integrated.
     """
     points, train = torch.arange(len(path.K), device=path.K.device), path.train
-    clock, outputs = TimeGrid(path, steps), path.outputs
+    grid, outputs = TimeGrid(path, steps), path.outputs
     keys: list[_Key] = [None, *((i, j) for i in range(outputs) for j in range(outputs))]
-    carried, J = carried_kernel(path, probes, steps), path.response(steps)[:, :probes]
+    carried, J = carried_kernel(path, probes, steps), path.response(steps, probes)
     runs: list[_Parts] = []
     G1: list[list[Tensor]] = []
     for some in points.split(tile or points_at_once(path)):
@@ -166,22 +164,22 @@ def output_covariance(
         both = zip(vertices.replicas(to_train).members, vertices.replicas(to_all).members, strict=True)
         for run, (first, second) in enumerate(both):
             if run == len(runs):
-                runs.append(_Parts(path, probes, steps, keys))
+                runs.append(_Parts(path, keys))
                 G1.append([])
             output = OutputSource(first, path, vertices.depth, len(some), cross=True)
             pair = _PairSource(second, path, vertices.depth, len(some))
-            runs[run].add(clock.times, output, pair, some, carried)
+            runs[run].add(grid.times, output, pair, some, carried)
             array = second.array("G1", vertices.depth, "xw").double().expand(len(some), len(points), 1, 1)
             G1[run].append(array.reshape(len(some), len(points)))
     mean, off = ReplicaMean(vertices.kind), ReplicaMean(vertices.kind)
     for parts, kernel in zip(runs, G1, strict=True):
-        found = parts.covariance(clock, carried)
-        paired, bilinear = found.pop(None)
+        terms = parts.covariance(grid, carried, J)
+        paired, bilinear = terms.pop(None)
         mean.add(J @ torch.cat(kernel) @ J.mT + paired + paired.mT + bilinear)
         between = bilinear.new_empty(*bilinear.shape, outputs, outputs)
         for i in range(outputs):
             for j in range(outputs):
-                between[..., i, j] = found[i, j][0] + found[j, i][0].mT + found[i, j][1]
+                between[..., i, j] = terms[i, j][0] + terms[j, i][0].mT + terms[i, j][1]
         off.add(between)
     value, error = mean.result()
     return value, off.result()[0], error

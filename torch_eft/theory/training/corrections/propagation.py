@@ -1,10 +1,10 @@
-"""Propagation of corrections under the frozen NTK: z1 is driven by sources of order 1/n."""
+"""Propagation of corrections under the infinite-width NTK: z1 is driven by sources of order 1/n."""
 
 import torch
 from torch import Tensor
 
 from torch_eft.theory.gaussian.quadrature import gauss_legendre
-from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
+from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 from torch_eft.theory.training.optimizer import SGDState
 
 _NODES = 10
@@ -13,31 +13,31 @@ _NODES = 10
 class TimeGrid:
     """The times at which sources are needed, and their propagation to the times that are wanted.
 
-    z1 is driven in two ways: a gradient source S is gathered by the optimizer, like all gradients, and a direct one D
-    is there at once. With u = W (S - Theta_xA z1_A), z1 = D + u, u itself evolves as under a source S - Theta_xA D_A.
+    z1 is driven in two ways: the optimizer gathers a gradient source S like all gradients, and a direct one D acts at
+    once. With u = W (S - Theta_xA z1_A), z1 = D + u, u itself evolves as under a source S - Theta_xA D_A.
 
     Args:
-        path: The order-0 path.
+        path: The path at infinite width.
         steps: Wanted, (T,).
     """
 
-    def __init__(self, path: OrderZeroPath, steps: Tensor) -> None:
+    def __init__(self, path: InfiniteWidthPath, steps: Tensor) -> None:
         self._path = path
-        if not path.sums.flows:
+        if not path.training.flows:
             self._wanted = torch.round(steps).long()
             self.times = torch.arange(int(self._wanted.max()) + 1, device=path.K.device)
             return
         self._panels = flow_panels(path, steps)
-        self._wanted = torch.searchsorted(self._panels, path.sums.rate * steps.to(self._panels)).clamp_max(
+        self._wanted = torch.searchsorted(self._panels, path.propagator.rate * steps.to(self._panels)).clamp_max(
             len(self._panels) - 1
         )
-        self.times = torch.cat([panel_nodes(self._panels).flatten(), self._panels]) / path.sums.rate
+        self.times = torch.cat([panel_nodes(self._panels).flatten(), self._panels]) / path.propagator.rate
 
     def propagated(self, gradient: Tensor, direct: Tensor) -> Tensor:
         """z1 at the wanted times for sources at ``times``, (T, N_all, C) each."""
-        path, train = self._path, len(self._path.K) - len(self._path.U)
-        driven = gradient - path.coupling @ (path.U.T @ direct[:, train:])
-        if not path.sums.flows:
+        path = self._path
+        driven = gradient - path.coupling @ (path.U.T @ direct[:, path.probes :])
+        if not path.training.flows:
             return (direct + propagated_descent(path, driven[:-1]))[self._wanted]
         panels = len(self._panels) - 1
         nodes = len(self.times) - panels - 1
@@ -45,28 +45,27 @@ class TimeGrid:
         return (direct[nodes:] + propagated_flow(path, self._panels, by_panel))[self._wanted]
 
 
-def propagated_descent(path: OrderZeroPath, source: Tensor) -> Tensor:
-    """The u of u = W (source - Theta_xA u_A), step by step.
+def propagated_descent(path: InfiniteWidthPath, source: Tensor) -> Tensor:
+    """Solve u = W (source - Theta_xA u_A) step by step.
 
     Args:
-        path: The order-0 path.
+        path: The path at infinite width.
         source: At s = 0 .. T-1, over all points, (T, N_all, columns).
 
     Returns:
         u at s = 0 .. T, (T + 1, N_all, columns).
     """
-    train = len(path.K) - len(path.U)
-    coefficients = SGDState(path.sums.descent(len(source)), source.new_zeros(source.shape[1:]))
+    coefficients = SGDState(path.training, source.new_zeros(source.shape[1:]))
     values = [coefficients.values[0]]
     for driven in source:
-        coefficients.update(path.coupling @ (path.U.T @ values[-1][train:]) - driven)
+        coefficients.update(path.coupling @ (path.U.T @ values[-1][path.probes :]) - driven)
         values.append(coefficients.values[0])
     return torch.stack(values)
 
 
-def flow_panels(path: OrderZeroPath, steps: Tensor) -> Tensor:
+def flow_panels(path: InfiniteWidthPath, steps: Tensor) -> Tensor:
     """Ends of time panels, (P + 1,), from 0: every wanted time, and no panel longer than all the time before it."""
-    ends = {0.0, *(float(t) * path.sums.rate for t in steps)}
+    ends = {0.0, *(float(t) * path.propagator.rate for t in steps)}
     last, shortest = max(ends), 0.5 / float(path.eigenvalues.max())
     grown = shortest
     while grown < last:
@@ -76,26 +75,26 @@ def flow_panels(path: OrderZeroPath, steps: Tensor) -> Tensor:
 
 
 def panel_nodes(panels: Tensor) -> Tensor:
-    """Gauss nodes of every panel, (P, nodes)."""
+    """Gauss nodes of each panel, (P, nodes)."""
     nodes, _ = gauss_legendre(_NODES, panels)
     return panels[:-1, None] + (1 + nodes) / 2 * panels.diff()[:, None]
 
 
-def propagated_flow(path: OrderZeroPath, panels: Tensor, source: Tensor) -> Tensor:
-    """Gradient flow of z1 under Theta and a source: d z1 / dt = source - Theta_xA z1_A, exact in stiff modes.
+def propagated_flow(path: InfiniteWidthPath, panels: Tensor, source: Tensor) -> Tensor:
+    """Gradient flow of z1 under Theta and a source, d z1 / dt = source - Theta_xA z1_A, exact in stiff modes.
 
     The source is a polynomial on each panel; its products with the exponentials are integrated on nodes that
     accumulate at the panel's end.
 
     Args:
-        path: The order-0 path.
+        path: The path at infinite width.
         panels: Ends of panels, (P + 1,).
         source: At ``panel_nodes``, over all points, (P, nodes, N_all, columns).
 
     Returns:
         z1 at the ends of panels, (P + 1, N_all, columns).
     """
-    train, rates = len(path.K) - len(path.U), path.eigenvalues
+    rates = path.eigenvalues
     nodes, _ = gauss_legendre(_NODES, panels)
     fine, weights, basis = _graded(nodes)
     mode = source.new_zeros(len(rates), source.shape[-1])
@@ -106,7 +105,7 @@ def propagated_flow(path: OrderZeroPath, panels: Tensor, source: Tensor) -> Tens
         decay = torch.exp(-rates[:, None] * left)
         kernel = (decay * weights * length / 2) @ basis  # (modes, nodes)
         integral = (-torch.expm1(-rates[:, None] * left) / rates[:, None] * weights * length / 2) @ basis
-        in_modes = path.U.T @ driven[:, train:]  # (nodes, modes, columns)
+        in_modes = path.U.T @ driven[:, path.probes :]  # (nodes, modes, columns)
         moved = -torch.expm1(-rates * length)[:, None] / rates[:, None] * mode
         moved = moved + torch.einsum("mp,pmc->mc", integral, in_modes)
         whole = (weights * length / 2) @ basis

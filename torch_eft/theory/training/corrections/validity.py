@@ -1,36 +1,36 @@
 """Where order 1/n holds in the training of an ensemble, judged by how far neurons move and by its own size."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.gaussian.two_point_moments import TwoPointMoments
+from torch_eft.theory.initialization.infinite_width import InfiniteWidthLayers
 from torch_eft.theory.signal_propagation.regimes import first_order_validity
-from torch_eft.theory.training.corrections.infinite_width_path import OrderZeroPath
+from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 
 CAUTION, INVALID = 0.2, 1.0
-"""Tolerances of ours for terms of order 1/n over those of order 0."""
+"""Tolerances chosen here for terms of order 1/n over those of order 0."""
 
 NEGLECTED, HALF = 15.0, 0.5
 """Measured: see ``training_validity``."""
 
-Layers = tuple[list[Tensor], list[Tensor], list[TwoPointMoments]]
 
-
-def neuron_movement(ensemble: MLPEnsemble, layers: Layers, path: OrderZeroPath, steps: Tensor) -> Tensor:
-    """By how much the preactivations of the last hidden layer move in training, squared, to leading order.
+def neuron_movement(
+    ensemble: MLPEnsemble, layers: InfiniteWidthLayers, path: InfiniteWidthPath, steps: Tensor
+) -> Tensor:
+    """The squared relative movement of the last hidden layer's preactivations in training, to leading order.
 
     The mean over points and neurons of (z(t) - z(0))^2, over that of z(0)^2. Neuron j moves at x by
-    sum_c Theta_xc (W^T p)_jc s'_jc, with p = - Phi e the order-0 path, Theta the NTK of that layer at infinite width:
+    sum_c Theta_xc (W^T p)_jc s'_jc, with p = - Phi e at infinite width, Theta the NTK of that layer at infinite width:
     what its fluctuations add, of relative order r, is left out (``representation_drift`` has it).
 
     Args:
         ensemble: The ensemble.
         layers: K and Theta at layers 1 .. L and two-label moments at 1 .. L-1, over all points.
-        path: The order-0 path.
+        path: The path at infinite width.
         steps: (T,).
 
     Returns:
@@ -47,62 +47,51 @@ def neuron_movement(ensemble: MLPEnsemble, layers: Layers, path: OrderZeroPath, 
 
 
 def training_validity(
-    ensemble: MLPEnsemble, x: Tensor, path: OrderZeroPath, sizes: Mapping[str, float], moved: float
+    ensemble: MLPEnsemble, x: Tensor, path: InfiniteWidthPath, sizes: Mapping[str, float], moved: float
 ) -> Validity:
-    """Where order 1/n holds, judged by how far neurons move, u its square, by r and epsilon and by its own size.
+    """Return where order 1/n holds, by how far neurons move (u its square), by r and epsilon and by its own size.
 
     What is neglected, in the mean output, its covariance and the NTK drift, was measured on grids of ensembles trained
     by gradient descent (tanh, GELU; 1 to 3 hidden layers of 4 to 64 neurons; targets of 0.3, 1 and 3; training inputs
     0.1 and 0.3 of their length apart or unrelated; t = 5, 25, 125): at most 15 u + r of the largest term of order 1/n
     up to then, beside three standard errors, where r, epsilon and the terms themselves are below 0.2. With ten outputs
     and 64 training images it was a fifth of that. The forecast is called valid up to a half, where it is closer than
-    order 0, and invalid from 1.
+    infinite width, and invalid from 1.
 
     Args:
         ensemble: The ensemble.
         x: All inputs, (N_all, n_0).
-        path: The order-0 path.
+        path: The path at infinite width.
         sizes: ``{"|z1| / |z0|": largest ratio over time, ..}``.
         moved: The largest u over time, see ``neuron_movement``.
     """
     start = first_order_validity(ensemble, x)
     name = max(sizes, key=lambda key: sizes[key])
-    gauge, n = sizes[name], ensemble.widths[-2]
+    largest_term, n = sizes[name], ensemble.widths[-2]
     smallest, largest = float(path.eigenvalues[0]), float(path.eigenvalues[-1])
-    error = float(path.error_gram.trace())
-    told = ", ".join(f"{key} = {value:.3g}" for key, value in sizes.items())
-    ratio = f"|e|^2 / (n lambda_min) = {error / smallest / n:.3g} (condition {largest / smallest:.3g})"
+    error = float(path.error_gram.trace()) / smallest / n
     neglected = NEGLECTED * moved + ensemble.aspect_ratio
+    terms = ", ".join(f"{key} = {value:.3g}" for key, value in sizes.items())
     detail = (
         f"neurons of the last hidden layer move by {100 * moved**0.5:.2g} % of their size: what is neglected is up to "
-        f"about {100 * min(neglected, 9.99):.2g} % of the terms of order 1/n, which over those of order 0 are {told}; "
-        f"{ratio}"
+        f"about {100 * min(neglected, 9.99):.2g} % of the terms of order 1/n, which over those of order 0 are {terms}; "
+        f"|e|^2 / (n lambda_min) = {error:.3g} (condition {largest / smallest:.3g})"
     )
+    numbers = {
+        **start.numbers,
+        **sizes,
+        "neuron movement": moved**0.5,
+        "neglected": neglected,
+        "|e|^2 / (n lambda_min)": error,
+        "condition": largest / smallest,
+    }
     advice = "Wider layers, smaller targets, fewer near-duplicate inputs or shorter training make it smaller"
-    if neglected >= 1 or gauge >= INVALID:
-        decided = f"{name} = {gauge:.3g} is not small" if gauge >= INVALID else "what is neglected is not smaller"
-        return Validity("invalid", f"order 1/n: {decided}; {detail}. {advice}. {start.reason}")
+    if neglected >= 1 or largest_term >= INVALID:
+        too_large = f"{name} = {largest_term:.3g} is not small"
+        decisive = too_large if largest_term >= INVALID else "what is neglected is not smaller"
+        return Validity("invalid", (f"order 1/n: {decisive}", f"{detail}. {advice}", *start.reasons), numbers)
     if start.flag == "invalid":
-        return Validity("invalid", f"{start.reason}; {detail}")
-    cautious = start.flag == "caution" or neglected >= HALF or gauge >= CAUTION
-    return Validity(
-        "caution" if cautious else "valid", f"{start.reason}; in training, {detail}." + f" {advice}" * cautious
-    )
-
-
-def relative_size(correction: Tensor, order_0: Tensor) -> float:
-    """The largest ratio over time of the norms of a correction and of what it corrects, (T, ..) each."""
-    return float(_ratios(correction, order_0, lambda first, zeroth: first / zeroth).max())
-
-
-def truncation(correction: Tensor, order_0: Tensor) -> Tensor:
-    """What the next order may add: |1/n term|^2 / |0th term|, rms over entries at each time, shaped like the first."""
-    size = _ratios(correction, order_0, lambda first, zeroth: first.square() / zeroth)
-    size = size / correction[0].numel() ** 0.5
-    return size.reshape(-1, *[1] * (correction.ndim - 1)).expand(correction.shape)
-
-
-def _ratios(correction: Tensor, order_0: Tensor, ratio: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    first, zeroth = correction.flatten(1).norm(dim=1), order_0.flatten(1).norm(dim=1)
-    value = ratio(first, zeroth)
-    return torch.where(first == 0, torch.zeros_like(value), value)
+        return Validity("invalid", (*start.reasons, detail), numbers)
+    cautious = start.flag == "caution" or neglected >= HALF or largest_term >= CAUTION
+    reasons = (*start.reasons, f"in training, {detail}" + f". {advice}" * cautious)
+    return Validity("caution" if cautious else "valid", reasons, numbers)

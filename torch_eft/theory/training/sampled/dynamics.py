@@ -1,8 +1,9 @@
-"""Training of an ensemble under any loss, by sampling z(0): order 0, and order 1/n as the mean of responses.
+"""Training of an ensemble under any loss, by sampling z(0): infinite width, and order 1/n as the mean of responses.
 
-At order 0, e = dLoss/dz is not linear in z, but the NTK is delta_ij Theta and frozen: z(t) is integrated for every draw
-of z(0) ~ N(0, K). To order 1/n, what is trained, F(z, H, dH, ddI, ddII), is averaged over initializations by (cumulants
-at the start; labels as printed, repeated indices summed; derived here, as for squared error in ``ensemble_training``)
+At infinite width, e = dLoss/dz is not linear in z, but the NTK is delta_ij Theta and frozen: z(t) is integrated for
+each draw of z(0) ~ N(0, K). To order 1/n, the trained quantity F(z, H, dH, ddI, ddII) is averaged over initializations
+by (cumulants at the start; labels as printed, repeated indices summed; derived here, as for squared error in
+``corrections``)
 
     < [ 1 + G1_ab d_a d_b / 2 + Theta1 d_H + A d_H d_H / 2 + B .. + D d d d_H / 2 + F .. + (P, Q) d d_dH
           + (R) d_ddI + (S, T, U) d_ddII + V d d d d / 8 ] F >    at  z ~ N(0, K), H = Theta, dH = ddI = ddII = 0.
@@ -11,12 +12,12 @@ Integrated by parts with zeta = K^-1 z, this is one second derivative along a ra
 
 * V, D and A are the covariance of (DG, X), Gaussian: of the kernel that the last hidden layer gives, and of the part of
   the NTK common to all outputs; B is that of Y_ij. What they contribute is the mean of d^2/ds^2 / 2 of what is trained
-  at order 0, on the curve
+  at infinite width, on the curve
       z(s) = z + (s/2) DG zeta - (s^2/8) DG K^-1 DG zeta ~ N(0, K + s DG),    H(s) = Theta + s (X delta_ij + Y_ij).
 * The rest is the linear response to the means given z(0),
       dz = G1 zeta / 2,    E H_ij;xb = delta_ij Theta1_xb + F_wxvb (zeta_iw zeta_jv - delta_ij K^-1_wv),
       E dH_ijk;abc = delta_jk P_abcw zeta_iw + delta_ij Q_abcw zeta_kw + delta_ik Q_acbw zeta_jw,    E ddI,    E ddII,
-  as in ``hierarchy``, with coefficients p, q, r, s of order 0, r and s summed over the outputs that a vertex pairs.
+  as in ``hierarchy``, with p, q, r, s at infinite width, r and s summed over the outputs that a vertex pairs.
 
 Both together are one correction c of order 1/n to each draw, whose e_c is the second Taylor coefficient of e along
 z + s z' + s^2 c.
@@ -29,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from torch_eft.theory.training.optimizer import Descent, Loss, SGDState
+from torch_eft.results.training import Training
+from torch_eft.theory.training.optimizer import Loss, SGDState
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Fluctuation:
-    """Directions of the second derivative, one a draw.
+    """Directions of the second derivative, one per draw.
 
     Args:
         DG: (S, N_all, N_all).
@@ -69,15 +71,16 @@ class Fluctuation:
 
 
 class SampledTraining:
-    """Order 0 and 1 of training, draw by draw.
+    """Infinite width and order 1/n of training, draw by draw.
 
     Args:
         K: (N_all, N_all), probe before train.
         Theta: Likewise.
         loss: The loss on the training points.
-        descent: The optimizer.
-        tensors: Vertices over all points, divided by n: ``G1``, ``Theta1``, ``F``, ``P`` .. ``U``; None is order 0.
-        inverse: In the place of K^-1, for what is given its zeta.
+        training: The optimizer.
+        tensors: Vertices over all points, divided by n: ``G1``, ``Theta1``, ``F``, ``P`` .. ``U``; None at infinite
+            width.
+        inverse: In place of K^-1, for a caller that gives zeta itself.
     """
 
     def __init__(
@@ -85,12 +88,12 @@ class SampledTraining:
         K: Tensor,
         Theta: Tensor,
         loss: Loss,
-        descent: Descent,
+        training: Training,
         tensors: Mapping[str, Tensor] | None = None,
         inverse: Tensor | None = None,
     ) -> None:
         self._train = len(K) - len(loss.targets)
-        self._Theta, self._loss, self._descent = Theta[:, self._train :], loss, descent
+        self._Theta, self._loss, self._training = Theta[:, self._train :], loss, training
         self._inverse, self._means = torch.zeros_like(K), None
         if tensors is not None:
             self._inverse = torch.linalg.inv(K) if inverse is None else inverse
@@ -104,22 +107,22 @@ class SampledTraining:
         fluctuation: Fluctuation | None = None,
         means: bool = True,
     ) -> Moments:
-        """Weighted sums over draws.
+        """Return weighted sums over draws.
 
         Args:
             z: (S, N_all, C), z(0).
             weights: (S,).
             steps: R of them, ascending.
             fluctuation: For order 1.
-            means: Whether the response to the conditional means is part of the correction.
+            means: Include the response to the conditional means in the correction.
         """
         zeta = torch.einsum("xy,syi->sxi", self._inverse, z)
         response, sign = self._means if means else None, 1.0 if fluctuation is None else fluctuation.sign
-        found = [
+        moments = [
             self._recorded(now, sign, weights, zeta, p, q, response)
             for now, p, q in self._walk(z, zeta, steps, fluctuation, response)
         ]
-        return Moments(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+        return Moments(*(torch.stack(parts) for parts in zip(*moments, strict=True)))
 
     def response(self, z: Tensor, zeta: Tensor, steps: Sequence[int]) -> Tensor:
         """The response to the means given z(0), for given zeta, draw by draw: c at R steps, (R, S, N_all, C)."""
@@ -140,7 +143,7 @@ class SampledTraining:
         start = _starts(z, zeta, self._inverse, fluctuation, response)
         small = [new(S, N, C) for _ in range(1 if start is None else 3)]
         large = [] if response is None else [new(S, N, C, N, C), *(new(S, N, N, N, C) for _ in range(5))]
-        coefficients = SGDState(self._descent, *small, *large)
+        coefficients = SGDState(self._training, *small, *large)
         for step in range(steps[-1] + 1):
             p, *others = coefficients.values
             q = others[2] if response is not None else None
@@ -166,8 +169,8 @@ class SampledTraining:
         return torch.einsum("xb,sbi->sxi", self._Theta, p)
 
     def _errors(self, z: Sequence[Tensor], sign: float, step: int) -> list[Tensor]:
-        """E at z, and its coefficients of s and s^2 along z + s z' + s^2 c, the second derivative with its sign."""
-        batch = self._descent.batch(step)
+        """Returns e at z, and its coefficients of s and s^2 along z + s z' + s^2 c, the latter with the sign."""
+        batch = self._training.batch(step)
         errors = vmap(lambda rows: self._loss.error(rows, batch))
         if len(z) == 1:
             return [errors(z[0])]
@@ -211,7 +214,7 @@ class SampledTraining:
 def _starts(
     z: Tensor, zeta: Tensor, inverse: Tensor, fluctuation: Fluctuation | None, response: "_Means | None"
 ) -> tuple[Tensor, Tensor] | None:
-    """What z' and c are at step 0; None at order 0."""
+    """Returns z' and c at step 0; None at infinite width."""
     if fluctuation is None and response is None:
         return None
     first, second = torch.zeros_like(z), torch.zeros_like(z)
@@ -225,7 +228,7 @@ def _starts(
 
 
 def _gradients(e: Tensor, p: Tensor, q: Tensor) -> list[Tensor]:
-    """Of q_bk,dl, and of r and s with two of three outputs summed over: which of b, c, d shares that of the result."""
+    """Gradients of q_bk,dl, and of r and s with two of three outputs summed: which of b, c, d shares the result's."""
     ep, pp = torch.einsum("sbk,sck->sbc", e, p), torch.einsum("sbk,sck->sbc", p, p)
     return [
         torch.einsum("sbk,sdl->sbkdl", e, p),

@@ -1,4 +1,4 @@
-"""Draws of what an ensemble starts training from: z(0) ~ N(0, K), and the fluctuations of kernel and NTK about it."""
+"""Draws of the start of training: z(0) ~ N(0, K), and the fluctuations of kernel and NTK."""
 
 from collections.abc import Iterator, Mapping
 
@@ -33,7 +33,7 @@ def draw_outputs(K: Tensor, outputs: int, count: int, generator: torch.Generator
     rank = factor.shape[1]
     if count <= 2 * rank * outputs:
         raise ValueError(
-            f"draws: {count} a batch given; {rank} independent inputs of {outputs} outputs ask for more than "
+            f"num_draws: {count} per batch given; {rank} independent inputs of {outputs} outputs ask for more than "
             f"{2 * rank * outputs}"
         )
     u = torch.randn(count // 2, rank * outputs, generator=generator, dtype=K.dtype, device=K.device)

@@ -1,24 +1,28 @@
 """The trained distribution of an ensemble by draws of z(0): under any loss, and on minibatches."""
 
 import dataclasses
-import math
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Trajectory, Validity
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.initialization.infinite_width import check_inputs
-from torch_eft.theory.initialization.statistics import initial_statistics
+from torch_eft.theory.initialization.infinite_width import check_inputs, infinite_width
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
 from torch_eft.theory.signal_propagation.regimes import first_order_validity, infinite_width_validity
-from torch_eft.theory.training.corrections.finite_width import check_distinct
-from torch_eft.theory.training.corrections.validity import CAUTION, INVALID, relative_size, truncation
-from torch_eft.theory.training.optimizer import Descent, Loss, LossFunction, Reduction
+from torch_eft.theory.training.corrections.correction import (
+    Correction,
+    corrected,
+    provenance,
+    sizes,
+)
+from torch_eft.theory.training.corrections.finite_width import check_distinct, check_smooth
+from torch_eft.theory.training.corrections.validity import CAUTION, INVALID
+from torch_eft.theory.training.optimizer import Loss, checked_targets, sharpness
 from torch_eft.theory.training.sampled.dynamics import Moments, SampledTraining
 from torch_eft.theory.training.sampled.initial_distribution import Fluctuations, all_vertices, draw_outputs
-from torch_eft.theory.training.scope import check_stable
 
 BATCHES = 8
 """Independent batches of draws, to estimate the error from."""
@@ -28,24 +32,19 @@ _CHUNK = 2**28
 _TENSORS = 16
 _SAME, _CONDITION = 1e-7, 1e9
 _NOISY = 0.3
-"""Sampling error of a correction, relative to it, from which on the result is no more than an order of magnitude."""
-_UNITS = 16
-"""Directions of the loss's Hessian at once: under vmap each takes megabytes."""
-_SIZES = {"mean": "|z1| / |z0|", "covariance": "|Cov1| / |Cov0|", "ntk": "|H1| / |Theta|"}
+"""Sampling error of a correction, relative to it, from which on the result is only an order of magnitude."""
 
 
 class SampledForecast:
-    """Order 0 and 1 for one loss.
+    """Infinite width and order 1/n of one training, by draws of z(0).
 
     Args:
         ensemble: The ensemble.
         x_train: Training inputs, (N, n_0).
         y_train: Targets, as the loss takes them.
         x_probe: Probe inputs, (N_p, n_0); those that are training inputs too, or one another, count once.
-        loss: ``"cross_entropy"``, ``"mse"``, or a differentiable function of (outputs, targets) to a number.
-        reduction: As in torch, for a named loss.
-        optimizer: With the learning rates of all steps.
-        draws: Of z(0) in all, in ``BATCHES`` batches of pairs z, -z.
+        training: The training.
+        num_draws: Number of draws of z(0), in ``BATCHES`` batches of pairs z, -z.
         seed: Seed of all samples; the global random state is left alone.
         memory: Bytes allowed for vertices over all points.
 
@@ -59,97 +58,89 @@ class SampledForecast:
         x_train: Tensor,
         y_train: Tensor,
         x_probe: Tensor,
-        loss: str | LossFunction,
-        reduction: Reduction,
-        optimizer: Descent,
-        draws: int,
+        training: Training,
+        num_draws: int,
         seed: int,
         memory: int,
     ) -> None:
         x_train = check_inputs("x_train", x_train, ensemble)
         x_probe = check_inputs("x_probe", x_probe, ensemble).to(x_train.device)
-        self.ensemble, self._outputs, self._optimizer = ensemble, ensemble.widths[-1], optimizer
-        self.loss = Loss(loss, _targets(y_train.to(x_train.device), len(x_train), self._outputs, loss), reduction)
+        training.check_batches(len(x_train))
+        self.ensemble, self._outputs, self._training = ensemble, ensemble.widths[-1], training
+        y = checked_targets(y_train.to(x_train.device), training.loss, len(x_train), self._outputs)
+        if training.loss == "cross_entropy" and not y.is_floating_point():
+            # As probabilities: gathering by class index is slower under vmap.
+            y = torch.nn.functional.one_hot(y.long(), self._outputs).double()
+        self.loss = Loss(training.loss, y, training.reduction)
         self._x_train, self._probes = x_train, len(x_probe)
         kept, self._place = _distinct(x_probe, x_train)
         self.x = torch.cat([x_probe[kept], x_train])
         self._train = len(kept)
-        self._size, self._seed, self._memory = 2 * (draws // (2 * BATCHES)), seed, memory
-        last = initial_statistics(ensemble, self.x, statistics=("K", "Theta"))[-1]
-        self.K, self.Theta = last.K, last.Theta
-        if optimizer.steps:
+        self._size, self._seed, self._memory = 2 * (num_draws // (2 * BATCHES)), seed, memory
+        self._layers = infinite_width(ensemble, self.x)
+        self.K, self.Theta = self._layers[0][-1], self._layers[1][-1]
+        if training.steps:
             start = draw_outputs(self.K, self._outputs, self._size, self._generator(0))[:BATCHES, self._train :]
             Theta = self.Theta[self._train :, self._train :]
-            batches = optimizer.batches or (None,)
-            different = {None if batch is None else tuple(batch.tolist()): batch for batch in batches}.values()
-            sharpest = max(_sharpness(self.loss, z, Theta, batch) for z in start for batch in different)
-            check_stable(1.0, 1.0, sharpest, optimizer)
+            batches = training.different_batches()
+            training.check_stable(
+                max(sharpness(self.loss, z, Theta, batch) for z in start for batch in batches), "at infinite width"
+            )
 
-    def order_0(self, steps: Tensor, told: str) -> Trajectory:
-        """The distribution at infinite width.
+    def infinite_width(self, steps: Tensor) -> Trajectory:
+        """Return the distribution at infinite width.
 
         Args:
             steps: (R,), whole numbers.
-            told: The optimizer in words, for the provenance.
         """
-        training = SampledTraining(self.K, self.Theta, self.loss, self._optimizer)
-        return self._zeroth(self._batches(training, steps, None), steps, told)
+        training = SampledTraining(self.K, self.Theta, self.loss, self._training)
+        return self._averaged(self._draws(training, steps, None), steps)[0]
 
-    def order_1(
-        self, steps: Tensor, told: str, corrections: Collection[str], samples: int, replicas: int
+    def first_order(
+        self, steps: Tensor, corrections: Collection[str], num_samples: int, num_replicas: int
     ) -> Trajectory:
-        """With the corrections of order 1/n; arguments as ``order_0`` and ``predict_training`` take them.
+        """Return the distribution with corrections of order 1/n.
 
-        Raises:
-            ValueError: If the activation has a kink, inputs all but coincide or the vertices do not fit into memory.
+        Args:
+            steps: (R,), whole numbers.
+            corrections: ``"mean"``, ``"covariance"``, ``"ntk"``.
+            num_samples: As ``predict_training`` takes it.
+            num_replicas: Likewise.
         """
-        tensors, sampled = self._tensors(samples, replicas)
-        training = SampledTraining(self.K, self.Theta, self.loss, self._optimizer, tensors)
-        batches = self._batches(training, steps, Fluctuations(tensors, self._outputs, self._train))
-        zeroth = self._zeroth(batches, steps, told)
+        tensors, vertex_error = self._tensors(num_samples, num_replicas)
+        training = SampledTraining(self.K, self.Theta, self.loss, self._training, tensors)
+        draws = self._draws(training, steps, Fluctuations(tensors, self._outputs, self._train))
+        infinite_width, mean, note = self._averaged(draws, steps)
         probes = self._place[: self._probes]
         initial = tensors["Theta1"][probes][:, probes][..., None, None] * self._identity
-        terms = {
-            "mean": _average([batch.z1 for batch in batches]),
-            "covariance": _average([_covariance_change(batch)[:, probes][:, :, probes] for batch in batches]),
-            "ntk": _average([batch.H1[:, probes][:, :, probes] for batch in batches]),
+        terms: dict[str, tuple[list[Tensor], Tensor, Tensor | float]] = {
+            "mean": ([batch.z1 for batch in draws], mean, 0.0),
+            "covariance": (
+                [_covariance_change(batch)[:, probes][:, :, probes] for batch in draws],
+                infinite_width.output_covariance,
+                0.0,
+            ),
+            "ntk": ([batch.H1[:, probes][:, :, probes] for batch in draws], infinite_width.ntk_mean, initial),
         }
-        order_0 = {
-            "mean": _average([batch.z for batch in batches])[0],
-            "covariance": zeroth.output_covariance,
-            "ntk": zeroth.ntk_mean,
+        wanted = {
+            name: Correction(*_average(values), corrects, start)
+            for name, (values, corrects, start) in terms.items()
+            if name in corrections
         }
-        changes: dict[str, Tensor] = {}
-        if "mean" in corrections:
-            mean, change = order_0["mean"], terms["mean"][0]
-            changes["output_mean"] = (mean + change)[:, probes]
-            changes["output_truncation"] = truncation(change[:, probes], mean[:, probes])
-            changes["train_output_mean"] = (mean + change)[:, self._train :]
-        if "covariance" in corrections:
-            changes["output_covariance"] = order_0["covariance"] + terms["covariance"][0]
-        if "ntk" in corrections:
-            drift = terms["ntk"][0]
-            changes["ntk_mean"], changes["ntk_drift"] = zeroth.ntk_mean + initial + drift, drift
-            changes["ntk_truncation"] = truncation(initial + drift, zeroth.ntk_mean)
-        wanted = {name: terms[name] for name in terms if name in corrections}
-        sizes, noise = {}, {}
-        for name, (value, error) in wanted.items():
-            late = (steps > 0) & (order_0[name].flatten(1).norm(dim=1) > 0)
-            whole = value + initial if name == "ntk" else value
-            sizes[_SIZES[name]] = relative_size(whole[late], order_0[name][late]) if bool(late.any()) else 0.0
-            largest = float(value.flatten(1).norm(dim=1).max())
-            noise[name] = error * math.sqrt(value[0].numel()) / largest if largest > 0 else 0.0
-        told_errors = ", ".join(f"{name} {error:.2g}" for name, (_, error) in wanted.items())
-        provenance = f"order 1/n, n = {self.ensemble.widths[-2]}"
-        provenance += f" ({', '.join(name for name in terms if name not in wanted)} at order 0)" * (len(wanted) < 3)
-        provenance += zeroth.provenance.removeprefix("order 0 (infinite width)")
-        provenance += f"; of the terms of order 1/n: {told_errors}"
-        if sampled > 0:
-            provenance += f"; relative standard error of sampled vertices up to {sampled:.2g}"
+        notes = [note, "of the terms of order 1/n: " + ", ".join(f"{k} {v.error:.2g}" for k, v in wanted.items())]
+        if vertex_error > 0:
+            notes.append(f"relative standard error of sampled vertices up to {vertex_error:.2g}")
         Theta = self.Theta[self._train :, self._train :]
-        moved = _average([torch.einsum("tbc,bc->t", batch.pp, Theta) for batch in batches])[0]
-        validity = self._validity(sizes, noise, float(moved.max()) / self.ensemble.widths[-2])
-        return dataclasses.replace(zeroth, **changes, provenance=provenance, validity=validity)
+        moved = _average([torch.einsum("tbc,bc->t", batch.pp, Theta) for batch in draws])[0]
+        noise = {name: correction.relative_error for name, correction in wanted.items()}
+        return corrected(
+            infinite_width,
+            wanted,
+            probes,
+            slice(self._train, None),
+            provenance(self.ensemble, self._training, list(wanted), notes),
+            self._validity(sizes(wanted, steps), noise, float(moved.max()) / self.ensemble.widths[-2]),
+        )
 
     @property
     def _identity(self) -> Tensor:
@@ -158,19 +149,18 @@ class SampledForecast:
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator(self.K.device).manual_seed(self._seed + number)
 
-    def _batches(self, training: SampledTraining, steps: Tensor, fluctuations: Fluctuations | None) -> list[Moments]:
-        """The moments of every batch at all steps."""
+    def _draws(self, training: SampledTraining, steps: Tensor, fluctuations: Fluctuations | None) -> list[Moments]:
+        """The moments of each batch of draws at all steps."""
         wanted = sorted({int(step) for step in steps})
         where = [wanted.index(int(step)) for step in steps]
         N, points, C = len(self._x_train), len(self.x), self._outputs
         single = 8 * (2 * points * C if fluctuations is None else 4 * points * C * N * C + 12 * N**2 * points * C)
         rows = max(1, _CHUNK // single)
-        found = []
+        moments = []
         for number in range(BATCHES):
             generator = self._generator(number)
             total: list[Tensor] | None = None
-            draws = draw_outputs(self.K, C, self._size, generator).split(rows)
-            for z in draws:
+            for z in draw_outputs(self.K, C, self._size, generator).split(rows):
                 weights = z.new_full((len(z),), 1 / self._size)
                 parts = [training.moments(z, weights, wanted, None, fluctuations is not None)]
                 if fluctuations is not None:
@@ -180,36 +170,36 @@ class SampledForecast:
                     ]
                 total = _summed(total, parts)
             assert total is not None
-            found.append(Moments(*(value[where] for value in total)))
-        return found
+            moments.append(Moments(*(value[where] for value in total)))
+        return moments
 
-    def _zeroth(self, batches: Sequence[Moments], steps: Tensor, told: str) -> Trajectory:
+    def _averaged(self, draws: Sequence[Moments], steps: Tensor) -> tuple[Trajectory, Tensor, str]:
+        """The trajectory at infinite width, the mean output on all points, and the standard errors in a sentence."""
         probes = self._place[: self._probes]
-        mean, error = _average([batch.z for batch in batches])
-        covariance, spread = _average([_covariance(batch)[:, probes][:, :, probes] for batch in batches])
+        mean, error = _average([batch.z for batch in draws])
+        covariance, spread = _average([_covariance(batch)[:, probes][:, :, probes] for batch in draws])
         Theta = self.Theta[probes][:, probes][..., None, None] * self._identity
         Theta = Theta.expand(len(steps), -1, -1, -1, -1)
-        return Trajectory(
+        note = f"{self._size * BATCHES} draws of z(0), standard errors (rms): mean {error:.2g}, covariance {spread:.2g}"
+        trajectory = Trajectory(
             steps=steps,
             output_mean=mean[:, probes],
             output_covariance=covariance,
             ntk_mean=Theta,
             ntk_drift=Theta.new_zeros(1).expand(Theta.shape),
-            provenance=(
-                f"order 0 (infinite width), {self.ensemble}, {told}; {self._size * BATCHES} draws of z(0), standard "
-                f"errors (rms): mean {error:.2g}, covariance {spread:.2g}"
-            ),
+            provenance=provenance(self.ensemble, self._training, notes=[note]),
             validity=infinite_width_validity(self.ensemble, self.x),
             train_output_mean=mean[:, self._train :],
         )
+        return trajectory, mean, note
 
-    def _tensors(self, samples: int, replicas: int) -> tuple[dict[str, Tensor], float]:
-        """Vertices over n, and the largest relative error of those that were sampled."""
-        if self.ensemble.activation.kinked:
-            raise ValueError(
-                f"activation: {self.ensemble.activation.name} has a kink, and the expansion of training in 1/n does "
-                "not exist. Use a smooth activation, or order=0"
-            )
+    def _tensors(self, num_samples: int, num_replicas: int) -> tuple[dict[str, Tensor], float]:
+        """Return vertices over n, and the largest relative error of those that were sampled.
+
+        Raises:
+            ValueError: If the activation has a kink, inputs nearly coincide or the vertices do not fit into memory.
+        """
+        check_smooth(self.ensemble)
         check_distinct(self._x_train, torch.zeros(len(self._x_train), 1))
         points = len(self.x)
         needed = 8 * (_TENSORS * points**4 + 3 * (2 * points**2) ** 2)
@@ -222,47 +212,34 @@ class SampledForecast:
         if float(values[-1]) > _CONDITION * float(values[0]):
             raise ValueError(
                 f"x_train, x_probe: the kernel of their outputs has eigenvalues from {float(values[0]):.2g} to "
-                f"{float(values[-1]):.2g}; outputs that all but determine one another leave no density to expand. Drop "
+                f"{float(values[-1]):.2g}; outputs that nearly determine one another leave no density to expand. Drop "
                 "near-duplicate inputs, or use order=0"
             )
-        tensors, error = all_vertices(VertexTiles(self.ensemble, self.x, samples, replicas, self._seed))
+        tensors, error = all_vertices(VertexTiles(self.ensemble, self._layers, num_samples, num_replicas, self._seed))
         return {name: value / self.ensemble.widths[-2] for name, value in tensors.items()}, error
 
-    def _validity(self, sizes: dict[str, float], noise: dict[str, float], moved: float) -> Validity:
+    def _validity(self, term_sizes: dict[str, float], noise: dict[str, float], moved: float) -> Validity:
         start = first_order_validity(self.ensemble, self.x)
-        told = ", ".join(f"{key} = {value:.3g}" for key, value in sizes.items())
-        reason = f"terms of order 1/n over those of order 0: {told}; |theta - theta_0|^2 / n = {moved:.3g}"
-        largest = max(*sizes.values(), moved)
+        terms = ", ".join(f"{key} = {value:.3g}" for key, value in term_sizes.items())
+        reasons = [f"terms of order 1/n over those of order 0: {terms}; |theta - theta_0|^2 / n = {moved:.3g}"]
+        largest = max(*term_sizes.values(), moved)
         noisy = max(noise, key=lambda name: noise[name])
+        numbers = {**start.numbers, **term_sizes, "|theta - theta_0|^2 / n": moved, "sampling error": noise[noisy]}
         if noise[noisy] > _NOISY:
-            reason += f"; the {noisy} of order 1/n has a sampling error of {100 * noise[noisy]:.2g} %: give more draws"
-        advice = ". Wider layers or shorter training make it smaller" if largest >= CAUTION else ""
+            reasons.append(
+                f"the {noisy} of order 1/n has a sampling error of {100 * noise[noisy]:.2g} %: give more draws"
+            )
+        if largest >= CAUTION:
+            reasons.append("wider layers or shorter training make the terms of order 1/n smaller")
         if largest >= INVALID or start.flag == "invalid":
-            return Validity("invalid", f"order 1/n: {reason}{advice}. {start.reason}")
+            return Validity("invalid", (f"order 1/n: {reasons[0]}", *reasons[1:], *start.reasons), numbers)
         cautious = start.flag == "caution" or largest >= CAUTION or noise[noisy] > _NOISY
-        return Validity("caution" if cautious else "valid", f"{start.reason}; in training, {reason}{advice}")
-
-
-def _targets(y: Tensor, count: int, outputs: int, loss: str | LossFunction) -> Tensor:
-    """Targets as the loss takes them.
-
-    Raises:
-        ValueError: If they do not fit.
-    """
-    classes = loss == "cross_entropy" and not y.is_floating_point()
-    if classes and tuple(y.shape) == (count,) and 0 <= int(y.min()) <= int(y.max()) < outputs:
-        # As probabilities: gathering by class index is slower under vmap.
-        return torch.nn.functional.one_hot(y.long(), outputs).double()
-    if len(y) != count or classes or (loss in ("mse", "cross_entropy") and tuple(y.shape) != (count, outputs)):
-        raise ValueError(
-            f"y_train: shape {tuple(y.shape)} given; x_train and widths ask for ({count}, {outputs})"
-            + f", or ({count},) classes below {outputs}" * (loss == "cross_entropy")
-        )
-    return y.double() if y.is_floating_point() else y
+        reasons[0] = f"in training, {reasons[0]}"
+        return Validity("caution" if cautious else "valid", (*start.reasons, *reasons), numbers)
 
 
 def _distinct(x_probe: Tensor, x_train: Tensor) -> tuple[list[int], Tensor]:
-    """Probes that are neither training inputs nor earlier probes, and where every input is among these and x_train."""
+    """Probes that are neither training inputs nor earlier probes; the place of each input among these and x_train."""
     x = torch.cat([x_train, x_probe])
     length = x.norm(dim=1).max().clamp_min(torch.finfo(x.dtype).tiny)
     close = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") < _SAME * length
@@ -281,19 +258,8 @@ def _distinct(x_probe: Tensor, x_train: Tensor) -> tuple[list[int], Tensor]:
     return kept, torch.tensor([*where, *range(len(kept), total)], device=x.device)
 
 
-def _sharpness(loss: Loss, z: Tensor, Theta: Tensor, batch: Tensor | None) -> float:
-    """The largest eigenvalue of the loss's Hessian in parameter space for outputs z (N, C), Theta (N, N)."""
-    values, vectors = torch.linalg.eigh(Theta)
-    units = torch.eye(z.numel(), dtype=z.dtype, device=z.device).unflatten(1, z.shape)
-    changes = torch.func.vmap(lambda unit: loss.change_of_error(z, unit, batch), chunk_size=_UNITS)(units)
-    curvature = changes.reshape(z.numel(), *z.shape)
-    root = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
-    half = torch.einsum("ab,bicj,cd->aidj", root, curvature.unflatten(0, z.shape), root)
-    return float(torch.linalg.eigvalsh(half.reshape(z.numel(), -1))[-1])
-
-
 def _summed(total: list[Tensor] | None, parts: Sequence[Moments]) -> list[Tensor]:
-    """Order 0 of the first part, the corrections of all."""
+    """Adds infinite width of the first part and the corrections of all parts to the total."""
     fields = [field.name for field in dataclasses.fields(Moments)]
     corrections = ("z1", "zz1", "H1")
     values = [
