@@ -172,8 +172,8 @@ def test_few_points_are_sampled_too():
     H, H_0 = torch.full((1, 1, 1, 1), 2.0, dtype=F64), torch.ones(1, 1, 1, 1, dtype=F64)
     drift = found.compare(20, torch.zeros(1, 1), H, H_0)["ntk_mean_drift"]
     # 2 x 2048 points: moments to some per cent, and what is summed of them.
-    assert drift.order_1 == pytest.approx(abs(float(D / found.training.Theta_probe)), rel=0.1)
-    assert drift.measured == pytest.approx(math.copysign(1, float(D)) / float(found.training.Theta_probe))
+    assert drift.order_1 == pytest.approx(abs(float(D / found.training.Theta[:1, :1])), rel=0.1)
+    assert drift.measured == pytest.approx(math.copysign(1, float(D)) / float(found.training.Theta[:1, :1]))
 
 
 def test_the_grid_of_steps():
