@@ -96,7 +96,22 @@ def test_what_a_network_is_not_open_for():
     network = measure.Network(mlp(), torch.ones(2, 5))
     with pytest.raises(RuntimeError, match="not isolated; use it inside"):
         network.at({})
-    with network, pytest.raises(RuntimeError, match="open already"), network:
-        pass
     with network, torch.no_grad():  # the caller's modes do not matter inside, either
         assert bool(network.ntk().diagonal().any())
+
+
+def test_inside_another_with_is_the_same_copy_and_a_failure_leaves_it_closed(copies):
+    network = measure.Network(mlp(), torch.ones(2, 5))
+    with network:
+        with network:
+            network.ntk()
+        network.output()
+        assert "isolated" in repr(network)
+    assert len(copies) == 1 and "not isolated" in repr(network)
+    lazy = measure.Network(nn.LazyLinear(3), torch.ones(2, 5))
+    with pytest.raises(ValueError, match="not initialized yet"), lazy:
+        pass
+    assert "not isolated" in repr(lazy)
+    with pytest.raises(ValueError, match="in between"), network:
+        raise ValueError("in between")
+    assert "not isolated" in repr(network)

@@ -63,21 +63,21 @@ class Network:
         self.memory = DEFAULT_MEMORY if memory is None else memory
         self._open: IsolatedModel | None = None
         self._context: AbstractContextManager[IsolatedModel] | None = None
+        self._depth = 0
 
     def __enter__(self) -> "Network":
-        if self._context is not None:
-            raise RuntimeError("this Network is open already; a `with` inside it needs a Network of its own")
-        self._context = isolated(self.model, self.output_fn)
-        try:
-            self._open = self._context.__enter__()
-        except BaseException:
-            self._context = None
-            raise
+        if self._depth == 0:
+            context = isolated(self.model, self.output_fn)
+            self._open = context.__enter__()
+            self._context = context
+        self._depth += 1  # inside, another `with` is the same isolated copy
         return self
 
     def __exit__(self, *error: Any) -> None:
-        context, self._context, self._open = self._context, None, None
-        if context is not None:
+        self._depth -= 1
+        if self._depth == 0:
+            context, self._context, self._open = self._context, None, None
+            assert context is not None
             context.__exit__(*error)
 
     def __repr__(self) -> str:
