@@ -239,6 +239,13 @@ def test_what_cannot_be_measured_is_named(model, x, options, message):
         measure.ntk(model, x, **options)
 
 
+def test_a_memory_limit_is_an_error_of_its_own():
+    with pytest.raises(measure.MemoryLimitError, match="needed at least"):
+        measure.ntk(mlp(), torch.ones(3, 5), memory=100)
+    with pytest.raises(measure.MemoryLimitError, match="needed for the whole dH"):
+        measure.dntk(mlp(), torch.ones(3, 5), memory=2**12)
+
+
 def test_non_finite_parameters_are_named():
     model = mlp()
     with torch.no_grad():

@@ -24,7 +24,17 @@ _ONCE = torch.autograd.function.once_differentiable(lambda context: None).__code
 
 
 class MemoryLimitError(ValueError):
-    """The result does not fit into the memory allowed; the message says how much it needs."""
+    """The result does not fit into the memory allowed; the message says how much it needs.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> try:
+        ...     measure.ntk(torch.nn.Linear(3, 2), torch.eye(3), memory=100)
+        ... except measure.MemoryLimitError as error:
+        ...     print(str(error)[:15])
+        memory: 9.5e-05
+    """
 
 
 def check_measurable(network: nn.Module | IsolatedModel) -> None:
