@@ -55,11 +55,11 @@ class MLPEnsemble:
         self,
         widths: Sequence[int],
         activation: ActivationLike,
+        *,
         C_b: float | Sequence[float] = 0.0,
         C_W: float | Sequence[float] = 1.0,
         lambda_b: float | Sequence[float] = 1.0,
         lambda_W: float | Sequence[float] = 1.0,
-        *,
         errors: Mapping[str, Sequence[float]] | None = None,
         remarks: Sequence[str] = (),
     ) -> None:
@@ -118,6 +118,8 @@ def _checked_errors(errors: Mapping[str, Sequence[float]], depth: int) -> dict[s
 
 
 def _per_layer(name: str, value: float | Sequence[float], depth: int, positive: bool = False) -> tuple[float, ...]:
+    if isinstance(value, str):
+        raise ValueError(f"{name}: {value!r} given; give one number or one per layer")
     values = (value,) * depth if isinstance(value, int | float) else tuple(value)
     if len(values) != depth:
         raise ValueError(f"{name}: {len(values)} values given for {depth} layers; give one value or one per layer")
