@@ -7,8 +7,8 @@ from torch import Tensor
 
 from torch_eft.diagnosis.derived_report import Diagnosis, LayerDiagnosis, Phase
 from torch_eft.diagnosis.findings import DEAD, FROZEN, SIGNAL, Finding, advice, depth_finding
-from torch_eft.diagnosis.variants import Variant, few, twice_as_deep, twice_as_wide, variant
-from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.diagnosis.variants import Variant, few, variant
+from torch_eft.theory.ensemble import MLPEnsemble, twice_as_deep, twice_as_wide
 from torch_eft.theory.estimates.aspect_ratio import AspectRatio, aspect_ratio
 from torch_eft.theory.estimates.exact import dead_probability
 from torch_eft.theory.estimates.expected_drift import expected_drift

@@ -81,33 +81,3 @@ def variant(
 def few(x: Tensor | None) -> Tensor | None:
     """The first four inputs: the spread depends on |x|^2 alone, and four tell."""
     return None if x is None else x[:4]
-
-
-def twice_as_deep(ensemble: MLPEnsemble) -> MLPEnsemble:
-    """Every hidden layer twice; the new weights are drawn and trained like those of the layer after."""
-    hidden = [n for n in ensemble.hidden_widths for _ in range(2)]
-    after = [0, *(layer for layer in range(1, ensemble.depth) for _ in range(2))]
-    return _like(ensemble, [ensemble.widths[0], *hidden, ensemble.widths[-1]], after)
-
-
-def twice_as_wide(ensemble: MLPEnsemble) -> MLPEnsemble:
-    """Hidden layers twice as wide."""
-    widths = [ensemble.widths[0], *(2 * n for n in ensemble.hidden_widths), ensemble.widths[-1]]
-    return _like(ensemble, widths, list(range(ensemble.depth)))
-
-
-def _like(ensemble: MLPEnsemble, widths: list[int], layers: list[int]) -> MLPEnsemble:
-    """Return an ensemble of other widths with the parameters of ``layers`` of ``ensemble``.
-
-    lambda_W proportional to the fan-in is one torch learning rate for all weights: it stays that; else lambda_W does.
-    """
-    rates = [value / n for value, n in zip(ensemble.lambda_W, ensemble.widths[:-1], strict=True)]
-    plain = max(rates) - min(rates) <= 1e-12 * max(rates)
-    return MLPEnsemble(
-        widths,
-        ensemble.activation,
-        C_b=[ensemble.C_b[layer] for layer in layers],
-        C_W=[ensemble.C_W[layer] for layer in layers],
-        lambda_b=[ensemble.lambda_b[layer] for layer in layers],
-        lambda_W=[rates[0] * n for n in widths[:-1]] if plain else [ensemble.lambda_W[layer] for layer in layers],
-    )

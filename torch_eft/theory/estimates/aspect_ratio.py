@@ -23,13 +23,13 @@ maximum over r is at r* = 4 / ((20 + 3 n_L) nu) with epsilon = nu r, and with ep
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import Tensor
 
 from torch_eft.results.repr import short_repr
-from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.ensemble import MLPEnsemble, twice_as_deep, twice_as_wide
 from torch_eft.theory.estimates.learning_rates import layer_gains
 from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.quadrature import QuadratureError
@@ -164,8 +164,8 @@ def aspect_ratio(ensemble: MLPEnsemble, x: Tensor | None = None, *, doubled: boo
         estimate=estimate,
         spread=math.sqrt(epsilon),
         seeds=100 * all_orders,
-        epsilon_twice_depth=output_fluctuation(_twice_as_deep(ensemble), x) if hidden and doubled else None,
-        epsilon_twice_width=output_fluctuation(_twice_as_wide(ensemble), x) if hidden and doubled else None,
+        epsilon_twice_depth=output_fluctuation(twice_as_deep(ensemble), x) if hidden and doubled else None,
+        epsilon_twice_width=output_fluctuation(twice_as_wide(ensemble), x) if hidden and doubled else None,
         critical=point,
         criticality_reason=reason,
         gradient_gain=gain,
@@ -237,20 +237,3 @@ def _optimum(
     if not on:
         caveats.append(f"nu = {nu:.4g} assumes criticality; this network is off it, so that its epsilon is not nu r")
     return r_star, shifted, tuple(caveats)
-
-
-def _twice_as_deep(ensemble: MLPEnsemble) -> MLPEnsemble:
-    """Every hidden layer twice; the new weights are drawn like those of the layer after."""
-    widths = [n for n in ensemble.hidden_widths for _ in range(2)]
-    after = [1] + [layer for layer in range(2, ensemble.depth + 1) for _ in range(2)]
-    return MLPEnsemble(
-        [ensemble.widths[0], *widths, ensemble.widths[-1]],
-        ensemble.activation,
-        C_b=[ensemble.C_b[layer - 1] for layer in after],
-        C_W=[ensemble.C_W[layer - 1] for layer in after],
-    )
-
-
-def _twice_as_wide(ensemble: MLPEnsemble) -> MLPEnsemble:
-    widths = (ensemble.widths[0], *(2 * n for n in ensemble.hidden_widths), ensemble.widths[-1])
-    return replace(ensemble, widths=widths)

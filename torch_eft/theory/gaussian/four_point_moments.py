@@ -76,7 +76,7 @@ class SummedMoments:
             order = [0, 1, 2, 3]
         sides = len(factors) - 2
         left, right = ([factors[index] for index in part] for part in (order[:sides], order[sides:]))
-        mean_left, mean_right = self._mean(left), self._mean(right)
+        mean_left, mean_right = exact_mean(self.pairs, left), exact_mean(self.pairs, right)
         total = self._covariance(left, right, mean_left, mean_right) + torch.outer(mean_left, mean_right)
         result = total.reshape([len(factors[index][1]) for index in order])
         result = result.permute([order.index(axis) for axis in range(len(order))])
@@ -90,8 +90,8 @@ class SummedMoments:
             features_left, features_right = self._columns(left, z, number), self._columns(right, z, number)
             for start in range(0, len(z), rows):
                 part = slice(start, start + rows)
-                first = _group([column[part] for column in features_left]) - mean_left.to(z.dtype)
-                second = _group([column[part] for column in features_right]) - mean_right.to(z.dtype)
+                first = products([column[part] for column in features_left]) - mean_left.to(z.dtype)
+                second = products([column[part] for column in features_right]) - mean_right.to(z.dtype)
                 if removed_left is not None and removed_right is not None:
                     first, second = first - removed_left.values(z[part]), second - removed_right.values(z[part])
                 if weights is not None:
@@ -114,14 +114,6 @@ class SummedMoments:
             if self.points.count * z.shape[1] <= _CACHED:
                 self._features[number, orders] = known
         return known
-
-    def _mean(self, factors: list[Factor]) -> Tensor:
-        """The exact mean of a group, of the functions almost everywhere: delta functions are added apart."""
-        if len(factors) == 1:
-            orders, index = factors[0]
-            return self.pairs.single(orders)[index]
-        (first, rows), (second, columns) = factors
-        return self.pairs.explicit(first, second)[rows][:, columns].flatten()
 
     def _removed(self, factors: list[Factor]) -> "_LowestChaos | None":
         return None if self._smooth is None else _LowestChaos(self._smooth, factors)
@@ -246,8 +238,17 @@ class _LowestChaos:
         return index.repeat(len(self.indices[0]))
 
 
-def _group(columns: list[Tensor]) -> Tensor:
-    """Products over all entries of a group, (S, n)."""
+def exact_mean(pairs: TwoPointMoments, factors: Sequence[Factor]) -> Tensor:
+    """The exact mean of a group of one or two labels, flat, of the functions almost everywhere."""
+    if len(factors) == 1:
+        orders, index = factors[0]
+        return pairs.single(orders)[index]
+    (first, rows), (second, columns) = factors
+    return pairs.explicit(first, second)[rows][:, columns].flatten()
+
+
+def products(columns: Sequence[Tensor]) -> Tensor:
+    """Products over all entries of a group of one or two labels, (S, n)."""
     if len(columns) == 1:
         return columns[0]
     return (columns[0][:, :, None] * columns[1][:, None, :]).flatten(1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import Activation
-from torch_eft.theory.gaussian.four_point_moments import Factor
+from torch_eft.theory.gaussian.four_point_moments import Factor, exact_mean, products
 from torch_eft.theory.gaussian.points import MOST_QUADRATURE_LABELS, Points, quadrature_spacings, sample_points
 from torch_eft.theory.gaussian.scale_invariant import Orders
 from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
@@ -146,14 +146,14 @@ class _PairedMoments:
         ]
         left, right = _SPLITS[len(n)][columns.index(min(columns))]
         first, second = [factors[slot] for slot in left], [factors[slot] for slot in right]
-        mean_first, mean_second = self._mean(first), self._mean(second)
+        mean_first, mean_second = exact_mean(self._pairs, first), exact_mean(self._pairs, second)
         product = self._z.new_zeros(len(mean_first), len(mean_second))
         sum_first, sum_second = torch.zeros_like(mean_first), torch.zeros_like(mean_second)
         columns_first, columns_second = self._columns(first), self._columns(second)
         rows = max(1, _FEATURES // min(columns))
         for start in range(0, len(self._z), rows):  # small enough for the features to stay in the cache
             part = slice(start, start + rows)
-            f, g = _products(columns_first, part), _products(columns_second, part)
+            f, g = (products([column[part] for column in side]) for side in (columns_first, columns_second))
             product.addmm_(f.T, g)
             sum_first, sum_second = sum_first + f.sum(0), sum_second + g.sum(0)
         count = len(self._z)
@@ -163,14 +163,6 @@ class _PairedMoments:
         order = (*left, *right)
         value = product.reshape([n[slot] for slot in order])
         return value.permute([order.index(axis) for axis in range(len(n))])
-
-    def _mean(self, factors: Sequence[Factor]) -> Tensor:
-        """The exact mean of one or two factors, flat."""
-        if len(factors) == 1:
-            orders, index = factors[0]
-            return self._pairs.single(orders)[index]
-        (first, rows), (second, columns) = factors
-        return self._pairs.explicit(first, second)[rows][:, columns].flatten()
 
     def _columns(self, factors: Sequence[Factor]) -> list[Tensor]:
         """Every factor at all points, (S, n)."""
@@ -194,13 +186,6 @@ def _consecutive(index: Tensor) -> Tensor | slice:
     if len(index) and bool((index.diff() == 1).all()):
         return slice(int(index[0]), int(index[-1]) + 1)
     return index
-
-
-def _products(columns: Sequence[Tensor], part: slice) -> Tensor:
-    """Products over all entries of one or two factors at some points, (S, n)."""
-    if len(columns) == 1:
-        return columns[0][part]
-    return (columns[0][part, :, None] * columns[1][part, None, :]).flatten(1)
 
 
 class _SinglePairs:
