@@ -25,7 +25,7 @@ class Layer:
 
 @dataclass
 class Patterns:
-    """What the output layer's statistics need of the last hidden layer: coinciding neurons k, m only."""
+    """The part of the last hidden layer that the output layer's statistics need: coinciding neurons k, m only."""
 
     z: Tensor
     H: Tensor

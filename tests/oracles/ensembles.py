@@ -6,7 +6,7 @@ import torch
 
 
 def draw(widths, C_b, C_W, count, generator, dtype=torch.float64):
-    """``count`` networks: a list of (weights (S, n_out, n_in), biases (S, n_out)) a layer."""
+    """``count`` networks: a list of (weights (S, n_out, n_in), biases (S, n_out)) per layer."""
     layers = []
     for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
         weight = torch.randn(count, n_out, n_in, generator=generator, dtype=dtype) * math.sqrt(C_W / n_in)

@@ -1,9 +1,9 @@
 """Mutants of the theory: every additive term of every recursion, dropped alone.
 
 The modules of the recursions are compiled again with each ``a + b`` and ``a - b`` (and ``x += a``) routed through
-``Mutator.combine``, which can leave one operand out. What is a term of a recursion, and what is arithmetic of indices
-or labels, is decided by the operands at run time: tensors. A building block (``response``, ...) gives mutants for each
-place that calls it: the terms are those of recursions written out in full. Nothing here knows names of moments.
+``Mutator.combine``, which can leave one operand out. The operands at run time decide between a term of a recursion
+(tensors) and arithmetic of indices or labels. A building block (``response``, ...) gives mutants for each place that
+calls it: the terms are those of recursions written out in full. Nothing here knows names of moments.
 """
 
 import ast
@@ -131,14 +131,14 @@ class Mutator(ast.NodeTransformer):
 
     def affected(self, name: str) -> set[str]:
         """The recursions that depend on ``name``, itself among them."""
-        found, new = {name}, [name]
+        dependent, new = {name}, [name]
         while new:
             known = new.pop()
             for other, used in self.uses.items():
-                if known in used and other not in found:
-                    found.add(other)
+                if known in used and other not in dependent:
+                    dependent.add(other)
                     new.append(other)
-        return found
+        return dependent
 
     # ---- syntax
 

@@ -1,4 +1,4 @@
-"""The ensemble at order 1/n the long way: a differential operator on the trained network as a function of its tensors.
+"""The ensemble at order 1/n, the long way: a differential operator on the trained network as a function of its tensors.
 
 Combined indices a = (input x, output i) throughout, no reduction of any kind. ``simulate`` trains one network given
 z, H, dH, ddI, ddII at initialization, in the coefficient form: theta_t - theta_0 = p J + q u + r v + s w. The mean over
@@ -219,5 +219,5 @@ def first_order(K, Theta, tensors, y, probes, outputs, descent, record, loss=Non
         ]
 
     names = ("z", "zz", "zzz", "zzzz", "H")
-    found = dict(zip(names, split(weights @ order_1), strict=True))
-    return found | {f"{name}0": value for name, value in zip(names, split(weights @ order_0), strict=True)}
+    corrections = dict(zip(names, split(weights @ order_1), strict=True))
+    return corrections | {f"{name}0": value for name, value in zip(names, split(weights @ order_0), strict=True)}

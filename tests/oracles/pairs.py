@@ -1,4 +1,4 @@
-"""Pairs of neurons at high statistical power: what the propagated terms of every recursion say, by itself.
+"""Pairs of neurons at high statistical power: the propagated terms of every recursion, measured alone.
 
 A recursion has a joint part (one neuron of layer l) and a part proportional to r = n_l / n_{l-1}, which comes from
 pairs of different neurons j != k of layer l, independent but for corrections of order 1/n_{l-1}. Here that second part
@@ -112,22 +112,22 @@ class Limit:
 
 @cache
 def limit(setting: Setting) -> Limit:
-    x, found = setting.x, Limit([], [], [], [])
+    x, known = setting.x, Limit([], [], [], [])
     gram = x @ x.T / 3
-    found.K.append(setting.C_b[0] + setting.C_W[0] * gram)
-    found.Theta.append(setting.lambda_b[0] + setting.lambda_W[0] * gram)
+    known.K.append(setting.C_b[0] + setting.C_W[0] * gram)
+    known.Theta.append(setting.lambda_b[0] + setting.lambda_W[0] * gram)
     one, zero = torch.ones(1, 2, 2, dtype=x.dtype), x.new_zeros(1, 2, 2, 2, 2)
     for index in range(1, 4):
-        fine, coarse = (conditional_means(setting.sigma, found.K[-1][None], one, zero, step) for step in (FINE, COARSE))
-        found.m_00.append(coarse[0][0])
-        found.m_11.append(coarse[1][0])
+        fine, coarse = (conditional_means(setting.sigma, known.K[-1][None], one, zero, step) for step in (FINE, COARSE))
+        known.m_00.append(coarse[0][0])
+        known.m_11.append(coarse[1][0])
         m_00, m_11 = fine[0][0], fine[1][0]
         if index < len(setting.C_b):
-            found.K.append(setting.C_b[index] + setting.C_W[index] * m_00)
-            found.Theta.append(
-                setting.lambda_b[index] + setting.lambda_W[index] * m_00 + setting.C_W[index] * m_11 * found.Theta[-1]
+            known.K.append(setting.C_b[index] + setting.C_W[index] * m_00)
+            known.Theta.append(
+                setting.lambda_b[index] + setting.lambda_W[index] * m_00 + setting.C_W[index] * m_11 * known.Theta[-1]
             )
-    return found
+    return known
 
 
 # ---- layer 1 and its control variates
@@ -139,11 +139,11 @@ CONTROLS = ((0, 0), (1, 1), (0, 0, 0, 0), (0, 0, 1, 1), (1, 1, 1, 1), (2, 1, 1, 
 @cache
 def monomials(families=CONTROLS) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Products over (order, label), each once."""
-    found = {}
+    keys = {}
     for orders in families:
         for labels in itertools.product(range(2), repeat=len(orders)):
-            found[tuple(sorted(zip(orders, labels, strict=True)))] = None
-    return tuple(found)
+            keys[tuple(sorted(zip(orders, labels, strict=True)))] = None
+    return tuple(keys)
 
 
 def features(values: list[Tensor], families=CONTROLS) -> Tensor:
@@ -292,12 +292,12 @@ QUADRATIC_GROUP = 48
 def neurons(setting: Setting, W: Tensor, b: Tensor, values: list[Tensor]) -> dict[str, Tensor]:
     """sigma .. sigma''' and H_kk at the neurons of layer 2 with weights W (S, J, n), biases b (S, J, 1)."""
     s, s1 = values[:2]
-    found = dict(zip("0123", derivatives(setting.sigma, W @ s + b), strict=True))
+    values_of = dict(zip("0123", derivatives(setting.sigma, W @ s + b), strict=True))
     T = limit(setting).Theta[0]
     H = (W * W) @ e("sia,sib,ab->siab", s1, s1, T).flatten(2)
     same = setting.lambda_W[1] / s.shape[1] * e("sia,sib->sab", s, s)
-    found["H"] = H.unflatten(2, (2, 2)) + (setting.lambda_b[1] + same)[:, None]
-    return found
+    values_of["H"] = H.unflatten(2, (2, 2)) + (setting.lambda_b[1] + same)[:, None]
+    return values_of
 
 
 def pair_patterns(setting: Setting, values: list[Tensor], A: Tensor, b_A: Tensor, B: Tensor, b_B: Tensor):
@@ -363,37 +363,37 @@ def pair_patterns(setting: Setting, values: list[Tensor], A: Tensor, b_A: Tensor
         factor, letters = product("k", left)
         return e(f"s{''.join(letters)}z,s{legs}z{right}->s{out}", factor[..., :few], spread) / few
 
-    found = {}
-    found["B", 0] = quadratic("pa pc", "abcd", "bd", "acbd")
-    found["F", 0] = link("sa pc", 1, "sb pd", 1, h, "cd", "acbd")
-    found["P", 0] = quadratic("sd qa", "abac", "bc") + link("sd pa", 1, "pb pc", 2, curve, "abc")
+    patterns = {}
+    patterns["B", 0] = quadratic("pa pc", "abcd", "bd", "acbd")
+    patterns["F", 0] = link("sa pc", 1, "sb pd", 1, h, "cd", "acbd")
+    patterns["P", 0] = quadratic("sd qa", "abac", "bc") + link("sd pa", 1, "pb pc", 2, curve, "abc")
 
     d_kkm = [("pb pa", 2, "pc sd", 1, curve), ("pb pa", 0, "pc sd", 1, tie_1)]
-    found["Q", 0] = link("pb qa Hab", 1, "pc sd", 1, h, "ac")
-    found["Q", 0] = found["Q", 0] + sum(link(f, p, g, q, kernel, "abc") for f, p, g, q, kernel in d_kkm)
-    found["Q", 1] = link("sb pa", 1, "pc sd", 1, h, "ac")
+    patterns["Q", 0] = link("pb qa Hab", 1, "pc sd", 1, h, "ac")
+    patterns["Q", 0] = patterns["Q", 0] + sum(link(f, p, g, q, kernel, "abc") for f, p, g, q, kernel in d_kkm)
+    patterns["Q", 1] = link("sb pa", 1, "pc sd", 1, h, "ac")
 
-    found["R", 0] = quadratic("pb ta Hab", "acad", "cd") + link("pb qa Hab", 1, "pc pd", 2, curve, "acd")
+    patterns["R", 0] = quadratic("pb ta Hab", "acad", "cd") + link("pb qa Hab", 1, "pc pd", 2, curve, "acd")
     core = e("sia,sib,sic,sid,ab,ac,ad->siabcd", s3, s1, s1, s1, T, T, T)
     tied = share * e("sib,sia,sic,sid,ac,ad->siabcd", s, s2, s1, s1, T, T)
-    found["R", 0] = (
-        found["R", 0] + link("pb pa", 2, "pc pd", 2, core, "abcd") + link("pb pa", 0, "pc pd", 2, tied, "abcd")
+    patterns["R", 0] = (
+        patterns["R", 0] + link("pb pa", 2, "pc pd", 2, core, "abcd") + link("pb pa", 0, "pc pd", 2, tied, "abcd")
     )
-    found["R", 1] = quadratic("sb qa", "acad", "cd") + link("sb pa", 1, "pc pd", 2, curve, "acd")
+    patterns["R", 1] = quadratic("sb qa", "acad", "cd") + link("sb pa", 1, "pc pd", 2, curve, "acd")
 
     core = e("sia,sib,sic,sid,ab,ac,bd->siabcd", s2, s2, s1, s1, T, T, T)
     t12 = share * e("sia,sib,sic,sid,ac,bd->siabcd", s1, s1, s1, s1, T, T)
     t13 = share * e("sic,sia,sid,sib,ab,bd->siabcd", s, s1, s1, s2, T, T)
     t24 = share * e("sid,sib,sic,sia,ab,ac->siabcd", s, s1, s1, s2, T, T)
     at_both = share**2 * e("sic,sia,sid,sib,ab->sabcd", s, s1, s, s1, T)
-    found["S", 0] = quadratic("qa qb Hab", "acbd", "cd")
-    found["S", 0] = (
-        found["S", 0] + link("pa pb", 2, "pc pd", 2, core, "abcd") + link("pa pb", 0, "pc pd", 2, t12, "abcd")
+    patterns["S", 0] = quadratic("qa qb Hab", "acbd", "cd")
+    patterns["S", 0] = (
+        patterns["S", 0] + link("pa pb", 2, "pc pd", 2, core, "abcd") + link("pa pb", 0, "pc pd", 2, t12, "abcd")
     )
-    found["S", 1] = quadratic("pa pb", "acbd", "cd")
+    patterns["S", 1] = quadratic("pa pb", "acbd", "cd")
 
     ends = product("k", "pc pa", 0)[0], product("m", "pd pb", 0)[0]
-    found["T", 0] = (
+    patterns["T", 0] = (
         link("pc qa Hac", 1, "pd qb Hbd", 1, h, "ab", "acbd")
         + link("pc qa Hac", 1, "pd pb", 2, curve, "bad", "acbd")
         + link("pc qa Hac", 1, "pd pb", 0, tie_2, "bad", "acbd")
@@ -404,7 +404,7 @@ def pair_patterns(setting: Setting, values: list[Tensor], A: Tensor, b_A: Tensor
         + link("pc pa", 2, "pd pb", 0, t24, "abcd", "acbd")
         + e("sca,sdb,sabcd->sacbd", *ends, at_both)
     )
-    found["T", 1] = (
+    patterns["T", 1] = (
         link("sc pa", 1, "pd qb Hbd", 1, h, "ab", "acbd")
         + link("sc pa", 1, "pd pb", 2, curve, "bad", "acbd")
         + link("sc pa", 1, "pd pb", 0, tie_2, "bad", "acbd")
@@ -412,9 +412,9 @@ def pair_patterns(setting: Setting, values: list[Tensor], A: Tensor, b_A: Tensor
         + link("pc pa", 2, "sd pb", 1, curve, "abc", "acbd")
         + link("pc pa", 0, "sd pb", 1, tie_2, "abc", "acbd")
     )
-    found["T", 2] = link("sc pa", 1, "sd pb", 1, h, "ab", "acbd")
-    found["U", 0] = link("pd pa", 2, "pc pb", 2, core, "abcd", "adbc")
-    return found
+    patterns["T", 2] = link("sc pa", 1, "sd pb", 1, h, "ab", "acbd")
+    patterns["U", 0] = link("pd pa", 2, "pc pb", 2, core, "abcd", "adbc")
+    return patterns
 
 
 def differential_sector(
@@ -430,9 +430,9 @@ def differential_sector(
 
         weights = [normal(size, neurons_each, n) * math.sqrt(setting.C_W[1] / n) for _ in range(2)]
         biases = [normal(size, neurons_each, 1) * math.sqrt(setting.C_b[1]) for _ in range(2)]
-        found = pair_patterns(setting, values, weights[0], biases[0], weights[1], biases[1])
-        keys[:] = found
-        return torch.stack(list(found.values()), 1), layer_1_controls(setting, values)
+        patterns = pair_patterns(setting, values, weights[0], biases[0], weights[1], biases[1])
+        keys[:] = patterns
+        return torch.stack(list(patterns.values()), 1), layer_1_controls(setting, values)
 
     keys: list[tuple[str, int]] = []
     patterns, controls = by_chunks(draw, count, chunk, seed)
@@ -463,13 +463,13 @@ class Measured:
 
 def extrapolated(narrow: Estimates, wide: Estimates) -> dict[Key, Measured]:
     """2 x(2n) - x(n). With x = t (1 + a / n + b / n^2), b of order a^2, what is left is 2 (a / 2n)^2 of the scale."""
-    found = {}
+    measured = {}
     for key, (first, error_1) in narrow.items():
         second, error_2 = wide[key]
         value, error = 2 * second - first, (4 * error_2.square() + error_1.square()).sqrt()
         shift = float((second - first).norm() / value.norm())
-        found[key] = Measured(value, error, 2 * shift**2 * float(value.abs().max()))
-    return found
+        measured[key] = Measured(value, error, 2 * shift**2 * float(value.abs().max()))
+    return measured
 
 
 TANH = Setting("tanh", (0.2, 0.1, 0.3, 0.1), (1.3, 1.5, 1.2, 1.4), (0.5, 1.0, 0.2, 0.3), (1.0, 0.7, 1.2, 0.8))
@@ -481,7 +481,7 @@ FLAT = Setting("gelu", (0.3, 0.2, 0.1, 0.2), (1.0, 1.2, 1.4, 1.1), (1.0, 1.5, 0.
 
 @cache
 def pairs_of_layer_2(setting: Setting, scale: float = 1.0) -> dict[Key, Measured]:
-    """What the r-parts of the recursions from layer 2 to 3 must be. ``scale`` multiplies the numbers of networks."""
+    """The required r-parts of the recursions from layer 2 to 3. ``scale`` multiplies the numbers of networks."""
     kernels = [kernel_sector(setting, (n,), int(12000 * scale)) for n in (24, 48)]
     above = [differential_sector(setting, n, 256, int(count * scale)) for n, count in ((24, 4000), (48, 8000))]
     return extrapolated(kernels[0] | above[0], kernels[1] | above[1])
