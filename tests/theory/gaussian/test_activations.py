@@ -54,6 +54,13 @@ def test_registered_names_are_known_everywhere():
         register_activation(Activation("cubic_for_test", torch.tanh))
 
 
+@pytest.mark.parametrize(
+    ("given", "name"), [("Tanh", "tanh"), ("ReLU", "relu"), ("LeakyReLU", "leaky_relu"), ("GELU", "gelu")]
+)
+def test_names_are_known_in_any_case(given, name):
+    assert get_activation(given) is get_activation(name)
+
+
 def test_unknown_activation_lists_what_there_is():
     with pytest.raises(ValueError, match=r"activation: 'tahn' given \(did you mean 'tanh'\?\); give one of .*tanh"):
         get_activation("tahn")
