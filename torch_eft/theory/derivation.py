@@ -34,7 +34,7 @@ A cumulant with more d_z than the degree gives nothing. Hence (``CONTRIBUTIONS``
     covariance            G1, Theta1; A B; D F; P Q; R S T U    V: four d_z on degree 2
     fourth cumulant       A B; D F; V; P Q; R S T U             G1, Theta1: they shift the Gaussian, and connect nothing
     NTK drift             P Q; R S T U                          the others: without dH or ddNTK the NTK is frozen
-    hidden kernels        none                                  Xi, Y, C of each layer (``representation``); Mv for the
+    hidden kernels        none                                  Xi, Y, C of each layer (``hidden_layers``); Mv for the
                                                                 neurons' movement: products of first and second
                                                                 derivatives of hidden neurons along the frozen path,
                                                                 made of B, F, P and Q of that layer, not the last

@@ -1,12 +1,8 @@
 """The depth-to-width ratio r = L/n and the size of the finite-width fluctuations it causes.
 
-A network's last hidden layer sets the variance G of its output given everything before;
-epsilon = Var(G) / E[G]^2 over initializations controls the 1/n expansion. To order 1/n,
-epsilon = V / (n_{L-1} K^2) at the output, with V the four-point vertex for one input (PDLT 4.3,
-single-input form):
-    V^(l+1) = C_W^2 { <s^4> - <s^2>^2 + (n_l / n_{l-1}) (d<s^2>/dK)^2 V^(l) },    V^(1) = 0.
+epsilon = Var(G) / E[G]^2, G the variance of the output given the last hidden layer, controls the 1/n expansion;
+``signal_propagation.regimes`` has its value b to order 1/n (nu r at criticality, PDLT 5.4). Beyond that order:
 
-Beyond order 1/n, b being the first-order epsilon (nu r at criticality, PDLT 5.4):
 * piecewise linear s without biases, exactly: E[G^2]/E[G]^2 = prod_{hidden l} (1 + nu / n_l), as a layer's neurons are
   independent given the one before; at fixed r and n -> infinity epsilon = e^b - 1, lognormal. Elsewhere
   prod (1 + b_l), with b shared out as 1 / n_l, is an estimate; it is exact for one hidden layer.

@@ -68,7 +68,7 @@ class ScaleInvariantPairs:
 
 
 class ScaleInvariantMoments:
-    """Moments with three or four labels; the interface of ``four_label.FourPointMoments``.
+    """Moments with three or four labels; the interface of ``four_point_moments.FourPointMoments``.
 
     Args:
         slopes: (negative, positive).
