@@ -140,7 +140,7 @@ def test_a_signal_beyond_float64_is_named():
         eft.diagnose(MLPEnsemble([4, *[50] * 600, 2], "relu", C_W=6.0))
 
 
-@pytest.mark.parametrize("name", ["tanh", "relu"])
+@pytest.mark.parametrize("name", [pytest.param("tanh", marks=pytest.mark.slow), "relu"])
 def test_the_doubled_networks_are_recomputed(name):
     """Twice the width halves epsilon and the NTK's relative variance at order 1/n; all else comes from the ensemble."""
     widths = [10, 40, 60, 40, 3]

@@ -71,7 +71,7 @@ def test_a_depth_sweep_at_fixed_width(name, seeds):
         assert diagnosis.spread.ntk == pytest.approx(value, rel=0.2)
 
 
-@pytest.mark.parametrize(("name", "width"), [("relu", 40), ("tanh", 6)])
+@pytest.mark.parametrize(("name", "width"), [("relu", 40), pytest.param("tanh", 6, marks=pytest.mark.slow)])
 def test_every_run_with_epsilon_beyond_one_is_too_deep(name, width):
     """Down to networks that are fine: none with epsilon > 1 is missed, none with r and epsilon < 0.2 is flagged."""
     seen = set()

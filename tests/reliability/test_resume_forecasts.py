@@ -40,7 +40,7 @@ def half(momentum=0.0):
 # ---- it goes on
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("momentum", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_its_values_are_those_of_the_training_that_was_not_stopped(momentum):
     whole, saved = half(momentum)
     resumed = Run(seed=1, momentum=momentum).resume(saved).train(HALF + 1, STEPS)
@@ -79,6 +79,7 @@ def test_cross_entropy_and_a_measurement_that_falls_on_the_resume():
     assert "squared error" in resumed.instruments()["ensemble"].validity.reason  # it had none, and says why still
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_two_resumes_one_of_them_without_a_step():
     whole, saved = half()
     again = Run(seed=1).resume(saved).saved()
@@ -176,6 +177,7 @@ def test_a_momentum_that_was_not_restored_ends_it():
         assert "lost its momentum with the resume" in instrument.validity.reason
 
 
+@pytest.mark.slow
 def test_why_it_ended_before_the_checkpoint_is_still_known_after_it():
     run = Run().train(1, 2)
     run.optimizer.param_groups[0]["lr"] = 0.01
@@ -237,7 +239,9 @@ def test_a_state_that_cannot_be_read_ends_it_and_nothing_else(change):
     same(resumed, whole, range(HALF + 1))
 
 
-@pytest.mark.parametrize("keep", ["file", "a file that is gone", "none"])
+@pytest.mark.parametrize(
+    "keep", ["file", *(pytest.param(keep, marks=pytest.mark.slow) for keep in ("a file that is gone", "none"))]
+)
 def test_theta_0_beside_the_checkpoint_or_not_at_all(keep, tmp_path):
     """This network's forecast is made again of theta_0, and ends without; that of the ensemble needs none."""
 

@@ -44,6 +44,7 @@ def deviations():
     return {quantity: torch.tensor(values) for quantity, values in scores.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantity", ["output_projection", "output_chi_squared", "ntk_trace"])
 def test_deviations_have_mean_zero_and_variance_one(deviations, quantity):
     z = deviations[quantity]

@@ -161,6 +161,7 @@ def test_with_momentum_order_1_ends(monkeypatch):
     assert "with momentum order 1/n ends at step 10" in found.words
 
 
+@pytest.mark.slow
 def test_few_points_are_sampled_too():
     """Two training points and one probe: of another sample than three points more, but the same theory."""
     x, y, x_probe = data(2, 1)

@@ -96,6 +96,7 @@ def test_one_output_gives_sums_over_structures():
         torch.testing.assert_close(found.mean["3V"].permute(axes), found.mean["3V"])
 
 
+@pytest.mark.slow
 def test_standard_errors_are_right():
     """60 repetitions: the scatter of the estimates is what the jackknife says."""
     runs = [compared("tanh", (3, 6, 2), 64, ("K", "Theta", "A", "B", "P"), seed)[1] for seed in range(60)]

@@ -68,8 +68,10 @@ def third(function):
 
 @pytest.mark.parametrize(
     ("build", "reference"),
-    [(lambda: mlp((3, 3, 2, 2)), lambda: mlp((3, 3, 2, 2))), (layer_norm_net, plain_layer_norm_net)],
-    ids=["mlp", "layer_norm"],
+    [
+        pytest.param(lambda: mlp((3, 3, 2, 2)), lambda: mlp((3, 3, 2, 2)), id="mlp"),
+        pytest.param(layer_norm_net, plain_layer_norm_net, id="layer_norm", marks=pytest.mark.slow),
+    ],
 )
 def test_dense_derivatives_agree_to_rounding(build, reference):
     """Dense derivatives of torch's own layer norm are wrong from second order on: it is written out for them."""

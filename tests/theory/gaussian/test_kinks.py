@@ -56,7 +56,7 @@ def test_signs_of_coinciding_labels_multiply_to_one():
         assert float(moments((0, 0, 0, 0), (0, 1, 2, 3))) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_two_exact_routes_agree_on_four_labels(seed):
     """Plackett's one-dimensional integral against a four-dimensional rule split at every kink, and its error.
 
@@ -149,7 +149,10 @@ def ensemble_of(activation):
 
 @pytest.mark.parametrize(
     ("kinked", "smooth", "names"),
-    [("relu", mollified_relu, ("V", "P", "Q")), ("elu", mollified_elu, ("P", "Q", "R", "S", "T", "U"))],
+    [
+        pytest.param("relu", mollified_relu, ("V", "P", "Q"), marks=pytest.mark.slow),
+        ("elu", mollified_elu, ("P", "Q", "R", "S", "T", "U")),
+    ],
 )
 def test_distributional_statistics_are_the_limit_of_smooth_ones(kinked, smooth, names):
     """Layer 3, entries with repeated labels included; sharpness 4, 8, 16, extrapolated.

@@ -222,7 +222,9 @@ def test_critical_points_are_json(name):
     assert json.loads(json.dumps(asdict(criticality(name))))["reason"]
 
 
-@pytest.mark.parametrize("name", ["tanh", "sin", "elu", "selu"])
+@pytest.mark.parametrize(
+    "name", ["tanh", "sin", *(pytest.param(name, marks=pytest.mark.slow) for name in ("elu", "selu"))]
+)
 def test_vertex_grows_with_depth_as_nu_once_the_kernel_decays(name):
     """x = V/K^2 under K' = K - c K^{1+d}: x' = nu_0 + x (1 - 2/(l + l_0)), l_0 = 1/(c d K_0^d); nu = nu_0 / 3.
 

@@ -90,8 +90,11 @@ SCHEDULED = Training(schedule=lambda step: RATE * (1 + step) / (2 + step**2), mo
 
 @pytest.fixture(
     scope="module",
-    params=[(exact_case, PLAIN), (random_case, HEAVY_BALL), (random_case, SCHEDULED)],
-    ids=["plain", "heavy ball", "Nesterov with a schedule"],
+    params=[
+        pytest.param((exact_case, PLAIN), id="plain"),
+        pytest.param((random_case, HEAVY_BALL), id="heavy ball", marks=pytest.mark.slow),
+        pytest.param((random_case, SCHEDULED), id="Nesterov with a schedule"),
+    ],
 )
 def case(request):
     tensors_of, training = request.param
@@ -164,6 +167,7 @@ def test_gradient_flow_is_the_limit_of_small_steps():
         assert float((first - value).norm() / (second - value).norm()) == pytest.approx(2, rel=0.02)
 
 
+@pytest.mark.slow
 def test_sampled_vertices_agree_with_integrated_ones():
     """One probe and 2 training points, integrated; with two more probes, sampled. Probes do not enter one another's
     corrections, so that the difference is the sampling error: a few entries within 4 of it."""
