@@ -127,7 +127,7 @@ def test_many_outputs_are_probed_at_random():
     assert places(model, x)[0].gradient == pytest.approx(float(J.square().sum()) / 160, rel=0.33)
 
 
-def test_redraws_leave_the_model_and_the_random_state_alone():
+def test_reinitialized_networks_leave_the_model_and_the_random_state_alone():
     torch.manual_seed(0)
     model = ConvNet()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -256,7 +256,7 @@ def _shadow_of(model: nn.Module, output_fn: OutputFn | None, dtype: torch.dtype 
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach()
     # Most modules are torch's own leaves, copied a hundred times faster by hand than by deepcopy.
-    memo |= {id(module): twin for module in model.modules() if (twin := _twin(module)) is not None}
+    memo |= {id(module): copied for module in model.modules() if (copied := _copied_leaf(module)) is not None}
     known = dict(memo)
     try:
         shadow = copy.deepcopy(model, memo).eval()
@@ -288,7 +288,7 @@ def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
 _IMMUTABLE = (type(None), bool, int, float, str, torch.device, torch.dtype)
 
 
-def _twin(module: nn.Module) -> nn.Module | None:
+def _copied_leaf(module: nn.Module) -> nn.Module | None:
     """Copy a torch.nn module without children, hooks and attributes of unknown kinds as deepcopy does; else None."""
     if not type(module).__module__.startswith("torch.nn.modules.") or module._modules:
         return None
@@ -307,9 +307,9 @@ def _twin(module: nn.Module) -> nn.Module | None:
     buffers = state["_buffers"]
     for name, buffer in buffers.items():
         buffers[name] = None if buffer is None else buffer.detach().clone()
-    twin = module.__new__(type(module))
-    vars(twin).update(state)
-    return twin
+    copied = module.__new__(type(module))
+    vars(copied).update(state)
+    return copied
 
 
 def _readable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
