@@ -40,7 +40,7 @@ def measured_spread(name, depth, seeds):
         model,
         x,
         num_networks=seeds,
-        quantities=("Theta", "A", "B"),
+        statistics=("Theta", "A", "B"),
         initialize=lambda m: drawn(m, 0.0, C_W),
         width=WIDTH,
     )

@@ -45,13 +45,13 @@ def theory(name, widths):
     return initial_statistics(ensemble, inputs(), statistics=STATISTICS)[-1]
 
 
-def compared(name, widths, seeds, quantities=MEASURABLE, seed=0, dtype=torch.float64):
+def compared(name, widths, seeds, statistics=MEASURABLE, seed=0, dtype=torch.float64):
     model = mlp(widths, ACTIVATIONS[name]).to(dtype)
     lambdas = {}
     for index, n_in in enumerate(widths[:-1]):
         lambdas |= {f"{2 * index}.weight": LAMBDA_W[index] / n_in, f"{2 * index}.bias": LAMBDA_B[index]}
     found = statistics_over_seeds(
-        model, inputs(), num_networks=seeds, quantities=quantities, lambdas=lambdas, initialize=gaussian, seed=seed
+        model, inputs(), num_networks=seeds, statistics=statistics, lambdas=lambdas, initialize=gaussian, seed=seed
     )
     assert found.width == widths[-2]
     assert found.width_source == "the fan-in of the MLP's last layer"
@@ -163,7 +163,7 @@ class Attention(nn.Module):
 def test_any_architecture(model, x):
     """A GRU has no batching rule and goes one network at a time."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    found = statistics_over_seeds(model, x, num_networks=4, quantities=MEASURABLE)
+    found = statistics_over_seeds(model, x, num_networks=4, statistics=MEASURABLE)
     assert found.width == 1
     assert found.width_source.startswith("1, as there is no last hidden width to read off (not an MLP: the parameter")
     assert found.mean["Theta"].shape == (2, 2)
@@ -179,7 +179,7 @@ def test_the_ntk_is_that_of_the_networks():
     from torch_eft import measure
 
     model, x = ConvNet(), torch.randn(2, 1, 8, 8)
-    found = statistics_over_seeds(model, x, num_networks=3, quantities=("K", "Theta", "B"), lambdas=0.5, seed=3)
+    found = statistics_over_seeds(model, x, num_networks=3, statistics=("K", "Theta", "B"), lambdas=0.5, seed=3)
     twin = copy.deepcopy(model)
     kernels, outputs = [], []
     with torch.random.fork_rng():
@@ -222,17 +222,17 @@ def test_nothing_is_touched():
 
 def test_nothing_is_made_on_the_default_device():
     model, x = mlp((3, 8, 2)).double(), inputs()
-    expected = statistics_over_seeds(model, x, num_networks=4, quantities=MEASURABLE)
+    expected = statistics_over_seeds(model, x, num_networks=4, statistics=MEASURABLE)
     with torch.device("meta"):  # any tensor made without a device would now have no data
-        found = statistics_over_seeds(model, x, num_networks=4, quantities=MEASURABLE)
+        found = statistics_over_seeds(model, x, num_networks=4, statistics=MEASURABLE)
     for name in MEASURABLE:
         assert torch.equal(found.mean[name], expected.mean[name])
 
 
 def test_memory_changes_the_batches_only():
     model, x = mlp((3, 8, 2)).double(), inputs()
-    whole = statistics_over_seeds(model, x, num_networks=40, quantities=MEASURABLE)
-    single = statistics_over_seeds(model, x, num_networks=40, quantities=MEASURABLE, memory=1)
+    whole = statistics_over_seeds(model, x, num_networks=40, statistics=MEASURABLE)
+    single = statistics_over_seeds(model, x, num_networks=40, statistics=MEASURABLE, memory=1)
     for name in MEASURABLE:
         torch.testing.assert_close(single.mean[name], whole.mean[name], rtol=0, atol=1e-12)
 
@@ -241,10 +241,10 @@ def test_frozen_parameters_and_half_precision():
     """A frozen layer is drawn anew too, but does not learn; bfloat16 is computed in float32."""
     model = mlp((3, 8, 2)).bfloat16()
     model[0].requires_grad_(False)
-    found = statistics_over_seeds(model, inputs(), num_networks=20, quantities=("K", "Theta"), width=5.0)
+    found = statistics_over_seeds(model, inputs(), num_networks=20, statistics=("K", "Theta"), width=5.0)
     assert found.width == 5
     assert found.width_source == "given"
-    full = statistics_over_seeds(mlp((3, 8, 2)).bfloat16(), inputs(), num_networks=20, quantities=("K", "Theta"))
+    full = statistics_over_seeds(mlp((3, 8, 2)).bfloat16(), inputs(), num_networks=20, statistics=("K", "Theta"))
     assert torch.equal(found.mean["K"], full.mean["K"])
     assert float(found.mean["Theta"].diagonal().sum()) < float(full.mean["Theta"].diagonal().sum())
 
@@ -274,13 +274,13 @@ def test_parameters_that_nothing_draws_are_named():
     ("arguments", "message"),
     [
         ({"num_networks": 2}, "num_networks: 2 given; standard errors of covariances need at least 3 networks"),
-        ({"quantities": ("K", "W")}, "quantities: 'W' cannot be measured by itself; choose from K, V, Theta"),
+        ({"statistics": ("K", "W")}, "statistics: 'W' cannot be measured by itself; choose from K, V, Theta"),
         (
-            {"quantities": ("G1",)},
-            "quantities: 'G1' cannot be measured by itself; ask for K, and compare(theory) gives G1",
+            {"statistics": ("G1",)},
+            "statistics: 'G1' cannot be measured by itself; ask for K, and compare(theory) gives G1",
         ),
-        ({"quantities": ()}, "quantities: () given; give a sequence of names"),
-        ({"quantities": "KV"}, "quantities: 'KV' given; give a sequence of names"),
+        ({"statistics": ()}, "statistics: () given; give a sequence of names"),
+        ({"statistics": "KV"}, "statistics: 'KV' given; give a sequence of names"),
         ({"width": 0}, "width: 0 given"),
         ({"memory": 0}, "memory: 0 given"),
         ({"lambdas": {"0.weight": 1.0}}, "lambdas: '0.bias' is missing"),
@@ -310,13 +310,13 @@ def test_a_missing_derivative_is_an_error_in_words():
             return torch.tanh(Once.apply(super().forward(x)))
 
     assert bool(
-        statistics_over_seeds(Custom(3, 2), inputs(), num_networks=3, quantities=("Theta",)).mean["Theta"].any()
+        statistics_over_seeds(Custom(3, 2), inputs(), num_networks=3, statistics=("Theta",)).mean["Theta"].any()
     )
-    with pytest.raises(ValueError, match=r"quantities: Custom has no derivatives of the order that dH need"):
-        statistics_over_seeds(Custom(3, 2), inputs(), num_networks=3, quantities=("P",))
+    with pytest.raises(ValueError, match=r"statistics: Custom has no derivatives of the order that dH need"):
+        statistics_over_seeds(Custom(3, 2), inputs(), num_networks=3, statistics=("P",))
 
 
 def test_a_theory_of_other_inputs_is_refused():
-    found = statistics_over_seeds(mlp((3, 8, 2)), inputs(), num_networks=4, quantities=("K", "V"))
+    found = statistics_over_seeds(mlp((3, 8, 2)), inputs(), num_networks=4, statistics=("K", "V"))
     with pytest.raises(ValueError, match=r"theory: it is one of 1 inputs, 2 were measured"):
         found.compare(initial_statistics(MLPEnsemble((3, 8, 2), "tanh"), inputs()[:1])[-1])

@@ -142,7 +142,7 @@ def test_the_remark_on_orthogonal_weights_is_true(activation, gain, nu):
     assert read.errors["C_W"] == (0.0,) * depth
     assert "the theory's Gaussian 1/n vertices are wrong for them" in read.remarks[0]
     x = torch.full((1, width), 1.0)
-    found = statistics_over_seeds(model, x, num_networks=1000, quantities=("K", "V"), initialize=initialize)
+    found = statistics_over_seeds(model, x, num_networks=1000, statistics=("K", "V"), initialize=initialize)
     K = float(found.mean["K"])
     ratio, error = float(found.mean["V"]) / K**2, float(found.error["V"]) / K**2
     expected = -2 + nu * (depth - 1)

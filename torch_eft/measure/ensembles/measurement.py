@@ -70,8 +70,8 @@ class Measurement:
             measured = differentials(self._forward, stacked, self.lambdas, self.needed)
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
-                f"quantities: {self.model} has no derivatives of the order that {', '.join(self.needed)} need: "
-                f"{str(error).strip().splitlines()[0]}; ask for fewer quantities"
+                f"statistics: {self.model} has no derivatives of the order that {', '.join(self.needed)} need: "
+                f"{str(error).strip().splitlines()[0]}; ask for fewer statistics"
             ) from error
         values = {name: getattr(measured, name) for name in ("z", *self.needed)}
         return Differentials(**{name: value.double() for name, value in values.items()})

@@ -74,8 +74,8 @@ class SeedStatistics:
         >>> from torch import nn
         >>> from torch_eft import measure
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
-        >>> statistics = measure.statistics_over_seeds(model, torch.ones(1, 3), num_networks=4)
-        >>> statistics.num_networks, statistics.outputs, statistics.width
+        >>> measured = measure.statistics_over_seeds(model, torch.ones(1, 3), num_networks=4)
+        >>> measured.num_networks, measured.outputs, measured.width
         (4, 2, 8.0)
     """
 
@@ -125,7 +125,7 @@ def statistics_over_seeds(
     x: Any,
     *,
     num_networks: int,
-    quantities: Collection[str] = ("K", "V", "Theta", "A", "B", "D", "F"),
+    statistics: Collection[str] = ("K", "V", "Theta", "A", "B", "D", "F"),
     lambdas: Mapping[str, float] | float | None = None,
     initialize: Callable[[nn.Module], Any] | None = None,
     width: float | None = None,
@@ -142,7 +142,7 @@ def statistics_over_seeds(
         model: Any module whose parameters can be drawn anew.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
         num_networks: Number of networks, at least 3.
-        quantities: Names among ``MEASURABLE``.
+        statistics: Names among ``MEASURABLE``.
         lambdas: The learning-rate tensor, see ``measure.ntk``.
         initialize: Draws the parameters of the module it is given, in place, from the global random state; None calls
             ``reset_parameters`` of every submodule.
@@ -163,13 +163,13 @@ def statistics_over_seeds(
         >>> from torch import nn
         >>> from torch_eft import measure
         >>> model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
-        >>> statistics = measure.statistics_over_seeds(model, torch.eye(3), num_networks=8, quantities=("K", "V"))
-        >>> statistics.mean["V"].shape, statistics.error["K"].shape
+        >>> measured = measure.statistics_over_seeds(model, torch.eye(3), num_networks=8, statistics=("K", "V"))
+        >>> measured.mean["V"].shape, measured.error["K"].shape
         (torch.Size([3, 3, 3, 3]), torch.Size([3, 3]))
     """
-    _check(num_networks, quantities, width, memory)
+    _check(num_networks, statistics, width, memory)
     probe = as_probe(x)
-    needed = [name for name, users in _NEEDS.items() if set(users.split()) & set(quantities)]
+    needed = [name for name, users in _NEEDS.items() if set(users.split()) & set(statistics)]
     with isolated(model, output_fn) as network:
         draw = Draw(network, initialize, seed)
         outputs = checked_output(replace(network, params=draw.first, constants={}), probe)
@@ -186,7 +186,7 @@ def statistics_over_seeds(
             size = (index + 1) * num_networks // blocks - index * num_networks // blocks
             parts = []
             for done in range(0, size, at_once):
-                parts.append(sums_of(measure(draw(min(at_once, size - done))), quantities))
+                parts.append(sums_of(measure(draw(min(at_once, size - done))), statistics))
             sums.append((size, added(parts)))
     total = added([part for _, part in sums])
     mean = estimates(total, num_networks, width)
@@ -208,16 +208,16 @@ def statistics_over_seeds(
     )
 
 
-def _check(num_networks: int, quantities: Collection[str], width: float | None, memory: int) -> None:
-    if isinstance(quantities, str) or not quantities:
-        raise ValueError(f"quantities: {quantities!r} given; give a sequence of names out of {', '.join(MEASURABLE)}")
-    unknown = sorted(set(quantities) - set(MEASURABLE))
+def _check(num_networks: int, statistics: Collection[str], width: float | None, memory: int) -> None:
+    if isinstance(statistics, str) or not statistics:
+        raise ValueError(f"statistics: {statistics!r} given; give a sequence of names out of {', '.join(MEASURABLE)}")
+    unknown = sorted(set(statistics) - set(MEASURABLE))
     if unknown:
         hint = {"G1": "K", "Theta1": "Theta"}.get(unknown[0])
         advice = f"choose from {', '.join(MEASURABLE)}"
         if hint:
             advice = f"ask for {hint}, and compare(theory) gives {unknown[0]}"
-        raise ValueError(f"quantities: {unknown[0]!r} cannot be measured by itself; {advice}")
+        raise ValueError(f"statistics: {unknown[0]!r} cannot be measured by itself; {advice}")
     if num_networks < 3:
         raise ValueError(f"num_networks: {num_networks} given; standard errors of covariances need at least 3 networks")
     if width is not None and not (math.isfinite(width) and width > 0):

@@ -69,13 +69,13 @@ class TheoryAgreement:
         return short_repr(self)
 
 
-def sums_of(measured: Differentials, quantities: Collection[str]) -> dict[str, Tensor]:
+def sums_of(measured: Differentials, statistics: Collection[str]) -> dict[str, Tensor]:
     """Sums over networks of everything that is averaged; pairs of outputs are averaged already."""
     z, H, dH, ddI, ddII = measured.z, measured.H, measured.dH, measured.ddI, measured.ddII
     C = z.shape[2]
     pairs = z.new_ones(1, 1) if C == 1 else (1 - torch.eye(C, dtype=z.dtype, device=z.device)) / (C * (C - 1))
     zz = torch.einsum("sai,sbi->siab", z, z)
-    wanted = {name if C > 1 else TOTALS.get(name, name) for name in quantities}
+    wanted = {name if C > 1 else TOTALS.get(name, name) for name in statistics}
     sums = {"zz": zz.sum(0)}
 
     def add(name: str, pattern: str, *factors: Tensor | None) -> None:
