@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from tests.oracles.ensembles import draw, train
+from torch_eft import Training
 from torch_eft.forecast.comparison import EnsembleComparison
 from torch_eft.theory import MLPEnsemble, initial_statistics, sample_ntk
 
 WIDTHS = [3, 512, 512, 2]
 ENSEMBLE = MLPEnsemble(WIDTHS, "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3, lambda_W=1.0)
 NETWORKS = 400
+
+
+def summed(rate):
+    return Training(learning_rate=rate, steps=100, reduction="sum")
 
 
 def data():
@@ -26,7 +31,7 @@ def deviations():
     """{quantity: z-scores of 400 networks after 20 steps}."""
     x, y, x_probe = data()
     rate = 0.5 / float(torch.linalg.eigvalsh(initial_statistics(ENSEMBLE, x, statistics=("K", "Theta"))[-1].Theta)[-1])
-    comparison = EnsembleComparison(ENSEMBLE, x, y, x_probe, rate, ntk_samples=200, order=0)
+    comparison = EnsembleComparison(ENSEMBLE, x, y, x_probe, summed(rate), num_networks=200, order=0)
     single = [tensor.float() for tensor in (x, y, x_probe)]
     generator = torch.Generator().manual_seed(17)
     scores = {"output_projection": [], "output_chi_squared": [], "ntk_trace": []}
@@ -60,14 +65,14 @@ def test_deviations_have_mean_zero_and_variance_one(deviations, quantity):
 
 def test_the_first_direction_is_where_the_mean_moves_first():
     x, y, x_probe = data()
-    training = EnsembleComparison(ENSEMBLE, x, y, x_probe, 1e-4, ntk_samples=2, order=0).training
-    mean, _ = training.output(torch.tensor([0.0, 1.0]))
-    direction = training.first_direction()
+    frozen = EnsembleComparison(ENSEMBLE, x, y, x_probe, summed(1e-4), num_networks=2, order=0).frozen
+    mean, _ = frozen.output(torch.tensor([0.0, 1.0]))
+    direction = frozen.first_direction()
     torch.testing.assert_close(mean[1] / mean[1].norm(), direction / direction.norm(), rtol=0, atol=1e-9)
 
 
 def test_comparing_leaves_the_global_random_state_alone():
     x, y, x_probe = data()
     before = torch.get_rng_state()
-    EnsembleComparison(ENSEMBLE, x, y, x_probe, 1e-3, ntk_samples=2, order=0)
+    EnsembleComparison(ENSEMBLE, x, y, x_probe, summed(1e-3), num_networks=2, order=0)
     assert torch.equal(before, torch.get_rng_state())

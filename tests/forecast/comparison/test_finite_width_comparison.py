@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from torch_eft import Training
 from torch_eft.forecast.comparison import EnsembleComparison
-from torch_eft.forecast.comparison.affordable import TooDearError, within
+from torch_eft.forecast.comparison.affordable import TooExpensiveError, within
 from torch_eft.forecast.comparison.finite_width import Problem, time_grid
 from torch_eft.measure.kernels.metrics import as_trace
-from torch_eft.results.training import Training
 from torch_eft.theory import MLPEnsemble, predict_representation, predict_training
 
 F64 = torch.float64
@@ -18,6 +18,10 @@ WIDTHS = [3, 64, 64, 1]
 
 def ensemble(activation="tanh", widths=WIDTHS):
     return MLPEnsemble(widths, activation, C_b=0.1, C_W=1.5, lambda_b=0.3, lambda_W=1.0)
+
+
+def summed(steps, rate=0.05, **options):
+    return Training(learning_rate=rate, steps=steps, reduction="sum", **options)
 
 
 def data(points=3, probes=2, outputs=1):
@@ -33,12 +37,11 @@ def test_the_numbers_are_those_of_the_theory():
     generator = torch.Generator().manual_seed(0)
     z, H, H_0 = (torch.randn(shape, dtype=F64, generator=generator) for shape in ((2, 1), (2, 2, 1, 1), (2, 2, 1, 1)))
     for options in ({}, {"momentum": 0.5}):
-        found = EnsembleComparison(ensemble(), x, y, x_probe, 0.05, 4, steps=60, seconds=60, **options)
+        training = summed(60, **options)
+        found = EnsembleComparison(ensemble(), x, y, x_probe, training, num_networks=4, seconds=60)
         wanted = [0, 7, 41]
-        training = Training(learning_rate=0.05, steps=60, reduction="sum", **options)
-        trajectory, zeroth = (
-            predict_training(ensemble(), x, y, x_probe, training, order=order, at_steps=wanted) for order in (1, 0)
-        )
+        trajectory = predict_training(ensemble(), x, y, x_probe, training, at_steps=wanted)
+        zeroth = predict_training(ensemble(), x, y, x_probe, training, order=0, at_steps=wanted)
         for index, step in enumerate(wanted):
             compared = found.compare(step, z, H, H_0)
             c = found.direction
@@ -71,22 +74,12 @@ def test_the_numbers_are_those_of_the_theory():
         if not options:
             check_hidden_kernels(found, x, y, x_probe)
         assert found.level == "ensemble, order 1"
-        assert found.gauge(0) <= found.gauge(10) <= found.gauge(60)
+        assert found.expansion_parameter(0) <= found.expansion_parameter(10) <= found.expansion_parameter(60)
 
 
 def check_hidden_kernels(found, x, y, x_probe):
     hidden = predict_representation(
-        ensemble(),
-        x,
-        y,
-        x_probe,
-        learning_rate=0.05,
-        steps=60,
-        reduction="sum",
-        at_steps=[20],
-        ntk=False,
-        num_samples=4096,
-        num_replicas=2,
+        ensemble(), x, y, x_probe, summed(60), at_steps=[20], ntk=False, num_samples=4096, num_replicas=2
     )
     now, then = ([torch.rand(2, 2, dtype=F64) for _ in range(2)] for _ in range(2))
     H = torch.rand(2, 2, 1, 1, dtype=F64)
@@ -104,10 +97,9 @@ def check_hidden_kernels(found, x, y, x_probe):
 def test_the_forecast_extends_when_the_training_goes_on():
     x, y, x_probe = data()
     H = torch.rand(2, 2, 1, 1, dtype=F64)
-    short = EnsembleComparison(ensemble(), x, y, x_probe, 0.05, 4, steps=20, seconds=60)
-    training = Training(learning_rate=0.05, steps=90, reduction="sum")
-    expected = predict_training(ensemble(), x, y, x_probe, training, at_steps=[90], corrections=("ntk",))
-    D, Theta = as_trace(expected.ntk_drift[0]), short.training.Theta[:2, :2]
+    short = EnsembleComparison(ensemble(), x, y, x_probe, summed(20), num_networks=4, seconds=60)
+    expected = predict_training(ensemble(), x, y, x_probe, summed(90), at_steps=[90], corrections=("ntk",))
+    D, Theta = as_trace(expected.ntk_drift[0]), short.frozen.Theta[:2, :2]
     number = short.compare(90, torch.zeros(2, 1), H, H)["ntk_mean_drift"].order_1
     assert number == pytest.approx(float(D.norm() / Theta.norm()), rel=2e-3)
 
@@ -132,8 +124,8 @@ def test_without_order_1_it_says_why(change, words):
     options = dict(activation="tanh", points=3, seconds=60.0, order=1) | change
     x, y, x_probe = data(options.pop("points"))
     given = ensemble(options.pop("activation"), options.pop("widths", WIDTHS))
-    found = EnsembleComparison(given, x, y, x_probe, 1e-3, 4, steps=10, **options)
-    assert re.search(words, found.words), found.words
+    found = EnsembleComparison(given, x, y, x_probe, summed(10, 1e-3), num_networks=4, **options)
+    assert re.search(words, found.description), found.description
     compared = found.compare(5, torch.zeros(2, 1), *(torch.eye(2, dtype=F64)[..., None, None],) * 2)
     assert all(each.order_1 is None and each.order_0 is not None for each in compared.values())
     if options["order"] == 0:
@@ -142,7 +134,7 @@ def test_without_order_1_it_says_why(change, words):
 
 def test_a_wrong_order_is_refused():
     with pytest.raises(ValueError, match="order: 2 given"):
-        EnsembleComparison(ensemble(), *data(), 0.05, order=2)
+        EnsembleComparison(ensemble(), *data(), summed(10), order=2)
 
 
 @pytest.mark.slow
@@ -151,30 +143,28 @@ def test_with_momentum_order_1_ends(monkeypatch):
     monkeypatch.setattr("torch_eft.forecast.comparison.ensemble._SUMMED_AT_FIRST", 3)
     monkeypatch.setattr("torch_eft.forecast.comparison.ensemble._SUMMED_AT_MOST", 10)
     H = torch.rand(2, 2, 1, 1, dtype=F64)
-    found = EnsembleComparison(ensemble(), x, y, x_probe, 0.05, 4, steps=100, seconds=60, momentum=0.5)
+    found = EnsembleComparison(ensemble(), x, y, x_probe, summed(100, momentum=0.5), num_networks=4, seconds=60)
     numbers = {step: found.compare(step, torch.zeros(2, 1), H, H)["output_projection"] for step in (3, 9, 12)}
     assert numbers[9].order_1 is not None
     assert numbers[12].order_1 is None
-    training = Training(learning_rate=0.05, steps=12, reduction="sum", momentum=0.5)
-    exact = predict_training(ensemble(), x, y, x_probe, training, order=0, at_steps=[12])
+    exact = predict_training(ensemble(), x, y, x_probe, summed(12, momentum=0.5), order=0, at_steps=[12])
     assert numbers[12].order_0 == pytest.approx(float((found.direction * exact.output_mean[0]).sum()), rel=1e-9)
-    assert "with momentum order 1/n ends at step 10" in found.words
+    assert "with momentum order 1/n ends at step 10" in found.description
 
 
 @pytest.mark.slow
 def test_few_points_are_sampled_too():
     """Two training points and one probe: of another sample than three points more, but the same theory."""
     x, y, x_probe = data(2, 1)
-    found = EnsembleComparison(ensemble(), x, y, x_probe, 0.05, 4, steps=20, seconds=60)
+    found = EnsembleComparison(ensemble(), x, y, x_probe, summed(20), num_networks=4, seconds=60)
     more = torch.cat([x_probe, torch.randn(2, 3, dtype=F64, generator=torch.Generator().manual_seed(1))])
-    training = Training(learning_rate=0.05, steps=20, reduction="sum")
-    expected = predict_training(ensemble(), x, y, more, training, at_steps=[20], corrections=("ntk",))
+    expected = predict_training(ensemble(), x, y, more, summed(20), at_steps=[20], corrections=("ntk",))
     D = expected.ntk_drift[0, 0, 0, 0, 0]
     H, H_0 = torch.full((1, 1, 1, 1), 2.0, dtype=F64), torch.ones(1, 1, 1, 1, dtype=F64)
     drift = found.compare(20, torch.zeros(1, 1), H, H_0)["ntk_mean_drift"]
     # 2 x 2048 points: moments to some per cent, and what is summed of them.
-    assert drift.order_1 == pytest.approx(abs(float(D / found.training.Theta[:1, :1])), rel=0.1)
-    assert drift.measured == pytest.approx(math.copysign(1, float(D)) / float(found.training.Theta[:1, :1]))
+    assert drift.order_1 == pytest.approx(abs(float(D / found.frozen.Theta[:1, :1])), rel=0.1)
+    assert drift.measured == pytest.approx(math.copysign(1, float(D)) / float(found.frozen.Theta[:1, :1]))
 
 
 def test_the_grid_of_steps():
@@ -211,7 +201,9 @@ def test_work_is_tried_on_few_points_before_it_is_done_on_all(monkeypatch):
     assert within(12.0, 64, clock.compute, square)[0] == 64
     assert clock.tried == [8, 32, 64]  # 18 s are not; 32 points show that it is less
     clock = TimeGrid(monkeypatch, lambda points: 1.0 + 1e-1 * square(points))  # 410 s
-    with pytest.raises(TooDearError, match=r"points took .* s, so that 64 would take about .* s are left") as caught:
+    with pytest.raises(
+        TooExpensiveError, match=r"points took .* s, so that 64 would take about .* s are left"
+    ) as caught:
         within(30.0, 64, clock.compute, square)
     assert caught.value.spent == clock.now < 2 * 30.0  # the first trial's time is not all fixed
     clock = TimeGrid(monkeypatch, lambda points: 100.0)
@@ -220,7 +212,7 @@ def test_work_is_tried_on_few_points_before_it_is_done_on_all(monkeypatch):
 
 def test_a_smaller_problem_has_fewer_training_points():
     x, y, x_probe = data(5, 3, 2)
-    whole = Problem(MLPEnsemble([3, 10, 2], "gelu"), x, y, x_probe, 0.1)
+    whole = Problem(MLPEnsemble([3, 10, 2], "gelu"), x, y, x_probe, summed(1, 0.1))
     found = whole.of(4)
     assert (found.x_train.shape, found.y_train.shape, found.x_probe.shape) == ((4, 3), (4, 2), x_probe.shape)
     assert whole.of(5) is whole

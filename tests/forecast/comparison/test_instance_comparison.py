@@ -8,12 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.forecast.trained import network, train
-from torch_eft import measure
+from torch_eft import Training, measure
 from torch_eft.forecast.comparison import InstanceComparison
-from torch_eft.forecast.comparison.affordable import TooDearError
-from torch_eft.forecast.comparison.instance import SGDOptions
+from torch_eft.forecast.comparison.affordable import TooExpensiveError
 from torch_eft.forecast.network import predict_from_network
-from torch_eft.measure.training_loss import recognize_loss
 
 F64 = torch.float64
 
@@ -27,37 +25,27 @@ def setting(width=24, seed=0, outputs=2):
     return model, lambdas, x[2:], y, x[:2]
 
 
-def recognized(model, x, y, function, told=None):
-    loss = function(model(x), y)
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    named = dict(zip([name for name, _ in model.named_parameters()], gradients, strict=True))
-    return recognize_loss(model, x, y, loss.detach(), named, loss_function=told)
-
-
 CASES = {
-    "mean squared error": (F.mse_loss, dict(learning_rate=0.05), dict()),
-    "momentum": (F.mse_loss, dict(learning_rate=0.02, momentum=0.8), dict()),
-    "cross-entropy, Nesterov": (
-        F.cross_entropy,
-        dict(learning_rate=0.05, momentum=0.5, nesterov=True),
-        dict(loss="cross_entropy"),
-    ),
-    "any loss": (F.smooth_l1_loss, dict(learning_rate=0.05, momentum=0.5, dampening=0.5), dict(loss=F.smooth_l1_loss)),
+    "mean squared error": dict(learning_rate=0.05),
+    "momentum": dict(learning_rate=0.02, momentum=0.8, reduction="sum"),
+    "cross-entropy, Nesterov": dict(loss="cross_entropy", learning_rate=0.05, momentum=0.5, nesterov=True),
+    "any loss": dict(loss=F.smooth_l1_loss, learning_rate=0.05, momentum=0.5, dampening=0.5),
 }
+
+
+def compare(model, lambdas, x, y, x_probe, steps=10, learning_rate=0.05, seconds=60, **options):
+    training = Training(learning_rate=learning_rate, steps=steps)
+    return InstanceComparison(model, x, y, x_probe, training, lambdas=lambdas, seconds=seconds, **options)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_numbers_are_those_of_the_forecast(name):
-    function, options, told = CASES[name]
+    training = Training(steps=30, **CASES[name])
     model, lambdas, x, y, x_probe = setting()
-    if function is F.cross_entropy:
+    if training.loss == "cross_entropy":
         y = torch.tensor([0, 1, 1, 0])
-    loss = recognized(model, x, y, function, function if function is F.smooth_l1_loss else None)
-    found = InstanceComparison(model, x, loss, x_probe, SGDOptions(**options), lambdas, 30, seconds=60)
-    forecasts = [
-        predict_from_network(model, x, y, x_probe, steps=30, lambdas=lambdas, order=order, **options, **told)
-        for order in (0, 1)
-    ]
+    found = InstanceComparison(model, x, y, x_probe, training, lambdas=lambdas, seconds=60)
+    forecasts = [predict_from_network(model, x, y, x_probe, training, lambdas=lambdas, order=order) for order in (0, 1)]
     assert found.level == "instance, order 1"
     assert found.validity == forecasts[1].validity
     z, H, H_0 = torch.randn(2, 2), torch.randn(2, 2, 2, 2), torch.randn(2, 2, 2, 2)
@@ -79,7 +67,7 @@ def test_the_numbers_are_those_of_the_forecast(name):
     assert ntk_error.order_1 == pytest.approx(float((H - H_0 - D).norm() / H_0.norm()), rel=1e-6)
     rms = forecasts[1].ntk_mean[0].square().mean().sqrt()
     g = math.sqrt(float(forecasts[1].ntk_truncation[20].max() / rms))
-    assert found.gauge(20) == pytest.approx(g)
+    assert found.expansion_parameter(20) == pytest.approx(g)
     assert drift.truncation == pytest.approx(g**2, abs=2e-6)
     assert found.compare(0, z, H, H_0) == {}
     assert set(found.compare(20, z, None, None)) == {"instance_output", "instance_output_error"}
@@ -87,8 +75,7 @@ def test_the_numbers_are_those_of_the_forecast(name):
 
 def test_it_extends_from_theta_0_when_the_training_goes_on():
     model, lambdas, x, y, x_probe = setting()
-    loss = recognized(model, x, y, F.mse_loss)
-    found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, seconds=60)
+    found = compare(model, lambdas, x, y, x_probe)
     expected = predict_from_network(model, x, y, x_probe, learning_rate=0.05, steps=40, lambdas=lambdas)
     with torch.no_grad():  # the live network has moved since
         for p in model.parameters():
@@ -102,9 +89,8 @@ def test_it_extends_from_theta_0_when_the_training_goes_on():
 def test_a_long_training_is_forecast_piece_by_piece(monkeypatch):
     """2000 steps at first; on as long as the time for the whole stays within what is allowed."""
     model, lambdas, x, y, x_probe = setting()
-    loss = recognized(model, x, y, F.mse_loss)
     monkeypatch.setattr("torch_eft.forecast.comparison.instance._LONGEST_AT_ONCE", 20)
-    found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10**6, seconds=60)
+    found = compare(model, lambdas, x, y, x_probe, 10**6)
     assert found.steps == 20
     assert found.reaches(21)
     assert found.steps == 80
@@ -118,15 +104,14 @@ def test_a_long_training_is_forecast_piece_by_piece(monkeypatch):
 
 def test_bounds():
     model, lambdas, x, y, x_probe = setting()
-    loss = recognized(model, x, y, F.mse_loss)
-    with pytest.raises(TooDearError, match=r"12 outputs on training and probe points; .* up to 11"):
-        InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, largest=11)
+    with pytest.raises(TooExpensiveError, match=r"12 outputs on training and probe points; .* up to 11"):
+        compare(model, lambdas, x, y, x_probe, largest=11)
     with pytest.raises(ValueError, match="beyond the linear stability bound"):
-        InstanceComparison(model, x, loss, x_probe, SGDOptions(1e3), lambdas, 10)
-    found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, seconds=1e-9)
+        compare(model, lambdas, x, y, x_probe, learning_rate=1e3)
+    found = compare(model, lambdas, x, y, x_probe, seconds=1e-9)
     assert found.level == "instance, order 0"
-    assert "take longer than the 1e-09 s that are allowed" in found.words
-    assert found.gauge(5) is None
+    assert "take longer than the 1e-09 s that are allowed" in found.description
+    assert found.expansion_parameter(5) is None
     compared = found.compare(5, torch.zeros(2, 2), torch.zeros(2, 2, 2, 2), torch.ones(2, 2, 2, 2))
     assert compared["instance_output"].order_1 is compared["instance_ntk_error"].order_1 is None
 
@@ -134,8 +119,7 @@ def test_bounds():
 def test_a_network_with_kinks_has_no_truncation():
     model, lambdas, x, y, x_probe = setting()
     model = nn.Sequential(*[nn.ReLU() if isinstance(layer, nn.Tanh) else layer for layer in model])
-    loss = recognized(model, x, y, F.mse_loss)
-    found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, seconds=60)
+    found = compare(model, lambdas, x, y, x_probe)
     compared = found.compare(5, torch.zeros(2, 2), torch.zeros(2, 2, 2, 2), torch.ones(2, 2, 2, 2))
     assert compared["ntk_drift"].order_1 is not None
     assert compared["ntk_drift"].truncation is compared["instance_output"].truncation is None
@@ -148,8 +132,7 @@ def test_on_average_order_1_is_closer_in_real_trainings():
     ratios = []
     for seed in range(24):
         model, lambdas, x, y, x_probe = setting(96, seed, outputs=1)
-        loss = recognized(model, x, y, F.mse_loss)
-        found = InstanceComparison(model, x, loss, x_probe, SGDOptions(0.2), lambdas, 60, seconds=60)
+        found = compare(model, lambdas, x, y, x_probe, 60, 0.2)
         trained = train(model, lambdas, x, lambda z, _, y=y: F.mse_loss(z, y), x_probe, 0.2, 60, record=(0, 60))
         compared = found.compare(60, trained.outputs[-1][:2], trained.ntks[60], trained.ntks[0])
         row = [compared[name] for name in ("instance_output_error", "instance_ntk_error")]
@@ -161,11 +144,10 @@ def test_on_average_order_1_is_closer_in_real_trainings():
 
 def test_the_network_is_left_alone():
     model, lambdas, x, y, x_probe = setting()
-    loss = recognized(model, x, y, F.mse_loss)
     model.train()
     before = [p.detach().clone() for p in model.parameters()]
     random = torch.get_rng_state()
-    InstanceComparison(model, x, loss, x_probe, SGDOptions(0.05), lambdas, 10, seconds=60)
+    compare(model, lambdas, x, y, x_probe)
     assert torch.equal(random, torch.get_rng_state())
     assert model.training
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from tests.live.instruments.loop import data, mlp
 from tests.measure.devices import poisoned, waits
+from torch_eft import Training
 from torch_eft.forecast.comparison import EnsembleComparison, InstanceComparison
-from torch_eft.forecast.comparison.instance import SGDOptions
 from torch_eft.live.instruments.forecasts.full_batch import FullBatch
 from torch_eft.live.instruments.interval import interval_compared
 from torch_eft.measure.taylor.displacement import displacement_terms, relative_dntk
@@ -51,7 +51,9 @@ def ensemble():
     eye = torch.eye(2)[..., None, None]
     given = MLPEnsemble([3, 16, 16, 1], "tanh")
 
-    found = EnsembleComparison(given, x, y, x_probe, 0.01, 4, steps=5, seconds=60)
+    found = EnsembleComparison(
+        given, x, y, x_probe, Training(learning_rate=0.01, steps=5, reduction="sum"), num_networks=4, seconds=60
+    )
     kernels = [torch.rand(2, 2)] * 2, [torch.rand(2, 2)] * 2
     return lambda: found.compare(4, torch.ones(2, 1, device="cpu"), 2 * eye, eye, kernels)
 
@@ -65,11 +67,10 @@ def instance():
     forecast = InstanceComparison(
         model,
         x,
-        recognize_loss(model, x, y, loss, gradients),
+        y,
         x_probe,
-        SGDOptions(0.001, 0.5),
-        lambdas,
-        6,
+        Training(learning_rate=0.001, momentum=0.5, steps=6),
+        lambdas=lambdas,
         seconds=60,
     )
 

@@ -1,4 +1,4 @@
-"""The join of the two wings: what the theory says of a network on a probe, beside what is measured of it."""
+"""The join of the two wings: the theory of a network on a probe, beside what is measured of it."""
 
 from torch_eft.forecast.comparison.compared import Compared
 from torch_eft.forecast.comparison.ensemble import EnsembleComparison

@@ -1,4 +1,4 @@
-"""Work whose cost grows with the number of points: tried on a few of them before it is done on all."""
+"""Work whose cost grows with the number of points: timed on a few of them before it is done on all."""
 
 import time
 from collections.abc import Callable
@@ -9,21 +9,23 @@ T = TypeVar("T")
 _FIRST = 8
 """Points of the first trial; problems no larger are done without one."""
 _NOISE = 0.25
-"""Growth below this share of the first trial's time is not told from chance: it may be as large."""
+"""Growth below this share of the first trial's time may be chance; this much growth is assumed."""
 
 
-class TooDearError(ValueError):
-    """Not worth its time; the message says how much it would take.
+class TooExpensiveError(ValueError):
+    """Raised for work that would take longer than allowed.
 
     Attributes:
-        spent: Seconds that finding out took.
+        spent: Seconds taken to find out.
     """
 
-    spent: float = 0.0
+    def __init__(self, message: str, spent: float = 0.0) -> None:
+        super().__init__(message)
+        self.spent = spent
 
 
 def trials(points: int) -> list[int]:
-    """On how many points it is tried: 8, twice as many and so on, and all."""
+    """Return the numbers of points of the trials: 8, 16, 32 and so on, and all."""
     counts = [min(points, _FIRST)]
     while counts[-1] < points:
         counts.append(min(points, 2 * counts[-1]))
@@ -31,22 +33,22 @@ def trials(points: int) -> list[int]:
 
 
 def within(seconds: float, points: int, compute: Callable[[int], T], work: Callable[[int], float]) -> tuple[T, float]:
-    """``compute(points)``, after trials on fewer points, as long as it stays affordable.
+    """Run ``compute(points)`` after trials on fewer points, as long as it stays within the time limit.
 
-    The time is taken as a part that does not grow and one that does as ``work``; what the first trial took counts as
-    the former. From every trial the largest one is gone on to that can be afforded.
+    The time is modeled as a fixed part plus one that grows as ``work``; the first trial is taken as all fixed. After
+    each trial, the next is the largest problem that still fits the time limit.
 
     Args:
-        seconds: Allowed in all.
-        points: Of the whole problem.
-        compute: Does it on the first few points.
-        work: How the growing part grows with the number of points, up to a factor.
+        seconds: Time limit for everything.
+        points: Size of the whole problem.
+        compute: Solves the problem of the first few points.
+        work: Growth of the growing part with the number of points, up to a factor.
 
     Returns:
-        The result for the whole, and the time that all took.
+        The result for the whole problem, and the time that everything took.
 
     Raises:
-        TooDearError: If it would take longer.
+        TooExpensiveError: If it would take longer.
     """
     begun = time.perf_counter()
     left = trials(points)
@@ -64,10 +66,9 @@ def within(seconds: float, points: int, compute: Callable[[int], T], work: Calla
         coming = {count: fixed + each * work(count) for count in left}
         affordable = [count for count in left if now - begun + coming[count] <= seconds]
         if not affordable:
-            error = TooDearError(
+            raise TooExpensiveError(
                 f"{tried} training points took {took:.2g} s, so that {points} would take about {coming[points]:.2g} s; "
-                f"{max(0.0, seconds - (now - begun)):.2g} s are left of what is allowed"
+                f"{max(0.0, seconds - (now - begun)):.2g} s are left of what is allowed",
+                spent=now - begun,
             )
-            error.spent = now - begun
-            raise error
         left = left[left.index(affordable[-1]) :]

@@ -1,4 +1,4 @@
-"""One number at one step: measured, and as the theory has it, by order."""
+"""One number at one step: measured, and predicted by order."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ class Compared:
     """One quantity at one step.
 
     Args:
-        measured: Of this network; None where only the theory's own number is meant.
-        order_0: At infinite width, or with this network's NTK frozen; None where nothing says it.
+        measured: The value of this network; None where only the theory has one.
+        order_0: At infinite width, or with this network's NTK frozen; None where it is not predicted.
         order_1: With the first correction in 1/n; None where it is not derived or was not computed.
-        sigma: One standard deviation over initializations, around the highest order there is.
+        sigma: One standard deviation over initializations, around the highest order available.
         truncation: Estimated size of what the next order would add.
     """
 
@@ -25,15 +25,22 @@ class Compared:
 
     @property
     def theory(self) -> float | None:
-        """The highest order there is."""
+        """The prediction of the highest order available."""
         return self.order_0 if self.order_1 is None else self.order_1
 
 
 def component(value: Tensor, along: Tensor) -> Tensor:
-    """<value, along> / |along|, 0-d; 0 where there is no direction.
+    """Compute <value, along> / |along|, 0-d; 0 if ``along`` vanishes.
 
-    What a mean or a first order predicts is its direction and its size: noise of one network is in all directions, and
-    would make a norm larger.
+    A mean or a first order predicts a direction and a size. The noise of one network points in all directions, and
+    would only increase a norm.
+
+    Args:
+        value: Any tensor.
+        along: The direction, of the same shape.
+
+    Returns:
+        The component of ``value``.
     """
     size = along.norm()
     return (value * along).sum() / size.clamp_min(1e-300 if along.dtype.itemsize == 8 else 1e-37)

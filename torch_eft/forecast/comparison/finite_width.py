@@ -1,18 +1,20 @@
-"""What order 1/n adds to the observables that are compared, on a grid of steps, bounded in cost."""
+"""Corrections of order 1/n to the compared observables on a grid of steps, within a time limit."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from torch_eft.forecast.comparison.affordable import TooDearError, within
+from torch_eft.forecast.comparison.affordable import TooExpensiveError, within
 from torch_eft.measure.kernels.metrics import as_trace
+from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Trajectory, Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.hidden_layers.predict import predict_representation
+from torch_eft.theory.hidden_layers.result import RepresentationForecast
 from torch_eft.theory.signal_propagation.regimes import first_order_validity
 from torch_eft.theory.training.predict import predict_training
 
@@ -25,10 +27,18 @@ _LONGEST_RINGING = 512
 
 
 def time_grid(steps: int, momentum: float = 0.0) -> list[int]:
-    """Every step up to 32, or as long as momentum rings (to 0.1 %, at most 512), then steps 8 % apart, up to ``steps``.
+    """Return the steps at which corrections are computed.
 
-    Corrections are interpolated between them by straight lines, which over intervals of 0.08 in log t are wrong by
-    0.08^2 / 8 = 0.1 % of the second derivative in log t.
+    All steps up to 32, or as long as momentum rings (to 0.1 %, at most 512), then steps 8 % apart. Corrections are
+    interpolated linearly between them, which over intervals of 0.08 in log t is wrong by 0.08^2 / 8 = 0.1 % of the
+    second derivative in log t.
+
+    Args:
+        steps: The last step.
+        momentum: Momentum of the optimizer.
+
+    Returns:
+        Increasing steps, from 0.
     """
     ringing = 0 if momentum == 0 else min(_LONGEST_RINGING, math.ceil(2 * math.log(1e-3) / math.log(momentum)))
     grid = list(range(min(steps, max(_EVERY, ringing)) + 1))
@@ -39,274 +49,235 @@ def time_grid(steps: int, momentum: float = 0.0) -> list[int]:
 
 @dataclass(frozen=True)
 class Problem:
-    """A full-batch training on (1/2) sum (z - y)^2, and where it is looked at.
+    """A full-batch training on (1/2) sum (z - y)^2, and the probe on which it is observed.
 
     Args:
         ensemble: The ensemble.
         x_train: Training inputs, (N, n_0).
         y_train: Targets, (N, n_L).
         x_probe: Probe inputs, (N_p, n_0).
-        learning_rate: eta.
-        options: Of the optimizer, as ``predict_training`` takes them: momentum, nesterov, dampening; empty without.
+        training: The training, with ``reduction="sum"``.
     """
 
     ensemble: MLPEnsemble
     x_train: Tensor
     y_train: Tensor
     x_probe: Tensor
-    learning_rate: float
-    options: dict[str, Any] = field(default_factory=dict)
+    training: Training
 
     def of(self, points: int) -> "Problem":
-        """With the first few training points."""
-        return (
-            self
-            if points == len(self.x_train)
-            else replace(self, x_train=self.x_train[:points], y_train=self.y_train[:points])
-        )
+        """Return the problem of the first few training points."""
+        if points == len(self.x_train):
+            return self
+        return replace(self, x_train=self.x_train[:points], y_train=self.y_train[:points])
 
-    def predicted(self, steps: Sequence[int], order: Literal[0, 1], **options: Any) -> Trajectory:
-        """``predict_training`` at some steps."""
-        return predict_training(
-            self.ensemble,
-            self.x_train,
-            self.y_train,
-            self.x_probe,
-            learning_rate=self.learning_rate,
-            steps=max(steps),
-            reduction="sum",
-            order=order,
-            at_steps=steps,
-            **self.options,
-            **options,
-        )
+    def outputs(self, steps: Sequence[int], order: Literal[0, 1], **options: Any) -> Trajectory:
+        """Predict outputs and NTK at some steps."""
+        return predict_training(*self._data(steps), order=order, at_steps=steps, **options)
+
+    def hidden_layers(self, steps: Sequence[int]) -> RepresentationForecast:
+        """Predict the hidden kernels at some steps."""
+        data = self._data(steps)
+        return predict_representation(*data, at_steps=steps, ntk=False, num_samples=4096, num_replicas=2)
+
+    def _data(self, steps: Sequence[int]) -> tuple[MLPEnsemble, Tensor, Tensor, Tensor, Training]:
+        training = replace(self.training, steps=max(steps))
+        return self.ensemble, self.x_train, self.y_train, self.x_probe, training
 
 
 @dataclass(frozen=True)
-class AtStep:
-    """Corrections of order 1/n at one step; None where there are none.
+class Corrections:
+    """Corrections of order 1/n, at one step or with a leading axis of steps; None where there are none.
 
     Args:
-        mean: Of the mean output on the probe, (N_p, n_L).
-        variances: Of the variance of every output, (N_p, n_L).
-        projected_variance: Of the variance of the output along the compared direction, 0-d.
+        mean: Correction of the mean output on the probe, (N_p, n_L).
+        variances: Correction of the variance of each output, (N_p, n_L).
+        projected_variance: Correction of the variance of the output along the compared direction, 0-d.
         ntk: Drift E H(t) - E H(0), mean over outputs, (N_p, N_p).
-        kernels: Drift of every hidden kernel, (N_p, N_p).
-        gauge: The largest size, up to this step, of terms of order 1/n over those of order 0.
+        kernels: Drift of the hidden kernels, (L-1, N_p, N_p).
+        expansion_parameter: The largest size, up to this step, of terms of order 1/n over those of order 0, 0-d.
     """
 
     mean: Tensor | None = None
     variances: Tensor | None = None
     projected_variance: Tensor | None = None
     ntk: Tensor | None = None
-    kernels: tuple[Tensor, ...] = ()
-    gauge: float | None = None
+    kernels: Tensor | None = None
+    expansion_parameter: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Corrections":
+        """Apply a function to all corrections."""
+        return Corrections(**{name: None if value is None else function(value) for name, value in vars(self).items()})
+
+    @property
+    def any(self) -> bool:
+        """True if there is any correction."""
+        return any(value is not None for value in vars(self).values())
 
 
-@dataclass
+@dataclass(frozen=True)
 class FiniteWidth:
     """Corrections on a grid of steps.
 
     Args:
         steps: The grid.
-        values: ``{name of AtStep's field: (T, ...)}``; hidden layers by ``"kernels"``, a list.
+        corrections: The corrections, with a leading axis of steps.
         initial_ntk: Theta1 / n_{L-1} on the probe, (N_p, N_p); None without the NTK's correction.
-        kernels_0: Hidden kernels at infinite width.
-        validity: The worst of what was computed; a covariance that is not valid makes it "caution": the band is rough.
-        spread_validity: Of the covariance.
-        words: What was computed, and what was not and why.
+        kernels_infinite_width: Hidden kernels at infinite width, (L-1, N_p, N_p).
+        validity: The worst verdict on what was computed; a covariance that is not valid makes it "caution": the band is
+            rough.
+        notes: What was computed, and what was not and why.
     """
 
     steps: list[int]
-    values: dict[str, Tensor] = field(default_factory=dict)
-    kernels: list[Tensor] = field(default_factory=list)
+    corrections: Corrections = Corrections()
     initial_ntk: Tensor | None = None
-    kernels_0: tuple[Tensor, ...] = ()
+    kernels_infinite_width: Tensor | None = None
     validity: Validity | None = None
-    spread_validity: Validity | None = None
-    words: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-    def at(self, step: int) -> AtStep:
-        """Interpolated to a step within the grid."""
+    def at(self, step: int) -> Corrections:
+        """Interpolate the corrections to a step within the grid."""
         upper = next(index for index, value in enumerate(self.steps) if value >= step)
         lower = max(upper - 1, 0)
         share = 0.0 if upper == lower else (step - self.steps[lower]) / (self.steps[upper] - self.steps[lower])
-
-        def between(value: Tensor) -> Tensor:
-            return value[lower] + share * (value[upper] - value[lower])
-
-        found = {name: between(value) for name, value in self.values.items()}
-        gauge = found.pop("gauge", None)
-        return AtStep(
-            **found,
-            kernels=tuple(between(value) for value in self.kernels),
-            gauge=None if gauge is None else float(gauge),
-        )
+        return self.corrections.map(lambda value: value[lower] + share * (value[upper] - value[lower]))
 
     def state(self) -> dict[str, Any]:
-        """Plain types and tensors."""
-        return {
-            "steps": list(self.steps),
-            "values": dict(self.values),
-            "kernels": list(self.kernels),
-            "initial_ntk": self.initial_ntk,
-            "kernels_0": list(self.kernels_0),
-            "validity": _plain(self.validity),
-            "spread_validity": _plain(self.spread_validity),
-            "words": list(self.words),
+        """Return plain types and tensors, for a checkpoint."""
+        validity = self.validity
+        return vars(self) | {
+            "corrections": dict(vars(self.corrections)),
+            "validity": None if validity is None else asdict(validity),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "FiniteWidth":
-        """From what ``state`` returned.
-
-        Raises:
-            Exception: Of any kind, if it is something else.
-        """
-        initial, validity, spread = state["initial_ntk"], state["validity"], state["spread_validity"]
+        """Restore what ``state`` returned; any exception may be raised by anything else."""
+        initial, kernels, validity = (state[name] for name in ("initial_ntk", "kernels_infinite_width", "validity"))
         return cls(
             [int(step) for step in state["steps"]],
-            {name: value.to(device) for name, value in state["values"].items()},
-            [value.to(device) for value in state["kernels"]],
+            Corrections(**state["corrections"]).map(lambda value: value.to(device)),
             None if initial is None else initial.to(device),
-            tuple(value.to(device) for value in state["kernels_0"]),
-            None if validity is None else Validity(*validity),
-            None if spread is None else Validity(*spread),
-            list(state["words"]),
+            None if kernels is None else kernels.to(device),
+            None if validity is None else Validity(**validity),
+            list(state["notes"]),
         )
 
 
-def _plain(validity: Validity | None) -> list[str] | None:
-    return None if validity is None else [validity.flag, validity.reason]
-
-
 def finite_width(problem: Problem, steps: int, direction: Tensor, seconds: float) -> FiniteWidth:
-    """All corrections that can be had within ``seconds``: the NTK first, then hidden layers, mean and covariance.
+    """Compute the corrections that fit into a time limit: the NTK first, then hidden layers, mean and covariance.
 
     Args:
         problem: The training.
         steps: The last step.
         direction: The compared direction of the output, (N_p, n_L).
-        seconds: Allowed in all.
+        seconds: Time limit for everything.
+
+    Returns:
+        The corrections, with notes on what is missing and why.
     """
-    found = FiniteWidth(time_grid(steps, problem.options.get("momentum", 0.0)))
+    grid = time_grid(steps, problem.training.momentum)
     points = len(problem.x_train)
     if points > MOST_POINTS:
-        found.words.append(
-            f"{points} training points: order 1/n is for up to {MOST_POINTS} beside a training; order 0 is drawn"
-        )
-        return found
+        note = f"{points} training points: order 1/n is for up to {MOST_POINTS} beside a training; order 0 is drawn"
+        return FiniteWidth(grid, notes=[note])
     start = first_order_validity(problem.ensemble, torch.cat([problem.x_probe, problem.x_train]))
     if start.flag == "invalid":
-        found.words.append(f"order 1/n is not drawn: {start.reason}")
-        return found
-    added, problem = _enough_labels(problem)
-    look = slice(added, None)
-    work = _Work(problem, seconds, found.words)
+        return FiniteWidth(grid, notes=[f"order 1/n is not drawn: {start.reason}"])
+    padding, problem = _with_sampled_moments(problem)
+    probe = slice(padding, None)
+    attempts = _Attempts(problem, seconds)
 
-    def training(correction: str) -> Callable[[Problem], Trajectory]:
-        return lambda some: some.predicted(found.steps, 1, corrections=(correction,))
+    def outputs(correction: str) -> Callable[[Problem], Trajectory]:
+        return lambda part: part.outputs(grid, 1, corrections=(correction,))
 
-    zeroth = problem.predicted(found.steps, 0)
-    Theta = as_trace(zeroth.ntk_mean[0])[look, look]
-    gauges, verdicts = [], []
-    ntk = work.attempt("the NTK", 0, 2, training("ntk"))
+    zeroth = problem.outputs(grid, 0)
+    Theta = as_trace(zeroth.ntk_mean[0])[probe, probe]
+    values: dict[str, Tensor] = {}
+    parameters, verdicts = [], []
+    initial_ntk = kernels = spread = None
+    ntk = attempts.run("the NTK", 0, 2, outputs("ntk"))
     if ntk is not None:
-        found.initial_ntk = as_trace(ntk.ntk_mean[0])[look, look] - Theta
-        found.values["ntk"] = torch.stack([as_trace(value)[look, look] for value in ntk.ntk_drift])
-        gauges.append((found.initial_ntk + found.values["ntk"]).flatten(1).norm(dim=1) / Theta.norm())
+        initial_ntk = as_trace(ntk.ntk_mean[0])[probe, probe] - Theta
+        values["ntk"] = torch.stack([as_trace(value)[probe, probe] for value in ntk.ntk_drift])
+        parameters.append((initial_ntk + values["ntk"]).flatten(1).norm(dim=1) / Theta.norm())
         verdicts.append(ntk.validity)
-    if problem.options:
-        found.words.append("hidden kernels at order 0: their drift is derived without momentum")
+    if problem.training.momentum:
+        attempts.notes.append("hidden kernels at order 0: their drift is derived without momentum")
     else:
-        hidden = work.attempt("hidden kernels", 0, 2, lambda some: _hidden(some, found.steps))
+        hidden = attempts.run("hidden kernels", 0, 2, lambda part: part.hidden_layers(grid))
         if hidden is not None:
-            found.kernels_0 = tuple(layer.kernel_infinite_width[look, look] for layer in hidden.layers)
-            found.kernels = [layer.kernel_drift[:, look, look] for layer in hidden.layers]
             verdicts.append(hidden.validity)
-    mean = work.attempt("the mean output", 1, 3, training("mean"))
+            if hidden.layers:
+                kernels = torch.stack([layer.kernel_infinite_width[probe, probe] for layer in hidden.layers])
+                values["kernels"] = torch.stack([layer.kernel_drift[:, probe, probe] for layer in hidden.layers], 1)
+    mean = attempts.run("the mean output", 1, 3, outputs("mean"))
     if mean is not None:
-        found.values["mean"] = (mean.output_mean - zeroth.output_mean)[:, look]
-        moved = zeroth.output_mean[:, look].flatten(1).norm(dim=1)
-        size = found.values["mean"].flatten(1).norm(dim=1)
-        gauges.append(torch.where(moved > 0, size / torch.where(moved > 0, moved, 1.0), 0.0))
+        values["mean"] = (mean.output_mean - zeroth.output_mean)[:, probe]
+        moved = zeroth.output_mean[:, probe].flatten(1).norm(dim=1)
+        size = values["mean"].flatten(1).norm(dim=1)
+        parameters.append(torch.where(moved > 0, size / torch.where(moved > 0, moved, 1.0), 0.0))
         verdicts.append(mean.validity)
-        spread = work.attempt("the covariance", 1, 3, training("covariance"))
+        spread = attempts.run("the covariance", 1, 3, outputs("covariance"))
         if spread is not None:
-            change = (spread.output_covariance - zeroth.output_covariance)[:, look, look]
-            found.values["projected_variance"] = torch.einsum("ai,tabij,bj->t", direction, change, direction)
-            found.values["variances"] = torch.einsum("taaii->tai", change)
-            found.spread_validity = spread.validity
-    if gauges:
-        found.values["gauge"] = torch.stack(gauges).amax(0).cummax(0)[0]
+            change = (spread.output_covariance - zeroth.output_covariance)[:, probe, probe]
+            values["projected_variance"] = torch.einsum("ai,tabij,bj->t", direction, change, direction)
+            values["variances"] = torch.einsum("taaii->tai", change)
+    if parameters:
+        values["expansion_parameter"] = torch.stack(parameters).amax(0).cummax(0)[0]
     levels = ("valid", "caution", "invalid")
-    found.validity = max(verdicts, key=lambda value: levels.index(value.flag), default=None)
-    if found.validity is not None and found.spread_validity is not None:
-        found.validity = _with_band(found.validity, found.spread_validity)
-    return found
+    validity = max(verdicts, key=lambda value: levels.index(value.flag), default=None)
+    if validity is not None and validity.flag != "invalid" and spread is not None and spread.validity.flag != "valid":
+        reasons = [*validity.reasons, f"the band is rough: {spread.validity.reason}"]
+        validity = Validity("caution", reasons, {**spread.validity.numbers, **validity.numbers})
+    return FiniteWidth(grid, Corrections(**values), initial_ntk, kernels, validity, attempts.notes)
 
 
-def _with_band(validity: Validity, band: Validity) -> Validity:
-    if band.flag == "valid" or validity.flag == "invalid":
-        return validity
-    return Validity("caution", f"{validity.reason}. The band is rough: {band.reason}")
+def _with_sampled_moments(problem: Problem) -> tuple[int, Problem]:
+    """Prepend enough probe points that moments are sampled instead of integrated; also return how many.
 
-
-def _enough_labels(problem: Problem) -> tuple[int, Problem]:
-    """With as many more probe points, in front, as make moments over all points sampled.
-
-    Over three and four points they are integrated by quadrature, a minute of it; over five and more they are sampled.
+    Over three and four points the theory integrates them by quadrature, which takes up to a minute; over five and more
+    it samples them, in less than a second. Its threshold is not an argument: it is about accuracy, not about time.
     """
-    different = len(torch.unique(torch.cat([problem.x_train, problem.x_probe]), dim=0))
-    added = 5 - different if different in (3, 4) else 0
+    distinct = len(torch.unique(torch.cat([problem.x_train, problem.x_probe]), dim=0))
+    added = 5 - distinct if distinct in (3, 4) else 0
     scales = torch.linspace(0.5, 0.8, added, dtype=problem.x_train.dtype, device=problem.x_train.device)
     longest = problem.x_train[problem.x_train.norm(dim=1).argmax()]
     return added, replace(problem, x_probe=torch.cat([scales[:, None] * longest, problem.x_probe]))
 
 
-def _hidden(problem: Problem, steps: Sequence[int]) -> Any:
-    return predict_representation(
-        problem.ensemble,
-        problem.x_train,
-        problem.y_train,
-        problem.x_probe,
-        learning_rate=problem.learning_rate,
-        steps=max(steps),
-        reduction="sum",
-        at_steps=steps,
-        ntk=False,
-        num_samples=4096,
-        num_replicas=2,
-    )
+class _Attempts:
+    """Attempts one computation after another within one time limit, with ``notes`` on each."""
 
+    def __init__(self, problem: Problem, seconds: float) -> None:
+        self._problem, self._seconds_left = problem, seconds
+        self.notes: list[str] = []
 
-class _Work:
-    """One attempt after another, out of one allowance."""
+    def run(self, name: str, over_all: int, over_train: int, compute: Callable[[Problem], Any]) -> Any:
+        """Return the result, or None.
 
-    def __init__(self, problem: Problem, seconds: float, words: list[str]) -> None:
-        self.problem, self.left, self.words = problem, seconds, words
-
-    def attempt(self, name: str, over_all: int, over_train: int, compute: Callable[[Problem], Any]) -> Any:
-        """The result, or None; ``words`` says which and why.
-
-        Its largest tensors have ``over_all`` labels that run over all points and ``over_train`` over training points
-        (those over probe points alone do not grow).
+        Args:
+            name: What is computed.
+            over_all: Number of labels over all points in the largest tensors.
+            over_train: Number of their labels over training points (those over probe points alone do not grow).
+            compute: Solves a problem.
         """
-        problem, probes = self.problem, len(self.problem.x_probe)
-        if self.left <= 0:
-            self.words.append(f"{name} at order 0: no time is left of what is allowed")
+        problem, probes = self._problem, len(self._problem.x_probe)
+        if self._seconds_left <= 0:
+            self.notes.append(f"{name} at order 0: no time is left of what is allowed")
             return None
         try:
             result, spent = within(
-                self.left,
+                self._seconds_left,
                 len(problem.x_train),
                 lambda points: compute(problem.of(points)),
                 lambda points: (points + probes) ** over_all * points**over_train,
             )
-        except (TooDearError, ValueError) as error:
-            self.words.append(f"{name} at order 0: {error}")
-            self.left -= error.spent if isinstance(error, TooDearError) else 0.0
+        except ValueError as error:
+            self.notes.append(f"{name} at order 0: {error}")
+            self._seconds_left -= error.spent if isinstance(error, TooExpensiveError) else 0.0
             return None
-        self.left -= spent
-        self.words.append(f"{name} at order 1/n")
+        self._seconds_left -= spent
+        self.notes.append(f"{name} at order 1/n")
         return result

@@ -1,7 +1,7 @@
-"""The forecast of one network, from its own NTK, dNTK and ddNTK at theta_0, beside its really running training.
+"""The forecast of one network, from its own NTK, dNTK and ddNTK at theta_0, beside its real training.
 
 Full batch, any architecture and loss, gradient descent with or without momentum. With z_0, H_0 the NTK frozen (order 0)
-and z_1, H_1 the first order in dNTK and ddNTK, compared on the probe at a step t > 0 are
+and z_1, H_1 the first order in dNTK and ddNTK, the compared quantities, on the probe at a step t > 0, are
 
 * ``instance_output``: <z - z(0), u> / sqrt(N C), u the direction of z_0(t) - z(0): rms motion of the outputs along
   their frozen forecast. Order 0: its size; order 1: <z_0 + z_1 - z(0), u> / sqrt(N C).
@@ -9,74 +9,58 @@ and z_1, H_1 the first order in dNTK and ddNTK, compared on the probe at a step 
 * ``ntk_drift``: |H - H_0| / |H_0|. Order 0: 0; order 1: |H_1| / |H_0|.
 * ``instance_ntk_error``: |H - forecast| / |H_0| of order 0 and order 1.
 
-Truncation is g^2 times order 0, g the forecast's own gauge up to t. A network with kinks has none: nothing estimates
-what their crossings add.
+Truncation is g^2 times order 0, with g the forecast's own expansion parameter up to t. A network with kinks has none:
+nothing estimates what their crossings add.
 """
 
 import copy
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_eft.forecast.comparison.affordable import TooDearError
+from torch_eft.forecast.comparison.affordable import TooExpensiveError
 from torch_eft.forecast.comparison.compared import Compared, component
 from torch_eft.forecast.network import predict_from_network
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.kinks import kinked_operations
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.kernels.metrics import as_trace
-from torch_eft.measure.training_loss import TrainingLoss
+from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Trajectory, Validity
 
-_FIRST_HORIZON = 256
+FIRST_HORIZON = 256
+"""Steps to forecast at first where the length of the training is unknown."""
+
 _EXTENSION = 4
 _LARGEST_INTEGRATION = 4e9
-"""Multiplications of the frozen path, T M^2, up to which it is integrated at once."""
+"""Multiplications of the frozen path, T M^2, up to which it is integrated in one piece."""
 
 _FEWEST_DIRECTIONS, _MOST_DIRECTIONS = 3, 24
 _LONGEST_AT_ONCE = 2000
 
 
-@dataclass(frozen=True)
-class SGDOptions:
-    """``torch.optim.SGD`` without decay.
-
-    Args:
-        learning_rate: eta, multiplying lambda.
-        momentum: In [0, 1).
-        nesterov: Nesterov's.
-        dampening: Of the gradient.
-    """
-
-    learning_rate: float
-    momentum: float = 0.0
-    nesterov: bool = False
-    dampening: float = 0.0
-
-
 class InstanceComparison:
-    """The forecast of one network, and what it really does.
+    """The forecast of one network, and its real training beside it.
 
     Args:
         model: The network, at theta_0; it is copied.
         x_train: Training inputs.
-        loss: Of the training, with its targets.
+        y_train: Targets, as the loss takes them.
         x_probe: Probe inputs.
-        optimizer: Of the training.
+        training: The training, full batch; steps beyond its number extend the forecast.
         lambdas: The learning-rate tensor.
-        steps: Optimizer steps to come, if known; further ones extend the forecast.
-        output_fn: Turns what the model returns into (N, C).
-        seconds: Allowed for the forecast.
-        largest: M = N C over training and probe points, at most.
-        earlier: What ``state`` returned of the same forecast: it is made again, of the theta_0 in there.
+        output_fn: Converts the model's return value to (N, C).
+        seconds: Time limit for the forecast.
+        largest: Largest number of outputs M = N C over training and probe points.
+        earlier: The ``state`` of the same forecast, to make it again from the theta_0 in there.
 
     Raises:
-        TooDearError: If M is too large.
+        TooExpensiveError: If M is too large.
         ValueError: If there is no forecast of this training; the message says why.
     """
 
@@ -84,11 +68,11 @@ class InstanceComparison:
         self,
         model: nn.Module,
         x_train: Any,
-        loss: TrainingLoss,
+        y_train: Tensor,
         x_probe: Any,
-        optimizer: SGDOptions,
+        training: Training,
+        *,
         lambdas: Mapping[str, float],
-        steps: int | None = None,
         output_fn: OutputFn | None = None,
         seconds: float = 3.0,
         largest: int = 512,
@@ -97,41 +81,45 @@ class InstanceComparison:
         with isolated(model) as network:
             self._model = copy.deepcopy(network.shadow)
         if earlier is not None:
-            self._put(earlier["theta_0"])
+            self._restore(earlier["theta_0"])
         for parameter in self._model.parameters():
             parameter.grad = None
-        self._x, self._probe, self._loss = x_train, as_probe(x_probe).inputs, loss
-        self._optimizer, self._lambdas, self._output_fn = optimizer, dict(lambdas), output_fn
+        self._x_train, self._y_train, self._x_probe = x_train, y_train, as_probe(x_probe).inputs
+        self._training, self._lambdas, self._output_fn = training, dict(lambdas), output_fn
         self._seconds = seconds
         self._modes: int | None = None if earlier is None else earlier["modes"]
         with isolated(self._model, output_fn) as network, torch.no_grad():
             channels = network(network.params, network.place(as_probe(x_probe))).shape[1]
         self.outputs = (as_probe(x_train).size + as_probe(x_probe).size) * channels
         if self.outputs > largest:
-            raise TooDearError(
+            raise TooExpensiveError(
                 f"{self.outputs} outputs on training and probe points; one network's forecast is made for up to "
                 f"{largest}"
             )
-        self.words = ""
+        self.description = ""
         self._kinked = kinked_operations(self._model, as_probe(x_probe), output_fn=output_fn) != ()
-        self._forecast(min(steps or _FIRST_HORIZON, _LONGEST_AT_ONCE) if earlier is None else int(earlier["steps"]))
+        self._forecast(int(min(training.steps, _LONGEST_AT_ONCE) if earlier is None else earlier["steps"]))
 
     # ---- theta_0 in a checkpoint
 
     def state(self) -> dict[str, Any]:
-        """Values at theta_0, and how far and along how many directions it is forecast; plain types and tensors."""
+        """Return the values at theta_0, the number of directions and the last step; plain types and tensors."""
         return {
             "theta_0": {name: value.detach() for name, value in _values(self._model).items()},
             "modes": self._modes,
             "steps": self.steps,
         }
 
-    def _put(self, theta_0: Mapping[str, Tensor]) -> None:
-        """Give the copied network the values it had at theta_0."""
+    def _restore(self, theta_0: Mapping[str, Tensor]) -> None:
+        """Restore the copied network's values at theta_0.
+
+        Raises:
+            ValueError: If names or shapes differ.
+        """
         own = _values(self._model)
         if set(own) != set(theta_0):
             raise ValueError(
-                f"parameters and buffers are others than at theta_0: {sorted(set(own) ^ set(theta_0))[:2]}"
+                f"parameters and buffers differ from those at theta_0: {sorted(set(own) ^ set(theta_0))[:2]}"
             )
         with torch.no_grad():
             for name, value in own.items():
@@ -143,7 +131,7 @@ class InstanceComparison:
 
     @property
     def steps(self) -> int:
-        """T, up to which there is a forecast."""
+        """The last step T of the forecast."""
         return len(self.order_0.steps) - 1
 
     @property
@@ -153,12 +141,12 @@ class InstanceComparison:
 
     @property
     def level(self) -> str:
-        """In words."""
+        """Level and order of the theory."""
         return f"instance, order {0 if self.order_1 is None else 1}"
 
     @property
     def provenance(self) -> str:
-        """Of the highest order."""
+        """Provenance of the highest order."""
         return self.order_0.provenance if self.order_1 is None else self.order_1.provenance
 
     def _forecast(self, steps: int) -> None:
@@ -176,38 +164,31 @@ class InstanceComparison:
         self._H_0 = self.order_0.ntk_mean[0]
 
     def _affordable(self, steps: int, spent: float) -> int | None:
-        """Directions along which dNTK and ddNTK are measured within what is allowed, or None, with ``words``."""
+        """Return how many directions fit into the time limit, or None if too few; ``description`` says so."""
         if self._modes is None:
             begun = time.perf_counter()
             self._predicted(steps, 1, 1)
             tried = time.perf_counter() - begun
-            # One direction takes 5/2 Gram matrices of derivatives, r of them 3/2 r^2 + r (X is one each).
+            # One direction takes 5/2 Gram matrices of derivatives, r of them 3/2 r^2 + r (one for each X).
             each = max(tried - spent, 1e-9) / 2.5
             affordable = math.sqrt(max(0.0, self._seconds - tried - 2 * spent) / each / 1.5)
             self._modes = int(min(affordable, _MOST_DIRECTIONS))
         if self._modes < _FEWEST_DIRECTIONS:
-            self.words = (
+            self.description = (
                 f"order 0 only: dNTK and ddNTK along {_FEWEST_DIRECTIONS} directions take longer than the "
                 f"{self._seconds:g} s that are allowed"
             )
             return None
-        self.words = f"dNTK and ddNTK along up to {self._modes} directions fit into {self._seconds:g} s"
+        self.description = f"dNTK and ddNTK along up to {self._modes} directions fit into {self._seconds:g} s"
         return self._modes
 
     def _predicted(self, steps: int, order: int, modes: int | None = None) -> Trajectory:
-        loss, optimizer = self._loss, self._optimizer
         return predict_from_network(
             self._model,
-            self._x,
-            loss.targets,
-            self._probe,
-            learning_rate=optimizer.learning_rate * loss.factor,
-            steps=steps,
-            momentum=optimizer.momentum,
-            nesterov=optimizer.nesterov,
-            dampening=optimizer.dampening,
-            reduction="mean" if loss.kind == "given" else "sum",
-            loss=loss.function if loss.kind == "given" else loss.kind,
+            self._x_train,
+            self._y_train,
+            self._x_probe,
+            replace(self._training, steps=steps),
             order=order,
             lambdas=self._lambdas,
             output_fn=self._output_fn,
@@ -215,7 +196,7 @@ class InstanceComparison:
         )
 
     def reaches(self, step: int) -> bool:
-        """Whether there is a forecast for a step; extends it if that takes no longer than is allowed."""
+        """Return True if the forecast covers a step, extending it within the time limit."""
         if step > self.steps:
             longer = max(step, _EXTENSION * self.steps)
             if self._spent * longer / self.steps > self._seconds:
@@ -226,8 +207,8 @@ class InstanceComparison:
 
     # ---- the comparison
 
-    def gauge(self, step: int) -> float | None:
-        """The size of order 1 relative to order 0 up to a step; None without order 1."""
+    def expansion_parameter(self, step: int) -> float | None:
+        """Return the size of order 1 relative to order 0 up to a step; None without order 1."""
         if self.order_1 is None or self.order_1.ntk_truncation is None:
             return None
         at = min(step, self.steps)
@@ -235,10 +216,10 @@ class InstanceComparison:
         return math.sqrt(max(0.0, float(self.order_1.ntk_truncation[at].flatten()[0]) / scale))
 
     def compare(self, step: int, output: Tensor, ntk: Tensor | None, ntk_0: Tensor | None) -> dict[str, Compared]:
-        """Forecast beside measurement, at a step after the first.
+        """Compare forecast and measurement at a step after the first.
 
         Args:
-            step: Optimizer steps taken since theta_0, within reach.
+            step: Optimizer steps taken since theta_0, covered by the forecast.
             output: Measured outputs on the probe, (N_p, C).
             ntk: Measured NTK, (N_p, N_p, C, C) or (N_p, N_p), with the same lambda; None leaves its numbers out.
             ntk_0: The same at theta_0.
@@ -253,22 +234,22 @@ class InstanceComparison:
         count, largest = math.sqrt(z.numel()), self._largest_moved[step]
         u = frozen - start
         order_1 = error_1 = truncation = None
-        g = self.gauge(step)
+        g = self.expansion_parameter(step)
         if self.order_1 is not None and g is not None:
             predicted = self.order_1.output_mean[step]
             order_1 = float(component(predicted - start, u)) / count
             error_1 = float((z - predicted).norm() / largest)
             if not self._kinked:
                 truncation = g**2 * float(largest) / count + 1e-6 * float(start.norm()) / count
-        found = {
+        compared = {
             "instance_output": Compared(
                 float(component(z - start, u)) / count, float(u.norm()) / count, order_1, None, truncation
             ),
             "instance_output_error": Compared(None, float((z - frozen).norm() / largest), error_1),
         }
         if ntk is not None and ntk_0 is not None:
-            found |= self._ntks(step, ntk, ntk_0, g)
-        return found
+            compared |= self._ntks(step, ntk, ntk_0, g)
+        return compared
 
     def _ntks(self, step: int, ntk: Tensor, ntk_0: Tensor, g: float | None) -> dict[str, Compared]:
         H, H_0 = ntk.to(self._H_0), ntk_0.to(self._H_0)

@@ -5,14 +5,14 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_eft.forecast.comparison.instance import InstanceComparison, SGDOptions
+from torch_eft.forecast.comparison.instance import FIRST_HORIZON, InstanceComparison
 from torch_eft.live.instrument import Measurement, Reading, RunFacts, TrainingStart
 from torch_eft.live.instruments.common import compared_scalars
 from torch_eft.live.instruments.forecasts.base import ForecastInstrument
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.network.snapshot import Plan
 from torch_eft.measure.training_loss import recognize_loss
-from torch_eft.results.training import LossFunction
+from torch_eft.results.training import LossFunction, Training
 
 
 class InstanceInstrument(ForecastInstrument):
@@ -78,7 +78,7 @@ class InstanceInstrument(ForecastInstrument):
             now if same_units else None,
             then if same_units else None,
         )
-        events = self._watch.events(measurement.step, self._comparison.gauge(measurement.step))
+        events = self._watch.events(measurement.step, self._comparison.expansion_parameter(measurement.step))
         return Reading(compared_scalars(compared), pages, events)
 
     def _forecast(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> dict[str, str]:
@@ -101,18 +101,25 @@ class InstanceInstrument(ForecastInstrument):
             loss_function=self.loss_function,
         )
         self._same_loss(loss.name, loss.factor)
+        given = loss.kind == "given"
+        training = Training(
+            loss=loss.function if given else loss.kind,
+            reduction="mean" if given else "sum",
+            learning_rate=rates.learning_rate * loss.factor,
+            steps=start.total_steps or FIRST_HORIZON,
+            **options,
+        )
         self._comparison = InstanceComparison(
             network,
             x,
-            loss,
+            loss.targets,
             start.network.probe,
-            SGDOptions(rates.learning_rate, **options),
-            rates.lambdas,
-            start.total_steps,
-            start.network.output_fn,
-            self.seconds,
-            self.largest,
-            kept["comparison"] | {"theta_0": kept["theta_0"]} if kept else None,
+            training,
+            lambdas=rates.lambdas,
+            output_fn=start.network.output_fn,
+            seconds=self.seconds,
+            largest=self.largest,
+            earlier=kept["comparison"] | {"theta_0": kept["theta_0"]} if kept else None,
         )
         return self._page(f"Loss: {loss.name}. ")
 
@@ -122,7 +129,7 @@ class InstanceInstrument(ForecastInstrument):
         self.validity = found.validity
         return {
             "instance": f"{before}This network's own forecast up to step {found.steps}: {found.provenance}; "
-            f"{found.words}. At the last step, {found.validity}"
+            f"{found.description}. At the last step, {found.validity}"
         }
 
     def state(self) -> dict[str, Any]:

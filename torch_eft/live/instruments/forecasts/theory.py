@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.diagnosis import Diagnosis, diagnose
-from torch_eft.forecast.comparison.ensemble import EnsembleComparison
+from torch_eft.forecast.comparison.ensemble import FIRST_HORIZON, EnsembleComparison
 from torch_eft.live.instrument import Measurement, Reading, RunFacts, TrainingStart
 from torch_eft.live.instruments.common import compared_scalars
 from torch_eft.live.instruments.forecasts.base import ForecastInstrument
@@ -17,6 +17,7 @@ from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Plan, Snapshot
 from torch_eft.measure.training_loss import recognize_squared_error
 from torch_eft.results.tags import compared_quantities, tag
+from torch_eft.results.training import Training
 from torch_eft.tensorboard.figures import comparison_figure
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import ActivationLike
@@ -138,17 +139,21 @@ class TheoryInstrument(ForecastInstrument):
         rate = read_learning_rates(network, [optimizer]).learning_rate
         loss = recognize_squared_error(network, x, y, self._seen.loss, gradients, output_fn=start.network.output_fn)
         self._same_loss(loss.name, loss.rate_factor)
+        training = Training(
+            reduction="sum",
+            learning_rate=rate * loss.rate_factor,
+            steps=start.total_steps or FIRST_HORIZON,
+            **options,
+        )
         self._comparison = EnsembleComparison(
             self._ensemble,
             x.flatten(1),
             loss.targets,
             start.network.probe.inputs.flatten(1).to(x.device),
-            rate * loss.rate_factor,
+            training,
             order=self.order,
-            steps=start.total_steps,
             seconds=self.seconds,
             earlier=kept["comparison"] if kept else None,
-            **options,
         )
         self.validity = self._comparison.validity
         momentum = f", momentum {options['momentum']:g}" if options["momentum"] else ""
@@ -157,7 +162,7 @@ class TheoryInstrument(ForecastInstrument):
             f"{self.validity}"
         )
         return {
-            "validity": f"{text}\n\nPredicted for the {self._ensemble} ensemble: {self._comparison.words}.",
+            "validity": f"{text}\n\nPredicted for the {self._ensemble} ensemble: {self._comparison.description}.",
         }
 
     def _none(self, reason: str) -> str:
@@ -182,7 +187,7 @@ class TheoryInstrument(ForecastInstrument):
     def _compared(self, measurement: Measurement) -> Reading:
         assert self._comparison is not None
         reading = Reading(self._scalars(measurement))
-        reading.events += self._watch.events(measurement.step, self._comparison.gauge(measurement.step))
+        reading.events += self._watch.events(measurement.step, self._comparison.expansion_parameter(measurement.step))
         if measurement.last:
             reading.pages |= self._layers_page(measurement)
         return reading
