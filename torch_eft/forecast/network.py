@@ -115,6 +115,9 @@ def predict_from_network(
 def _joined(first: Any, second: Any) -> Any:
     """Join two batches of the same structure.
 
+    Returns:
+        One batch, the first in front.
+
     Raises:
         ValueError: If structures or shapes differ.
     """

@@ -148,10 +148,8 @@ class Training:
 
         From |roots| < 1 of x^2 - (1 + m - h) x + m, heavy ball, or x^2 - (1 + m) (1 - h) x + m (1 - h), Nesterov.
         """
-        m, undamped = (
-            self.momentum,
-            1 - self.dampening if self.momentum else 1.0,
-        )  # without momentum torch damps nothing
+        m = self.momentum
+        undamped = 1 - self.dampening if m else 1.0  # without momentum torch damps nothing
         return 2 * (1 + m) / (1 + 2 * m) if self.nesterov else 2 * (1 + m) / undamped
 
     def batch(self, step: int) -> Tensor | None:

@@ -235,10 +235,13 @@ def finite_width(problem: Problem, steps: int, direction: Tensor, seconds: float
 
 
 def _with_sampled_moments(problem: Problem) -> tuple[int, Problem]:
-    """Prepend enough probe points that moments are sampled instead of integrated; also return how many.
+    """Prepend enough probe points that moments are sampled instead of integrated.
 
     Over three and four points the theory integrates them by quadrature, which takes up to a minute; over five and more
-    it samples them, in less than a second. Its threshold is not an argument: it is about accuracy, not about time.
+    it samples them, in less than a second. Its threshold is not an argument of the forecasts: it is chosen for accuracy, not for time.
+
+    Returns:
+        The number of points in front, and the problem with them.
     """
     distinct = len(torch.unique(torch.cat([problem.x_train, problem.x_probe]), dim=0))
     added = 5 - distinct if distinct in (3, 4) else 0

@@ -192,8 +192,7 @@ def frozen_path(z: Tensor, H: Tensor, train: Tensor, loss: Loss, training: Train
         Outputs, coefficients and errors at all steps.
     """
     start, outputs, steps = z.flatten(), z.shape[1], int(training.steps)
-    optimizer: Any = training
-    coefficients = SGDState(optimizer, start.new_zeros(len(train)))
+    coefficients = SGDState(training, start.new_zeros(len(train)))
     zs, ps, es = [], [], []
     for step in range(steps + 1):
         ps.append(coefficients.values[0])
@@ -211,8 +210,7 @@ def first_order(
     p, e = path.p @ tensors.dual.T, path.e @ tensors.dual.T
     r = p.shape[1]
     zero = p.new_zeros
-    optimizer: Any = training
-    coefficients = SGDState(optimizer, zero(len(train)), zero(r, r), zero(r, r, r), zero(r, r, r))
+    coefficients = SGDState(training, zero(len(train)), zero(r, r), zero(r, r, r), zero(r, r, r))
     parts = (
         tensors.dH_first,
         tensors.dH_second / 2,
