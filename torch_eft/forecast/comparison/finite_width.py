@@ -238,8 +238,8 @@ def _with_sampled_moments(problem: Problem) -> tuple[int, Problem]:
     """Prepend enough probe points that moments are sampled instead of integrated.
 
     Over three and four points the theory integrates them by quadrature, which takes up to a minute; over five and more
-    it samples them, in less than a second. The threshold is not an argument of the forecasts: it is chosen for accuracy,
-    not for time.
+    it samples them, in less than a second. The threshold is not an argument of the forecasts: it is chosen for
+    accuracy, not for time.
 
     Returns:
         The number of points in front, and the problem with them.
