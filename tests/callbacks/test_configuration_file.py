@@ -38,9 +38,10 @@ trainer:
 """
 
 
-def command_line(folder: Path, *arguments, run=True):
+def command_line(folder: Path, *arguments, run=True, monitor="EFTMonitor"):
     path = folder / "config.yaml"
-    path.write_text(CONFIGURATION.format(arguments="\n        ".join(arguments)))
+    text = CONFIGURATION.replace("callbacks.EFTMonitor", f"callbacks.{monitor}")
+    path.write_text(text.format(arguments="\n        ".join(arguments)))
     given = ["fit", "--config", str(path)] if run else ["--config", str(path)]
     return LightningCLI(Model, Data, args=given, run=run, save_config_callback=None)
 
@@ -99,6 +100,29 @@ def test_typos_and_wrong_types_are_rejected(tmp_path, capsys, line, message):
     with pytest.raises((SystemExit, ValueError)) as stopped:
         command_line(tmp_path, "probe: first_batch:4", line, run=False)
     assert message in capsys.readouterr().err + str(stopped.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("monitor", "own"),
+    [
+        ("EFTMonitor", "instruments: [ntk]"),
+        ("NTKMonitor", "outputs: trace"),
+        ("RepresentationMonitor", "per_layer: true"),
+        ("TheoryComparison", "activation: tanh"),
+    ],
+)
+def test_shared_arguments_of_every_monitor(tmp_path, capsys, monitor, own):
+    shared = ["probe: first_batch:4", own, "every: 7", "extra: [taylor]", "keep_theta_0: none"]
+    observer = monitor_of(command_line(tmp_path, *shared, run=False, monitor=monitor)).observer
+    assert (observer.every, observer.keep_theta_0) == (7, "none")
+    assert [instrument.name for instrument in observer.instruments][1:] == ["taylor"]
+    with pytest.raises((SystemExit, ValueError)) as stopped:
+        command_line(tmp_path, *shared, "bugdet: 0.1", run=False, monitor=monitor)
+    assert "bugdet" in capsys.readouterr().err + str(stopped.value)
+    if monitor != "EFTMonitor":
+        with pytest.raises((SystemExit, ValueError)):
+            command_line(tmp_path, *shared, "preset: full", run=False, monitor=monitor)
 
 
 def test_the_first_samples_of_the_training_data_and_the_same_bits():

@@ -495,6 +495,7 @@ class Observer:
             with self.recorder.guard():
                 states[instrument.name] = instrument.state()
         reference = self._without_theta_0("", self.reference.state())
+        # The keys are those of earlier checkpoints, which stay readable.
         return {
             "history": {step: dict(scalars) for step, scalars in self.history.items()},
             "events": [[event.step, event.quantity, event.text] for event in self.events],

@@ -1,1 +1,1 @@
-"""The parts of an observer, one concern each."""
+"""The instruments of an observer, one concern each."""
