@@ -73,7 +73,7 @@ def test_a_state_with_code_in_it_is_refused_by_torch(tmp_path, mark, where):
 
 def test_a_probe_file_with_code_in_it_is_refused(tmp_path, mark):
     torch.save({"x": Mark(mark)}, tmp_path / "probe.pt")
-    with pytest.raises(ValueError, match=r"probe: .*probe.pt' is no file of tensors"):
+    with pytest.raises(ValueError, match=r"probe: .*probe.pt' is not a file of tensors"):
         EFTMonitor(str(tmp_path / "probe.pt"))
     assert not mark.exists()
 

@@ -39,6 +39,7 @@ from torch_eft.live.progress import Progress
 from torch_eft.live.record.recorder import LOADING, Recorder
 from torch_eft.live.record.run_summary import shown_claim, skipped_page
 from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink
+from torch_eft.live.run import checkpoint
 from torch_eft.live.run.measured_network import Distributed, MeasuredNetwork, checked_network
 from torch_eft.live.run.measurements import Measurements
 from torch_eft.live.run.ranks import RankProtocol
@@ -486,41 +487,18 @@ class Observer:
         network = self.network
         self.recorder.summarize(self.instruments, network.network, network.optimizers, network.shape)
 
-    # ---- state: plain types and tensors, so that it loads with weights_only=True
+    # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """History, theta_0's measurements and where they were taken, and the instruments' own states."""
-        states: dict[str, Any] = {}
-        for instrument in self.instruments:
-            with self.recorder.guard():
-                states[instrument.name] = instrument.state()
-        reference = self._without_theta_0("", self.reference.state())
-        # The keys are those of earlier checkpoints, which stay readable.
-        return {
-            "history": {step: dict(scalars) for step, scalars in self.history.items()},
-            "events": [[event.step, event.quantity, event.text] for event in self.events],
-            **reference,
-            "parts": {name: self._without_theta_0(name, state) for name, state in states.items()},
-        }
-
-    def _without_theta_0(self, name: str, state: Any) -> Any:
-        """A state (an instrument's, if it has a name) whose theta_0 is kept where ``keep_theta_0`` says."""
-        theta_0_of_instrument = isinstance(state, dict) and state.get("theta_0")
-        if self.keep_theta_0 == "checkpoint" or (name and not theta_0_of_instrument):
-            return state
-        if self.keep_theta_0 == "file":
-            if self.theta_file is None:
-                return state
-            if self._ranks.leads:
-                with self.recorder.guard():
-                    self.reference.write_theta_0(name, state, self.theta_file)
-        return self.reference.set_aside(name, state)
+        """History, theta_0's measurements and where they were taken, and the instruments' own states: plain types."""
+        place = self.keep_theta_0, self.theta_file, self._ranks.leads
+        return checkpoint.save(self.recorder, self.reference, self.instruments, *place)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's theta_0 and history; one that cannot be read is left alone, with a warning."""
         self._forget()
         try:
-            self._load(state)
+            checkpoint.load(state, self.recorder, self.reference, self.instruments)
         except Exception as error:  # a corrupt checkpoint is corrupt in many ways
             self._forget()
             for instrument in self.instruments:
@@ -531,23 +509,6 @@ class Observer:
                 MeasurementWarning,
                 stacklevel=2,
             )
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self.recorder.load(
-            {int(step): dict(scalars) for step, scalars in state["history"].items()},
-            [Event(int(step), quantity, text) for step, quantity, text in state["events"]],
-        )
-        self.reference.load_state(self._with_theta_0("", state))
-        for instrument in self.instruments:
-            instrument.forget()
-            instrument.load_state(self._with_theta_0(instrument.name, state["parts"].get(instrument.name, {})))
-
-    def _with_theta_0(self, name: str, state: dict[str, Any]) -> dict[str, Any]:
-        """A copy of a state with the theta_0 that it points to, if that is available."""
-        complete = dict(state)
-        with self.recorder.guard():
-            self.reference.fetch_theta_0(name, complete)
-        return complete
 
 
 def _tensorboard(logdir: str | Path) -> Sink:
