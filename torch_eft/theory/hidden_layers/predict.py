@@ -95,7 +95,7 @@ def predict_representation(
         >>> import torch
         >>> from torch_eft import theory
         >>> x, y = torch.eye(2, 3), torch.ones(2, 1)
-        >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "tanh")
+        >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "linear")
         >>> forecast = theory.predict_representation(ensemble, x, y, x, learning_rate=0.1, steps=4, ntk=False)
         >>> [layer.kernel_drift.shape for layer in forecast.layers]
         [torch.Size([5, 2, 2]), torch.Size([5, 2, 2])]

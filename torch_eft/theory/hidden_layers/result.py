@@ -34,20 +34,10 @@ class HiddenLayerForecast:
         >>> import torch
         >>> from torch_eft import theory
         >>> x, y = torch.eye(2, 3), torch.ones(2, 1)
-        >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "tanh")
+        >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "linear")
         >>> layer = theory.predict_representation(ensemble, x, y, x, learning_rate=0.1, steps=4, ntk=False).layers[0]
-        >>> layer
-        HiddenLayerForecast(
-          layer: 1
-          width: 64
-          kernel_infinite_width: (2, 2) float64
-          kernel_mean: (2, 2) float64
-          kernel_drift: (5, 2, 2) float64
-          kernel_terms: (5, 2, 2) float64
-          movement: (5, 2, 2) float64
-          ntk_mean: (2, 2) float64
-          error: {}
-        )
+        >>> layer.width, layer.kernel_infinite_width.shape, layer.kernel_drift.shape
+        (64, torch.Size([2, 2]), torch.Size([5, 2, 2]))
     """
 
     layer: int
@@ -101,7 +91,7 @@ class RepresentationForecast:
         >>> import torch
         >>> from torch_eft import theory
         >>> x, y = torch.eye(2, 3), torch.ones(2, 1)
-        >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "tanh")
+        >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "linear")
         >>> forecast = theory.predict_representation(ensemble, x, y, x, learning_rate=0.1, steps=4, ntk=False)
         >>> forecast.steps.tolist(), [layer.width for layer in forecast.layers], forecast.observable
         ([0.0, 1.0, 2.0, 3.0, 4.0], [64, 64], 'activations')

@@ -52,18 +52,10 @@ class RepresentationStatistics:
     Example:
         >>> import torch
         >>> from torch_eft import theory
-        >>> ensemble = theory.MLPEnsemble([3, 16, 16, 1], "tanh")
-        >>> theory.representation_statistics(ensemble, torch.eye(2, 3), torch.eye(1, 3))[0]
-        RepresentationStatistics(
-          layer: 1
-          observable: activations
-          divisor: 16
-          Xi: (1, 1, 2, 2) float64
-          Y: (1, 1, 2, 2) float64
-          C: (1, 1, 2, 2) float64
-          Mv: (1, 1, 2, 2) float64
-          error: {}
-        )
+        >>> ensemble = theory.MLPEnsemble([3, 16, 16, 1], "linear")
+        >>> first, second = theory.representation_statistics(ensemble, torch.eye(2, 3), torch.eye(1, 3))
+        >>> first.divisor, first.Xi.shape
+        (16, torch.Size([1, 1, 2, 2]))
     """
 
     layer: int
@@ -117,7 +109,7 @@ def representation_statistics(
         >>> import torch
         >>> from torch_eft import theory
         >>> x = torch.eye(2, 3)
-        >>> found = theory.representation_statistics(theory.MLPEnsemble([3, 16, 24, 1], "tanh"), x, x[:1])
+        >>> found = theory.representation_statistics(theory.MLPEnsemble([3, 16, 24, 1], "linear"), x, x[:1])
         >>> [(layer.layer, layer.divisor, tuple(layer.Xi.shape)) for layer in found]
         [(1, 16, (1, 1, 2, 2)), (2, 24, (1, 1, 2, 2))]
     """
