@@ -17,7 +17,7 @@ class Variant:
 
     Args:
         name: Which ensemble.
-        network: In words.
+        network: Description of the ensemble.
         r: L / n.
         epsilon: Var G / E[G]^2 to order 1/n.
         epsilon_all_orders: Estimated beyond order 1/n (exact for two slopes without biases).
@@ -26,6 +26,12 @@ class Variant:
         gradient_growth: E|dz/dz^(1)|^2 of an output, squared gradients at layer 1 over those at layer L.
         drift: Order of magnitude of the NTK's relative drift for unit targets; None where nothing says it.
         largest_learning_rate: As in ``Diagnosis``; None where nothing trains.
+
+    Example:
+        >>> import torch_eft as eft
+        >>> report = eft.diagnose(eft.theory.MLPEnsemble([10, 100, 100, 1], "relu", C_W=2.0))
+        >>> [(variant.name, round(variant.r, 3)) for variant in report.variants]
+        [('this network', 0.03), ('twice as deep', 0.05), ('twice as wide', 0.015)]
     """
 
     name: str
