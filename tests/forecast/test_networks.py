@@ -238,3 +238,11 @@ def test_different_runs_are_not_averaged():
         eft.average_trajectories([single(1.0), other], "numbers")
     with pytest.raises(ValueError, match="1 given; an average with its error needs at least 2"):
         eft.average_trajectories([single(1.0)], "numbers")
+
+
+def test_linear_networks_differ_by_their_outputs_alone():
+    """All have one NTK."""
+    found = eft.predict_from_networks(
+        lambda: nn.Linear(3, 1, dtype=F64), X[1:], Y, X[:1], learning_rate=0.05, steps=3, num_networks=3
+    )
+    assert bool((found.output_error > 0).all()) and not bool(found.ntk_error.any())
