@@ -65,6 +65,22 @@ TAYLOR_REFUSED = {
 """The first order whose Taylor term is refused, where it is another."""
 
 
+def cdist_has_a_second_derivative():
+    """In some versions of torch it has derivatives of every order."""
+    x = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(torch.cdist(x, torch.zeros(1, 2)).sum(), x, create_graph=True)
+    try:
+        torch.autograd.grad(gradient.sum(), x)
+    except RuntimeError:
+        return False
+    return True
+
+
+if cdist_has_a_second_derivative():
+    del REFUSED["cdist"], TAYLOR_REFUSED["cdist"]
+    REVERSE.add("cdist")
+
+
 def plain_layer_norm(self, x):
     centered = x - x.mean(-1, keepdim=True)
     return centered / ((centered**2).mean(-1, keepdim=True) + self.eps) ** 0.5 * self.weight + self.bias

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_eft.measure.jets.jet import Jet, coefficients_of, jet
 
@@ -13,7 +14,8 @@ TOLERANCE = 1e-10
 def series_by_reverse_mode(function, order):
     """Taylor coefficients at s = 0 of tensors s -> (...), entry by entry and order by order."""
     s = torch.zeros((), dtype=DTYPE, requires_grad=True)
-    value = function(s)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have a first derivative only
+        value = function(s)
     found = [value.detach()]
     pattern = torch.zeros_like(value, requires_grad=True)
     current = value
