@@ -125,14 +125,16 @@ class Settings(nn.Module):
 
 def settings():
     backends = torch.backends
-    switches = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
+    operations = ((backends.cudnn, "conv"), (backends.cudnn, "rnn"), (backends.mkldnn, "matmul"))
+    switches = (backends.cuda.matmul, *(getattr(library, name, None) for library, name in operations))
+    precisions = [getattr(backend, "fp32_precision", "none") for backend in switches]  # not in all versions of torch
     return {
         "default dtype": torch.get_default_dtype(),
         "fast attention": backends.mha.get_fastpath_enabled(),
         "fused attention": (backends.cuda.flash_sdp_enabled(), backends.cuda.mem_efficient_sdp_enabled()),
         "float32 products": torch.get_float32_matmul_precision(),
         "older switches": (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32),
-        "TF32 or bfloat16": any(backend.fp32_precision in ("tf32", "bf16") for backend in switches),
+        "TF32 or bfloat16": "tf32" in precisions or "bf16" in precisions,
     }
 
 

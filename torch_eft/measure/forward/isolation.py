@@ -218,7 +218,10 @@ def _elementary_operations() -> Iterator[None]:
     products = torch.get_float32_matmul_precision()
     cudnn: Any = torch.backends.cudnn  # typed by hand: both have attributes that torch's annotations lack
     mkldnn: Any = torch.backends.mkldnn
-    backends = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    operations = ((cudnn, "conv"), (cudnn, "rnn"), (mkldnn, "matmul"), (mkldnn, "conv"), (mkldnn, "rnn"))
+    backends: list[Any] = [torch.backends.cuda.matmul, *(getattr(library, name, None) for library, name in operations)]
+    # Where torch has no newer switches, the older ones are all there are.
+    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
     precisions = [backend.fp32_precision for backend in backends]
     try:
         convolutions: bool | None = cudnn.allow_tf32
