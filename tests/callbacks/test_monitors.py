@@ -1,4 +1,4 @@
-"""What the monitors record, when, and what they do when something fails."""
+"""Monitors: their records, their schedules, and their reaction to failures."""
 
 import csv
 import logging
@@ -136,7 +136,7 @@ def test_cost_is_counted_logged_and_printed(caplog):
 
 
 class _FailingNet(nn.Module):
-    """Fails, but only while it is measured (evaluation mode) and only when told to."""
+    """Fails, but only while it is measured (evaluation mode) and only when asked to."""
 
     fail = False
 

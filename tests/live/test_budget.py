@@ -1,4 +1,4 @@
-"""The observer's own clock, and what it leaves out; on a clock that only moves when told to."""
+"""The observer's own clock, and what it leaves out; on a clock that only moves when asked to."""
 
 import math
 
@@ -137,9 +137,9 @@ def test_forecasts_are_told_but_thin_nothing(clock):
 
 def test_a_dear_part_thins_itself_and_not_the_cheap_one(clock):
     budget = Budget(0.05)
-    visited = train(budget, clock, 1000, {"snapshot": 0.01, "dear": 5.0}, total=1000)
+    visited = train(budget, clock, 1000, {"snapshot": 0.01, "expensive": 5.0}, total=1000)
     assert budget.accounts["snapshot"].left_out <= 5
-    assert 6 <= len(visited["dear"]) <= 8  # 50 s - 10 s for the cheap one, at 5 s
+    assert 6 <= len(visited["expensive"]) <= 8  # 50 s - 10 s for the cheap one, at 5 s
     assert budget.percent <= 5.0001
 
 

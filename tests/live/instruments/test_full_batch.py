@@ -34,7 +34,7 @@ def test_both_forecasts_beside_one_training():
     model = mlp(96, 1)
     instruments = [TheoryInstrument(seconds=60.0), InstanceInstrument(seconds=60.0), RepresentationInstrument()]
     observer, pages = fit(model, instruments, 30, sgd(model, 0.005, momentum=0.5), x, y, x_probe, every=5)
-    assert "eft-theory/output_projection/order_1" in observer.history[0]  # told late
+    assert "eft-theory/output_projection/order_1" in observer.history[0]  # reported late
     for step in (5, 15, 30):
         scalars = observer.history[step]
         for quantity in ("instance_output_error", "instance_ntk_error"):
@@ -86,15 +86,15 @@ def test_hidden_kernels_beside_their_expectation():
 
 
 def test_any_architecture_and_loss_gets_its_own_forecast():
-    """Cross-entropy, Nesterov, GELU with layer norm; classes; a loss that is told."""
+    """Cross-entropy, Nesterov, GELU with layer norm; classes; a loss that is given."""
     torch.manual_seed(0)
     x, y, x_probe = data()
     classes = y.argmax(1)
     base = nn.Sequential(nn.Linear(3, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 2))
-    for loss, told, targets in ((F.cross_entropy, None, classes), (F.smooth_l1_loss, F.smooth_l1_loss, y)):
+    for loss, given, targets in ((F.cross_entropy, None, classes), (F.smooth_l1_loss, F.smooth_l1_loss, y)):
         model = copy.deepcopy(base)
         optimizer = sgd(model, 0.05, momentum=0.5, nesterov=True)
-        instrument = InstanceInstrument(seconds=60.0, loss_function=told)
+        instrument = InstanceInstrument(seconds=60.0, loss_function=given)
         observer, _ = fit(model, [instrument], 20, optimizer, x, targets, x_probe, loss, every=10)
         errors = [observer.history[20][f"eft-theory/instance_output_error/order_{order}"] for order in (0, 1)]
         assert errors[1] < errors[0]
@@ -248,10 +248,10 @@ def test_a_forecast_too_dear_says_so():
 
 def test_events_when_the_gauge_crosses_its_bounds():
     watch = ValidityWatch("Forecast")
-    told = [watch.events(step, gauge) for step, gauge in enumerate([None, 0.1, 0.19, 0.21, 0.3, 1.2, 2.0])]
-    assert [len(events) for events in told] == [0, 0, 0, 1, 0, 1, 0]
-    assert "0.21 times those of order 0, above 0.2" in told[3][0].text
-    assert "not valid from here on" in told[5][0].text
+    reported = [watch.events(step, gauge) for step, gauge in enumerate([None, 0.1, 0.19, 0.21, 0.3, 1.2, 2.0])]
+    assert [len(events) for events in reported] == [0, 0, 0, 1, 0, 1, 0]
+    assert "0.21 times those of order 0, above 0.2" in reported[3][0].text
+    assert "not valid from here on" in reported[5][0].text
     assert len(ValidityWatch("Forecast").events(0, 5.0)) == 1
 
 

@@ -33,8 +33,8 @@ def test_the_ratio_where_there_is_no_sigma():
 def test_leaving_the_band_is_told_once_and_again_after_coming_back():
     watch = BandWatch()
     deviations = [0, 2.9, 3.1, 4, 2.5, 3.5, 1, 3.5]
-    told = [bool(watch.events(step, scalars(1 + z, sigma=1.0))) for step, z in enumerate(deviations)]
-    assert told == [False, False, True, False, False, False, False, True]
+    reported = [bool(watch.events(step, scalars(1 + z, sigma=1.0))) for step, z in enumerate(deviations)]
+    assert reported == [False, False, True, False, False, False, False, True]
 
 
 def test_the_event_says_what_decided():
