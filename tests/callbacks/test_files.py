@@ -1,4 +1,4 @@
-"""Files that a training leaves on disk: the JSONL file next to the logger's, whatever the logger, or a sentence why not."""
+"""Files that a training leaves on disk: the JSONL file next to those of any logger, or a sentence saying why not."""
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
