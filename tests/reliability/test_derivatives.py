@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.utils._pytree import tree_map_only
 
-from tests.reliability.operations import OPERATIONS, OUTPUT_FN
+from tests.reliability.operations import OPERATIONS, OUTPUT_FN, Apply
 from torch_eft import measure
 
 OWN_DTYPE = ("float16", "bfloat16", "float32")
@@ -65,10 +66,10 @@ TAYLOR_REFUSED = {
 """The first order whose Taylor term is refused, where it is another."""
 
 
-def cdist_has_a_second_derivative():
-    """In some versions of torch it has derivatives of every order."""
-    x = torch.tensor([[1.0, 2.0]], requires_grad=True)
-    (gradient,) = torch.autograd.grad(torch.cdist(x, torch.zeros(1, 2)).sum(), x, create_graph=True)
+def has_second_derivative(function, *shape):
+    """Whether this version of torch has one; newer ones have every derivative of cdist and of grid_sample."""
+    x = torch.ones(shape, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
     try:
         torch.autograd.grad(gradient.sum(), x)
     except RuntimeError:
@@ -76,7 +77,7 @@ def cdist_has_a_second_derivative():
     return True
 
 
-if cdist_has_a_second_derivative():
+if has_second_derivative(lambda x: torch.cdist(x, 2 * x), 2, 2):
     del REFUSED["cdist"], TAYLOR_REFUSED["cdist"]
     REVERSE.add("cdist")
 
@@ -285,6 +286,29 @@ def test_derivatives(name, order):
         start = dict(model.named_parameters())
         with pytest.raises(ValueError, match=why):
             measure.taylor_terms(model, x, start, start, taylor_order=order, output_fn=output_fn)
+
+
+def sampled_on_a_grid(z):
+    grid = torch.linspace(-0.9, 0.7, 12, dtype=z.dtype).reshape(1, 3, 2, 2).expand(len(z), -1, -1, -1)
+    return F.grid_sample(z.reshape(-1, 1, 2, 2), grid, align_corners=False).flatten(1)
+
+
+def test_samples_on_a_grid_are_measured_as_the_linear_map_that_they_are_or_refused():
+    """Fused, they have no second derivative in older versions of torch."""
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 4), nn.Tanh(), Apply(sampled_on_a_grid), nn.Tanh(), nn.Linear(6, 2)
+    model, x, e = nn.Sequential(*layers).double(), torch.randn(3, 3).double(), torch.randn(3, 2).double()
+    matrix = sampled_on_a_grid(torch.eye(4).double())
+    plain = nn.Sequential(*layers[:2], Apply(lambda z: z @ matrix), *layers[3:])
+    torch.testing.assert_close(measure.ntk(model, x), measure.ntk(plain, x))
+    if not has_second_derivative(sampled_on_a_grid, 1, 4):
+        for order in (1, 2):
+            with pytest.raises(ValueError, match=NO_DERIVATIVE):
+                measure.contracted(model, x, e, order=order)
+        return
+    found, expected = measure.contracted(model, x, e, order=2), measure.contracted(plain, x, e, order=2)
+    for name in ("dH", "ddI", "ddII"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize(
