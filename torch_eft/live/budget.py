@@ -55,7 +55,8 @@ class Budget:
     """
 
     def __init__(self, limit: float | None, clock: Callable[[], float] | None = None) -> None:
-        if limit is not None and (isinstance(limit, bool) or not math.isfinite(limit) or limit <= 0):
+        number = isinstance(limit, int | float) and not isinstance(limit, bool)
+        if limit is not None and (not number or not math.isfinite(limit) or limit <= 0):
             raise ValueError(
                 f"budget: {limit!r} given; give the share of the training's time that measuring may take, such as "
                 "0.05, or None for no limit"

@@ -5,6 +5,15 @@ from difflib import get_close_matches
 from typing import Any
 
 
+def nearest(value: Any, allowed: Iterable[str]) -> str:
+    """Return `` (did you mean ...?)`` with the nearest allowed name, or nothing if none is near."""
+    if not isinstance(value, str):
+        return ""
+    names = list(allowed)
+    near = [name for name in names if name.lower() == value.lower()] or get_close_matches(value, names, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
 def check_choice(name: str, value: Any, allowed: Iterable[str], instead: str = "") -> None:
     """Raise unless ``value`` is one of ``allowed``.
 
@@ -20,9 +29,5 @@ def check_choice(name: str, value: Any, allowed: Iterable[str], instead: str = "
     names = list(allowed)
     if isinstance(value, str) and value in names:
         return
-    near = []
-    if isinstance(value, str):
-        near = [known for known in names if known.lower() == value.lower()] or get_close_matches(value, names, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
     also = f", or {instead}" if instead else ""
-    raise ValueError(f"{name}: {value!r} given{hint}; give one of {', '.join(map(repr, names))}{also}")
+    raise ValueError(f"{name}: {value!r} given{nearest(value, names)}; give one of {', '.join(map(repr, names))}{also}")

@@ -9,9 +9,9 @@ Groups, so that the scalars tab shows few cards unless more are opened. Quantiti
 """
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from sys import intern  # a history has every tag once a step: as many names, one string each
 
+from torch_eft.results.choices import nearest
 from torch_eft.results.quantities import QUANTITIES
 
 PREFIX, MORE, THEORY, LAYERS = "eft", "eft-more", "eft-theory", "eft-layers"
@@ -80,8 +80,7 @@ def layer_tag(quantity: str, layer: str) -> str:
 
 def _check_registered(quantity: str) -> None:
     if quantity not in QUANTITIES:
-        near = get_close_matches(quantity, QUANTITIES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = nearest(quantity, QUANTITIES)
         raise ValueError(f"quantity: {quantity!r} is not registered{hint}; describe it by register_quantity first")
 
 

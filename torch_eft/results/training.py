@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from torch_eft.results.choices import check_choice
+from torch_eft.results.choices import check_choice, nearest
 
 Batches = Sequence[Sequence[int] | Tensor]
 Dynamics = Literal["gradient_descent", "gradient_flow"]
@@ -66,6 +66,8 @@ class Training:
     dynamics: Dynamics = "gradient_descent"
 
     def __post_init__(self) -> None:
+        if isinstance(self.loss, type):
+            raise ValueError(f"loss: the class {self.loss.__name__} given; give an instance, {self.loss.__name__}()")
         if not callable(self.loss):
             check_choice("loss", self.loss, ("mse", "cross_entropy"), "a function of (outputs, targets)")
         check_choice("reduction", self.reduction, get_args(Reduction))
@@ -270,6 +272,7 @@ def as_training(training: Training | None, **keywords: Any) -> Training:
         **keywords: Fields of a ``Training``, None for a learning rate or steps that were not given.
 
     Raises:
+        TypeError: If a keyword is not a field of ``Training``.
         ValueError: If both or none were given.
 
     Example:
@@ -277,6 +280,14 @@ def as_training(training: Training | None, **keywords: Any) -> Training:
         >>> as_training(None, learning_rate=0.1, steps=3, reduction="sum")
         full-batch gradient descent, learning rate 0.1, 3 steps, summed squared error
     """
+    known = [field.name for field in fields(Training)]
+    unknown = next((name for name in keywords if name not in known), None)
+    if unknown is not None:
+        hint = " (did you mean 'learning_rate'?)" if unknown == "lr" else nearest(unknown, known)
+        raise TypeError(
+            f"{unknown}: no such argument{hint}; a training is given by {', '.join(known)}. Adam, weight decay and the "
+            "like are not linear in the gradients: measure.TaylorModel follows one network under them"
+        )
     if training is None:
         if keywords.get("steps") is None:
             raise ValueError("steps: none given; give learning_rate= and steps=, or training=Training(...)")
@@ -286,7 +297,7 @@ def as_training(training: Training | None, **keywords: Any) -> Training:
             f"training: {training!r} given; give a torch_eft.Training, or learning_rate=, steps= and so on by keyword"
         )
     defaults = {field.name: field.default for field in fields(Training)} | {"steps": None}
-    beside = [name for name, value in keywords.items() if not _is(value, defaults.get(name, ...))]
+    beside = [name for name, value in keywords.items() if not _is(value, defaults[name])]
     if beside:
         raise ValueError(
             f"{', '.join(beside)}: given beside training; give a Training, or its parts by keyword, not both"

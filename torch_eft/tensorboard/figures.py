@@ -153,8 +153,9 @@ def trajectory_figure(trajectories: "Mapping[str, Trajectory]", point: int = 0, 
         >>> [axes.get_title() for axes in trajectory_figure({"measured": run}).axes]
         ['output 0 at probe point 0', 'NTK drift: ||H - H_0|| / ||H_0||']
     """
-    if not trajectories:
-        raise ValueError("trajectories: none given; give at least one, as {label: trajectory}")
+    if not isinstance(trajectories, Mapping) or not trajectories:
+        given = "none" if isinstance(trajectories, Mapping) else type(trajectories).__name__
+        raise ValueError(f"trajectories: {given} given; give {{label: trajectory}} with at least one")
     drawing, (outputs, drifts) = figure(2)
     for label, trajectory in trajectories.items():
         points, count = trajectory.output_mean.shape[1:]

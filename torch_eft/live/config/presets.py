@@ -83,6 +83,8 @@ def chosen_instruments(
     if not options.forecast_seconds > 0:
         raise ValueError(f"forecast_seconds: {options.forecast_seconds} given; give a positive number of seconds")
     for argument, asked in (("instruments", instruments or ()), ("extra", extra)):
+        if isinstance(asked, str | Instrument):
+            raise ValueError(f"{argument}: {asked!r} given; give a list, such as [{asked!r}]")
         for each in asked:
             if not isinstance(each, Instrument):
                 check_choice(argument, each, MAKERS, "a torch_eft.live.Instrument")

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.measure.forward.structure import check_structure
+from torch_eft.results.choices import nearest
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class IsolatedModel:
             values, every = {name: p for name, p in values.named_parameters() if name in self.params}, True
         for name, value in values.items():
             if name not in self.params:
-                raise ValueError(f"{argument}: {name!r} is not a trainable parameter of the model")
+                hint = nearest(name, self.params)
+                raise ValueError(f"{argument}: {name!r} is not a trainable parameter of the model{hint}")
             if value.shape != self.params[name].shape:
                 own = tuple(self.params[name].shape)
                 raise ValueError(f"{argument}: {name!r} has shape {tuple(value.shape)}, the parameter {own}")
@@ -178,11 +180,16 @@ def isolated(
 
     Yields:
         The network as a pure function.
+
+    Raises:
+        TypeError: If it is not a module.
     """
     if isinstance(model, IsolatedModel):
         with _differentiable():
             yield model.bound(output_fn, dtype)
         return
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__} given; give the module first, then its inputs: (model, x, ...)")
     check_structure(model)
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), numpy.random.get_state()

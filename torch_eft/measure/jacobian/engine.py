@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,6 +28,7 @@ from torch_eft.measure.jacobian.gram import Factor, Orders
 from torch_eft.measure.jacobian.plan import JacobianPlan, make_plan, sample_count, slice_of
 from torch_eft.measure.jacobian.verification import mismatches
 from torch_eft.measure.jets.jet import NoJetRuleError
+from torch_eft.results.choices import nearest
 
 DEFAULT_MEMORY = 2**30
 """Bytes that kernels, factors and graph may take."""
@@ -99,6 +100,8 @@ class JacobianGram:
         lambdas: Mapping[str, float] | float | None = None,
         memory: int = DEFAULT_MEMORY,
     ) -> None:
+        if isinstance(memory, str) or not hasattr(memory, "__index__"):
+            raise ValueError(f"memory: {memory!r} given; give a whole number of bytes, such as 2**30")
         self.network = network
         self.lambdas = checked_lambdas(network, lambdas)
         self.trainable = list(self.lambdas)
@@ -370,11 +373,7 @@ def checked_lambdas(network: IsolatedModel, lambdas: Mapping[str, float] | float
         raise ValueError("model: it has no trainable parameter, so its NTK is empty; set requires_grad on some")
     if isinstance(lambdas, Mapping):
         if set(lambdas) != names:
-            wrong = sorted(set(lambdas) ^ names)
-            raise ValueError(
-                f"lambdas: {wrong[0]!r} is {'missing' if wrong[0] in names else 'no trainable parameter'}; "
-                "name every trainable parameter once"
-            )
+            raise ValueError(f"lambdas: {wrong_name(lambdas, names)}; name every trainable parameter once")
         values = {name: _number(value, f" for {name!r}") for name, value in lambdas.items()}
     else:
         values = dict.fromkeys(network.params, 1.0 if lambdas is None else _number(lambdas))
@@ -382,6 +381,14 @@ def checked_lambdas(network: IsolatedModel, lambdas: Mapping[str, float] | float
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"lambdas: {value:g} given for {name!r}; it must be finite and >= 0")
     return {name: values[name] for name in network.params if values[name] > 0}
+
+
+def wrong_name(given: Iterable[str], names: Iterable[str]) -> str:
+    """Name a parameter that is not there, with the nearest one that is, or else one that is missing."""
+    given, names = set(given), set(names)
+    if unknown := sorted(given - names):
+        return f"{unknown[0]!r} is not a trainable parameter{nearest(unknown[0], sorted(names))}"
+    return f"{min(names - given)!r} is missing"
 
 
 def _number(value: Any, place: str = "") -> float:

@@ -26,7 +26,7 @@ from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
-from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram, check_finite
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram, check_finite, wrong_name
 from torch_eft.measure.jets.jet import watch_kinks
 from torch_eft.measure.kernels.products import NTKOperator, checked_direction
 from torch_eft.measure.kernels.reverse_mode import differentials
@@ -205,11 +205,7 @@ def _in_parameter_space(
         operator = NTKOperator(network, probe, lambdas)
         return operator.ntk_vjp(checked_direction(direction, operator, ", or {parameter: tensor}"))
     if set(direction) != set(network.params):
-        wrong = sorted(set(direction) ^ set(network.params))
-        raise ValueError(
-            f"direction: {wrong[0]!r} is {'missing' if wrong[0] in network.params else 'no trainable parameter'}; "
-            "name every trainable parameter once"
-        )
+        raise ValueError(f"direction: {wrong_name(direction, network.params)}; name every trainable parameter once")
     v = network.complete(direction, "direction")
     return {name: v[name] for name in trainable}
 

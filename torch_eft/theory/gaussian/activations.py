@@ -227,7 +227,7 @@ def get_activation(activation: ActivationLike) -> Activation:
         The ``Activation``.
 
     Raises:
-        TypeError: If it is neither a name nor callable.
+        TypeError: If it is a class, or neither a name nor callable.
 
     Example:
         >>> from torch_eft import theory
@@ -241,6 +241,9 @@ def get_activation(activation: ActivationLike) -> Activation:
         if known is not None:
             return known
         check_choice("activation", activation, available_activations(), "an elementwise function of a tensor")
+    if isinstance(activation, type):
+        name = activation.__name__
+        raise TypeError(f"activation: the class {name} given; give an instance, {name}(), or its name, {name!r}")
     if callable(activation):
         return Activation(getattr(activation, "__name__", type(activation).__name__), activation)
     raise TypeError(f"activation: expected a name or an elementwise function, got {type(activation).__name__}")

@@ -38,8 +38,14 @@ def check_inputs(name: str, x: Tensor, ensemble: MLPEnsemble) -> Tensor:
     """Return ``x`` as float64, (N, n_0).
 
     Raises:
+        TypeError: If ``ensemble`` is not an ``MLPEnsemble``.
         ValueError: Naming ``name``, if the shape or the values are not usable.
     """
+    if not isinstance(ensemble, MLPEnsemble):
+        raise TypeError(
+            f"ensemble: {type(ensemble).__name__} given; give a theory.MLPEnsemble, first of all arguments. "
+            "measure.read_ensemble(model) reads one off an MLP"
+        )
     n_0 = ensemble.widths[0]
     if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != n_0 or x.shape[0] == 0:
         given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__

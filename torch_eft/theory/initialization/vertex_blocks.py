@@ -111,7 +111,12 @@ def vertex_block(
     check_statistics(ensemble, x, [name], kinks, check_validity)
     slots = len(printed_labels(name))
     if len(labels) != slots or not set(labels) <= set(label_sets):
-        raise ValueError(f"labels: {labels!r} given; {name} has {slots}, out of the label sets {', '.join(label_sets)}")
+        lacking = next((f"{label!r} has no label set" for label in labels if label not in label_sets), "")
+        count = f"{name} has {slots} labels, {len(labels)} given" if len(labels) != slots else lacking
+        raise ValueError(f"labels: {labels!r} given; {count}. label_sets holds {', '.join(map(repr, label_sets))}")
+    for label, index in label_sets.items():
+        if len(index) and not -len(x) <= int(index.min()) <= int(index.max()) < len(x):
+            raise ValueError(f"label_sets: {label!r} holds indices outside 0 .. {len(x) - 1}, the inputs x")
     replicas = vertex_replicas(
         ensemble, *infinite_width(ensemble, x, kinks), label_sets, num_samples, num_replicas, seed, kinks
     )

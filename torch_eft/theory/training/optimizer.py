@@ -92,14 +92,23 @@ def checked_targets(y: Tensor, loss: str | LossFunction, count: int, outputs: in
     Raises:
         ValueError: If they do not fit.
     """
+    if not isinstance(y, Tensor):
+        raise ValueError(f"y_train: {type(y).__name__} given; give a tensor")
+    if y.is_floating_point() and not bool(torch.isfinite(y).all()):
+        raise ValueError("y_train: contains NaN or infinite values; targets must be finite")
     classes = loss == "cross_entropy" and not y.is_floating_point()
     if classes and tuple(y.shape) == (count,) and 0 <= int(y.min()) <= int(y.max()) < outputs:
         return y
     if len(y) != count or classes or (isinstance(loss, str) and tuple(y.shape) != (count, outputs)):
-        also = f", or ({count},) classes below {outputs}" if loss == "cross_entropy" else ""
-        raise ValueError(
-            f"y_train: shape {tuple(y.shape)} given; x_train and the outputs ask for ({count}, {outputs}){also}"
-        )
+        also = ""
+        if loss == "cross_entropy":
+            also = f", or ({count},) whole numbers, classes 0 .. {outputs - 1}"
+        elif y.ndim == 1 and loss == "mse":
+            also = "; for class indices use loss='cross_entropy', or one-hot targets"
+        given = f"{tuple(y.shape)} {str(y.dtype).removeprefix('torch.')}"
+        if classes and y.ndim == 1 and y.numel():
+            given += f" from {int(y.min())} to {int(y.max())}"
+        raise ValueError(f"y_train: {given} given; x_train and the outputs ask for ({count}, {outputs}){also}")
     return y.double() if isinstance(loss, str) or y.is_floating_point() else y
 
 
