@@ -55,7 +55,7 @@ MISTAKES = {
     "classes for the squared error": (
         lambda: eft.predict_from_network(MODEL, X, torch.tensor([0, 1, 1]), X, **SGD),
         ValueError,
-        r"y_train: \(3,\) int64 given; .*for class indices use loss='cross_entropy'",
+        r"y_train: shape \(3,\) int64 given; .*for class indices use loss='cross_entropy'",
     ),
     "a class that is not there": (
         lambda: eft.predict_from_network(MODEL, X, torch.tensor([0, 1, 5]), X, **SGD, loss="cross_entropy"),

@@ -158,7 +158,7 @@ def test_kinks_are_declared():
         (dict(dynamics="adam"), r"dynamics: 'adam' given"),
         (dict(dynamics="gradient_flow", momentum=0.9), r"dynamics: 'gradient_flow' is in closed form"),
         (dict(y_train=torch.zeros(3, 1)), r"y_train: shape \(3, 1\) given; x_train and the outputs ask for \(3, 2\)"),
-        (dict(loss="cross_entropy", y_train=torch.tensor([0, 1, 2])), r"classes below 2"),
+        (dict(loss="cross_entropy", y_train=torch.tensor([0, 1, 2])), r"classes 0 .. 1"),
         (dict(x_probe=torch.zeros(2, 4)), r"x_probe: \(2, 4\) float32 given, x_train"),
         (dict(batches=[[7]]), r"batches: \[7\] given"),
     ],

@@ -324,7 +324,7 @@ def test_errors_name_the_argument():
         initial_statistics(ensemble, inputs(200), statistics=["V", "A"])
     with pytest.raises(ValueError, match=r"name: 'W' given; give one of 'G1'"):
         vertex_block(ensemble, x, name="W", labels="aabb", label_sets={"a": torch.arange(2), "b": torch.arange(2)})
-    with pytest.raises(ValueError, match=r"labels: 'aaz' given; V has 4, out of the label sets a"):
+    with pytest.raises(ValueError, match=r"labels: 'aaz' given; V has 4 labels, 3 given"):
         vertex_block(ensemble, x, name="V", labels="aaz", label_sets={"a": torch.arange(2)})
     with pytest.raises(ValueError, match=r"num_samples: 6 given per replica; 4 independent inputs need more than 8"):
         initial_statistics(ensemble_of("tanh", (8,)), inputs(5), statistics=["A"], num_samples=24)

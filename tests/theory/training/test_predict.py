@@ -121,7 +121,7 @@ def test_null_modes_of_a_linear_network_move_nothing(order):
     ensemble = MLPEnsemble([2, 30, 40, 2], "linear", C_b=0.0, C_W=1.0, lambda_b=0.0, lambda_W=1.0)
     training = Training(learning_rate=0.1, steps=10**5, reduction="sum")
     frozen = FrozenTraining(ensemble, x, y, x_probe, training)
-    assert frozen.dropped == 2
+    assert len(frozen.eigenvalues) == 2
     options = dict(order=order, at_steps=[0, 3, 60] if order else [0, 3, 10**5])
     degenerate = predict_training(ensemble, x, y, x_probe, training, **options)
     regular = predict_training(ensemble, R, Q.T @ y, x_probe, training, **options)
@@ -131,6 +131,33 @@ def test_null_modes_of_a_linear_network_move_nothing(order):
     fitted = torch.linalg.lstsq(x, y).solution
     end = frozen.output(torch.tensor([math.inf]))[0][0]
     torch.testing.assert_close(end, x_probe @ fitted, rtol=1e-10, atol=1e-12)
+
+
+def test_the_slow_mode_of_near_duplicates_moves():
+    """Inputs at distance d have a mode of lambda ~ d^2 that probes feel by d: while it is linear, by d t."""
+    ensemble = MLPEnsemble([2, 100, 100, 1], "tanh")
+    y, probe = torch.tensor([[1.0], [-1.0], [0.5]]).double(), torch.tensor([[0.2, -1.4]]).double()
+
+    def motion(distance, steps):
+        x = torch.tensor([[1.0, 0.3], [1.0, 0.3 + distance], [-0.5, 1.0]]).double()
+        training = Training(learning_rate=0.2, steps=steps, reduction="sum")
+        mean = predict_training(ensemble, x, y, probe, training, order=0, at_steps=[2000, steps]).output_mean
+        return float(mean[1, 0, 0] - mean[0, 0, 0])
+
+    assert motion(1e-6, 10**6) == pytest.approx(motion(1e-5, 10**5), rel=0.05)
+    assert motion(1e-6, 10**6) == pytest.approx(motion(1e-6, 10**5) * 10, rel=0.05)
+
+
+def test_no_steps_are_steps():
+    """The number of steps says how far a forecast goes, not how a frozen training moves."""
+    frozen = FrozenTraining(
+        MLPEnsemble([2, 30, 1], "tanh"),
+        torch.eye(2).double(),
+        torch.ones(2, 1).double(),
+        torch.eye(2).double(),
+        Training(learning_rate=0.5, steps=0, reduction="sum"),
+    )
+    assert frozen.output(torch.tensor([10**6]))[0].flatten().tolist() == pytest.approx([1, 1])
 
 
 def test_result_holds_what_it_says():

@@ -236,9 +236,9 @@ def test_cross_entropy_at_infinite_width_is_the_mean_of_frozen_training():
     ("arguments", "message"),
     [
         (dict(dynamics="gradient_flow"), r"dynamics: 'gradient_flow' is in closed form, for the squared error on full"),
-        (dict(y_train=torch.tensor([0, 1, 3])), r"y_train: shape \(3,\) given; .* classes below 3"),
+        (dict(y_train=torch.tensor([0, 1, 3])), r"y_train: shape \(3,\) int64 from 0 to 3 given; .*classes 0 .. 2"),
         (dict(y_train=torch.ones(3, 2)), r"y_train: shape \(3, 2\) given; x_train and the outputs ask for \(3, 3\)"),
-        (dict(loss="mse", batches=[[0]]), r"y_train: shape \(3,\) given; .* ask for \(3, 3\)"),
+        (dict(loss="mse", batches=[[0]]), r"y_train: shape \(3,\) int64 given; .* ask for \(3, 3\)"),
         (dict(batches=[[0, 3]]), r"batches: \[0, 3\] given; each is a list of sample indices"),
         (dict(learning_rate=50.0), r"learning_rate: 50 given, beyond the linear stability bound"),
         (dict(num_draws=64), r"num_draws: 8 per batch given; 4 independent inputs of 3 outputs ask for more than 24"),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torch_eft.results.training import Dynamics, Training
 from torch_eft.theory.hidden_layers.statistics import DistinctInputs
-from torch_eft.theory.training.time_sums import ModePropagator
+from torch_eft.theory.training.time_sums import ModePropagator, moving_modes
 
 
 class TrainingMoments:
@@ -24,9 +24,7 @@ class TrainingMoments:
     def __init__(
         self, Theta: Tensor, S: Tensor, rate: float, dynamics: Dynamics, inputs: DistinctInputs | None = None
     ) -> None:
-        eigenvalues, U = torch.linalg.eigh(Theta)
-        kept = eigenvalues > len(Theta) * torch.finfo(Theta.dtype).eps * eigenvalues[-1]
-        self.eigenvalues, U = eigenvalues[kept], U[:, kept]
+        self.eigenvalues, U = moving_modes(Theta)
         self._S, self._U = U.T @ S @ U, U
         training = Training(learning_rate=rate, steps=math.inf, reduction="sum", dynamics=dynamics)
         self._sums = ModePropagator(self.eigenvalues, training)

@@ -14,10 +14,7 @@ from torch_eft.results.training import Training
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.initialization.infinite_width import check_inputs, infinite_width
 from torch_eft.theory.signal_propagation.regimes import infinite_width_validity
-from torch_eft.theory.training.time_sums import ModePropagator, Sums
-
-_NULL = 1e-12
-"""Eigenvalues of Theta_AA below this part of the largest are zero to the accuracy of Theta."""
+from torch_eft.theory.training.time_sums import ModePropagator, Sums, moving_modes
 
 _MATRICES = 8
 """Float64 matrices over all points that are alive at once, at the peak of the recursion."""
@@ -26,11 +23,7 @@ _MATRICES = 8
 class InfiniteWidthPath:
     """Modes of training under given kernels, and the Gaussian moments of the initial error in them.
 
-    Modes with an eigenvalue below 1e-12 of the largest are dropped, at order 0 and in every correction: they are null
-    modes (training inputs whose tangents depend linearly on one another) to the accuracy of Theta. No network of the
-    ensemble moves along a null mode, whose response Theta_xA U vanishes; to keep it with its rounded eigenvalue would
-    let rounding grow with t, without bound at t = infinity. A mode that is dropped although lambda > 0 would move
-    training outputs by less than 1e-12 eta lambda_max t of their error.
+    Null modes are left out, at order 0 and in every correction, by one rule: see ``moving_modes``.
 
     Args:
         K: Kernel on all points, probe before train, (N_all, N_all).
@@ -41,11 +34,8 @@ class InfiniteWidthPath:
 
     def __init__(self, K: Tensor, Theta: Tensor, y: Tensor, training: Training) -> None:
         train = slice(len(K) - len(y), None)
-        values, vectors = torch.linalg.eigh(Theta[train, train])
-        kept = values > _NULL * values[-1]
         self.probes, self.outputs = len(K) - len(y), y.shape[1]
-        self.eigenvalues, self.U = values[kept], vectors[:, kept]
-        self.dropped = int((~kept).sum())
+        self.eigenvalues, self.U = moving_modes(Theta[train, train])
         self.training = training.summed(y.numel())
         """In terms of L = (1/2) sum (z - y)^2."""
         self.propagator = ModePropagator(self.eigenvalues, self.training)

@@ -105,7 +105,7 @@ def checked_targets(y: Tensor, loss: str | LossFunction, count: int, outputs: in
             also = f", or ({count},) whole numbers, classes 0 .. {outputs - 1}"
         elif y.ndim == 1 and loss == "mse":
             also = "; for class indices use loss='cross_entropy', or one-hot targets"
-        given = f"{tuple(y.shape)} {str(y.dtype).removeprefix('torch.')}"
+        given = f"shape {tuple(y.shape)}" + ("" if y.is_floating_point() else f" {str(y.dtype).removeprefix('torch.')}")
         if classes and y.ndim == 1 and y.numel():
             given += f" from {int(y.min())} to {int(y.max())}"
         raise ValueError(f"y_train: {given} given; x_train and the outputs ask for ({count}, {outputs}){also}")

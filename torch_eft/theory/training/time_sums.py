@@ -28,6 +28,26 @@ _LAST = 800.0
 """exp(-800) is 0 in double precision."""
 
 
+def moving_modes(Theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigensystem of an NTK without its null modes.
+
+    Null modes (inputs whose tangents depend linearly on one another) have eigenvalues of N eps lambda_max at most: the
+    rounding of ``eigh`` and of Theta itself. No network of the ensemble moves along them; kept with their rounded
+    eigenvalues they would let rounding grow with t, without bound at t = infinity. A mode that moves, of two inputs at
+    a small distance d, has about d^2 lambda_max, so that only inputs closer than sqrt(N eps), 1e-7 or so of their size,
+    are taken for one; of their difference probes feel at most sqrt(N eps) eta t lambda_max.
+
+    Args:
+        Theta: The NTK on the training points, (N, N).
+
+    Returns:
+        Eigenvalues (modes,), ascending, and eigenvectors (N, modes).
+    """
+    eigenvalues, U = torch.linalg.eigh(Theta)
+    kept = eigenvalues > len(Theta) * torch.finfo(Theta.dtype).eps * eigenvalues[-1]
+    return eigenvalues[kept], U[:, kept]
+
+
 class ModePropagator:
     """g, phi, psi and f at any times.
 
@@ -38,7 +58,8 @@ class ModePropagator:
 
     def __init__(self, eigenvalues: Tensor, training: Training) -> None:
         self.eigenvalues, self._training = eigenvalues, training
-        self.rate = training.rate(0) if training.steps else 0.0
+        rates = training.learning_rates[:1] if training.schedule is not None else (training.learning_rate,)
+        self.rate = float(rates[0] or 0.0) if rates else 0.0
 
     def single(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Decay g and phi, (T, modes); steps may be infinite at one rate."""
