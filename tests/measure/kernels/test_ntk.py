@@ -246,6 +246,11 @@ def test_a_memory_limit_is_an_error_of_its_own():
         measure.dntk(mlp(), torch.ones(3, 5), memory=2**12)
 
 
+def test_large_entries_whose_sum_overflows_are_finite():
+    H = measure.ntk(nn.Linear(2, 1, bias=False), torch.full((4, 2), 1e19))
+    assert bool(torch.isfinite(H).all()) and bool(H.sum().isinf())
+
+
 def test_non_finite_parameters_are_named():
     model = mlp()
     with torch.no_grad():
