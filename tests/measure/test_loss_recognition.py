@@ -60,5 +60,5 @@ def test_a_given_loss_is_checked():
     ],
 )
 def test_others_are_told_apart(loss_function, y):
-    with pytest.raises(UnrecognizedLossError, match=r"neither squared error .* nor cross-entropy; give loss="):
+    with pytest.raises(UnrecognizedLossError, match=r"neither squared error .* nor cross-entropy; give loss_function="):
         step(loss_function, y)

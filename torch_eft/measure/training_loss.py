@@ -189,7 +189,9 @@ def recognize_loss(
             continue
         factor = 1 / len(y) if reduction == "mean" else 1.0
         return TrainingLoss("cross_entropy", f"cross-entropy, {name}", y, factor, function)
-    raise UnrecognizedLossError(f"neither squared error ({reason}) nor cross-entropy; give loss= if it is another one")
+    raise UnrecognizedLossError(
+        f"neither squared error ({reason}) nor cross-entropy; give loss_function= if it is another one"
+    )
 
 
 @contextmanager

@@ -10,8 +10,8 @@ _LONGEST = 100
 
 def short_repr(result: Any) -> str:
     """List the fields of a dataclass, one per line, tensors by shape and dtype, fields that are None left out."""
-    lines = [f"  {field.name}: {_value(getattr(result, field.name))}" for field in fields(result) if field.repr]
-    shown = [line for line in lines if not line.endswith(": None")]
+    values = {field.name: getattr(result, field.name) for field in fields(result) if field.repr}
+    shown = [f"  {name}: {_value(value)}" for name, value in values.items() if value is not None]
     return "\n".join([f"{type(result).__name__}(", *shown, ")"])
 
 
