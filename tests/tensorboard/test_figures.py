@@ -1,5 +1,7 @@
 """Figures and tags from plain results, without a Trainer."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -90,6 +92,13 @@ def test_many_layers_get_no_legend():
     assert few.axes[0].get_legend() is not None
     assert many.axes[0].get_legend() is None
     assert len(many.axes[0].lines) == 20
+
+
+def test_figures_without_lines_have_no_legend_and_warn_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert layers_figure({}, "t").axes[0].get_legend() is None
+        assert comparison_figure({}, ["ntk_drift"]).axes[0].get_legend() is None
 
 
 def test_forecasts_and_runs_are_drawn_on_each_other():

@@ -86,7 +86,8 @@ def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
     if max(history, default=0) >= 100:  # most of the motion is early
         axes.set_xscale("symlog", linthresh=1)
     axes.margins(x=0.01)
-    axes.legend(fontsize=13, frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=13, frameon=False)
     axes.grid(alpha=0.2)
 
 
@@ -211,7 +212,7 @@ def layers_figure(histories: Mapping[str, Mapping[int, float]], title: str) -> "
     axes.tick_params(labelsize=13)
     axes.margins(x=0.01)
     axes.grid(alpha=0.2)
-    if len(histories) <= 8:
+    if 0 < len(histories) <= 8:
         axes.legend(title="layer", fontsize=11, frameon=False)
     return drawing
 
