@@ -115,3 +115,26 @@ def test_inside_another_with_is_the_same_copy_and_a_failure_leaves_it_closed(cop
     with pytest.raises(ValueError, match="in between"), network:
         raise ValueError("in between")
     assert "not isolated" in repr(network)
+
+
+def test_every_kernel_keeps_within_the_memory_that_is_allowed():
+    network = measure.Network(nn.Linear(3, 2), torch.ones(64, 3), memory=1000)
+    plan, theta = measure.Plan(ntk=True), moved(network.model, 0.1)
+    for measured in (network.ntk, lambda: network.snapshot(plan), lambda: network.ntk_change(theta, theta)):
+        with pytest.raises(measure.MemoryLimitError):
+            measured()
+
+
+def test_at_other_parameters_the_output_function_is_the_same():
+    network = measure.Network(mlp(), torch.ones(2, 5), output_fn=lambda z: z[:, :1])
+    with network:
+        assert network.at({}).output().shape == (2, 1) and network.at({}).output_fn is network.output_fn
+
+
+def test_leaving_without_entering_is_refused_and_changes_nothing(copies):
+    network = measure.Network(mlp(), torch.ones(2, 5))
+    with pytest.raises(RuntimeError, match="without __enter__"):
+        network.__exit__(None, None, None)
+    with network:
+        network.output(), network.ntk()
+    assert len(copies) == 1

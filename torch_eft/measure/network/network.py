@@ -74,6 +74,8 @@ class Network:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if self._depth == 0:
+            raise RuntimeError("network: __exit__ without __enter__; write `with network:`")
         self._depth -= 1
         if self._depth == 0:
             context, self._context, self._open = self._context, None, None
@@ -117,7 +119,7 @@ class Network:
         """
         if self._open is None:
             raise RuntimeError("at: the network is not isolated; use it inside `with network:`")
-        return Network(self._open.at(theta), self.probe, lambdas=self.lambdas, memory=self.memory)
+        return Network(self._open.at(theta), self.probe, **self._within)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -223,7 +225,7 @@ class Network:
         self, theta_0: Parameters, theta: Parameters, *, distance: float = 1.0, trace: bool = False
     ) -> NTKChange:
         """Return the realized change of the NTK; see ``measure.ntk_change``."""
-        return ntk_change(self.current, self.probe, theta_0, theta, distance=distance, trace=trace, **self._options)
+        return ntk_change(self.current, self.probe, theta_0, theta, distance=distance, trace=trace, **self._within)
 
     def representation(
         self, *, targets: Tensor | None = None, layers: Sequence[str] | None = None, keep: bool = False
@@ -247,4 +249,4 @@ class Network:
 
     def snapshot(self, plan: Plan) -> Snapshot:
         """Return what a plan asks for; see ``measure.take_snapshot``."""
-        return take_snapshot(self.current, self.probe, plan, **self._options)
+        return take_snapshot(self.current, self.probe, plan, **self._within)

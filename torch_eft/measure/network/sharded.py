@@ -61,7 +61,7 @@ def sharded_snapshot(
     """
     probe, ranks = as_probe(x), Ranks(group)
     if ranks.size == 1:
-        return take_snapshot(model, probe, plan, lambdas=lambdas, output_fn=output_fn)
+        return take_snapshot(model, probe, plan, lambdas=lambdas, output_fn=output_fn, memory=memory)
     with ExitStack() as stack:
         network = ranks.together(lambda: stack.enter_context(isolated(model, output_fn)))
         ranks.check_equal(_fingerprint(network, probe))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_eft.measure.forward.isolation import Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, as_probe
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.measure.kernels.ntk import ntk
 from torch_eft.measure.representations.hidden_kernels import hidden_kernels
 from torch_eft.results.repr import short_repr
@@ -70,6 +71,7 @@ def take_snapshot(
     *,
     lambdas: Mapping[str, float] | float | None = None,
     output_fn: OutputFn | None = None,
+    memory: int = DEFAULT_MEMORY,
 ) -> Snapshot:
     """Measure ``model`` on ``x`` as ``plan`` says, leaving no trace in it; errors as ``ntk``.
 
@@ -79,6 +81,7 @@ def take_snapshot(
         plan: What to measure.
         lambdas: See ``ntk``.
         output_fn: See ``ntk``.
+        memory: Bytes allowed for the NTK, see ``ntk``.
 
     Returns:
         The outputs and what the plan asks for.
@@ -96,6 +99,6 @@ def take_snapshot(
             output = checked_output(network, probe)
         return Snapshot(
             output,
-            ntk(network, probe, lambdas=lambdas, trace=plan.ntk_trace) if plan.ntk else None,
+            ntk(network, probe, lambdas=lambdas, trace=plan.ntk_trace, memory=memory) if plan.ntk else None,
             hidden_kernels(network, probe, layers=plan.layers) if plan.hidden else {},
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, Parameters, check_parameters, isolated
 from torch_eft.measure.forward.kinks import Sides, kink_sides
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.measure.kernels.ntk import ntk
 from torch_eft.results.repr import short_repr
 from torch_eft.results.trajectory import Validity
@@ -81,6 +82,7 @@ def ntk_change(
     lambdas: Mapping[str, float] | float | None = None,
     trace: bool = False,
     output_fn: OutputFn | None = None,
+    memory: int = DEFAULT_MEMORY,
 ) -> NTKChange:
     """Measure (H(theta) - H(theta_0)) / distance, the realized change of the NTK, for example over a training step.
 
@@ -96,6 +98,7 @@ def ntk_change(
         lambdas: The learning-rate tensor, see ``measure.ntk``.
         trace: Average over outputs.
         output_fn: Turns what the model returns into (N, C).
+        memory: Bytes allowed for each NTK, see ``measure.ntk``.
 
     Returns:
         The change and the share of kinked units that changed their side.
@@ -110,7 +113,7 @@ def ntk_change(
     check_parameters(theta_0=theta_0, theta=theta)
     with isolated(model, output_fn) as network:
         start, end = network.at(theta_0, "theta_0"), network.at(theta)
-        return _between(start, end, as_probe(x), distance, lambdas, trace)
+        return _between(start, end, as_probe(x), distance, lambdas, trace, memory)
 
 
 def ntk_finite_difference(
@@ -122,6 +125,7 @@ def ntk_finite_difference(
     lambdas: Mapping[str, float] | float | None = None,
     trace: bool = False,
     output_fn: OutputFn | None = None,
+    memory: int = DEFAULT_MEMORY,
 ) -> NTKChange:
     """Measure (H(theta + s d) - H(theta - s d)) / (2 s), the slope of the NTK along d at the scale of a distance s.
 
@@ -139,6 +143,7 @@ def ntk_finite_difference(
         lambdas: The learning-rate tensor, see ``measure.ntk``.
         trace: Average over outputs.
         output_fn: Turns what the model returns into (N, C).
+        memory: Bytes allowed for each NTK, see ``measure.ntk``.
 
     Returns:
         The slope and the share of kinked units that change their side between the two ends.
@@ -161,7 +166,7 @@ def ntk_finite_difference(
             network.at({name: value + s * direction[name].to(value) for name, value in theta.items()})
             for s in (-distance, distance)
         )
-        return _between(start, end, as_probe(x), 2 * distance, lambdas, trace)
+        return _between(start, end, as_probe(x), 2 * distance, lambdas, trace, memory)
 
 
 def _between(
@@ -171,10 +176,11 @@ def _between(
     distance: float,
     lambdas: Mapping[str, float] | float | None,
     trace: bool,
+    memory: int,
 ) -> NTKChange:
     if not 0 < distance < math.inf:
         raise ValueError(f"distance: {distance:g} given; it must be positive and finite")
-    H_0, H = (ntk(network, probe, lambdas=lambdas, trace=trace) for network in (start, end))
+    H_0, H = (ntk(network, probe, lambdas=lambdas, trace=trace, memory=memory) for network in (start, end))
     sides_0, sides = (kink_sides(network, network.params, probe) for network in (start, end))
     names = tuple(dict.fromkeys(sides_0.names + sides.names))
     return NTKChange((H - H_0) / distance, distance, names, _crossings(sides_0, sides))
