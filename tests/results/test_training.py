@@ -116,10 +116,52 @@ def test_the_stability_bound_is_where_a_quadratic_begins_to_diverge(options):
 def test_a_forecast_takes_a_training_or_its_parts():
     training = Training(learning_rate=0.1, steps=3)
     assert as_training(None, learning_rate=0.1, steps=3, loss="mse") == training
-    assert as_training(training, learning_rate=None, steps=None, loss="mse", batches=None) is training
+    assert as_training(training, learning_rate=None, steps=None, batches=None) is training
     with pytest.raises(ValueError, match="steps, momentum: given beside training"):
         as_training(training, learning_rate=None, steps=3, momentum=0.5)
     with pytest.raises(ValueError, match="steps: none given; give learning_rate= and steps="):
         as_training(None, learning_rate=0.1, steps=None)
     with pytest.raises(ValueError, match=r"training: 0.1 given; give a torch_eft\.Training"):
         as_training(0.1, learning_rate=None, steps=3)
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    """NumPy's and torch's scalars are kept as Python's own, so that they print and compare."""
+    import numpy
+
+    made = Training(learning_rate=numpy.float32(0.5), steps=numpy.int64(3), nesterov=numpy.bool_(True), momentum=0.5)
+    assert made == Training(learning_rate=0.5, steps=3, nesterov=True, momentum=0.5)
+    assert "3 steps" in repr(made)
+    assert Training(schedule=torch.tensor([0.5, 0.25]), steps=2) == Training(schedule=[0.5, 0.25], steps=2)
+    assert repr(Training(learning_rate=0.1, steps=torch.tensor(2))).count("2 steps") == 1
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"learning_rate": 0.1, "steps": True}, "steps: True given, where a number belongs"),
+        ({"learning_rate": True, "steps": 1}, "learning_rate: True given, where a number belongs"),
+        ({"schedule": "cosine", "steps": 1}, "schedule: 'cosine' given; give a sequence"),
+        ({"schedule": [0.1, None], "steps": 2}, "schedule: None given, where a number belongs"),
+        ({"learning_rate": 0.1, "steps": 1, "batches": 3}, "batches: 3 given; give one list"),
+        (
+            {"learning_rate": 0.1, "steps": 1, "batches": [[True, False]]},
+            "batches: .* each is a list of sample indices",
+        ),
+    ],
+)
+def test_other_things_are_not(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        Training(**keywords)
+
+
+def test_a_keyword_beside_a_training_is_refused_whatever_its_value():
+    with pytest.raises(ValueError, match="reduction: given beside training"):
+        as_training(Training(learning_rate=0.1, steps=1, reduction="sum"), reduction="mean")
+
+
+def test_verdicts_can_be_keys():
+    """Numbers explain a verdict; they do not make it another."""
+    from torch_eft import Validity
+
+    assert len({Validity("valid", "so", {"size": 1.0}), Validity("valid", "so", {"size": float("nan")})}) == 1

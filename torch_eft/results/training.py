@@ -74,6 +74,8 @@ class Training:
         check_choice("dynamics", self.dynamics, get_args(Dynamics))
         for name in ("momentum", "dampening"):
             _check_number(name, getattr(self, name), lambda value: 0 <= value < 1, "it must lie in [0, 1)")
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "nesterov", bool(self.nesterov))
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise ValueError("nesterov: needs momentum > 0 and dampening 0, as in torch.optim.SGD")
         if self.flows and (self.loss != "mse" or self.momentum or self.schedule is not None or not self.is_full_batch):
@@ -82,11 +84,15 @@ class Training:
                 "and schedule; give none of those, or 'gradient_descent' with a small learning rate"
             )
         _check_number("steps", self.steps, lambda value: value >= 0, "give a whole number >= 0")
+        steps = float(self.steps)
+        object.__setattr__(self, "steps", int(self.steps) if steps.is_integer() else steps)
         endless = self.steps == math.inf and self.schedule is None and self.is_plain
         if not (self.flows or endless or float(self.steps).is_integer()):
             raise ValueError(f"steps: {self.steps} given; give a whole number >= 0")
         self._check_rates()
         if self.batches is not None:
+            if isinstance(self.batches, str) or not hasattr(self.batches, "__len__"):
+                raise ValueError(f"batches: {self.batches!r} given; give one list of sample indices per step")
             object.__setattr__(self, "batches", tuple(_indices(batch) for batch in self.batches))
             if not self.batches:
                 raise ValueError(
@@ -103,15 +109,22 @@ class Training:
                 lambda value: 0 < value < math.inf,
                 "it must be positive and finite",
             )
+            object.__setattr__(self, "learning_rate", float(self.learning_rate))
             return
         if self.learning_rate is not None:
             raise ValueError("learning_rate: given beside schedule, which takes its place; give one of them")
         if not callable(self.schedule):
+            if isinstance(self.schedule, str) or not hasattr(self.schedule, "__len__"):
+                raise ValueError(
+                    f"schedule: {self.schedule!r} given; give a sequence of rates or a function of the step"
+                )
             if len(self.schedule) < self.steps:
                 raise ValueError(
                     f"schedule: {len(self.schedule)} learning rates given for {self.steps} steps; give one per step"
                 )
-            object.__setattr__(self, "schedule", tuple(self.schedule))
+            for rate in self.schedule:
+                _check_number("schedule", rate, lambda value: True, "give one number per step")
+            object.__setattr__(self, "schedule", tuple(map(float, self.schedule)))
         for rate in self.learning_rates:
             _check_number("schedule", rate, lambda value: 0 <= value < math.inf, "all rates must be finite and >= 0")
 
@@ -296,8 +309,7 @@ def as_training(training: Training | None, **keywords: Any) -> Training:
         raise ValueError(
             f"training: {training!r} given; give a torch_eft.Training, or learning_rate=, steps= and so on by keyword"
         )
-    defaults = {field.name: field.default for field in fields(Training)} | {"steps": None}
-    beside = [name for name, value in keywords.items() if not _is(value, defaults[name])]
+    beside = [name for name, value in keywords.items() if value is not None]
     if beside:
         raise ValueError(
             f"{', '.join(beside)}: given beside training; give a Training, or its parts by keyword, not both"
@@ -305,12 +317,8 @@ def as_training(training: Training | None, **keywords: Any) -> Training:
     return training
 
 
-def _is(value: Any, default: Any) -> bool:
-    return value is default or (isinstance(value, str | bool | int | float) and value == default)
-
-
 def _check_number(name: str, value: Any, allowed: Callable[[float], bool], expected: str) -> None:
-    if isinstance(value, str) or not hasattr(value, "__float__"):
+    if isinstance(value, str | bool) or not hasattr(value, "__float__"):
         raise ValueError(f"{name}: {value!r} given, where a number belongs; {expected}")
     if not allowed(float(value)):
         raise ValueError(f"{name}: {value} given; {expected}")
@@ -318,7 +326,9 @@ def _check_number(name: str, value: Any, allowed: Callable[[float], bool], expec
 
 def _indices(batch: Sequence[int] | Tensor) -> tuple[int, ...]:
     rows = batch.tolist() if hasattr(batch, "tolist") else batch
-    whole = isinstance(rows, Sequence) and all(hasattr(row, "__index__") and row >= 0 for row in rows)
+    whole = isinstance(rows, Sequence) and all(
+        hasattr(row, "__index__") and not isinstance(row, bool) and row >= 0 for row in rows
+    )
     if isinstance(rows, str) or not whole or not len(rows):
         raise ValueError(f"batches: {rows!r} given; each is a list of sample indices, 0 .. N - 1")
     return tuple(int(row) for row in rows)

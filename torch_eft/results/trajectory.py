@@ -1,7 +1,7 @@
 """The one result type of every forecast and measurement of training, shared by theory, measurement and drawing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -34,7 +34,7 @@ class Validity:
 
     flag: Literal["valid", "caution", "invalid"]
     reasons: tuple[str, ...]
-    numbers: Mapping[str, float]
+    numbers: Mapping[str, float] = field(compare=False)
 
     def __init__(
         self,
