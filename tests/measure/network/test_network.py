@@ -1,7 +1,11 @@
 """A network bound once: the same numbers as by the functions, and one isolated copy for all of them."""
 
+import random
+
+import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tests.measure.zoo import randn
@@ -138,3 +142,92 @@ def test_leaving_without_entering_is_refused_and_changes_nothing(copies):
     with network:
         network.output(), network.ntk()
     assert len(copies) == 1
+
+
+class Stateful(nn.Module):
+    """Counts its calls, in a buffer in place and in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(5, 3), 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        self.calls += 1
+        return self.linear(x) * (1 + 0.1 * self.count + 0.01 * self.calls)
+
+
+class Random(nn.Module):
+    """Draws from every generator, in evaluation mode, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, x):
+        scale = 1 + random.random() + numpy.random.rand()
+        return scale * self.linear(F.dropout(x, 0.5, training=True))
+
+
+@pytest.mark.parametrize("kind", [Stateful, Random])
+def test_every_measurement_inside_starts_from_the_same_state_as_separate_ones(kind):
+    torch.manual_seed(0)
+    model, x, plan = kind(), torch.ones(4, 5), measure.Plan(hidden=True)
+    separate = [measure.output(model, x), measure.take_snapshot(model, x, plan).hidden, measure.output(model, x)]
+    network = measure.Network(model, x)
+    with network:
+        inside = [network.output(), network.snapshot(plan).hidden, network.output()]
+        again = network.on(x).output(), network.at({}).output()
+    torch.testing.assert_close(inside, separate, rtol=0, atol=0)
+    assert all(torch.equal(value, separate[0]) for value in again)
+    assert getattr(model, "calls", 0) == 0 and float(getattr(model, "count", 0)) == 0
+
+
+def test_a_measurement_inside_leaves_the_random_state_alone():
+    network = measure.Network(mlp(), torch.ones(2, 5))
+    with network:
+        first = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+        with isolation.isolated(network.current):
+            torch.manual_seed(5)
+            random.seed(5)
+            numpy.random.seed(5)
+            torch.set_default_dtype(torch.float64)
+        assert torch.equal(torch.get_rng_state(), first[0]) and torch.get_default_dtype() == torch.float32
+        assert (random.getstate(), numpy.random.get_state()[1].tolist()) == first[1:]
+
+
+def test_what_was_taken_out_of_a_with_is_refused_after_its_end():
+    network = measure.Network(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), torch.ones(2, 5))
+    with network:
+        inner = network.current
+        on, at = network.on(torch.ones(3, 5)), network.at({})
+        with on:
+            nested = on.current
+        nested(nested.params, torch.ones(3, 5))  # the end of an inner `with` ends nothing
+        assert "Sequential" in repr(on) and "no longer" not in repr(on)
+    for measured in (
+        on.output,
+        on.ntk,
+        at.ntk,
+        at.representation,
+        on.__enter__,
+        lambda: measure.output(inner, at.probe),
+    ):
+        with pytest.raises(RuntimeError, match="after the end of the `with`"):
+            measured()
+    for model in (inner, nested):
+        with pytest.raises(RuntimeError, match="after the end of the `with`"):
+            model(model.params, torch.ones(3, 5))
+        with pytest.raises(RuntimeError, match="after the end of the `with`"):
+            model.place(on.probe)
+    assert "no longer isolated" in repr(on)
+    with network:  # entered anew
+        assert network.on(torch.ones(3, 5)).output().shape == (3, 3)
+
+
+def test_a_failure_ends_the_isolation_too():
+    with pytest.raises(KeyError), isolation.isolated(mlp()) as network:
+        raise KeyError
+    with pytest.raises(RuntimeError, match="after the end"):
+        network(network.params, torch.ones(2, 5))

@@ -12,9 +12,9 @@ they are written.
 import copy
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy
@@ -29,6 +29,21 @@ from torch_eft.measure.forward.structure import check_structure
 from torch_eft.results.choices import nearest
 
 
+@dataclass
+class Isolation:
+    """What all copies of one isolated network share: whether the ``with`` that isolated it has not ended yet."""
+
+    open: bool = True
+
+    def check(self) -> None:
+        """Raise ``RuntimeError`` after the end: the parameters go on changing, and nothing is guarded any more."""
+        if not self.open:
+            raise RuntimeError(
+                "model: this isolated network was used after the end of the `with` that isolated it, while its "
+                "parameters may have changed and its buffers have not; measure inside `with`, or give the module"
+            )
+
+
 @dataclass(frozen=True)
 class IsolatedModel:
     """A network as a pure function of its trainable parameters, in evaluation mode.
@@ -39,6 +54,7 @@ class IsolatedModel:
         constants: Frozen parameters and buffers by name.
         output_fn: Turns the module's output into (N, C), or None if it already is.
         origin: The module itself, to remember findings by; never called.
+        isolation: Shared with the same network at other parameters; calls are refused when it has ended.
     """
 
     shadow: nn.Module
@@ -46,9 +62,11 @@ class IsolatedModel:
     constants: dict[str, Tensor]
     output_fn: OutputFn | None
     origin: nn.Module
+    isolation: Isolation = field(default_factory=Isolation)
 
     def __call__(self, params: dict[str, Tensor], inputs: Any) -> Tensor:
         """The output (N, C) on a batch ``inputs`` (a tensor, a tuple of arguments or a dict of keyword arguments)."""
+        self.isolation.check()
         args, kwargs = (), {}
         if isinstance(inputs, dict):
             kwargs = inputs
@@ -69,6 +87,7 @@ class IsolatedModel:
         Returns:
             The inputs.
         """
+        self.isolation.check()
         tensors = [*self.params.values(), *self.constants.values()]
         reference = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
         if reference is None:
@@ -173,7 +192,8 @@ def isolated(
 
     Args:
         model: Any module; a ``LightningModule``, a compiled or a wrapped one included. One that is already isolated is
-            not isolated again: whoever isolated it restores the state of the process.
+            not copied again, but it, too, is left as it was found: random state, buffers and attributes set in
+            ``forward``, so that every measurement on it starts from the same state.
         output_fn: Turns the module's output into (N, C).
         dtype: Of all floating parameters and buffers, and so of the probe; None keeps theirs, but widens half
             precision to float32.
@@ -183,28 +203,56 @@ def isolated(
 
     Raises:
         TypeError: If it is not a module.
+        RuntimeError: If it is already isolated, and the ``with`` that isolated it has ended.
     """
     if isinstance(model, IsolatedModel):
-        with _differentiable():
-            yield model.bound(output_fn, dtype)
+        model.isolation.check()
+        own = replace(model, constants=dict(model.constants))
+        with _process_state(model.shadow.parameters()), _differentiable(), _module_state(own):
+            yield own.bound(output_fn, dtype)
         return
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__} given; give the module first, then its inputs: (model, x, ...)")
     check_structure(model)
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    with _process_state(model.parameters()), _differentiable(), _elementary_operations():
+        network = _shadow_of(model, output_fn, dtype)
+        try:
+            yield network
+        finally:
+            network.isolation.open = False
+
+
+@contextmanager
+def _process_state(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Restore the random state, that of the devices of these tensors included, and the default dtype."""
+    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     default_dtype = torch.get_default_dtype()
     try:
-        with (
-            torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)),
-            _differentiable(),
-            _elementary_operations(),
-        ):
-            yield _shadow_of(model, output_fn, dtype)
+        with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
+            yield
     finally:
         torch.set_default_dtype(default_dtype)
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def _module_state(network: IsolatedModel) -> Iterator[None]:
+    """Restore what a forward may change in an isolated network: buffers in place, and attributes that it sets."""
+    attributes = [(vars(module), dict(vars(module))) for module in network.shadow.modules()]
+    names = {name for name, _ in network.shadow.named_buffers()}
+    buffers = [(value, value._version, value.clone()) for name, value in network.constants.items() if name in names]
+    try:
+        yield
+    finally:
+        for current, before in attributes:
+            current.clear()
+            current.update(before)
+        with torch.no_grad():
+            for value, version, copied in buffers:
+                if value._version != version:
+                    value.copy_(copied)
 
 
 @contextmanager

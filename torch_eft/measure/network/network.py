@@ -84,8 +84,11 @@ class Network:
 
     def __repr__(self) -> str:
         """Name the module and the inputs."""
-        state = "isolated" if self._open is not None else "not isolated"
-        return f"Network({type(self.model).__name__} on {self.probe.description}, {state})"
+        current = self.current
+        module, state = current, "not isolated"
+        if isinstance(current, IsolatedModel):
+            module, state = current.origin, "isolated" if current.isolation.open else "no longer isolated"
+        return f"Network({type(module).__name__} on {self.probe.description}, {state})"
 
     @property
     def current(self) -> Model:
@@ -94,6 +97,8 @@ class Network:
 
     def on(self, x: Any, *, lambdas: Mapping[str, float] | float | None = None) -> "Network":
         """Return the same network on other inputs; inside ``with`` it shares the isolated copy.
+
+        Made inside, it measures inside only: later its methods raise a ``RuntimeError``.
 
         Args:
             x: As for the class.
@@ -112,7 +117,7 @@ class Network:
             theta: ``{name of a trainable parameter: tensor}``; those left out are the network's own.
 
         Returns:
-            A network that is open as long as this one is.
+            A network that is open as long as this one is: later its methods raise a ``RuntimeError``.
 
         Raises:
             RuntimeError: Outside of ``with``.
