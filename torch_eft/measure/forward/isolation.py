@@ -14,7 +14,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy
@@ -31,8 +31,14 @@ from torch_eft.results.choices import nearest
 
 @dataclass
 class Isolation:
-    """What all copies of one isolated network share: whether the ``with`` that isolated it has not ended yet."""
+    """What the same network at several parameters shares.
 
+    Args:
+        buffers: Names of its buffers.
+        open: Whether the ``with`` that isolated it has not ended yet.
+    """
+
+    buffers: frozenset[str] = frozenset()
     open: bool = True
 
     def check(self) -> None:
@@ -62,7 +68,7 @@ class IsolatedModel:
     constants: dict[str, Tensor]
     output_fn: OutputFn | None
     origin: nn.Module
-    isolation: Isolation = field(default_factory=Isolation)
+    isolation: Isolation
 
     def __call__(self, params: dict[str, Tensor], inputs: Any) -> Tensor:
         """The output (N, C) on a batch ``inputs`` (a tensor, a tuple of arguments or a dict of keyword arguments)."""
@@ -208,7 +214,7 @@ def isolated(
     if isinstance(model, IsolatedModel):
         model.isolation.check()
         own = replace(model, constants=dict(model.constants))
-        with _process_state(model.shadow.parameters()), _differentiable(), _module_state(own):
+        with _process_state(own.params.values()), _differentiable(), _module_state(own):
             yield own.bound(output_fn, dtype)
         return
     if not isinstance(model, nn.Module):
@@ -241,8 +247,8 @@ def _process_state(tensors: Iterable[Tensor]) -> Iterator[None]:
 def _module_state(network: IsolatedModel) -> Iterator[None]:
     """Restore what a forward may change in an isolated network: buffers in place, and attributes that it sets."""
     attributes = [(vars(module), dict(vars(module))) for module in network.shadow.modules()]
-    names = {name for name, _ in network.shadow.named_buffers()}
-    buffers = [(value, value._version, value.clone()) for name, value in network.constants.items() if name in names]
+    values = [value for name, value in network.constants.items() if name in network.isolation.buffers]
+    buffers = [(value, value._version, value.clone()) for value in values]
     try:
         yield
     finally:
@@ -325,8 +331,8 @@ def _shadow_of(model: nn.Module, output_fn: OutputFn | None, dtype: torch.dtype 
         module._compiled_call_impl = None
     params = {name: _readable(p, dtype) for name, p in shadow.named_parameters() if p.requires_grad}
     constants = {name: _readable(p, dtype) for name, p in shadow.named_parameters() if not p.requires_grad}
-    constants |= {name: _readable(buffer, dtype) for name, buffer in shadow.named_buffers()}
-    return IsolatedModel(shadow, params, constants, output_fn, model)
+    buffers = {name: _readable(buffer, dtype) for name, buffer in shadow.named_buffers()}
+    return IsolatedModel(shadow, params, constants | buffers, output_fn, model, Isolation(frozenset(buffers)))
 
 
 def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
