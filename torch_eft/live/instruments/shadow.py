@@ -115,7 +115,8 @@ class ShadowInstrument(Instrument):
                 f"Shadows of order {self._named}, loss: {self._loss_name}. They take about {copies}."
             )
         inputs, targets = batch
-        function = self._training_loss.function  # type: ignore[union-attr]
+        assert self._training_loss is not None
+        function = self._training_loss.function
         for shadow, own_optimizer in self._shadows.values():
             _same_options(own_optimizer, optimizer)
             shadow.step(inputs, lambda z: function(z, targets), own_optimizer)
