@@ -149,7 +149,7 @@ class Observer:
         self.every = checked_every(every)
         self.budget = Budget(budget)
         self.keep_theta_0 = keep_theta_0
-        self.theta_file = None if logdir is None else Path(logdir) / "eft-theta_0.pt"
+        self.theta_file = self._own_theta_file = None if logdir is None else Path(logdir) / "eft-theta_0.pt"
         self.sinks = list(sinks)
         if logdir is not None and self._ranks.leads:
             self.sinks += [_tensorboard(logdir), JSONLSink(Path(logdir) / JSONL_NAME)]
@@ -255,9 +255,11 @@ class Observer:
             optimizers: The optimizers of the training.
             place: (rank, number of ranks) of this process; None: in torch's default process group.
             sinks: More places where the results of this training go.
-            theta_file: Where ``keep_theta_0="file"`` writes.
+            theta_file: Where ``keep_theta_0="file"`` writes in this training; None: in ``logdir``, if there is one.
         """
         network = self._network or self.check(model)
+        if model is not None and model is not network.model:
+            network = self.check(model, network.probe)
         self._ranks = RankProtocol(self.collective, place)
         self._network = network = replace(
             network,
@@ -265,7 +267,7 @@ class Observer:
             optimizers=list(self._optimizers if optimizers is None else optimizers),
             ranks=self._ranks,
         )
-        self.theta_file = theta_file or self.theta_file
+        self.theta_file = theta_file or self._own_theta_file
         self.budget.restart(self._checking)
         self._checking, self._begun = 0.0, True
         self.progress.step = self.progress.first_step = step
@@ -348,7 +350,8 @@ class Observer:
 
     def _listeners(self, hook: str) -> list[Instrument]:
         """The instruments that do something at a hook: most do nothing at most of them, and there are many steps."""
-        if self.reference.snapshot is None or not self._ranks.leads or self._unsharded_model is not None:
+        ready = self.reference.snapshot is not None and self._measurements.begun
+        if not ready or not self._ranks.leads or self._unsharded_model is not None:
             return []
         if hook not in self._listening:
             default = getattr(Instrument, hook)
@@ -468,7 +471,7 @@ class Observer:
         self._draw_first()
         if reference is not None and last is not None:
             self.recorder.draw(self.instruments, lambda each: each.last_figures(self.history, reference, last))
-        pages = {"overhead": cost_page(self.budget, len(self.history))}
+        pages = {"overhead": cost_page(self.budget, len(self.recorder.measured))}
         if self.skipped:
             pages["skipped"] = skipped_page(self.skipped)
         self.recorder.pages(pages)
@@ -481,7 +484,7 @@ class Observer:
 
     def overhead(self) -> str:
         """One sentence on what measuring has cost, and on what was left out."""
-        return cost_sentence(self.budget, len(self.history), len(self.skipped), len(self.recorder.undrawn))
+        return cost_sentence(self.budget, len(self.recorder.measured), len(self.skipped), len(self.recorder.undrawn))
 
     def _summarize(self) -> None:
         network = self.network
@@ -499,6 +502,7 @@ class Observer:
         self._forget()
         try:
             checkpoint.load(state, self.recorder, self.reference, self.instruments)
+            self._measurements.restored()
         except Exception as error:  # a corrupt checkpoint is corrupt in many ways
             self._forget()
             for instrument in self.instruments:

@@ -41,6 +41,7 @@ class Recorder:
 
     Attributes:
         history: ``{optimizer step: {tag: value}}``.
+        measured: The steps at which a measurement was made; instruments may add late numbers to others.
         events: Quantities that left their band, predictions that left their validity.
         skipped: ``[(step, what went wrong)]``.
         undrawn: Figures (or all of an instrument) that the budget left out.
@@ -73,6 +74,7 @@ class Recorder:
     def forget(self) -> None:
         """Start a new run."""
         self.history: History = {}
+        self.measured: set[int] = set()
         self.events: list[Event] = []
         self.skipped: list[tuple[int, str]] = []
         self.undrawn: list[str] = []
@@ -81,9 +83,9 @@ class Recorder:
         self._watch = BandWatch()
         self._said: Validity | None = None
 
-    def load(self, history: History, events: list[Event]) -> None:
+    def load(self, history: History, events: list[Event], measured: set[int]) -> None:
         """Restore history from a checkpoint; quantities already outside their band are not reported again."""
-        self.history, self.events = history, events
+        self.history, self.events, self.measured = history, events, measured
         for step, scalars in sorted(history.items()):
             self._watch.events(step, scalars)
 
@@ -124,7 +126,7 @@ class Recorder:
         """Record a reading's pages, events, histograms and late numbers; its scalars are recorded by step."""
         for step, scalars in reading.late.items():
             known = self.history.get(step, {})
-            self.record(step, {name: value for name, value in scalars.items() if name not in known})
+            self._record(step, {name: value for name, value in scalars.items() if name not in known})
         self.pages(reading.pages)
         for tag, values in reading.histograms.items():
             for sink in self.sinks:
@@ -133,7 +135,11 @@ class Recorder:
         self._happened(reading.events)
 
     def record(self, step: int, scalars: Mapping[str, float], epoch: int | None = None) -> None:
-        """Record numbers of one step, those that are finite, with how far they are from the theory beside them."""
+        """Record a measurement: its finite numbers, with how far they are from the theory beside them."""
+        self.measured.add(step)
+        self._record(step, scalars, epoch)
+
+    def _record(self, step: int, scalars: Mapping[str, float], epoch: int | None = None) -> None:
         new = {name: value for name, value in scalars.items() if math.isfinite(value)}
         known = self.history.setdefault(step, {})
         new |= deviations(known | new)

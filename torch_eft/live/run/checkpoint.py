@@ -1,15 +1,20 @@
 """The state of an observer in a checkpoint: plain types and tensors, so that it loads with ``weights_only=True``.
 
-The keys stay those of earlier versions, so that their checkpoints can be read.
+Of a checkpoint that another ``VERSION`` of this layout wrote, history, events and theta_0 are read, if they can be, but
+not the instruments' own states.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch_eft.live.instrument import Event, Instrument
+from torch_eft.live.instrument import Event, Instrument, MeasurementWarning
 from torch_eft.live.record.recorder import Recorder
 from torch_eft.live.run.reference import KeepTheta, Reference
+
+VERSION = 2
+"""Of the layout of a checkpoint's state, the instruments' own included; the first one was written without a number."""
 
 
 def save(
@@ -47,6 +52,8 @@ def save(
         own = reference.set_aside("", own)
         states |= {name: reference.set_aside(name, states[name]) for name in holding}
     return {
+        "version": VERSION,
+        "measured": sorted(recorder.measured),
         "history": {step: dict(scalars) for step, scalars in recorder.history.items()},
         "events": [[event.step, event.quantity, event.text] for event in recorder.events],
         **own,
@@ -56,13 +63,22 @@ def save(
 
 def load(state: dict[str, Any], recorder: Recorder, reference: Reference, instruments: Sequence[Instrument]) -> None:
     """Restore what ``save`` returned; anything else raises an exception of any kind."""
-    recorder.load(
-        {int(step): dict(scalars) for step, scalars in state["history"].items()},
-        [Event(int(step), quantity, text) for step, quantity, text in state["events"]],
-    )
+    history = {int(step): dict(scalars) for step, scalars in state["history"].items()}
+    events = [Event(int(step), quantity, text) for step, quantity, text in state["events"]]
+    same = state.get("version") == VERSION
+    recorder.load(history, events, {int(step) for step in state["measured"]} if same else set(history))
     reference.load_state(_with_theta_0("", state, recorder, reference))
+    if not same:
+        warnings.warn(
+            f"{recorder.name}: the checkpoint was written by another version of torch_eft; history and theta_0 are "
+            "kept, but forecasts and whatever else instruments carry over from earlier steps do not go on",
+            MeasurementWarning,
+            stacklevel=3,
+        )
     for instrument in instruments:
         instrument.forget()
+        if not same:
+            continue
         own = state["parts"].get(instrument.name, {})
         instrument.load_state(_with_theta_0(instrument.name, own, recorder, reference))
 

@@ -1,7 +1,11 @@
 """Measurements of one training: a snapshot, what every instrument makes of it, and what the budget leaves out."""
 
+import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from torch_eft.live.budget import SNAPSHOT, Account, thinning_sentence
 from torch_eft.live.instrument import Instrument, Measurement, Obstacle, Reading, TrainingStart
@@ -26,6 +30,7 @@ class Measurements:
 
     Attributes:
         latest: The latest snapshot.
+        begun: Whether instruments have begun: not yet where the network could not be isolated when training began.
     """
 
     def __init__(self, instruments: Sequence[Instrument], reference: Reference, recorder: Recorder) -> None:
@@ -36,15 +41,22 @@ class Measurements:
     def forget(self) -> None:
         """Start a new run."""
         self.latest: Snapshot | None = None
+        self.begun = True
         self._attempted: int | None = None
         self._left_out: int | None = None
 
     def done(self, step: int) -> bool:
-        """Return whether this step is the latest one that was measured, here or before a checkpoint."""
-        return step in (self._attempted, max(self.recorder.history, default=None))
+        """Return whether this step is the latest one at which a measurement was tried, here or before a checkpoint."""
+        return step == self._attempted
+
+    def restored(self) -> None:
+        """Go on from the measurements that a checkpoint brought."""
+        self._attempted = max(self.recorder.measured, default=None)
 
     def begin(self, network: MeasuredNetwork, *, fresh: bool, obstacle: Obstacle | None, resumed: bool) -> None:
-        """Begin with every instrument, and measure unless this step is recorded already.
+        """Begin with every instrument, and measure unless this step is measured already.
+
+        Where the network cannot be isolated, instruments begin before the next measurement instead.
 
         Args:
             network: What is measured.
@@ -53,36 +65,26 @@ class Measurements:
             resumed: Whether a checkpoint was just restored: instruments that look back must see this step again.
         """
         step = self.progress.step
-        new = step not in self.recorder.history
+        new = step not in self.recorder.measured
         asked = [instrument for instrument in self.instruments if new or (resumed and instrument.looks_back)]
-        if new:
-            self._attempted = step  # even if it fails: one attempt per step
-        lambdas = self._lambdas(network)
-        begun: list[Reading] = []
-        observed: list[Reading] | None = None
-        with network.isolated(lambdas, collective=new or bool(asked)) as (isolated, shared):
-            start = TrainingStart(
-                network.network,
-                isolated,
-                list(network.optimizers),
-                step,
-                fresh=fresh,
-                obstacle=obstacle,
-                total_steps=self.progress.total_steps,
-            )
-            for instrument in self.instruments:
-                with self.recorder.guard():
-                    begun.append(instrument.begin(start))
-            with self.recorder.guard():
-                if new or asked:
-                    with self.budget.account(SNAPSHOT, forced=True):
-                        measurement = self._taken(network, isolated, shared, lambdas)
-                    observed = self._observed(measurement, asked, forced=True)
+        measures = new or bool(asked)
+        self._attempted = step  # even if it fails: one attempt per step
+        self._started = partial(TrainingStart, fresh=fresh, obstacle=obstacle, total_steps=self.progress.total_steps)
+        self.begun = False
+        isolated: Network | None = None
+        measurement: Measurement | None = None
+        with ExitStack() as stack:
+            with self.recorder.guard(), self.budget.account(SNAPSHOT, forced=True) if measures else nullcontext():
+                lambdas = self._lambdas(network)
+                isolated, shared = stack.enter_context(network.isolated(lambdas, collective=measures))
+                if measures:
+                    measurement = self._taken(network, isolated, shared, lambdas)
+            begun = [] if isolated is None else self._begin(network, isolated)
+            observed = [] if measurement is None else self._observed(measurement, asked, forced=True)
         self._take(begun)
-        if observed is not None:
-            scalars = self._take(observed)
-            if new:
-                self.recorder.record(step, scalars)
+        scalars = self._take(observed)
+        if new and measurement is not None:
+            self.recorder.record(step, scalars)
 
     def measure(self, network: MeasuredNetwork, *, last: bool = False, epoch: int | None = None) -> dict[str, float]:
         """Measure now, and record the results.
@@ -110,14 +112,28 @@ class Measurements:
                 lambdas = self._lambdas(network)
                 isolated, shared = stack.enter_context(network.isolated(lambdas, collective=True))
                 measurement = self._taken(network, isolated, shared, lambdas, last)
+            begun = [] if self.begun else self._begin(network, isolated)
             readings = self._observed(
                 measurement, self.instruments, forced, lambda instrument: self._affords(instrument, first, last)
             )
+        self._take(begun)
         scalars = self._take(readings)
         if not self.progress.at_start:  # before the first step there is no training time to compare with
             scalars[tag("overhead_percent")] = self.budget.percent
         self.recorder.record(step, scalars, epoch)
         return dict(self.recorder.history.get(step, {}))
+
+    def _begin(self, network: MeasuredNetwork, isolated: Network) -> list[Reading]:
+        """Begin with every instrument: when training begins, or at the first measurement after that failed."""
+        start = self._started(network.network, isolated, list(network.optimizers), self.progress.step)
+        if not self.progress.at_start:
+            start = replace(start, fresh=False)
+        self.begun = True
+        begun = []
+        for instrument in self.instruments:
+            with self.recorder.guard():
+                begun.append(_reading(instrument, "begin", instrument.begin(start)))
+        return begun
 
     def _lambdas(self, network: MeasuredNetwork) -> dict[str, float]:
         """The rates at theta_0; parameters that were frozen there and have joined since have the rates of now."""
@@ -160,7 +176,7 @@ class Measurements:
         for instrument in instruments:
             if affords(instrument):
                 with self.budget.account(instrument.name, forced), self.recorder.guard():
-                    readings.append(instrument.observe(measurement))
+                    readings.append(_reading(instrument, "observe", instrument.observe(measurement)))
         return readings
 
     def _take(self, readings: Sequence[Reading]) -> dict[str, float]:
@@ -169,7 +185,7 @@ class Measurements:
         for reading in readings:
             with self.recorder.guard():
                 self.recorder.take(reading)
-            scalars |= reading.scalars
+                scalars |= {name: value for name, value in reading.scalars.items() if math.isfinite(value)}
         return scalars
 
     def _affords(self, instrument: Instrument, first: bool, last: bool) -> bool:
@@ -186,3 +202,10 @@ class Measurements:
             return True
         account.left_out += 1
         return False
+
+
+def _reading(instrument: Instrument, method: str, answer: Any) -> Reading:
+    """The answer, if it is a reading; a ``TypeError`` that names the instrument if it is not."""
+    if not isinstance(answer, Reading):
+        raise TypeError(f"instrument {instrument.name!r}: {method} returned {type(answer).__name__}, not a Reading")
+    return answer
