@@ -79,11 +79,18 @@ def test_cross_entropy_and_a_measurement_that_falls_on_the_resume():
     assert "squared error" in resumed.instruments()["ensemble"].validity.reason  # it had none, and says why still
 
 
-@pytest.mark.slow
-def test_it_goes_on_after_two_resumes_one_of_them_without_a_step():
-    whole, saved = half()
-    again = Run(seed=1).resume(saved).saved()
-    resumed = Run(seed=2).resume(again).train(HALF + 1, STEPS)
+@pytest.mark.parametrize("order", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_it_goes_on_after_two_resumes_one_of_them_without_a_step(order):
+    def run(seed=0):
+        theory = TheoryInstrument(order=order, seconds=SECONDS)
+        return Run(instruments=[theory, InstanceInstrument(seconds=SECONDS)], seed=seed)
+
+    whole = run().train(1, HALF)
+    saved = whole.saved()
+    whole.train(HALF + 1, STEPS)
+    again = run(1).resume(saved).saved()
+    resumed = run(2).resume(again).train(HALF + 1, STEPS)
+    assert tag("output_projection", f"order_{order}") in whole.history[STEPS]
     same(resumed, whole, range(STEPS + 1))
 
 
