@@ -233,7 +233,8 @@ def limits(mutator):
     """The same for K and Theta at infinite width."""
     found = defaultdict(float)
     for setting in SETTINGS.values():
-        ensemble = MLPEnsemble([3, 10, 10, 2], setting.activation, *(part[:3] for part in hypers(setting)))
+        first = {name: values[:3] for name, values in hypers(setting).items()}
+        ensemble = MLPEnsemble([3, 10, 10, 2], setting.activation, **first)
         K, Theta = mutator.limit(ensemble, setting.x)
         judged = {"layer 1": layer_1(setting), "layer 2": layer_2(setting)}
         if setting in (TANH, GELU):
@@ -245,7 +246,7 @@ def limits(mutator):
 
 
 def hypers(setting):
-    return setting.C_b, setting.C_W, setting.lambda_b, setting.lambda_W
+    return {name: getattr(setting, name) for name in ("C_b", "C_W", "lambda_b", "lambda_W")}
 
 
 CHECKS = ("layer 1", "layer 2", "layer 3", "layer 4", "pairs 2", "pairs 3", "symmetry")
@@ -254,7 +255,7 @@ CHECKS = ("layer 1", "layer 2", "layer 3", "layer 4", "pairs 2", "pairs 3", "sym
 def test_the_mutator_alone_changes_nothing_and_a_mutant_changes_its_own_recursion_only():
     mutator = Mutator()
     theory = Theory(mutator, GELU)
-    ensemble = MLPEnsemble([3, 20, 30, 20, 2], "gelu", *hypers(GELU))
+    ensemble = MLPEnsemble([3, 20, 30, 20, 2], "gelu", **hypers(GELU))
     product = initial_statistics(ensemble, GELU.x, statistics=ALL)
     for name in ALL:
         for layer in (2, 3, 4):
