@@ -304,9 +304,9 @@ def test_samples_on_a_grid_are_measured_as_the_linear_map_that_they_are_or_refus
     if not has_second_derivative(sampled_on_a_grid, 1, 4):
         for order in (1, 2):
             with pytest.raises(ValueError, match=NO_DERIVATIVE):
-                measure.contracted(model, x, e, order=order)
+                measure.ntk_derivatives(model, x, e, derivatives=order)
         return
-    found, expected = measure.contracted(model, x, e, order=2), measure.contracted(plain, x, e, order=2)
+    found, expected = measure.ntk_derivatives(model, x, e), measure.ntk_derivatives(plain, x, e)
     for name in ("dH", "ddI", "ddII"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
 
