@@ -22,7 +22,8 @@ def demo(tmp_path_factory):
 
     logdir = tmp_path_factory.mktemp("demo")
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch_eft.cli.demo.FORECAST_SECONDS", 90.0)  # other jobs beside the tests take time
         assert main(["demo", "--width", "32", "--steps", "12", "--logdir", str(logdir)]) == 0
     (run,) = (logdir / "tanh-32x3").iterdir()
     return printed.getvalue(), run
