@@ -201,7 +201,7 @@ def first_order(K, Theta, tensors, y, probes, outputs, descent, record, loss=Non
         def quartic(indices):
             slope = frozen
             for index in indices.unbind():
-                slope = along_z(slope, basis[index])
+                slope = along_z(slope, basis.index_select(0, index.reshape(1))[0])
             return slope(z)
 
         indices = torch.cartesian_prod(*[torch.arange(M)] * 4)
