@@ -38,7 +38,8 @@ def diagnose(
         x: Inputs, (N, ...) or whatever the module takes; without them, one input with |x|^2 = n_0. A module that is
             no MLP needs some.
         output_fn: Turns what the module returns into (N, C).
-        num_networks: Networks to draw where it is measured; 0 measures this one alone.
+        num_networks: Networks to draw where it is measured; 0 measures this one alone, and so does a network that
+            was drawn in another way than its ``reset_parameters`` or ``_init_weights`` do.
         initialize: Draws the parameters of a module in place, as ``measure.statistics_over_seeds`` takes it.
 
     Returns:

@@ -44,7 +44,8 @@ def measured_diagnosis(
         reason: Why the theory does not cover it.
         output_fn: Turns what the module returns into (N, C).
         num_networks: Networks to draw anew; 0 measures this one alone.
-        initialize: Draws the parameters of the module it is given, in place; None calls ``reset_parameters``.
+        initialize: Draws the parameters of the module it is given, in place; None uses ``reset_parameters`` or an
+            ``_init_weights`` of the module, if the network given could be one of its draws.
 
     Returns:
         The measurements, with their text.

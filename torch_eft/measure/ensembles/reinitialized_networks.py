@@ -69,7 +69,8 @@ def reinitialized_networks(
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
         num_networks: Number of networks to draw, >= 0.
-        initialize: Draws the parameters of the module it is given, in place; None calls ``reset_parameters``.
+        initialize: Draws the parameters of the module it is given, in place; None uses ``reset_parameters`` or an
+            ``_init_weights`` of the module, if the network given could be one of its draws.
         output_fn: Turns what the model returns into (N, C).
         seed: Of the first network.
 

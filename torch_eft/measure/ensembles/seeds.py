@@ -144,8 +144,9 @@ def statistics_over_seeds(
         num_networks: Number of networks, at least 3.
         statistics: Names among ``MEASURABLE``.
         lambdas: The learning-rate tensor, see ``measure.ntk``.
-        initialize: Draws the parameters of the module it is given, in place, from the global random state; None calls
-            ``reset_parameters`` of every submodule.
+        initialize: Draws the parameters of the module it is given, in place, from the global random state; None uses
+            ``reset_parameters`` of every submodule, or also the module's ``_init_weights`` or ``init_weights``, if the
+            network given could be one of its draws: constants equal, random parameters of the same mean and scale.
         width: n_{L-1}, the factor of the vertices; None reads it off an MLP, and is 1 for anything else.
         output_fn: Turns what the model returns into (N, C).
         seed: Seed of the first network; the others follow.
@@ -155,8 +156,8 @@ def statistics_over_seeds(
         Estimates with standard errors.
 
     Raises:
-        ValueError: If an argument is out of range, a parameter is not drawn anew, the forward rejects ``x``, or the
-            network has no derivatives of the order asked for.
+        ValueError: If an argument is out of range, ``initialize`` is missing and the network was drawn in another way,
+            the forward rejects ``x``, or the network has no derivatives of the order asked for.
 
     Example:
         >>> import torch
