@@ -32,7 +32,7 @@ def checked(model, x):
     with isolated(model) as network:
         check_measurable(network)
         outputs = checked_output(network, probe)
-        check_batch_independence(network, probe, outputs)
+        check_batch_independence(network, network.place(probe), outputs)
     return outputs.detach()
 
 

@@ -52,7 +52,7 @@ def check(model, x):
     probe = measure.Probe(x)
     with isolated(model) as network:
         check_measurable(network)
-        check_batch_independence(network, probe, checked_output(network, probe))
+        check_batch_independence(network, network.place(probe), checked_output(network, probe))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_functions_of_each_sample_pass(model, x):
     flat = lambda z: z.flatten(1)  # noqa: E731
     with isolated(model, flat) as network:
         check_measurable(network)
-        check_batch_independence(network, probe, checked_output(network, probe))
+        check_batch_independence(network, network.place(probe), checked_output(network, probe))
     check_measurable(model)
 
 
@@ -116,7 +116,7 @@ def test_the_check_costs_half_a_forward():
         network.shadow.before = calls
         outputs = checked_output(network, probe)
         calls.samples = 0
-        check_batch_independence(network, probe, outputs)
+        check_batch_independence(network, network.place(probe), outputs)
     assert calls.samples == 5
 
 

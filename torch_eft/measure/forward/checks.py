@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.forward.isolation import IsolatedModel
-from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.forward.structure import all_finite, check_structure, has_values, place
 
 ROUNDING = 1e3
@@ -65,22 +64,22 @@ def check_measurable(network: nn.Module | IsolatedModel) -> None:
     )
 
 
-def check_batch_independence(network: IsolatedModel, probe: Probe, outputs: Tensor) -> None:
+def check_batch_independence(network: IsolatedModel, inputs: Any, outputs: Tensor) -> None:
     """Refuse forwards that are not differentiable functions of each sample.
 
     Every second sample is run once more, from the last to the first and with gradients: half a forward.
 
     Args:
         network: Isolated.
-        probe: N samples.
+        inputs: N samples, where the network is.
         outputs: (N, C), as ``checked_output`` gives them.
 
     Raises:
         ValueError: For outputs that are not finite, depend on chance or on the other samples, and for reentrant
             checkpointing, through which there are no such derivatives as are needed here.
     """
-    inputs = network.place(probe)
-    order = torch.arange(probe.size - 1, -1, -2, device=outputs.device)
+    count = len(outputs)
+    order = torch.arange(count - 1, -1, -2, device=outputs.device)
     part = tree_map_only(Tensor, lambda tensor: tensor[order], inputs)
     again = _run_with_gradients(network, part)
     _check_graph(again)
@@ -94,7 +93,7 @@ def check_batch_independence(network: IsolatedModel, probe: Probe, outputs: Tens
         first = int((~finite).nonzero()[0])
         raise ValueError(
             f"model: the output for sample {first} of the probe is NaN or infinite ({int((~finite).sum())} of "
-            f"{probe.size} samples); look at that input, or measure in float64"
+            f"{count} samples); look at that input, or measure in float64"
         )
     with torch.no_grad():
         _check_repeated(network(network.params, inputs), outputs)

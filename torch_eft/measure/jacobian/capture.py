@@ -37,7 +37,7 @@ class LayerCall:
         inputs: Coefficients of the operation's input, outside the autograd graph; None for zero.
         edges: Places of the coefficients of its output in the graph.
         shape: The output's shape.
-        options: Further settings of the operation (stride, groups ...).
+        options: Further settings of the operation (stride, groups, whether the weight is (in, out) ...).
     """
 
     kind: str
@@ -189,7 +189,7 @@ def _matmul(capture: Capture, func: Any, input: Any, weight: Any) -> Tensor | No
     w = capture.name(weight)
     if w is None or weight.ndim != 2 or capture.name(input) is not None:
         return None
-    return capture.record("linear", w, None, input, func(input, fresh(weight)))
+    return capture.record("linear", w, None, input, func(input, fresh(weight)), transposed=True)
 
 
 @_rule(torch.addmm)
@@ -197,7 +197,8 @@ def _addmm(capture: Capture, func: Any, bias: Any, input: Any, weight: Any) -> T
     w, b = capture.name(weight), capture.name(bias)
     if w is None or bias.ndim != 1 or capture.name(input) is not None:
         return None
-    return capture.record("linear", w, b, input, func(fresh(bias) if b else bias, input, fresh(weight)))
+    output = func(fresh(bias) if b else bias, input, fresh(weight))
+    return capture.record("linear", w, b, input, output, transposed=True)
 
 
 def _convolution(
@@ -272,7 +273,7 @@ def _embedding(
             first, *others = table.coefficients
             kept = torch.arange(len(weight), device=weight.device)[:, None] != padding_idx
             table = jet([first, *(part if part is None else part * kept for part in others)])
-    return capture.record("embedding", w, None, tokens, func(table, indices))
+    return capture.record("embedding", w, None, tokens, func(table, indices), rows=len(weight))
 
 
 def _scaled(capture: Capture, normalized: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Tensor:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,8 +25,8 @@ from torch_eft.measure.jacobian.blocks import Estimate, GramBlocks, readable, su
 from torch_eft.measure.jacobian.factors import jacobian_factors
 from torch_eft.measure.jacobian.fallback import reverse_factors
 from torch_eft.measure.jacobian.gram import Factor, Orders
-from torch_eft.measure.jacobian.plan import JacobianPlan, make_plan, sample_count, slice_of
-from torch_eft.measure.jacobian.verification import mismatches
+from torch_eft.measure.jacobian.plan import ChangedUseError, JacobianPlan, make_plan, sample_count, slice_of
+from torch_eft.measure.jacobian.verification import Verification, untrusted
 from torch_eft.measure.jets.jet import NoJetRuleError
 from torch_eft.results.choices import nearest
 
@@ -34,26 +34,14 @@ DEFAULT_MEMORY = 2**30
 """Bytes that kernels, factors and graph may take."""
 
 _log = logging.getLogger("torch_eft")
-_REMEMBERED = 16  # plans and methods of one module
 
+_plans: "WeakKeyDictionary[nn.Module, dict[Any, tuple[JacobianPlan, Any]]]" = WeakKeyDictionary()
+"""Plans by module and kind of probe, to begin with: every computation finds out whether they still hold."""
 
-class _Remembered(WeakKeyDictionary[nn.Module, dict[Any, Any]]):
-    """Plans and methods by module, probe shape and output function; the oldest are forgotten."""
-
-    def get_or_make(self, network: IsolatedModel, key: Any, make: Callable[[], Any]) -> Any:
-        known = self.setdefault(network.origin, {})
-        if key not in known:
-            value = make()
-            if len(known) >= _REMEMBERED:
-                del known[next(iter(known))]
-            # The function is kept alive with it: its id is part of the key.
-            known[key] = value, network.output_fn
-        return known[key][0]
-
-
-_plans, _methods = _Remembered(), _Remembered()
+_REMEMBERED = 16  # plans of one module
 
 JETS = "jets"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -84,7 +72,6 @@ class JacobianGram:
 
     Attributes:
         samples: N.
-        outputs: C.
         lambdas: ``{parameter: lambda}``, those above 0.
         trainable: Their names.
         plan: How each parameter's Jacobian is computed.
@@ -108,9 +95,15 @@ class JacobianGram:
         self.memory = memory
         self.inputs = network.place(probe)
         self.samples = probe.size
+        self._planned_on_all = False
+        self._checked = -1  # the order up to which the plan at hand was compared with ordinary passes
         self.plan = self._planned(probe)
-        self.outputs = self.plan.outputs
         self._like = network.params[self.trainable[0]] if self.trainable else next(iter(network.params.values()))
+
+    @property
+    def outputs(self) -> int:
+        """C."""
+        return self.plan.outputs
 
     # ---- planning
 
@@ -121,37 +114,115 @@ class JacobianGram:
         return str((shapes, inputs, self.trainable, self.samples == 1, id(self.network.output_fn)))
 
     def _planned(self, probe: Probe) -> JacobianPlan:
-        def make() -> JacobianPlan:
-            check_measurable(self.network)
-            with torch.no_grad():
-                outputs = checked_output(self.network, probe)
-            check_batch_independence(self.network, probe, outputs)
-            few = slice_of(self.inputs, 0, min(3, self.samples))
-            return self._verified(make_plan(self.network, self.inputs, self.trainable, {}), few)
+        known = _plans.get(self.network.origin, {}).get(self._key())
+        self._independent = known is None  # whether samples have been found not to see each other
+        if known is not None:
+            return known[0]
+        check_measurable(self.network)
+        with torch.no_grad():
+            outputs = checked_output(self.network, probe)
+        check_batch_independence(self.network, self.inputs, outputs)
+        return make_plan(self.network, self.inputs, self.trainable, {})
 
-        return _plans.get_or_make(self.network, self._key(), make)
+    def _remember(self) -> None:
+        plans = _plans.setdefault(self.network.origin, {})
+        key = self._key()
+        if key not in plans and len(plans) >= _REMEMBERED:
+            del plans[next(iter(plans))]
+        plans[key] = self.plan, self.network.output_fn  # the function is kept alive: its id is part of the key
 
-    def _verified(self, plan: JacobianPlan, few: Any) -> JacobianPlan:
-        """Leave what does not agree with an ordinary backward pass to the fallback."""
-        for attempt in range(2):
+    def _plan_anew(self, reasons: Mapping[str, str]) -> None:
+        """Plan on all samples what was planned before; leave what even then does not hold to the fallback."""
+        fallback = dict(reasons) | dict(self.plan.fallback) if self._planned_on_all else {}
+        if self._planned_on_all and len(fallback) == len(self.plan.fallback):
+            raise ValueError(untrusted(*next(iter(reasons.items()))))
+        self._planned_on_all, self._checked = True, -1
+        self.plan = make_plan(self.network, self.inputs, self.trainable, fallback, self._samples_of_a_pass)
+
+    @property
+    def _samples_of_a_pass(self) -> int:
+        """The number of samples whose graph fits into the memory allowed, without factors."""
+        return max(3, self.memory * (self.outputs + 1) // max(1, 2 * self.plan.sample_bytes))
+
+    def checked(self) -> "JacobianGram":
+        """Return itself with a plan that holds for all samples.
+
+        Raises:
+            ValueError: If none does.
+        """
+        if self._checked < 0 and self.trainable:
+            self._settled(self._check)
+        return self
+
+    def checked_factors(self, inputs: Any) -> list[Factor]:
+        """Return the factors of J_0 on some inputs, where the network is, compared with ordinary passes.
+
+        Raises:
+            ValueError: If they are wrong in all ways.
+        """
+
+        def compute() -> list[Factor]:
+            verification = Verification(self.network, self.trainable, self.plan, inputs, 0)
+            factors = self.factors(inputs)
+            verification.add(slice(0, sample_count(inputs)), factors)
+            self._verify(verification, None)
+            return factors
+
+        return self._settled(compute) if self.trainable else []
+
+    def _check(self) -> None:
+        verification = self._verification(0)
+        for _ in self._blocks(self.estimate(outputs=1).block, 0, None, JETS, verification):
+            pass
+        self._verify(verification, None)
+
+    def _settled(self, compute: Callable[[], Result]) -> Result:
+        """Compute, with another plan as long as the one at hand does not hold."""
+        while True:
             try:
-                factors = jacobian_factors(self.network, few, self.trainable, plan)
-            except CheckpointError:
-                reason = "a checkpoint runs its part of the forward again, unrecorded"
-                plan = make_plan(self.network, self.inputs, self.trainable, dict.fromkeys(self.trainable, reason))
-                factors = jacobian_factors(self.network, few, self.trainable, plan)
-            wrong = mismatches(self.network, few, factors, self.trainable)
-            if not wrong:
-                return plan
-            if attempt == 0:
-                refused = {name: f"its factors disagree with backward: {sizes}" for name, sizes in wrong.items()}
-                plan = make_plan(self.network, self.inputs, self.trainable, {**plan.fallback, **refused})
-        name, sizes = next(iter(wrong.items()))
-        raise ValueError(
-            f"model: the Jacobian of {name!r} cannot be trusted: |u . J| is {sizes}. The forward does not depend on "
-            "its parameters and each sample alone (random operations, samples that see each other, state that "
-            "changes); measure the part of it that does"
-        )
+                result = compute()
+            except ChangedUseError as change:
+                self._plan_anew(change.reasons)
+            else:
+                self._remember()
+                return result
+
+    def _verification(self, order: int, method: str = JETS) -> Verification | None:
+        """Return what factors are to be compared with; None if that has been done, or there are no values."""
+        if self._checked >= order or not self.trainable or self._like.device.type == "meta":
+            return None
+        plan = self.plan if method == JETS else JacobianPlan(outputs=self.outputs)
+        return Verification(self.network, self.trainable, plan, self.inputs, order)
+
+    def _verify(self, verification: Verification | None, direction: Mapping[str, Tensor] | None) -> None:
+        """Compare with ordinary passes.
+
+        Raises:
+            ChangedUseError: If the Jacobian is another one.
+            ValueError: If derivatives are wrong, or samples see each other.
+        """
+        if verification is None:
+            return
+        wrong, outputs = verification.mismatches(self._samples_of_a_pass)
+        if wrong:
+            with torch.no_grad():
+                copied = self.network(self.network.params, verification.inputs)
+            check_batch_independence(self.network, verification.inputs, copied)
+            raise ChangedUseError(wrong)
+        if not self._independent:
+            check_batch_independence(self.network, verification.inputs, outputs)
+            self._independent = True
+        for m in range(max(1, self._checked + 1), verification.order + 1):
+            assert direction is not None
+            with derivatives_of_order(m + 1, self.network.origin):
+                wrong = verification.higher_mismatches(direction, m)
+            if wrong:
+                name, sizes = next(iter(wrong.items()))
+                raise ValueError(
+                    f"model: derivatives of order {m + 1} cannot be trusted for {name!r}: u . J_{m} of random numbers "
+                    f"u {sizes}; an operation of the forward has wrong higher derivatives"
+                )
+        self._checked = max(self._checked, verification.order)
 
     # ---- memory
 
@@ -228,7 +299,7 @@ class JacobianGram:
         Returns:
             ``{group: (N, N', C, C) or (N, N')}``, which add up to the whole.
         """
-        parts = self._computed([(0, 0)], None, JETS, trace, part_of, other)
+        parts, _ = self._computed([(0, 0)], None, trace, part_of, other)
         return {name: matrices[0, 0] for name, matrices in parts.items()}
 
     def gram(
@@ -247,9 +318,8 @@ class JacobianGram:
             trace: See ``ntk``.
             other: See ``ntk``.
         """
-        order = max(max(pair) for pair in pairs)
-        method = self._method(order, direction) if order else JETS
-        return GramMatrices(self._computed(pairs, direction, method, trace, None, other)[""], method)
+        parts, method = self._computed(pairs, direction, trace, None, other)
+        return GramMatrices(parts[""], method)
 
     def gram_blocks(
         self,
@@ -269,6 +339,39 @@ class JacobianGram:
         self,
         pairs: Collection[Orders],
         direction: Mapping[str, Tensor] | None,
+        trace: bool,
+        part_of: Callable[[str], str] | None,
+        other: "JacobianGram | None",
+    ) -> tuple[dict[str, dict[Orders, Tensor]], str]:
+        """Compute Gram matrices by group, and say by which method."""
+
+        def by(method: str) -> dict[str, dict[Orders, Tensor]]:
+            return planner._settled(lambda: assembled(method))
+
+        def assembled(method: str) -> dict[str, dict[Orders, Tensor]]:
+            for engine in (self, self if other is None else other):
+                if engine.plan is not planner.plan:
+                    engine.plan, engine._checked = planner.plan, -1
+            return self._assembled(pairs, direction, method, trace, part_of, other)
+
+        order = max(max(pair) for pair in pairs)
+        # Rows and columns in one way: that of the one with more samples, whose axes show better.
+        planner = self if other is None or other.samples <= self.samples else other
+        try:
+            return by(JETS), JETS
+        except Exception as error:  # a checkpoint's second forward, for one, knows no jets
+            if order == 0 or isinstance(error, ValueError | torch.OutOfMemoryError):
+                raise
+            known = isinstance(error, NoJetRuleError | CheckpointError)
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            method = f"reverse mode ({reason.splitlines()[0]})"
+        with derivatives_of_order(order + 1, self.network.origin):
+            return by(method), method
+
+    def _assembled(
+        self,
+        pairs: Collection[Orders],
+        direction: Mapping[str, Tensor] | None,
         method: str,
         trace: bool,
         part_of: Callable[[str], str] | None,
@@ -282,14 +385,21 @@ class JacobianGram:
             order + 1, kernels, None if other is None else other.samples, 1 if trace else None, method
         )
         _log.info("torch_eft: %s", estimate)
-        blocks = self._blocks(estimate.block, order, direction, method, trace)
-        for i, (row, first) in enumerate(blocks):
+        verification = self._verification(order, method)
+        of_columns = None if other is None else columns._verification(order, method)
+        for i, (row, first) in enumerate(self._blocks(estimate.block, order, direction, method, verification)):
+            first = summed_over_outputs(first) if trace else first
             if other is None:
                 sums.add(row, row, first, first)
             if other is not None or estimate.blocks > 1:
                 start = (i + 1) if other is None else 0
-                for column, second in columns._blocks(estimate.block, order, direction, method, trace, start):
-                    sums.add(row, column, first, second)
+                check = None if i else of_columns
+                for column, second in columns._blocks(estimate.block, order, direction, method, check, start):
+                    sums.add(row, column, first, summed_over_outputs(second) if trace else second)
+                    del second
+            del first
+        self._verify(verification, direction)
+        columns._verify(of_columns, direction)
         return sums.finished(self.outputs if trace else None)
 
     def _blocks(
@@ -298,10 +408,10 @@ class JacobianGram:
         order: int,
         direction: Mapping[str, Tensor] | None,
         method: str,
-        trace: bool,
+        verification: Verification | None,
         start: int = 0,
     ) -> Iterator[tuple[slice, list[Factor]]]:
-        """Samples and their factors, block by block from block number ``start``."""
+        """Samples and their factors, block by block from block number ``start``; they are added to a verification."""
         for begin in range(start * block, self.samples, block):
             inputs = slice_of(self.inputs, begin, block)
             if method == JETS:
@@ -309,36 +419,21 @@ class JacobianGram:
             else:
                 assert direction is not None
                 factors = reverse_factors(self.network, inputs, self.trainable, direction, order)
-            yield slice(begin, begin + sample_count(inputs)), summed_over_outputs(factors) if trace else factors
+            rows = slice(begin, begin + sample_count(inputs))
+            if verification is not None:
+                verification.add(rows, factors)
+            yield rows, factors
+            del factors
 
     def factors(self, inputs: Any, direction: Mapping[str, Tensor] | None = None, order: int = 0) -> list[Factor]:
         """Return the factors of J_0 .. J_order on some inputs, where the network is."""
-        return jacobian_factors(self.network, inputs, self.trainable, self.plan, direction, order)
-
-    def _method(self, order: int, direction: Mapping[str, Tensor]) -> str:
-        """Choose jets or reverse mode; at first use u . J_m is compared with reverse mode of reverse mode."""
-
-        def make() -> str:
-            few = slice_of(self.inputs, 0, min(3, self.samples))
-            method = JETS
-            try:
-                factors = self.factors(few, direction, order)
-            except (NoJetRuleError, CheckpointError) as error:  # a checkpoint's second forward knows no jets
-                method = f"reverse mode ({str(error).splitlines()[0]})"
-                with derivatives_of_order(order + 1, self.network.origin):
-                    factors = reverse_factors(self.network, few, self.trainable, direction, order)
-            for m in range(1, order + 1):
-                with derivatives_of_order(m + 1, self.network.origin):
-                    wrong = mismatches(self.network, few, factors, self.trainable, direction, m)
-                if wrong:
-                    name, sizes = next(iter(wrong.items()))
-                    raise ValueError(
-                        f"model: derivatives of order {m + 1} cannot be trusted for {name!r}: |u . J_{m}| is {sizes}; "
-                        "an operation of the forward has wrong higher derivatives"
-                    )
-            return method
-
-        return _methods.get_or_make(self.network, (self._key(), order), make)
+        try:
+            return jacobian_factors(self.network, inputs, self.trainable, self.plan, direction, order)
+        except CheckpointError as error:
+            if order:
+                raise
+            reason = "a checkpoint runs its part of the forward again, unrecorded"
+            raise ChangedUseError(dict.fromkeys(self.trainable, reason)) from error
 
 
 def check_finite(network: IsolatedModel, tensors: Collection[Tensor], name: str) -> None:

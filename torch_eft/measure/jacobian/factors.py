@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from torch_eft.measure.forward.isolation import IsolatedModel
-from torch_eft.measure.jacobian.capture import Capture, LayerCall
+from torch_eft.measure.jacobian.capture import Capture, LayerCall, unrecognized
 from torch_eft.measure.jacobian.fallback import along, fallback_factors
 from torch_eft.measure.jacobian.gram import Factor, PerOutput
 from torch_eft.measure.jacobian.layers import Axis, Formed, factors, worth_forming
-from torch_eft.measure.jacobian.plan import JacobianPlan, sample_count, signature
+from torch_eft.measure.jacobian.plan import ChangedUseError, JacobianPlan, sample_count
 from torch_eft.measure.jets.jet import coefficients_of
 
 _SMALL = 2**19  # numbers in all calls' outputs
@@ -39,22 +39,21 @@ def jacobian_factors(
         The factors of some number of parameters each.
 
     Raises:
-        ValueError: If the network does something else with its parameters than when the plan was made.
+        ChangedUseError: If the network does something else with its parameters than when the plan was made.
     """
     result: list[Factor] = []
     samples = sample_count(inputs)
-    if plan.calls:
+    recognized = [name for name in trainable if name not in plan.fallback]
+    if recognized:
         leaves = {name: network.params[name].detach().requires_grad_() for name in trainable}
         params = dict(network.params) | (leaves if direction is None else along(leaves, direction, order))
         with Capture({name: params[name] for name in trainable}, plan.fallback) as capture:
             outputs = network(params, inputs)
-        signatures = tuple(signature(call, axis) for call, axis in zip(capture.calls, plan.axes, strict=False))
-        if signatures != plan.calls or len(capture.calls) != len(plan.calls):
-            raise ValueError(
-                "model: what its forward does depends on the number or the values of the samples; measure one "
-                "sample at a time, or pass samples that take the same way through it"
-            )
-        result = _factors(outputs, capture.calls, plan.axes, samples, order)
+        if outputs.shape[1] != plan.outputs:
+            raise ChangedUseError({recognized[0]: "as the number of outputs changes"})
+        plan.check(capture.calls, unrecognized(outputs, leaves) - set(plan.fallback), samples)
+        if plan.calls:
+            result = _factors(outputs, capture.calls, plan.axes, samples, order)
     missing = [name for name in plan.fallback if name in trainable]
     if missing:
         result += fallback_factors(network, inputs, missing, trainable, direction, order)

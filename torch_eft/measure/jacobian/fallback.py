@@ -75,7 +75,7 @@ def fallback_factors(
     """
     if order == 0:
         rows = _first_order(network, inputs, names)
-        return [DenseFactor(name, (rows[name].flatten(2).transpose(0, 1),)) for name in names]
+        return [DenseFactor(name, (rows[name].reshape(*rows[name].shape[:2], -1).transpose(0, 1),)) for name in names]
     assert direction is not None
     jacobians: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(order + 1)] for name in names}
     for index in range(sample_count(inputs)):
@@ -91,7 +91,7 @@ def _rows(part: Tensor | None, leaves: Sequence[Tensor], channels: int) -> list[
     """Return d part_i / d leaf, (C, P) each; ``part`` is (1, C)."""
     values = [leaves[0].new_zeros(())] * channels if part is None else part[0].unbind()
     gradients = [pull_back([value], [torch.ones_like(value)], leaves) for value in values]
-    return [torch.stack(row).flatten(1) for row in zip(*gradients, strict=True)]
+    return [torch.stack(row).reshape(channels, -1) for row in zip(*gradients, strict=True)]
 
 
 def _first_order(network: IsolatedModel, inputs: Any, names: Sequence[str]) -> dict[str, Tensor]:

@@ -109,9 +109,9 @@ class OuterProductFactor:
         for p, q in _splits(order):
             a = self.inputs[q]
             if a is not None:
-                weighted = torch.stack(
-                    [row[:, None, None] * g for row, g in zip(u, self.gradients[p], strict=True)]
-                ).sum(0)
+                weighted = torch.zeros_like(self.gradients[p][0])
+                for row, g in zip(u, self.gradients[p], strict=True):
+                    weighted.addcmul_(row[:, None, None], g)
                 total = total + self._pulled_back(weighted, a)
         own = {self.weight: total}
         return own if self.bias is None else own | self.of_bias().vjp(u, order)
@@ -160,7 +160,13 @@ class OuterProductFactor:
 
 @dataclass(frozen=True)
 class EmbeddingFactor(OuterProductFactor):
-    """Factor of a table, whose inputs are token numbers (N, T) standing for one-hot vectors, and below 0 for none."""
+    """Factor of a table, whose inputs are token numbers (N, T) standing for one-hot vectors, and below 0 for none.
+
+    Args:
+        rows_of_table: Number of its rows.
+    """
+
+    rows_of_table: int = 0
 
     _one_place: ClassVar[bool] = False
 
@@ -168,7 +174,7 @@ class EmbeddingFactor(OuterProductFactor):
         return False
 
     def _pulled_back(self, weighted: Tensor, a: Tensor) -> Tensor:
-        rows = weighted.new_zeros(int(a.max()) + 1, weighted.shape[2])
+        rows = weighted.new_zeros(self.rows_of_table, weighted.shape[2])
         return rows.index_add(0, a.flatten().clamp_min(0), (weighted * (a >= 0)[..., None]).flatten(0, 1))
 
     def overlap(self, a: Tensor, b: Tensor) -> Tensor:

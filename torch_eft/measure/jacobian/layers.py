@@ -147,6 +147,22 @@ def _convolution(call: LayerCall, g: Gradients, axis: Axis, samples: int) -> lis
     return result
 
 
+def in_order_of_factors(gradient: Tensor, kind: str, transposed: bool, groups: int) -> Tensor:
+    """Return a parameter's gradient with its numbers in the order in which factors have them, (P,).
+
+    Args:
+        gradient: Of the parameter's shape.
+        kind: Of its call.
+        transposed: Whether the call takes the weight as (in, out).
+        groups: The number of factors of the parameter.
+    """
+    if kind == "convolution" and gradient.ndim > 1:
+        gradient = gradient.flatten(2).mT
+    if kind == "transposed convolution":
+        gradient = torch.cat([part.permute(2, 1, 0) for part in gradient.flatten(2).chunk(groups)])
+    return (gradient.mT if transposed and gradient.ndim == 2 else gradient).flatten()
+
+
 class Formed:
     """The Jacobian of a layer used at more places than it has inputs, formed as gradients come in.
 
@@ -267,7 +283,8 @@ def _padding(padding: str | int | Sequence[int], kernel: Sequence[int], dilation
 def _embedding(call: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
     tokens = axis.split(_given(call.inputs[0]), samples).flatten(1)
     inputs = (tokens, *[None] * (len(g) - 1))
-    return [EmbeddingFactor(call.names[0], inputs, _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2)))]
+    gradients = _each_output(g, lambda x: axis.split(x, samples).flatten(1, -2))
+    return [EmbeddingFactor(call.names[0], inputs, gradients, rows_of_table=call.options["rows"])]
 
 
 def _scale(call: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:

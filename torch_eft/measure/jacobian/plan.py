@@ -1,5 +1,6 @@
 """Plans how each parameter's Jacobian is computed: which calls have factors, where samples are, what falls back."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ class JacobianPlan:
         fallback: ``{parameter: why}``, of the others.
         sample_bytes: Memory of the factors and the graph of one sample.
         outputs: C.
+        transposed: The recognized weights that their calls take as (in, out).
     """
 
     calls: tuple[tuple[Any, ...], ...] = ()
@@ -33,24 +35,63 @@ class JacobianPlan:
     fallback: Mapping[str, str] = field(default_factory=dict)
     sample_bytes: int = 0
     outputs: int = 0
+    transposed: frozenset[str] = frozenset()
+
+    def check(self, calls: Sequence[LayerCall], left: set[str], samples: int) -> None:
+        """Compare what was recorded with the plan.
+
+        Args:
+            calls: The recorded calls.
+            left: Parameters that have other uses as well.
+            samples: N.
+
+        Raises:
+            ChangedUseError: If they differ.
+        """
+        reasons = dict.fromkeys(left, "a use that is not recognized")
+        found = [signature(call, axis) for call, axis in zip(calls, self.axes, strict=False)]
+        found += [signature(call, None) for call in calls[len(found) :]]
+        if tuple(found) != self.calls:
+            differ = (Counter(found) - Counter(self.calls)) + (Counter(self.calls) - Counter(found))
+            names = {name for use in differ or found for name in use[1:3] if name is not None}
+            reasons |= dict.fromkeys(names, "its use depends on the samples")
+        for call, axis in zip(calls, self.axes, strict=False):
+            if len(call.shape) <= axis.index or call.shape[axis.index] % samples:
+                reasons |= dict.fromkeys(call.names, f"a {call.kind} operation whose samples cannot be distinguished")
+        if reasons:
+            raise ChangedUseError(reasons)
+
+
+class ChangedUseError(Exception):
+    """The parameters are not used as was planned.
+
+    Args:
+        reasons: ``{parameter: why}``.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__()
+        self.reasons = dict(reasons)
 
 
 def make_plan(
-    network: IsolatedModel, inputs: Any, trainable: Sequence[str], refused: Mapping[str, str]
+    network: IsolatedModel, inputs: Any, trainable: Sequence[str], refused: Mapping[str, str], most: int = 3
 ) -> JacobianPlan:
-    """Recognize the uses of the parameters ``trainable`` on a few samples.
+    """Recognize the uses of the parameters ``trainable``.
 
     Args:
         network: The network.
         inputs: All of the probe's inputs, on the network's device.
         trainable: Names of the parameters that count.
         refused: ``{parameter: why}``, to be left to the fallback.
+        most: Number of samples to look at.
 
     Returns:
-        The plan, not yet verified.
+        The plan: nothing says yet that it holds for the other samples.
     """
     count = sample_count(inputs)
-    few, fewer = (min(count, 3), min(count, 2)) if count > 2 else (count, 1)
+    few = min(count, most)
+    fewer = (few + 1) // 2 if few > 1 else 1
     fallback = dict(refused)
     while True:
         recognized = [name for name in trainable if name not in fallback]
@@ -81,6 +122,7 @@ def make_plan(
         fallback,
         _sample_bytes(network, recorded, few),
         recorded.outputs.shape[1],
+        frozenset(call.weight for call in recorded.calls if call.weight and call.options.get("transposed")),
     )
 
 
@@ -156,6 +198,7 @@ def _mixed_uses(calls: Sequence[LayerCall]) -> dict[str, str]:
         grouped = call.options.get("groups", 1) > 1
         if call.weight is not None:
             form = {"convolution": "matrix", "linear": "matrix"}.get(call.kind, call.kind)
+            form = "transposed matrix" if call.options.get("transposed") else form
             forms.setdefault(call.weight, set()).add(form)
             repeated = sum(other.weight == call.weight for other in calls) > 1
             if repeated and (grouped or call.kind != "linear"):
@@ -169,9 +212,13 @@ def _mixed_uses(calls: Sequence[LayerCall]) -> dict[str, str]:
 
 
 def signature(call: LayerCall, axis: Axis | None) -> tuple[Any, ...]:
-    """Return what a call must have in common with the planned one: all but the number of samples."""
-    shape = tuple(-1 if axis is not None and index == axis.index else size for index, size in enumerate(call.shape))
-    return call.kind, call.weight, call.bias, shape
+    """Return what a call must have in common with the planned one: all but the numbers of samples and of places."""
+    places = call.kind in ("linear", "embedding")
+    shape = tuple(
+        -1 if index == (None if axis is None else axis.index) or (places and index < len(call.shape) - 1) else size
+        for index, size in enumerate(call.shape)
+    )
+    return call.kind, call.weight, call.bias, shape, bool(call.options.get("transposed"))
 
 
 def _sample_bytes(network: IsolatedModel, recorded: _Recording, few: int) -> int:

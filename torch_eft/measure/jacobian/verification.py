@@ -1,84 +1,119 @@
-"""Checks at first use, against ordinary backward passes, that the structured Jacobian is the network's own.
+"""Checks of a Jacobian, whenever one is computed, against ordinary passes through the network itself.
 
-For a random u, u . J of every parameter, put together from the recorded factors, must be the gradient of u . z that
-one backward pass through the untouched network gives; along a direction v, u . J_1 must be the gradient of
-(gradient . v), and 2 u . J_2 that of (second gradient . v). Sizes are compared, |lambda^(1/2) u . J| parameter by
-parameter, which for the whole is u . H . u.
+For random numbers u, new at every check, u . J put together from the very factors that a kernel is made of must be the
+gradient of u . z that one forward and one backward pass of all samples give: number by number, parameter by parameter.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel
-from torch_eft.measure.forward.reverse_mode import gradients_along
+from torch_eft.measure.forward.reverse_mode import gradients_along, ordinary_gradients
 from torch_eft.measure.jacobian.gram import Factor
-from torch_eft.measure.jacobian.plan import sample_count
+from torch_eft.measure.jacobian.layers import in_order_of_factors
+from torch_eft.measure.jacobian.plan import JacobianPlan, sample_count
+
+DIGITS = 0.4
+"""Share of the dtype's digits in which u . J must agree."""
+
+_log = logging.getLogger("torch_eft")
+_counts: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+_generator = torch.Generator(device="cpu").manual_seed(0)  # its own: the training's random numbers stay as they are
 
 
-def mismatches(
-    network: IsolatedModel,
-    inputs: Any,
-    factors: Sequence[Factor],
-    trainable: Sequence[str],
-    direction: Mapping[str, Tensor] | None = None,
-    order: int = 0,
-) -> dict[str, str]:
-    """Return ``{parameter: both sizes}`` for those whose factors are not what backward passes give.
-
-    The tolerance is half the digits of the dtype, of the parameter's own size, plus a thousand roundings of the
-    largest one's (a gradient that vanishes identically is rounding).
-    """
-    if not trainable or network.params[trainable[0]].device.type == "meta":  # nothing to compare, or no values
-        return {}
-    channels = factors[0].size[0]
-    u = _signs(channels, sample_count(inputs), network.params[trainable[0]])
-    expected = _by_backward(network, inputs, u, trainable, direction, order)
-    parts: dict[str, list[Tensor]] = {}
-    for factor in factors:
-        for name, value in factor.vjp(u, order).items():
-            parts.setdefault(name, []).append(value)
-    sizes = torch.stack([expected[name].norm() for name in trainable])
-    norms = torch.stack(
-        [
-            torch.stack([part.norm() for part in parts[name]]).norm() if name in parts else sizes.new_zeros(())
-            for name in trainable
-        ]
+def untrusted(name: str, reason: str) -> str:
+    """Return the message about a Jacobian that no way of computing it gets right."""
+    return (
+        f"model: the Jacobian of {name!r} cannot be trusted: {reason}. The forward does not depend on its parameters "
+        "and each sample alone (random operations, samples that see each other, state that changes, weights of other "
+        "modules); measure the part of it that does"
     )
-    eps = torch.finfo(sizes.dtype).eps
-    allowed = eps**0.5 * sizes + 1e3 * eps * sizes.max()
-    wrong = (~((norms - sizes).abs() <= allowed)).tolist()  # the one host sync
-    return {
-        name: f"{float(norms[index]):.6g} by its factors, {float(sizes[index]):.6g} by backward"
-        for index, name in enumerate(trainable)
-        if wrong[index]
-    }
 
 
-def _signs(channels: int, samples: int, like: Tensor) -> Tensor:
-    """Draw random signs without touching the global random state."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    signs = torch.randint(0, 2, (channels, samples), generator=generator, device="cpu") * 2 - 1
-    return signs.to(like.device, like.dtype)
+class Verification:
+    """u . J_0 .. u . J_order, added up block by block from factors.
 
+    Args:
+        network: The network.
+        trainable: Names of the parameters that count.
+        plan: How their Jacobians are computed.
+        inputs: The samples, where the network is.
+        order: Of the last coefficient.
+    """
 
-def _by_backward(
-    network: IsolatedModel,
-    inputs: Any,
-    u: Tensor,
-    trainable: Sequence[str],
-    direction: Mapping[str, Tensor] | None,
-    order: int,
-) -> dict[str, Tensor]:
-    """Compute u . J_order by reverse mode of reverse mode; above order 0 with fused operations written out."""
-    leaves = {name: network.params[name].detach().requires_grad_() for name in trainable}
-    along = [] if direction is None else [direction[name] for name in trainable]
-    # A checkpoint runs its part of the forward again, and must find it written out as before.
-    with Decomposed() if order else nullcontext():
-        value = (network({**network.params, **leaves}, inputs) * u.T).sum()
-        gradient = gradients_along(value, list(leaves.values()), along, order)[order]
-    return {name: g.detach() for name, g in zip(trainable, gradient, strict=True)}
+    def __init__(
+        self, network: IsolatedModel, trainable: Sequence[str], plan: JacobianPlan, inputs: Any, order: int
+    ) -> None:
+        self.network, self.trainable, self.plan = network, trainable, plan
+        self.inputs, self.order = inputs, order
+        u = torch.randn(plan.outputs, sample_count(inputs), generator=_generator, device="cpu")
+        self.u = u.to(network.params[trainable[0]])
+        self._sums: list[dict[str, Tensor]] = [{} for _ in range(order + 1)]
+        self._groups = dict.fromkeys(trainable, 1)
+
+    def add(self, rows: slice, factors: Sequence[Factor]) -> None:
+        """Add the factors of some samples."""
+        for order, sums in enumerate(self._sums):
+            parts: dict[str, list[Tensor]] = {}
+            for factor in factors:
+                for name, value in factor.vjp(self.u[:, rows], order).items():
+                    parts.setdefault(name, []).append(value.flatten())
+            for name, values in parts.items():
+                self._groups[name] = len(values)
+                value = torch.cat(values) if len(values) > 1 else values[0]
+                sums[name] = value + sums[name] if name in sums else value
+
+    def add_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add u . J_0 of all samples itself."""
+        self._sums[0] = {name: gradient.flatten() for name, gradient in gradients.items()}
+
+    def mismatches(self, block: int) -> tuple[dict[str, str], Tensor]:
+        """Compare u . J_0 with ordinary passes.
+
+        Args:
+            block: The number of samples that one pass may take.
+
+        Returns:
+            ``{parameter: by how much they differ}`` of those that do, and the outputs (N, C).
+        """
+        outputs, gradients, live = ordinary_gradients(self.network, self.inputs, self.u, self.trainable, block)
+        _counts[self.network.origin] = count = _counts.get(self.network.origin, 0) + 1
+        ran = "the module" if live else "its copy"
+        _log.info("torch_eft: u . J compared with ordinary passes through %s, %d times so far", ran, count)
+        wrong = self._differing(gradients, 0)
+        return {name: f"u . J of random numbers u {sizes}" for name, sizes in wrong.items()}, outputs
+
+    def higher_mismatches(self, direction: Mapping[str, Tensor], order: int) -> dict[str, str]:
+        """Compare u . J_order with reverse mode of reverse mode."""
+        leaves = {name: self.network.params[name].detach().requires_grad_() for name in self.trainable}
+        # A checkpoint runs its part of the forward again, and must find it written out as before.
+        with Decomposed():
+            value = (self.network({**self.network.params, **leaves}, self.inputs) * self.u.T).sum()
+            along = [direction[name] for name in self.trainable]
+            gradients = gradients_along(value, list(leaves.values()), along, order)[order]
+        return self._differing(dict(zip(self.trainable, gradients, strict=True)), order)
+
+    def _differing(self, gradients: Mapping[str, Tensor], order: int) -> dict[str, str]:
+        """Return what differs by more than ``DIGITS`` of its size and a thousand roundings of the largest one's."""
+        pairs = []
+        for name in self.trainable:
+            kind = self.plan.kinds.get(name, "") if name not in self.plan.fallback else ""
+            transposed = name in self.plan.transposed and name not in self.plan.fallback
+            expected = in_order_of_factors(gradients[name].detach(), kind, transposed, self._groups[name])
+            found = self._sums[order].get(name)
+            off = expected if found is None or found.shape != expected.shape else found - expected
+            pairs.append(torch.stack([off.norm(), expected.norm()]))
+        off, sizes = torch.stack(pairs).T
+        eps = torch.finfo(sizes.dtype).eps
+        wrong = (~(off <= eps**DIGITS * sizes + 1e3 * eps * sizes.max())).tolist()  # the one host sync
+        return {
+            name: f"differs by {float(off[index]):.3g} from the {float(sizes[index]):.3g} of ordinary backward passes"
+            for index, name in enumerate(self.trainable)
+            if wrong[index]
+        }

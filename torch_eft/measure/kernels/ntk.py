@@ -209,7 +209,7 @@ def coverage(
         bias: constant (lambda = 0)
     """
     with isolated(model, output_fn) as network:
-        engine = JacobianGram(network, as_probe(x), lambdas)
+        engine = JacobianGram(network, as_probe(x), lambdas).checked()
         plan = engine.plan
         structured = {
             name: plan.kinds[name] for name in engine.trainable if name in plan.kinds and name not in plan.fallback

@@ -129,7 +129,7 @@ def _gradient(values: Tensor, leaves: Sequence[Tensor], keep: bool) -> Sequence[
 
 def _flatten(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     """Join one (S, ...) per parameter to (S, P)."""
-    return torch.cat([part.detach().flatten(1) for part in parts], 1) if parts else like.detach()[:, :0]
+    return torch.cat([part.detach().reshape(len(part), -1) for part in parts], 1) if parts else like.detach()[:, :0]
 
 
 def _unflatten(flat: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:

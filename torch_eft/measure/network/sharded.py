@@ -190,7 +190,7 @@ def _by_exchange(engine: JacobianGram, trace: bool, ranks: Ranks) -> Tensor:
 
     def own_factors() -> list[Factor]:
         rows = _own_rows(N, ranks, next(iter(engine.network.params.values())).device)
-        factors = engine.factors(tree_map_only(Tensor, lambda tensor: tensor[rows], engine.inputs))
+        factors = engine.checked_factors(tree_map_only(Tensor, lambda tensor: tensor[rows], engine.inputs))
         return sorted(factors, key=lambda factor: factor.weight)  # fallbacks come in no certain order
 
     own = ranks.together(own_factors)

@@ -1,0 +1,238 @@
+"""Plans that stop to hold, and what the check against ordinary passes finds, against loops of ``autograd.grad``."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.measure.zoo import randn
+from torch_eft import measure
+from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.forward.probe import as_probe
+from torch_eft.measure.jacobian.engine import JacobianGram
+
+
+def jacobian(model, x):
+    """(N, C, P) of the live module, one sample and one output at a time."""
+    parameters = list(model.parameters())
+    inputs = x if isinstance(x, tuple) else (x,)
+    rows = []
+    for a in range(len(inputs[0])):
+        z = model(*(tensor[a : a + 1] for tensor in inputs))[0]
+        gradients = [
+            torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for value in z
+        ]
+        rows.append(torch.stack([torch.cat([part.flatten() for part in row]) for row in gradients]))
+    return torch.stack(rows)
+
+
+def assert_right(model, x, other=None):
+    H = measure.ntk(model, x, other=other)
+    J = jacobian(model, x)
+    expected = torch.einsum("aip,bjp->abij", J, J if other is None else jacobian(model, other))
+    torch.testing.assert_close(H, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
+class Sorted(nn.Module):
+    """Works on the samples in an order of its own, and returns them in theirs."""
+
+    def __init__(self, outputs=2):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, outputs)
+
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.head(torch.tanh(self.body(x[order])))[order.argsort()]
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_a_forward_that_sorts_the_batch(count):
+    torch.manual_seed(0)
+    for outputs in (1, 3):
+        model, x = Sorted(outputs).double(), randn(count, 4, seed=count)
+        assert_right(model, x)
+        torch.testing.assert_close(
+            measure.ntk(model, x, trace=True), measure.as_trace(measure.ntk(model, x)), rtol=0, atol=1e-12
+        )
+
+
+class Heads(nn.Module):
+    """A head by sample, each used in a way that no rule knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 3)
+        self.heads = nn.ParameterList(nn.Parameter(torch.randn(3, 2)) for _ in range(3))
+
+    def forward(self, x, task):
+        h = torch.tanh(self.body(x))
+        return torch.stack([row @ self.heads[int(t)].exp() for row, t in zip(h, task, strict=True)])
+
+
+def test_parameters_that_only_later_samples_use():
+    torch.manual_seed(0)
+    model, x = Heads().double(), randn(6, 4)
+    for tasks in ([0, 0, 0, 1, 2, 1], [2, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]):
+        assert_right(model, (x, torch.tensor(tasks)))
+
+
+class Experts(nn.Module):
+    """Every sample goes through the linear layer that a gate chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(4, 3), nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
+
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(1).max(1)
+        z = x.new_zeros(len(x), 2)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero()[:, 0]
+            z = z.index_add(0, rows, weights[rows, None] * expert(x[rows]))
+        return z
+
+
+def test_routing_by_the_samples_values():
+    torch.manual_seed(1)
+    model, x = Experts().double(), randn(8, 4)
+    assert set(model.gate(x).argmax(1).tolist()) == {0, 1, 2}
+    assert_right(model, x)
+    assert_right(model, x.flip(0))
+    H = measure.ntk(model, x)
+    estimate = measure.ntk_estimate(model, x)
+    blocks = measure.ntk(model, x, memory=estimate.kernels + 4 * estimate.sample)
+    torch.testing.assert_close(blocks, H, rtol=0, atol=1e-12)
+
+
+class Switched(nn.Module):
+    """Takes a square weight as it stands, or transposed as well, and has a gate that begins at 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.gate = nn.Parameter(torch.randn(4, 4) / 2), nn.Parameter(torch.zeros(1))
+        self.gain, self.head = nn.Parameter(torch.randn(2)), nn.Linear(4, 2)
+        self.transposes, self.amplifies = False, False
+
+    def forward(self, x):
+        h = torch.tanh(x @ self.weight) + self.gate * torch.tanh(F.linear(x, self.weight))
+        h = torch.tanh(F.linear(h, self.weight) if self.transposes else h @ self.weight)
+        return self.head(h) * self.gain.exp() if self.amplifies else self.head(h)
+
+
+def test_a_forward_that_changes_between_measurements():
+    torch.manual_seed(0)
+    model, x = Switched().double(), randn(5, 4)
+    assert_right(model, x)
+    with torch.no_grad():
+        model.gate.fill_(0.7)
+    assert_right(model, x)
+    for transposes, amplifies in ((True, False), (True, True), (False, True), (False, False)):
+        model.transposes, model.amplifies = transposes, amplifies
+        assert_right(model, x)
+
+
+class TimeFirst(nn.Module):
+    """Samples on the second axis inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.LSTM(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x.transpose(0, 1))[0][-1])
+
+
+@pytest.mark.parametrize("counts", [(1, 4), (4, 1), (1, 1), (5, 3)])
+def test_crossed_kernels_have_one_plan(counts):
+    torch.manual_seed(0)
+    model, x = TimeFirst().double(), randn(8, 4, 3)
+    assert_right(model, x[: counts[0]], x[8 - counts[1] :])
+    model, x = Sorted().double(), randn(8, 4)
+    assert_right(model, x[: counts[0]], x[8 - counts[1] :])
+
+
+def test_equal_inputs_are_no_reason_to_refuse():
+    """With signs, u . J of two equal samples can cancel to rounding; with real numbers it does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    x = torch.ones(2, 3)
+    for _ in range(20):
+        H = measure.ntk(copy.deepcopy(model), x)
+        torch.testing.assert_close(H, H[:1, :1].expand(2, 2, 1, 1), rtol=1e-5, atol=0)
+
+
+def test_samples_that_begin_to_see_each_other_are_found():
+    """While the head is 0 they change nothing but the output's zero."""
+
+    class Normalized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+            nn.init.zeros_(self.head.weight)
+
+        def forward(self, x):
+            h = self.body(x)
+            return self.head(h - h.mean(0))
+
+    model, x = Normalized().double(), randn(5, 4)
+    with isolated(model) as network:  # planned while nothing shows
+        JacobianGram(network, as_probe(x))
+    with torch.no_grad():
+        model.head.weight.normal_()
+    with pytest.raises(ValueError, match="depends on the other samples of the batch"):
+        measure.ntk(model, x)
+
+
+class Eventful(nn.Module):
+    """Leaves traces of every kind in itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls, self.outputs, self.notes, self.latest = 0, [], {"shapes": {(1, 1)}}, None
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen += len(x)
+        z = self.layer(x)
+        self.outputs.append(z)
+        self.notes["shapes"].add(tuple(z.shape))
+        self.notes[len(self.notes)] = self.latest = z
+        return z
+
+
+def test_the_module_itself_is_left_as_it_was():
+    torch.manual_seed(0)
+    model, x = Eventful().double().train(), randn(5, 4)
+    state = torch.get_rng_state()
+    for _ in range(2):
+        H = measure.ntk(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (model.calls, model.outputs, model.latest) == (0, [], None)
+    assert model.notes == {"shapes": {(1, 1)}} and float(model.seen) == 0 and model.training and model.layer.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.testing.assert_close(H, measure.ntk(model.layer, x), rtol=0, atol=1e-13)
+
+
+def test_a_copy_that_is_another_network_is_found():
+    class Elsewhere(nn.Module):
+        """Its copies leave a factor behind."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(4, 2), 3.0
+
+        def __deepcopy__(self, memo):
+            copied = Elsewhere()
+            copied.layer, copied.scale = copy.deepcopy(self.layer, memo), 1.0
+            return copied
+
+        def forward(self, x):
+            return self.scale * self.layer(x)
+
+    with pytest.raises(ValueError, match="cannot be trusted"):
+        measure.ntk(Elsewhere().double(), randn(3, 4))
