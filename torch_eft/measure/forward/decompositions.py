@@ -233,6 +233,11 @@ def _repeated(heads: Tensor, query: Tensor) -> Tensor:
     return heads.repeat_interleave(query.shape[-3] // heads.shape[-3], -3)
 
 
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor | None:
+    """Piecewise linear; torch's own has no second derivative, not even 0."""
+    return None if inplace else (input + 3).clamp(0, 6) / 6
+
+
 WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.layer_norm: _layer_norm,
     torch.rms_norm: _rms_norm,
@@ -240,6 +245,7 @@ WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.batch_norm: _batch_norm,
     torch.instance_norm: _instance_norm,
     torch._weight_norm: _weight_norm,
+    torch.nn.functional.hardsigmoid: _hardsigmoid,
     torch._C._nn.glu: _glu,
     torch._C._nn.scaled_dot_product_attention: _attention,
     torch.lstm: lstm,

@@ -4,18 +4,22 @@ By reverse mode alone: J^T u is one backward pass, and J w is the derivative of 
 needs no forward rule of any operation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_eft.measure.forward.checks import check_batch_independence, check_measurable, derivatives_of_order
+from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.forward.reverse_mode import pull_back
-from torch_eft.measure.jacobian.engine import checked_lambdas
+from torch_eft.measure.jacobian.engine import check_finite, checked_lambdas
+from torch_eft.measure.jacobian.plan import JacobianPlan
+from torch_eft.measure.jacobian.verification import Verification, untrusted
 from torch_eft.results.repr import short_repr
 
 
@@ -33,8 +37,27 @@ class NTKOperator:
     ) -> None:
         self.lambdas = checked_lambdas(network, lambdas)
         self.leaves = {name: network.params[name].detach().requires_grad_() for name in self.lambdas}
-        self.outputs = checked_output(network, probe, {**network.params, **self.leaves})
+        self.network, self.inputs = network, network.place(probe)
+        with Decomposed():
+            self.outputs = checked_output(network, probe, {**network.params, **self.leaves})
         self._linear: tuple[Tensor, Sequence[Tensor]] | None = None
+
+    def checked(self) -> "NTKOperator":
+        """Return itself, if the network can be measured.
+
+        Raises:
+            ValueError: As ``ntk``.
+        """
+        check_measurable(self.network)
+        samples, channels = self.outputs.shape
+        check = Verification(self.network, list(self.leaves), JacobianPlan(outputs=channels), self.inputs, 0)
+        gradients = pull_back([self.outputs], [check.u.T], list(self.leaves.values()))
+        check.add_gradients(dict(zip(self.leaves, gradients, strict=True)))
+        check_batch_independence(self.network, self.inputs, self.outputs)
+        wrong, _ = check.mismatches(samples)
+        if wrong:
+            raise ValueError(untrusted(*next(iter(wrong.items()))))
+        return self
 
     def _map(self) -> tuple[Tensor, Sequence[Tensor]]:
         """Return a vector u and J^T u, which is linear in it; made when first asked for."""
@@ -86,8 +109,11 @@ def ntk_vector_product(
         [1.0, 1.0, 1.0]
     """
     with isolated(model, output_fn) as network:
-        operator = NTKOperator(network, as_probe(x), lambdas=lambdas)
-        return operator(checked_direction(direction, operator))
+        operator = NTKOperator(network, as_probe(x), lambdas=lambdas).checked()
+        with derivatives_of_order(2, network.origin):
+            product = operator(checked_direction(direction, operator))
+        check_finite(network, [product], "its product with the NTK is")
+        return product
 
 
 def ntk_vjp(
@@ -121,7 +147,7 @@ def ntk_vjp(
         ([[1.0, 1.0, 1.0]], [1.5])
     """
     with isolated(model, output_fn) as network:
-        operator = NTKOperator(network, as_probe(x), lambdas=lambdas)
+        operator = NTKOperator(network, as_probe(x), lambdas=lambdas).checked()
         gradients = operator.ntk_vjp(checked_direction(direction, operator))
         return {name: gradients.get(name, torch.zeros_like(value)) for name, value in network.params.items()}
 
@@ -186,7 +212,9 @@ def ntk_eigenpairs(
     tolerance: float = 1e-5,
     num_matvecs: int | None = None,
 ) -> Eigenpairs:
-    """Compute the largest eigenvalues of H and their eigenvectors by Lanczos iteration, without H.
+    """Compute the largest eigenvalues of H and their eigenvectors by block Lanczos iteration, without H.
+
+    Blocks have k vectors, so that eigenvalues are found as often as they are there.
 
     Args:
         model: Any module.
@@ -195,7 +223,7 @@ def ntk_eigenpairs(
         lambdas: See ``ntk``.
         output_fn: See ``ntk``.
         tolerance: Residuals to reach, relative to the largest eigenvalue.
-        num_matvecs: Products with H at most; None means min(N C, 20 + 10 k).
+        num_matvecs: Products with H at most, at least k; None means min(N C, 20 + 20 k).
 
     Returns:
         Eigenpairs with their residuals, which may exceed the tolerance if ``num_matvecs`` ran out.
@@ -212,40 +240,58 @@ def ntk_eigenpairs(
         [9.0, 1.0]
     """
     with isolated(model, output_fn) as network:
-        operator = NTKOperator(network, as_probe(x), lambdas=lambdas)
+        operator = NTKOperator(network, as_probe(x), lambdas=lambdas).checked()
         size = operator.outputs.numel()
         if not 1 <= num_eigenpairs <= size:
             raise ValueError(f"num_eigenpairs: {num_eigenpairs} given; H has {size} eigenvalues, give 1 .. {size}")
-        return _lanczos(operator, num_eigenpairs, tolerance, min(size, num_matvecs or 20 + 10 * num_eigenpairs))
+        with derivatives_of_order(2, network.origin):
+            return _block_lanczos(operator, num_eigenpairs, tolerance, num_matvecs or 20 + 20 * num_eigenpairs)
 
 
-def _lanczos(operator: NTKOperator, count: int, tolerance: float, steps: int) -> Eigenpairs:
-    """Iterate with full reorthogonalization (Golub & Van Loan, chapter 10): exact in at most N C steps."""
-    shape = operator.outputs.shape
+def _block_lanczos(operator: NTKOperator, count: int, tolerance: float, steps: int) -> Eigenpairs:
+    """Iterate with full reorthogonalization (Golub & Van Loan, chapter 10): exact in at most N C steps.
+
+    A Krylov space holds of every eigenspace at most as many directions as there are vectors in a block; what a block
+    loses where the space is invariant is replaced at random.
+
+    Returns:
+        The leading eigenpairs.
+    """
+    shape, size = operator.outputs.shape, operator.outputs.numel()
     generator = torch.Generator(device="cpu").manual_seed(0)
-    basis = [_unit(torch.randn(shape.numel(), generator=generator, device="cpu").to(operator.outputs))]
-    images: list[Tensor] = []
+
+    def random(number: int) -> Tensor:
+        return torch.randn(number, size, generator=generator, device="cpu").to(operator.outputs)
+
+    Q, W = operator.outputs.new_zeros(2, 0, size)
+    block = random(count)
     while True:
-        image = operator(basis[-1].view(shape)).flatten()
-        images.append(image)
-        Q, W = torch.stack(basis), torch.stack(images)
+        block = _orthonormal(block, Q, random)
+        Q = torch.cat([Q, block])
+        W = torch.cat([W, torch.stack([operator(row.view(shape)).flatten() for row in block])])
+        check_finite(operator.network, [W], "its products with the NTK are")
         T = Q @ W.T
         values, rotation = torch.linalg.eigh((T + T.T) / 2)
         top = rotation[:, -count:].flip(1).T
         vectors, largest = top @ Q, values[-count:].flip(0)
         residuals = (top @ W - largest[:, None] * vectors).norm(dim=1)
-        done = len(basis) >= count and bool((residuals <= tolerance * largest[0].abs()).all())
-        if done or len(basis) >= max(steps, count):
+        left = min(size, steps) - len(Q)
+        if left <= 0 or bool((residuals <= tolerance * largest[0].abs()).all()):
             return Eigenpairs(largest, vectors.unflatten(1, shape), residuals)
-        rest = image
-        for _ in range(2):  # once more than in exact arithmetic
-            rest = rest - Q.T @ (Q @ rest)
-        if float(rest.norm()) <= 1e-6 * float(largest[-1].abs()):  # an invariant subspace: go on elsewhere
-            rest = torch.randn(shape.numel(), generator=generator, device="cpu").to(rest)
-            for _ in range(2):
-                rest = rest - Q.T @ (Q @ rest)
-        basis.append(_unit(rest))
+        block = W[-len(block) :][:left]
 
 
-def _unit(v: Tensor) -> Tensor:
-    return v / v.norm()
+def _orthonormal(block: Tensor, Q: Tensor, random: Callable[[int], Tensor]) -> Tensor:
+    """Return as many unit vectors, orthogonal to each other and to ``Q``: random ones for those that depend on it."""
+    found = Q
+    for row in block:
+        rest = row
+        for attempt in range(3):
+            size = rest.norm()
+            for _ in range(2):  # once more than in exact arithmetic
+                rest = rest - found.T @ (found @ rest)
+            if attempt == 2 or bool(rest.norm() > 1e-6 * size):
+                break
+            rest = random(1)[0]
+        found = torch.cat([found, (rest / rest.norm())[None]])
+    return found[len(Q) :]
