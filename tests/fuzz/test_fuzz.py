@@ -1,0 +1,75 @@
+"""Random networks: every number is right or refused in words, nothing crashes, nothing of the training is touched.
+
+Which networks changes by day; a failure prints how to see one again. Answers are judged in ``judge.py``, what is right
+is computed in ``truth.py``.
+"""
+
+import re
+from collections import Counter
+from datetime import date
+
+import pytest
+
+from tests.fuzz.kinds import BLOCKS
+from tests.fuzz.left_out import BLOCKS_LEFT_OUT
+from tests.fuzz.run import examine
+
+FAST, SLOW = 100, 2000
+JUSTIFIED = {
+    "an operation has no derivative of that order in torch": r"has no derivative of order \d",
+}
+"""Kinds of refusals, and the words that they contain."""
+
+
+def seed_of_the_day():
+    return date.today().toordinal() * SLOW
+
+
+def asked(cases):
+    """The answers about cases, ``(seed, block or None)``, as ``[(how to see it again, answer)]``."""
+    answers = []
+    for seed, only in cases:
+        case, found = examine(seed, only, every=only is not None)
+        again = f"python -m tests.fuzz {seed}" if only is None else f'python -m tests.fuzz block "{only}" {seed + 1}'
+        answers += [(f"{case} | {again}", answer) for answer in found]
+    return answers
+
+
+@pytest.fixture(scope="module")
+def hundred():
+    return asked([(seed_of_the_day() + number, None) for number in range(FAST)])
+
+
+@pytest.fixture(scope="module")
+def thousands():
+    alone = [(0, name) for name in BLOCKS if name not in BLOCKS_LEFT_OUT]
+    return asked(alone + [(seed_of_the_day() + number, None) for number in range(FAST, SLOW - len(alone))])
+
+
+@pytest.fixture(params=["hundred", pytest.param("thousands", marks=pytest.mark.slow)])
+def answers(request):
+    return request.getfixturevalue(request.param)
+
+
+def shown(answers, outcome):
+    return "\n".join(f"{case}\n    {a.question}: {a.text}" for case, a in answers if a.outcome == outcome)
+
+
+@pytest.mark.parametrize("outcome", ["wrong", "crash", "touched"])
+def test_nothing_is(answers, outcome):
+    assert not shown(answers, outcome), f"seed of the day {seed_of_the_day()}\n{shown(answers, outcome)}"
+
+
+def test_refusals_are_few_and_justified(answers):
+    refused = [(case, answer) for case, answer in answers if answer.outcome == "refused"]
+    kinds = Counter(
+        next((kind for kind, words in JUSTIFIED.items() if re.search(words, answer.text)), None)
+        for _, answer in refused
+    )
+    assert None not in kinds, shown(answers, "refused")
+    assert len(refused) <= 0.03 * len(answers), (kinds, shown(answers, "refused"))
+
+
+def test_most_is_decided(answers):
+    undecided = [answer for _, answer in answers if answer.outcome == "undecided"]
+    assert len(undecided) <= 0.03 * len(answers), shown(answers, "undecided")

@@ -1,0 +1,150 @@
+"""What is right: loops of ``torch.autograd.grad`` on the live module, and differences of first derivatives on a line.
+
+Differences are taken at three distances and extrapolated (Richardson); the last two extrapolations differ by the
+error that is allowed. Distances are shrunk until they agree, so that kinks are not crossed.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tests.fuzz.compose import called
+
+
+def samples(x):
+    return next(len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor))
+
+
+def one(x, a):
+    return tree_map_only(torch.Tensor, lambda tensor: tensor[a : a + 1], x)
+
+
+@contextmanager
+def evaluated(case):
+    """The live module in evaluation mode; its modes, values and random state are put back."""
+    modules = list(case.net.modules())
+    modes = [module.training for module in modules]
+    values = [(value, value.detach().clone()) for value in (*case.net.parameters(), *case.net.buffers())]
+    case.net.eval()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        put(values)
+
+
+def put(values):
+    with torch.no_grad():
+        for value, copied in values:
+            if not torch.equal(value, copied):
+                value.copy_(copied)
+
+
+def trainable(case):
+    return {name: p for name, p in case.net.named_parameters() if p.requires_grad}
+
+
+def flat_gradient(value, params, **options):
+    if not value.requires_grad:
+        return torch.cat([torch.zeros(p.numel(), dtype=torch.float64) for p in params])
+    gradients = torch.autograd.grad(value, params, allow_unused=True, **options)
+    return torch.cat(
+        [
+            torch.zeros(p.numel(), dtype=torch.float64)
+            if g is None
+            else (g.to_dense() if g.is_sparse else g).detach().flatten().double()
+            for g, p in zip(gradients, params, strict=True)
+        ]
+    )
+
+
+def jacobian(case, x):
+    """z (N, C) and J (N, C, P), one sample and one output at a time."""
+    params = list(trainable(case).values())
+    values, rows = [], []
+    for a in range(samples(x)):
+        z = called(case.net, one(x, a), case.output_fn)
+        rows.append(torch.stack([flat_gradient(z[0, i], params, retain_graph=True) for i in range(z.shape[1])]))
+        values.append(z.detach()[0])
+    return torch.stack(values).double(), torch.stack(rows)
+
+
+def flattened(case, values):
+    return torch.cat([values[name].detach().flatten().double() for name in trainable(case)])
+
+
+def unflattened(case, vector):
+    parts = vector.split([p.numel() for p in trainable(case).values()])
+    return {name: part.view_as(p).to(p.dtype) for (name, p), part in zip(trainable(case).items(), parts, strict=True)}
+
+
+@contextmanager
+def displaced(case, v, distance):
+    """The live module at theta + distance v."""
+    params = list(trainable(case).values())
+    before = [(p, p.detach().clone()) for p in params]
+    put([(p, p.detach() + distance * d) for p, d in zip(params, unflattened(case, v).values(), strict=True)])
+    try:
+        yield
+    finally:
+        put(before)
+
+
+@dataclass
+class Line:
+    """Derivatives along theta + s v of the gradients of w . z, (W, P) each, and their errors, (W,)."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+    first_error: torch.Tensor
+    second_error: torch.Tensor
+
+
+def along(case, v, weights, distances=(0.1, 0.02, 4e-3, 8e-4)):
+    """Difference the gradients along v. ``weights``: (W, N, C)."""
+
+    def gradients(s):
+        params = list(trainable(case).values())
+        with displaced(case, v, s):
+            z = called(case.net, case.x, case.output_fn)
+            return torch.stack([flat_gradient((w.to(z) * z).sum(), params, retain_graph=True) for w in weights])
+
+    middle = gradients(0.0)
+    best = None
+    for h in distances:
+        ends = {k: gradients(k * h) for k in (1, -1, 2, -2, 4, -4)}
+        firsts = [(ends[k] - ends[-k]) / (2 * k * h) for k in (1, 2, 4)]
+        seconds = [(ends[k] - 2 * middle + ends[-k]) / (k * h) ** 2 for k in (1, 2, 4)]
+        # Roundings of the gradients themselves, of a network of some tens of operations.
+        rounding = 100 * case.eps * middle.abs().amax(1)
+        first, first_error = _extrapolated(firsts, rounding / h)
+        second, second_error = _extrapolated(seconds, 4 * rounding / h**2)
+        tried = Line(first, second, first_error, second_error)
+        best = tried if best is None else _better(best, tried)
+        scales = best.first.abs().amax(1), best.second.abs().amax(1)
+        if all(
+            bool((e <= 1e-5 * s + 1e-9).all())
+            for e, s in zip((best.first_error, best.second_error), scales, strict=True)
+        ):
+            break
+    return best
+
+
+def _extrapolated(values, rounding):
+    near, far = (4 * values[0] - values[1]) / 3, (4 * values[1] - values[2]) / 3
+    last = (16 * near - far) / 15
+    return last, (last - near).abs().amax(1) + rounding
+
+
+def _better(a, b):
+    def pick(x, y, ex, ey):
+        take = ey < ex
+        return torch.where(take[:, None], y, x), torch.where(take, ey, ex)
+
+    first, first_error = pick(a.first, b.first, a.first_error, b.first_error)
+    second, second_error = pick(a.second, b.second, a.second_error, b.second_error)
+    return Line(first, second, first_error, second_error)
