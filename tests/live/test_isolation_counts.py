@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_eft.live import Observer
-from torch_eft.measure.forward import isolation
+from torch_eft.measure.forward.isolation import network
 
 
 def mlp():
@@ -21,7 +21,7 @@ def cnn():
 @pytest.mark.parametrize("preset", ["standard", "full"])
 @pytest.mark.parametrize("make", [mlp, cnn])
 def test_a_visit_isolates_the_network_once(monkeypatch, make, preset):
-    genuine, count = isolation._shadow_of, [0]
+    genuine, count = network._shadow_of, [0]
 
     def counted(*arguments):
         count[0] += 1
@@ -32,7 +32,7 @@ def test_a_visit_isolates_the_network_once(monkeypatch, make, preset):
         action()
         return count[0]
 
-    monkeypatch.setattr(isolation, "_shadow_of", counted)
+    monkeypatch.setattr(network, "_shadow_of", counted)
     torch.manual_seed(0)
     model, x = make()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)

@@ -11,6 +11,7 @@ from torch import nn
 from tests.measure.zoo import randn
 from torch_eft import measure
 from torch_eft.measure.forward import isolation
+from torch_eft.measure.forward.isolation import network as isolating
 
 
 def mlp():
@@ -29,13 +30,13 @@ def moved(model, scale):
 @pytest.fixture
 def copies(monkeypatch):
     """The isolated copies that were made."""
-    made, shadow_of = [], isolation._shadow_of
+    made, shadow_of = [], isolating._shadow_of
 
     def counted(*arguments):
         made.append(arguments[0])
         return shadow_of(*arguments)
 
-    monkeypatch.setattr(isolation, "_shadow_of", counted)
+    monkeypatch.setattr(isolating, "_shadow_of", counted)
     return made
 
 

@@ -73,3 +73,10 @@ class Probe:
 def as_probe(x: Any) -> Probe:
     """Return ``x`` itself if it is a probe, else the probe with these inputs."""
     return x if isinstance(x, Probe) else Probe(x)
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments and the keyword arguments of the forward."""
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}

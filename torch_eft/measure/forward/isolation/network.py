@@ -9,24 +9,41 @@ full float32, as TF32 and bfloat16 round at 1e-3, the size of the changes that a
 they are written.
 """
 
-import copy
-import random
-import sys
+import functools
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-import numpy
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.forward.isolation.operations import GivenTensors
+from torch_eft.measure.forward.isolation.process import (
+    differentiable,
+    elementary_operations,
+    own_forwards,
+    process_state,
+)
+from torch_eft.measure.forward.isolation.shadow import Copies, runs_in_place_of
+from torch_eft.measure.forward.isolation.state import PythonState
+from torch_eft.measure.forward.probe import OutputFn, Probe, as_call
 from torch_eft.measure.forward.structure import check_structure
 from torch_eft.results.choices import nearest
+
+
+class Place(NamedTuple):
+    """Where a module keeps a parameter or a buffer of its own."""
+
+    tensors: dict[str, Tensor | None]
+    key: str
+    own: Tensor
+    name: str
+
+    def put(self, tensor: Tensor) -> None:
+        """Put a tensor there; no check for parameters is made."""
+        self.tensors[self.key] = tensor
 
 
 @dataclass
@@ -35,10 +52,16 @@ class Isolation:
 
     Args:
         buffers: Names of its buffers.
+        places: Where the copied module keeps its parameters and buffers.
+        copies: How it was copied.
+        plain: It consists of modules of torch.nn alone: nothing needs to be watched.
         open: Whether the ``with`` that isolated it has not ended yet.
     """
 
-    buffers: frozenset[str] = frozenset()
+    buffers: frozenset[str]
+    places: list[Place]
+    copies: Copies
+    plain: bool
     open: bool = True
 
     def check(self) -> None:
@@ -49,13 +72,31 @@ class Isolation:
                 "parameters may have changed and its buffers have not; measure inside `with`, or give the module"
             )
 
+    def put_back(self) -> None:
+        """Put the copied module's own parameters back into it."""
+        for place in self.places:
+            place.put(place.own)
+
+    def close(self) -> None:
+        """End the isolation."""
+        self.open = False
+        self.put_back()
+
+    def watched(self, tensors: Mapping[str, Tensor], inputs: Any) -> AbstractContextManager[Any]:
+        """Watch the operations of a forward with the given parameters and buffers."""
+        if self.plain:
+            return nullcontext()
+        given = {key: tensors[name] for key, name in self.copies.live.items()}
+        given |= {key: tensors[name].detach() for key, name in self.copies.aliases.items()}
+        return GivenTensors(given, self.copies.refused, _precision(tensors.values()), inputs)
+
 
 @dataclass(frozen=True)
 class IsolatedModel:
     """A network as a pure function of its trainable parameters, in evaluation mode.
 
     Args:
-        shadow: The module, safe to call; its buffers are copies.
+        module: The copy that is called, with the parameters of the last call in it; see ``shadow``.
         params: Trainable parameters by name, detached; half precision is widened to float32.
         constants: Frozen parameters and buffers by name.
         output_fn: Turns the module's output into (N, C), or None if it already is.
@@ -63,7 +104,7 @@ class IsolatedModel:
         isolation: Shared with the same network at other parameters; calls are refused when it has ended.
     """
 
-    shadow: nn.Module
+    module: nn.Module
     params: dict[str, Tensor]
     constants: dict[str, Tensor]
     output_fn: OutputFn | None
@@ -73,13 +114,19 @@ class IsolatedModel:
     def __call__(self, params: dict[str, Tensor], inputs: Any) -> Tensor:
         """The output (N, C) on a batch ``inputs`` (a tensor, a tuple of arguments or a dict of keyword arguments)."""
         self.isolation.check()
-        args, kwargs = (), {}
-        if isinstance(inputs, dict):
-            kwargs = inputs
-        else:
-            args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-        output = functional_call(self.shadow, {**params, **self.constants}, args, kwargs)
-        return output if self.output_fn is None else self.output_fn(output)
+        args, kwargs = as_call(inputs)
+        tensors = {**self.params, **params, **self.constants}
+        for place in self.isolation.places:  # they stay until the next call: a backward pass may run a part again
+            place.put(tensors[place.name])
+        with self.isolation.watched(tensors, inputs):
+            output = self.module(*args, **kwargs)
+            return output if self.output_fn is None else self.output_fn(output)
+
+    @property
+    def shadow(self) -> nn.Module:
+        """The module, safe to call, with its own parameters; its parameters and buffers are copies."""
+        self.isolation.put_back()
+        return self.module
 
     def place(self, probe: Probe) -> Any:
         """Bring the probe's inputs to the device of the parameters, floating tensors to their dtype.
@@ -140,7 +187,10 @@ class IsolatedModel:
 
     def at(self, theta: "Parameters", argument: str = "theta", *, every: bool = False) -> "IsolatedModel":
         """Return the same network at other parameters; arguments and errors as ``complete``."""
-        return replace(self, params=self.complete(theta, argument, every=every))
+        params = self.complete(theta, argument, every=every)
+        if not self.isolation.plain:  # its forward may write to them
+            params = {name: value if value is self.params[name] else value.clone() for name, value in params.items()}
+        return replace(self, params=params)
 
     def bound(self, output_fn: OutputFn | None, dtype: torch.dtype | None = None) -> "IsolatedModel":
         """Return the same network with another output function or dtype, where they are given."""
@@ -214,166 +264,70 @@ def isolated(
     if isinstance(model, IsolatedModel):
         model.isolation.check()
         own = replace(model, constants=dict(model.constants))
-        with _process_state(own.params.values()), _differentiable(), _module_state(own):
+        with process_state(own.params.values()), differentiable(), _module_state(own):
             yield own.bound(output_fn, dtype)
         return
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__} given; give the module first, then its inputs: (model, x, ...)")
     check_structure(model)
-    with _process_state(model.parameters()), _differentiable(), _elementary_operations():
+    with process_state(model.parameters()), differentiable(), elementary_operations(), own_forwards():
         network = _shadow_of(model, output_fn, dtype)
+        state = None if network.isolation.plain else PythonState(model.modules())
         try:
             yield network
         finally:
-            network.isolation.open = False
-
-
-@contextmanager
-def _process_state(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restore the random state, that of the devices of these tensors included, and the default dtype."""
-    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    default_dtype = torch.get_default_dtype()
-    try:
-        with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
-            yield
-    finally:
-        torch.set_default_dtype(default_dtype)
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
+            network.isolation.close()
+            if state is not None:
+                state.restore()
 
 
 @contextmanager
 def _module_state(network: IsolatedModel) -> Iterator[None]:
-    """Restore what a forward may change in an isolated network: buffers in place, and attributes that it sets."""
-    attributes = [(vars(module), dict(vars(module))) for module in network.shadow.modules()]
+    """Restore what a forward may change in an isolated network: buffers in place, and what its code reaches."""
+    state = PythonState(network.shadow.modules(), inside=True)
     values = [value for name, value in network.constants.items() if name in network.isolation.buffers]
     buffers = [(value, value._version, value.clone()) for value in values]
     try:
         yield
     finally:
-        for current, before in attributes:
-            current.clear()
-            current.update(before)
+        state.restore()
         with torch.no_grad():
             for value, version, copied in buffers:
                 if value._version != version:
                     value.copy_(copied)
 
 
-@contextmanager
-def _differentiable() -> Iterator[None]:
-    """Leave the surrounding grad, inference and autocast modes."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
-        yield
-
-
-@contextmanager
-def _elementary_operations() -> Iterator[None]:
-    fast_attention = torch.backends.mha.get_fastpath_enabled()
-    products = torch.get_float32_matmul_precision()
-    cudnn: Any = torch.backends.cudnn  # typed by hand: both have attributes that torch's annotations lack
-    mkldnn: Any = torch.backends.mkldnn
-    operations = ((cudnn, "conv"), (cudnn, "rnn"), (mkldnn, "matmul"), (mkldnn, "conv"), (mkldnn, "rnn"))
-    backends: list[Any] = [torch.backends.cuda.matmul, *(getattr(library, name, None) for library, name in operations)]
-    # Where torch has no newer switches, the older ones are all there are.
-    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
-    precisions = [backend.fp32_precision for backend in backends]
-    try:
-        convolutions: bool | None = cudnn.allow_tf32
-    except RuntimeError:  # only the newer switches were set
-        convolutions = None
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        # The older switches first: where only the newer ones are set, reading an older one is an error in torch.
-        torch.set_float32_matmul_precision("highest")
-        if convolutions is not None:
-            cudnn.allow_tf32 = False
-        for backend in backends:
-            if backend.fp32_precision not in ("ieee", "none"):
-                backend.fp32_precision = "ieee"
-        with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and its import takes seconds
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        if convolutions is not None:
-            cudnn.allow_tf32 = convolutions
-        for backend, precision in zip(backends, precisions, strict=True):
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision
-        torch.backends.mha.set_fastpath_enabled(fast_attention)
-
-
 def _shadow_of(model: nn.Module, output_fn: OutputFn | None, dtype: torch.dtype | None) -> IsolatedModel:
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    for module in model.modules():
-        # A forward may have cached an activation: deepcopy refuses non-leaf tensors.
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach()
-    # Most modules are torch's own leaves, copied a hundred times faster by hand than by deepcopy.
-    memo |= {id(module): copied for module in model.modules() if (copied := _copied_leaf(module)) is not None}
-    known = dict(memo)
-    try:
-        shadow = copy.deepcopy(model, memo).eval()
-    except (TypeError, RuntimeError):
-        shadow = copy.deepcopy(model, known | _uncopyable(model, known)).eval()
-    for module in shadow.modules():
-        # Else a compiled LightningModule's copy would go on calling the original.
-        module._compiled_call_impl = None
+    plain = output_fn is None and all(_is_plain(module) for module in model.modules())
+    copies = Copies(model, share_parameters=plain)
+    shadow = copies.copy(model)
+    floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if dtype is None and len(floating) > 1:
+        dtype = functools.reduce(torch.promote_types, floating, torch.float32)
     params = {name: _readable(p, dtype) for name, p in shadow.named_parameters() if p.requires_grad}
     constants = {name: _readable(p, dtype) for name, p in shadow.named_parameters() if not p.requires_grad}
     buffers = {name: _readable(buffer, dtype) for name, buffer in shadow.named_buffers()}
-    return IsolatedModel(shadow, params, constants | buffers, output_fn, model, Isolation(frozenset(buffers)))
+    names = {id(tensor): name for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers())}
+    places = [
+        Place(tensors, key, tensor, names[id(tensor)])
+        for module in shadow.modules()
+        for tensors in (module._parameters, module._buffers)
+        for key, tensor in tensors.items()
+        if tensor is not None
+    ]
+    isolation = Isolation(frozenset(buffers), places, copies, plain)
+    return IsolatedModel(shadow, params, constants | buffers, output_fn, model, isolation)
 
 
-def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """Attributes that cannot be copied (locks, open files, hashes ...): the shadow shares them."""
-    shared = {}
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers", "_modules") or isinstance(value, Tensor | nn.Module):
-                continue
-            try:
-                copy.deepcopy(value, dict(memo))
-            except (TypeError, RuntimeError):
-                shared[id(value)] = value
-    return shared
-
-
-_IMMUTABLE = (type(None), bool, int, float, str, torch.device, torch.dtype)
-
-
-def _copied_leaf(module: nn.Module) -> nn.Module | None:
-    """Copy a torch.nn module without children, hooks and attributes of unknown kinds as deepcopy does; else None."""
-    if not type(module).__module__.startswith("torch.nn.modules.") or module._modules:
-        return None
-    state: dict[str, Any] = {}
-    for name, value in vars(module).items():
-        if isinstance(value, _IMMUTABLE):
-            state[name] = value
-        elif isinstance(value, tuple | list) and all(isinstance(part, _IMMUTABLE) for part in value):
-            state[name] = type(value)(value)
-        elif isinstance(value, dict) and (not value or name in ("_parameters", "_buffers")):
-            state[name] = value.copy()
-        elif isinstance(value, set) and name == "_non_persistent_buffers_set":
-            state[name] = set(value)
-        else:
-            return None
-    buffers = state["_buffers"]
-    for name, buffer in buffers.items():
-        buffers[name] = None if buffer is None else buffer.detach().clone()
-    copied = module.__new__(type(module))
-    vars(copied).update(state)
-    return copied
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a module of torch.nn as torch made it, whose forward reads its own tensors and writes to none."""
+    own = vars(module)
+    return (
+        type(module).__module__.startswith("torch.nn.modules.")
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+        and own.get("max_norm") is None
+        and runs_in_place_of(module) is None
+    )
 
 
 def _readable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -381,3 +335,7 @@ def _readable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None:
         return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _precision(tensors: Iterable[Tensor]) -> torch.dtype:
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())

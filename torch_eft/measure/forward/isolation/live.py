@@ -1,0 +1,127 @@
+"""Runs the live module itself, untouched, as a reference for what is measured on its copy."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from torch_eft.measure.forward.isolation.hooks import KINDS, taking_part
+from torch_eft.measure.forward.isolation.network import IsolatedModel
+from torch_eft.measure.forward.isolation.shadow import runs_in_place_of
+from torch_eft.measure.forward.isolation.state import PythonState
+from torch_eft.measure.forward.probe import as_call
+
+
+class LiveWriteError(ValueError):
+    """The forward writes to a tensor of the training, which was stopped before it did."""
+
+
+@contextmanager
+def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
+    """Run the module of the training itself, in evaluation mode, and leave it as it was. Inside ``isolated`` only.
+
+    Nothing of the copy is used: the forward, its closures and the live parameters are those that train. Gradients with
+    respect to them are taken by ``torch.autograd.grad`` inside this context, which stays until the backward pass is
+    over.
+
+    Guarded: train/eval flags of every submodule; buffers, parameters and other tensors of the module (an operation that
+    would write to one is stopped before it does; the version counters are compared afterwards); attributes and what the
+    code of the forward reaches in closures, global names and classes (``PythonState``); hooks of gradients and forward
+    hooks that only look (``only_looks``), which do not run; autocast and the random states, by the surrounding
+    ``isolated``.
+
+    Args:
+        network: Isolated; its parameters must be the module's own.
+
+    Yields:
+        The output (N, C) as a function of inputs that are where the network is. Its graph ends in the parameters
+        ``dict(network.origin.named_parameters())``.
+
+    Raises:
+        LiveWriteError: If the forward writes to a parameter, a buffer or another tensor of the module in place.
+    """
+    network.isolation.check()
+    module = network.origin
+    modules = list(module.modules())
+    state = PythonState(modules, inside=True)
+    modes = [(part, part.training) for part in modules]
+    tensors = _tensors_of(module)
+    versions = [(name, tensor, tensor._version, tensor.data) for name, tensor in tensors.items()]
+    with ExitStack() as stack:
+        stack.callback(_put_back, state, modes, versions)
+        for part in modules:
+            part.training = False
+            for kind in KINDS:
+                vars(part)[kind] = taking_part(part, kind)
+            for kind in ("_backward_hooks", "_backward_pre_hooks"):
+                vars(part)[kind] = type(vars(part)[kind])()
+        for parameter in module.parameters():
+            if parameter._backward_hooks:
+                stack.callback(setattr, parameter, "_backward_hooks", parameter._backward_hooks)
+                parameter._backward_hooks = None
+        stack.enter_context(_NoWrites(tensors))
+
+        module = runs_in_place_of(module) or module
+        reference = next((p for p in module.parameters() if p.is_floating_point()), None)
+
+        def run(inputs: Any) -> Tensor:
+            if reference is not None:  # the copy's half precision is widened, the module's own is not
+                inputs = tree_map_only(Tensor, lambda x: x.to(reference.dtype) if x.is_floating_point() else x, inputs)
+            args, kwargs = as_call(inputs)
+            output = module(*args, **kwargs)
+            return output if network.output_fn is None else network.output_fn(output)
+
+        yield run
+    for name, tensor, version, _ in versions:
+        if tensor._version != version:
+            raise LiveWriteError(_written(name))
+
+
+def _put_back(state: PythonState, modes: Any, versions: Any) -> None:
+    state.restore()
+    for part, mode in modes:
+        part.training = mode
+    for _, tensor, _, data in versions:
+        if tensor.data_ptr() != data.data_ptr():  # ``tensor.data = ...`` in the forward
+            tensor.data = data
+
+
+class _NoWrites(TorchDispatchMode):
+    """Stops operations before they write to the memory of some tensors."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the arguments that ``func`` writes to, then call it."""
+        kwargs = kwargs or {}
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = kwargs.get(argument.name) if index >= len(args) else args[index]
+            for tensor in tree_leaves(value):
+                name = self._names.get(tensor.untyped_storage()._cdata) if isinstance(tensor, Tensor) else None
+                if name is not None:
+                    raise LiveWriteError(_written(name))
+        return func(*args, **kwargs)
+
+
+def _written(name: str) -> str:
+    return f"model: its forward writes to {name!r} in place, in evaluation mode, too; let it work on a copy"
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, buffers and tensors in attributes, by name."""
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    for place, part in module.named_modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                tensors[f"{place}.{name}".removeprefix(".")] = value
+    return {
+        name: tensor for name, tensor in tensors.items() if tensor.layout == torch.strided and not tensor.is_inference()
+    }

@@ -1,0 +1,100 @@
+"""Watches the operations of a forward: they meet the given parameters, in one precision, and nothing from outside."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+_NARROWING = {
+    Tensor.float: torch.float32,
+    Tensor.half: torch.float16,
+    Tensor.bfloat16: torch.bfloat16,
+}
+_COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
+_METADATA = frozenset(
+    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad")
+)
+_NEW_LEAVES = frozenset({"requires_grad_", "__set__"})
+
+
+class GivenTensors(TorchFunctionMode):
+    """A context in which a network's operations use the given tensors in the place of the training's.
+
+    Whatever way a parameter takes into an operation (a list, a closure, a global name), it is recognized by its
+    identity. Autocast is off in every operation, and none casts to less than the network's precision: islands of
+    float32 in float64, or of half precision in a widened network, would only add rounding.
+
+    Args:
+        given: ``{id: tensor}`` to take in the place of others.
+        refused: ``{id: why}`` of tensors that must not be used.
+        dtype: The network's precision.
+        inputs: Of the forward, which may have gradients, too.
+    """
+
+    def __init__(self, given: dict[int, Tensor], refused: dict[int, str], dtype: torch.dtype, inputs: Any) -> None:
+        super().__init__()
+        self._given, self._refused, self._dtype = given, refused, dtype
+        self._own = {id(tensor) for tensor in given.values()}
+        # Leaves of the forward's own, kept alive: no id is given twice.
+        self._made = {id(leaf): leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Exchange the arguments of ``func``, then call it."""
+        if func in _METADATA:
+            return func(self._given.get(id(args[0]), args[0]))
+        args = tuple(self._replaced(value) for value in args)
+        if kwargs:
+            kwargs = {name: self._replaced(value) for name, value in kwargs.items()}
+        narrow = _NARROWING.get(func)
+        if narrow is not None and args[0].is_floating_point():
+            func, args = Tensor.to, (args[0], self._widened(narrow))
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                value = func(*args, **kwargs or {})
+        else:
+            value = func(*args, **kwargs or {})
+        if func.__name__ in _NEW_LEAVES or (kwargs and "requires_grad" in kwargs):
+            made = value if isinstance(value, Tensor) else args[0]
+            if isinstance(made, Tensor):
+                self._made[id(made)] = made
+        return value
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            given = self._given.get(id(value))
+            if given is not None:
+                return given
+            if type(value) in (Tensor, nn.Parameter):
+                self._check(value)
+            return value
+        if type(value) in (list, tuple):
+            return type(value)([self._replaced(part) for part in value])
+        if isinstance(value, torch.dtype):
+            return self._widened(value)
+        return value
+
+    def _check(self, value: Tensor) -> None:
+        reason = self._refused.get(id(value))
+        if reason is not None:
+            raise ValueError(
+                f"model: its forward uses a tensor {tuple(value.shape)} that is {reason}; compute it in the forward, "
+                "from the parameters"
+            )
+        if value.requires_grad and value.is_leaf and id(value) not in self._own and id(value) not in self._made:
+            raise ValueError(
+                f"model: its forward uses a trainable tensor {tuple(value.shape)} that is not among its parameters "
+                "(in a closure, a list or another module), so that it would be missing in the kernel; register it, as "
+                "an attribute that is an nn.Parameter or a submodule, or set its requires_grad to False"
+            )
+
+    def _widened(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype.is_floating_point and dtype.itemsize < self._dtype.itemsize:
+            return self._dtype
+        if dtype.is_complex and dtype.itemsize < 2 * self._dtype.itemsize:
+            return _COMPLEX.get(self._dtype, dtype)
+        return dtype
