@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
 from tests.callbacks.trainings import PROBE, Training, dataset, digest, normed_net, run, sgd
-from torch_eft.callbacks import EFTMonitor, logarithmic
+from torch_eft.callbacks import EFTMonitor, MeasurementWarning, logarithmic
 
 
 class Data(pl.LightningDataModule):
@@ -147,5 +147,5 @@ def test_several_loaders_are_refused_in_words():
         enable_progress_bar=False,
         accelerator="cpu",
     )
-    with pytest.raises(ValueError, match="'first_batch:4' needs one training DataLoader, not dict"):
+    with pytest.warns(MeasurementWarning, match="measures nothing.*'first_batch:4' needs one training DataLoader, not"):
         trainer.fit(module, {"a": DataLoader(dataset(), batch_size=8)})

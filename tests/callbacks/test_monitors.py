@@ -23,7 +23,6 @@ from torch_eft.callbacks import (
     logarithmic,
 )
 from torch_eft.measure import Probe
-from torch_eft.measure.kernels.ntk import too_large as measure_too_large
 
 
 class _Keep(pl.Callback):
@@ -236,11 +235,8 @@ def test_misnamed_layers_stop_before_training():
         run([RepresentationMonitor(PROBE, budget=None, layers=["nope"])])
 
 
-def test_a_kernel_too_large_is_left_out_in_words_and_the_rest_is_measured(monkeypatch):
-    from torch_eft.live.run import measured_network as module
-
-    monkeypatch.setattr(module, "too_large", lambda *args, **more: measure_too_large(*args, **more, memory=100))
-    monitor = EFTMonitor(PROBE, budget=None, on_error="raise")
+def test_a_kernel_too_large_is_left_out_in_words_and_the_rest_is_measured():
+    monitor = EFTMonitor(PROBE, budget=None, on_error="raise", memory=100)
     with pytest.warns(MeasurementWarning, match=r"will not measure the NTK: memory: .* 4 samples and 3 outputs"):
         run([monitor], net=simple_mlp)
     assert "eft/representation_change/measured" in monitor.history[9]

@@ -1,12 +1,13 @@
 """Sinks for a Trainer's loggers: all take scalars, TensorBoard's takes pages and figures too."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from torch_eft.live.instrument import History
+from torch_eft.live.instrument import History, MeasurementWarning
 from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink
 
 
@@ -49,17 +50,28 @@ def logger_sinks(trainer: Trainer, jsonl: str | None) -> list[Sink]:
     directory = log_directory(trainer)
     if jsonl is not None and directory is not None:
         sinks.append(JSONLSink(directory / jsonl))
+    elif jsonl is not None and any("://" in str(logger.save_dir) for logger in trainer.loggers):
+        warnings.warn(
+            f"torch_eft: {jsonl} is written on this machine only, and the loggers write to an address "
+            f"({trainer.loggers[0].save_dir}): they have the scalars, but `torch-eft report` has nothing to read; give "
+            "a local CSVLogger besides, or jsonl=False",
+            MeasurementWarning,
+            stacklevel=2,
+        )
     return sinks
 
 
 def log_directory(trainer: Trainer) -> Path | None:
-    """The directory in which the first logger with files keeps them."""
+    """The directory on this machine in which the first logger with files there keeps them."""
     return next((place for logger in trainer.loggers if (place := _directory(logger)) is not None), None)
 
 
 def _directory(logger: Logger) -> Path | None:
     """The directory of this run's files; ``Trainer.log_dir`` is a collective, which one rank must not call."""
-    if (place := getattr(logger, "log_dir", None)) is not None:
+    place = getattr(logger, "log_dir", None)
+    if "://" in str(place or logger.save_dir):  # an address, of which a path would make local folders
+        return None
+    if place is not None:
         return Path(place)
     if logger.save_dir is None:
         return None

@@ -21,14 +21,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.callbacks.loggers import log_directory, logger_sinks
+from torch_eft.callbacks.steps import StepCounter
+from torch_eft.callbacks.training_data import first_inputs
+from torch_eft.callbacks.workers import WorkerResults
 from torch_eft.live.config.presets import Preset
-from torch_eft.live.config.probes import ProbeLike, first_count, first_samples
+from torch_eft.live.config.probes import ProbeLike, first_count
 from torch_eft.live.config.schedule import Every
 from torch_eft.live.instrument import Event, History, Instrument, MeasurementWarning, Obstacle
 from torch_eft.live.observer import Observer
 from torch_eft.live.run.measured_network import Distributed
 from torch_eft.live.run.reference import KeepTheta
 from torch_eft.measure.forward.probe import OutputFn
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.measure.network.ranks import Ranks
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
@@ -59,6 +63,7 @@ class EFTMonitor(Callback):
         forecast_seconds: Time that each forecast of the theory may take before the first step, at any budget; what
             takes longer is left out, and its page says so.
         output_fn: Converts the model's output to (N, C).
+        memory: Bytes allowed for the NTK, as in ``torch_eft.measure.ntk``; one that takes more is left out in words.
         module: Name of the submodule to measure; empty means the LightningModule itself.
         jsonl: Write every measurement to ``eft.jsonl`` too, next to the first logger's files.
         on_error: ``"warn"`` or ``"raise"``.
@@ -108,6 +113,7 @@ class EFTMonitor(Callback):
         activation: ActivationLike | None = None,
         forecast_seconds: float = 3.0,
         output_fn: OutputFn | None = None,
+        memory: int = DEFAULT_MEMORY,
         module: str = "",
         jsonl: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
@@ -116,7 +122,7 @@ class EFTMonitor(Callback):
         unsharded_model: nn.Module | None = None,
         keep_theta_0: KeepTheta = "checkpoint",
     ) -> None:
-        self.observer = Observer(
+        self._observer = Observer(
             None,
             probe,
             preset=preset,
@@ -128,6 +134,7 @@ class EFTMonitor(Callback):
             activation=activation,
             forecast_seconds=forecast_seconds,
             output_fn=output_fn,
+            memory=memory,
             distributed=distributed,
             unsharded_model=unsharded_model,
             keep_theta_0=keep_theta_0,
@@ -140,6 +147,14 @@ class EFTMonitor(Callback):
         self.name = name
         self._first = first_count(probe)
         self._timeout: float | None = None
+        self._error: Exception | None = None
+        self._counter, self._workers = StepCounter(), WorkerResults()
+
+    @property
+    def observer(self) -> Observer:
+        """The observer that measures."""
+        self._workers.fetch(self._observer)
+        return self._observer
 
     @property
     def history(self) -> History:
@@ -164,28 +179,47 @@ class EFTMonitor(Callback):
     @property
     def seconds(self) -> float:
         """Time spent measuring."""
-        return self.observer.budget.seconds
+        return self.observer.budget.seconds if self._workers.overhead is None else self._workers.seconds
 
     @property
     def validity(self) -> Validity | None:
         """Where the theory holds for this run, or why it does not apply; None before the first step."""
-        return self.observer.validity
+        return self.observer.validity if self._workers.overhead is None else self._workers.validity
 
     def overhead(self) -> str:
         """One sentence on what measuring has cost, and on what was left out."""
-        return self.observer.overhead()
+        own = self.observer.overhead()
+        return own if self._workers.overhead is None else self._workers.overhead
 
     # ---- before training
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the model can be measured on the probe; errors here stop before training."""
-        if stage == "fit" and self._first is None and not is_overridden("configure_model", pl_module):
-            self.observer.check(self._network(pl_module))
+        """Check that the model can be measured on the probe; a ``ValueError`` here stops before training."""
+        if stage != "fit":
+            return
+        self._error = None
+        self._workers.forget()
+        if trainer.global_step == trainer.current_epoch == 0:  # else a fit that goes on
+            self._counter.uncounted = 0
+        if self._first is None and not is_overridden("configure_model", pl_module):
+            self._check(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same check for models built in ``configure_model``."""
         if self._first is None and is_overridden("configure_model", pl_module):
-            self.observer.check(self._network(pl_module))
+            self._check(pl_module)
+
+    def _check(self, pl_module: LightningModule) -> None:
+        """Errors that do not say what to do instead are no reason not to train: they are told when training starts."""
+        network = self._network(pl_module)
+        try:
+            self.observer.check(network)
+        except ValueError:
+            raise
+        except Exception as error:
+            if self.observer.recorder.on_error == "raise":
+                raise
+            self._error = error
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         if not self.module:
@@ -200,29 +234,33 @@ class EFTMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take theta_0, or go on from a restored one."""
+        network = self._network(pl_module)
         if self._first is not None:  # the data set is there by now
-            loader = trainer.train_dataloader
-            dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
-            if dataset is None or collate is None:
-                raise ValueError(
-                    f"probe: 'first_batch:{self._first}' needs one training DataLoader, not {type(loader).__name__}; "
-                    "give the inputs as a tensor or a .pt file"
-                )
-            self.observer.check(self._network(pl_module), first_samples(dataset, self._first, collate))
+            try:
+                self.observer.check(network, first_inputs(trainer, pl_module, self._first))
+            except Exception as error:
+                self._error = error
+        if self._error is not None and self.observer.collective:  # other ranks would wait for this one
+            raise self._error
         if self._takes_part(trainer):
             leads, file = trainer.is_global_zero, self._file(trainer)
             directory = log_directory(trainer) if leads else None
+            sinks = logger_sinks(trainer, file if self.jsonl else None) if leads else ()
+            step = self._counter.begin(trainer, network)
+            if self._error is not None:
+                self.observer.refuse(self._error, sinks)
+                return
             waiting = leads and trainer.world_size > 1 and dist.is_initialized()
             self._timeout = Ranks().timeout if waiting else None
             with self._waited_for():
                 self.observer.begin(
-                    trainer.global_step,
+                    step,
                     obstacle=obstacle(trainer, pl_module),
                     total_steps=_planned_steps(trainer),
-                    model=self._network(pl_module),
+                    model=network,
                     optimizers=trainer.optimizers,
                     place=(trainer.global_rank, trainer.world_size),
-                    sinks=logger_sinks(trainer, file if self.jsonl else None) if leads else (),
+                    sinks=sinks,
                     theta_file=None if directory is None else directory / f"{Path(file).stem}-theta_0.pt",
                 )
 
@@ -272,7 +310,7 @@ class EFTMonitor(Callback):
         """Measure if an optimizer step was made and the schedule says so."""
         if self._takes_part(trainer):
             with self._waited_for():
-                self.observer.measure(trainer.global_step, epoch=trainer.current_epoch)
+                self.observer.measure(self._steps(trainer, pl_module), epoch=trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if the schedule is by epochs, and the final weights before anything averages or restores others."""
@@ -280,12 +318,25 @@ class EFTMonitor(Callback):
             by_epoch = self.observer.every == "epoch"
             ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
             with self._waited_for():
-                self.observer.measure(trainer.global_step, due_now=by_epoch, last=ends, epoch=trainer.current_epoch)
+                step = self._steps(trainer, pl_module)
+                self.observer.measure(step, due_now=by_epoch, last=ends, epoch=trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights if that was not done, draw, and say what it cost."""
         if self._takes_part(trainer):
-            self.observer.finish(trainer.global_step)
+            self.observer.finish(self._steps(trainer, pl_module))
+            if trainer.is_global_zero:
+                self._workers.leave(trainer, self.observer)
+
+    def _steps(self, trainer: Trainer, pl_module: LightningModule) -> int:
+        """Optimizer steps so far; a sentence when the first one comes that Lightning does not count."""
+        before, steps = self._counter.uncounted, self._counter.steps(trainer, self._network(pl_module))
+        if self._counter.uncounted > before == 0 and trainer.is_global_zero:
+            self.observer.recorder.announce(
+                f"{type(self).__name__}: weights move without a step that Lightning counts (a raw optimizer, or one "
+                "inside another); every batch after which they have moved is taken for one step"
+            )
+        return steps
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Bring everything to disk."""
@@ -301,15 +352,18 @@ class EFTMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """History, theta_0's measurements and where they were taken: plain types and tensors."""
-        return self.observer.state_dict()
+        return self.observer.state_dict() | {"uncounted": self._counter.uncounted}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's theta_0 and history."""
         self.observer.load_state_dict(state_dict)
+        self._counter.uncounted = int(state_dict.get("uncounted", 0))
 
 
 def _planned_steps(trainer: Trainer) -> int | None:
     """Optimizer steps of the whole training, as far as the Trainer's arguments say; with one optimizer."""
+    if not trainer.lightning_module.automatic_optimization:
+        return None  # how many steps a batch takes is the module's own affair
     planned = [trainer.max_steps] if trainer.max_steps > 0 else []
     if trainer.max_epochs and trainer.max_epochs > 0 and isinstance(trainer.num_training_batches, int):
         planned.append(trainer.max_epochs * -(-trainer.num_training_batches // trainer.accumulate_grad_batches))

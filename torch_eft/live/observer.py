@@ -38,13 +38,14 @@ from torch_eft.live.instrument import Event, History, Instrument, MeasurementWar
 from torch_eft.live.progress import Progress
 from torch_eft.live.record.recorder import LOADING, Recorder
 from torch_eft.live.record.run_summary import shown_claim, skipped_page
-from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink
+from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink, local_path
 from torch_eft.live.run import checkpoint
-from torch_eft.live.run.measured_network import Distributed, MeasuredNetwork, checked_network
+from torch_eft.live.run.measured_network import Distributed, MeasuredNetwork, checked_network, unwrapped
 from torch_eft.live.run.measurements import Measurements
 from torch_eft.live.run.ranks import RankProtocol
 from torch_eft.live.run.reference import KeepTheta, Reference
 from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.results.choices import check_choice
 from torch_eft.results.trajectory import Validity
 from torch_eft.tensorboard.run_info import JSONL_NAME
@@ -73,6 +74,7 @@ class Observer:
         forecast_seconds: Time that each forecast of the theory may take before the first step, at any budget; what
             takes longer is left out, and its page says so.
         output_fn: Converts the model's output to (N, C).
+        memory: Bytes allowed for the NTK, as in ``torch_eft.measure.ntk``; one that takes more is left out in words.
         distributed: In a training by several processes: ``"rank_zero"``, where rank 0 measures and the others do
             nothing; or ``"sharded"``, where every rank takes its share of the snapshot's samples, wherever ``every``
             (which must be the same on all ranks) may ask for one. All else is computed by rank 0 alone.
@@ -129,6 +131,7 @@ class Observer:
         activation: ActivationLike | None = None,
         forecast_seconds: float = 3.0,
         output_fn: OutputFn | None = None,
+        memory: int = DEFAULT_MEMORY,
         distributed: Distributed = "rank_zero",
         unsharded_model: nn.Module | None = None,
         keep_theta_0: KeepTheta = "checkpoint",
@@ -141,7 +144,8 @@ class Observer:
         check_choice("keep_theta_0", keep_theta_0, ("checkpoint", "file", "none"))
         self._model, self._probe = model, probe_from(probe)
         self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-        self._output_fn, self._distributed, self._unsharded_model = output_fn, distributed, unsharded_model
+        self._output_fn, self._memory = output_fn, memory
+        self._distributed, self._unsharded_model = distributed, unsharded_model
         self._ranks = RankProtocol(self.collective)
         self.instruments = chosen_instruments(
             preset, instruments, extra, Options(ensemble, activation, forecast_seconds)
@@ -149,16 +153,17 @@ class Observer:
         self.every = checked_every(every)
         self.budget = Budget(budget)
         self.keep_theta_0 = keep_theta_0
-        self.theta_file = self._own_theta_file = None if logdir is None else Path(logdir) / "eft-theta_0.pt"
+        folder = None if logdir is None else local_path(logdir, "logdir")
+        self.theta_file = self._own_theta_file = None if folder is None else folder / "eft-theta_0.pt"
         self.sinks = list(sinks)
-        if logdir is not None and self._ranks.leads:
-            self.sinks += [_tensorboard(logdir), JSONLSink(Path(logdir) / JSONL_NAME)]
+        if folder is not None and self._ranks.leads:
+            self.sinks += [_tensorboard(folder), JSONLSink(folder / JSONL_NAME)]
         self.progress = Progress()
         self.recorder = Recorder(self.budget, self.progress, on_error, name, say)
         self.reference = Reference()
         self._network: MeasuredNetwork | None = None
         self._measurements = Measurements(self.instruments, self.reference, self.recorder)
-        self._begun = False
+        self._begun = self._refused = False
         self._checking = 0.0
         self._drawn = False
         self._listening: dict[str, list[Instrument]] = {}
@@ -223,12 +228,30 @@ class Observer:
             self.instruments,
             self.recorder.name,
             self._output_fn,
+            self._memory,
             self._ranks,
             self._distributed,
             self._unsharded_model,
         )
         self._checking = self.budget.clock() - started
+        self._refused = False
         return self._network
+
+    def refuse(self, error: Exception, sinks: Sequence[Sink] = ()) -> None:
+        """Let a training that cannot be measured go on without; ``measure`` does nothing until the next ``begin``.
+
+        Args:
+            error: Why it cannot be measured; raised with ``on_error="raise"``.
+            sinks: More places where the reason goes.
+        """
+        self._forget()
+        self._network, self._begun, self._refused = None, False, True
+        self.recorder.failed(error, "measures nothing of this training, which goes on")
+        if self._ranks.leads:
+            self.recorder.open([*self.sinks, *sinks])
+            self.recorder.pages({"skipped": skipped_page(self.skipped)})
+            self.flush()
+            self.recorder.close()
 
     def begin(
         self,
@@ -242,7 +265,7 @@ class Observer:
         sinks: Sequence[Sink] = (),
         theta_file: Path | None = None,
     ) -> None:
-        """Take theta_0, or go on from a restored one; a ``ValueError`` says why a model cannot be measured.
+        """Take theta_0, or go on from a restored one; where the model cannot be measured, warn and go on without.
 
         A trainer that knows more than the observer was given says so here; the rest stays as it was.
 
@@ -256,14 +279,24 @@ class Observer:
             place: (rank, number of ranks) of this process; None: in torch's default process group.
             sinks: More places where the results of this training go.
             theta_file: Where ``keep_theta_0="file"`` writes in this training; None: in ``logdir``, if there is one.
+
+        Raises:
+            ValueError: If there is no model or no probe; for any reason why the model cannot be measured with
+                ``on_error="raise"``, or where other ranks would wait for this one.
         """
-        network = self._network or self.check(model)
-        if model is not None and model is not network.model:
-            network = self.check(model, network.probe)
+        try:
+            network = self._network or self.check(model)
+            if model is not None and unwrapped(model) is not network.model:
+                network = self.check(model, network.probe)
+        except Exception as error:
+            missing = self._network is None and (self._probe is None or (model is None and self._model is None))
+            if missing or self.collective:
+                raise
+            self.refuse(error, sinks)
+            return
         self._ranks = RankProtocol(self.collective, place)
         self._network = network = replace(
             network,
-            model=network.model if model is None else model,
             optimizers=list(self._optimizers if optimizers is None else optimizers),
             ranks=self._ranks,
         )
@@ -350,7 +383,7 @@ class Observer:
 
     def _listeners(self, hook: str) -> list[Instrument]:
         """The instruments that do something at a hook: most do nothing at most of them, and there are many steps."""
-        ready = self.reference.snapshot is not None and self._measurements.begun
+        ready = self._begun and self.reference.snapshot is not None and self._measurements.begun
         if not ready or not self._ranks.leads or self._unsharded_model is not None:
             return []
         if hook not in self._listening:
@@ -393,7 +426,7 @@ class Observer:
     def measure(
         self, step: int, *, due_now: bool | None = None, last: bool = False, epoch: int | None = None
     ) -> dict[str, float]:
-        """Measure if it is due; to be called after every optimizer step.
+        """Measure if it fell due since the last call; to be called after every optimizer step, or every few.
 
         Args:
             step: Optimizer steps taken.
@@ -404,12 +437,18 @@ class Observer:
         Returns:
             ``{tag: value}``; empty if nothing was measured: it was not due, or the budget left it out (said once).
         """
+        if self._refused:
+            return {}
         if not self._begun:
             self.begin(step)
+            if self._refused:
+                return {}
+        since = self.progress.step
         if step != self.progress.step:
             self._after_step(step)
-        last = last or step == self.progress.total_steps
-        if not last and not (self._due(step) if due_now is None else due_now):
+        planned = self.progress.total_steps
+        last = last or (planned is not None and min(since, step - 1) < planned <= step)
+        if not last and not (self._due(step, since) if due_now is None else due_now):
             return {}
         if not self._ranks.leads:
             with self.recorder.guard():
@@ -432,9 +471,9 @@ class Observer:
                     self._draw_first()
         return scalars
 
-    def _due(self, step: int) -> bool:
+    def _due(self, step: int, since: int) -> bool:
         try:
-            return due(self.every, step)
+            return due(self.every, step, since)
         except Exception as error:  # a function of the user's
             self.recorder.failed(error)
             return False
@@ -515,7 +554,7 @@ class Observer:
             )
 
 
-def _tensorboard(logdir: str | Path) -> Sink:
+def _tensorboard(logdir: Path) -> Sink:
     from torch.utils.tensorboard import SummaryWriter
 
     return TensorBoardSink(SummaryWriter(str(logdir)))

@@ -68,3 +68,35 @@ def test_data_sets_without_indices_or_pairs_are_refused():
         first_samples(Stream(), 4, default_collate)
     with pytest.raises(ValueError, match="they are dict here"):
         first_samples([{"image": torch.ones(3)}] * 4, 4, default_collate)
+
+
+def test_a_probe_is_kept_as_it_was_given():
+    x, tokens = torch.randn(4, 3, requires_grad=True), torch.arange(4)
+    before = x.detach().clone()
+    for given in (x, {"a": x, "b": [tokens, 3, None]}, probe_from((x,))):
+        kept = probe_from(given)
+        with torch.no_grad():
+            x.mul_(2)
+            tokens.add_(1)
+        value = kept.inputs["a"] if isinstance(kept.inputs, dict) else kept.inputs
+        value = value[0] if isinstance(value, tuple) else value
+        assert torch.equal(value, before) and not value.requires_grad
+        with torch.no_grad():
+            x.div_(2)
+            tokens.sub_(1)
+    assert kept.size == 4
+
+
+def test_a_probe_of_inference_mode_becomes_an_ordinary_one():
+    with torch.inference_mode():
+        x = torch.ones(3, 2)
+        kept = probe_from(x).inputs
+    assert x.is_inference() and not kept.is_inference()
+    assert torch.equal(kept, torch.ones(3, 2))
+
+
+def test_the_first_samples_are_those_that_the_network_is_fed():
+    x = torch.randn(5, 3)
+    probe = first_samples(list(x), 3, default_collate, lambda batch: (batch * 2 + torch.randn(1), None))
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(probe.inputs, x[:3] * 2 + torch.randn(1, generator=generator))

@@ -43,3 +43,14 @@ def test_anything_else_is_refused_with_what_is_allowed(wrong):
 def test_schedules_take_positive_integers(make, wrong):
     with pytest.raises(ValueError, match="give a positive integer"):
         make(wrong)
+
+
+@pytest.mark.parametrize("every", [10, "log:3", linear(7), lambda step: step % 9 == 4])
+@pytest.mark.parametrize("stride", [1, 2, 7, 23])
+def test_what_fell_due_between_two_looks_is_due_at_the_second(every, stride):
+    every = checked_every(every)
+    looks = range(0, 400, stride)
+    steps = set(steps_of(every, looks[-1]))
+    for since, step in zip(looks, looks[1:], strict=False):
+        assert due(every, step, since) == bool(steps & set(range(since + 1, step + 1))), (since, step)
+    assert due(10, 20, 20) and not due(10, 7, 500)  # asked again; a loop that counts anew

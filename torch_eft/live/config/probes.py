@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.forward.probe import Probe, as_probe
 
@@ -29,7 +30,7 @@ def probe_from(given: ProbeLike | None) -> Probe | None:
     if given is None or first_count(given) is not None:
         return None
     if not isinstance(given, str | Path):
-        return as_probe(given)
+        return copied_probe(given)
     hint = "give a file of torch.save with a tensor (N, ...) in it, or 'first_batch:16'"
     try:
         stored = torch.load(given, weights_only=True, map_location="cpu")
@@ -44,19 +45,34 @@ def probe_from(given: ProbeLike | None) -> Probe | None:
         raise ValueError(f"{error} (read from {str(given)!r})") from None
 
 
+def copied_probe(given: Any) -> Probe:
+    """Return the probe with inputs of its own: those given may be overwritten in place later, as views of a data set.
+
+    Tensors that were made in inference mode become ordinary ones.
+    """
+    with torch.inference_mode(False):
+        return Probe(tree_map_only(Tensor, lambda x: x.detach().clone(), as_probe(given).inputs))
+
+
 def first_count(given: Any) -> int | None:
     """N of ``"first_batch:N"``; None for anything else."""
     match = _FIRST.fullmatch(given) if isinstance(given, str) else None
     return int(match[1]) if match else None
 
 
-def first_samples(dataset: Any, count: int, collate: Callable[[list[Any]], Any]) -> Probe:
+def first_samples(
+    dataset: Any,
+    count: int,
+    collate: Callable[[list[Any]], Any],
+    transfer: Callable[[Any], Any] = lambda batch: batch,
+) -> Probe:
     """The inputs of the first samples of a data set, read by index and leaving the random state as it is.
 
     Args:
         dataset: A map-style data set of (input, target) pairs, or of inputs.
         count: How many.
         collate: Makes a batch of a list of samples.
+        transfer: Makes of the batch what the network is fed.
 
     Returns:
         The probe.
@@ -71,9 +87,11 @@ def first_samples(dataset: Any, count: int, collate: Callable[[list[Any]], Any])
         )
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):  # a transform may be random
-            torch.manual_seed(0)
-            batch = collate([dataset[index] for index in range(min(count, len(dataset)))])
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices):  # a transform may be random
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):
+                generator.manual_seed(0)
+            batch = transfer(collate([dataset[index] for index in range(min(count, len(dataset)))]))
     finally:
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
@@ -83,4 +101,4 @@ def first_samples(dataset: Any, count: int, collate: Callable[[list[Any]], Any])
             f"probe: 'first_batch:{count}' needs batches (inputs, targets) or tensors; they are "
             f"{type(batch).__name__} here: give the inputs as the forward takes them, as a tensor or a .pt file"
         )
-    return as_probe(inputs)
+    return copied_probe(inputs)

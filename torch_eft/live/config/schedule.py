@@ -87,11 +87,25 @@ def checked_every(every: Every) -> Every:
     raise ValueError(f"every: {every!r} given; {_ALLOWED}")
 
 
-def due(every: Every, step: int) -> bool:
-    """Return whether a measurement is due after ``step`` optimizer steps (``"epoch"``: never, epochs are announced)."""
+def due(every: Every, step: int, since: int | None = None) -> bool:
+    """Return whether a measurement fell due at one of the steps after ``since``, up to ``step``.
+
+    A loop need not look after every step: with several optimizers a batch takes several.
+
+    Args:
+        every: The schedule; ``"epoch"`` is never due here, epochs are announced.
+        step: Optimizer steps taken.
+        since: Those taken when the loop looked last; None, or one that is not earlier, for ``step`` alone.
+
+    Returns:
+        Whether one is due.
+    """
     if isinstance(every, str):
         return False
-    return bool(every(step)) if callable(every) else step % every == 0
+    first = step if since is None else min(since + 1, step)
+    if callable(every):
+        return any(every(each) for each in range(first, step + 1))
+    return step // every > (first - 1) // every
 
 
 def _positive_integer(name: str, value: int) -> None:

@@ -106,17 +106,25 @@ class Recorder:
             except Exception as error:
                 self.failed(error)
 
-    def failed(self, error: Exception) -> None:
-        """Count a failure, and warn of the first; with ``on_error="raise"``, raise it."""
+    def failed(self, error: Exception, what: str = "") -> None:
+        """Count a failure, and warn of the first; with ``on_error="raise"``, raise it.
+
+        Args:
+            error: The failure.
+            what: Its consequence; empty: what was tried at this step is left out.
+
+        Raises:
+            Exception: ``error`` itself, with ``on_error="raise"``.
+        """
         if self.on_error == "raise":
             raise error
         step, reason = self.progress.step, f"{type(error).__name__}: {error}"
         if not self.skipped:
             warnings.warn(
-                f"{self.name} could not measure at step {step} and goes on without ({reason}). Further failures "
-                "are counted in .skipped, not shown",
+                f"{self.name} {what or f'could not measure at step {step} and goes on without'} ({reason}). Further "
+                "failures are counted in .skipped, not shown",
                 MeasurementWarning,
-                stacklevel=4,
+                stacklevel=2,
             )
         self.skipped.append((step, reason))
 

@@ -72,6 +72,27 @@ class Sink:
         """The training is over."""
 
 
+def local_path(place: str | Path, what: str) -> Path:
+    """Return a place as a path.
+
+    Args:
+        place: A file or directory.
+        what: Name of the argument, for the message.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If it is an address such as ``s3://...``, of which a path would make local folders.
+    """
+    if "://" in str(place):
+        raise ValueError(
+            f"{what}: {str(place)!r} is an address, and this writes files on this machine only; give a local directory"
+            ", and a SummaryWriter of that address by sinks=[TensorBoardSink(writer)] for scalars and figures there"
+        )
+    return Path(place)
+
+
 class JSONLSink(Sink):
     """An append-only file of JSON lines, on disk after every measurement.
 
@@ -82,6 +103,9 @@ class JSONLSink(Sink):
 
     Args:
         path: The file; its directory is made.
+
+    Raises:
+        ValueError: If ``path`` is an address such as ``s3://...``.
 
     Example:
         >>> import tempfile
@@ -96,7 +120,7 @@ class JSONLSink(Sink):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = local_path(path, "path")
         self.broken = False
         self._file: TextIO | None = None
 

@@ -13,6 +13,7 @@ from torch_eft.live.instrument import Instrument, MeasurementWarning
 from torch_eft.live.run.ranks import RankProtocol
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.measure.kernels.ntk import too_large
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.sharded import full_copy, sharded_snapshot
@@ -33,6 +34,7 @@ class MeasuredNetwork:
         ranks: The ranks of the training.
         optimizers: Those of the training.
         output_fn: Converts the model's output to (N, C).
+        memory: Bytes allowed for the NTK.
         distributed: Who measures: rank 0, or all ranks together.
         unsharded_model: A plain network of the same architecture, where the model's parameters are sharded (FSDP): they
             are copied into it for every snapshot, which takes all ranks.
@@ -45,6 +47,7 @@ class MeasuredNetwork:
     ranks: RankProtocol
     optimizers: Sequence[Optimizer] = ()
     output_fn: OutputFn | None = None
+    memory: int = DEFAULT_MEMORY
     distributed: Distributed = "rank_zero"
     unsharded_model: nn.Module | None = None
 
@@ -74,7 +77,8 @@ class MeasuredNetwork:
         if collective:
             self.ranks.announce((self.plan, lambdas))
             snapshot = self._together(self.plan, lambdas)
-        with Network(self.network, self.probe, lambdas=lambdas, output_fn=self.output_fn) as network:
+        inputs = self.network, self.probe
+        with Network(*inputs, lambdas=lambdas, output_fn=self.output_fn, memory=self.memory) as network:
             yield network, snapshot
 
     def follow(self) -> None:
@@ -90,7 +94,15 @@ class MeasuredNetwork:
         if not (self.ranks.several and self.distributed == "sharded"):
             return None
         # Isolated by itself, so that a failure on one rank is a failure on all, and none waits for another.
-        return sharded_snapshot(self.network, self.probe, plan, lambdas=lambdas, output_fn=self.output_fn)
+        inputs = self.network, self.probe, plan
+        return sharded_snapshot(*inputs, lambdas=lambdas, output_fn=self.output_fn, memory=self.memory)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside ``DataParallel`` and ``DistributedDataParallel``, whose forwards take all devices or ranks."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
 
 
 def checked_network(
@@ -99,6 +111,7 @@ def checked_network(
     instruments: Sequence[Instrument],
     name: str,
     output_fn: OutputFn | None,
+    memory: int,
     ranks: RankProtocol,
     distributed: Distributed,
     unsharded_model: nn.Module | None,
@@ -113,6 +126,7 @@ def checked_network(
         instruments: What will look at it.
         name: Name of the observer, for warnings.
         output_fn: As for ``MeasuredNetwork``.
+        memory: As for ``MeasuredNetwork``.
         ranks: As for ``MeasuredNetwork``.
         distributed: As for ``MeasuredNetwork``.
         unsharded_model: As for ``MeasuredNetwork``.
@@ -125,14 +139,15 @@ def checked_network(
     """
     if model is None or probe is None:
         raise ValueError(f"{'model' if model is None else 'probe'}: None given; an observer needs one")
+    model = unwrapped(model)
     module = model if unsharded_model is None else unsharded_model
-    with Network(module, probe, output_fn=output_fn) as network:
+    with Network(module, probe, output_fn=output_fn, memory=memory) as network:
         samples, outputs = network.output().shape
         for instrument in instruments:
             instrument.check(network)
         plans = [instrument.plan(outputs, samples) for instrument in instruments]
         ntk, trace = any(plan.ntk for plan in plans), any(plan.ntk_trace for plan in plans)
-        refusal = too_large(network.current, network.probe, trace=trace) if ntk else None
+        refusal = too_large(network.current, network.probe, trace=trace, memory=memory) if ntk else None
     if refusal is not None:
         warnings.warn(f"{name} will not measure the NTK: {refusal}", MeasurementWarning, stacklevel=3)
     plan = Plan(
@@ -148,6 +163,7 @@ def checked_network(
         (samples, outputs),
         ranks,
         output_fn=output_fn,
+        memory=memory,
         distributed=distributed,
         unsharded_model=unsharded_model,
     )

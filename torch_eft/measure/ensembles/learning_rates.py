@@ -1,5 +1,6 @@
 """Reads the learning-rate tensor lambda off a network's optimizers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,10 @@ def read_learning_rates(model: nn.Module, optimizers: Sequence[Optimizer]) -> Le
     Returns:
         eta and lambda.
 
+    Raises:
+        ValueError: If the optimizers hold none of its trainable parameters (it is an average or a copy of the network
+            that they train), or two of them hold one and do not agree on the ratios of all rates.
+
     Example:
         >>> import torch
         >>> from torch import nn
@@ -45,12 +50,34 @@ def read_learning_rates(model: nn.Module, optimizers: Sequence[Optimizer]) -> Le
         >>> measure.read_learning_rates(model, [torch.optim.SGD(groups)]).lambdas
         {'weight': 1.0, 'bias': 2.0}
     """
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     rates: dict[int, float] = {}
+    held: list[dict[int, float]] = []
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            rates |= {id(parameter): float(group["lr"]) for parameter in group["params"]}
-    named = {name: rates.get(id(p), 0.0) for name, p in model.named_parameters() if p.requires_grad}
+        own = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        ours = {key: rate for key, rate in own.items() if key in trained}
+        twice = next((trained[key] for key in ours if key in rates), None)
+        if twice is not None and not all(_proportional(ours, other) for other in held):
+            raise ValueError(
+                f"optimizer: two of them train {twice!r}, at other ratios of the learning rates, so that its lambda is "
+                "not one number; give only the optimizer whose rates are meant"
+            )
+        held += [ours] if ours else []
+        rates |= own if twice is None else {}  # in the order of the optimizers: the first positive rate is eta
+    if trained and rates and not trained.keys() & rates.keys():
+        raise ValueError(
+            f"optimizer: it holds none of the parameters of this {type(model).__name__}, which is an average or a copy "
+            "of the network that it trains; give that network, or no optimizer, for which lambda = 1"
+        )
+    named = {name: rates.get(key, 0.0) for key, name in trained.items()}
     first = next((rate for rate in rates.values() if rate > 0), 0.0)
     if first == 0.0:
         return LearningRates(0.0, dict.fromkeys(named, 1.0))
     return LearningRates(first, {name: rate / first for name, rate in named.items()})
+
+
+def _proportional(rates: dict[int, float], other: dict[int, float]) -> bool:
+    first = next(iter(rates))
+    return rates.keys() == other.keys() and all(
+        math.isclose(rate * other[first], rates[first] * other[key], rel_tol=1e-9) for key, rate in rates.items()
+    )

@@ -34,8 +34,9 @@ def process_state(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Leave the surrounding grad, inference and autocast modes."""
+    """Leave the surrounding grad, inference and autocast modes, and the search for anomalies, which prints."""
     with (
+        torch.autograd.set_detect_anomaly(False),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),

@@ -1,0 +1,57 @@
+"""The first samples of the training data, as the network is fed them."""
+
+import copy
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from torch_eft.live.config.probes import first_samples
+from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.forward.probe import Probe
+
+HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+"""Through which a batch goes before each training step, in this order."""
+
+
+def first_inputs(trainer: Trainer, module: LightningModule, count: int) -> Probe:
+    """Read the first samples of the training data set; no loader, random state or hook's own state is touched.
+
+    Args:
+        trainer: The Trainer, training.
+        module: Its module.
+        count: How many samples.
+
+    Returns:
+        The inputs, after the batch-transfer hooks.
+
+    Raises:
+        ValueError: If there is no data set that can be read by index, or its batches are not pairs or tensors.
+    """
+    loader = trainer.train_dataloader
+    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    if dataset is None or collate is None:
+        raise ValueError(
+            f"probe: 'first_batch:{count}' needs one training DataLoader, not {type(loader).__name__}; give the inputs "
+            "as a tensor or a .pt file"
+        )
+    return first_samples(dataset, count, collate, lambda batch: _fed(trainer, module, batch))
+
+
+def _fed(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """The batch as ``training_step`` gets it: hooks run on a copy of the module, or data module, that has them."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    own = {name: data if data is not None and is_overridden(name, data) else module for name in HOOKS}
+    if not any(owner is data or is_overridden(name, module) for name, owner in own.items()):
+        return batch  # nothing but a move to the device
+    with isolated(module) as network:
+        copied: Any = network.shadow
+        for there, here in zip(module.modules(), copied.modules(), strict=True):
+            here.training = there.training
+        copied.trainer = trainer
+        for name, owner in own.items():
+            device = (trainer.strategy.root_device,) if name == "transfer_batch_to_device" else ()
+            hook = getattr(copied if owner is module else copy.copy(data), name)
+            batch = hook(batch, *device, 0)
+    return batch
