@@ -1,4 +1,4 @@
-"""Gaussian expectations with three and four labels, <f(z_a) g(z_b) h(z_c) k(z_d)>, f .. k products of derivatives.
+"""Gaussian expectations with three to six labels, <f(z_a) g(z_b) h(z_c) k(z_d) ..>, f .. products of derivatives.
 
 A weighted set of points (``points``) and one matrix product per moment: pair features of two labels each, taken about
 their exact means M_pq, so that only the connected part is summed. Where the points are a random sample, the lowest
@@ -34,7 +34,7 @@ Factor = tuple[Orders, Tensor]
 
 
 class FourPointMoments(Protocol):
-    """Moments with three or four different labels."""
+    """Moments with three or more different labels."""
 
     def moment(self, factors: Sequence[Factor]) -> Tensor:
         """<prod f>, one axis per factor."""
@@ -68,15 +68,15 @@ class SummedMoments:
         self._features: dict[tuple[int, Orders], Tensor] = {}
 
     def moment(self, factors: Sequence[Factor]) -> Tensor:
-        """<prod f>, one axis per factor; of three, the one with the most derivatives is split off."""
+        """<prod f>, one axis per factor, of two halves; of three, the one with the most derivatives is split off."""
+        order = list(range(len(factors)))
         if len(factors) == 3:
-            alone = max(range(3), key=lambda index: len(factors[index][0]))
-            order = [alone, *(index for index in range(3) if index != alone)]
-        else:
-            order = [0, 1, 2, 3]
-        sides = len(factors) - 2
-        left, right = ([factors[index] for index in part] for part in (order[:sides], order[sides:]))
-        mean_left, mean_right = exact_mean(self.pairs, left), exact_mean(self.pairs, right)
+            order.sort(key=lambda index: -len(factors[index][0]))
+        half = len(factors) // 2
+        left, right = ([factors[index] for index in part] for part in (order[:half], order[half:]))
+        mean_left, mean_right = (
+            exact_mean(self.pairs, side) if len(side) < 3 else self.moment(side).flatten() for side in (left, right)
+        )
         total = self._covariance(left, right, mean_left, mean_right) + torch.outer(mean_left, mean_right)
         result = total.reshape([len(factors[index][1]) for index in order])
         result = result.permute([order.index(axis) for axis in range(len(order))])
@@ -116,7 +116,7 @@ class SummedMoments:
         return known
 
     def _removed(self, factors: list[Factor]) -> "_LowestChaos | None":
-        return None if self._smooth is None else _LowestChaos(self._smooth, factors)
+        return None if self._smooth is None or len(factors) > 2 else _LowestChaos(self._smooth, factors)
 
     def _delta_part(self, factors: Sequence[Factor], edge: KinkDerivatives) -> Tensor:
         """The contribution of delta functions at one label; labels that coincide with it merge into it."""
@@ -248,10 +248,11 @@ def exact_mean(pairs: TwoPointMoments, factors: Sequence[Factor]) -> Tensor:
 
 
 def products(columns: Sequence[Tensor]) -> Tensor:
-    """Products over all entries of a group of one or two labels, (S, n)."""
-    if len(columns) == 1:
-        return columns[0]
-    return (columns[0][:, :, None] * columns[1][:, None, :]).flatten(1)
+    """Products over all entries of a group of labels, (S, n)."""
+    total = columns[0]
+    for column in columns[1:]:
+        total = (total[:, :, None] * column[:, None, :]).flatten(1)
+    return total
 
 
 def _derivatives(orders: Orders, times: int) -> list[tuple[Orders, float]]:

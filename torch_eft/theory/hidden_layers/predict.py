@@ -33,7 +33,7 @@ from torch_eft.theory.hidden_layers.validity import difference_movement, represe
 from torch_eft.theory.initialization.estimators import check_statistics, vertex_replicas
 from torch_eft.theory.initialization.evaluator import Vertices, divergent
 from torch_eft.theory.initialization.infinite_width import infinite_width
-from torch_eft.theory.initialization.kernels import mean_correction
+from torch_eft.theory.initialization.recursions.kernels import mean_correction
 from torch_eft.theory.training.infinite_width import FrozenTraining
 
 _ARRAYS = 64

@@ -29,7 +29,7 @@ from torch_eft.theory.gaussian.two_point_moments import Kinks
 from torch_eft.theory.initialization.estimators import check_statistics, vertex_replicas
 from torch_eft.theory.initialization.evaluator import Vertices
 from torch_eft.theory.initialization.infinite_width import check_inputs, infinite_width
-from torch_eft.theory.initialization.responses import f_response, vertex_response
+from torch_eft.theory.initialization.recursions.responses import f_response, vertex_response
 
 Observable = Literal["activations", "preactivations", "ntk"]
 """The observable of a hidden layer: the kernel of its activations or preactivations, or its NTK."""
@@ -268,7 +268,7 @@ class HiddenStatistics:
             a, b, c, d = abcd
             curvature = v.zero()
             if self._observable == "activations" and v.curved:
-                curvature = v.four(below, (2, 0, 1, 1), abcd) * v.Theta(below, a, c) * v.Theta(below, a, d)
+                curvature = v.moment(below, (2, 0, 1, 1), abcd) * v.Theta(below, a, c) * v.Theta(below, a, d)
                 curvature = curvature + v.width_ratio(below) * v.M(below, 1, 1, c, d) * v.M(
                     below, 2, 0, a, b
                 ) * v.array("B", below, a + a + c + d)
@@ -317,7 +317,7 @@ class HiddenStatistics:
         """Return <phi'_a phi_b s^(k)_c s^(k-1)_d>; by parts for phi(z) = z."""
         v = self._v
         if self._observable == "activations":
-            return v.four(m, (1, 0, derivative, derivative - 1), labels)
+            return v.moment(m, (1, 0, derivative, derivative - 1), labels)
         _, b, c, d = labels
         return vertex_response(v, m, derivative, c, d, v.K(m, b, c), v.K(m, b, d))
 
@@ -339,7 +339,7 @@ class HiddenStatistics:
         a, b, c, d = labels
         slopes = v.M(m, 1, 1, c, d)
         if self._observable == "activations":
-            same, other = v.four(m, (1, 1, 1, 1), labels), slopes * v.M(m, 1, 1, a, b)
+            same, other = v.moment(m, (1, 1, 1, 1), labels), slopes * v.M(m, 1, 1, a, b)
         else:
             same = other = slopes
         moved = same * v.Theta(m, a, c) * v.Theta(m, b, d)

@@ -21,12 +21,23 @@ from torch_eft.theory.gaussian.points import (
 )
 from torch_eft.theory.gaussian.scale_invariant import ScaleInvariantMoments
 from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments, two_point_moments
-from torch_eft.theory.initialization import differentials, kernels
-from torch_eft.theory.initialization.evaluator import LabelSets, Recursion, VertexSource, Vertices, divergent
+from torch_eft.theory.initialization.evaluator import (
+    FLUCTUATIONS,
+    LabelSets,
+    Recursion,
+    VertexSource,
+    Vertices,
+    divergent,
+)
+from torch_eft.theory.initialization.recursions import differentials, fluctuations, kernels
 
 RECURSIONS: dict[str, Recursion] = {
     recursion.__name__: recursion
-    for module, names in ((kernels, ("G1", "V", "Theta1", "A", "B", "D", "F")), (differentials, tuple("PQRSTU")))
+    for module, names in (
+        (kernels, ("G1", "V", "Theta1", "A", "B", "D", "F")),
+        (differentials, tuple("PQRSTU")),
+        (fluctuations, FLUCTUATIONS),
+    )
     for recursion in (getattr(module, name) for name in names)
 }
 
@@ -197,6 +208,8 @@ def check_statistics(
         index = int((norms == 0).nonzero()[0])
         raise ValueError(f"x: input {index} has zero norm and C_b = 0, so that its preactivations vanish; drop it")
     if ensemble.activation.kinked:
+        # Piecewise linear: sigma'' is 0 as autograd sees it, and with it the statistics that carry one in every term.
+        absent = ensemble.activation.slopes is not None and kinks == "autograd"
         K = ensemble.C_b[0] + ensemble.C_W[0] * x @ x.T / ensemble.widths[0]
         rho = K / torch.outer(K.diagonal(), K.diagonal()).sqrt()
         close = (1 - rho.abs() < _PARALLEL).triu(1).nonzero()
@@ -206,6 +219,13 @@ def check_statistics(
                 f"x: inputs {a} and {b} have correlation {float(rho[a, b]):.12g} at layer 1; between inputs that "
                 f"coincide (or are opposite) the statistics of {ensemble.activation.name}, which has a kink, diverge. "
                 "Keep one of them: a label may be used twice"
+            )
+        unknown = [name for name in names if name in (("XQQ", "XUU", "XUQ") if absent else FLUCTUATIONS)]
+        if unknown:
+            raise ValueError(
+                f"statistics: {', '.join(unknown)} of {ensemble.activation.name} given, which has a kink: the "
+                "covariance of the dNTK takes derivatives of expectations of six inputs, which are derived for smooth "
+                "activations. Use one, e.g. gelu"
             )
     lost = [name for name in divergent(ensemble, kinks) if name in names]
     if lost and ensemble.depth > 1:

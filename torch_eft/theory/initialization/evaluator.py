@@ -40,7 +40,18 @@ SYMMETRIES: dict[str, tuple[tuple[int, ...], ...]] = {
     "U": ((2, 3, 0, 1),),
     "G1": ((1, 0),),
     "Theta1": ((1, 0),),
+    "X3a": ((0, 2, 1, 3, 5, 4), (3, 4, 5, 0, 1, 2)),
+    "X3b": ((3, 4, 5, 0, 1, 2),),
+    "XQQ": ((3, 4, 5, 0, 1, 2),),
+    "XPQ": ((0, 2, 1, 3, 4, 5),),
+    "XPP": ((0, 2, 1, 3, 4, 5), (0, 1, 2, 3, 5, 4), (3, 4, 5, 0, 1, 2)),
+    "XUU": ((3, 4, 5, 0, 1, 2),),
+    "XUQ": (),
+    "XUP": ((0, 1, 2, 3, 5, 4),),
 }
+
+FLUCTUATIONS = ("X3a", "X3b", "XQQ", "XPQ", "XPP", "XUU", "XUQ", "XUP")
+"""The statistics with six labels, of order 1/n^2: the covariance of the dNTK."""
 
 
 class VertexSource(Protocol):
@@ -52,12 +63,12 @@ class VertexSource(Protocol):
 
 
 def printed_labels(name: str) -> str:
-    """Labels for the slots of a statistic in its printed order, ``"ab"`` or ``"abcd"``."""
-    return "ab" if name in ("G1", "Theta1") else "abcd"
+    """Labels for the slots of a statistic in its printed order: two, four or six."""
+    return "ab" if name in ("G1", "Theta1") else "abcdef" if name in FLUCTUATIONS else "abcd"
 
 
 def full_tensor(source: VertexSource, name: str, layer: int, count: int) -> Tensor:
-    """A statistic on all inputs, from a source whose labels a, b, c, d run over all of them; (count,) * 2 or 4."""
+    """A statistic on all inputs, from a source whose labels a, b, .. run over all of them; (count,) * 2, 4 or 6."""
     labels = printed_labels(name)
     array = source.array(name, layer, labels)
     return array.reshape(array.shape[: len(labels)]).expand([count] * len(labels))
@@ -78,14 +89,14 @@ def divergent(ensemble: MLPEnsemble, kinks: Kinks) -> tuple[str, ...]:
 
 
 class Vertices:
-    """Statistics at order 1/n on sets of labels; every vertex at layer l multiplies 1/n_{l-1}.
+    """Statistics on sets of labels; every vertex at layer l multiplies 1/n_{l-1}, those with six labels its square.
 
     Args:
         ensemble: The ensemble.
         K: K^(1) .. K^(L) on all inputs, (N, N) each.
         Theta: Theta^(1) .. Theta^(L), likewise.
         pairs: Two-label moments at layers 1 .. L-1.
-        moments: The moments with three and four labels at layers 1 .. L-1, made when first asked for.
+        moments: The moments with three to six labels at layers 1 .. L-1, made when first asked for.
         label_sets: The inputs that each label runs over; the axes in their order.
         recursions: ``{name: recursion}``.
         kinks: The meaning of explicit derivatives at a kink of sigma.
@@ -168,8 +179,17 @@ class Vertices:
         """<d_a^i d_b^j sigma^(p)_a sigma^(q)_b> at layer m: M_{p+i, q+j} unless sigma has a kink."""
         return self._placed(self._pairs[m - 1].response(p, q, i, j), a, b)
 
-    def four(self, m: int, orders: tuple[int, int, int, int], labels: str) -> Tensor:
-        """m_pquv(labels) = <sigma^(p) sigma^(q) sigma^(u) sigma^(v)> at layer m."""
+    def moment(self, m: int, orders: tuple[int, ...], labels: str) -> Tensor:
+        """<prod sigma^(p)> at layer m, e.g. m_pquv = <sigma^(p) sigma^(q) sigma^(u) sigma^(v)>; up to six labels."""
+        slopes = self.ensemble.activation.slopes
+        if slopes is not None and slopes[0] == slopes[1]:  # sigma' is a number
+            if max(orders, default=0) >= 2:
+                return self.zero()
+            if 1 in orders:
+                rest = "".join(label for label, order in zip(labels, orders, strict=True) if order == 0)
+                return slopes[0] ** orders.count(1) * self.moment(m, (0,) * len(rest), rest)
+            if not orders:
+                return self.zero() + 1.0
         at_label: dict[str, Orders] = {}
         for order, label in zip(orders, labels, strict=True):
             at_label[label] = tuple(sorted((*at_label.get(label, ()), order)))

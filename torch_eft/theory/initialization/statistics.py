@@ -1,7 +1,7 @@
 """The statistics of an MLP ensemble at initialization, layer by layer: the joint distribution to order 1/n.
 
-K and Theta at infinite width (``infinite_width``) and the vertices of order 1/n (``kernels``, ``differentials``), each
-of which multiplies 1/n_{l-1} at layer l.
+K and Theta at infinite width (``infinite_width``), the vertices of order 1/n, each of which multiplies 1/n_{l-1} at
+layer l, and the covariance of the dNTK, which multiplies its square (``recursions``).
 """
 
 from collections.abc import Collection, Iterator
@@ -16,7 +16,7 @@ from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.two_point_moments import Kinks
 from torch_eft.theory.initialization.estimators import check_statistics, vertex_replicas
-from torch_eft.theory.initialization.evaluator import Vertices, full_tensor
+from torch_eft.theory.initialization.evaluator import FLUCTUATIONS, Vertices, full_tensor, printed_labels
 from torch_eft.theory.initialization.infinite_width import check_inputs, infinite_width
 from torch_eft.theory.signal_propagation.regimes import first_order_validity, infinite_width_validity
 
@@ -45,6 +45,14 @@ class LayerStatistics:
         S: S_1234.
         T: T_1324: axes 1, 3, 2, 4.
         U: U_1423: axes 1, 4, 2, 3.
+        X3a: (N,) * 6, as all that follow: E[dH_{i0 i1 i2;012} dH_{i3 i4 i5;345}] of the pairing (03)(14)(25).
+        X3b: (04)(13)(25).
+        XQQ: (01)(34)(25).
+        XPQ: (12)(34)(05).
+        XPP: (12)(45)(03).
+        XUU: E[z_{a;x} H_{ac;02} z_{b;y} H_{bc;35}] connected: axes x, 0, 2, y, 3, 5.
+        XUQ: E[z_{a;x} H_{ac;35} dH_{bbc;012}] connected: axes x, 3, 5, 0, 1, 2.
+        XUP: E[z_{a;x} H_{ac;35} dH_{cbb;012}] connected, likewise.
         error: ``{name: standard error}`` of the tensor's entries (rms) where moments were sampled; empty where they
             are exact, or integrated by one rule.
         validity: Where the network's expansion holds: to order 1/n where such statistics were asked for, else order 0.
@@ -77,6 +85,14 @@ class LayerStatistics:
     S: Tensor | None = None
     T: Tensor | None = None
     U: Tensor | None = None
+    X3a: Tensor | None = None
+    X3b: Tensor | None = None
+    XQQ: Tensor | None = None
+    XPQ: Tensor | None = None
+    XPP: Tensor | None = None
+    XUU: Tensor | None = None
+    XUQ: Tensor | None = None
+    XUP: Tensor | None = None
     error: dict[str, float] = field(default_factory=dict)
     validity: Validity | None = None
 
@@ -98,7 +114,9 @@ def initial_statistics(
 ) -> list[LayerStatistics]:
     """The statistics at every layer, l = 1 .. L.
 
-    Moments with three and four labels are exact for scale-invariant activations (linear, ReLU, leaky ReLU, |z|),
+    The covariance of the dNTK with itself, X3a .. XUP, has six labels and is given on request.
+
+    Moments with three and more labels are exact for scale-invariant activations (linear, ReLU, leaky ReLU, |z|),
     integrated to about 1e-9 for at most four inputs, and otherwise sampled ``num_replicas`` times independently, with
     the standard error in ``error``.
 
@@ -112,11 +130,12 @@ def initial_statistics(
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, n_0), any real dtype.
-        statistics: Names out of ``STATISTICS``. K and Theta are always included; they alone are cheap for large N.
+        statistics: Names out of ``STATISTICS`` and of X3a, X3b, XQQ, XPQ, XPP, XUU, XUQ, XUP. K and Theta are always
+            included; they alone are cheap for large N.
         num_samples: Sample size in all, shared by the replicas.
         num_replicas: Independent samples to estimate the error from, at least 2.
         seed: Seed of the samples; the global random state is left alone.
-        memory: Bytes allowed for tensors with four labels, see ``statistics_memory``.
+        memory: Bytes allowed for tensors with four and six labels, see ``statistics_memory``.
         kinks: ``"autograd"`` or ``"distributional"``; they differ only where the activation has a kink.
         check_validity: Whether to refuse r >= 1; False gives the coefficients of the 1/n expansion there, too.
 
@@ -126,7 +145,8 @@ def initial_statistics(
     Raises:
         ValueError: If ``x`` does not fit ``ensemble.widths[0]``, is empty or not finite, if a name is unknown, if
             the tensors do not fit into ``memory``; and, where more than K and Theta is asked for, if r >= 1, if an
-            input vanishes with C_b = 0, or if two inputs coincide for a kinked activation.
+            input vanishes with C_b = 0, or if two inputs coincide for a kinked activation; and if XQQ, XUU or XUQ (of
+            ELU or SELU: any with six labels) is asked for at a kink.
 
     Example:
         >>> import torch
@@ -139,16 +159,16 @@ def initial_statistics(
     x = check_inputs("x", x, ensemble)
     names = {statistics} if isinstance(statistics, str) else set(statistics)
     for name in sorted(names):
-        check_choice("statistics", name, STATISTICS)
-    wanted = [name for name in STATISTICS if name in names - {"K", "Theta"}]
+        check_choice("statistics", name, STATISTICS + FLUCTUATIONS)
+    wanted = [name for name in STATISTICS + FLUCTUATIONS if name in names - {"K", "Theta"}]
     if wanted:
         check_statistics(ensemble, x, wanted, kinks, check_validity)
         needed = statistics_memory(ensemble, len(x), statistics=wanted)
         if needed > memory:
             raise ValueError(
-                f"x: {len(x)} inputs need about {needed / 2**30:.1f} GiB for tensors with four labels, memory allows "
-                f"{memory / 2**30:.1f} GiB; give fewer inputs, ask for fewer statistics (K and Theta are cheap), or go "
-                "block by block with theory.vertex_block or theory.vertex_tiles"
+                f"x: {len(x)} inputs need about {needed / 2**30:.1f} GiB for tensors with four and more labels, memory "
+                f"allows {memory / 2**30:.1f} GiB; give fewer inputs, ask for fewer statistics (K and Theta are cheap) "
+                "or go block by block with theory.vertex_block or theory.vertex_tiles"
             )
     K, Theta, pairs = infinite_width(ensemble, x, kinks)
     layers = range(1, ensemble.depth + 1)
@@ -160,7 +180,8 @@ def initial_statistics(
                 for name in wanted:
                     yield (name, layer), full_tensor(vertices, name, layer, len(x)).clone()
 
-        sets = dict.fromkeys("abcd", torch.arange(len(x), device=x.device))
+        letters = max((printed_labels(name) for name in (*wanted, "V")), key=len)
+        sets = dict.fromkeys(letters, torch.arange(len(x), device=x.device))
         results = vertex_replicas(ensemble, K, Theta, pairs, sets, num_samples, num_replicas, seed, kinks).combined(
             read
         )
@@ -181,7 +202,8 @@ def initial_statistics(
 def statistics_memory(ensemble: MLPEnsemble, num_inputs: int, *, statistics: Collection[str] = STATISTICS) -> int:
     """Estimate the bytes that ``initial_statistics`` takes at its peak.
 
-    Every tensor with four labels is held twice per layer (value and spread), beside about eight moments.
+    Every tensor with four labels is held twice per layer (value and spread), beside about eight moments; those with six
+    likewise, beside some forty.
 
     Args:
         ensemble: The ensemble.
@@ -196,5 +218,6 @@ def statistics_memory(ensemble: MLPEnsemble, num_inputs: int, *, statistics: Col
         >>> theory.statistics_memory(theory.MLPEnsemble([3, 50, 1], "tanh"), 10, statistics=["V"])
         1600000
     """
-    tensors = sum(name not in ("K", "Theta", "G1", "Theta1") for name in statistics)
-    return 8 * num_inputs**4 * ensemble.depth * (2 * tensors + 8)
+    slots = [len(printed_labels(name)) for name in statistics if name not in ("K", "Theta")]
+    four, six = (2 * slots.count(count) for count in (4, 6))
+    return 8 * ensemble.depth * (num_inputs**4 * (four + 8) + (num_inputs**6 * (six + 40) if six else 0))

@@ -42,10 +42,10 @@ class VertexBlock:
 
 @dataclass(frozen=True, repr=False)
 class VertexTile(VertexBlock):
-    """A tile of a four-label vertex: all entries whose first two printed labels are in it.
+    """A tile of a vertex with four or six labels: all entries whose first two printed labels are in it.
 
     Args:
-        value: (rows, columns, N, N), float64.
+        value: (rows, columns, N, N), float64; of six labels (rows, columns, N, N, N, N).
         error: Standard error of its entries (rms), 0 where moments are exact or integrated by one rule.
         rows: Slice of the first printed label.
         columns: Slice of the second.
@@ -80,7 +80,7 @@ def vertex_block(
     Args:
         ensemble: The ensemble.
         x: All inputs, (N, n_0).
-        name: One of G1, V, Theta1, A, B, D, F, P, Q, R, S, T, U.
+        name: One of G1, V, Theta1, A, B, D, F, P, Q, R, S, T, U, X3a, X3b, XQQ, XPQ, XPP, XUU, XUQ, XUP.
         labels: A letter for each printed label of the vertex, e.g. ``"xygd"``; a letter that occurs twice is one label.
         label_sets: ``{letter: index into x}``. Pass one tensor object for letters that run over one set: what is
             symmetric between them is then computed once.
@@ -136,12 +136,12 @@ def vertex_tiles(
     kinks: Kinks = "autograd",
     check_validity: bool = True,
 ) -> Iterator[VertexTile]:
-    """A four-label vertex over all inputs, in tiles of its first two printed labels; memory is that of one tile.
+    """A vertex with four or six labels over all inputs, in tiles of its first two; memory is that of one tile.
 
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, n_0).
-        name: One of V, A, B, D, F, P, Q, R, S, T, U.
+        name: One of V, A, B, D, F, P, Q, R, S, T, U, X3a, X3b, XQQ, XPQ, XPP, XUU, XUQ, XUP.
         tile: Labels per side.
         layer: l; None means the output layer L.
         num_samples: Sample size, see ``vertex_block``.
@@ -165,16 +165,17 @@ def vertex_tiles(
     """
     x, layer = _checked(ensemble, x, name, layer)
     check_statistics(ensemble, x, [name], kinks, check_validity)
-    if len(printed_labels(name)) != 4:
-        raise ValueError(f"name: {name!r} given; tiles are for the vertices with four labels")
+    labels = {4: "xygd", 6: "xyabgd"}.get(len(printed_labels(name)))
+    if labels is None:
+        raise ValueError(f"name: {name!r} given; tiles are for the vertices with four and more labels")
     infinite = infinite_width(ensemble, x, kinks)
     everything = torch.arange(len(x), device=x.device)
     for row in range(0, len(x), tile):
         for column in range(0, len(x), tile):
             rows, columns = slice(row, min(row + tile, len(x))), slice(column, min(column + tile, len(x)))
-            sets = {"x": everything[rows], "y": everything[columns], "g": everything, "d": everything}
+            sets = dict.fromkeys(labels, everything) | {"x": everything[rows], "y": everything[columns]}
             replicas = vertex_replicas(ensemble, *infinite, sets, num_samples, num_replicas, seed, kinks)
-            yield VertexTile(*_combined(replicas, name, layer, "xygd", sets), rows, columns)
+            yield VertexTile(*_combined(replicas, name, layer, labels, sets), rows, columns)
 
 
 def _checked(ensemble: MLPEnsemble, x: Tensor, name: str, layer: int | None) -> tuple[Tensor, int]:

@@ -15,7 +15,7 @@ inside responses are derivatives of Gaussian expectations, and stay.
 from torch import Tensor
 
 from torch_eft.theory.initialization.evaluator import Vertices
-from torch_eft.theory.initialization.responses import f_response, vertex_response
+from torch_eft.theory.initialization.recursions.responses import f_response, vertex_response
 
 
 def P(v: Vertices, layer: int, labels: str) -> Tensor:
@@ -24,7 +24,7 @@ def P(v: Vertices, layer: int, labels: str) -> Tensor:
         return v.zero()
     a, b, c, d = labels
     m = layer - 1
-    joint = v.four(m, (2, 1, 1, 0), labels) * v.Theta(m, a, b) * v.Theta(m, a, c)
+    joint = v.moment(m, (2, 1, 1, 0), labels) * v.Theta(m, a, b) * v.Theta(m, a, c)
     inner = vertex_response(v, m, 1, a, d, v.array("P", m, a + b + c + a), v.array("P", m, labels))
     propagated = v.M(m, 1, 1, b, c) * (v.M(m, 2, 0, a, d) * v.array("B", m, a + a + b + c) + inner)
     return v.C_W(m) ** 2 * (joint + v.width_ratio(m) * propagated)
@@ -37,9 +37,9 @@ def Q(v: Vertices, layer: int, labels: str) -> Tensor:
     inner = vertex_response(v, m, 1, c, d, v.array("Q", m, a + b + c + c), v.array("Q", m, labels))
     slope = r * v.M(m, 1, 1, a, b) * inner
     if v.curved:
-        slope = slope + v.four(m, (2, 1, 1, 0), labels) * v.Theta(m, a, b) * v.Theta(m, a, c)
+        slope = slope + v.moment(m, (2, 1, 1, 0), labels) * v.Theta(m, a, b) * v.Theta(m, a, c)
         slope = slope + r * v.Theta(m, a, b) * f_response(v, m, 2, 1, a, b, c, d)
-    weight = v.four(m, (1, 0, 1, 0), labels) * v.Theta(m, a, c) + r * f_response(v, m, 1, 1, a, b, c, d)
+    weight = v.moment(m, (1, 0, 1, 0), labels) * v.Theta(m, a, c) + r * f_response(v, m, 1, 1, a, b, c, d)
     return C_W**2 * slope + v.lambda_W(m) * C_W * weight
 
 
@@ -52,11 +52,11 @@ def R(v: Vertices, layer: int, labels: str) -> Tensor:
     T_01, T_02, T_03 = v.Theta(m, a, b), v.Theta(m, a, c), v.Theta(m, a, d)
     M_23, B_0023 = v.M(m, 1, 1, c, d), v.array("B", m, a + a + c + d)
     P_0230, P_0231 = v.array("P", m, a + c + d + a), v.array("P", m, a + c + d + b)
-    slope = v.four(m, (3, 1, 1, 1), labels) * T_01 * T_02 * T_03 + r * M_23 * (
+    slope = v.moment(m, (3, 1, 1, 1), labels) * T_01 * T_02 * T_03 + r * M_23 * (
         T_01 * (v.M(m, 3, 1, a, b) * B_0023 + vertex_response(v, m, 2, a, b, P_0230, P_0231))
         + v.M(m, 1, 1, a, b) * v.array("R", m, labels)
     )
-    weight = v.four(m, (2, 0, 1, 1), labels) * T_02 * T_03 + r * M_23 * (
+    weight = v.moment(m, (2, 0, 1, 1), labels) * T_02 * T_03 + r * M_23 * (
         v.M(m, 2, 0, a, b) * B_0023 + vertex_response(v, m, 1, a, b, P_0230, P_0231)
     )
     return C_W**2 * slope + v.lambda_W(m) * C_W * weight
@@ -70,9 +70,9 @@ def S(v: Vertices, layer: int, labels: str) -> Tensor:
     M_12, M_34, B_1234 = v.M(m, 1, 1, a, b), v.M(m, 1, 1, c, d), v.array("B", m, labels)
     slope = r * M_12 * M_34 * v.array("S", m, labels)
     if v.curved:
-        slope = slope + v.four(m, (2, 2, 1, 1), labels) * T_12 * T_13 * T_24
+        slope = slope + v.moment(m, (2, 2, 1, 1), labels) * T_12 * T_13 * T_24
         slope = slope + r * T_12 * v.M(m, 2, 2, a, b) * M_34 * B_1234
-    weight = v.four(m, (1, 1, 1, 1), labels) * T_13 * T_24 + r * M_12 * M_34 * B_1234
+    weight = v.moment(m, (1, 1, 1, 1), labels) * T_13 * T_24 + r * M_12 * M_34 * B_1234
     return C_W**2 * slope + v.lambda_W(m) * C_W * weight
 
 
@@ -88,15 +88,15 @@ def T(v: Vertices, layer: int, labels: str) -> Tensor:
     mixed = r * M_24 * vertex_response(v, m, 1, one, three, Q_2411, Q_2413)
     mixed = mixed + r * M_13 * vertex_response(v, m, 1, two, four, Q_1322, Q_1324)
     if v.curved:
-        slope = slope + v.four(m, (2, 2, 1, 1), one + two + three + four) * T_12 * T_13 * T_24
+        slope = slope + v.moment(m, (2, 2, 1, 1), one + two + three + four) * T_12 * T_13 * T_24
         slope = slope + r * T_13 * T_24 * f_response(v, m, 2, 2, one, three, two, four)
         slope = slope + r * T_13 * M_24 * vertex_response(v, m, 2, one, three, Q_2411, Q_2413)
         slope = slope + r * T_24 * M_13 * vertex_response(v, m, 2, two, four, Q_1322, Q_1324)
-        mixed = mixed + v.four(m, (1, 2, 0, 1), one + two + three + four) * T_12 * T_24
-        mixed = mixed + v.four(m, (2, 1, 1, 0), one + two + three + four) * T_12 * T_13
+        mixed = mixed + v.moment(m, (1, 2, 0, 1), one + two + three + four) * T_12 * T_24
+        mixed = mixed + v.moment(m, (2, 1, 1, 0), one + two + three + four) * T_12 * T_13
         mixed = mixed + r * T_24 * f_response(v, m, 1, 2, one, three, two, four)
         mixed = mixed + r * T_13 * f_response(v, m, 2, 1, one, three, two, four)
-    weight = v.four(m, (1, 1, 0, 0), one + two + three + four) * T_12 + r * f_response(
+    weight = v.moment(m, (1, 1, 0, 0), one + two + three + four) * T_12 + r * f_response(
         v, m, 1, 1, one, three, two, four
     )
     return C_W**2 * slope + lambda_W * C_W * mixed + lambda_W**2 * weight
@@ -109,6 +109,6 @@ def U(v: Vertices, layer: int, labels: str) -> Tensor:
     one, four, two, three = labels
     m = layer - 1
     T_12, T_13, T_24 = v.Theta(m, one, two), v.Theta(m, one, three), v.Theta(m, two, four)
-    joint = v.four(m, (2, 2, 1, 1), one + two + three + four) * T_12 * T_13 * T_24
+    joint = v.moment(m, (2, 2, 1, 1), one + two + three + four) * T_12 * T_13 * T_24
     propagated = v.M(m, 1, 1, one, four) * v.M(m, 1, 1, two, three) * v.array("U", m, labels)
     return v.C_W(m) ** 2 * (joint + v.width_ratio(m) * propagated)

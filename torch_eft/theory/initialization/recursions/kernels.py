@@ -10,14 +10,20 @@ belong to layer l + 1 and multiply 1/n_l, unprimed ones to layer l and multiply 
 from torch import Tensor
 
 from torch_eft.theory.initialization.evaluator import Vertices
-from torch_eft.theory.initialization.responses import f_response, ntk_response, ntk_source, quartic_response, response
+from torch_eft.theory.initialization.recursions.responses import (
+    f_response,
+    ntk_response,
+    ntk_source,
+    quartic_response,
+    response,
+)
 
 
 def V(v: Vertices, layer: int, labels: str) -> Tensor:
     """V_(12)(34): connected four-point function of preactivations."""
     a, b, c, d = labels
     m = layer - 1
-    joint = v.four(m, (0, 0, 0, 0), labels) - v.M(m, 0, 0, a, b) * v.M(m, 0, 0, c, d)
+    joint = v.moment(m, (0, 0, 0, 0), labels) - v.M(m, 0, 0, a, b) * v.M(m, 0, 0, c, d)
 
     def first(i: str, j: str) -> Tensor:
         return response(v, m, 0, 0, c, d, lambda k, n: v.array("V", m, i + j + k + n))
@@ -41,8 +47,8 @@ def D(v: Vertices, layer: int, labels: str) -> Tensor:
     a, b, c, d = labels
     m, C_W = layer - 1, v.C_W(layer - 1)
     joint = (
-        v.lambda_W(m) * v.four(m, (0, 0, 0, 0), labels)
-        + C_W * v.Theta(m, c, d) * v.four(m, (0, 0, 1, 1), labels)
+        v.lambda_W(m) * v.moment(m, (0, 0, 0, 0), labels)
+        + C_W * v.Theta(m, c, d) * v.moment(m, (0, 0, 1, 1), labels)
         - v.M(m, 0, 0, a, b) * ntk_source(v, m, c, d)
     )
 
@@ -61,7 +67,7 @@ def F(v: Vertices, layer: int, labels: str) -> Tensor:
     """F_1324, labels in the order 1, 3, 2, 4: labels 1, 2 of preactivations, 3, 4 of the NTK."""
     one, three, two, four = labels
     m = layer - 1
-    joint = v.four(m, (0, 0, 1, 1), one + two + three + four) * v.Theta(m, three, four)
+    joint = v.moment(m, (0, 0, 1, 1), one + two + three + four) * v.Theta(m, three, four)
     return v.C_W(m) ** 2 * (joint + v.width_ratio(m) * f_response(v, m, 1, 1, three, one, four, two))
 
 
@@ -72,10 +78,10 @@ def A(v: Vertices, layer: int, labels: str) -> Tensor:
     T_12, T_34 = v.Theta(m, a, b), v.Theta(m, c, d)
     M_12, M_34 = v.M(m, 1, 1, a, b), v.M(m, 1, 1, c, d)
     joint = (
-        lambda_W**2 * v.four(m, (0, 0, 0, 0), labels)
-        + lambda_W * C_W * T_34 * v.four(m, (0, 0, 1, 1), labels)
-        + lambda_W * C_W * T_12 * v.four(m, (1, 1, 0, 0), labels)
-        + C_W**2 * T_12 * T_34 * v.four(m, (1, 1, 1, 1), labels)
+        lambda_W**2 * v.moment(m, (0, 0, 0, 0), labels)
+        + lambda_W * C_W * T_34 * v.moment(m, (0, 0, 1, 1), labels)
+        + lambda_W * C_W * T_12 * v.moment(m, (1, 1, 0, 0), labels)
+        + C_W**2 * T_12 * T_34 * v.moment(m, (1, 1, 1, 1), labels)
         - ntk_source(v, m, a, b) * ntk_source(v, m, c, d)
     )
 
@@ -95,7 +101,7 @@ def B(v: Vertices, layer: int, labels: str) -> Tensor:
     """B_1324, labels in the order 1, 3, 2, 4."""
     one, three, two, four = labels
     m = layer - 1
-    joint = v.four(m, (1, 1, 1, 1), labels) * v.Theta(m, one, two) * v.Theta(m, three, four)
+    joint = v.moment(m, (1, 1, 1, 1), labels) * v.Theta(m, one, two) * v.Theta(m, three, four)
     propagated = v.M(m, 1, 1, one, three) * v.M(m, 1, 1, two, four) * v.array("B", m, labels)
     return v.C_W(m) ** 2 * (joint + v.width_ratio(m) * propagated)
 
