@@ -47,8 +47,6 @@ REVERSE = {
     "linalg.inv",
     "autograd.Function with jvp",
     "autograd.Function of the old style",
-    "checkpoint",
-    "checkpoint of a norm",
     ".item() branch",
 }
 """Measured above order 1 by reverse mode of reverse mode: jets have no rule for them."""

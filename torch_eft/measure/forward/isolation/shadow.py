@@ -209,6 +209,11 @@ class Copies:
             return value
         if hasattr(kind, "__del__") or issubclass(kind, torch.utils.data.Dataset | torch.utils.data.Sampler):
             return value
+        if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__:  # it says how, as an enum
+            try:
+                return copy.deepcopy(value, self._memo)
+            except Exception:
+                return value
         try:
             copied = object.__new__(kind)
         except TypeError:  # built on a type of C
