@@ -28,21 +28,22 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
     respect to them are taken by ``torch.autograd.grad`` inside this context, which stays until the backward pass is
     over.
 
-    Guarded: train/eval flags of every submodule; buffers, parameters and other tensors of the module (an operation that
-    would write to one is stopped before it does; the version counters are compared afterwards); attributes and what the
+    Guarded: train/eval flags of every submodule; buffers, which are copies meanwhile; parameters and other tensors of
+    the module (an operation that would write to one is stopped before it does; the version counters are compared
+    afterwards); attributes and what the
     code of the forward reaches in closures, global names and classes (``PythonState``); hooks of gradients and forward
     hooks that only look (``only_looks``), which do not run; autocast and the random states, by the surrounding
     ``isolated``.
 
     Args:
-        network: Isolated; its parameters must be the module's own.
+        network: Isolated, ``at_own_parameters``.
 
     Yields:
         The output (N, C) as a function of inputs that are where the network is. Its graph ends in the parameters
         ``dict(network.origin.named_parameters())``.
 
     Raises:
-        LiveWriteError: If the forward writes to a parameter, a buffer or another tensor of the module in place.
+        LiveWriteError: If the forward writes to a parameter or another tensor of the module in place.
     """
     network.isolation.check()
     module = network.origin
@@ -59,6 +60,8 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
                 vars(part)[kind] = taking_part(part, kind)
             for kind in ("_backward_hooks", "_backward_pre_hooks"):
                 vars(part)[kind] = type(vars(part)[kind])()
+            for name, buffer in part._buffers.items():  # counted or averaged in every forward: written to, not refused
+                part._buffers[name] = None if buffer is None else buffer.clone()
         for parameter in module.parameters():
             if parameter._backward_hooks:
                 stack.callback(setattr, parameter, "_backward_hooks", parameter._backward_hooks)

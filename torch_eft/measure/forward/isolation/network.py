@@ -55,6 +55,9 @@ class Isolation:
         places: Where the copied module keeps its parameters and buffers.
         copies: How it was copied.
         plain: It consists of modules of torch.nn alone: nothing needs to be watched.
+        own: The module's own trainable parameters, as ``IsolatedModel.params`` has them.
+        rounding: The coarsest eps of a dtype in which the module itself computes, as far as was seen; its copy computes
+            in one precision throughout.
         open: Whether the ``with`` that isolated it has not ended yet.
     """
 
@@ -62,6 +65,8 @@ class Isolation:
     places: list[Place]
     copies: Copies
     plain: bool
+    own: dict[str, Tensor]
+    rounding: float
     open: bool = True
 
     def check(self) -> None:
@@ -88,7 +93,11 @@ class Isolation:
             return nullcontext()
         given = {key: tensors[name] for key, name in self.copies.live.items()}
         given |= {key: tensors[name].detach() for key, name in self.copies.aliases.items()}
-        return GivenTensors(given, self.copies.refused, _precision(tensors.values()), inputs)
+        return GivenTensors(given, self.copies.refused, _precision(tensors.values()), inputs, self.note)
+
+    def note(self, dtype: torch.dtype) -> None:
+        """Note a dtype in which the module itself computes."""
+        self.rounding = max(self.rounding, torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,11 @@ class IsolatedModel:
         with self.isolation.watched(tensors, inputs):
             output = self.module(*args, **kwargs)
             return output if self.output_fn is None else self.output_fn(output)
+
+    @property
+    def at_own_parameters(self) -> bool:
+        """Whether the values of all trainable parameters are those of the module itself, which may be widened."""
+        return all(self.params[name] is value for name, value in self.isolation.own.items())
 
     @property
     def shadow(self) -> nn.Module:
@@ -315,7 +329,8 @@ def _shadow_of(model: nn.Module, output_fn: OutputFn | None, dtype: torch.dtype 
         for key, tensor in tensors.items()
         if tensor is not None
     ]
-    isolation = Isolation(frozenset(buffers), places, copies, plain)
+    rounding = max((torch.finfo(kind).eps for kind in floating), default=0.0)
+    isolation = Isolation(frozenset(buffers), places, copies, plain, params, rounding)
     return IsolatedModel(shadow, params, constants | buffers, output_fn, model, isolation)
 
 

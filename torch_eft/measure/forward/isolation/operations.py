@@ -32,11 +32,19 @@ class GivenTensors(TorchFunctionMode):
         refused: ``{id: why}`` of tensors that must not be used.
         dtype: The network's precision.
         inputs: Of the forward, which may have gradients, too.
+        note: Called with every narrower dtype in which an operation would have been computed.
     """
 
-    def __init__(self, given: dict[int, Tensor], refused: dict[int, str], dtype: torch.dtype, inputs: Any) -> None:
+    def __init__(
+        self,
+        given: dict[int, Tensor],
+        refused: dict[int, str],
+        dtype: torch.dtype,
+        inputs: Any,
+        note: Callable[[torch.dtype], None],
+    ) -> None:
         super().__init__()
-        self._given, self._refused, self._dtype = given, refused, dtype
+        self._given, self._refused, self._dtype, self._note = given, refused, dtype, note
         self._own = {id(tensor) for tensor in given.values()}
         # Leaves of the forward's own, kept alive: no id is given twice.
         self._made = {id(leaf): leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
@@ -54,6 +62,9 @@ class GivenTensors(TorchFunctionMode):
         if narrow is not None and args[0].is_floating_point():
             func, args = Tensor.to, (args[0], self._widened(narrow))
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    self._note(torch.get_autocast_dtype(kind))
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 value = func(*args, **kwargs or {})
         else:
@@ -94,7 +105,9 @@ class GivenTensors(TorchFunctionMode):
 
     def _widened(self, dtype: torch.dtype) -> torch.dtype:
         if dtype.is_floating_point and dtype.itemsize < self._dtype.itemsize:
+            self._note(dtype)
             return self._dtype
         if dtype.is_complex and dtype.itemsize < 2 * self._dtype.itemsize:
+            self._note(dtype)
             return _COMPLEX.get(self._dtype, dtype)
         return dtype
