@@ -268,3 +268,91 @@ def test_order_is_checked():
     model, x, _ = build("mlp")
     with pytest.raises(ValueError, match="derivatives: 3 given; 1 is dH, 2 is dH, ddI and ddII"):
         measure.ntk_derivatives(model, x, randn(3, 2), derivatives=3)
+
+
+class Straight(torch.autograd.Function):
+    """tanh, whose backward is differentiable but forgets that its slope depends on x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1 - ctx.saved_tensors[0].detach().square())
+
+
+class Cut(nn.Module):
+    """Two layers, and between them a part of the function that the gradient does not see."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.body, self.gate, self.head = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+        self.how = how
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        if self.how == "detach":
+            return self.head(h * torch.sigmoid(self.gate(h)).detach())
+        if self.how == "no_grad":
+            with torch.no_grad():
+                scale = torch.sigmoid(self.gate(h))
+            return self.head(h * scale)
+        if self.how == "kinked":
+            return self.head(torch.relu(h) * torch.sigmoid(self.gate(h)).detach())
+        return self.head(Straight.apply(self.gate(h)))
+
+
+@pytest.mark.parametrize(
+    ("how", "part"),
+    [
+        ("detach", "detach in the forward"),
+        ("no_grad", "no_grad in 'gate'"),
+        ("own", "the backward of Straight"),
+        ("kinked", "detach in the forward"),
+    ],
+)
+def test_a_forward_that_is_cut_from_its_gradient(how, part):
+    """H is right, and what autodiff calls its derivative is not: the rate by differences of loops is another one."""
+    torch.manual_seed(0)
+    model, x, e = Cut(how).double(), randn(3, 3), randn(3, 2, seed=1)
+    params = dict(model.named_parameters())
+    v = measure.ntk_vjp(model, x, e)
+    found = measure.ntk_derivatives(model, x, e)
+
+    def kernel(s):
+        leaves = {n: (p + s * v[n]).detach().requires_grad_() for n, p in params.items()}
+        z = functional_call(model, leaves, (x,)).flatten()
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        rows = [torch.cat([g.flatten() for g in torch.autograd.grad(a, list(leaves.values()), **options)]) for a in z]
+        J = torch.stack(rows)
+        return (J @ J.T).view(3, 2, 3, 2).permute(0, 2, 1, 3)
+
+    torch.testing.assert_close(found.H, kernel(0.0), rtol=0, atol=1e-12)
+    rate = (kernel(1e-5) - kernel(-1e-5)) / 2e-5
+    claimed = found.dH + found.dH.permute(1, 0, 3, 2)
+    assert float((claimed - rate).norm()) > 1e-3 * float(rate.norm())
+    assert found.validity.flag == "invalid" and part in found.validity.reason
+    for action in (measure.dntk, measure.ddntk):
+        with pytest.raises(ValueError, match="model: no derivatives: the forward leaves something out"):
+            action(model, x, e)
+        with pytest.raises(ValueError, match="model: no derivatives: the forward leaves something out"):
+            action(model, x)
+
+
+def test_a_harmless_detach_in_float32_is_none():
+    """What is only looked at, or constant, does not make derivatives wrong; nor does rounding."""
+
+    class Watched(nn.Sequential):
+        def forward(self, x):
+            z = super().forward(x)
+            self.size = z.detach().norm()
+            return z / x.shape[1]
+
+    torch.manual_seed(0)
+    model = Watched(nn.Linear(3, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64), nn.Softplus(), nn.Linear(64, 2))
+    x = torch.eye(3)
+    found = measure.ntk_derivatives(model, x, torch.ones(3, 2))
+    assert found.validity.flag == "valid" and found.cut == ()

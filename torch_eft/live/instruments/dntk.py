@@ -93,7 +93,7 @@ class DNTKInstrument(Instrument):
         values = {tag("dntk_along_gradient"): sizes.dntk, tag("dntk_along_gradient", "order_0"): 0.0}
         if sizes.ddntk is not None:
             values |= {tag("ddntk_along_gradient"): sizes.ddntk, tag("ddntk_along_gradient", "order_0"): 0.0}
-        late: History = {pending.step: values}
+        late: History = {} if sizes.validity.flag == "invalid" else {pending.step: values}
         reading = Reading(late=late)
         if sizes.validity.reason != self._validity:
             self._validity = sizes.validity.reason

@@ -91,7 +91,9 @@ class IntervalInstrument(Instrument):
             kernels=kernels,
             ntk=kernels is not None,
         )
-        reading = Reading(compared_scalars(interval_compared(displacement, measurement.step - earlier.step)))
+        reading = Reading()
+        if not displacement.cut:  # else the terms are no derivatives
+            reading = Reading(compared_scalars(interval_compared(displacement, measurement.step - earlier.step)))
         if displacement.validity.reason != self._validity:
             self._validity = displacement.validity.reason
             reading.pages["interval"] = (

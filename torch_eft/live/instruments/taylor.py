@@ -53,7 +53,7 @@ class TaylorInstrument(Instrument):
                 tag("taylor_orders_needed"): float(sizes.orders_needed(TOLERANCE)),
                 tag("taylor_orders_needed", "order_0"): 1.0,
             }
-        reading = Reading(scalars)
+        reading = Reading({} if series.cut else scalars)
         if sizes.rounding < TOLERANCE < sizes.left[-1] and not self._reported:
             self._reported = True
             reading.events.append(

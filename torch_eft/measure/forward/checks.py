@@ -5,7 +5,8 @@
 there are no values, and none are checked.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch_eft.measure.forward.structure import all_finite, check_structure, has
 ROUNDING = 1e3
 """Units of rounding by which a sample's output may depend on the size of the batch: kernels differ with the shape."""
 
+_log = logging.getLogger("torch_eft")
 _ONCE = torch.autograd.function.once_differentiable(lambda context: None).__code__
 
 
@@ -133,6 +135,61 @@ def check_twice_differentiable(z: Tensor) -> None:
         owner = getattr(node, "_forward_cls", None)
         if owner is not None and getattr(owner.backward, "__code__", None) is _ONCE:
             raise RuntimeError(f"the backward of {owner.__name__} is marked once_differentiable")
+
+
+def differs_from_differences(
+    found: Sequence[Tensor], order: int, function: Callable[[float], Sequence[Tensor]], reach: float, eps: float
+) -> bool | None:
+    """Compare a Taylor coefficient with central differences, in which no derivative of that order is taken.
+
+    Args:
+        found: The coefficient of s^order of the values of ``function``, in float64.
+        order: 1, 2 or 3.
+        function: Takes s to some tensors in float64.
+        reach: The s at which the arguments have moved by their own length.
+        eps: Rounding with which ``found`` was computed.
+
+    Returns:
+        Whether they differ; None if the differences do not settle, or ``function`` cannot be computed in float64.
+    """
+    before, settled = None, False
+    for step in _STEPS[order]:
+        h = step * reach
+        try:
+            values = [(weight, function(multiple * h)) for multiple, weight in _STENCILS[order].items()]
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            _log.info("torch_eft: no differences in float64 (%s: %s)", type(error).__name__, error)
+            return None
+        terms = zip(*([weight * part for part in parts] for weight, parts in values), strict=True)
+        difference = [torch.stack(parts).sum(0) / h**order for parts in terms]
+        sizes = torch.stack([part.norm() for part in difference])
+        size = torch.stack([part.norm() for part in values[0][1]]).max()
+        rounding = 1e3 * (torch.finfo(torch.float64).eps / step**order + eps) * size / reach**order
+        off = torch.stack([(a - b).norm() for a, b in zip(found, difference, strict=True)])
+        # A wrong rule, or a part cut from the gradient, is off by much more than a thousandth.
+        wrong = ~(off <= max(1e-3, eps**0.4) * sizes + 1e3 * eps * sizes.max() + rounding)
+        if not bool(wrong.any()):
+            return False
+        if before is not None:
+            moved = torch.stack([(a - b).norm() for a, b in zip(before, difference, strict=True)])
+            settled |= bool((moved < 0.1 * off)[wrong].all())
+        before = difference
+    return True if settled else None
+
+
+_STENCILS = {1: {1: 0.5, -1: -0.5}, 2: {1: 0.5, 0: -1.0, -1: 0.5}, 3: {2: 1 / 12, 1: -1 / 6, -1: 1 / 6, -2: -1 / 12}}
+_STEPS = {1: (1e-7, 1e-5, 1e-3), 2: (1e-4, 1e-3, 1e-2), 3: (1e-3, 3e-3, 1e-2)}
+"""h / reach: where rounding leaves the first in doubt, the others decide."""
+
+
+def reach_of(theta: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> float:
+    """Return |theta| / |v| over the parameters of a direction; infinity where it does not move."""
+    own, v = (torch.stack([part.double().norm() for part in parts]).norm() for parts in _pairs(theta, direction))
+    return float(torch.where(own > 0, own, 1.0) / v)
+
+
+def _pairs(theta: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return [theta[name] for name in direction], list(direction.values())
 
 
 @contextmanager

@@ -88,6 +88,54 @@ def _module_names(module: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
+def cut_operations(network: IsolatedModel, inputs: Any) -> tuple[str, ...]:
+    """Name the operations through which outputs depend on parameters, but gradients do not, or by a rule of their own.
+
+    Args:
+        network: Isolated.
+        inputs: Some samples, where the network is.
+
+    Returns:
+        The names, e.g. ``("detach in 'gate'",)``.
+    """
+    leaves = {name: value.detach().requires_grad_() for name, value in network.params.items()}
+    with _module_names(network.shadow) as stack, _CutWatch(stack) as watch:
+        z = network(leaves, inputs)
+    pending, seen = [z.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        owner = getattr(node, "_forward_cls", None)
+        if owner is not None:
+            watch.names.append(f"the backward of {owner.__name__}")
+        pending += [previous for previous, _ in node.next_functions]
+    return tuple(dict.fromkeys(watch.names))
+
+
+class _CutWatch(TorchFunctionMode):
+    """Names what is done with activations or parameters outside of the gradient."""
+
+    def __init__(self, modules: list[str]) -> None:
+        super().__init__()
+        self.modules = modules
+        self.names: list[str] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Look at the arguments of ``func``, then call it."""
+        kwargs = kwargs or {}
+        name = "data" if func == Tensor.data.__get__ else func.__name__  # type: ignore[attr-defined]
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
+            off = not torch.is_grad_enabled() and name != "__get__"
+            if off or name in ("detach", "detach_", "data", "item", "tolist", "numpy"):
+                place = repr(self.modules[-1]) if self.modules and self.modules[-1] else "the forward"
+                self.names.append(f"{'no_grad' if off else name} in {place}")
+        return func(*args, **kwargs)
+
+
 Side = Callable[..., Tensor]
 """A function of the arguments of a kinked operation that returns the number of each unit's smooth piece."""
 

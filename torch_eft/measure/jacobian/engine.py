@@ -18,6 +18,7 @@ from torch_eft.measure.forward.checks import (
     derivatives_of_order,
 )
 from torch_eft.measure.forward.isolation import IsolatedModel
+from torch_eft.measure.forward.kinks import cut_operations, kink_sides
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.forward.structure import all_finite
@@ -51,10 +52,12 @@ class GramMatrices:
     Args:
         matrices: ``{(m, n): J_m lambda J_n^T}``, ``[a, b, i, j]``, (N, N', C, C) or, for a trace, (N, N').
         method: How the coefficients were computed: ``"jets"``, or ``"reverse mode"`` and why.
+        cut: What the forward leaves out of its gradient, so that they are no coefficients of the Jacobian's own change.
     """
 
     matrices: dict[Orders, Tensor]
     method: str
+    cut: tuple[str, ...] = ()
 
     def __getitem__(self, orders: Orders) -> Tensor:
         """Return one of the matrices."""
@@ -96,6 +99,7 @@ class JacobianGram:
         self.inputs = network.place(probe)
         self.samples = probe.size
         self._planned_on_all = False
+        self._cut: tuple[str, ...] = ()
         self._checked = -1  # the order up to which the plan at hand was compared with ordinary passes
         self.plan = self._planned(probe)
         self._like = network.params[self.trainable[0]] if self.trainable else next(iter(network.params.values()))
@@ -214,6 +218,9 @@ class JacobianGram:
             self._independent = True
         for m in range(max(1, self._checked + 1), verification.order + 1):
             assert direction is not None
+            verdict = verification.differs_from_differences(direction, m, self._samples_of_a_pass)
+            if verdict is False:
+                continue
             with derivatives_of_order(m + 1, self.network.origin):
                 wrong = verification.higher_mismatches(direction, m)
             if wrong:
@@ -222,7 +229,17 @@ class JacobianGram:
                     f"model: derivatives of order {m + 1} cannot be trusted for {name!r}: u . J_{m} of random numbers "
                     f"u {sizes}; an operation of the forward has wrong higher derivatives"
                 )
+            if verdict:
+                self._cut = self._cut or self._cut_parts(m)
         self._checked = max(self._checked, verification.order)
+
+    def _cut_parts(self, order: int) -> tuple[str, ...]:
+        """Name what differences show to be cut from the gradient: across kinks they would differ in any case."""
+        one = slice_of(self.inputs, 0, 1)
+        cut = cut_operations(self.network, one)
+        if kink_sides(self.network, self.network.params, Probe(one)).names:
+            return cut if order == 1 else ()
+        return cut or ("an operation that is not seen",)
 
     # ---- memory
 
@@ -319,7 +336,7 @@ class JacobianGram:
             other: See ``ntk``.
         """
         parts, method = self._computed(pairs, direction, trace, None, other)
-        return GramMatrices(parts[""], method)
+        return GramMatrices(parts[""], method, self._cut)
 
     def gram_blocks(
         self,

@@ -2,16 +2,23 @@
 
 For random numbers u, new at every check, u . J put together from the very factors that a kernel is made of must be the
 gradient of u . z that one forward and one backward pass of all samples give: number by number, parameter by parameter.
+Along a direction v, u . J_1 and u . J_2 must be first and second differences of that gradient between theta - h v and
+theta + h v. Where the forward takes something out of its gradient (detach, no_grad), they are not, though all ways of
+differentiating it agree.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from torch_eft.measure.forward.checks import differs_from_differences, reach_of
 from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.reverse_mode import gradients_along, ordinary_gradients
@@ -89,6 +96,25 @@ class Verification:
         wrong = self._differing(gradients, 0)
         return {name: f"u . J of random numbers u {sizes}" for name, sizes in wrong.items()}, outputs
 
+    def differs_from_differences(self, direction: Mapping[str, Tensor], order: int, block: int) -> bool | None:
+        """Return whether u . J_order is no coefficient of the gradient's change along a direction; None if unknown."""
+        reach = reach_of(self.network.params, direction)
+        if not reach < math.inf:
+            return False
+        wide = self.network.bound(None, torch.float64)
+        inputs = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, self.inputs)
+
+        def gradient(s: float) -> list[Tensor]:
+            moved = {name: wide.params[name] + s * direction[name].double() for name in self.trainable}
+            at = replace(wide, params={**wide.params, **moved})
+            _, gradients, _ = ordinary_gradients(at, inputs, self.u.double(), self.trainable, block)
+            return [self._in_order(gradients[name], name) for name in self.trainable]
+
+        sums = self._sums[order]
+        like = {name: self.network.params[name] for name in self.trainable}
+        found = [sums.get(name, torch.zeros_like(value).flatten()).double() for name, value in like.items()]
+        return differs_from_differences(found, order, gradient, reach, torch.finfo(self.u.dtype).eps)
+
     def higher_mismatches(self, direction: Mapping[str, Tensor], order: int) -> dict[str, str]:
         """Compare u . J_order with reverse mode of reverse mode."""
         leaves = {name: self.network.params[name].detach().requires_grad_() for name in self.trainable}
@@ -103,9 +129,7 @@ class Verification:
         """Return what differs by more than ``DIGITS`` of its size and a thousand roundings of the largest one's."""
         pairs = []
         for name in self.trainable:
-            kind = self.plan.kinds.get(name, "") if name not in self.plan.fallback else ""
-            transposed = name in self.plan.transposed and name not in self.plan.fallback
-            expected = in_order_of_factors(gradients[name].detach(), kind, transposed, self._groups[name])
+            expected = self._in_order(gradients[name].detach(), name)
             found = self._sums[order].get(name)
             off = expected if found is None or found.shape != expected.shape else found - expected
             pairs.append(torch.stack([off.norm(), expected.norm()]))
@@ -117,3 +141,9 @@ class Verification:
             for index, name in enumerate(self.trainable)
             if wrong[index]
         }
+
+    def _in_order(self, gradient: Tensor, name: str) -> Tensor:
+        if name in self.plan.fallback:
+            return gradient.flatten()
+        kind, transposed = self.plan.kinds.get(name, ""), name in self.plan.transposed
+        return in_order_of_factors(gradient, kind, transposed, self._groups[name])

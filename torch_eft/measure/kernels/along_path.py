@@ -22,6 +22,7 @@ from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.forward.reverse_mode import pull_back
 from torch_eft.measure.jacobian.engine import JacobianGram
 from torch_eft.measure.jacobian.gram import Orders
+from torch_eft.measure.kernels.dntk import no_derivatives
 from torch_eft.measure.kernels.metrics import as_matrix
 
 
@@ -56,7 +57,7 @@ def along_path(
 ) -> Iterator[DirectionPair]:
     """Yield the matrices of every pair of directions, one pair after another.
 
-    Raises a ``ValueError`` if second derivatives by reverse mode and by Taylor series disagree.
+    Raises a ``ValueError`` if derivatives are wrong, or not those of the network's own change.
 
     Args:
         network: Isolated.
@@ -74,8 +75,10 @@ def along_path(
     directions, r = curvature.directions, len(basis)
 
     def gram(direction: list[Tensor], pairs: list[Orders]) -> dict[Orders, Tensor]:
-        matrices = engine.gram(pairs, dict(zip(engine.trainable, direction, strict=True))).matrices
-        return {pair: as_matrix(value) for pair, value in matrices.items()}
+        found = engine.gram(pairs, dict(zip(engine.trainable, direction, strict=True)))
+        if found.cut:
+            raise ValueError(f"model: {no_derivatives(found.cut)}")
+        return {pair: as_matrix(value) for pair, value in found.matrices.items()}
 
     squares: list[dict[Orders, Tensor]] = []
     for c in range(r):

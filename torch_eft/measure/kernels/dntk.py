@@ -60,6 +60,7 @@ class NTKDerivatives:
         ddII: Likewise.
         kinked: Operations with kinks that the network executes.
         method: ``"jets"``, or ``"reverse mode"`` with the operation that has no rule for jets.
+        cut: What the forward leaves out of its gradient: then dH is not the rate of change of H.
 
     Example:
         z = w_2 w_1 x at w_1 = w_2 = x = 1 has the gradient (1, 1) and the off-diagonal second derivative 1.
@@ -81,13 +82,14 @@ class NTKDerivatives:
     ddII: Tensor | None
     kinked: tuple[str, ...]
     method: str
+    cut: tuple[str, ...] = ()
 
     __repr__ = short_repr
 
     @property
     def validity(self) -> Validity:
         """Say whether the numbers are the derivatives of a smooth network."""
-        return derivatives_validity(self.kinked)
+        return derivatives_validity(self.kinked, self.cut)
 
 
 @dataclass(frozen=True, repr=False)
@@ -127,8 +129,19 @@ def almost_everywhere(kinked: tuple[str, ...]) -> str | None:
     )
 
 
-def derivatives_validity(kinked: tuple[str, ...]) -> Validity:
-    """Return the validity of derivatives of a network that executes these operations with kinks."""
+def no_derivatives(cut: tuple[str, ...]) -> str:
+    """Return why the higher derivatives by autodiff are not those of the network."""
+    return (
+        "no derivatives: the forward leaves something out of its gradient, or has a backward of its own "
+        f"({', '.join(cut)}); H is that of the training, but central differences of its Jacobian contradict the "
+        "derivatives: use the realized change of H, or a secant (ntk_finite_difference)"
+    )
+
+
+def derivatives_validity(kinked: tuple[str, ...], cut: tuple[str, ...] = ()) -> Validity:
+    """Return the validity of derivatives of a network with these kinks, and these parts cut from its gradient."""
+    if cut:
+        return Validity("invalid", no_derivatives(cut))
     caveat = almost_everywhere(kinked)
     return Validity("valid", "the derivatives of a smooth network") if caveat is None else Validity("caution", caveat)
 
@@ -190,6 +203,7 @@ def ntk_derivatives(
             gram.matrices.get((1, 1)),
             tuple(dict.fromkeys(kinks)),
             gram.method,
+            gram.cut,
         )
 
 
@@ -249,7 +263,7 @@ def dntk(
     result = ntk_derivatives(
         model, x, direction, lambdas=lambdas, derivatives=1, output_fn=output_fn, memory=memory, kernel=False
     )
-    _warn(result.kinked)
+    _warn(result)
     return result.dH
 
 
@@ -288,13 +302,16 @@ def ddntk(
     if direction is None:
         return DDNTK(*_whole(model, x, lambdas, ("ddI", "ddII"), output_fn, memory))
     result = ntk_derivatives(model, x, direction, lambdas=lambdas, output_fn=output_fn, memory=memory, kernel=False)
-    _warn(result.kinked)
+    _warn(result)
     assert result.ddI is not None and result.ddII is not None
     return DDNTK(result.ddI, result.ddII)
 
 
-def _warn(kinked: tuple[str, ...]) -> None:
-    caveat = almost_everywhere(kinked)
+def _warn(result: NTKDerivatives) -> None:
+    """Warn of kinks; refuse what is no derivative, as a bare tensor says nothing of its validity."""
+    if result.cut:
+        raise ValueError(f"model: {no_derivatives(result.cut)}")
+    caveat = almost_everywhere(result.kinked)
     if caveat is not None:
         warnings.warn(caveat, AlmostEverywhereWarning, stacklevel=3)
 
@@ -324,8 +341,8 @@ def _whole(
                 names,
             )
         tensors = {name: getattr(whole, name)[0] for name in names}
-        kinked = _check_in_one_direction(network, probe, lambdas, tensors, memory)
-    _warn(kinked)
+        result = _check_in_one_direction(network, probe, lambdas, tensors, memory)
+    _warn(result)
     return list(tensors.values())
 
 
@@ -346,8 +363,8 @@ def _check_in_one_direction(
     lambdas: Mapping[str, float] | float | None,
     tensors: dict[str, Tensor],
     memory: int,
-) -> tuple[str, ...]:
-    """Refuse a tensor that the jets contradict; returns the operations with kinks."""
+) -> NTKDerivatives:
+    """Refuse a tensor that the jets contradict; returns those in one direction."""
     like = next(iter(tensors.values()))
     generator = torch.Generator(device="cpu").manual_seed(0)
     e = torch.randn(like.shape[0], like.shape[-1], generator=generator, device="cpu").to(like)
@@ -368,4 +385,4 @@ def _check_in_one_direction(
                 f"model: its {name} cannot be trusted: reverse mode gives {float(contracted.norm()):.6g} in a random "
                 f"direction, Taylor series {float(expected.norm()):.6g}"
             )
-    return other.kinked
+    return other

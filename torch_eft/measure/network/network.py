@@ -185,7 +185,7 @@ class Network:
         )
 
     def taylor(
-        self, theta_0: Parameters, theta: Parameters, *, taylor_order: int = 3, check: bool | None = None
+        self, theta_0: Parameters, theta: Parameters, *, taylor_order: int = 3, check: bool = True
     ) -> TaylorSeries:
         """Return the Taylor terms of the output about theta_0 at theta; see ``measure.taylor_series``."""
         options: dict[str, Any] = {"taylor_order": taylor_order, "output_fn": self.output_fn, "check": check}

@@ -42,6 +42,7 @@ class DisplacementTerms:
         ntk_terms: (1 or 2, ...): from dNTK, and from the ddNTKs.
         kinked: Operations with kinks, whose crossings no term contains.
         frozen_moved: |d| of the parameters with lambda = 0, relative to |d|: the NTK's terms leave them out.
+        cut: What the forward leaves out of its gradient: then the terms are no derivatives.
 
     Example:
         >>> import torch
@@ -60,6 +61,7 @@ class DisplacementTerms:
     ntk_terms: Tensor | None
     kinked: tuple[str, ...]
     frozen_moved: float
+    cut: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return short_repr(self)
@@ -67,8 +69,8 @@ class DisplacementTerms:
     @property
     def validity(self) -> Validity:
         """Effects that the terms leave out: crossings of kinks, and parameters with lambda = 0 that moved."""
-        smooth = derivatives_validity(self.kinked)
-        if self.frozen_moved == 0:
+        smooth = derivatives_validity(self.kinked, self.cut)
+        if self.frozen_moved == 0 or self.cut:
             return smooth
         text = f"{100 * self.frozen_moved:.2g} % of the displacement is of parameters with lambda = 0"
         return Validity("caution", (*smooth.reasons, text), {"frozen_moved": self.frozen_moved})
@@ -127,7 +129,7 @@ def displacement_terms(
         d = {name: end.params[name] - value for name, value in start.params.items()}
         trainable = {name for name in d if not isinstance(lambdas, Mapping) or lambdas[name] > 0}
         H = change = terms = None
-        kinked = series.kinked
+        kinked, cut = series.kinked, series.cut
         if ntk:
             if kernels is None:
                 H, H_end = (ntk_of(at, probe, lambdas=lambdas, trace=trace, memory=memory) for at in (start, end))
@@ -144,12 +146,13 @@ def displacement_terms(
                 kernel=False,
             )
             kinked = tuple(dict.fromkeys((*kinked, *measured.kinked)))
+            cut = tuple(dict.fromkeys((*cut, *measured.cut)))
             change, terms = H_end - H, _ntk_terms(measured)
         squares = torch.stack([value.double().square().sum() for value in d.values()])
         left = torch.tensor([name not in trainable for name in d], device=squares.device)
         share = float((squares[left].sum() / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
     return DisplacementTerms(
-        series.terms[0], series.value - series.terms[0], series.terms[1:], H, change, terms, kinked, share
+        series.terms[0], series.value - series.terms[0], series.terms[1:], H, change, terms, kinked, share, cut
     )
 
 

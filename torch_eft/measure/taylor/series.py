@@ -8,20 +8,21 @@ In the large-width counting f' d is O(1), the terms of order 2 and 3 are both O(
 Jets give all terms in one forward pass; where an operation has no rule, repeated reverse mode along the line does.
 """
 
+import logging
 import math
 import time
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from torch_eft.measure.forward.checks import check_differentiable_function
+from torch_eft.measure.forward.checks import check_differentiable_function, differs_from_differences, reach_of
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, Parameters, check_parameters, isolated
+from torch_eft.measure.forward.kinks import cut_operations
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jets.jet import MAX_ORDER, NoJetRuleError, coefficients_of, lift, watch_kinks
@@ -30,6 +31,8 @@ from torch_eft.results.repr import short_repr
 
 JETS = "jets"
 REVERSE = "reverse-over-reverse"
+
+_log = logging.getLogger("torch_eft")
 
 
 class NotFiniteError(ValueError):
@@ -48,6 +51,7 @@ class TaylorSeries:
         cost: Time for the terms in units of one forward pass.
         kinked: Names of the operations with kinks or jumps that the terms went through.
         remarks: Sentences on the limits of validity.
+        cut: What the forward leaves out of its gradient: then the terms are no derivatives of the output.
 
     Example:
         >>> import torch
@@ -65,6 +69,7 @@ class TaylorSeries:
     cost: float
     kinked: tuple[str, ...]
     remarks: tuple[str, ...]
+    cut: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return short_repr(self)
@@ -122,7 +127,7 @@ def taylor_terms(
     *,
     taylor_order: int = 3,
     output_fn: OutputFn | None = None,
-    check: bool | None = None,
+    check: bool = True,
 ) -> Tensor:
     """Compute the Taylor terms f(theta_0), f' d, f'' d d / 2, f''' d d d / 6 of the output, d = theta - theta_0.
 
@@ -130,6 +135,9 @@ def taylor_terms(
 
     Returns:
         The terms, (taylor_order + 1, N, C).
+
+    Raises:
+        ValueError: Also where the forward leaves something out of its gradient (``TaylorSeries.cut``).
 
     Example:
         >>> import torch
@@ -141,7 +149,10 @@ def taylor_terms(
         (torch.Size([4, 3, 2]), False)
     """
     options: dict[str, Any] = {"taylor_order": taylor_order, "output_fn": output_fn, "check": check}
-    return taylor_series(model, x, theta_0, theta, **options).terms
+    series = taylor_series(model, x, theta_0, theta, **options)
+    if series.cut:
+        raise ValueError(f"model: {no_derivatives_of_output(series.cut)}")
+    return series.terms
 
 
 def taylor_sizes(
@@ -152,7 +163,7 @@ def taylor_sizes(
     *,
     taylor_order: int = 3,
     output_fn: OutputFn | None = None,
-    check: bool | None = None,
+    check: bool = True,
 ) -> TaylorSizes | None:
     """Compute the sizes of the Taylor terms relative to the change of the output; None if it has not moved.
 
@@ -160,6 +171,9 @@ def taylor_sizes(
 
     Returns:
         The sizes.
+
+    Raises:
+        ValueError: Also where the forward leaves something out of its gradient (``TaylorSeries.cut``).
 
     Example:
         >>> import torch
@@ -171,7 +185,10 @@ def taylor_sizes(
         1
     """
     options: dict[str, Any] = {"taylor_order": taylor_order, "output_fn": output_fn, "check": check}
-    return taylor_series(model, x, theta_0, theta, **options).sizes()
+    series = taylor_series(model, x, theta_0, theta, **options)
+    if series.cut:
+        raise ValueError(f"model: {no_derivatives_of_output(series.cut)}")
+    return series.sizes()
 
 
 def taylor_series(
@@ -182,7 +199,7 @@ def taylor_series(
     *,
     taylor_order: int = 3,
     output_fn: OutputFn | None = None,
-    check: bool | None = None,
+    check: bool = True,
 ) -> TaylorSeries:
     """Compute the Taylor terms of the output about theta_0 at theta, in evaluation mode, and their remainder.
 
@@ -193,8 +210,7 @@ def taylor_series(
         theta: Every trainable parameter at the end, likewise.
         taylor_order: Order of the last term, 0 to 3.
         output_fn: Turns what the model returns into (N, C).
-        check: Compare the terms of the jets, in one random direction of the output, with reverse mode, which is
-            independent of their rules: always, never, or (None) the first time for this model, probe and order.
+        check: Compare the terms with central differences of outputs in float64: 10 forward passes at order 3.
 
     Returns:
         The terms and the remainder.
@@ -227,12 +243,9 @@ def taylor_series(
         (terms, method, kinked, remarks), spent = _timed(end, lambda: _terms(start, direction, probe, taylor_order))
         terms = terms.detach()
         _check_finite(terms, value)
-        if method == JETS and taylor_order > 0:
-            key = (probe.description, network.output_fn)
-            seen = _checked.setdefault(network.origin, {})
-            if check or (check is None and seen.get(key, 0) < taylor_order):
-                remarks += _compare(start, direction, probe, terms)
-                seen[key] = max(taylor_order, seen.get(key, 0))
+        cut = _checked(start, direction, probe, terms, bool(kinked)) if check else ()
+        if cut:
+            remarks = (no_derivatives_of_output(cut), *remarks)
     return TaylorSeries(
         terms=terms,
         value=value,
@@ -241,11 +254,17 @@ def taylor_series(
         cost=spent / seconds,
         kinked=kinked,
         remarks=(*_limits(taylor_order, kinked), *remarks),
+        cut=cut,
     )
 
 
-_checked: "weakref.WeakKeyDictionary[nn.Module, dict[Any, int]]" = weakref.WeakKeyDictionary()
-"""The highest order that was compared with reverse mode, for every model and kind of probe."""
+def no_derivatives_of_output(cut: tuple[str, ...]) -> str:
+    """Return why the terms are not those of the output's own change."""
+    return (
+        "no derivatives: the forward leaves something out of its gradient, or has a backward of its own "
+        f"({', '.join(cut)}), and central differences of the output contradict the terms; the remainder is what they "
+        "leave of its change all the same"
+    )
 
 
 def _timed(network: IsolatedModel, compute: Callable[[], Any]) -> tuple[Any, float]:
@@ -286,28 +305,72 @@ def _by_jets(base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe,
     return torch.stack([value, *[torch.zeros_like(value) if part is None else part for part in higher]])
 
 
-def _compare(base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe, terms: Tensor) -> tuple[str, ...]:
-    """Compare terms by jets with reverse mode in one random direction of the output.
+def _checked(
+    base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe, terms: Tensor, kinked: bool
+) -> tuple[str, ...]:
+    """Compare terms with central differences of outputs; where they differ, with reverse mode.
+
+    Args:
+        base: The network at theta_0.
+        direction: d, for every trainable parameter.
+        probe: Inputs.
+        terms: (order + 1, N, C).
+        kinked: Whether the forward has kinks: differences of order 2 and 3 go across them.
+
+    Returns:
+        What the forward leaves out of its gradient, if differences show that it does.
+
+    Raises:
+        ValueError: If the terms are wrong.
+    """
+    reach = reach_of(base.params, direction)
+    if not reach < math.inf or terms.device.type == "meta":
+        return ()
+    wide = base.bound(None, torch.float64)
+    inputs = wide.place(probe)
+
+    def outputs(s: float) -> list[Tensor]:
+        moved = {name: value + s * direction[name].double() for name, value in wide.params.items()}
+        with torch.no_grad():
+            return [wide(moved, tree_map_only(Tensor, torch.clone, inputs))]
+
+    eps = torch.finfo(terms.dtype).eps
+    doubtful, differs = [], False
+    for order in range(1, len(terms)):
+        across = kinked and order > 1
+        verdict = None if across else differs_from_differences([terms[order].double()], order, outputs, reach, eps)
+        if verdict is not False:
+            doubtful.append(order)
+            differs |= bool(verdict)
+    if doubtful:
+        _compare(base, direction, probe, terms, doubtful)
+    cut = cut_operations(base, base.place(probe)) if differs else ()
+    return ("an operation that is not seen",) if differs and not (cut or kinked) else cut
+
+
+def _compare(
+    base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe, terms: Tensor, orders: Sequence[int]
+) -> None:
+    """Compare terms with reverse mode in one random direction of the output, where that is possible.
 
     Args:
         base: The network at theta_0.
         direction: d, for every trainable parameter.
         probe: Inputs.
         terms: (order + 1, N, C), by jets.
-
-    Returns:
-        A remark if reverse mode is not available, else nothing.
+        orders: Which of them.
 
     Raises:
         ValueError: If they differ.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     pattern = torch.randn(terms.shape[1:], generator=generator, device="cpu").to(terms)
-    order = len(terms) - 1
     try:
-        expected = series_by_reverse_mode(base, direction, probe, order, pattern)
+        expected = series_by_reverse_mode(base, direction, probe, max(orders), pattern)
     except ValueError as error:
-        return (f"not checked against reverse mode: {error}",)
+        _log.info("torch_eft: terms not compared with reverse mode: %s", error)
+        return
+    terms = terms[: len(expected)]
     by_jets = (terms * pattern).sum((1, 2))
     # A third of the digits: a wrong rule is wrong by much more, and third derivatives amplify rounding.
     tolerance = torch.finfo(terms.dtype).eps ** (1 / 3) * (terms * pattern).abs().sum((1, 2))
@@ -319,7 +382,6 @@ def _compare(base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe,
                 f"model: the Taylor term of order {degree} is {a:.6g} by jets and {b:.6g} by reverse mode in one "
                 "direction of the output, so one of them is wrong; please report the operations of this model"
             )
-    return ()
 
 
 def _check_finite(terms: Tensor, value: Tensor) -> None:
