@@ -226,10 +226,8 @@ def test_a_copy_that_is_another_network_is_found():
             super().__init__()
             self.layer, self.scale = nn.Linear(4, 2), 3.0
 
-        def __deepcopy__(self, memo):
-            copied = Elsewhere()
-            copied.layer, copied.scale = copy.deepcopy(self.layer, memo), 1.0
-            return copied
+        def __getstate__(self):
+            return {**vars(self), "scale": 1.0}
 
         def forward(self, x):
             return self.scale * self.layer(x)

@@ -139,7 +139,7 @@ class Copies:
             return self._note(module, module)
         copied = self._note(module, object.__new__(type(module)))
         own = vars(copied)
-        for name, value in _state_of(module).items():
+        for name, value in attributes_of_copies(module).items():
             if name in KINDS:
                 value = taking_part(module, name)
             elif name in ("_backward_hooks", "_backward_pre_hooks"):
@@ -252,7 +252,7 @@ def runs_in_place_of(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def _state_of(module: nn.Module) -> dict[str, Any]:
+def attributes_of_copies(module: nn.Module) -> dict[str, Any]:
     """The attributes as the class gives them away for copies: without a trainer, for one."""
     get = getattr(type(module), "__getstate__", None)
     if get is None or get is getattr(object, "__getstate__", None) or runs_in_place_of(module) is not None:
