@@ -8,6 +8,7 @@ there are no values, and none are checked.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ def check_batch_independence(network: IsolatedModel, inputs: Any, outputs: Tenso
     part = tree_map_only(Tensor, lambda tensor: tensor[order], inputs)
     again = _run_with_gradients(network, part)
     _check_graph(again)
+    _check_gradients_are_on(network, part)
     if not has_values(outputs):
         return
     outputs, again = outputs.detach(), again.detach()
@@ -219,6 +221,40 @@ def derivatives_of_order(order: int, module: nn.Module) -> Iterator[None]:
         ) from error
 
 
+def _check_gradients_are_on(network: IsolatedModel, inputs: Any) -> None:
+    """Refuse forwards that switch gradients off for what is trained."""
+
+    def used(mode: bool) -> tuple[Tensor, set[str], set[str]]:
+        leaves = {name: value.detach().requires_grad_() for name, value in network.params.items()}
+        # In training mode buffers may be updated.
+        own = replace(network, constants={name: value.clone() for name, value in network.constants.items()})
+        network.isolation.without_gradient.clear()
+        for module in network.shadow.modules():
+            module.training = mode
+        try:
+            z = own(leaves, tree_map_only(Tensor, torch.clone, inputs))
+        finally:
+            for module in network.module.modules():
+                module.training = False
+        ends = {id(getattr(node, "variable", None)) for node in _nodes(z)} if z.requires_grad else set()
+        without = network.isolation.without_gradient
+        reached = {name for name, leaf in leaves.items() if id(leaf) in ends}
+        return z, reached, {name for name, leaf in leaves.items() if id(leaf) in without} - reached
+
+    if not network.isolation.without_gradient:
+        return
+    z, _, cut = used(False)
+    if cut and z.requires_grad:
+        try:
+            cut &= used(True)[1]
+        except Exception:  # its training takes something else
+            return
+    if cut:
+        remedy = "let it have them, without self.training, or measure the submodule that is trained"
+        when = "in evaluation mode" if z.requires_grad else "(torch.no_grad), so that its output has none"
+        raise ValueError(f"model: its forward uses {min(cut)!r}, which is trained, with gradients off {when}; {remedy}")
+
+
 def _check_repeated(repeated: Tensor, outputs: Tensor) -> None:
     if not bool(_alike(repeated, outputs)):
         raise ValueError(
@@ -236,6 +272,7 @@ def _alike(values: Tensor, reference: Tensor) -> Tensor:
 def _run_with_gradients(network: IsolatedModel, inputs: Any) -> Tensor:
     """Run with gradients of the inputs as well: otherwise a reentrant checkpoint is not a node of the graph."""
     leaves = {name: value.detach().requires_grad_() for name, value in network.params.items()}
+    network.isolation.without_gradient.clear()
 
     def with_gradient(tensor: Tensor) -> Tensor:
         return tensor.detach().requires_grad_().clone() if tensor.is_floating_point() else tensor

@@ -71,6 +71,12 @@ def checked_output(network: IsolatedModel, probe: Probe, params: dict[str, Tenso
             f"output_fn: the output for {probe.size} samples is {given}, not a tensor ({probe.size}, C) with C >= 1; "
             f"{_remedy(result, probe.size)}"
         )
+    if not result.is_floating_point():
+        kind = str(result.dtype).removeprefix("torch.")
+        remedy = "lambda z: torch.view_as_real(z).flatten(1)" if result.is_complex() else "that returns the logits"
+        raise ValueError(
+            f"output_fn: the output is {kind}, and the measurements are for real outputs; give an output_fn {remedy}"
+        )
     return result
 
 

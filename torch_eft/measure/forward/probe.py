@@ -1,11 +1,12 @@
 """The probe: a few fixed inputs on which everything is measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_eft.measure.forward.structure import all_finite
 
@@ -17,9 +18,9 @@ class Probe:
     """Fixed inputs, checked.
 
     Args:
-        inputs: A tensor (N, ...), a tuple or list of positional arguments, or a dict of keyword
-            arguments of the model's forward; every tensor in it has the N samples first. On the CPU, or where
-            the model is.
+        inputs: A tensor (N, ...), a tuple or list of positional arguments, or a dict (any mapping) of keyword
+            arguments of the model's forward; every tensor in it has the N samples first, other values are the same for
+            all samples. On the CPU, or where the model is.
 
     Raises:
         ValueError: If there is no tensor, no sample, the numbers of samples or the devices differ, or an input is
@@ -37,6 +38,8 @@ class Probe:
     inputs: Any
 
     def __post_init__(self) -> None:
+        if isinstance(self.inputs, Mapping) and not isinstance(self.inputs, dict):  # what a tokenizer returns, say
+            object.__setattr__(self, "inputs", dict(self.inputs))
         if not isinstance(self.inputs, Tensor | tuple | list | dict):
             raise TypeError(
                 f"probe: {type(self.inputs).__name__} given; give a tensor (N, ...), a tuple of arguments or a dict of "
@@ -57,6 +60,9 @@ class Probe:
             raise ValueError(f"probe: its tensors are on {places}; bring all to one device, or to the CPU")
         if not all_finite(*tensors):
             raise ValueError("probe: contains NaN or infinite values; inputs must be finite")
+        if any(tensor.is_inference() for tensor in tensors):  # no graph can hold them
+            with torch.inference_mode(False):
+                object.__setattr__(self, "inputs", tree_map_only(Tensor, torch.clone, self.inputs))
 
     @property
     def size(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from torch_eft.measure.forward.checks import check_twice_differentiable
 from torch_eft.measure.forward.decompositions import Decomposed
@@ -102,8 +102,9 @@ def _first_order(network: IsolatedModel, inputs: Any, names: Sequence[str]) -> d
     def one_sample(params: dict[str, Tensor], sample: Any) -> Tensor:
         return network({**params, **others}, tree_map_only(Tensor, lambda tensor: tensor[None], sample))[0]
 
+    axes = tree_map(lambda value: 0 if isinstance(value, Tensor) else None, inputs)
     try:
-        return vmap(jacrev(one_sample), in_dims=(None, 0))(own, inputs)
+        return vmap(jacrev(one_sample), in_dims=(None, axes))(own, inputs)
     except (RuntimeError, NotImplementedError):  # an op without a batching rule: one sample at a time
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
         for index in range(sample_count(inputs)):

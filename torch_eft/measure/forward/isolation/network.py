@@ -12,7 +12,7 @@ they are written.
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -58,6 +58,7 @@ class Isolation:
         own: The module's own trainable parameters, as ``IsolatedModel.params`` has them.
         rounding: The coarsest eps of a dtype in which the module itself computes, as far as was seen; its copy computes
             in one precision throughout.
+        without_gradient: Ids of given parameters that forwards have used while they had gradients off.
         open: Whether the ``with`` that isolated it has not ended yet.
     """
 
@@ -67,6 +68,7 @@ class Isolation:
     plain: bool
     own: dict[str, Tensor]
     rounding: float
+    without_gradient: set[int] = field(default_factory=set)
     open: bool = True
 
     def check(self) -> None:
@@ -93,7 +95,9 @@ class Isolation:
             return nullcontext()
         given = {key: tensors[name] for key, name in self.copies.live.items()}
         given |= {key: tensors[name].detach() for key, name in self.copies.aliases.items()}
-        return GivenTensors(given, self.copies.refused, _precision(tensors.values()), inputs, self.note)
+        return GivenTensors(
+            given, self.copies.refused, _precision(tensors.values()), inputs, self.note, self.without_gradient
+        )
 
     def note(self, dtype: torch.dtype) -> None:
         """Note a dtype in which the module itself computes."""

@@ -13,6 +13,7 @@ _NARROWING = {
     Tensor.half: torch.float16,
     Tensor.bfloat16: torch.bfloat16,
 }
+_EMBEDDINGS = (nn.functional.embedding, nn.functional.embedding_bag)
 _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 _METADATA = frozenset(
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad")
@@ -33,6 +34,7 @@ class GivenTensors(TorchFunctionMode):
         dtype: The network's precision.
         inputs: Of the forward, which may have gradients, too.
         note: Called with every narrower dtype in which an operation would have been computed.
+        without_gradient: Ids of given tensors are added that an operation used while the forward had gradients off.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class GivenTensors(TorchFunctionMode):
         dtype: torch.dtype,
         inputs: Any,
         note: Callable[[torch.dtype], None],
+        without_gradient: set[int],
     ) -> None:
         super().__init__()
         self._given, self._refused, self._dtype, self._note = given, refused, dtype, note
+        self._without_gradient, self._on = without_gradient, torch.is_grad_enabled()
         self._own = {id(tensor) for tensor in given.values()}
         # Leaves of the forward's own, kept alive: no id is given twice.
         self._made = {id(leaf): leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
@@ -58,6 +62,8 @@ class GivenTensors(TorchFunctionMode):
         args = tuple(self._replaced(value) for value in args)
         if kwargs:
             kwargs = {name: self._replaced(value) for name, value in kwargs.items()}
+            if kwargs.get("sparse") is True and func in _EMBEDDINGS:
+                kwargs["sparse"] = False
         narrow = _NARROWING.get(func)
         if narrow is not None and args[0].is_floating_point():
             func, args = Tensor.to, (args[0], self._widened(narrow))
@@ -77,9 +83,11 @@ class GivenTensors(TorchFunctionMode):
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            given = self._given.get(id(value))
-            if given is not None:
-                return given
+            value = self._given.get(id(value), value)
+            if self._on and id(value) in self._own:
+                if not torch.is_grad_enabled():
+                    self._without_gradient.add(id(value))
+                return value
             if type(value) in (Tensor, nn.Parameter):
                 self._check(value)
             return value

@@ -66,7 +66,7 @@ class Copies:
             self._remember(
                 parameter,
                 parameter
-                if share_parameters
+                if share_parameters and not parameter.is_inference()
                 else nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad),
                 name,
             )
@@ -147,6 +147,8 @@ class Copies:
             own[name] = self.copy(value)
         copied.__setstate__(dict(own))
         own["training"] = False
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            own["sparse"] = False  # the same gradients, in a form that can be differentiated
         own["_compiled_call_impl"] = None  # a compiled module's would go on calling the original
         inner = runs_in_place_of(copied)
         if inner is not None:
