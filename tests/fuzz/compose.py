@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-import tests.fuzz.layers  # noqa: F401
+from tests.fuzz import functions, hazards, layers  # noqa: F401 (they fill BLOCKS)
 from tests.fuzz.kinds import BLOCKS, randn
 from tests.fuzz.left_out import BLOCKS_LEFT_OUT, FORMS_LEFT_OUT
 
-LETTERS = {"f": 1, "s": 2, "c": 2, "i": 3, "v": 4, "t": 1}
+WITHOUT_PARAMETERS = {name for name, made in BLOCKS.items() if made.make.__module__ == functions.__name__}
 FORMS = ["tensor"] * 4 + ["tuple", "list", "dict", "mask", "task", "settings", "nested", "none"]
 OUTPUTS = ["tensor"] * 5 + ["dict", "tuple", "squeezed", "tokens"]
 
@@ -125,7 +125,7 @@ def _attempt(r, seed, only):
         if only is not None:
             fitting = [only]
         elif len(names) % 2 == 0 and kind != "t":  # parameters in at least every second block
-            fitting = [name for name in fitting if BLOCKS[name].make.__module__ != "tests.fuzz.functions"]
+            fitting = [name for name in fitting if name not in WITHOUT_PARAMETERS]
         name = r.choice(fitting)
         made = BLOCKS[name]
         try:
@@ -175,9 +175,9 @@ def _attempt(r, seed, only):
 
 
 def _first(kind, size):
-    layers = {"f": lambda: nn.Linear(size[-1], size[-1]), "s": lambda: nn.Linear(size[-1], size[-1])}
+    linear = {"f": lambda: nn.Linear(size[-1], size[-1]), "s": lambda: nn.Linear(size[-1], size[-1])}
     convolutions = {"c": nn.Conv1d, "i": nn.Conv2d, "v": nn.Conv3d}
-    return layers[kind]() if kind in layers else convolutions[kind](size[0], max(2, size[0]), 1)
+    return linear[kind]() if kind in linear else convolutions[kind](size[0], max(2, size[0]), 1)
 
 
 def _head(r, z, outputs):

@@ -183,7 +183,7 @@ def questions(at: Examined, measure) -> dict[str, Callable[[], Iterator[Compared
         """w J_1 lambda J_0^T and so on for the two w, and the errors of the differences."""
         line = at.line(v)
         J = at.J.reshape(-1, at.P)
-        size = J.norm(dim=1).max() * at.scale.max().sqrt()
+        size = (J * at.scale).norm(dim=1).max()
         return line, J, size
 
     def derivatives_of(found, v, trace, warned=False):
@@ -198,11 +198,11 @@ def questions(at: Examined, measure) -> dict[str, Callable[[], Iterator[Compared
                 got_k = torch.einsum("ai,abij->bj", at.weights[k], got.double()).reshape(-1) if not trace else None
                 if trace:
                     continue
-                yield decided(label, got_k, want, float(error[k] * at.P**0.5 * size), told)
+                yield decided(label, got_k, want, float(error[k] * size), told)
         if found.ddII is not None and not trace:
             got = torch.einsum("kai,abij,lbj->kl", at.weights, found.ddII.double(), at.weights)
             want = torch.einsum("kp,p,lp->kl", line.first, at.scale, line.first)
-            error = float(line.first_error.max() * 2 * at.P**0.5 * (line.first * at.scale.sqrt()).norm(dim=1).max())
+            error = 2 * float(line.first_error.max() * (line.first * at.scale).norm(dim=1).max())
             yield decided("ddII", got, want, error, told)
 
     def decided(label, got, want, error, told=False, scale=None):
@@ -282,7 +282,7 @@ def questions(at: Examined, measure) -> dict[str, Callable[[], Iterator[Compared
             factor = 2 if degree == 2 else 6
             got = (at.weights * terms[degree - 1].double()).sum((1, 2))
             want = change @ at.v / factor
-            bound = float(error.max() * at.v.abs().sum() / factor)
+            bound = float(error.max() * at.v.norm() / factor)
             yield decided(f"Taylor term {degree}", got, want, bound, told)
 
     def taylor():
@@ -319,7 +319,7 @@ def questions(at: Examined, measure) -> dict[str, Callable[[], Iterator[Compared
         got = torch.einsum("ai,sabij,bj->s", w[0], found.ntk_terms.double(), w[1])
         firsts = line.first[0] @ g[1] + line.first[1] @ g[0]
         seconds = (line.second[0] @ g[1] + line.second[1] @ g[0]) / 2 + (line.first[0] * at.scale) @ line.first[1]
-        size = float(g.abs().sum(1).max())
+        size = float(g.norm(dim=1).max())
         yield decided("dNTK's change", got[0], firsts, 2 * float(line.first_error.max()) * size, told)
         if order == 2:
             both = float(line.second_error.max()) * size + 2 * float(line.first_error.max()) * float(

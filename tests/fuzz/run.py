@@ -6,7 +6,7 @@ import warnings
 from tests.fuzz.compose import Case, compose
 from tests.fuzz.judge import ENVIRONMENTS, Answer, Examined, Watched, ask, questions
 from tests.fuzz.left_out import ENVIRONMENTS_LEFT_OUT, QUESTIONS_LEFT_OUT
-from tests.fuzz.truth import flattened, put, trainable, unflattened
+from tests.fuzz.truth import agrees_with_the_batch, evaluated, flattened, put, trainable, unflattened
 
 FIRST_ORDER = {"output", "ntk", "trace", "parts", "cross", "product", "vjp", "eigenpairs", "change", "representation"}
 """Questions that need no second derivatives."""
@@ -24,6 +24,9 @@ def examine(seed: int, only: str | None = None, every: bool = False) -> tuple[Ca
 
 def _examine(case: Case, r: random.Random, every: bool) -> tuple[Case, list[Answer]]:
     at = Examined(case, r)
+    with evaluated(case):
+        if not agrees_with_the_batch(case, at.J, at.weights[0]):
+            return case, [Answer("truth", "undecided", "torch's gradients of one sample and of the batch differ")]
     names = [name for name in questions(at, Watched(case.net)) if name not in QUESTIONS_LEFT_OUT]
     if "coarse" in case.notes:
         names = [name for name in names if name in FIRST_ORDER]
