@@ -147,12 +147,13 @@ def _attempt(r, seed, only):
     head, given = _head(r, z, 2 * outputs if form == "tokens" else outputs)
     wrap, output_fn = _outputs(form)
     asked = r.choice([form for form in FORMS if form not in FORMS_LEFT_OUT])
-    width = z.flatten(1).shape[1] and (2 * outputs if form == "tokens" else given)
-    tasks = [randn(width) for _ in range(3)] if asked == "task" else []
+    tasks = [randn(given) for _ in range(3)] if asked == "task" else []
     net = Net(stages, head, tasks, wrap)
     x, others = _form(asked, x), _form(asked, others)
     chosen = [BLOCKS[name] for name in names if name in BLOCKS]
     trainable = [p for p in net.parameters() if p.requires_grad]
+    if not trainable:
+        return None
     if len(trainable) > 1 and r.random() < 0.15:
         r.choice(trainable).requires_grad_(False)
     case = Case(

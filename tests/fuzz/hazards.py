@@ -391,8 +391,6 @@ class Clamped(nn.Module):
         return self.layer(x)
 
 
-block("embedding of bounded norm", "t", lambda r, s: nn.Embedding(6, 3, max_norm=0.6), to="s", notes=["writes"])
-block(
-    "bag of bounded norm", "t", lambda r, s: nn.EmbeddingBag(6, 3, max_norm=0.6, mode="sum"), to="f", notes=["writes"]
-)
-block("clamped weights", "fs", lambda r, s: Clamped(s[-1]), notes=["writes"])
+block("embedding of bounded norm", "t", lambda r, s: nn.Embedding(6, 3, max_norm=0.6), to="s", notes=["cut"])
+block("bag of bounded norm", "t", lambda r, s: nn.EmbeddingBag(6, 3, max_norm=0.6, mode="sum"), to="f", notes=["cut"])
+block("clamped weights", "fs", lambda r, s: Clamped(s[-1]), notes=["cut"])
