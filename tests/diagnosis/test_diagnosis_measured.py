@@ -72,6 +72,65 @@ def test_vanishing_and_exploding_gradients_are_found(gain, code):
     assert (found.gradient_growth < 0.1) == (gain < 2)
 
 
+def pooled(size, gain, depth=6, width=16):
+    """A CNN that is critical at gain 2 (ReLU), with global average pooling."""
+    layers = []
+    for index in range(depth):
+        layers += [nn.Conv2d(width if index else 1, width, 3, padding=1, padding_mode="circular"), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AvgPool2d(size), nn.Flatten(), nn.Linear(width, 2))
+    initialize(model, gain)
+    return model, torch.randn(3, 1, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def initialize(module, gain=2.0):
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            draw(part, gain)
+
+
+@pytest.mark.parametrize("size", [4, 12])
+def test_pixels_that_are_averaged_are_not_taken_for_depth(size):
+    """He et al. 2015: every layer keeps the sum of squares; the average over P pixels divides it by P, at any depth."""
+    torch.manual_seed(0)
+    model, x = pooled(size, 2.0)
+    found = eft.diagnose(model, x, num_networks=4, initialize=initialize)
+    assert "neither vanish nor explode" in found.verdict
+    # Six layers of width 16: each ratio of a network scatters by about sqrt(5 / 16), here over 4 networks.
+    assert abs(torch.tensor(found.gradient_growth).log()) < 3 * (6 * 5 / 16 / 4) ** 0.5
+    assert all(abs(block.chi - 1) < 0.5 for block in found.blocks[:-1])
+    plain = found.blocks[0].gradient / found.blocks[-1].gradient
+    assert plain == pytest.approx(1 / size**2, rel=1.0)
+    assert any("averaging over positions" in remark for remark in found.remarks)
+
+
+def test_depth_shows_behind_an_average_all_the_same():
+    torch.manual_seed(0)
+    model, x = pooled(4, 0.7)
+    found = eft.diagnose(model, x, num_networks=3, initialize=lambda module: initialize(module, 0.7))
+    assert found.gradient_growth == pytest.approx((0.7 / 2) ** 6, rel=1.0)  # 0.7 / 2 for each layer from the second
+    assert "gradients vanish" in found.verdict
+
+
+def test_a_mean_over_tokens_is_an_average_and_one_token_is_none():
+    class Tokens(nn.Module):
+        def __init__(self, mean):
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(6, 64), nn.Linear(64, 64), nn.Linear(64, 2)
+            self.mean = mean
+
+        def forward(self, x):
+            h = self.second(self.first(x).relu()).relu()
+            return self.head(h.mean(1) if self.mean else h[:, 0])
+
+    torch.manual_seed(0)
+    x, growth = torch.randn(3, 40, 6), {}
+    for mean in (True, False):
+        found = eft.diagnose(Tokens(mean), x, num_networks=4, initialize=initialize)
+        growth[mean] = found.gradient_growth
+        assert any("averaging over positions" in remark for remark in found.remarks) == mean
+    assert growth[True] == pytest.approx(growth[False], rel=1.0)
+
+
 def test_deep_and_narrow_networks_have_a_large_effective_epsilon():
     torch.manual_seed(0)
 

@@ -20,6 +20,7 @@ from torch_eft.measure.ensembles.reinitialized_networks import (
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.kernels.ntk import ntk
 from torch_eft.measure.kernels.products import ntk_eigenpairs
+from torch_eft.measure.representations.bottlenecks import Bottleneck
 
 GROWTH = 10.0
 """Growth or decay of squared gradients over the bottlenecks that is worth a warning: a tolerance of ours."""
@@ -109,7 +110,7 @@ def _blocks(networks: list[OneNetwork]) -> tuple[Block, ...]:
         chi, error = None, None
         if index + 1 < len(places):
             after = [one.bottlenecks[index + 1] for one in networks]
-            ratios = [a.gradient / b.gradient for a, b in zip(here, after, strict=True) if b.gradient > 0]
+            ratios = [a.averaged * a.gradient / b.gradient for a, b in zip(here, after, strict=True) if b.gradient > 0]
             chi = statistics.fmean(ratios) if ratios else None
             error = statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 2 else None
         variance = statistics.fmean(one.variance for one in here)
@@ -119,14 +120,23 @@ def _blocks(networks: list[OneNetwork]) -> tuple[Block, ...]:
 
 
 def _growth(networks: list[OneNetwork]) -> tuple[float | None, float | None, int]:
-    """Return geometric means of the growth of squared gradients and of the signal, and the number of dead networks."""
+    """Return geometric means of the growth of squared gradients and of the signal, and the number of dead networks.
+
+    Averaging over positions, which divides gradients by their number at any depth, is left out of the growth.
+    """
     if len(networks[0].bottlenecks) < 2:
         return None, None, 0
     ends = [(one.bottlenecks[0], one.bottlenecks[-1]) for one in networks]
-    alive = [(first, last) for first, last in ends if first.gradient > 0 and last.gradient > 0]
-    gradients = _geometric([first.gradient / last.gradient for first, last in alive])
+    alive = [
+        one.bottlenecks for one in networks if one.bottlenecks[0].gradient > 0 and one.bottlenecks[-1].gradient > 0
+    ]
+    gradients = _geometric([_averaged(chain) * chain[0].gradient / chain[-1].gradient for chain in alive])
     signals = [last.variance / first.variance for first, last in ends if first.variance > 0 and last.variance > 0]
     return gradients if alive else 0.0, _geometric(signals), len(ends) - len(alive)
+
+
+def _averaged(chain: list[Bottleneck]) -> float:
+    return math.prod(place.averaged for place in chain)
 
 
 def _geometric(ratios: list[float]) -> float | None:
@@ -208,6 +218,12 @@ def _remarks(model: nn.Module, found: ReinitializedNetworks, num_networks: int) 
         remarks.append(f"no other seeds were drawn, so that there is no spread: {found.refusal}")
     elif not num_networks:
         remarks.append("num_networks = 0: this network alone was measured, there is no spread")
+    averaged = statistics.fmean(_averaged(one.bottlenecks) for one in found.drawn or [found.own])
+    if averaged > 2:
+        remarks.append(
+            f"averaging over positions divides squared gradients by another {averaged:.3g}, whatever the depth: it is "
+            "not counted in chi and in what is said of depth"
+        )
     if found.ntk_refusal is not None:
         remarks.append(f"the NTK itself was not measured: {found.ntk_refusal}")
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):

@@ -7,6 +7,11 @@ graph, not by names.
 At a bottleneck t, J = (1/N C) sum_{a,i} |dz_{i;a} / dt_a|^2, the squared gradient of an output summed over the
 features of t; chi = J / J_next is the susceptibility of the part between two bottlenecks, chi_perp of PDLT 5.1 for a
 layer of an MLP (averaged partial Jacobian norm: Doshi, He, Gromov 2021).
+
+Averaging over positions (global average pooling, the mean over tokens) divides J by their number, at any depth: m equal
+gradients 1/m have the sum of squares 1/m. That is no property of depth. It shows in gradients that have the same sign
+at all positions: n = sum_c (sum_p g_cp)^2 / sum_cp g_cp^2 is up to m then, and about 1 where weights mix positions. A
+place carries the ratio of its n to that of the next, where positions become fewer, as its factor ``averaged``.
 """
 
 from collections.abc import Sequence
@@ -37,6 +42,7 @@ class Bottleneck:
         variance: Mean square of the features.
         entering: Mean square of the module's input per sample, (N,); None where that is not a tensor of N rows.
         gradient: J, the mean squared gradient of an output.
+        averaged: Factor >= 1 by which averaging over positions, between here and the next place, divides J.
     """
 
     name: str
@@ -45,6 +51,7 @@ class Bottleneck:
     variance: float
     entering: Tensor | None
     gradient: float
+    averaged: float
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class _Record:
     module: nn.Module
     node: Any
     edge: Any
+    shape: torch.Size
     features: int
     variance: float
     entering: Tensor | None
@@ -82,13 +90,26 @@ def bottlenecks(network: IsolatedModel, probe: Probe) -> list[Bottleneck]:
     squares = _squared_gradients(outputs, [record.edge for record in chosen])
     calls: dict[str, int] = {}
     chain = []
-    for record, J in zip(chosen, squares.tolist(), strict=True):
+    for index, (record, own) in enumerate(zip(chosen, squares, strict=True)):
         calls[record.name] = calls.get(record.name, 0) + 1
         name = record.name if calls[record.name] == 1 else f"{record.name}:{calls[record.name]}"
-        chain.append(
-            Bottleneck(name, type(record.module).__name__, record.features, record.variance, record.entering, J)
-        )
+        kind, averaged = type(record.module).__name__, 1.0
+        if index + 1 < len(chosen):
+            averaged = _averaged(record, own, chosen[index + 1], squares[index + 1])
+        chain.append(Bottleneck(name, kind, record.features, record.variance, record.entering, own[0], averaged))
     return chain
+
+
+def _averaged(here: _Record, own: list[float], after: _Record, its: list[float]) -> float:
+    """The factor by which averaging over positions divides J from one place to the next."""
+    if own[0] == 0 or its[0] == 0:
+        return 1.0
+    factor = 1.0
+    for channels, shared, later in zip((1, -1), own[1:], its[1:], strict=True):
+        fewer = here.features / here.shape[channels] / (after.features / after.shape[channels])
+        # No more than what J lost: a sum over positions has equal gradients, too, and divides nothing.
+        factor = max(factor, min(shared / own[0] / (later / its[0]), fewer, its[0] / own[0]))
+    return factor
 
 
 def _recorded(network: IsolatedModel, params: dict[str, Tensor], probe: Probe) -> tuple[list[_Record], Tensor]:
@@ -105,9 +126,8 @@ def _recorded(network: IsolatedModel, params: dict[str, Tensor], probe: Probe) -
             entering = None
         # Taken now: a later operation may change the tensor in place.
         edge, size = get_gradient_edge(value), value.numel() // probe.size
-        records.append(
-            _Record(name, module, edge.node, edge, size, float(value.detach().double().square().mean()), entering)
-        )
+        variance = float(value.detach().double().square().mean())
+        records.append(_Record(name, module, edge.node, edge, value.shape, size, variance, entering))
 
     handles = [
         module.register_forward_hook(lambda module, args, value, name=name: record(name, module, args, value))
@@ -165,8 +185,12 @@ def _reaches(start: Any, stop: Any, earlier: set[Any], leaves: set[int]) -> bool
     return False
 
 
-def _squared_gradients(outputs: Tensor, edges: Sequence[Any]) -> Tensor:
-    """J at every edge: exact for few outputs, else by random signs (Hutchinson)."""
+def _squared_gradients(outputs: Tensor, edges: Sequence[Any]) -> list[list[float]]:
+    """Return J at every edge; exact for few outputs, else by random signs (Hutchinson).
+
+    Returns:
+        For each edge J, and J with the gradients of all positions added: channels first, channels last.
+    """
     count, channels = outputs.shape
     if channels <= EXACT_OUTPUTS:
         rows = torch.eye(channels, dtype=outputs.dtype, device=outputs.device)[:, None, :].expand(-1, count, -1)
@@ -175,10 +199,12 @@ def _squared_gradients(outputs: Tensor, edges: Sequence[Any]) -> Tensor:
         generator = torch.Generator(device="cpu").manual_seed(0)
         signs = torch.randint(0, 2, (EXACT_OUTPUTS, count, channels), generator=generator, device="cpu") * 2 - 1
         rows, weight = signs.to(outputs), 1 / (count * channels * EXACT_OUTPUTS)
-    total = [0.0] * len(edges)
+    total = torch.zeros(len(edges), 3, dtype=torch.float64, device=outputs.device)
     for u in rows:
         gradients = torch.autograd.grad(outputs, edges, u, retain_graph=True, allow_unused=True)
         for index, gradient in enumerate(gradients):
             if gradient is not None:
-                total[index] += weight * float(gradient.detach().double().square().sum())
-    return torch.tensor(total, dtype=torch.float64, device="cpu")
+                g = gradient.detach().double()
+                added = (g, g.flatten(2).sum(2), g.flatten(1, -2).sum(1)) if g.ndim > 2 else (g, g, g)
+                total[index] += weight * torch.stack([value.square().sum() for value in added])
+    return total.tolist()
