@@ -50,6 +50,11 @@ class SquaredError:
         """Return what multiplies the learning rate to get PDLT's (1/2) sum (z - y)^2."""
         return 2 * self.c
 
+    @property
+    def function(self) -> LossFunction:
+        """Return the loss as a function of outputs (N, C) and targets, in any order of the samples."""
+        return _squared_error(self.c, self.targets)
+
 
 @dataclass(frozen=True, repr=False)
 class TrainingLoss:
@@ -192,6 +197,26 @@ def recognize_loss(
     raise UnrecognizedLossError(
         f"neither squared error ({reason}) nor cross-entropy; give loss_function= if it is another one"
     )
+
+
+def loss_gradient(
+    model: Model, x: Any, y: Any, function: LossFunction, output_fn: OutputFn | None = None
+) -> dict[str, Tensor]:
+    """Return the gradient of a loss on one batch, without a trace in the model.
+
+    Args:
+        model: The network.
+        x: The batch's inputs.
+        y: The batch's targets.
+        function: The loss, of outputs (N, C) and targets.
+        output_fn: Turns what the model returns into (N, C).
+
+    Returns:
+        ``{parameter name: gradient}``.
+    """
+    with _outputs(model, x, output_fn) as (leaves, z):
+        own = torch.autograd.grad(function(z, y), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, own, strict=True))
 
 
 @contextmanager

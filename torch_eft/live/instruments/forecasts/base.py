@@ -5,6 +5,7 @@ compared, by their numbers, at the first step after the resume. Otherwise it end
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch.optim import Optimizer
 
 from torch_eft.live.instrument import Claim, Event, Instrument, Measurement, Reading, RunFacts, TrainingStart
 from torch_eft.live.instruments.forecasts.full_batch import UNSHOWN, FullBatch, ValidityWatch, sgd_options
+from torch_eft.live.instruments.forecasts.step_check import StepCheck
+from torch_eft.measure.training_loss import loss_gradient
 from torch_eft.results.trajectory import Validity
 
 if TYPE_CHECKING:
@@ -49,6 +52,9 @@ class ForecastInstrument(Instrument):
         self.validity: Validity | None = None
         self._comparison: Comparison | None = None
         self._seen: FullBatch | None = None
+        self._steps: StepCheck | None = None
+        self._loss: Callable[[Tensor, Any], Tensor] | None = None
+        self._measured = False
         self._waiting: list[Measurement] = []
         self._watch = ValidityWatch(self.what)
         self._kept: dict[str, Any] = {}
@@ -57,7 +63,7 @@ class ForecastInstrument(Instrument):
     # ---- its own
 
     def _forecast(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> dict[str, str]:
-        """Make the forecast, or restore the one that ``_kept`` holds; returns its pages.
+        """Make the forecast, or restore the one that ``_kept`` holds; returns its pages. ``_same_loss`` is called.
 
         Raises:
             ValueError: If this training has none; the message says why.
@@ -114,6 +120,9 @@ class ForecastInstrument(Instrument):
             return Reading()
         if self._comparison is not None:
             reason = self._seen.end(step, optimizer)
+            if reason is None and self._steps is not None:
+                self._steps.before_step(optimizer, self._seen.batch, self._measured)
+                self._seen.batch, self._measured = None, False
             return Reading() if reason is None else self._ended(step, reason)
         try:
             pages = self._decide(self._seen, optimizer)
@@ -144,8 +153,11 @@ class ForecastInstrument(Instrument):
             if reason is not None:
                 raise ValueError(reason)
         self._terms = {"options": options}
-        pages = self._forecast(*seen.batch, optimizer, options)
+        batch = seen.batch
+        pages = self._forecast(*batch, optimizer, options)
         seen.begin(optimizer)
+        self._steps = self._step_check(seen.start)
+        self._steps.before_step(optimizer, batch, measured=False)
         if kept:
             self._watch.level = int(kept["told"])
             pages = {
@@ -153,9 +165,19 @@ class ForecastInstrument(Instrument):
             }
         return pages
 
-    def _same_loss(self, name: str, factor: float) -> None:
-        """Raise ``ValueError`` if a checkpoint kept the forecast for another loss."""
+    def _step_check(self, start: TrainingStart) -> StepCheck:
+        function = self._loss
+        assert function is not None
+
+        def gradient(x: Any, y: Tensor) -> dict[str, Tensor]:
+            return loss_gradient(start.model, x, y, function, start.network.output_fn)
+
+        return StepCheck(start.model, gradient, str(self._terms["loss"]))
+
+    def _same_loss(self, name: str, factor: float, function: Callable[[Tensor, Any], Tensor]) -> None:
+        """Remember the loss; raise ``ValueError`` if a checkpoint kept the forecast for another one."""
         self._terms |= {"loss": name, "factor": factor}
+        self._loss = function
         then = self._kept
         if then and not (then["loss"] == name and math.isclose(then["factor"], factor, rel_tol=1e-6)):
             raise ValueError(f"the loss is another after the resume: {name}, it was {then['loss']}")
@@ -169,13 +191,21 @@ class ForecastInstrument(Instrument):
                 return Reading(pages=self._stop(UNSHOWN))
             self._waiting.append(measurement)
             return Reading()
-        reason = self._seen.changed()
+        self._measured = True
+        if self._steps is not None:
+            self._steps.look()
+        reason = self._unlike()
         return self._compared(measurement) if reason is None else self._ended(measurement.step, reason)
+
+    def _unlike(self) -> str | None:
+        """Return why what was seen since is not the training that is forecast, or None; waits for the device."""
+        reason = None if self._seen is None else self._seen.changed()
+        return self._steps.reason() if reason is None and self._steps is not None else reason
 
     def _stop(self, reason: str) -> dict[str, str]:
         """Go on with measurements only; returns the page that says why."""
         self.validity = Validity("invalid", reason)
-        self._comparison = self._seen = None
+        self._comparison = self._seen = self._steps = self._loss = None
         self._waiting, self._kept = [], {}
         return {self.page: self._none(reason)}
 
@@ -190,7 +220,7 @@ class ForecastInstrument(Instrument):
             if self._kept or self.validity is None:
                 return dict(self._kept)  # resumed, and no step taken since; or nothing decided yet
             return {"ended": self.validity.reason}
-        reason = self._seen.changed()
+        reason = self._unlike()
         if reason is not None:
             return {"ended": reason}
         terms = {key: dict(value) if isinstance(value, dict) else value for key, value in self._terms.items()}

@@ -20,7 +20,7 @@ SURE = 16
 
 
 class FullBatch:
-    """Batches, losses and learning rates, as far as a loop shows them.
+    """Batches, losses and learning rates, as far as a loop shows them; ``batch`` is that of the coming step.
 
     Of later batches the first ``SURE`` and every ``SURE``-th after them are compared with the first, on their device
     (a comparison costs as much as a small network's step); the result is read only when a measurement asks for it.
@@ -50,7 +50,7 @@ class FullBatch:
     def observe_batch(self, batch: Any) -> None:
         """Keep the first batch; compare the others with it."""
         pair = _is_pair(batch)
-        self.batch = (batch[0], batch[1]) if pair and self._reference is None else None
+        self.batch = (batch[0], batch[1]) if pair else None
         if self._reference is None:
             return
         if not pair:

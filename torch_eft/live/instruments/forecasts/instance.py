@@ -100,7 +100,7 @@ class InstanceInstrument(ForecastInstrument):
             output_fn=start.network.output_fn,
             loss_function=self.loss_function,
         )
-        self._same_loss(loss.name, loss.factor)
+        self._same_loss(loss.name, loss.factor, loss.function)
         given = loss.kind == "given"
         training = Training(
             loss=loss.function if given else loss.kind,

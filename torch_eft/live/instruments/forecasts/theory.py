@@ -138,7 +138,7 @@ class TheoryInstrument(ForecastInstrument):
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         rate = read_learning_rates(network, [optimizer]).learning_rate
         loss = recognize_squared_error(network, x, y, self._seen.loss, gradients, output_fn=start.network.output_fn)
-        self._same_loss(loss.name, loss.rate_factor)
+        self._same_loss(loss.name, loss.rate_factor, loss.function)
         training = Training(
             reduction="sum",
             learning_rate=rate * loss.rate_factor,

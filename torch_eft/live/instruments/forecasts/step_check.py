@@ -1,0 +1,113 @@
+"""Checks that a training takes the steps that are forecast, whoever may change gradients or weights besides.
+
+A loop can clip gradients, change them in hooks, decay weights or project them after the step, now or later, and shows
+none of it. Its parameters do: from one step to the next they must move by the SGD step of the gradient, and the
+gradient must be that of the loss on the batch. Results stay on their device until they are asked for.
+"""
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+TOLERANCE = 1e-4
+"""Share of a step, or of a gradient, by which they may differ; float32 agrees to 1e-6."""
+
+SURE, RARELY = 16, 8
+"""The first 16 steps are compared, those after a measurement, and by chance one of 8 others."""
+
+
+class StepCheck:
+    """Compares the steps taken with gradient descent (momentum, dampening and Nesterov's as the optimizer has them).
+
+    Args:
+        network: The network that is trained.
+        gradient: The gradient of the loss on a batch at the parameters of now.
+        loss: Its name.
+    """
+
+    def __init__(self, network: nn.Module, gradient: Callable[[Any, Tensor], Mapping[str, Tensor]], loss: str) -> None:
+        self._network, self._gradient, self._loss = network, gradient, loss
+        self._expected: dict[str, Tensor] = {}
+        self._length = self._rounding = self._first = torch.zeros(())
+        self._off: list[Tensor | None] = [None, None]
+        self._checked = 0
+        self._chance = random.Random(0)  # else a change at every tenth step might always fall between
+
+    def before_step(self, optimizer: Optimizer, batch: tuple[Any, Tensor] | None, measured: bool) -> None:
+        """The parameters have come where the last step and whatever followed it brought them; the next is coming.
+
+        Args:
+            optimizer: The optimizer, gradients in ``.grad``.
+            batch: The batch of the coming step, where it was shown.
+            measured: Whether a measurement was made since the last step.
+        """
+        self.look()
+        self._expected = {}
+        self._checked += 1
+        if not (measured or self._checked <= SURE or self._chance.random() < 1 / RARELY):
+            return
+        named = {name: p for name, p in self._network.named_parameters() if p.requires_grad}
+        if self._checked == 1:
+            self._first = _norm([p.grad for p in named.values() if p.grad is not None])
+        elif measured and batch is not None:
+            own = self._gradient(*batch)
+            differences = [own[name] - (0 if p.grad is None else p.grad) for name, p in named.items() if name in own]
+            size = _norm(list(own.values())) + self._first  # near the minimum both are rounding
+            self._note(1, _norm(differences), TOLERANCE * size, size)
+        steps = _sgd_steps(optimizer)
+        moves = {name: steps.get(id(p), torch.zeros_like(p)) for name, p in named.items()}
+        self._expected = {name: p.detach() - moves[name] for name, p in named.items()}
+        self._length = _norm(list(moves.values()))
+        self._rounding = _norm([p.detach().float() * torch.finfo(p.dtype).eps for p in named.values()])
+
+    def look(self) -> None:
+        """Compare the parameters of now with those that the last step should have given."""
+        now = {name: p.detach() for name, p in self._network.named_parameters() if name in self._expected}
+        if now:
+            error = _norm([value - self._expected[name] for name, value in now.items()])
+            self._note(0, error, TOLERANCE * self._length + 4 * self._rounding, self._length)
+
+    def _note(self, which: int, error: Tensor, allowed: Tensor, size: Tensor) -> None:
+        share = torch.where(error > allowed, error / size, torch.zeros_like(error))
+        known = self._off[which]
+        self._off[which] = share if known is None else torch.maximum(known, share)
+
+    def reason(self) -> str | None:
+        """Return a sentence if a step or a gradient was another one, or None; waits for the device."""
+        moved, gradient = (0.0 if off is None else float(off) for off in self._off)
+        if moved > 0:
+            return (
+                f"the parameters do not move by -learning_rate times the gradient, but end {moved:.2g} of such a step "
+                "away (gradients clipped or changed after the backward pass, a decay, or weights written besides)"
+            )
+        if gradient > 0:
+            return (
+                f"the gradient is not that of {self._loss} on the batch any more, but off by {gradient:.2g} of it (a "
+                "hook that changes gradients, noise, or another term of the loss)"
+            )
+        return None
+
+
+def _sgd_steps(optimizer: Optimizer) -> dict[int, Tensor]:
+    """``{id(parameter): lr * direction}`` of ``torch.optim.SGD``, from the gradients and momenta before the step."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+    steps = {}
+    for group in inner.param_groups:
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            direction = p.grad.detach()
+            if momentum := group["momentum"]:
+                velocity = inner.state[p].get("momentum_buffer") if p in inner.state else None
+                kept = direction if velocity is None else momentum * velocity + (1 - group["dampening"]) * direction
+                direction = direction + momentum * kept if group["nesterov"] else kept
+            steps[id(p)] = float(group["lr"]) * direction
+    return steps
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([t.detach().float().norm() for t in tensors]).norm() if tensors else torch.zeros(())
