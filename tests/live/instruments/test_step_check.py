@@ -10,6 +10,8 @@ from tests.live.instruments.loop import data, fit, mlp
 from torch_eft.callbacks import EFTMonitor
 from torch_eft.live.instruments.forecasts.instance import InstanceInstrument
 from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
+from torch_eft.live.instruments.shadow import ShadowInstrument
+from torch_eft.results.tags import tag
 
 STEP, GRADIENT = "do not move by -learning_rate times the gradient", "the gradient is not that of"
 
@@ -118,6 +120,19 @@ def test_gradient_descent_is_recognized_until_it_has_converged(options, dtype):
     loss = float((model(x) - y).detach().square().mean())
     assert loss < (1e-4 if options else 1e-1)
     assert "eft-theory/instance_output_error/order_1" in observer.history[100], observer.validity
+
+
+@pytest.mark.parametrize("change", [clipped, decayed, None], ids=str)
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_shadows_that_take_another_first_step_end(kind, change):
+    x, y, x_probe = data(3, 2, 1)
+    model = mlp(12, 1)
+    optimizer = kind(model.parameters(), lr=0.002)
+    if change is not None:
+        change(model, optimizer, {})
+    observer, pages = fit(model, [ShadowInstrument()], 3, optimizer, x, y, x_probe, every=3)
+    assert (tag("shadow_output") in observer.history[3]) == (change is None)
+    assert ("first step is" in pages["shadow"][-1][1]) == (change is not None)
 
 
 class Clips(Training):

@@ -18,6 +18,9 @@ from torch_eft.measure.training_loss import TrainingLoss, UnrecognizedLossError,
 from torch_eft.results.training import LossFunction
 from torch_eft.results.trajectory import Validity
 
+FIRST_STEP = 1e-2
+"""Share of the first step by which it may differ: Adam's is lr whatever the gradient, where that is all rounding."""
+
 
 class ShadowInstrument(Instrument):
     """Trains Taylor models beside the network: what its linear model would do, and with the first correction in 1/n.
@@ -62,6 +65,8 @@ class ShadowInstrument(Instrument):
         self._last_loss: Tensor | None = None
         self._outputs_0: Tensor | None = None
         self._moved = 0.0
+        self._taken = 0
+        self._optimizer: Optimizer | None = None
         self._diverged: set[int] = set()
 
     def begin(self, start: TrainingStart) -> Reading:
@@ -98,6 +103,10 @@ class ShadowInstrument(Instrument):
         """Take the step that the network is about to take."""
         if self._start is None:
             return Reading()
+        reason = self._unlike()
+        if reason is not None:
+            return self._stopped(step, reason)
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
         batch, count = self._batch, self._batches
         self._batch, self._batches = None, 0
         if count != 1:
@@ -120,12 +129,45 @@ class ShadowInstrument(Instrument):
         for shadow, own_optimizer in self._shadows.values():
             _same_options(own_optimizer, optimizer)
             shadow.step(inputs, lambda z: function(z, targets), own_optimizer)
+        self._taken += 1
         return reading
+
+    def _unlike(self) -> str | None:
+        """Return why the network's first step was not that of its shadows, which have its gradient at theta_0.
+
+        Weights and the optimizer's state are compared: Adam's first step is the same for gradients of any size.
+        """
+        if self._taken != 1 or self._start is None or self._optimizer is None or not self._shadows:
+            return None
+        shadow, own = self._shadows[self.taylor_orders[0]]
+        now, theta_0 = dict(self._start.model.named_parameters()), shadow.theta_0
+        sizes: dict[str, list[Tensor]] = {}  # what: distances, lengths, and roundings
+        for name, value in shadow.theta.items():
+            eps = torch.finfo(now[name].dtype).eps
+            pairs: dict[str, tuple[Tensor, Tensor, Tensor]] = {"weights": (value, now[name], theta_0[name])}
+            for key, state in own.state.get(value, {}).items():
+                other = self._optimizer.state.get(now[name], {}).get(key)
+                if isinstance(state, Tensor) and isinstance(other, Tensor) and state.shape == other.shape:
+                    pairs[key] = (state, other, torch.zeros_like(state))
+            for key, (mine, theirs, before) in pairs.items():
+                found = [(mine - theirs).norm(), (mine - before).norm(), 4 * eps * before.norm()]
+                sizes.setdefault(key, []).append(torch.stack([each.detach().float() for each in found]))
+        for values in sizes.values():
+            error, length, rounding = torch.stack(values).norm(dim=0).tolist()
+            if not error <= FIRST_STEP * length + rounding:
+                return (
+                    f"the network's first step is {error / length:.2g} of it away from the optimizer's own (gradients "
+                    "clipped or changed after the backward pass, a decay, or weights written besides)"
+                )
+        return None
 
     def observe(self, measurement: Measurement) -> Reading:
         """Shadows beside the network."""
         if self._outputs_0 is None:
             self._outputs_0 = measurement.snapshot.output
+        reason = self._unlike()
+        if reason is not None:
+            return self._stopped(measurement.step, reason)
         if not self._shadows:
             unshown = self._start is not None and measurement.step > self._start.step
             return self._stopped(measurement.step, UNSHOWN) if unshown else Reading()
