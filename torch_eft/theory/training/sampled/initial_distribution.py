@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torch_eft.theory.gaussian.points import square_root
 from torch_eft.theory.initialization.estimators import RECURSIONS
-from torch_eft.theory.initialization.evaluator import VertexSource, full_tensor
+from torch_eft.theory.initialization.evaluator import FLUCTUATIONS, VertexSource, full_tensor
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
 from torch_eft.theory.training.sampled.dynamics import Fluctuation
 
@@ -56,7 +56,7 @@ def all_vertices(vertices: VertexTiles) -> tuple[dict[str, Tensor], float]:
     sets = dict.fromkeys("abcd", torch.arange(count, device=vertices.K.device))
 
     def read(source: VertexSource) -> Iterator[tuple[str, Tensor]]:
-        for name in RECURSIONS:
+        for name in [name for name in RECURSIONS if name not in FLUCTUATIONS]:
             yield name, full_tensor(source, name, vertices.depth, count).double()
 
     results = vertices.replicas(sets).combined(read)
