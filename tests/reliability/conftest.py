@@ -7,6 +7,7 @@ import pytest
 HERE = Path(__file__).parent
 KINDS = {
     "test_isolation_bits": "configurations, the same bits with and without callbacks",
+    "test_nasty_trainings": "configurations, the same bits with and without callbacks",
     "test_careless_controls": "controls that must differ, and do",
     "test_faults": "faults injected",
     "test_faults_around": "faults injected",
