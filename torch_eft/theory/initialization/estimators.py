@@ -36,7 +36,7 @@ RECURSIONS: dict[str, Recursion] = {
     for module, names in (
         (kernels, ("G1", "V", "Theta1", "A", "B", "D", "F")),
         (differentials, tuple("PQRSTU")),
-        (fluctuations, FLUCTUATIONS),
+        (fluctuations, tuple(FLUCTUATIONS)),
     )
     for recursion in (getattr(module, name) for name in names)
 }
@@ -220,7 +220,7 @@ def check_statistics(
                 f"coincide (or are opposite) the statistics of {ensemble.activation.name}, which has a kink, diverge. "
                 "Keep one of them: a label may be used twice"
             )
-        unknown = [name for name in names if name in (("XQQ", "XUU", "XUQ") if absent else FLUCTUATIONS)]
+        unknown = [name for name in names if name in (("XQQ", "XUU", "XUQ") if absent else tuple(FLUCTUATIONS))]
         if unknown:
             raise ValueError(
                 f"statistics: {', '.join(unknown)} of {ensemble.activation.name} given, which has a kink: the "

@@ -40,6 +40,9 @@ SYMMETRIES: dict[str, tuple[tuple[int, ...], ...]] = {
     "U": ((2, 3, 0, 1),),
     "G1": ((1, 0),),
     "Theta1": ((1, 0),),
+}
+
+FLUCTUATIONS: dict[str, tuple[tuple[int, ...], ...]] = {
     "X3a": ((0, 2, 1, 3, 5, 4), (3, 4, 5, 0, 1, 2)),
     "X3b": ((3, 4, 5, 0, 1, 2),),
     "XQQ": ((3, 4, 5, 0, 1, 2),),
@@ -49,9 +52,7 @@ SYMMETRIES: dict[str, tuple[tuple[int, ...], ...]] = {
     "XUQ": (),
     "XUP": ((0, 1, 2, 3, 5, 4),),
 }
-
-FLUCTUATIONS = ("X3a", "X3b", "XQQ", "XPQ", "XPP", "XUU", "XUQ", "XUP")
-"""The statistics with six labels, of order 1/n^2: the covariance of the dNTK."""
+"""The same for the statistics with six labels, of order 1/n^2: the covariance of the dNTK."""
 
 
 class VertexSource(Protocol):
@@ -253,7 +254,7 @@ def images(name: str, labels: str) -> frozenset[str]:
     known, new = {labels}, [labels]
     while new:
         word = new.pop()
-        for permutation in SYMMETRIES[name]:
+        for permutation in (SYMMETRIES | FLUCTUATIONS)[name]:
             image = "".join(word[slot] for slot in permutation)
             if image not in known:
                 known.add(image)

@@ -159,8 +159,8 @@ def initial_statistics(
     x = check_inputs("x", x, ensemble)
     names = {statistics} if isinstance(statistics, str) else set(statistics)
     for name in sorted(names):
-        check_choice("statistics", name, STATISTICS + FLUCTUATIONS)
-    wanted = [name for name in STATISTICS + FLUCTUATIONS if name in names - {"K", "Theta"}]
+        check_choice("statistics", name, (*STATISTICS, *FLUCTUATIONS))
+    wanted = [name for name in (*STATISTICS, *FLUCTUATIONS) if name in names - {"K", "Theta"}]
     if wanted:
         check_statistics(ensemble, x, wanted, kinks, check_validity)
         needed = statistics_memory(ensemble, len(x), statistics=wanted)

@@ -63,23 +63,27 @@ class VertexTiles:
         """Evaluators on sets of labels, to be combined."""
         return Replicas(self.kind, self._sampled(label_sets) if self.sampled else self._integrated(label_sets))
 
-    def _sampled(self, label_sets: LabelSets) -> Iterator[VertexSource]:
+    def evaluators(self, label_sets: LabelSets) -> Iterator[Vertices]:
+        """Evaluators of vertices and moments alike, on sets of labels that share nothing with other ones."""
+        return self._sampled(label_sets) if self.sampled else self._summed(label_sets)
+
+    def _summed(self, label_sets: LabelSets) -> Iterator[Vertices]:
+        return vertex_replicas(self.ensemble, *self.layers, label_sets, 1, 2, self._seed, self._kinks).members
+
+    def _sampled(self, label_sets: LabelSets) -> Iterator[Vertices]:
         K, Theta, pairs = self._single
         for replica in range(self._num_replicas):
             moments = functools.partial(self._sampled_moments, replica)
             yield Vertices(self.ensemble, K, Theta, list(pairs), moments, label_sets, RECURSIONS, self._kinks)
 
     def _integrated(self, label_sets: LabelSets) -> Iterator[VertexSource]:
-        def members(sets: LabelSets) -> Iterator[Vertices]:
-            return vertex_replicas(self.ensemble, *self.layers, sets, 1, 2, self._seed, self._kinks).members
-
         points = self.layers[0][0]
         if len(points) > MOST_QUADRATURE_LABELS:  # closed forms: as cheap on any sets
-            yield from members(label_sets)
+            yield from self._summed(label_sets)
             return
         if not self._whole:
             everything = torch.arange(len(points), device=points.device)
-            self._whole = [_Whole(member, len(points)) for member in members(dict.fromkeys("abcd", everything))]
+            self._whole = [_Whole(member, len(points)) for member in self._summed(dict.fromkeys("abcd", everything))]
         for whole in self._whole:
             yield _Part(whole, label_sets)
 

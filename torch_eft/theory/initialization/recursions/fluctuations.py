@@ -16,10 +16,11 @@ What the next layer's weights contract are products of derivatives of sigma with
 taken by Stein's identity, E[f g] = sum_n <d_n f> Cov(g, z_n), twice for two composites.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from torch_eft.theory.initialization.evaluator import Vertices
@@ -161,12 +162,14 @@ def of_P(v: Vertices, m: int, labels: str) -> list[Term]:
 
 def mean_product(v: Vertices, m: int, first: Sequence[Term], second: Sequence[Term]) -> Tensor:
     """E of the product of two sums of terms, by Stein's identity."""
-    total = v.zero()
-    for weight, word, one in first:
-        for other_weight, other_word, other in second:
-            value = stein(v, m, (*word, *other_word), [part for part in (one, other) if part is not None])
-            total = total + weight * other_weight * value
-    return total
+    return weighted_sum(
+        v,
+        (
+            (weight * other_weight, stein(v, m, (*word, *other_word), [part for part in (one, other) if part]))
+            for weight, word, one in first
+            for other_weight, other_word, other in second
+        ),
+    )
 
 
 def stein(v: Vertices, m: int, word: Word, composites: Sequence[Composite]) -> Tensor:
@@ -176,11 +179,17 @@ def stein(v: Vertices, m: int, word: Word, composites: Sequence[Composite]) -> T
     letters = letters_of(word)
     to_z = [{u: with_preactivation(v, m, g, u) for u in letters} for g in composites]
     if len(composites) == 1:
-        return sum((mean(v, m, word, u) * to_z[0][u] for u in letters), v.zero())
-    total = mean(v, m, word) * covariance(v, m, *composites)
-    for u in letters:
-        for w in letters:
-            total = total + mean(v, m, word, u, w) * to_z[0][u] * to_z[1][w]
+        return weighted_sum(v, ((mean(v, m, word, u), to_z[0][u]) for u in letters))
+    inner = {u: weighted_sum(v, ((mean(v, m, word, u, w), to_z[1][w]) for w in letters)) for u in letters}
+    together = mean(v, m, word) * covariance(v, m, *composites)
+    return together + weighted_sum(v, ((inner[u], to_z[0][u]) for u in letters))
+
+
+def weighted_sum(v: Vertices, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum of products."""
+    total = v.zero()
+    for value, weight in parts:
+        total = torch.addcmul(total, value, weight)
     return total
 
 
@@ -188,11 +197,10 @@ def mean(v: Vertices, m: int, word: Word, *derivatives: str) -> Tensor:
     """<d_u .. f>, f a product of derivatives of sigma."""
     if derivatives:
         u, *rest = derivatives
-        total = v.zero()
-        for slot, (label, order) in enumerate(word):
-            if label == u:
-                total = total + mean(v, m, (*word[:slot], (label, order + 1), *word[slot + 1 :]), *rest)
-        return total
+        raised = (
+            (*word[:slot], (u, word[slot][1] + 1), *word[slot + 1 :]) for slot in range(len(word)) if word[slot][0] == u
+        )
+        return sum((mean(v, m, image, *rest) for image in raised), v.zero())
     return v.moment(m, tuple(order for _, order in word), "".join(label for label, _ in word))
 
 
@@ -210,8 +218,8 @@ def with_preactivation(v: Vertices, m: int, g: Composite, u: str) -> Tensor:
     """n_m Cov(g, z_u)."""
     if g.kind == "h":
         start, end = g.labels
-        parts = (mean(v, m, g.word, b) * v.array("F", m, b + start + u + end) for b in letters_of(g.word))
-        return v.width_ratio(m) * sum(parts, v.zero())
+        parts = ((mean(v, m, g.word, b), v.array("F", m, b + start + u + end)) for b in letters_of(g.word))
+        return v.width_ratio(m) * weighted_sum(v, parts)
     return v.width_ratio(m) * slopes_of(v, m, g) * v.array(g.kind.upper(), m, g.labels + u)
 
 
@@ -225,12 +233,13 @@ def covariance(v: Vertices, m: int, g: Composite, other: Composite) -> Tensor:
         return r**2 * slopes_of(v, m, g) * slopes_of(v, m, other) * v.array(name, m, g.labels + other.labels)
     if other.kind != "h":
         name = f"XU{other.kind}".upper()
-        parts = (mean(v, m, g.word, b) * v.array(name, m, b + g.labels + other.labels) for b in letters_of(g.word))
-        return r**2 * slopes_of(v, m, other) * sum(parts, v.zero())
+        parts = ((mean(v, m, g.word, b), v.array(name, m, b + g.labels + other.labels)) for b in letters_of(g.word))
+        return r**2 * slopes_of(v, m, other) * weighted_sum(v, parts)
     (a, c), (d, f) = g.labels, other.labels
-    total = r * mean(v, m, (*g.word, *other.word)) * v.array("B", m, a + d + c + f)
-    for b in letters_of(g.word):
-        for e in letters_of(other.word):
-            slopes = mean(v, m, g.word, b) * mean(v, m, other.word, e)
-            total = total + r**2 * slopes * v.array("XUU", m, b + g.labels + e + other.labels)
-    return total
+    parts = (
+        (mean(v, m, g.word, b) * mean(v, m, other.word, e), v.array("XUU", m, b + g.labels + e + other.labels))
+        for b in letters_of(g.word)
+        for e in letters_of(other.word)
+    )
+    same = mean(v, m, (*g.word, *other.word)) * v.array("B", m, a + d + c + f)
+    return r * same + r**2 * weighted_sum(v, parts)
