@@ -8,7 +8,7 @@
     estimates            single numbers that follow: aspect ratio, learning rates, spread over seeds, expected drift
     training             the trained network at order 0 and 1/n; any loss and minibatches by sampling
     hidden_layers        the movement of hidden representations in training
-    hierarchy            one network's NTK, dNTK and ddNTK through its training
+    hierarchy            one network's NTK, dNTK and ddNTK through its training, and the law of its drift
 
 Each folder imports from those above it, ``hierarchy`` and ``hidden_layers`` also from ``training``.
 """
@@ -35,6 +35,8 @@ from torch_eft.theory.gaussian.quadrature import QuadratureError
 from torch_eft.theory.hidden_layers.predict import predict_representation
 from torch_eft.theory.hidden_layers.result import HiddenLayerForecast, RepresentationForecast
 from torch_eft.theory.hidden_layers.statistics import RepresentationStatistics, representation_statistics
+from torch_eft.theory.hierarchy.drift.predict import predict_drift
+from torch_eft.theory.hierarchy.drift.result import DriftForecast, KernelDrift, NTKDrift
 from torch_eft.theory.hierarchy.evolution import Hierarchy, train_hierarchy
 from torch_eft.theory.initialization.statistics import (
     STATISTICS,
@@ -66,6 +68,7 @@ __all__ = [
     "Activation",
     "AspectRatio",
     "CriticalPoint",
+    "DriftForecast",
     "ExpectedDrift",
     "FiniteWidthTraining",
     "FixedPoint",
@@ -73,9 +76,11 @@ __all__ = [
     "FrozenTraining",
     "HiddenLayerForecast",
     "Hierarchy",
+    "KernelDrift",
     "LayerStatistics",
     "LearningRateShares",
     "MLPEnsemble",
+    "NTKDrift",
     "QuadratureError",
     "RepresentationForecast",
     "RepresentationStatistics",
@@ -100,6 +105,7 @@ __all__ = [
     "leaky_relu",
     "ntk_trace_spread",
     "output_fluctuation",
+    "predict_drift",
     "predict_fourth_cumulant",
     "predict_representation",
     "predict_training",

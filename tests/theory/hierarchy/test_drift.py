@@ -1,0 +1,317 @@
+"""The law of one network's drift: against explicit draws of the Gaussian field, and against trained networks."""
+
+import itertools
+import math
+from functools import cache
+
+import pytest
+import torch
+
+from tests.oracles.ensembles import draw
+from tests.theory.initialization.test_fluctuations import PAIRINGS as FOUND_PAIRINGS
+from tests.theory.trained.trained_ensembles import Networks
+from torch_eft import Training, theory
+from torch_eft.theory.hierarchy.drift.forms import PAIRINGS
+from torch_eft.theory.hierarchy.drift.law import DriftForms
+from torch_eft.theory.initialization.evaluator import FLUCTUATIONS
+from torch_eft.theory.training.infinite_width import InfiniteWidthPath
+
+RATE, STEPS, DRAWS = 0.1, 4, 100_000
+
+
+def normal(*shape, seed):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def same(measured, error, predicted):
+    """Equal to four standard errors, which are small."""
+    predicted = torch.as_tensor(predicted, dtype=torch.float64)
+    scale = predicted.abs().max()
+    assert float((error / scale).max()) < 0.05
+    deviation = ((measured - predicted).abs() / error).max()
+    assert float(deviation) < 4.5, f"{measured} against {predicted}: {float(deviation):.1f} standard errors"
+
+
+def average(values):
+    """Mean over draws and its standard error."""
+    return values.mean(0), values.std(0) / math.sqrt(len(values))
+
+
+# ---- the whole field, with every output
+
+
+@cache
+def ensemble():
+    return theory.MLPEnsemble(
+        [3, 40, 50, 2], "gelu", C_b=0.1, C_W=[1.4, 1.2, 1.5], lambda_b=0.25, lambda_W=[1.0, 0.8, 1.1]
+    )
+
+
+X, Y = normal(2, 3, seed=7), normal(2, 2, seed=1)
+
+
+def covariances(last):
+    """Of all z_ia and n dH_ijk;abc of two outputs at two inputs, pairing by pairing."""
+    slots = [(i, a) for i in range(2) for a in range(2)]
+    fields = [*((slot,) for slot in slots), *itertools.product(slots, repeat=3)]
+
+    def entry(first, second):
+        if len(first) > len(second):
+            first, second = second, first
+        outputs, labels = zip(*first, *second, strict=True)
+        if len(second) == 1:
+            return float(last.K[labels]) * (outputs[0] == outputs[1])
+        if len(first) == 1:
+            (k, i0, i1, i2), (u, a, b, c) = outputs, labels
+            total = float(last.P[a, b, c, u]) * (k == i0 and i1 == i2)
+            total += float(last.Q[a, b, c, u]) * (i0 == i1 and i2 == k)
+            return total + float(last.Q[a, c, b, u]) * (i0 == i2 and i1 == k)
+        return sum(
+            float(getattr(last, name)[tuple(labels[int(slot)] for slot in order)])
+            for pairing, (name, order) in FOUND_PAIRINGS.items()
+            if all(outputs[one] == outputs[other] for one, other in pairing)
+        )
+
+    return torch.tensor([[entry(one, other) for other in fields] for one in fields], dtype=torch.float64)
+
+
+@cache
+def trained_field():
+    """z (S, a, i) and n D_ij;xy (S, i, j, x, y) after a few steps of the hierarchy of dNTK and ddNTK at order 1/n."""
+    names = ("P", "Q", "R", "S", "T", "U", *FLUCTUATIONS)
+    last = theory.initial_statistics(ensemble(), X, statistics=names)[-1]
+    values, vectors = torch.linalg.eigh(covariances(last))
+    field = normal(DRAWS, len(values), seed=3) @ (vectors * values.clamp_min(0).sqrt()).T
+    z, dH = field[:, :4].reshape(-1, 2, 2), field[:, 4:].reshape(-1, *[2] * 6)
+    dH = dH.permute(0, 1, 3, 5, 2, 4, 6)  # i, j, k, a, b, c
+    e, one = torch.einsum, torch.eye(2, dtype=torch.float64)
+    ddI = e("ij,kl,abcd->ijklabcd", one, one, last.R)
+    ddI = ddI + e("ik,lj,acdb->ijklabcd", one, one, last.R) + e("il,jk,adbc->ijklabcd", one, one, last.R)
+    ddII = e("ij,kl,abcd->ijklabcd", one, one, last.S) + e("ik,jl,acbd->ijklabcd", one, one, last.T)
+    ddII = ddII + e("il,jk,adbc->ijklabcd", one, one, last.U)
+    curved = ddI + ddI.permute(1, 0, 2, 3, 5, 4, 6, 7) + 2 * ddII
+    slope = ddI + ddII + ddII.permute(0, 2, 1, 3, 4, 6, 5, 7)
+    drift = torch.zeros(DRAWS, 2, 2, 2, 2, dtype=torch.float64)
+    error = z - Y.T  # (S, i, a)
+    for _ in range(STEPS):
+        linear = e("sijkabc,skc->sijab", dH, error)
+        drift = drift - RATE * (linear + linear.permute(0, 2, 1, 4, 3))
+        drift = drift + RATE**2 / 2 * e("ijklabcd,skc,sld->sijab", curved, error, error)
+        dH = dH - RATE * e("ijklabcd,sld->sijkabc", slope, error)
+        error = error - RATE * error @ last.Theta
+    return z.mT, drift
+
+
+@cache
+def forecast(**keywords):
+    return theory.predict_drift(ensemble(), X, Y, X, learning_rate=RATE, steps=STEPS, reduction="sum", **keywords)
+
+
+def test_mean_and_variance_of_every_entry_are_those_of_draws_of_the_field():
+    _, drift = trained_field()
+    n, predicted = ensemble().widths[-2], forecast().ntk
+    averaged = drift.diagonal(dim1=1, dim2=2).mean(-1) / n
+    assert forecast().error == {}  # integrated
+    same(*average(averaged), predicted.mean[-1])
+    same(*average((averaged - averaged.mean(0)).square()), predicted.variance[-1])
+    diagonal = averaged.diagonal(dim1=1, dim2=2).mean(1)
+    same(*average(diagonal), predicted.diagonal_mean[-1])
+    same(*average((diagonal - diagonal.mean()).square()), predicted.diagonal_sd[-1] ** 2)
+    squares = averaged.square().sum((1, 2)) / predicted.reference.square().sum()
+    same(*average(squares), predicted.relative_rms[-1] ** 2)
+
+
+def test_the_norm_of_the_full_kernel_is_that_of_draws_of_the_field():
+    _, drift = trained_field()
+    predicted = forecast().ntk
+    squares = (drift / ensemble().widths[-2]).square().sum((1, 2, 3, 4)) / (2 * predicted.reference.square().sum())
+    same(*average(squares), predicted.relative_rms_full[-1] ** 2)
+
+
+def test_the_conditional_forecast_is_the_regression_on_the_outputs():
+    """Its mean leaves no correlation with any function of z, and its variance is what is left, network by network."""
+    z, drift = trained_field()
+    averaged = drift.diagonal(dim1=1, dim2=2).mean(-1)[:300] / ensemble().widths[-2]
+    law = forecast(at_steps=(STEPS,))
+    found = [law.given(each).ntk for each in z[:300]]
+    mean, variance = (torch.stack([getattr(each, name)[-1] for each in found]) for name in ("mean", "variance"))
+    standard = (averaged - mean) / variance.sqrt()
+    assert float(standard.mean(0).abs().max()) < 4 / math.sqrt(300)
+    assert float((standard.square().mean(0) - 1).abs().max()) < 4 * math.sqrt(2 / 300) + 0.1
+    total = mean.var(0) + variance.mean(0)
+    torch.testing.assert_close(total, forecast().ntk.variance[-1], rtol=0.35, atol=0.0)
+    assert bool((variance.mean(0) < 0.97 * total).all())
+    with pytest.raises(ValueError, match="conditional on outputs already"):
+        forecast().given(Y).given(Y)
+
+
+def test_every_pairing_of_six_is_there_with_a_label_order_of_its_tensor():
+    assert len(PAIRINGS) == 15
+    for pairing, (name, order) in PAIRINGS.items():
+        kind, _ = FOUND_PAIRINGS[tuple(sorted(pairing))]
+        standard = next(key for key, (other, word) in PAIRINGS.items() if (other, word) == (name, "012345"))
+        at = [int(slot) for slot in order]
+        assert kind == name
+        assert {frozenset((at[i], at[j])) for i, j in standard} == {frozenset(pair) for pair in pairing}
+
+
+# ---- the law by itself
+
+
+def random_path(training, modes=3, outputs=2):
+    root, kernel = normal(modes, modes, seed=1), normal(modes, 4, seed=2)
+    Theta = root @ root.T + torch.eye(modes, dtype=torch.float64)
+    return InfiniteWidthPath(kernel @ kernel.T, Theta, normal(modes, outputs, seed=4), training)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        Training(learning_rate=0.05, steps=9, reduction="sum"),
+        Training(learning_rate=0.05, steps=9, reduction="sum", dynamics="gradient_flow"),
+        Training(learning_rate=0.02, steps=9, reduction="sum", momentum=0.8, nesterov=True),
+        Training(schedule=lambda step: 0.08 / (1 + step), steps=9, reduction="sum"),
+    ],
+    ids=["descent", "flow", "nesterov", "schedule"],
+)
+def test_moments_are_those_of_draws_whatever_the_optimizer(training):
+    path = random_path(training)
+    root = normal(1, 6, 6, seed=8)
+    joint = root @ root.mT
+    joint[:, :3, :3] = path.K_modes
+    C = 0.2 * normal(1, 3, 3, seed=6)
+    forms = DriftForms(0.5, C, normal(1, 3, 3, seed=9), normal(1, 3, 3, seed=10), joint[:, 3:, 3:])
+    at = torch.tensor([9.0])
+    mean, variance = forms.moments(path, at)
+    _, phi, psi, _ = path.double(at)
+    covariance = torch.cat([torch.cat([path.K_modes, C[0].T], 1), torch.cat([C[0], forms.X[0]], 1)])
+    assert float(torch.linalg.eigvalsh(covariance)[0]) > 0
+    factor = torch.linalg.cholesky(covariance)
+    total = 0.0
+    for k in range(2):
+        z, eta = (normal(DRAWS, 6, seed=20 + k) @ factor.T).split(3, 1)
+        a = z - path.y[:, k]
+        p = -phi[0] * a
+        q = torch.einsum("mn,sm,sn->smn", psi[0], a, a)
+        total = total + 0.5 * ((eta * p).sum(1) + torch.einsum("mn,sm,sn->s", forms.A[0], p, p))
+        total = total + 0.5 * (forms.B[0] * q).sum((1, 2))
+    same(*average(total), mean[0, 0])
+    same(*average((total - total.mean()).square()), variance[0, 0])
+    drawn = forms.draws(path, at, 50_000, 0)[:, 0]
+    same(*average(drawn), mean[0, 0])
+    same(*average((drawn - drawn.mean()).square()), variance[0, 0])
+
+
+# ---- against other forecasts
+
+
+def test_means_are_those_of_the_forecasts_of_the_mean():
+    keywords = {"learning_rate": RATE, "steps": STEPS, "reduction": "sum"}
+    trajectory = theory.predict_training(ensemble(), X, Y, X, corrections=("ntk",), **keywords)
+    expected = trajectory.ntk_drift.diagonal(dim1=3, dim2=4).mean(-1)
+    torch.testing.assert_close(forecast().ntk.mean, expected, rtol=1e-6, atol=1e-10)
+    layers = theory.predict_representation(ensemble(), X, Y, X, **keywords).layers
+    for number, layer in enumerate(layers, 1):
+        torch.testing.assert_close(forecast().hidden[number].mean, layer.kernel_drift, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(forecast().hidden_ntk[2].mean, layers[1].ntk_drift, rtol=1e-6, atol=1e-10)
+
+
+def test_samples_and_tiles_agree_with_integration(monkeypatch):
+    x, y = normal(5, 3, seed=11), normal(3, 1, seed=12)
+    wide = theory.MLPEnsemble([3, 64, 1], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    keywords = {"learning_rate": 0.05, "steps": 10, "reduction": "sum", "at_steps": [10], "num_samples": 8192}
+    keywords["hidden_ntk"] = False
+    whole = theory.predict_drift(wide, x[2:], y, x[:2], **keywords)
+    assert 0 < whole.error["ntk"] < 0.05
+    tiled = theory.predict_drift(wide, x[2:], y, x[:2], **keywords, memory=70_000)
+    for name in ("mean", "variance"):
+        first, second = getattr(whole.ntk, name), getattr(tiled.ntk, name)
+        torch.testing.assert_close(first, second, rtol=0.0, atol=0.02 * float(first.abs().max()))
+    assert float((whole.ntk.relative_rms / tiled.ntk.relative_rms - 1).abs()) < 0.01
+
+
+def test_one_output_has_one_kernel():
+    single = theory.MLPEnsemble([3, 40, 50, 1], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    found = theory.predict_drift(single, X, Y[:, :1], X[:1], learning_rate=0.1, steps=5, reduction="sum").ntk
+    torch.testing.assert_close(found.relative_rms_full, found.relative_rms, rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(found.diagonal_mean, found.mean[:, 0, 0])
+    torch.testing.assert_close(found.diagonal_sd.square(), found.variance[:, 0, 0])
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": "cross_entropy"}, "training: .* squared error on full batches"),
+        ({"batches": [[0], [1]]}, "training: .* squared error on full batches"),
+        ({"num_replicas": 1}, "num_replicas: 1 given; at least 2"),
+        ({"memory": 100}, "x_train: 2 points and 2 probe points need about .* GiB"),
+    ],
+)
+def test_what_the_law_does_not_cover_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        theory.predict_drift(ensemble(), X, Y, X, learning_rate=0.1, steps=5, **change)
+
+
+def test_kinks_and_narrow_networks_are_refused():
+    for activation, widths, message in (
+        ("relu", [3, 40, 50, 2], "relu has a kink.*gelu"),
+        ("tanh", [3, 2, 2, 2], "r = L/n = 1.5 >= 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            theory.predict_drift(theory.MLPEnsemble(widths, activation), X, Y, X, learning_rate=0.1, steps=5)
+
+
+# ---- trained networks
+
+
+@pytest.mark.slow
+def test_drifts_of_trained_networks_tend_to_the_law():
+    """E |D|^2 extrapolated in 1/n; the 90 % band of the mean diagonal covers about 90 % of networks."""
+    x, y, ratios = normal(4, 3, seed=21), normal(3, 1, seed=22), {}
+    x = 1.5 * x / x.norm(dim=1, keepdim=True)
+    keywords = {"learning_rate": 0.08, "steps": 10, "reduction": "sum", "at_steps": [10], "hidden_ntk": False}
+    for n, networks in ((64, 2000), (128, 1600)):
+        wide = theory.MLPEnsemble([3, n, n, 1], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
+        law = theory.predict_drift(wide, x[1:], y, x, **keywords, num_samples=16384)
+        outputs, changes = trained(wide, x, y, networks, seed=n)
+        predicted = {"ntk": law.ntk, 1: law.hidden[1], 2: law.hidden[2]}
+        for key, values in changes.items():
+            squares = values.square().sum((1, 2)) / predicted[key].reference.square().sum()
+            ratios[key, n] = [part / float(predicted[key].relative_rms[0]) ** 2 for part in average(squares)]
+            print(f"n = {n}, {key}: {float(ratios[key, n][0]):.3f} +- {float(ratios[key, n][1]):.3f}")
+        diagonal = changes["ntk"].diagonal(dim1=1, dim2=2).mean(1)
+        low, high = law.diagonal_quantiles(torch.tensor([0.05, 0.95]), num_draws=20_000)[0]
+        covered = float(((diagonal > low) & (diagonal < high)).double().mean())
+        assert abs(covered - 0.9) < 0.03 + 4 * math.sqrt(0.09 / networks), f"n = {n}: the band covers {covered:.3f}"
+        given = [law.given(z[:, None]).ntk for z in outputs[:300]]
+        left = torch.stack([(d - g.diagonal_mean[0]) / g.diagonal_sd[0] for d, g in zip(diagonal, given, strict=False)])
+        mean, error = average(left.square())
+        print(f"n = {n}: covered {covered:.3f}; left by z(0), over the variance predicted: {mean:.2f} +- {error:.2f}")
+        assert abs(mean - 1) < 0.2 + 4 * error
+    for key in ("ntk", 1, 2):
+        (r, e), (r2, e2) = ratios[key, 64], ratios[key, 128]
+        value, error, second = 2 * r2 - r, math.hypot(e, 2 * e2), (r - 1) ** 2
+        assert abs(value - 1) < 4 * error + second, f"{key}: {float(value):.3f} +- {float(error):.3f}"
+        assert error < 0.12
+
+
+def trained(ensemble, x, y, networks, seed):
+    """Outputs before training (S, N), and the changes of the NTK and of both hidden kernels."""
+    generator, outputs, changes = torch.Generator().manual_seed(seed), [], {"ntk": [], 1: [], 2: []}
+    points, targets = x.float(), y.float()
+    for _ in range(networks // 200):
+        layers = draw(ensemble.widths, 0.1, 1.5, 200, generator, torch.float32)
+        nets = Networks(layers, ensemble.activation, 0.3, 1.0)
+        ntk, (z, before, _) = nets.ntk(points)[..., 0, 0], nets.forward(points)
+        for _ in range(10):
+            nets.step(points[1:], targets, 0.08)
+        after = nets.forward(points)[1]
+        changes["ntk"].append((nets.ntk(points)[..., 0, 0] - ntk).double())
+        for layer in (1, 2):
+            kernel = after[layer] @ after[layer].mT - before[layer] @ before[layer].mT
+            changes[layer].append(kernel.double() / ensemble.widths[layer])
+        outputs.append(z[:, 1:, 0].double())
+    return torch.cat(outputs), {key: torch.cat(parts) for key, parts in changes.items()}

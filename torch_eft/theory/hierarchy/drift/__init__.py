@@ -1,0 +1,1 @@
+"""The law of one network's drift, before it is trained."""
