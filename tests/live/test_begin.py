@@ -139,3 +139,20 @@ def test_an_address_makes_no_local_folder(address, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"is an address, .* give a local directory"):
             make()
     assert not list(tmp_path.iterdir())
+
+
+def test_two_observers_of_one_directory_are_told(tmp_path):
+    said = []
+    first, second, third = (
+        Observer(simple_mlp(), PROBE, preset="light", budget=None, logdir=tmp_path / str(place), say=said.append)
+        for place in (0, 0, 1)
+    )
+    for observer in (first, third):
+        observer.begin()
+    assert not [sentence for sentence in said if "another observer" in sentence]
+    second.begin()
+    assert sum("another observer, which has not finished, writes to" in sentence for sentence in said) == 1
+    second.finish()
+    third.begin()
+    first.begin()
+    assert sum("another observer" in sentence for sentence in said) == 1

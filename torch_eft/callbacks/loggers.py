@@ -1,5 +1,6 @@
 """Sinks for a Trainer's loggers: all take scalars, TensorBoard's takes pages and figures too."""
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +17,15 @@ class LoggerSink(Sink):
 
     Args:
         logger: The logger.
+        label: Before the tags, where another monitor's are those without.
     """
 
-    def __init__(self, logger: Logger) -> None:
-        self.logger = logger
+    def __init__(self, logger: Logger, label: str = "") -> None:
+        self.logger, self._prefix = logger, f"{label}/" if label else ""
 
     def scalars(self, step: int, values: Mapping[str, float], epoch: int | None = None) -> None:
         """``log_metrics`` with the optimizer step."""
-        self.logger.log_metrics(dict(values), step=step)
+        self.logger.log_metrics({self._prefix + name: value for name, value in values.items()}, step=step)
 
     def resume(self, step: int, history: History) -> None:
         """Repeat earlier measurements to a ``CSVLogger``, which begins its file anew."""
@@ -32,19 +34,26 @@ class LoggerSink(Sink):
                 self.scalars(at, values)
 
 
-def logger_sinks(trainer: Trainer, jsonl: str | None) -> list[Sink]:
+def logger_sinks(trainer: Trainer, jsonl: str | None, label: str = "") -> list[Sink]:
     """The sinks of a Trainer: its loggers, and a JSONL file next to the first one's files.
 
     Args:
         trainer: The Trainer.
         jsonl: The file's name; None for none.
+        label: Sets this monitor's results apart from another's: a run of its own in TensorBoard, tags with this before
+            them elsewhere.
 
     Returns:
         One sink per logger and kind of content.
     """
     sinks: list[Sink] = []
     for logger in trainer.loggers:
-        sinks.append(LoggerSink(logger))
+        if label and isinstance(logger, TensorBoardLogger):
+            from torch.utils.tensorboard import SummaryWriter
+
+            sinks.append(TensorBoardSink(SummaryWriter(os.path.join(logger.log_dir, label))))
+            continue
+        sinks.append(LoggerSink(logger, label))
         if isinstance(logger, TensorBoardLogger):
             sinks.append(TensorBoardSink(logger.experiment, scalars=False))
     directory = log_directory(trainer)

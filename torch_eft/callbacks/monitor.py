@@ -25,7 +25,7 @@ from torch_eft.callbacks.steps import StepCounter
 from torch_eft.callbacks.training_data import first_inputs
 from torch_eft.callbacks.workers import WorkerResults
 from torch_eft.live.config.presets import Preset
-from torch_eft.live.config.probes import ProbeLike, first_count
+from torch_eft.live.config.probes import ProbeLike, first_count, same_probe
 from torch_eft.live.config.schedule import Every
 from torch_eft.live.instrument import Event, History, Instrument, MeasurementWarning, Obstacle
 from torch_eft.live.observer import Observer
@@ -67,7 +67,8 @@ class EFTMonitor(Callback):
         module: Name of the submodule to measure; empty means the LightningModule itself.
         jsonl: Write every measurement to ``eft.jsonl`` too, next to the first logger's files.
         on_error: ``"warn"`` or ``"raise"``.
-        name: Distinguishes several monitors of this class in checkpoints.
+        name: Distinguishes several monitors of this class in checkpoints; and in loggers, where they measure the same
+            quantities: the run, or the beginning of the tags, of all but the first.
         distributed: In a training on several devices: ``"rank_zero"``: rank 0 measures, the others wait for it in their
             next collective; ``"sharded"``: every rank takes its share of the samples (outputs and NTK), wherever
             ``every``, which must be the same on all ranks, may ask for it; it pays where a sample's passes are
@@ -145,7 +146,7 @@ class EFTMonitor(Callback):
         self.module = module
         self.jsonl = jsonl
         self.name = name
-        self._first = first_count(probe)
+        self._first, self._output_fn = first_count(probe), output_fn
         self._timeout: float | None = None
         self._error: Exception | None = None
         self._counter, self._workers = StepCounter(), WorkerResults()
@@ -243,9 +244,14 @@ class EFTMonitor(Callback):
         if self._error is not None and self.observer.collective:  # other ranks would wait for this one
             raise self._error
         if self._takes_part(trainer):
-            leads, file = trainer.is_global_zero, self._file(trainer)
+            leads, file, label = trainer.is_global_zero, self._file(trainer), self._label(trainer)
             directory = log_directory(trainer) if leads else None
-            sinks = logger_sinks(trainer, file if self.jsonl else None) if leads else ()
+            sinks = logger_sinks(trainer, file if self.jsonl else None, label) if leads else ()
+            if label and sinks:
+                self.observer.recorder.announce(
+                    f"{type(self).__name__}: another monitor of this Trainer logs the same names; the results of this "
+                    f"one are the run {label!r} in TensorBoard, {label}/... in other loggers, and {file}"
+                )
             step = self._counter.begin(trainer, network)
             if self._error is not None:
                 self.observer.refuse(self._error, sinks)
@@ -283,11 +289,33 @@ class EFTMonitor(Callback):
             )
             self._timeout = None
 
+    def _before(self, trainer: Trainer) -> "list[EFTMonitor]":
+        """The monitors of this Trainer that have more to say, or come first."""
+        monitors = [callback for callback in trainer.callbacks if isinstance(callback, EFTMonitor)]  # type: ignore[attr-defined]
+        ordered = sorted(monitors, key=lambda each: -len(each.observer.instruments))
+        return ordered[: ordered.index(self)]
+
     def _file(self, trainer: Trainer) -> str:
         """Name of its JSONL file: two monitors never write to the same one."""
-        others = [callback for callback in trainer.callbacks if isinstance(callback, EFTMonitor)]  # type: ignore[attr-defined]
-        place = sorted(others, key=lambda each: -len(each.observer.instruments)).index(self)
+        place = len(self._before(trainer))
         return "eft.jsonl" if place == 0 else f"eft-{place + 1}.jsonl"
+
+    def _label(self, trainer: Trainer) -> str:
+        """A name that sets its results apart, where they would go under the tags of an earlier monitor."""
+        before = self._before(trainer)
+        if not any(self._collides(other) for other in before):
+            return ""
+        label = self.name or type(self).__name__
+        return f"{label}-{len(before) + 1}" if label in [other._label(trainer) for other in before] else label
+
+    def _collides(self, other: "EFTMonitor") -> bool:
+        """Monitors of different instruments share their tags only where they measure the same on the same inputs."""
+        names = {instrument.name for instrument in self.observer.instruments}
+        return (
+            (self.module, self._first, self._output_fn) != (other.module, other._first, other._output_fn)
+            or not same_probe(self.observer.probe, other.observer.probe)
+            or any(instrument.name in names for instrument in other.observer.instruments)
+        )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Show the batch to the instruments."""

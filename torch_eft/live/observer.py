@@ -25,6 +25,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ from torch_eft.results.trajectory import Validity
 from torch_eft.tensorboard.run_info import JSONL_NAME
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import ActivationLike
+
+_WRITING: "WeakValueDictionary[Path, Observer]" = WeakValueDictionary()
+"""The latest observer to begin in a directory."""
 
 
 class Observer:
@@ -205,6 +209,11 @@ class Observer:
         return None if claim is None else claim.validity
 
     @property
+    def probe(self) -> Probe | None:
+        """The inputs on which it measures, as they were given; None where they wait for a data set."""
+        return self._probe
+
+    @property
     def network(self) -> MeasuredNetwork:
         """The measured network, checked now if it was not before."""
         return self._network or self.check()
@@ -309,10 +318,24 @@ class Observer:
             with self.recorder.guard():
                 network.follow()
             return
+        self._announce_company()
         self.recorder.open([*self.sinks, *sinks])
         with self._ranks.awaited(), self.recorder.guard():
             self._begin(network, obstacle)
         self.budget.settle()
+
+    def _announce_company(self) -> None:
+        """Say so where another observer of this process writes to the same directory."""
+        if self._own_theta_file is None:
+            return
+        folder = self._own_theta_file.parent.resolve()
+        other = _WRITING.get(folder)
+        if other is not None and other is not self and other._begun:
+            self.recorder.announce(
+                f"{self.recorder.name}: another observer, which has not finished, writes to {folder} too, under the "
+                "same names; give each a logdir of its own"
+            )
+        _WRITING[folder] = self
 
     def _begin(self, network: MeasuredNetwork, obstacle: Obstacle | None) -> None:
         step, restored, goes_on = self.progress.step, self.reference.restored, self._goes_on(network)

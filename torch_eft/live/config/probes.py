@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from torch_eft.measure.forward.probe import Probe, as_probe
 
@@ -52,6 +52,17 @@ def copied_probe(given: Any) -> Probe:
     """
     with torch.inference_mode(False):
         return Probe(tree_map_only(Tensor, lambda x: x.detach().clone(), as_probe(given).inputs))
+
+
+def same_probe(first: Probe | None, second: Probe | None) -> bool:
+    """Return whether two probes hold the same inputs; those that wait for a data set are None."""
+    if first is None or second is None:
+        return first is second
+    ours, theirs = tree_flatten(first.inputs), tree_flatten(second.inputs)
+    return ours[1] == theirs[1] and all(
+        torch.equal(a.cpu(), b.cpu()) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
+        for a, b in zip(ours[0], theirs[0], strict=True)
+    )
 
 
 def first_count(given: Any) -> int | None:
