@@ -150,3 +150,10 @@ def test_pages_hold_the_diagnosis_and_the_validity(events):
     assert "| critical (K*=0) | 0 | 1 | K* = 0 | 1 | 1 |" in page("diagnosis")
     assert "mean over samples and outputs (torch's MSELoss)" in page("validity")
     assert "the NTK at order 1/n; hidden kernels at order 1/n" in page("validity")
+
+
+def test_an_address_is_no_logdir(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--logdir", "s3://bucket/demo"]) == 2
+    assert "--logdir: 's3://bucket/demo' is an address" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -99,16 +99,58 @@ def test_the_last_info_holds_even_at_one_step(tmp_path):
     assert get(client, "series?run=run")["quantities"] == {"ntk_drift": {"measured": [[0, None]]}}
 
 
-def test_runs_without_info_or_with_a_damaged_one_say_so(tmp_path):
+DAMAGED = {
+    "cut off": b"{",
+    "no object": b"3",
+    "no text": b"\xff\xfe{}",
+    "endless": b'{"a":' * 100_000,
+    "nothing": b"",
+    **{
+        str(number): json.dumps({"schema": 1, **entry}).encode()
+        for number, entry in enumerate(
+            (
+                {"events": 3},
+                {"events": [None]},
+                {"events": [{"step": "first"}]},
+                {"quantities": ["ntk_drift"]},
+                {"quantities": {"ntk_drift": {"title": {}}}},
+                {"validity": "valid"},
+                {"validity": {"flag": 3}},
+                {"probe": 16},
+                {"regime": 1.5},
+                {"r": "small"},
+                {"skipped": "none"},
+                {"diagnosis": ["#"]},
+            )
+        )
+    },
+}
+
+
+def test_runs_without_info_or_with_a_damaged_one_say_so_and_the_others_are_shown(tmp_path):
     write_run(tmp_path / "plain").close()
-    damaged = SummaryWriter(str(tmp_path / "damaged"))
+    write_run(tmp_path / "whole", info=run_info()).close()
+    for name, text in DAMAGED.items():
+        damaged = SummaryWriter(str(tmp_path / name))
+        summary = run_info_summary({})
+        summary.value[0].tensor.string_val[0] = text
+        damaged.file_writer.add_summary(summary, 0)
+        damaged.add_scalar("eft/ntk_drift/measured", 0.5, 1)
+        damaged.close()
+    several = SummaryWriter(str(tmp_path / "several values"))
     summary = run_info_summary({})
-    summary.value[0].tensor.string_val[0] = b"{"
-    damaged.file_writer.add_summary(summary, 0)
-    damaged.close()
-    problems = {run["name"]: run["problem"] for run in get(serve(tmp_path), "runs")["runs"]}
-    assert "no description" in problems["plain"]
-    assert "cannot be read" in problems["damaged"]
+    summary.value[0].tensor.string_val.append(b"{}")
+    summary.value[0].tensor.tensor_shape.dim.add(size=2)
+    several.file_writer.add_summary(summary, 0)
+    several.close()
+    with open(next((tmp_path / "cut off").glob("events*")), "ab") as file:
+        file.write(b"\x07 half a record")
+    runs = {run["name"]: run for run in get(serve(tmp_path), "runs")["runs"]}
+    assert "no description" in runs["plain"]["problem"]
+    assert runs["whole"]["problem"] == "" and runs["whole"]["info"]["network"] == run_info()["network"]
+    for name in (*DAMAGED, "several values"):
+        assert "cannot be read" in runs[name]["problem"] and runs[name]["info"] is None, name
+    assert all(runs[name]["quantities"] == {"ntk_drift": ["measured"]} for name in DAMAGED)
 
 
 def test_without_data_there_are_no_runs_and_the_tab_is_inactive(tmp_path, two_runs):

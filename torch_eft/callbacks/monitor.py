@@ -354,7 +354,8 @@ class EFTMonitor(Callback):
         if self._takes_part(trainer):
             self.observer.finish(self._steps(trainer, pl_module))
             if trainer.is_global_zero:
-                self._workers.leave(trainer, self.observer)
+                with self.observer.recorder.guard():
+                    self._workers.leave(trainer, self.observer)
 
     def _steps(self, trainer: Trainer, pl_module: LightningModule) -> int:
         """Optimizer steps so far; a sentence when the first one comes that Lightning does not count."""

@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -28,7 +29,7 @@ class WorkerResults:
     """
 
     def __init__(self) -> None:
-        self._path = Path(tempfile.gettempdir(), f"torch_eft-{uuid.uuid4().hex}.pt")
+        self._name = f"torch_eft-{uuid.uuid4().hex}.pt"
         self._caller = os.getpid()
         self.forget()
 
@@ -52,15 +53,22 @@ class WorkerResults:
         }
         torch.save(results, self._path)
 
+    @property
+    def _path(self) -> Path:
+        return Path(tempfile.gettempdir(), self._name)
+
     def fetch(self, observer: Observer) -> None:
         """Take what a worker left, once, in the calling process."""
-        if os.getpid() != self._caller or not self._path.exists():
+        if os.getpid() != self._caller:
             return
-        try:
+        with suppress(OSError):  # there may be no place for temporary files
+            if not self._path.exists():
+                return
             results = torch.load(self._path, map_location="cpu", weights_only=True)
-        finally:
-            with suppress(OSError):
-                self._path.unlink()
+            self._path.unlink()
+            self._take(results, observer)
+
+    def _take(self, results: dict[str, Any], observer: Observer) -> None:
         observer.load_state_dict(results["state"])
         observer.recorder.skipped = [(int(step), str(reason)) for step, reason in results["skipped"]]
         self.overhead, self.seconds = results["overhead"], results["seconds"]

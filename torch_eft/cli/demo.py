@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from torch_eft.callbacks import EFTMonitor
 from torch_eft.diagnosis import diagnose
+from torch_eft.live.record.sinks import local_path
 from torch_eft.results.tags import sigma_of, theory_of
 from torch_eft.tensorboard import QUANTITIES, compared_quantities, comparison_figure, tag
 from torch_eft.theory import MLPEnsemble, criticality, get_activation, initial_statistics
@@ -136,6 +137,7 @@ def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | 
     """
     if steps < 1:
         raise ValueError(f"--steps {steps} given; need at least 1")
+    logdir = local_path(logdir, "--logdir")
     x_train, y_train, x_probe = load_digits_split()
     ensemble = demo_ensemble(width, depth, activation, x_train.shape[1])
     print(diagnose(ensemble, x_train), end="\n\n")

@@ -58,12 +58,37 @@ def write_run_info(writer: Any, info: Mapping[str, Any]) -> None:
 
 
 def parse_run_info(text: str | bytes) -> dict[str, Any] | None:
-    """The run info in a JSON text; None if it is none, or of a schema that this version cannot read."""
+    """The run info in a JSON text; None if it is none, is damaged, or of a schema that this version cannot read."""
     try:
-        info = json.loads(text)
-    except ValueError:
+        info = finite(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
         return None
-    return finite(info) if isinstance(info, dict) and info.get("schema", SCHEMA) == SCHEMA else None
+    return info if isinstance(info, dict) and info.get("schema", SCHEMA) == SCHEMA and _sound(info) else None
+
+
+def _sound(info: dict[str, Any]) -> bool:
+    """Return whether every entry is of its kind: pages that show several runs rely on it."""
+    words = ("network", "regime", "criticality", "optimizer", "level", "diagnosis")
+    numbers = ("depth", "width", "r", "epsilon", "parameters")
+    validity, quantities, probe = info.get("validity"), info.get("quantities"), info.get("probe")
+    lists = [info.get(key) or [] for key in ("events", "skipped")]
+    return (
+        all(isinstance(info.get(key), str | None) for key in words)
+        and all(isinstance(info.get(key), int | float | None) for key in numbers)
+        and (validity is None or _strings(validity))
+        and (probe is None or (isinstance(probe, list) and len(probe) == 2))
+        and (quantities is None or (isinstance(quantities, dict) and all(map(_strings, quantities.values()))))
+        and all(isinstance(entries, list) and all(_marked(entry) for entry in entries) for entries in lists)
+    )
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, str | None) for entry in value.values())
+
+
+def _marked(entry: Any) -> bool:
+    """An event or a failure: a step, and words."""
+    return isinstance(entry, dict) and isinstance(entry.get("step"), int) and _strings({**entry, "step": None})
 
 
 def dump_json(value: Any) -> str:

@@ -102,7 +102,8 @@ class Reader:
             downsample=10,
             run_tag_filter=provider.RunTagFilter(tags=[RUN_INFO_TAG]),
         )
-        return {run: tags[RUN_INFO_TAG][-1].numpy.item() for run, tags in read.items() if tags.get(RUN_INFO_TAG)}
+        found = {run: tags[RUN_INFO_TAG][-1].numpy for run, tags in read.items() if tags.get(RUN_INFO_TAG)}
+        return {run: value.item() if value.size == 1 else b"" for run, value in found.items()}
 
 
 def _run(name: str, tags: dict[str, tuple[str, str]], text: bytes | None) -> dict[str, Any]:

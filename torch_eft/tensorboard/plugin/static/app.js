@@ -70,9 +70,18 @@ export class App {
       // The newest runs, until the reader chooses.
       if (!this.touched) this.chosen = new Set(names.slice(-FIRST_CHOICE));
       const shown = this.shownRuns().filter(({ quantities }) => Object.keys(quantities).length);
-      const series = await Promise.all(shown.map(({ name }) => this.source.series(name)));
-      this.data = Object.fromEntries(shown.map(({ name }, i) => [name, series[i]]));
-      this.problem = "";
+      const problems = [];
+      // Each run on its own: one that cannot be read leaves the others.
+      const read = async ({ name }) => {
+        try {
+          return [name, await this.source.series(name)];
+        } catch (error) {
+          problems.push(`${name}: ${error.message}`);
+          return [name, {}];
+        }
+      };
+      this.data = Object.fromEntries(await Promise.all(shown.map(read)));
+      this.problem = problems.join(" ");
     } catch (error) {
       this.problem = error.message;
     }
