@@ -52,10 +52,38 @@ class Reusing(nn.Module):
 def test_a_module_called_twice_is_recorded_twice():
     torch.manual_seed(0)
     model, x = Reusing(), torch.randn(4, 3)
-    kernels = measure.hidden_kernels(model, x)
+    kernels = measure.hidden_kernels(model, x, layers=["act"])
     assert list(kernels) == ["act", "act:2"]
     features = torch.tanh(model.first(x)).detach()
     torch.testing.assert_close(kernels["act"], features @ features.T / 6)
+
+
+@pytest.mark.parametrize("output_fn", [None, lambda z: z[None].squeeze(0)])
+def test_the_activation_of_the_output_is_no_hidden_layer(output_fn):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*mlp(), nn.Sigmoid()), torch.randn(4, 5)
+    assert list(measure.hidden_kernels(model, x, output_fn=output_fn)) == ["1", "3"]
+    assert list(measure.hidden_kernels(model, x, layers=["5"])) == ["5"]
+    assert list(measure.hidden_kernels(Reusing(), torch.randn(4, 3))) == ["act"]
+
+
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(self.rnn(x.transpose(0, 1))[0][-1])
+
+
+@pytest.mark.parametrize(("samples", "times"), [(4, 4), (4, 3), (1, 2), (2, 1)])
+def test_samples_may_be_on_another_axis(samples, times):
+    torch.manual_seed(0)
+    model, x = TimeFirst().double(), torch.randn(samples, times, 3, dtype=torch.float64)
+    kernels = measure.hidden_kernels(model, x)
+    assert list(kernels) == ["rnn"]
+    features = model.rnn(x.transpose(0, 1))[0].transpose(0, 1).detach().flatten(1)
+    torch.testing.assert_close(kernels["rnn"], features @ features.T / features.shape[1])
 
 
 def test_unknown_layers_are_named():

@@ -4,17 +4,19 @@ The kernel of a hidden layer is ``(1 / n) sum_j s_{j;a} s_{j;b}`` over its n fea
 with the activations as features; preactivations if their layers are named).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
-from torch_eft.measure.forward.structure import all_finite
+from torch_eft.measure.forward.structure import all_finite, has_values
 from torch_eft.measure.representations.alignment import target_kernel
 from torch_eft.results.choices import check_choice
 from torch_eft.results.repr import short_repr
@@ -115,12 +117,15 @@ def hidden_kernels(
         model: Any module.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
         layers: Names of submodules whose outputs are the features. None picks the activation modules
-            (``nn.Tanh``, ``nn.ReLU`` ...), or, where there is none, every layer with weights but the last.
+            (``nn.Tanh``, ``nn.ReLU`` ...) but one that is the output, or, where there is none, every layer with weights
+            but the last.
         output_fn: Turns what the model returns into (N, C).
 
     Returns:
         ``{name: (N, N)}`` in the order of execution; a module called several times appears as
-        ``name``, ``name:2``, ... Layers whose output is not a tensor with N rows are left out.
+        ``name``, ``name:2``, ... The samples' axis is the one that changes with their number (the second one of a
+        recurrent layer with ``batch_first=False``); layers whose output is no tensor with such an axis of N are left
+        out.
 
     Example:
         >>> import torch
@@ -153,32 +158,67 @@ def _features(
     weighted = layers is None and not watched
     if weighted:
         watched = [name for name, module in modules.items() if isinstance(module, _WEIGHTED)]
+    shapes: dict[str, torch.Size] = {}
     found: dict[str, _Features] = {}
-    calls: dict[str, int] = {}
+    last: Tensor | None = None
 
-    def record(name: str, value: Any) -> None:
-        value = value[0] if isinstance(value, tuple) and value else value
-        if isinstance(value, Tensor) and value.ndim >= 2 and len(value) == probe.size and value.is_floating_point():
-            calls[name] = calls.get(name, 0) + 1
-            features = value.detach().flatten(1)
-            key = name if calls[name] == 1 else f"{name}:{calls[name]}"
+    def keep_features(name: str, value: Tensor) -> None:
+        nonlocal last
+        last = value
+        axis = _sample_axis(value.shape, shapes.get(name), probe.size)
+        if axis is not None:
+            features = value.detach().movedim(axis, 0).flatten(1)
             # A clone: a later operation may change the output in place.
             values = features.clone() if keep else None
-            found[key] = _Features(features @ features.T / features.shape[1], features.shape[1], values)
+            found[name] = _Features(features @ features.T / features.shape[1], features.shape[1], values)
+
+    with torch.no_grad():
+        inputs = network.place(probe)
+        other = tree_map_only(Tensor, lambda x: x[:1].clone() if probe.size > 1 else torch.cat([x, x]), inputs)
+        with _recording(network, watched, lambda name, value: shapes.update({name: value.shape})), suppress(Exception):
+            network(network.params, other)  # fails where only so many samples are taken
+        with _recording(network, watched, keep_features):
+            output = checked_output(network, probe)
+    if found and (len(found) > 1 if weighted else layers is None and _is_same(last, output)):
+        found.popitem()  # the last one is the output
+    return found
+
+
+@contextmanager
+def _recording(network: IsolatedModel, watched: Sequence[str], record: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``record`` with the name and the output of every call of the watched modules."""
+    modules = dict(network.shadow.named_modules())
+    calls: dict[str, int] = {}
+
+    def note(name: str, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point():
+            calls[name] = calls.get(name, 0) + 1
+            record(name if calls[name] == 1 else f"{name}:{calls[name]}", value)
 
     handles = [
-        modules[name].register_forward_hook(lambda module, args, value, name=name: record(name, value))
+        modules[name].register_forward_hook(lambda module, args, value, name=name: note(name, value))
         for name in watched
     ]
     try:
-        with torch.no_grad():
-            checked_output(network, probe)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    if weighted and len(found) > 1:
-        found.popitem()  # the last one is the output
-    return found
+
+
+def _sample_axis(shape: torch.Size, other: torch.Size | None, samples: int) -> int | None:
+    """The axis that changes with the number of samples; the first one where no other number of them was taken."""
+    axes = range(len(shape)) if other is not None and len(other) == len(shape) else range(1)
+    changed = [axis for axis in axes if other is None or shape[axis] != other[axis]]
+    return changed[0] if len(changed) == 1 and shape[changed[0]] == samples else None
+
+
+def _is_same(value: Tensor | None, output: Tensor) -> bool:
+    """Whether the output is this value, or a view of all of it."""
+    if value is None or not has_values(output) or value.numel() != output.numel():
+        return False
+    return value.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
 
 
 def _is_activation(module: nn.Module) -> bool:
