@@ -6,18 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.forward.isolation.hooks import KINDS, taking_part
 from torch_eft.measure.forward.isolation.network import IsolatedModel
+from torch_eft.measure.forward.isolation.operations import LiveWriteError, NoWrites
 from torch_eft.measure.forward.isolation.shadow import attributes_of_copies, runs_in_place_of
 from torch_eft.measure.forward.isolation.state import PythonState
 from torch_eft.measure.forward.probe import as_call
-
-
-class LiveWriteError(ValueError):
-    """The forward writes to a tensor of the training, which was stopped before it did."""
 
 
 @contextmanager
@@ -30,10 +26,9 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
 
     Guarded: train/eval flags of every submodule; buffers, which are copies meanwhile; parameters and other tensors of
     the module (an operation that would write to one is stopped before it does; the version counters are compared
-    afterwards); attributes and what the
-    code of the forward reaches in closures, global names and classes (``PythonState``); hooks of gradients and forward
-    hooks that only look (``only_looks``), which do not run; autocast and the random states, by the surrounding
-    ``isolated``.
+    afterwards); attributes, and what the code of the forward reaches in closures, global names and classes
+    (``PythonState``); hooks of gradients and forward hooks that only look (``only_looks``), which do not run; autocast
+    and the random states, by the surrounding ``isolated``.
 
     Args:
         network: Isolated, ``at_own_parameters``.
@@ -68,7 +63,7 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
             if parameter._backward_hooks:
                 stack.callback(setattr, parameter, "_backward_hooks", parameter._backward_hooks)
                 parameter._backward_hooks = None
-        stack.enter_context(_NoWrites(tensors))
+        stack.enter_context(NoWrites(tensors))
 
         module = runs_in_place_of(module) or module
         reference = next((p for p in module.parameters() if p.is_floating_point()), None)
@@ -83,7 +78,7 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
         yield run
     for name, tensor, version, _ in versions:
         if tensor._version != version:
-            raise LiveWriteError(_written(name))
+            raise LiveWriteError(name)
 
 
 def _put_back(state: PythonState, modes: Any, versions: Any) -> None:
@@ -93,31 +88,6 @@ def _put_back(state: PythonState, modes: Any, versions: Any) -> None:
     for _, tensor, _, data in versions:
         if tensor.data_ptr() != data.data_ptr():  # ``tensor.data = ...`` in the forward
             tensor.data = data
-
-
-class _NoWrites(TorchDispatchMode):
-    """Stops operations before they write to the memory of some tensors."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._names = {tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at the arguments that ``func`` writes to, then call it."""
-        kwargs = kwargs or {}
-        for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = kwargs.get(argument.name) if index >= len(args) else args[index]
-            for tensor in tree_leaves(value):
-                name = self._names.get(tensor.untyped_storage()._cdata) if isinstance(tensor, Tensor) else None
-                if name is not None:
-                    raise LiveWriteError(_written(name))
-        return func(*args, **kwargs)
-
-
-def _written(name: str) -> str:
-    return f"model: its forward writes to {name!r} in place, in evaluation mode, too; let it work on a copy"
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ they are written.
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from torch_eft.measure.forward.isolation.operations import GivenTensors
+from torch_eft.measure.forward.isolation.operations import GivenTensors, NoWrites
 from torch_eft.measure.forward.isolation.process import (
     differentiable,
     elementary_operations,
@@ -36,7 +36,7 @@ from torch_eft.results.choices import nearest
 class Place(NamedTuple):
     """Where a module keeps a parameter or a buffer of its own."""
 
-    tensors: dict[str, Tensor | None]
+    tensors: dict[str, Any]
     key: str
     own: Tensor
     name: str
@@ -93,6 +93,9 @@ class Isolation:
         """Watch the operations of a forward with the given parameters and buffers."""
         if self.plain:
             return nullcontext()
+        stack = ExitStack()
+        if self.copies.shared:
+            stack.enter_context(NoWrites(self.copies.shared))
         given = {key: tensors[name] for key, name in self.copies.live.items()}
         given |= {key: tensors[name].detach() for key, name in self.copies.aliases.items()}
         return GivenTensors(
@@ -318,24 +321,23 @@ def _module_state(network: IsolatedModel) -> Iterator[None]:
 def _shadow_of(model: nn.Module, output_fn: OutputFn | None, dtype: torch.dtype | None) -> IsolatedModel:
     plain = output_fn is None and all(_is_plain(module) for module in model.modules())
     copies = Copies(model, share_parameters=plain)
-    shadow = copies.copy(model)
-    floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    floating = {p.dtype for p in copies.parameters.values() if p.is_floating_point()}
     if dtype is None and len(floating) > 1:
         dtype = functools.reduce(torch.promote_types, floating, torch.float32)
-    params = {name: _readable(p, dtype) for name, p in shadow.named_parameters() if p.requires_grad}
-    constants = {name: _readable(p, dtype) for name, p in shadow.named_parameters() if not p.requires_grad}
-    buffers = {name: _readable(buffer, dtype) for name, buffer in shadow.named_buffers()}
-    names = {id(tensor): name for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers())}
+    readable = {name: _readable(tensor, dtype) for name, tensor in copies.parameters.items()}
+    params = {name: value for name, value in readable.items() if copies.parameters[name].requires_grad}
+    constants = {name: value for name, value in readable.items() if name not in params}
+    buffers = {name: _readable(buffer, dtype) for name, buffer in copies.buffers.items()}
     places = [
-        Place(tensors, key, tensor, names[id(tensor)])
-        for module in shadow.modules()
+        Place(tensors, key, tensor, copies.live[id(tensor)])
+        for module in copies.module.modules()
         for tensors in (module._parameters, module._buffers)
         for key, tensor in tensors.items()
         if tensor is not None
     ]
     rounding = max((torch.finfo(kind).eps for kind in floating), default=0.0)
     isolation = Isolation(frozenset(buffers), places, copies, plain, params, rounding)
-    return IsolatedModel(shadow, params, constants | buffers, output_fn, model, isolation)
+    return IsolatedModel(copies.module, params, constants | buffers, output_fn, model, isolation)
 
 
 def _is_plain(module: nn.Module) -> bool:

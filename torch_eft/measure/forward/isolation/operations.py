@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _NARROWING = {
@@ -119,3 +120,38 @@ class GivenTensors(TorchFunctionMode):
             self._note(dtype)
             return _COMPLEX.get(self._dtype, dtype)
         return dtype
+
+
+class LiveWriteError(ValueError):
+    """The forward writes to a tensor of the training, which was stopped before it did.
+
+    Args:
+        name: Of the tensor.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"model: its forward writes to {name!r} in place, in evaluation mode, too; let it work on a copy, or make "
+            "it a buffer (register_buffer), which measurements copy"
+        )
+
+
+class NoWrites(TorchDispatchMode):
+    """Stops operations before they write to the memory of some tensors."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the arguments that ``func`` writes to, then call it."""
+        kwargs = kwargs or {}
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = kwargs.get(argument.name) if index >= len(args) else args[index]
+            for tensor in tree_leaves(value):
+                name = self._names.get(tensor.untyped_storage()._cdata) if isinstance(tensor, Tensor) else None
+                if name is not None:
+                    raise LiveWriteError(name)
+        return func(*args, **kwargs)

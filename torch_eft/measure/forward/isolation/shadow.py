@@ -18,6 +18,7 @@ from torch_eft.measure.forward.isolation.hooks import KINDS, taking_part
 
 _LARGE = 1024
 """Containers with more entries are data: the container is copied, its entries are shared."""
+_CONTAINERS = (dict, list, set, collections.OrderedDict)
 _LARGE_TENSOR = 2**18
 """Tensors with more numbers, neither parameters nor buffers, are shared; nothing may write to them."""
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, torch.device, torch.dtype)
@@ -51,6 +52,9 @@ class Copies:
         aliases: ``{id: name}`` of tensors that are the memory of one, without its gradient.
         refused: ``{id: why}`` of tensors that a measurement must not use.
         shared: ``{place: tensor}`` of those that are not copied and must not be written to.
+        parameters: The copies of its parameters, by name.
+        buffers: Those of its buffers.
+        module: The copy.
     """
 
     def __init__(self, model: nn.Module, share_parameters: bool = False) -> None:
@@ -58,30 +62,29 @@ class Copies:
         self.aliases: dict[int, str] = {}
         self.refused: dict[int, str] = {}
         self.shared: dict[str, Tensor] = {}
+        self.parameters: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
         self._memo: dict[int, Any] = {}
         self._kept: list[Any] = []
         self._memory: dict[int, tuple[str, Tensor]] = {}
+        self._names = {id(module): name for name, module in model.named_modules()}
         self._place = ""
         for name, parameter in model.named_parameters():
-            self._remember(
-                parameter,
-                parameter
-                if share_parameters and not parameter.is_inference()
-                else nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad),
-                name,
-            )
+            copied: Tensor = parameter
+            if not share_parameters or parameter.is_inference():
+                copied = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            self.parameters[name] = self._remember(parameter, copied, name)
         for name, buffer in model.named_buffers():
-            self._remember(buffer, buffer.detach().clone(), name)
-        for place, module in model.named_modules():
-            self._place = place
-            self.copy(module)
+            self.buffers[name] = self._remember(buffer, buffer.detach().clone(), name)
+        self.module: nn.Module = self.copy(model)
 
-    def _remember(self, tensor: Tensor, copied: Tensor, name: str) -> None:
+    def _remember(self, tensor: Tensor, copied: Tensor, name: str) -> Tensor:
         self._memo[id(tensor)] = copied
         self._kept.append(tensor)
         self.live[id(tensor)] = self.live[id(copied)] = name
         if tensor.layout == torch.strided and tensor.device.type != "meta":
             self._memory[tensor.untyped_storage()._cdata] = name, tensor
+        return copied
 
     def copy(self, value: Any) -> Any:
         """Return the copy, or the value itself where nothing can change it."""
@@ -138,13 +141,15 @@ class Copies:
         if isinstance(module, torch.jit.ScriptModule):
             return self._note(module, module)
         copied = self._note(module, object.__new__(type(module)))
-        own = vars(copied)
+        own, prefix = vars(copied), self._names.get(id(module), type(module).__name__)
         for name, value in attributes_of_copies(module).items():
+            self._place = f"{prefix}.{name}".removeprefix(".")
             if name in KINDS:
                 value = taking_part(module, name)
             elif name in ("_backward_hooks", "_backward_pre_hooks"):
-                value = type(value)()
-            own[name] = self.copy(value)
+                value = {}
+            # Most attributes of most modules are empty containers.
+            own[name] = type(value)() if type(value) in _CONTAINERS and not value else self.copy(value)
         copied.__setstate__(dict(own))
         own["training"] = False
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -161,7 +166,7 @@ class Copies:
             if all(a is b for a, b in zip(parts, value, strict=True)):
                 return value
             return self._note(value, type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts))
-        copied = self._note(value, copy.copy(value))
+        copied = self._note(value, value.copy() if type(value) in (dict, list, set) else copy.copy(value))
         if len(value) > _LARGE:
             return copied
         if isinstance(value, dict):
@@ -238,7 +243,7 @@ def private_copy(module: nn.Module) -> nn.Module:
     Returns:
         The copy, whose forwards, hooks and closures use its own modules and parameters.
     """
-    return Copies(module).copy(module)
+    return Copies(module).module
 
 
 def runs_in_place_of(module: nn.Module) -> nn.Module | None:
