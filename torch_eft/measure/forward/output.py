@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
+from torch_eft.measure.forward.isolation.operations import RefusedForwardError
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 
 
@@ -48,12 +49,15 @@ def checked_output(network: IsolatedModel, probe: Probe, params: dict[str, Tenso
 
     Raises:
         ValueError: As ``output``.
+        RefusedForwardError: If the forward does what cannot be measured.
     """
     inputs = tree_map_only(Tensor, torch.clone, network.place(probe))
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     versions = [tensor._version for tensor in tensors]
     try:
         result = network(network.params if params is None else params, inputs)
+    except RefusedForwardError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

@@ -10,8 +10,8 @@ they are written.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -89,18 +89,18 @@ class Isolation:
         self.open = False
         self.put_back()
 
-    def watched(self, tensors: Mapping[str, Tensor], inputs: Any) -> AbstractContextManager[Any]:
+    @contextmanager
+    def watched(self, tensors: Mapping[str, Tensor], inputs: Any) -> Iterator[None]:
         """Watch the operations of a forward with the given parameters and buffers."""
         if self.plain:
-            return nullcontext()
-        stack = ExitStack()
-        if self.copies.shared:
-            stack.enter_context(NoWrites(self.copies.shared))
+            yield
+            return
         given = {key: tensors[name] for key, name in self.copies.live.items()}
         given |= {key: tensors[name].detach() for key, name in self.copies.aliases.items()}
-        return GivenTensors(
-            given, self.copies.refused, _precision(tensors.values()), inputs, self.note, self.without_gradient
-        )
+        precision = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.get_default_dtype())
+        watch = GivenTensors(given, self.copies.refused, precision, inputs, self.note, self.without_gradient)
+        with watch, NoWrites(self.copies.shared) if self.copies.shared else nullcontext():
+            yield
 
     def note(self, dtype: torch.dtype) -> None:
         """Note a dtype in which the module itself computes."""
@@ -356,7 +356,3 @@ def _readable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None:
         return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _precision(tensors: Iterable[Tensor]) -> torch.dtype:
-    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())

@@ -22,6 +22,24 @@ _METADATA = frozenset(
 _NEW_LEAVES = frozenset({"requires_grad_", "__set__"})
 
 
+class RefusedForwardError(ValueError):
+    """The forward does what cannot be measured; the message says what, and a remedy."""
+
+
+class LiveWriteError(RefusedForwardError):
+    """The forward writes to a tensor of the training, which was stopped before it did.
+
+    Args:
+        name: Of the tensor.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"model: its forward writes to {name!r} in place, in evaluation mode, too; let it work on a copy, or make "
+            "it a buffer (register_buffer), which measurements copy"
+        )
+
+
 class GivenTensors(TorchFunctionMode):
     """A context in which a network's operations use the given tensors in the place of the training's.
 
@@ -101,12 +119,12 @@ class GivenTensors(TorchFunctionMode):
     def _check(self, value: Tensor) -> None:
         reason = self._refused.get(id(value))
         if reason is not None:
-            raise ValueError(
+            raise RefusedForwardError(
                 f"model: its forward uses a tensor {tuple(value.shape)} that is {reason}; compute it in the forward, "
                 "from the parameters"
             )
         if value.requires_grad and value.is_leaf and id(value) not in self._own and id(value) not in self._made:
-            raise ValueError(
+            raise RefusedForwardError(
                 f"model: its forward uses a trainable tensor {tuple(value.shape)} that is not among its parameters "
                 "(in a closure, a list or another module), so that it would be missing in the kernel; register it, as "
                 "an attribute that is an nn.Parameter or a submodule, or set its requires_grad to False"
@@ -120,20 +138,6 @@ class GivenTensors(TorchFunctionMode):
             self._note(dtype)
             return _COMPLEX.get(self._dtype, dtype)
         return dtype
-
-
-class LiveWriteError(ValueError):
-    """The forward writes to a tensor of the training, which was stopped before it did.
-
-    Args:
-        name: Of the tensor.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"model: its forward writes to {name!r} in place, in evaluation mode, too; let it work on a copy, or make "
-            "it a buffer (register_buffer), which measurements copy"
-        )
 
 
 class NoWrites(TorchDispatchMode):
