@@ -16,7 +16,7 @@ from torch_eft.theory.hierarchy.drift.law import DriftForms
 from torch_eft.theory.initialization.evaluator import FLUCTUATIONS
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 
-RATE, STEPS, DRAWS = 0.1, 4, 100_000
+RATE, STEPS, DRAWS = 0.1, 4, 60_000
 
 
 def normal(*shape, seed):
@@ -27,7 +27,7 @@ def same(measured, error, predicted):
     """Equal to four standard errors, which are small."""
     predicted = torch.as_tensor(predicted, dtype=torch.float64)
     scale = predicted.abs().max()
-    assert float((error / scale).max()) < 0.05
+    assert float((error / scale).max()) < 0.06
     deviation = ((measured - predicted).abs() / error).max()
     assert float(deviation) < 4.5, f"{measured} against {predicted}: {float(deviation):.1f} standard errors"
 
@@ -77,7 +77,10 @@ def covariances(last):
 
 @cache
 def trained_field():
-    """z (S, a, i) and n D_ij;xy (S, i, j, x, y) after a few steps of the hierarchy of dNTK and ddNTK at order 1/n."""
+    """z (S, a, i) and n D_ij;xy (S, i, j, x, y) after a few steps of the hierarchy of dNTK and ddNTK at order 1/n.
+
+    And at the end n times dNTK and ddNTK along the gradient, likewise, and J v (S, i, x).
+    """
     names = ("P", "Q", "R", "S", "T", "U", *FLUCTUATIONS)
     last = theory.initial_statistics(ensemble(), X, statistics=names)[-1]
     values, vectors = torch.linalg.eigh(covariances(last))
@@ -99,7 +102,9 @@ def trained_field():
         drift = drift + RATE**2 / 2 * e("ijklabcd,skc,sld->sijab", curved, error, error)
         dH = dH - RATE * e("ijklabcd,sld->sijkabc", slope, error)
         error = error - RATE * error @ last.Theta
-    return z.mT, drift
+    linear = e("sijkabc,skc->sijab", dH, error)
+    along = linear + linear.permute(0, 2, 1, 4, 3), e("ijklabcd,skc,sld->sijab", curved, error, error)
+    return z.mT, drift, *along, error @ last.Theta
 
 
 @cache
@@ -108,7 +113,7 @@ def forecast(**keywords):
 
 
 def test_mean_and_variance_of_every_entry_are_those_of_draws_of_the_field():
-    _, drift = trained_field()
+    _, drift, *_ = trained_field()
     n, predicted = ensemble().widths[-2], forecast().ntk
     averaged = drift.diagonal(dim1=1, dim2=2).mean(-1) / n
     assert forecast().error == {}  # integrated
@@ -122,22 +127,34 @@ def test_mean_and_variance_of_every_entry_are_those_of_draws_of_the_field():
 
 
 def test_the_norm_of_the_full_kernel_is_that_of_draws_of_the_field():
-    _, drift = trained_field()
+    _, drift, *_ = trained_field()
     predicted = forecast().ntk
     squares = (drift / ensemble().widths[-2]).square().sum((1, 2, 3, 4)) / (2 * predicted.reference.square().sum())
     same(*average(squares), predicted.relative_rms_full[-1] ** 2)
 
 
+@pytest.mark.parametrize("name", ["dntk", "ddntk"])
+def test_sizes_along_the_gradient_are_those_of_draws_of_the_field(name):
+    *_, first, second, moved = trained_field()
+    n, reference, predicted = ensemble().widths[-2], forecast().ntk.reference, getattr(forecast(), name)
+    value, divisor = (first, 1) if name == "dntk" else (second / 2, 2)
+    motion = float(moved.square().mean()) ** (divisor / 2)
+    averaged = value.diagonal(dim1=1, dim2=2).mean(-1).square().sum((1, 2)) / (n * motion * reference.norm()) ** 2
+    same(*average(averaged), predicted.rms[-1] ** 2)
+    full = value.square().sum((1, 2, 3, 4)) / (n * motion * reference.norm()) ** 2 / 2
+    same(*average(full), predicted.rms_full[-1] ** 2)
+
+
 def test_the_conditional_forecast_is_the_regression_on_the_outputs():
     """Its mean leaves no correlation with any function of z, and its variance is what is left, network by network."""
-    z, drift = trained_field()
-    averaged = drift.diagonal(dim1=1, dim2=2).mean(-1)[:300] / ensemble().widths[-2]
-    law = forecast(at_steps=(STEPS,))
-    found = [law.given(each).ntk for each in z[:300]]
+    z, drift, *_ = trained_field()
+    averaged = drift.diagonal(dim1=1, dim2=2).mean(-1)[:200] / ensemble().widths[-2]
+    law = forecast(at_steps=(STEPS,), hidden_ntk=False)
+    found = [law.given(each).ntk for each in z[:200]]
     mean, variance = (torch.stack([getattr(each, name)[-1] for each in found]) for name in ("mean", "variance"))
     standard = (averaged - mean) / variance.sqrt()
-    assert float(standard.mean(0).abs().max()) < 4 / math.sqrt(300)
-    assert float((standard.square().mean(0) - 1).abs().max()) < 4 * math.sqrt(2 / 300) + 0.1
+    assert float(standard.mean(0).abs().max()) < 4 / math.sqrt(200)
+    assert float((standard.square().mean(0) - 1).abs().max()) < 4 * math.sqrt(2 / 200) + 0.1
     total = mean.var(0) + variance.mean(0)
     torch.testing.assert_close(total, forecast().ntk.variance[-1], rtol=0.35, atol=0.0)
     assert bool((variance.mean(0) < 0.97 * total).all())
@@ -219,10 +236,10 @@ def test_means_are_those_of_the_forecasts_of_the_mean():
 def test_samples_and_tiles_agree_with_integration(monkeypatch):
     x, y = normal(5, 3, seed=11), normal(3, 1, seed=12)
     wide = theory.MLPEnsemble([3, 64, 1], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
-    keywords = {"learning_rate": 0.05, "steps": 10, "reduction": "sum", "at_steps": [10], "num_samples": 8192}
+    keywords = {"learning_rate": 0.05, "steps": 10, "reduction": "sum", "at_steps": [10], "num_samples": 4096}
     keywords["hidden_ntk"] = False
     whole = theory.predict_drift(wide, x[2:], y, x[:2], **keywords)
-    assert 0 < whole.error["ntk"] < 0.05
+    assert 0 < whole.error["ntk"] < 0.06
     tiled = theory.predict_drift(wide, x[2:], y, x[:2], **keywords, memory=70_000)
     for name in ("mean", "variance"):
         first, second = getattr(whole.ntk, name), getattr(tiled.ntk, name)
@@ -231,7 +248,7 @@ def test_samples_and_tiles_agree_with_integration(monkeypatch):
 
 
 def test_one_output_has_one_kernel():
-    single = theory.MLPEnsemble([3, 40, 50, 1], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    single = theory.MLPEnsemble([3, 40, 1], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
     found = theory.predict_drift(single, X, Y[:, :1], X[:1], learning_rate=0.1, steps=5, reduction="sum").ntk
     torch.testing.assert_close(found.relative_rms_full, found.relative_rms, rtol=1e-9, atol=0.0)
     torch.testing.assert_close(found.diagonal_mean, found.mean[:, 0, 0])

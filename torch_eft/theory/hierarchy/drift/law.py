@@ -12,9 +12,13 @@ Y = y y^T and G = n_L K + Y,
     E F / scale = - n_L tr(Phi C) + tr(M G)
     Var F / scale^2 = <Phi X Phi, G> + n_L { 2 tr[(M K - Phi C / 2)^2] + tr[(Phi C)^2] / 2 - 2 tr(M C^T Phi K) }
                       + 4 <M K M - Phi C M, Y>.
+
+With e = g a the dNTK along the gradient, (dH + transpose) e, is minus the rate of change of the drift under gradient
+flow, at the parameters reached by any optimizer: the same form with derivatives of phi and psi; the ddNTK along it has
+M alone (``Motion``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +28,25 @@ from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 
 _CHUNK = 2**26
 """Bytes of psi at once."""
+
+Motion = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From g, phi (modes,) and psi (modes, modes) at one time: the factors of eta, of A and of B in the form."""
+
+
+def drift(g: Tensor, phi: Tensor, psi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of a drift H(t) - H(0)."""
+    return phi, torch.outer(phi, phi), psi
+
+
+def dntk(g: Tensor, phi: Tensor, psi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of (dH + transpose) e at time t."""
+    change = torch.outer(g, phi)
+    return -g, -change - change.T, -change
+
+
+def ddntk(g: Tensor, phi: Tensor, psi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of (ddI + transpose + 2 ddII) e e at time t."""
+    return torch.zeros_like(g), 2 * torch.outer(g, g), torch.zeros_like(psi)
 
 
 @dataclass(frozen=True)
@@ -44,13 +67,13 @@ class DriftForms:
     B: Tensor
     X: Tensor
 
-    def moments(self, path: InfiniteWidthPath, steps: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, path: InfiniteWidthPath, steps: Tensor, motion: Motion = drift) -> tuple[Tensor, Tensor]:
         """Mean and variance over initializations, (T, forms) each."""
         K, Y, G, n_L = path.K_modes, path.target_gram, path.error_gram, path.outputs
         diagonal = self.C.diagonal(dim1=1, dim2=2)
         means, variances = [], []
-        for phi, psi in times(path, steps):
-            M, moved = self.quadratic(phi, psi), phi[:, None] * self.C
+        for phi, pp, psi in times(path, steps, motion):
+            M, moved = self.quadratic(pp, psi), phi[:, None] * self.C
             MK, MY = M @ K, M @ Y
             apart, outer = MK - moved / 2, torch.outer(phi, phi) * G
             means.append((M * G).sum((1, 2)) - n_L * diagonal @ phi)
@@ -73,22 +96,22 @@ class DriftForms:
         to_z = self.C @ torch.linalg.pinv(path.K_modes, hermitian=True)
         left = self.X - to_z @ self.C.mT
         means, variances = [], []
-        for phi, psi in times(path, steps):
+        for phi, pp, psi in times(path, steps, drift):
             moved = phi[:, None] * a
-            means.append(((self.quadratic(phi, psi) @ a) * a - (to_z @ z) * moved).sum((1, 2)))
+            means.append(((self.quadratic(pp, psi) @ a) * a - (to_z @ z) * moved).sum((1, 2)))
             variances.append(((left @ moved) * moved).sum((1, 2)))
         return self.scale * torch.stack(means), self.scale**2 * torch.stack(variances).clamp_min(0.0)
 
-    def quadratic(self, phi: Tensor, psi: Tensor) -> Tensor:
+    def quadratic(self, pp: Tensor, psi: Tensor) -> Tensor:
         """M at one time, (forms, modes, modes)."""
-        M = torch.outer(phi, phi) * self.A + psi * self.B
+        M = pp * self.A + psi * self.B
         return (M + M.mT) / 2
 
     def draws(self, path: InfiniteWidthPath, step: Tensor, count: int, seed: int) -> Tensor:
         """Draws of the law at one time, each form by itself, (count, forms)."""
         generator = torch.Generator(self.C.device).manual_seed(seed)
-        ((phi, psi),) = times(path, step.reshape(1))
-        M, modes, n_L = self.quadratic(phi, psi), len(phi), path.outputs
+        ((phi, pp, psi),) = times(path, step.reshape(1), drift)
+        M, modes, n_L = self.quadratic(pp, psi), len(phi), path.outputs
         K = path.K_modes.expand_as(self.C)
         joint = torch.cat([torch.cat([K, self.C.mT], 2), torch.cat([self.C, self.X], 2)], 1)
         values, vectors = torch.linalg.eigh((joint + joint.mT) / 2)
@@ -135,13 +158,12 @@ class FullKernelForms:
     Sji: Tensor
     X: Tensor
 
-    def mean_squares(self, path: InfiniteWidthPath, steps: Tensor) -> Tensor:
+    def mean_squares(self, path: InfiniteWidthPath, steps: Tensor, motion: Motion = drift) -> Tensor:
         """E sum_ij D_ij^2, (T, pairs)."""
         K, Y, G, n = path.K_modes, path.target_gram, path.error_gram, path.outputs
         al, be, ga = self.alpha, self.beta, self.gamma
         found = []
-        for phi, psi in times(path, steps):
-            pp = torch.outer(phi, phi)
+        for phi, pp, psi in times(path, steps, motion):
             M1 = pp * self.Cpp + psi * self.Cqq
             M1 = (M1 + M1.mT) / 2
             M2 = pp * self.Cij + psi * self.Sij + (psi * self.Sji).mT
@@ -152,7 +174,7 @@ class FullKernelForms:
             GM2, M2G, M1K, M2K = G @ M2, M2 @ G, M1 @ K, M2 @ K
             on_K, on_Y, on_G = (_inner(M2, part) for part in (K, Y, G))
             M1_G, M2sK, M1Y = _inner(M1, G), M2s @ K, M1 @ Y
-            linear = (self.X * (pp * G)).sum((1, 2)) + n * trace**2
+            linear = (self.X * (torch.outer(phi, phi) * G)).sum((1, 2)) + n * trace**2
             linear = linear + n * (_trace(al_, al_) + 2 * _trace(al_, ga_) + _trace(be_, be_) + 2 * _trace(be_, ga_))
             linear = linear + n**2 * (2 * _trace(al_, be_) + _trace(ga_, ga_))
             mixed = trace * (n * M1_G + on_G) + 2 * _inner(C, (M1 @ G).mT)
@@ -167,11 +189,11 @@ class FullKernelForms:
         return self.scale**2 * torch.stack(found).clamp_min(0.0)
 
 
-def times(path: InfiniteWidthPath, steps: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Phi and psi, one time after the other."""
+def times(path: InfiniteWidthPath, steps: Tensor, motion: Motion) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Factors of eta, A and B, one time after the other."""
     for some in steps.split(max(1, _CHUNK // (8 * max(1, len(path.eigenvalues)) ** 2))):
-        _, phi, psi, _ = path.double(some)
-        yield from zip(phi, psi, strict=True)
+        g, phi, psi, _ = path.double(some)
+        yield from (motion(*at) for at in zip(g, phi, psi, strict=True))
 
 
 def _inner(first: Tensor, second: Tensor) -> Tensor:

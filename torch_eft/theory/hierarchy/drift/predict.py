@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from torch_eft.results.training import Training, as_training
+from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.hierarchy.drift.forms import AllForms, FormReader, mean_forms
-from torch_eft.theory.hierarchy.drift.law import DriftForms
-from torch_eft.theory.hierarchy.drift.result import DriftForecast, KernelDrift, NTKDrift
+from torch_eft.theory.hierarchy.drift.law import DriftForms, ddntk, dntk
+from torch_eft.theory.hierarchy.drift.result import ContractedSize, DriftForecast, KernelDrift, NTKDrift
 from torch_eft.theory.initialization.estimators import check_statistics
 from torch_eft.theory.initialization.evaluator import FLUCTUATIONS
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
@@ -128,20 +129,44 @@ class _Forecast:
         mean, variance = (part[:, 0] for part in forms.diagonal.moments(frozen, times))
         norm = ntk.reference.norm() * frozen.outputs**0.5
         ntk = NTKDrift(ntk.reference, ntk.mean, ntk.variance, full / norm, mean, variance.sqrt())
-        largest = float(ntk.relative_rms.max())
+        moved = neuron_movement(frozen.ensemble, frozen.layers, frozen, times)
+        sizes = {"rms |H(t) - H(0)| / |Theta|": float(ntk.relative_rms.max())}
+        validity = training_validity(frozen.ensemble, frozen.x, frozen, sizes, float(moved.max()))
         return self._result(
             forms,
             ntk,
             self._kernel,
             errors,
-            largest,
-            given=functools.partial(self.given, forms, errors, largest),
+            validity,
+            contracted=self._contracted(forms),
+            given=functools.partial(self.given, forms, errors, validity),
             draws=lambda count, seed: torch.stack(
                 [forms.diagonal.draws(frozen, step, count, seed)[:, 0] for step in times]
             ),
         )
 
-    def given(self, forms: AllForms, errors: dict[str, float], largest: float, z: Tensor) -> DriftForecast:
+    def _contracted(self, forms: AllForms) -> tuple[ContractedSize, ContractedSize]:
+        """Of the dNTK and of the ddNTK along the gradient."""
+        frozen, times = self._frozen, self._times
+        g, _ = frozen.single(times)
+        seen = frozen.coupling[: frozen.probes]
+        errors = g[:, :, None] * frozen.error_gram * g[:, None, :]
+        # ||J v||^2 / (N_p n_L)
+        motion = (seen @ errors * seen).sum((1, 2)) / (frozen.probes * frozen.outputs)
+        reference = frozen.Theta[: frozen.probes, : frozen.probes].norm()
+
+        def relative(squares: Tensor, divisor: Tensor) -> Tensor:
+            return self._square(squares).sum((1, 2)).sqrt() / divisor
+
+        sizes = []
+        for along, divisor in ((dntk, motion.sqrt() * reference), (ddntk, 2 * motion * reference)):
+            mean, variance = forms.ntk.moments(frozen, times, along)
+            full = forms.full.mean_squares(frozen, times, along)
+            averaged = relative(mean.square() + variance, divisor)
+            sizes.append(ContractedSize(averaged, relative(full, divisor) / frozen.outputs**0.5))
+        return sizes[0], sizes[1]
+
+    def given(self, forms: AllForms, errors: dict[str, float], validity: Validity, z: Tensor) -> DriftForecast:
         """The law over the networks with outputs ``z`` on the training inputs."""
         frozen, times = self._frozen, self._times
         if tuple(z.shape) != tuple(frozen.y_train.shape) or not bool(torch.isfinite(z).all()):
@@ -157,7 +182,7 @@ class _Forecast:
         ntk = kernel(forms.ntk, frozen.Theta)
         mean, variance = (part[:, 0] for part in forms.diagonal.conditional_moments(frozen, times, modes))
         ntk = NTKDrift(ntk.reference, ntk.mean, ntk.variance, None, mean, variance.sqrt())
-        return self._result(forms, ntk, kernel, errors, largest)
+        return self._result(forms, ntk, kernel, errors, validity)
 
     def _kernel(self, form: DriftForms, reference: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> KernelDrift:
         mean, variance = form.moments(self._frozen, self._times) if moments is None else moments
@@ -179,23 +204,23 @@ class _Forecast:
         ntk: NTKDrift,
         kernel: Callable[[DriftForms, Tensor], KernelDrift],
         errors: dict[str, float],
-        largest: float,
+        validity: Validity,
+        contracted: tuple[ContractedSize | None, ContractedSize | None] = (None, None),
         given: Callable[[Tensor], DriftForecast] | None = None,
         draws: Callable[[int, int], Tensor] | None = None,
     ) -> DriftForecast:
         frozen = self._frozen
         _, Theta, pairs = frozen.layers
-        moved = neuron_movement(frozen.ensemble, frozen.layers, frozen, self._times)
-        sizes = {"rms |H(t) - H(0)| / |Theta|": largest}
         return DriftForecast(
             self._times,
             ntk,
             {layer: kernel(form, pairs[layer - 1].explicit((0,), (0,))) for layer, form in forms.hidden.items()},
             {layer: kernel(form, Theta[layer - 1]) for layer, form in forms.hidden_ntk.items()},
+            *contracted,
             errors,
             f"one network's drift at leading order in 1/n, n = {frozen.ensemble.widths[-2]}, {frozen.ensemble}; "
             f"{self._training.describe()}",
-            training_validity(frozen.ensemble, frozen.x, frozen, sizes, float(moved.max())),
+            validity,
             given,
             draws,
         )

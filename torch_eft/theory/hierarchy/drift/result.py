@@ -71,6 +71,35 @@ class NTKDrift(KernelDrift):
 
 
 @dataclass(frozen=True, repr=False)
+class ContractedSize:
+    """The size of the dNTK or ddNTK along the training gradient v, as it is measured.
+
+    Of the dNTK (||dH v + transpose|| / ||H||) / (||J v|| / sqrt(N_p n_L)), of the ddNTK
+    (||ddI v v + transpose + 2 ddII v v|| / (2 ||H||)) / (||J v||^2 / (N_p n_L)): root mean squares over initializations
+    of numerator and denominator, on the probe points.
+
+    Args:
+        rms: (T+1,), of the NTK averaged over outputs.
+        rms_full: (T+1,), of all pairs of outputs.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> theory.ContractedSize(torch.ones(3), torch.ones(3))
+        ContractedSize(
+          rms: (3,) float32
+          rms_full: (3,) float32
+        )
+    """
+
+    rms: Tensor
+    rms_full: Tensor
+
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+
+@dataclass(frozen=True, repr=False)
 class DriftForecast:
     """What training will change in one network of an ensemble.
 
@@ -79,6 +108,8 @@ class DriftForecast:
         ntk: Of the NTK.
         hidden: ``{l: ..}`` of the kernel of activations (1/n_l) sum_j s(z_ja) s(z_jb), l = 1 .. L-1.
         hidden_ntk: ``{l: ..}`` of the layer's own NTK, the mean of its diagonal over neurons, l = 2 .. L-1.
+        dntk: Size of the dNTK along the gradient at every step; None in a conditional forecast.
+        ddntk: Likewise of the ddNTK.
         error: ``{"ntk": .., "hidden 1": ..}``: relative standard error of the largest ``relative_rms`` over time from
             sampled moments; empty where they are integrated.
         provenance: Which theory, for which ensemble and training.
@@ -98,6 +129,8 @@ class DriftForecast:
     ntk: NTKDrift
     hidden: Mapping[int, KernelDrift]
     hidden_ntk: Mapping[int, KernelDrift]
+    dntk: ContractedSize | None
+    ddntk: ContractedSize | None
     error: Mapping[str, float]
     provenance: str
     validity: Validity
