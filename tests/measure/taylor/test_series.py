@@ -311,7 +311,7 @@ def test_terms_of_a_forward_that_is_cut_from_its_gradient():
     x = torch.randn(5, 4, dtype=DTYPE)
     series = taylor_series(model, x, params0, params)
     assert series.cut == ("detach in the forward",)
-    assert series.remarks[0].startswith("no derivatives: the forward leaves something out of its gradient")
+    assert series.remarks[0].startswith("no derivatives: a part of the forward is cut from the gradient")
     torch.testing.assert_close(series.value, series.terms.sum(0) + series.remainder)
     for action in (taylor_terms, taylor_sizes):
         with pytest.raises(ValueError, match=r"^model: no derivatives: .* \(detach in the forward\)"):

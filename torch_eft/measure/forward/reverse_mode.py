@@ -66,8 +66,8 @@ def ordinary_gradients(
 ) -> tuple[Tensor, dict[str, Tensor], bool]:
     """Return outputs and the gradient of ``sum weights . outputs`` by one ordinary forward and backward pass.
 
-    At the module's own parameters it is the module itself that runs (``live``), unless its forward writes to its
-    tensors, or fails without autocast or half precision: then, and at other parameters, its copy runs.
+    At the module's own parameters it is the module itself that runs (``live``), unless its forward writes to tensors of
+    the training, fails or rounds more coarsely than its copy: then, and at other parameters, the copy runs.
 
     Args:
         network: The network.
@@ -80,7 +80,7 @@ def ordinary_gradients(
         (N, C), ``{name: gradient}``, and whether the module itself ran.
     """
     own = dict(network.origin.named_parameters())
-    if all(name in own and _same(value, own[name]) for name, value in network.params.items()):
+    if network.at_own_parameters and network.isolation.rounding <= torch.finfo(weights.dtype).eps:
         try:
             with live(network) as run:
                 return *_in_blocks(run, inputs, weights, {name: own[name] for name in names}, block), True
@@ -90,13 +90,6 @@ def ordinary_gradients(
             _log.info("torch_eft: the module itself does not run (%s: %s); its copy does", type(error).__name__, error)
     leaves = {name: network.params[name].detach().requires_grad_() for name in names}
     return *_in_blocks(partial(network, {**network.params, **leaves}), inputs, weights, leaves, block), False
-
-
-def _same(value: Tensor, own: Tensor) -> bool:
-    """Return whether a parameter is the module's own, or a copy of it."""
-    if value.dtype != own.dtype or value.device != own.device or not own.requires_grad:
-        return False
-    return value.data_ptr() == own.data_ptr() or torch.equal(value, own.detach())
 
 
 def _in_blocks(

@@ -1,7 +1,7 @@
 """The NTK without its matrix: products H v, parameter-space directions lambda J^T e, leading eigenpairs.
 
 By reverse mode alone: J^T u is one backward pass, and J w is the derivative of w . (J^T u) with respect to u, which
-needs no forward rule of any operation.
+needs no forward rule of any operation. Where an operation has no second derivative, not even that one, H is formed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.checks import check_batch_independence, check_measurable, derivatives_of_order
+from torch_eft.measure.forward.checks import check_batch_independence, check_measurable
 from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.forward.reverse_mode import pull_back
-from torch_eft.measure.jacobian.engine import check_finite, checked_lambdas
+from torch_eft.measure.jacobian.engine import JacobianGram, check_finite, checked_lambdas
 from torch_eft.measure.jacobian.plan import JacobianPlan
-from torch_eft.measure.jacobian.verification import Verification, untrusted
+from torch_eft.measure.jacobian.verification import DIGITS, Verification, untrusted
 from torch_eft.results.repr import short_repr
 
 
@@ -40,6 +40,8 @@ class NTKOperator:
         self.network, self.inputs = network, network.place(probe)
         with Decomposed():
             self.outputs = checked_output(network, probe, {**network.params, **self.leaves})
+        self._probe, self._given = probe, lambdas
+        self._H: Tensor | None = None  # where products by second derivatives are not possible
         self._linear: tuple[Tensor, Sequence[Tensor]] | None = None
 
     def checked(self) -> "NTKOperator":
@@ -57,7 +59,20 @@ class NTKOperator:
         wrong, _ = check.mismatches(samples)
         if wrong:
             raise ValueError(untrusted(*next(iter(wrong.items()))))
+        if not self._transposes(check.u.T, gradients):
+            self._H = JacobianGram(self.network, self._probe, self._given).ntk()
         return self
+
+    def _transposes(self, u: Tensor, gradients: Sequence[Tensor]) -> bool:
+        """Return whether u . (J w) = (J^T u) . w for the w = J^T u: not where an operation has no second derivative."""
+        try:
+            image = self.jvp(dict(zip(self.leaves, gradients, strict=True)))
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
+        square = torch.stack([g.square().sum() for g in gradients]).sum()
+        return bool(((u * image).sum() - square).abs() <= torch.finfo(u.dtype).eps ** DIGITS * square)
 
     def _map(self) -> tuple[Tensor, Sequence[Tensor]]:
         """Return a vector u and J^T u, which is linear in it; made when first asked for."""
@@ -78,6 +93,8 @@ class NTKOperator:
 
     def __call__(self, v: Tensor) -> Tensor:
         """Return H v = J (lambda J^T v) of v (N, C)."""
+        if self._H is not None:
+            return torch.einsum("abij,bj->ai", self._H, v.to(self.outputs))
         return self.jvp(self.ntk_vjp(v))
 
 
@@ -110,8 +127,7 @@ def ntk_vector_product(
     """
     with isolated(model, output_fn) as network:
         operator = NTKOperator(network, as_probe(x), lambdas=lambdas).checked()
-        with derivatives_of_order(2, network.origin):
-            product = operator(checked_direction(direction, operator))
+        product = operator(checked_direction(direction, operator))
         check_finite(network, [product], "its product with the NTK is")
         return product
 
@@ -244,8 +260,7 @@ def ntk_eigenpairs(
         size = operator.outputs.numel()
         if not 1 <= num_eigenpairs <= size:
             raise ValueError(f"num_eigenpairs: {num_eigenpairs} given; H has {size} eigenvalues, give 1 .. {size}")
-        with derivatives_of_order(2, network.origin):
-            return _block_lanczos(operator, num_eigenpairs, tolerance, num_matvecs or 20 + 20 * num_eigenpairs)
+        return _block_lanczos(operator, num_eigenpairs, tolerance, num_matvecs or 20 + 20 * num_eigenpairs)
 
 
 def _block_lanczos(operator: NTKOperator, count: int, tolerance: float, steps: int) -> Eigenpairs:
