@@ -17,6 +17,7 @@ from tests.fuzz.run import examine
 FAST, SLOW = 100, 2000
 JUSTIFIED = {
     "an operation has no derivative of that order in torch": r"has no derivative of order \d",
+    "bare tensors of derivatives that are not the function's": r"cut from the gradient, or has a backward of its own",
 }
 """Kinds of refusals, and the words that they contain."""
 

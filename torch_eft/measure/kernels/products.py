@@ -36,7 +36,10 @@ class NTKOperator:
         self, network: IsolatedModel, probe: Probe, lambdas: Mapping[str, float] | float | None = None
     ) -> None:
         self.lambdas = checked_lambdas(network, lambdas)
-        self.leaves = {name: network.params[name].detach().requires_grad_() for name in self.lambdas}
+        own = {name: network.params[name].detach() for name in self.lambdas}
+        if not network.isolation.plain:  # another forward may write to them before this one's backward pass
+            own = {name: value.clone() for name, value in own.items()}
+        self.leaves = {name: value.requires_grad_() for name, value in own.items()}
         self.network, self.inputs = network, network.place(probe)
         with Decomposed():
             self.outputs = checked_output(network, probe, {**network.params, **self.leaves})
