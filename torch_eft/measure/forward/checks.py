@@ -140,7 +140,12 @@ def check_twice_differentiable(z: Tensor) -> None:
 
 
 def differs_from_differences(
-    found: Sequence[Tensor], order: int, function: Callable[[float], Sequence[Tensor]], reach: float, eps: float
+    found: Sequence[Tensor],
+    order: int,
+    function: Callable[[float], Sequence[Tensor]],
+    reach: float,
+    eps: float,
+    kinked: bool,
 ) -> bool | None:
     """Compare a Taylor coefficient with central differences, in which no derivative of that order is taken.
 
@@ -150,12 +155,13 @@ def differs_from_differences(
         function: Takes s to some tensors in float64.
         reach: The s at which the arguments have moved by their own length.
         eps: Rounding with which ``found`` was computed.
+        kinked: Whether ``function`` is known to have kinks, which the first step shall not cross.
 
     Returns:
         Whether they differ; None if the differences do not settle, or ``function`` cannot be computed in float64.
     """
     before, settled = None, False
-    for step in _STEPS[order]:
+    for step in _STEPS[order if kinked or order > 1 else 0]:
         h = step * reach
         try:
             values = [(weight, function(multiple * h)) for multiple, weight in _STENCILS[order].items()]
@@ -180,8 +186,8 @@ def differs_from_differences(
 
 
 _STENCILS = {1: {1: 0.5, -1: -0.5}, 2: {1: 0.5, 0: -1.0, -1: 0.5}, 3: {2: 1 / 12, 1: -1 / 6, -1: 1 / 6, -2: -1 / 12}}
-_STEPS = {1: (1e-7, 1e-5, 1e-3), 2: (1e-4, 1e-3, 1e-2), 3: (1e-3, 3e-3, 1e-2)}
-"""h / reach: where rounding leaves the first in doubt, the others decide."""
+_STEPS = {0: (1e-5, 1e-3), 1: (1e-7, 1e-5, 1e-3), 2: (1e-4, 1e-3, 1e-2), 3: (1e-3, 3e-3, 1e-2)}
+"""h / reach by order (0: of order 1 without kinks): where rounding leaves the first in doubt, the others decide."""
 
 
 def reach_of(theta: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> float:

@@ -28,7 +28,7 @@ from torch_eft.measure.jacobian.fallback import reverse_factors
 from torch_eft.measure.jacobian.gram import Factor, Orders
 from torch_eft.measure.jacobian.plan import ChangedUseError, JacobianPlan, make_plan, sample_count, slice_of
 from torch_eft.measure.jacobian.verification import Verification, untrusted
-from torch_eft.measure.jets.jet import NoJetRuleError
+from torch_eft.measure.jets.jet import NoJetRuleError, watch_kinks
 from torch_eft.results.choices import nearest
 
 DEFAULT_MEMORY = 2**30
@@ -100,6 +100,7 @@ class JacobianGram:
         self.samples = probe.size
         self._planned_on_all = False
         self._cut: tuple[str, ...] = ()
+        self._kinked = True
         self._checked = -1  # the order up to which the plan at hand was compared with ordinary passes
         self.plan = self._planned(probe)
         self._like = network.params[self.trainable[0]] if self.trainable else next(iter(network.params.values()))
@@ -218,7 +219,7 @@ class JacobianGram:
             self._independent = True
         for m in range(max(1, self._checked + 1), verification.order + 1):
             assert direction is not None
-            verdict = verification.differs_from_differences(direction, m, self._samples_of_a_pass)
+            verdict = verification.differs_from_differences(direction, m, self._samples_of_a_pass, self._kinked)
             if verdict is False:
                 continue
             with derivatives_of_order(m + 1, self.network.origin):
@@ -233,11 +234,16 @@ class JacobianGram:
                 self._cut = self._cut or self._cut_parts(m)
         self._checked = max(self._checked, verification.order)
 
+    def _executes_kinks(self, inputs: Any) -> bool:
+        try:
+            return bool(kink_sides(self.network, self.network.params, Probe(slice_of(inputs, 0, 1))).names)
+        except RuntimeError:  # sides of complex numbers, for one
+            return True
+
     def _cut_parts(self, order: int) -> tuple[str, ...]:
         """Name what differences show to be cut from the gradient: across kinks they would differ in any case."""
-        one = slice_of(self.inputs, 0, 1)
-        cut = cut_operations(self.network, one)
-        if kink_sides(self.network, self.network.params, Probe(one)).names:
+        cut = cut_operations(self.network, slice_of(self.inputs, 0, 1))
+        if self._kinked:
             return cut if order == 1 else ()
         return cut or ("an operation that is not seen",)
 
@@ -432,9 +438,12 @@ class JacobianGram:
         for begin in range(start * block, self.samples, block):
             inputs = slice_of(self.inputs, begin, block)
             if method == JETS:
-                factors = self.factors(inputs, direction, order)
+                with watch_kinks() as kinks:
+                    factors = self.factors(inputs, direction, order)
+                self._kinked = bool(kinks)
             else:
                 assert direction is not None
+                self._kinked = self._executes_kinks(inputs)
                 factors = reverse_factors(self.network, inputs, self.trainable, direction, order)
             rows = slice(begin, begin + sample_count(inputs))
             if verification is not None:

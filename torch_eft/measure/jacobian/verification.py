@@ -96,7 +96,9 @@ class Verification:
         wrong = self._differing(gradients, 0)
         return {name: f"u . J of random numbers u {sizes}" for name, sizes in wrong.items()}, outputs
 
-    def differs_from_differences(self, direction: Mapping[str, Tensor], order: int, block: int) -> bool | None:
+    def differs_from_differences(
+        self, direction: Mapping[str, Tensor], order: int, block: int, kinked: bool
+    ) -> bool | None:
         """Return whether u . J_order is no coefficient of the gradient's change along a direction; None if unknown."""
         reach = reach_of(self.network.params, direction)
         if not reach < math.inf:
@@ -113,7 +115,7 @@ class Verification:
         sums = self._sums[order]
         like = {name: self.network.params[name] for name in self.trainable}
         found = [sums.get(name, torch.zeros_like(value).flatten()).double() for name, value in like.items()]
-        return differs_from_differences(found, order, gradient, reach, torch.finfo(self.u.dtype).eps)
+        return differs_from_differences(found, order, gradient, reach, torch.finfo(self.u.dtype).eps, kinked)
 
     def higher_mismatches(self, direction: Mapping[str, Tensor], order: int) -> dict[str, str]:
         """Compare u . J_order with reverse mode of reverse mode."""

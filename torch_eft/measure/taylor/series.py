@@ -337,8 +337,9 @@ def _checked(
     eps = torch.finfo(terms.dtype).eps
     doubtful, differs = [], False
     for order in range(1, len(terms)):
-        across = kinked and order > 1
-        verdict = None if across else differs_from_differences([terms[order].double()], order, outputs, reach, eps)
+        found, verdict = [terms[order].double()], None
+        if order == 1 or not kinked:  # else they would go across kinks
+            verdict = differs_from_differences(found, order, outputs, reach, eps, kinked)
         if verdict is not False:
             doubtful.append(order)
             differs |= bool(verdict)
