@@ -1,5 +1,7 @@
 """Order-1/n corrections of training: the reduced formulas against the naive operator, limits and cost."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ from tests.oracles.naive_operator import first_order
 from torch_eft import Training
 from torch_eft.theory import MLPEnsemble, initial_statistics, predict_training
 from torch_eft.theory.initialization.estimators import Replicas
-from torch_eft.theory.initialization.evaluator import SYMMETRIES
+from torch_eft.theory.initialization.evaluator import SYMMETRIES, printed_labels
+from torch_eft.theory.initialization.vertex_tiles import VertexTiles
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
 from torch_eft.theory.training.corrections.mean_output import mean_output
 from torch_eft.theory.training.corrections.ntk_drift import ntk_drift
@@ -44,6 +47,9 @@ class KnownOnSets:
         return self.tensors[name][tuple(index)]
 
 
+NAMES = [name for name in SYMMETRIES if len(printed_labels(name)) <= 4]
+
+
 def symmetrized(tensor, generators):
     """The mean over the group that the generators span."""
     identity = tuple(range(tensor.ndim))
@@ -63,7 +69,7 @@ def exact_case():
     ensemble = MLPEnsemble([3, 20, 30, 2], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3, lambda_W=1.0)
     x = torch.randn(PROBES + TRAIN, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     last = initial_statistics(ensemble, x)[-1]
-    return last.K, last.Theta, {name: getattr(last, name) for name in SYMMETRIES}
+    return last.K, last.Theta, {name: getattr(last, name) for name in NAMES}
 
 
 def random_case():
@@ -76,9 +82,8 @@ def random_case():
 
     K, Theta = (root @ root.T / count for root in (normal(count, count), normal(count, count)))
     tensors = {}
-    for name, generators in SYMMETRIES.items():
-        order = 2 if name in ("G1", "Theta1") else 4
-        tensors[name] = symmetrized(normal(*[count] * order), generators)
+    for name in NAMES:
+        tensors[name] = symmetrized(normal(*[count] * len(printed_labels(name))), SYMMETRIES[name])
     return K, Theta + 0.3 * torch.eye(count, dtype=torch.float64), tensors
 
 
@@ -119,14 +124,12 @@ def test_drift_is_that_of_the_naive_operator(case):
     """All points stand as probes, so that x = y, probe and train are all there; tiles of one training label."""
     vertices, path, naive = case
     count = PROBES + TRAIN
-    mean, off, _ = ntk_drift(vertices, path, count, STEPS, tile=1)
-    found = off + torch.einsum("txy,ij->txyij", mean, torch.eye(OUTPUTS, dtype=torch.float64))
+    found, _ = ntk_drift(vertices, path, count, STEPS, tile=1)
     expected = naive["H"].reshape(len(STEPS), count, OUTPUTS, count, OUTPUTS).permute(0, 1, 3, 2, 4)
     Theta1 = vertices.tensors["Theta1"]  # there before training
     expected = expected - torch.einsum("xy,ij->xyij", Theta1, torch.eye(OUTPUTS, dtype=torch.float64))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
-    trace, nothing, _ = ntk_drift(vertices, path, count, STEPS, trace=True)
-    assert nothing is None
+    trace, _ = ntk_drift(vertices, path, count, STEPS, trace=True)
     mean_trace = expected.diagonal(dim1=3, dim2=4).mean(3)
     torch.testing.assert_close(trace, mean_trace, rtol=0, atol=1e-10 * float(expected.abs().max()))
 
@@ -135,8 +138,7 @@ def test_covariance_is_that_of_the_naive_operator(case):
     """Cov = E zz - E z E z, its part of order 1/n; all points as probes, in tiles of two."""
     vertices, path, naive = case
     count = PROBES + TRAIN
-    mean, off, _ = output_covariance(vertices, path, count, STEPS, tile=2)
-    found = off + torch.einsum("txy,ij->txyij", mean, torch.eye(OUTPUTS, dtype=torch.float64))
+    found, _ = output_covariance(vertices, path, count, STEPS, tile=2)
     cross = torch.einsum("ta,tb->tab", naive["z"], naive["z0"])
     expected = (naive["zz"] - cross - cross.mT).reshape(len(STEPS), count, OUTPUTS, count, OUTPUTS)
     expected = expected.permute(0, 1, 3, 2, 4)
@@ -146,8 +148,8 @@ def test_covariance_is_that_of_the_naive_operator(case):
 def corrections(vertices, path, steps):
     return [
         mean_output(vertices, path, steps)[0],
-        *ntk_drift(vertices, path, PROBES, steps)[:2],
-        *output_covariance(vertices, path, PROBES, steps)[:2],
+        ntk_drift(vertices, path, PROBES, steps)[0],
+        output_covariance(vertices, path, PROBES, steps)[0],
     ]
 
 
@@ -191,6 +193,93 @@ def test_sampled_vertices_agree_with_integrated_ones():
     covariance, expected = sampled.covariance(steps), exact.covariance(steps)
     assert float((covariance.value[:, :1, :1] - expected.value).square().mean().sqrt()) < 4 * covariance.error
     torch.testing.assert_close(sampled.initial_ntk()[:1, :1], exact.initial_ntk(), rtol=1e-4, atol=1e-6)
+
+
+def sampled_case():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(5, 3, dtype=torch.float64, generator=generator)
+    y = 3 * torch.randn(4, 2, dtype=torch.float64, generator=generator)
+    training = Training(learning_rate=0.1, steps=20, reduction="sum")
+    return FrozenTraining(MLPEnsemble([3, 30, 2], "tanh", C_W=1.5, lambda_b=0.3), x[1:], y, x[:1], training)
+
+
+def test_stated_errors_are_those_of_the_mean_over_samples():
+    """Of all entries, those between different outputs too: each sample by itself, and the spread of what it gives."""
+
+    class Alone:
+        """One of the samples."""
+
+        def __init__(self, vertices, number):
+            self._vertices, self._number = vertices, number
+            self.depth, self.kind, self.sampled = vertices.depth, vertices.kind, True
+
+        def replicas(self, label_sets):
+            members = self._vertices.replicas(label_sets).members
+            return Replicas(self.kind, itertools.islice(members, self._number, self._number + 1))
+
+    finite = FiniteWidthTraining(sampled_case(), num_samples=1024, num_replicas=4)
+    together, at = finite.vertices, torch.tensor([20])
+    for name in ("ntk_drift", "covariance", "mean_output"):
+        finite.vertices = together
+        found, parts = getattr(finite, name)(at), []
+        for number in range(4):
+            finite.vertices = Alone(together, number)
+            parts.append(getattr(finite, name)(at).value)
+        parts = torch.stack(parts)
+        torch.testing.assert_close(found.value, parts.mean(0))
+        assert found.error == pytest.approx(float((parts.var(0).mean() / 4).sqrt()), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ntk_drift", "covariance", "mean_output"])
+def test_stated_errors_are_the_spread_over_seeds(name):
+    """To three standard errors of either mean square; the part of one output alone would be a fifth of it."""
+    frozen, at = sampled_case(), torch.tensor([20])
+    found = [
+        getattr(FiniteWidthTraining(frozen, num_samples=512, num_replicas=8, seed=10**5 * run), name)(at)
+        for run in range(64)
+    ]
+    values = torch.stack([correction.value for correction in found])
+    squares = (values - values.mean(0)).square().flatten(1).mean(1) * len(found) / (len(found) - 1)
+    stated = torch.tensor([correction.error**2 for correction in found], dtype=torch.float64)
+    uncertain = ((squares.var() + stated.var()) / len(found)).sqrt()
+    assert abs(stated.mean() - squares.mean()) < 3 * uncertain
+    assert 3 * uncertain < 0.8 * squares.mean()
+
+
+def test_equal_points_are_integrated_once():
+    """Five points of which two are different: integrated, to the vertices of the two, and near those of a sample."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 3, dtype=torch.float64, generator=generator)
+    y = torch.randn(2, 2, dtype=torch.float64, generator=generator)
+    ensemble = MLPEnsemble([3, 40, 2], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    steps, training = torch.tensor([20]), Training(learning_rate=0.1, steps=20, reduction="sum")
+    place = torch.tensor([1, 0, 1, 0, 1])  # three probes, two training points
+    frozen = FrozenTraining(ensemble, x, y, x[place[:3]], training)
+    merged = FiniteWidthTraining(frozen)
+    assert not merged.vertices.sampled
+    drift, covariance, mean = merged.ntk_drift(steps), merged.covariance(steps), merged.mean_output(steps)
+    assert drift.error == covariance.error == mean.error == 0
+    last = initial_statistics(ensemble, x)[-1]
+    tensors = {}
+    for name in NAMES:
+        tensor = getattr(last, name)
+        tensors[name] = tensor[torch.meshgrid(*[place] * tensor.ndim, indexing="ij")]
+    known = KnownTensors(tensors)
+    expected = (
+        ntk_drift(known, frozen, 3, steps)[0],
+        output_covariance(known, frozen, 3, steps)[0],
+        mean_output(known, frozen, steps)[0],
+    )
+    for found, value in zip((drift, covariance, mean), expected, strict=True):
+        torch.testing.assert_close(40 * found.value, value, rtol=1e-8, atol=1e-10)
+    sampled = FiniteWidthTraining(frozen)
+    sampled.vertices = VertexTiles(ensemble, frozen.layers, 2**13, 8, 0)  # each point by itself
+    assert sampled.vertices.sampled
+    for exact, rough in ((drift, sampled.ntk_drift(steps)), (covariance, sampled.covariance(steps))):
+        assert float((rough.value - exact.value).square().mean().sqrt()) < 4 * rough.error
+    forecast = predict_training(ensemble, x, y, x[place[:3]], training)
+    torch.testing.assert_close(forecast.output_mean[:, 1], forecast.train_output_mean[:, 0])
 
 
 def test_forecast_of_order_1():

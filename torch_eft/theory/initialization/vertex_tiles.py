@@ -20,7 +20,7 @@ from torch_eft.theory.gaussian.scale_invariant import Orders
 from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
 from torch_eft.theory.initialization.estimators import RECURSIONS, ReplicaKind, Replicas, vertex_replicas
 from torch_eft.theory.initialization.evaluator import LabelSets, VertexSource, Vertices, full_tensor
-from torch_eft.theory.initialization.infinite_width import InfiniteWidthLayers
+from torch_eft.theory.initialization.infinite_width import InfiniteWidthLayers, infinite_width
 
 
 class VertexTiles:
@@ -33,6 +33,7 @@ class VertexTiles:
         num_replicas: Independent samples that share it; one gives no error estimate.
         seed: Seed of the samples.
         kinks: The meaning of explicit derivatives at a kink.
+        x: The points, of which equal ones count once, as a probe that is trained on, too; None: all count.
     """
 
     def __init__(
@@ -43,12 +44,17 @@ class VertexTiles:
         num_replicas: int,
         seed: int,
         kinks: Kinks = "autograd",
+        x: Tensor | None = None,
     ) -> None:
         self.ensemble, self.depth = ensemble, ensemble.depth
         self._kinks, self._seed, self._num_replicas = kinks, seed, num_replicas
         self._size = num_samples // num_replicas
-        self.layers = K, Theta, pairs = layers
-        self.K, self.Theta = K[-1], Theta[-1]
+        self.layers, self._place = layers, None if x is None else _places(x)
+        self.K, self.Theta = layers[0][-1], layers[1][-1]
+        if x is not None and self._place is not None:
+            kept = x.new_empty(int(self._place.max()) + 1, x.shape[1]).index_copy(0, self._place, x)
+            layers = infinite_width(ensemble, kept, kinks)
+        self._distinct = K, Theta, pairs = layers
         activation = ensemble.activation
         self.sampled = activation.slopes is None and not (
             len(K[0]) <= MOST_QUADRATURE_LABELS
@@ -61,14 +67,23 @@ class VertexTiles:
 
     def replicas(self, label_sets: LabelSets) -> Replicas[VertexSource]:
         """Evaluators on sets of labels, to be combined."""
+        label_sets = self._placed(label_sets)
         return Replicas(self.kind, self._sampled(label_sets) if self.sampled else self._integrated(label_sets))
 
     def evaluators(self, label_sets: LabelSets) -> Iterator[Vertices]:
         """Evaluators of vertices and moments alike, on sets of labels that share nothing with other ones."""
+        label_sets = self._placed(label_sets)
         return self._sampled(label_sets) if self.sampled else self._summed(label_sets)
 
+    def _placed(self, label_sets: LabelSets) -> LabelSets:
+        """The sets among the different points; labels of one set keep sharing one tensor object."""
+        if self._place is None:
+            return label_sets
+        placed = {id(index): self._place[index] for index in label_sets.values()}
+        return {label: placed[id(index)] for label, index in label_sets.items()}
+
     def _summed(self, label_sets: LabelSets) -> Iterator[Vertices]:
-        return vertex_replicas(self.ensemble, *self.layers, label_sets, 1, 2, self._seed, self._kinks).members
+        return vertex_replicas(self.ensemble, *self._distinct, label_sets, 1, 2, self._seed, self._kinks).members
 
     def _sampled(self, label_sets: LabelSets) -> Iterator[Vertices]:
         K, Theta, pairs = self._single
@@ -77,7 +92,7 @@ class VertexTiles:
             yield Vertices(self.ensemble, K, Theta, list(pairs), moments, label_sets, RECURSIONS, self._kinks)
 
     def _integrated(self, label_sets: LabelSets) -> Iterator[VertexSource]:
-        points = self.layers[0][0]
+        points = self._distinct[0][0]
         if len(points) > MOST_QUADRATURE_LABELS:  # closed forms: as cheap on any sets
             yield from self._summed(label_sets)
             return
@@ -89,10 +104,20 @@ class VertexTiles:
 
     def _sampled_moments(self, replica: int, m: int) -> "_PairedMoments":
         if (replica, m) not in self._moments:
-            K = self.layers[0]
+            K = self._distinct[0]
             points = sample_points(K[m - 1], self._size, self._seed + 1000 * replica + m)
             self._moments[replica, m] = _PairedMoments(self.ensemble.activation, points, self._single[2][m - 1])
         return self._moments[replica, m]
+
+
+def _places(x: Tensor) -> Tensor | None:
+    """The place of each point among the different ones, in the order of their last occurrence; None if all are."""
+    points = torch.arange(len(x), device=x.device)
+    different, which = torch.unique(x, dim=0, return_inverse=True)
+    if len(different) == len(x):
+        return None
+    last = points.new_zeros(len(different)).scatter_reduce(0, which, points, "amax")
+    return last.argsort().argsort()[which]
 
 
 class _Whole:

@@ -125,6 +125,11 @@ def truncation(correction: Tensor, infinite_width: Tensor) -> Tensor:
     return size.reshape(-1, *[1] * (correction.ndim - 1)).expand(correction.shape)
 
 
+def with_outputs(mean: Tensor, off: Tensor) -> Tensor:
+    """delta_ij mean_xy + off^ij_xy, (T, x, y, n_L, n_L)."""
+    return mean[..., None, None] * torch.eye(off.shape[-1], dtype=mean.dtype, device=mean.device) + off
+
+
 def _ratios(correction: Tensor, infinite_width: Tensor, ratio: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     first, corrected = correction.flatten(1).norm(dim=1), infinite_width.flatten(1).norm(dim=1)
     value = ratio(first, corrected)

@@ -72,7 +72,7 @@ class FiniteWidthTraining:
             raise ValueError(f"num_replicas: {num_replicas} given; at least 2 are needed to estimate the error")
         check_distinct(frozen.x_train, frozen.y_train)
         self.ensemble, self.x, self.probes = frozen.ensemble, frozen.x, frozen.probes
-        self.vertices = VertexTiles(frozen.ensemble, frozen.layers, num_samples, num_replicas, seed)
+        self.vertices = VertexTiles(frozen.ensemble, frozen.layers, num_samples, num_replicas, seed, x=frozen.x)
         self.path: InfiniteWidthPath = frozen
         self._memory = memory
         self._n = frozen.ensemble.widths[-2]
@@ -83,13 +83,11 @@ class FiniteWidthTraining:
         Args:
             steps: (T,).
         """
-        mean, off, error = ntk_drift(self.vertices, self.path, self.probes, steps)
-        assert off is not None
-        outputs = torch.eye(self.path.outputs, dtype=mean.dtype, device=mean.device)
+        drift, error = ntk_drift(self.vertices, self.path, self.probes, steps)
+        outputs = torch.eye(self.path.outputs, dtype=drift.dtype, device=drift.device)
         Theta = self.path.Theta[: self.probes, : self.probes, None, None] * outputs
         initial = self.initial_ntk()[..., None, None] * outputs
-        drift = _with_outputs(mean, off) / self._n
-        return Correction(drift, error / self._n, Theta.expand(drift.shape), initial)
+        return Correction(drift / self._n, error / self._n, Theta.expand(drift.shape), initial)
 
     def ntk_trace_drift(self, steps: Tensor) -> tuple[Tensor, float]:
         """As ``ntk_drift``, the mean over outputs i = j: at a cost that does not grow with n_L.
@@ -100,7 +98,7 @@ class FiniteWidthTraining:
         Returns:
             (T, N_p, N_p), and the standard error of its entries (rms).
         """
-        mean, _, error = ntk_drift(self.vertices, self.path, self.probes, steps, trace=True)
+        mean, error = ntk_drift(self.vertices, self.path, self.probes, steps, trace=True)
         return mean / self._n, error / self._n
 
     def mean_output(self, steps: Tensor) -> Correction:
@@ -120,11 +118,11 @@ class FiniteWidthTraining:
             steps: (T,).
         """
         self._check_memory()
-        mean, off, error = output_covariance(self.vertices, self.path, self.probes, steps)
+        value, error = output_covariance(self.vertices, self.path, self.probes, steps)
         J = self.path.response(steps, self.probes)
-        outputs = torch.eye(self.path.outputs, dtype=mean.dtype, device=mean.device)
+        outputs = torch.eye(self.path.outputs, dtype=value.dtype, device=value.device)
         infinite_width = (J @ self.path.K @ J.mT)[..., None, None] * outputs
-        return Correction(_with_outputs(mean, off) / self._n, error / self._n, infinite_width)
+        return Correction(value / self._n, error / self._n, infinite_width)
 
     def initial_ntk(self) -> Tensor:
         """Theta1 / n_{L-1} on the probe points, (N_p, N_p)."""
@@ -212,8 +210,3 @@ def check_distinct(x: Tensor, y: Tensor) -> None:
             f"x_train: points {a} and {b} coincide (relative distance {float(distance.min()):.2g}), with {kind}; "
             "lambda_min = 0, and order 1/n is an expansion in |e|^2 / (n lambda_min). Keep one of them, or use order=0"
         )
-
-
-def _with_outputs(mean: Tensor, off: Tensor) -> Tensor:
-    identity = torch.eye(off.shape[-1], dtype=mean.dtype, device=mean.device)
-    return mean[..., None, None] * identity + off

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch_eft.theory.initialization.estimators import ReplicaMean
 from torch_eft.theory.initialization.evaluator import LabelSets, VertexSource
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles, expanded
+from torch_eft.theory.training.corrections.correction import with_outputs
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 
 _TERMS = 6
@@ -86,7 +87,7 @@ def _off_outputs(y: Tensor, Cij: Tensor, Sij: Tensor, Sji: Tensor, phi: Tensor, 
 
 def ntk_drift(
     vertices: VertexTiles, path: InfiniteWidthPath, probes: int, steps: Tensor, trace: bool = False, tile: int = 128
-) -> tuple[Tensor, Tensor | None, float]:
+) -> tuple[Tensor, float]:
     """n_{L-1} times the mean drift of the NTK on the first ``probes`` points.
 
     Args:
@@ -98,8 +99,9 @@ def ntk_drift(
         tile: Training labels on each side that are evaluated at once.
 
     Returns:
-        Dg (T, N_p, N_p), off (T, N_p, N_p, n_L, n_L) or None, and the standard error of Dg's entries (rms), 0 where
-        moments are integrated.
+        The drift, (T, N_p, N_p, n_L, n_L), or with ``trace`` its mean over i = j, (T, N_p, N_p); and the standard error
+        of its entries (rms), 0 where moments are integrated. Dg and off come from one sample: their errors are not
+        independent, so that it is their sum of which the error is estimated.
     """
     rows = probe_rows(probes, len(path.U))
     blocks = torch.arange(probes, device=path.K.device).split(rows)
@@ -111,12 +113,10 @@ def ntk_drift(
                 if run == len(parts):
                     parts.append(_Assembled(probes))
                 parts[run].put(first, second, *contracted_drift(path, combinations, steps, trace))
-    mean, off = ReplicaMean(vertices.kind), ReplicaMean(vertices.kind)
+    drift = ReplicaMean(vertices.kind)
     for part in parts:
-        mean.add(part.mean)
-        off.add(part.off)
-    value, error = mean.result()
-    return value, None if trace else off.result()[0], error
+        drift.add(part.mean if trace else with_outputs(part.mean, part.off))
+    return drift.result()
 
 
 def probe_rows(probes: int, count: int) -> int:

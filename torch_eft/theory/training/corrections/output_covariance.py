@@ -16,6 +16,7 @@ from torch import Tensor
 from torch_eft.theory.initialization.estimators import ReplicaMean
 from torch_eft.theory.initialization.evaluator import VertexSource
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles, expanded
+from torch_eft.theory.training.corrections.correction import with_outputs
 from torch_eft.theory.training.corrections.ddntk_source import Sources
 from torch_eft.theory.training.corrections.mean_output import OutputSource, points_at_once, time_chunk
 from torch_eft.theory.training.corrections.propagation import TimeGrid
@@ -138,7 +139,7 @@ def carried_kernel(path: InfiniteWidthPath, probes: int, steps: Tensor) -> Tenso
 
 def output_covariance(
     vertices: VertexTiles, path: InfiniteWidthPath, probes: int, steps: Tensor, tile: int | None = None
-) -> tuple[Tensor, Tensor, float]:
+) -> tuple[Tensor, float]:
     """n_{L-1} times the correction of the covariance of the outputs on the first ``probes`` points.
 
     Args:
@@ -149,8 +150,8 @@ def output_covariance(
         tile: Points that are evaluated at once.
 
     Returns:
-        Dg, (T, N_p, N_p), off, (T, N_p, N_p, n_L, n_L), and the standard error of Dg's entries (rms), 0 where moments
-        are integrated.
+        The correction, (T, N_p, N_p, n_L, n_L), and the standard error of its entries (rms), 0 where moments are
+        integrated.
     """
     points, train = torch.arange(len(path.K), device=path.K.device), path.train
     grid, outputs = TimeGrid(path, steps), path.outputs
@@ -171,15 +172,14 @@ def output_covariance(
             runs[run].add(grid.times, output, pair, some, carried)
             array = second.array("G1", vertices.depth, "xw").double().expand(len(some), len(points), 1, 1)
             G1[run].append(array.reshape(len(some), len(points)))
-    mean, off = ReplicaMean(vertices.kind), ReplicaMean(vertices.kind)
+    correction = ReplicaMean(vertices.kind)
     for parts, kernel in zip(runs, G1, strict=True):
         terms = parts.covariance(grid, carried, J)
         paired, bilinear = terms.pop(None)
-        mean.add(J @ torch.cat(kernel) @ J.mT + paired + paired.mT + bilinear)
+        mean = J @ torch.cat(kernel) @ J.mT + paired + paired.mT + bilinear
         between = bilinear.new_empty(*bilinear.shape, outputs, outputs)
         for i in range(outputs):
             for j in range(outputs):
                 between[..., i, j] = terms[i, j][0] + terms[j, i][0].mT + terms[i, j][1]
-        off.add(between)
-    value, error = mean.result()
-    return value, off.result()[0], error
+        correction.add(with_outputs(mean, between))
+    return correction.result()
