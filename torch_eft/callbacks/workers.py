@@ -9,7 +9,6 @@ import tempfile
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -29,7 +28,9 @@ class WorkerResults:
     """
 
     def __init__(self) -> None:
-        self._name = f"torch_eft-{uuid.uuid4().hex}.pt"
+        self._path: Path | None = None
+        with suppress(OSError):  # there may be no place for temporary files
+            self._path = Path(tempfile.gettempdir(), f"torch_eft-{uuid.uuid4().hex}.pt")
         self._caller = os.getpid()
         self.forget()
 
@@ -41,7 +42,8 @@ class WorkerResults:
 
     def leave(self, trainer: Trainer, observer: Observer) -> None:
         """Leave the results to the caller, if this is a worker process."""
-        if os.getpid() == self._caller or not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        spawned = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+        if os.getpid() == self._caller or not spawned or self._path is None:
             return
         validity = observer.validity
         results = {
@@ -53,22 +55,12 @@ class WorkerResults:
         }
         torch.save(results, self._path)
 
-    @property
-    def _path(self) -> Path:
-        return Path(tempfile.gettempdir(), self._name)
-
     def fetch(self, observer: Observer) -> None:
         """Take what a worker left, once, in the calling process."""
-        if os.getpid() != self._caller:
+        if os.getpid() != self._caller or self._path is None or not self._path.exists():
             return
-        with suppress(OSError):  # there may be no place for temporary files
-            if not self._path.exists():
-                return
-            results = torch.load(self._path, map_location="cpu", weights_only=True)
-            self._path.unlink()
-            self._take(results, observer)
-
-    def _take(self, results: dict[str, Any], observer: Observer) -> None:
+        results = torch.load(self._path, map_location="cpu", weights_only=True)
+        self._path.unlink()
         observer.load_state_dict(results["state"])
         observer.recorder.skipped = [(int(step), str(reason)) for step, reason in results["skipped"]]
         self.overhead, self.seconds = results["overhead"], results["seconds"]
