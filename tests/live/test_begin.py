@@ -97,11 +97,19 @@ def test_an_average_is_not_measured_with_the_rates_of_the_network():
     net = simple_mlp()
     average = torch.optim.swa_utils.AveragedModel(net)
     optimizer = plain_sgd(net.parameters())
-    observer = Observer(average, PROBE, optimizer, preset="light", every=1, budget=None)
-    with pytest.warns(MeasurementWarning, match="none of the parameters of this AveragedModel"):
+    pages = Pages()
+    observer = Observer(average, PROBE, optimizer, preset="full", every=1, budget=None, sinks=[pages])
+    reason = "none of the parameters of this AveragedModel"
+    with pytest.warns(MeasurementWarning, match=f"leaves out the NTK and whatever else takes learning rates.*{reason}"):
         observer.begin()
-        observer.measure(1)
-    assert observer.history == {}
+    with torch.no_grad():
+        average.module[0].weight.mul_(1.5)
+    observer.measure(1)
+    assert tag("representation_change") in observer.history[1] and tag("interval_output") in observer.history[1]
+    assert not [name for name in observer.history[1] if "ntk" in name]
+    assert reason in observer.validity.reason and reason in pages.texts["dntk"]
+    with torch.no_grad():
+        average.module[0].weight.div_(1.5)
     alone = Observer(average, PROBE, preset="light", every=1, budget=None)
     alone.begin()
     with torch.no_grad():

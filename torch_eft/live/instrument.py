@@ -60,6 +60,7 @@ class Obstacle:
     Args:
         reason: A short phrase, e.g. ``"gradient clipping at 0.1"``.
         minibatches: Whether mini-batches are all that it is: Taylor models trained beside the network follow those.
+        rates: Whether the learning rates of the network's parameters are not known, so that lambda has no value.
 
     Example:
         >>> from torch_eft.live import Obstacle
@@ -69,6 +70,7 @@ class Obstacle:
 
     reason: str
     minibatches: bool = False
+    rates: bool = False
 
 
 @dataclass(frozen=True)

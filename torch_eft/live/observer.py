@@ -340,7 +340,16 @@ class Observer:
     def _begin(self, network: MeasuredNetwork, obstacle: Obstacle | None) -> None:
         step, restored, goes_on = self.progress.step, self.reference.restored, self._goes_on(network)
         if not goes_on:
-            self._start_anew(network)
+            self._start_anew()
+        try:
+            lambdas = network.learning_rates()
+        except ValueError as error:
+            self.recorder.failed(error, "leaves out the NTK and whatever else takes learning rates")
+            obstacle = Obstacle(str(error), rates=True)
+            self._network = network = network.without_rates()
+            lambdas = network.learning_rates()
+        if not goes_on:  # part of the NTK; those of theta_0 are kept, a schedule does not count as drift
+            self.reference.lambdas = lambdas
         self.reference.bind(network.network, network.probe)
         if goes_on:
             self._warn_without_theta_0()
@@ -373,15 +382,13 @@ class Observer:
             return False
         return self.reference.snapshot is not None
 
-    def _start_anew(self, network: MeasuredNetwork) -> None:
+    def _start_anew(self) -> None:
         step = self.progress.step
         self._forget()
         for instrument in self.instruments:  # a checkpoint may have brought the state of another theta_0
             with self.recorder.guard():
                 instrument.forget()
         self.reference.origin = "initialization" if step == 0 else f"resumed at step {step} without a recorded theta_0"
-        # Learning rates are part of the NTK; those of theta_0 are kept, a schedule does not count as drift.
-        self.reference.lambdas = network.learning_rates()
 
     def _warn_without_theta_0(self) -> None:
         lacking = [instrument.name for instrument in self.instruments if instrument.needs_theta_0]

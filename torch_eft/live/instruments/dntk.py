@@ -55,6 +55,8 @@ class DNTKInstrument(Instrument):
     def begin(self, start: TrainingStart) -> Reading:
         """Decide whether copies of the parameters can be kept."""
         self._refusal = too_many(start.model, self.largest)
+        if start.obstacle is not None and start.obstacle.rates:
+            self._refusal = start.obstacle.reason
         self._network, self._measured, self._pending = start.model, None, None
         if self._refusal is not None:
             return Reading(pages={"dntk": f"No dNTK for this run: {self._refusal}."})

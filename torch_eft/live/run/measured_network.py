@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -61,6 +61,10 @@ class MeasuredNetwork:
         if not self.optimizers:
             return {name: 1.0 for name, p in self.model.named_parameters() if p.requires_grad}
         return read_learning_rates(self.model, self.optimizers).lambdas
+
+    def without_rates(self) -> "MeasuredNetwork":
+        """The same without the NTK, which takes the learning rates."""
+        return replace(self, optimizers=(), plan=replace(self.plan, ntk=False))
 
     @contextmanager
     def isolated(self, lambdas: dict[str, float], collective: bool) -> Iterator[tuple[Network, Snapshot | None]]:
