@@ -48,6 +48,42 @@ class Manual(Watched):
         return loss
 
 
+class SharpnessAware(Manual):
+    """Two passes a step, by an optimizer that Lightning does not see step."""
+
+    def configure_optimizers(self):
+        return sgd(self.net.parameters())
+
+    def training_step(self, batch, batch_idx):
+        optimizer, parameters = self.optimizers(use_pl_optimizer=False), list(self.net.parameters())
+        optimizer.zero_grad()
+        self.manual_backward(Watched.training_step(self, batch, batch_idx))
+        with torch.no_grad():
+            before = [p.clone() for p in parameters]
+            torch._foreach_add_(parameters, [0.05 * p.grad for p in parameters])
+        optimizer.zero_grad()
+        self.manual_backward(Training.training_step(self, batch, batch_idx))
+        for p, value in zip(parameters, before, strict=True):
+            p.data = value
+        optimizer.step()
+
+
+class Changing(Watched):
+    """Clips in the module, changes gradients after the backward, projects weights after the batch."""
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+    def on_after_backward(self):
+        for p in self.parameters():
+            p.grad.add_(1e-3 * torch.randn_like(p))
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with torch.no_grad():
+            for p in self.parameters():
+                p.clamp_(-0.5, 0.5)
+
+
 class Scheduled(Watched):
     """Another learning rate at every step."""
 
@@ -161,6 +197,14 @@ CONFIGURATIONS = {
     "LightningModule.compile(), inductor": {"compiled": "inductor", "epochs": 1},
     "shuffled by 2 workers": {"workers": 2},
     "two optimizers, by hand": {"kind": Manual},
+    "sharpness-aware, by hand": {"kind": SharpnessAware},
+    "gradients and weights changed by the module, full batch": {
+        "kind": Changing,
+        "net": simple_mlp,
+        "optimizer": plain_sgd,
+        "batch_size": 24,
+    },
+    "detect_anomaly": {"detect_anomaly": True},
     "a schedule by steps": {"kind": Scheduled},
     "clipping and validation": {"gradient_clip_val": 0.1, "validate": True},
     "a forward that caches, counts and draws": {"net": Caching},
