@@ -36,7 +36,7 @@ from torch_eft.theory.hidden_layers.predict import predict_representation
 from torch_eft.theory.hidden_layers.result import HiddenLayerForecast, RepresentationForecast
 from torch_eft.theory.hidden_layers.statistics import RepresentationStatistics, representation_statistics
 from torch_eft.theory.hierarchy.drift.predict import predict_drift
-from torch_eft.theory.hierarchy.drift.result import ContractedSize, DriftForecast, KernelDrift, NTKDrift
+from torch_eft.theory.hierarchy.drift.result import ContractedSize, DriftForecast, DriftQuantiles, KernelDrift, NTKDrift
 from torch_eft.theory.hierarchy.evolution import Hierarchy, train_hierarchy
 from torch_eft.theory.initialization.statistics import (
     STATISTICS,
@@ -70,6 +70,7 @@ __all__ = [
     "ContractedSize",
     "CriticalPoint",
     "DriftForecast",
+    "DriftQuantiles",
     "ExpectedDrift",
     "FiniteWidthTraining",
     "FixedPoint",

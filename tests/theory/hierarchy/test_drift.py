@@ -11,9 +11,10 @@ from tests.oracles.ensembles import draw
 from tests.theory.initialization.test_fluctuations import PAIRINGS as FOUND_PAIRINGS
 from tests.theory.trained.trained_ensembles import Networks
 from torch_eft import Training, theory
-from torch_eft.theory.hierarchy.drift.forms import PAIRINGS
+from torch_eft.theory.hierarchy.drift.forms import PAIRINGS, FormReader, mean_forms
 from torch_eft.theory.hierarchy.drift.law import DriftForms
 from torch_eft.theory.initialization.evaluator import FLUCTUATIONS
+from torch_eft.theory.initialization.vertex_tiles import VertexTiles
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 
 RATE, STEPS, DRAWS = 0.1, 4, 60_000
@@ -162,6 +163,44 @@ def test_the_conditional_forecast_is_the_regression_on_the_outputs():
         forecast().given(Y).given(Y)
 
 
+def test_quantiles_and_the_component_along_the_mean_are_those_of_draws_of_the_field():
+    _, drift, *_ = trained_field()
+    law = forecast(at_steps=(STEPS,))
+    averaged = drift.diagonal(dim1=1, dim2=2).mean(-1) / ensemble().widths[-2]
+    q = torch.tensor([0.05, 0.16, 0.5, 0.84, 0.95])
+    found = law.quantiles(q, num_draws=20_000)
+    norms, diagonal = averaged.flatten(1).norm(dim=1), averaged.diagonal(dim1=1, dim2=2).mean(1)
+    for values, quantiles in ((norms / law.ntk.reference.norm(), found.ntk), (diagonal, found.diagonal)):
+        below = (values[:, None] <= quantiles[0]).double().mean(0)
+        assert bool(((below - q).abs() < 4 * (q * (1 - q) * (1 / 20_000 + 1 / DRAWS)).sqrt()).all()), below
+    direction = law.ntk.mean[0] / law.ntk.mean[0].norm()
+    mean, sd = law.along_mean()
+    component = (averaged * direction).sum((1, 2))
+    same(*average(component), mean[0])
+    same(*average((component - component.mean()).square()), sd[0] ** 2)
+    assert sorted(found.hidden) == [1, 2] and sorted(found.hidden_ntk) == [2]
+    with pytest.raises(ValueError, match="over all initializations"):
+        law.given(Y).quantiles(q)
+    with pytest.raises(ValueError, match="over all initializations"):
+        law.given(Y).along_mean()
+
+
+def test_samples_of_the_joint_law_are_those_of_single_pairs():
+    """Six labels of five inputs, sampled: on the diagonal of pairs the covariance of each."""
+    x, y = normal(5, 3, seed=11), normal(3, 1, seed=12)
+    wide = theory.MLPEnsemble([3, 64, 1], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    training = Training(learning_rate=0.05, steps=10, reduction="sum")
+    frozen = theory.FrozenTraining(wide, x[2:], y, x[:2], training)
+    reader = FormReader(VertexTiles(wide, frozen.layers, 4096, 2, 0), frozen, False, 2**31)
+    forms, joint = mean_forms(reader.replicas()), reader.joint()
+    for (observable, layer, _), X in joint.items():
+        single = forms.ntk.X if observable == "output" else forms.hidden[layer].X
+        for pair in range(3):
+            away = float((X[pair, pair] - single[pair]).norm() / single[pair].norm())
+            assert away < 0.06, f"{observable} {layer}: {away:.3f}"
+        torch.testing.assert_close(X, X.permute(1, 0, 3, 2))
+
+
 def test_every_pairing_of_six_is_there_with_a_label_order_of_its_tensor():
     assert len(PAIRINGS) == 15
     for pairing, (name, order) in PAIRINGS.items():
@@ -300,13 +339,19 @@ def test_drifts_of_trained_networks_tend_to_the_law():
             ratios[key, n] = [part / float(predicted[key].relative_rms[0]) ** 2 for part in average(squares)]
             print(f"n = {n}, {key}: {float(ratios[key, n][0]):.3f} +- {float(ratios[key, n][1]):.3f}")
         diagonal = changes["ntk"].diagonal(dim1=1, dim2=2).mean(1)
-        low, high = law.diagonal_quantiles(torch.tensor([0.05, 0.95]), num_draws=20_000)[0]
-        covered = float(((diagonal > low) & (diagonal < high)).double().mean())
-        assert abs(covered - 0.9) < 0.03 + 4 * math.sqrt(0.09 / networks), f"n = {n}: the band covers {covered:.3f}"
+        bands = law.quantiles(torch.tensor([0.05, 0.95]), num_draws=8192)
+        banded = {"diagonal": (diagonal, bands.diagonal), "ntk": (changes["ntk"], bands.ntk)}
+        banded |= {layer: (changes[layer], bands.hidden[layer]) for layer in (1, 2)}
+        for key, (values, band) in banded.items():
+            if key != "diagonal":
+                values = values.flatten(1).norm(dim=1) / predicted[key].reference.norm()
+            covered = float(((values > band[0, 0]) & (values < band[0, 1])).double().mean())
+            print(f"n = {n}, {key}: the 90 % band covers {covered:.3f}")
+            assert abs(covered - 0.9) < 0.03 + 4 * math.sqrt(0.09 / networks), f"n = {n}, {key}: {covered:.3f}"
         given = [law.given(z[:, None]).ntk for z in outputs[:300]]
         left = torch.stack([(d - g.diagonal_mean[0]) / g.diagonal_sd[0] for d, g in zip(diagonal, given, strict=False)])
         mean, error = average(left.square())
-        print(f"n = {n}: covered {covered:.3f}; left by z(0), over the variance predicted: {mean:.2f} +- {error:.2f}")
+        print(f"n = {n}: left by z(0), over the variance predicted: {mean:.2f} +- {error:.2f}")
         assert abs(mean - 1) < 0.2 + 4 * error
     for key in ("ntk", 1, 2):
         (r, e), (r2, e2) = ratios[key, 64], ratios[key, 128]

@@ -6,6 +6,7 @@ far below the sampling error.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -151,7 +152,7 @@ class _Part:
 
 
 class _PairedMoments:
-    """Moments with three and four labels over a sample, split so that the two matrices multiplied are narrow.
+    """Moments with three to six labels over a sample, split so that the two matrices multiplied are narrow.
 
     With f and g the products of functions on the two sides, returns the exact <f> <g> plus the covariance about exact
     means, fg - f <g> - <f> g + 2 <f> <g>, averaged over the sample.
@@ -169,13 +170,13 @@ class _PairedMoments:
     def moment(self, factors: Sequence[Factor]) -> Tensor:
         """<prod f>, one axis per factor."""
         n = [len(index) for _, index in factors]
-        columns = [
-            math.prod(n[slot] for slot in left) + math.prod(n[slot] for slot in right)
-            for left, right in _SPLITS[len(n)]
-        ]
-        left, right = _SPLITS[len(n)][columns.index(min(columns))]
+        splits = _splits(len(n))
+        columns = [sum(math.prod(n[slot] for slot in side) for side in split) for split in splits]
+        left, right = splits[columns.index(min(columns))]
         first, second = [factors[slot] for slot in left], [factors[slot] for slot in right]
-        mean_first, mean_second = exact_mean(self._pairs, first), exact_mean(self._pairs, second)
+        mean_first, mean_second = (
+            exact_mean(self._pairs, side) if len(side) < 3 else self.moment(side).flatten() for side in (first, second)
+        )
         product = self._z.new_zeros(len(mean_first), len(mean_second))
         sum_first, sum_second = torch.zeros_like(mean_first), torch.zeros_like(mean_second)
         columns_first, columns_second = self._columns(first), self._columns(second)
@@ -201,10 +202,14 @@ class _PairedMoments:
         return [self._functions[orders][:, _consecutive(index)] for orders, index in factors]
 
 
-_SPLITS = {
-    3: (((0,), (1, 2)), ((1,), (0, 2)), ((2,), (0, 1))),
-    4: (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))),
-}
+@functools.cache
+def _splits(count: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """All ways to split labels into two sides, of two labels at most where there are no more than four."""
+    most = max(2, count - 3)
+    sides = (part for size in range(1, count) for part in itertools.combinations(range(count), size))
+    splits = [(side, tuple(slot for slot in range(count) if slot not in side)) for side in sides if 0 in side]
+    return [split for split in splits if max(map(len, split)) <= most]
+
 
 _FEATURES = 2**21
 """Entries of the features multiplied at once."""

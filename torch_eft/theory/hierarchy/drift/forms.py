@@ -5,6 +5,7 @@ each has its tensor (``PAIRINGS``); with outputs summed over, a pairing comes wi
 makes with the outputs that are equal.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class _HiddenCovariance:
         self._memo: dict[tuple[int, int, str], Tensor] = {}
 
     def array(self, layer: int, m: int, word: str) -> Tensor:
-        """The covariance of hidden layer l with outputs at layer m, labels a, b, c, d."""
+        """The covariance of hidden layer l with outputs at layer m, labels a, b, c and a', b', d."""
         key = (layer, m, word)
         if key not in self._memo:
             self._memo[key] = self._start(m, word) if m == self._first(layer) else self._step(layer, m - 1, word)
@@ -106,25 +107,28 @@ class _HiddenCovariance:
         return layer if self._observable == "ntk" else layer + 1
 
     def _start(self, m: int, word: str) -> Tensor:
-        a, b, c, d = word
+        a, b, c, a2, b2, d = word
         ntk = self._observable == "ntk"
         total = self._v.zero()
         for first in (a + b, b + a):
-            for second in (a + b, b + a):
+            for second in (a2 + b2, b2 + a2):
                 total = total + self._v.array("XQQ" if ntk else "XUU", m, first + c + second + d)
         return total if ntk else total / self._v.C_W(m - 1) ** 2
 
     def _step(self, layer: int, m: int, word: str) -> Tensor:
         v = self._v
-        a, b, c, d = word
+        a, b, c, a2, b2, d = word
 
-        def Xi(first: str, second: str) -> Tensor:
-            return self._statistics.array("Xi", layer, m, a + b + first + second)
+        def one(label: str) -> Tensor:
+            return self._statistics.array("Xi", layer, m, a + b + c + label)
+
+        def other(label: str) -> Tensor:
+            return self._statistics.array("Xi", layer, m, a2 + b2 + d + label)
 
         total = v.M(m, 1, 1, c, d) * self.array(layer, m, word)
-        total = total + v.response(m, 1, 1, 2, 0, c, d) * Xi(c, c) * Xi(d, c)
-        total = total + v.response(m, 1, 1, 0, 2, c, d) * Xi(c, d) * Xi(d, d)
-        total = total + v.response(m, 1, 1, 1, 1, c, d) * (Xi(c, c) * Xi(d, d) + Xi(c, d) * Xi(d, c))
+        total = total + v.response(m, 1, 1, 2, 0, c, d) * one(c) * other(c)
+        total = total + v.response(m, 1, 1, 0, 2, c, d) * one(d) * other(d)
+        total = total + v.response(m, 1, 1, 1, 1, c, d) * (one(c) * other(d) + one(d) * other(c))
         return v.C_W(m) * total
 
 
@@ -159,14 +163,29 @@ def read_forms(v: Vertices, word: str, outputs: int, hidden_ntk: bool) -> Iterat
     for name, value in parts.items():
         yield ("output", depth, name), value
     yield ("diagonal", depth, "X"), 4 * summed(TRACES, x + x, y + y)
-    observables: tuple[Observable, ...] = ("activations", "ntk") if hidden_ntk else ("activations",)
-    for observable in observables:
+    for observable in _observables(hidden_ntk):
         statistics = HiddenStatistics(v, observable)
         covariance = _HiddenCovariance(statistics, v, observable)
         for layer in range(2 if observable == "ntk" else 1, depth):
             for name in ("Xi", "Y", "C"):
                 yield (observable, layer, name), statistics.array(name, layer, depth, word)
-            yield (observable, layer, "X"), covariance.array(layer, depth, word)
+            yield (observable, layer, "X"), covariance.array(layer, depth, x + y + c + x + y + d)
+
+
+def read_joint(v: Vertices, outputs: int, hidden_ntk: bool) -> Iterator[tuple[Key, Tensor]]:
+    """Covariances of the eta of two probe pairs, labels x, y and p, q, with training labels g and d."""
+    depth = v.ensemble.depth
+    ways = itertools.product(("xyg", "yxg"), ("pqd", "qpd"))
+    values = (dntk_covariance(v, depth, first + second, TRACES, outputs) for first, second in ways)
+    yield ("output", depth, "X"), sum(values, v.zero())
+    for observable in _observables(hidden_ntk):
+        covariance = _HiddenCovariance(HiddenStatistics(v, observable), v, observable)
+        for layer in range(2 if observable == "ntk" else 1, depth):
+            yield (observable, layer, "X"), covariance.array(layer, depth, "xygpqd")
+
+
+def _observables(hidden_ntk: bool) -> tuple[Observable, ...]:
+    return ("activations", "ntk") if hidden_ntk else ("activations",)
 
 
 @dataclass(frozen=True)
@@ -218,6 +237,35 @@ class FormReader:
                         totals.append({})
                     self._put(totals[run], first, second, found)
         return [self._assembled(total) for total in totals]
+
+    def joint(self) -> dict[Key, Tensor]:
+        """Covariances of all eta of each observable, (pairs, pairs, modes, modes), probe pairs as in ``AllForms``."""
+        path, probes = self._path, self._path.probes
+        rows, columns = torch.triu_indices(probes, probes, device=path.K.device)
+        points, train, U = torch.arange(len(path.K), device=path.K.device), path.train, path.U
+        total: dict[Key, Tensor] = {}
+        everything: LabelSets = dict.fromkeys("xypqgd", points)
+        whole = list(self._vertices.evaluators(everything)) if self._few else []
+        for at, (i, j) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+            rest = points[i:probes]  # a later pair has no earlier row
+            wanted = [rest] * 2 + [train] * 2
+            one: LabelSets = {"x": points[i : i + 1], "y": points[j : j + 1]} | dict(zip("pqgd", wanted, strict=True))
+            sizes, runs = [len(index) for index in (everything if self._few else one).values()], 0
+            sums: dict[Key, Tensor] = {}
+            for v in whole or self._vertices.evaluators(one):
+                runs += 1
+                for key, array in read_joint(v, path.outputs, self._hidden_ntk):
+                    block = array.expand(sizes)
+                    block = block[i, j][torch.meshgrid(*wanted, indexing="ij")] if self._few else block[0, 0]
+                    block = block[rows[at:] - i, columns[at:] - i].double()
+                    sums[key] = sums.get(key, 0.0) + block
+            for key, value in sums.items():
+                if key not in total:
+                    total[key] = value.new_zeros(len(rows), len(rows), U.shape[1], U.shape[1])
+                value[0] = (value[0] + value[0].mT) / 2  # of one pair, up to sampling
+                total[key][at, at:] = U.T @ value @ U / runs
+                total[key][at:, at] = total[key][at, at:].mT.clone()
+        return total
 
     def _put(self, total: dict[Key, Tensor], first: Tensor, second: Tensor, found: dict[Key, Tensor]) -> None:
         """Put a block of probe pairs; every drift is symmetric in x and y."""

@@ -17,8 +17,16 @@ from torch_eft.results.training import Training, as_training
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.hierarchy.drift.forms import AllForms, FormReader, mean_forms
+from torch_eft.theory.hierarchy.drift.joint import JointForms
 from torch_eft.theory.hierarchy.drift.law import DriftForms, ddntk, dntk
-from torch_eft.theory.hierarchy.drift.result import ContractedSize, DriftForecast, KernelDrift, NTKDrift
+from torch_eft.theory.hierarchy.drift.result import (
+    ContractedSize,
+    DriftForecast,
+    DriftQuantiles,
+    JointLaw,
+    KernelDrift,
+    NTKDrift,
+)
 from torch_eft.theory.initialization.estimators import check_statistics
 from torch_eft.theory.initialization.evaluator import FLUCTUATIONS
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
@@ -103,10 +111,75 @@ def predict_drift(
     _check_memory(frozen, memory, hidden_ntk, num_replicas)
     times = training.times(at_steps, frozen.x.device)
     vertices = VertexTiles(ensemble, frozen.layers, num_samples, num_replicas, seed)
-    replicas = FormReader(vertices, frozen, hidden_ntk, memory).replicas()
+    reader = FormReader(vertices, frozen, hidden_ntk, memory)
+    replicas = reader.replicas()
     forms = mean_forms(replicas)
-    forecast = _Forecast(frozen, training, times)
-    return forecast.over_seeds(forms, _errors(replicas, frozen, times))
+    joint = _Joint(reader, forms, frozen, times, memory)
+    return _Forecast(frozen, training, times).over_seeds(forms, _errors(replicas, frozen, times), joint)
+
+
+class _Joint:
+    """The joint law over pairs of probe points, read at the first call.
+
+    Args:
+        reader: Of the covariances.
+        forms: Of single pairs.
+        frozen: The training at infinite width.
+        times: (T+1,).
+        memory: Bytes allowed.
+    """
+
+    def __init__(self, reader: FormReader, forms: AllForms, frozen: FrozenTraining, times: Tensor, memory: int) -> None:
+        self._reader, self._forms, self._frozen, self._times, self._memory = reader, forms, frozen, times, memory
+        rows, columns = torch.triu_indices(frozen.probes, frozen.probes, device=frozen.K.device)
+        self._pairs = rows, columns
+        self._weights = torch.where(rows == columns, 1.0, 2.0).to(frozen.K)
+
+    def quantiles(self, q: Tensor, num_draws: int, seed: int) -> DriftQuantiles:
+        """Quantiles by draws; (T+1, Q) each."""
+        frozen, times, probes = self._frozen, self._times, slice(self._frozen.probes)
+        q = q.to(frozen.K)
+        _, Theta, pairs = frozen.layers
+
+        def relative(joint: JointForms, reference: Tensor) -> Tensor:
+            norms = joint.norms(frozen, times, num_draws, seed) / reference[probes, probes].norm()
+            return torch.quantile(norms, q, dim=1).T
+
+        diagonal = torch.stack([self._forms.diagonal.draws(frozen, step, num_draws, seed)[:, 0] for step in times])
+        found: dict[str, dict[int, Tensor]] = {"output": {}, "activations": {}, "ntk": {}}
+        for (observable, layer), joint in self._all.items():
+            reference = pairs[layer - 1].explicit((0,), (0,)) if observable == "activations" else Theta[layer - 1]
+            found[observable][layer] = relative(joint, reference)
+        (ntk,) = found["output"].values()
+        return DriftQuantiles(ntk, torch.quantile(diagonal, q, dim=1).T, found["activations"], found["ntk"])
+
+    def along_mean(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the component along ``mean``, (T+1,) each."""
+        norms = mean.flatten(1).norm(dim=1)
+        directions = mean[:, self._pairs[0], self._pairs[1]] / torch.where(norms > 0, norms, 1.0)[:, None]
+        joint = self._all["output", self._frozen.ensemble.depth]
+        along, variance = joint.along(self._frozen, self._times, directions)
+        return along, variance.sqrt()
+
+    @functools.cached_property
+    def _all(self) -> dict[tuple[str, int], JointForms]:
+        observables = 1 + len(self._forms.hidden) + len(self._forms.hidden_ntk)
+        needed = 8 * (observables + 3) * (len(self._weights) * len(self._frozen.eigenvalues)) ** 2
+        if needed > self._memory:
+            raise ValueError(
+                f"x_probe: {self._frozen.probes} probe points and {len(self._frozen.x_train)} training points need "
+                f"about {needed / 2**30:.1f} GiB for the joint law of all pairs, memory allows "
+                f"{self._memory / 2**30:.1f} GiB; give fewer points, or more memory to predict_drift"
+            )
+        forms: dict[str, dict[int, DriftForms]] = {
+            "output": {self._frozen.ensemble.depth: self._forms.ntk},
+            "activations": self._forms.hidden,
+            "ntk": self._forms.hidden_ntk,
+        }
+        return {
+            (observable, layer): JointForms(forms[observable][layer], X, self._weights)
+            for (observable, layer, _), X in self._reader.joint().items()
+        }
 
 
 class _Forecast:
@@ -121,7 +194,7 @@ class _Forecast:
     def __init__(self, frozen: FrozenTraining, training: Training, times: Tensor) -> None:
         self._frozen, self._training, self._times = frozen, training, times
 
-    def over_seeds(self, forms: AllForms, errors: dict[str, float]) -> DriftForecast:
+    def over_seeds(self, forms: AllForms, errors: dict[str, float], joint: JointLaw) -> DriftForecast:
         """The law over all initializations."""
         frozen, times = self._frozen, self._times
         ntk = self._kernel(forms.ntk, frozen.Theta)
@@ -140,9 +213,7 @@ class _Forecast:
             validity,
             contracted=self._contracted(forms),
             given=functools.partial(self.given, forms, errors, validity),
-            draws=lambda count, seed: torch.stack(
-                [forms.diagonal.draws(frozen, step, count, seed)[:, 0] for step in times]
-            ),
+            joint=joint,
         )
 
     def _contracted(self, forms: AllForms) -> tuple[ContractedSize, ContractedSize]:
@@ -207,7 +278,7 @@ class _Forecast:
         validity: Validity,
         contracted: tuple[ContractedSize | None, ContractedSize | None] = (None, None),
         given: Callable[[Tensor], DriftForecast] | None = None,
-        draws: Callable[[int, int], Tensor] | None = None,
+        joint: JointLaw | None = None,
     ) -> DriftForecast:
         frozen = self._frozen
         _, Theta, pairs = frozen.layers
@@ -222,7 +293,7 @@ class _Forecast:
             f"{self._training.describe()}",
             validity,
             given,
-            draws,
+            joint,
         )
 
 

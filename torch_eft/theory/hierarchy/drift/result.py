@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from torch_eft.results.repr import short_repr
@@ -100,6 +100,44 @@ class ContractedSize:
 
 
 @dataclass(frozen=True, repr=False)
+class DriftQuantiles:
+    """Quantiles over initializations, (T+1, Q) each.
+
+    Args:
+        ntk: Of ||H(t) - H(0)||_F over ||H||_F at infinite width, H averaged over outputs.
+        diagonal: Of the drift of the mean of its diagonal over probe points.
+        hidden: ``{l: ..}`` of the relative change of the kernel of layer l.
+        hidden_ntk: ``{l: ..}`` of the layer's own NTK.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> theory.DriftQuantiles(torch.ones(3, 2), torch.ones(3, 2), {}, {}).ntk.shape
+        torch.Size([3, 2])
+    """
+
+    ntk: Tensor
+    diagonal: Tensor
+    hidden: Mapping[int, Tensor]
+    hidden_ntk: Mapping[int, Tensor]
+
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+
+class JointLaw(Protocol):
+    """What knows the joint law over pairs of probe points, computed when first asked for."""
+
+    def quantiles(self, q: Tensor, num_draws: int, seed: int) -> DriftQuantiles:
+        """Quantiles by draws."""
+        ...
+
+    def along_mean(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation along a mean drift (T+1, N_p, N_p)."""
+        ...
+
+
+@dataclass(frozen=True, repr=False)
 class DriftForecast:
     """What training will change in one network of an ensemble.
 
@@ -135,7 +173,7 @@ class DriftForecast:
     provenance: str
     validity: Validity
     _given: "Callable[[Tensor], DriftForecast] | None" = field(default=None, repr=False)
-    _diagonal_draws: Callable[[int, int], Tensor] | None = field(default=None, repr=False)
+    _joint: "JointLaw | None" = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         return short_repr(self)
@@ -168,20 +206,23 @@ class DriftForecast:
             raise ValueError("z: this forecast is conditional on outputs already; call given() of predict_drift's")
         return self._given(z)
 
-    def diagonal_quantiles(self, q: Tensor, *, num_draws: int = 4096, seed: int = 0) -> Tensor:
-        """Quantiles over initializations of the drift of the NTK's mean diagonal, by draws of its law.
+    def quantiles(self, q: Tensor, *, num_draws: int = 2048, seed: int = 0) -> "DriftQuantiles":
+        """Quantiles over initializations of relative changes and of the mean diagonal, by draws of their laws.
+
+        The joint law over pairs of probe points takes the dNTK's covariance at four of them: as many evaluations as
+        there are pairs, at the first call. Negative eigenvalues that sampling leaves in it are set to 0.
 
         Args:
             q: (Q,), probabilities in [0, 1].
-            num_draws: Draws at each time; the standard error of the quantile q is sqrt(q (1 - q) / num_draws) over the
+            num_draws: Networks drawn; the standard error of the quantile q is sqrt(q (1 - q) / num_draws) over the
                 density there.
             seed: Seed; the global random state is left alone.
 
         Returns:
-            (T+1, Q).
+            The quantiles, (T+1, Q) each.
 
         Raises:
-            ValueError: If this is a conditional forecast.
+            ValueError: If this is a conditional forecast, or the joint law does not fit into memory.
 
         Example:
             >>> import torch
@@ -189,10 +230,34 @@ class DriftForecast:
             >>> x, y = torch.eye(2, 3), torch.ones(2, 1)
             >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "linear")
             >>> forecast = theory.predict_drift(ensemble, x, y, x, learning_rate=0.1, steps=4)
-            >>> forecast.diagonal_quantiles(torch.tensor([0.05, 0.95])).shape
+            >>> forecast.quantiles(torch.tensor([0.05, 0.95])).ntk.shape
             torch.Size([5, 2])
         """
-        if self._diagonal_draws is None:
+        if self._joint is None:
             raise ValueError("q: quantiles are of the law over all initializations; ask predict_drift's forecast")
-        draws = self._diagonal_draws(num_draws, seed)
-        return torch.quantile(draws, q.to(draws), dim=1).T
+        return self._joint.quantiles(q, num_draws, seed)
+
+    def along_mean(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the component of the NTK's drift along its mean, in units of the NTK.
+
+        It takes the joint law over pairs of probe points, as ``quantiles`` does.
+
+        Returns:
+            (T+1,) each; 0 where the mean vanishes.
+
+        Raises:
+            ValueError: As in ``quantiles``.
+
+        Example:
+            >>> import torch
+            >>> from torch_eft import theory
+            >>> x, y = torch.eye(2, 3), torch.ones(2, 1)
+            >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "linear")
+            >>> forecast = theory.predict_drift(ensemble, x, y, x, learning_rate=0.1, steps=4)
+            >>> mean, sd = forecast.along_mean()
+            >>> torch.allclose(mean, forecast.ntk.mean.flatten(1).norm(dim=1))
+            True
+        """
+        if self._joint is None:
+            raise ValueError("forecast: along_mean is of the law over all initializations; ask predict_drift's")
+        return self._joint.along_mean(self.ntk.mean)
