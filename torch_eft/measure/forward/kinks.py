@@ -79,6 +79,8 @@ def _module_names(module: nn.Module) -> Iterator[list[str]]:
         stack.pop()
 
     for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):  # takes no hooks
+            continue
         handles.append(part.register_forward_pre_hook(lambda part, args, name=name: stack.append(name)))
         handles.append(part.register_forward_hook(leave, always_call=True))
     try:

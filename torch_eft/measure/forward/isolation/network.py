@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,9 @@ class Place(NamedTuple):
         self.tensors[self.key] = tensor
 
 
+_roundings: "WeakKeyDictionary[nn.Module, float]" = WeakKeyDictionary()
+
+
 @dataclass
 class Isolation:
     """What the same network at several parameters shares.
@@ -56,8 +60,9 @@ class Isolation:
         copies: How it was copied.
         plain: It consists of modules of torch.nn alone: nothing needs to be watched.
         own: The module's own trainable parameters, as ``IsolatedModel.params`` has them.
-        rounding: The coarsest eps of a dtype in which the module itself computes, as far as was seen; its copy computes
-            in one precision throughout.
+        origin: The module itself.
+        rounding: The coarsest eps of a dtype in which the module itself computes, as far as was ever seen; its copy
+            computes in one precision throughout.
         without_gradient: Ids of given parameters that forwards have used while they had gradients off.
         open: Whether the ``with`` that isolated it has not ended yet.
     """
@@ -67,6 +72,7 @@ class Isolation:
     copies: Copies
     plain: bool
     own: dict[str, Tensor]
+    origin: nn.Module
     rounding: float
     without_gradient: set[int] = field(default_factory=set)
     open: bool = True
@@ -104,7 +110,7 @@ class Isolation:
 
     def note(self, dtype: torch.dtype) -> None:
         """Note a dtype in which the module itself computes."""
-        self.rounding = max(self.rounding, torch.finfo(dtype).eps)
+        self.rounding = _roundings[self.origin] = max(self.rounding, torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -336,7 +342,8 @@ def _shadow_of(model: nn.Module, output_fn: OutputFn | None, dtype: torch.dtype 
         if tensor is not None
     ]
     rounding = max((torch.finfo(kind).eps for kind in floating), default=0.0)
-    isolation = Isolation(frozenset(buffers), places, copies, plain, params, rounding)
+    rounding = max(rounding, _roundings.get(model, 0.0))
+    isolation = Isolation(frozenset(buffers), places, copies, plain, params, model, rounding)
     return IsolatedModel(copies.module, params, constants | buffers, output_fn, model, isolation)
 
 

@@ -19,7 +19,7 @@ _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 _METADATA = frozenset(
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad")
 )
-_NEW_LEAVES = frozenset({"requires_grad_", "__set__"})
+_SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 
 
 class RefusedForwardError(ValueError):
@@ -94,9 +94,9 @@ class GivenTensors(TorchFunctionMode):
                 value = func(*args, **kwargs or {})
         else:
             value = func(*args, **kwargs or {})
-        if func.__name__ in _NEW_LEAVES or (kwargs and "requires_grad" in kwargs):
-            made = value if isinstance(value, Tensor) else args[0]
-            if isinstance(made, Tensor):
+        results = value if isinstance(value, tuple | list) else (args[0] if func is _SET_REQUIRES_GRAD else value,)
+        for made in results:
+            if type(made) is Tensor and made.requires_grad and made.is_leaf:
                 self._made[id(made)] = made
         return value
 

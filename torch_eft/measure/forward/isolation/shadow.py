@@ -139,7 +139,7 @@ class Copies:
 
     def _module(self, module: nn.Module) -> nn.Module:
         if isinstance(module, torch.jit.ScriptModule):
-            return self._note(module, module)
+            return self._script(module)
         copied = self._note(module, object.__new__(type(module)))
         own, prefix = vars(copied), self._names.get(id(module), type(module).__name__)
         for name, value in attributes_of_copies(module).items():
@@ -158,6 +158,16 @@ class Copies:
         inner = runs_in_place_of(copied)
         if inner is not None:
             own["forward"] = inner.__call__
+        return copied
+
+    def _script(self, module: nn.Module) -> nn.Module:
+        """Copy a scripted module as torch does, with parameters of its own."""
+        copied = self._note(module, copy.deepcopy(module).eval())
+        prefix = self._names.get(id(module))
+        for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
+            self._kept.append(tensor)
+            if prefix is not None:
+                self.live[id(tensor)] = f"{prefix}.{name}".removeprefix(".")
         return copied
 
     def _container(self, value: Any) -> Any:
