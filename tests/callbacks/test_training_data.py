@@ -33,13 +33,15 @@ class Fed(Training):
 class Data(pl.LightningDataModule):
     """The hooks of a data module take the place of the module's."""
 
-    seen = 0
+    def __init__(self):
+        super().__init__()
+        self.seen, self.noise = [], torch.Generator().manual_seed(1)
 
     def train_dataloader(self):
         return DataLoader(dataset(), batch_size=8, shuffle=True)
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
-        self.seen += 1
+        self.seen.append(float(torch.rand((), generator=self.noise)))
         return batch[0] * 3, batch[1]
 
 
@@ -77,10 +79,11 @@ def test_the_probe_goes_through_the_hooks_of_the_module_and_leaves_no_trace():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_hooks_of_a_data_module_come_first():
-    data, watching = Data(), monitor(on_error="raise")
+    alone, data, watching = Data(), Data(), monitor(on_error="raise")
+    fit(Fed, None, alone)
     fit(Fed, watching, data)
     assert torch.allclose(watching.observer.network.probe.inputs, (X[:3] + 0.5) * 3)
-    assert data.seen == 6
+    assert data.seen == alone.seen and len(data.seen) == 6
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -1,6 +1,5 @@
 """The first samples of the training data, as the network is fed them."""
 
-import copy
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -35,11 +34,13 @@ def first_inputs(trainer: Trainer, module: LightningModule, count: int) -> Probe
             f"probe: 'first_batch:{count}' needs one training DataLoader, not {type(loader).__name__}; give the inputs "
             "as a tensor or a .pt file"
         )
-    return first_samples(dataset, count, collate, lambda batch: _fed(trainer, module, batch))
+    owners = [each for each in (trainer.datamodule, module) if each is not None]  # type: ignore[attr-defined]
+    hooks = [getattr(owner, name) for owner in owners for name in HOOKS]
+    return first_samples(dataset, count, collate, lambda batch: _fed(trainer, module, batch), hooks)
 
 
 def _fed(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """The batch as ``training_step`` gets it: hooks run on a copy of the module, or data module, that has them."""
+    """The batch as ``training_step`` gets it: the module's hooks run on a copy of it."""
     batch = trainer.precision_plugin.convert_input(batch)
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     own = {name: data if data is not None and is_overridden(name, data) else module for name in HOOKS}
@@ -52,6 +53,6 @@ def _fed(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
         copied.trainer = trainer
         for name, owner in own.items():
             device = (trainer.strategy.root_device,) if name == "transfer_batch_to_device" else ()
-            hook = getattr(copied if owner is module else copy.copy(data), name)
+            hook = getattr(copied if owner is module else data, name)
             batch = hook(batch, *device, 0)
     return batch

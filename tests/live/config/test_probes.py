@@ -5,7 +5,7 @@ import random
 import numpy
 import pytest
 import torch
-from torch.utils.data import IterableDataset, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from torch_eft.live.config.probes import first_count, first_samples, probe_from
 
@@ -51,6 +51,32 @@ def test_the_first_samples_leave_the_random_state_alone():
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert (states[2] == numpy.random.get_state()[1]).all()
+
+
+class Augmenting(Dataset):
+    """Draws from a generator of its own, counts, and caches."""
+
+    def __init__(self):
+        self.numpy, self.torch = numpy.random.default_rng(0), torch.Generator().manual_seed(0)
+        self.calls, self.cache, self.file = 0, {}, None
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        self.calls += 1
+        self.file = self.file or object()
+        self.cache[index] = torch.full((3,), float(index)) + self.numpy.random() + torch.rand(1, generator=self.torch)
+        return self.cache[index]
+
+
+def test_a_data_sets_own_state_is_left_alone():
+    dataset, other = Augmenting(), Augmenting()
+    nested = ConcatDataset([Subset(dataset, [3, 1]), Subset(dataset, [2])])
+    probe = first_samples(nested, 3, default_collate)
+    assert probe.size == 3
+    assert (dataset.calls, dataset.cache, dataset.file) == (0, {}, None)
+    assert torch.equal(dataset[5], other[5])
 
 
 def test_the_first_samples_are_the_first():

@@ -2,15 +2,16 @@
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from torch_eft.measure.forward.isolation.state import PythonState
 from torch_eft.measure.forward.probe import Probe, as_probe
 
 ProbeLike: TypeAlias = str | Path | Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | Probe
@@ -76,14 +77,16 @@ def first_samples(
     count: int,
     collate: Callable[[list[Any]], Any],
     transfer: Callable[[Any], Any] = lambda batch: batch,
+    reached: Iterable[Any] = (),
 ) -> Probe:
-    """The inputs of the first samples of a data set, read by index and leaving the random state as it is.
+    """The inputs of the first samples of a data set, read by index, leaving its own and the random state as they are.
 
     Args:
         dataset: A map-style data set of (input, target) pairs, or of inputs.
         count: How many.
         collate: Makes a batch of a list of samples.
         transfer: Makes of the batch what the network is fed.
+        reached: What else keeps a state of its own that this may change.
 
     Returns:
         The probe.
@@ -97,6 +100,9 @@ def first_samples(
             "the inputs as a tensor or a .pt file"
         )
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    held = nn.Module()
+    vars(held)["reached"] = [collate, *reached, *_readers(dataset)]
+    own_state = PythonState([held], inside=True)
     try:
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         with torch.random.fork_rng(devices):  # a transform may be random
@@ -104,6 +110,7 @@ def first_samples(
                 generator.manual_seed(0)
             batch = transfer(collate([dataset[index] for index in range(min(count, len(dataset)))]))
     finally:
+        own_state.restore()
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
     inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
@@ -113,3 +120,13 @@ def first_samples(
             f"{type(batch).__name__} here: give the inputs as the forward takes them, as a tensor or a .pt file"
         )
     return copied_probe(inputs)
+
+
+def _readers(dataset: Any) -> list[Any]:
+    """The data set, those inside it, and their ways to read a sample."""
+    inner = [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())]
+    return [
+        dataset,
+        dataset.__getitem__,
+        *(each for one in inner if hasattr(one, "__getitem__") for each in _readers(one)),
+    ]
