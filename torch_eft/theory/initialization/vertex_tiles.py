@@ -204,8 +204,8 @@ class _PairedMoments:
 
 @functools.cache
 def _splits(count: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """All ways to split labels into two sides, of two labels at most where there are no more than four."""
-    most = max(2, count - 3)
+    """All ways to split labels into two sides of at most half of them."""
+    most = (count + 1) // 2
     sides = (part for size in range(1, count) for part in itertools.combinations(range(count), size))
     splits = [(side, tuple(slot for slot in range(count) if slot not in side)) for side in sides if 0 in side]
     return [split for split in splits if max(map(len, split)) <= most]
