@@ -90,7 +90,8 @@ class EFTMonitor(Callback):
         validity: Where the theory holds for this run, or why it does not apply; None before the first step.
 
     Raises:
-        ValueError: Here, in ``setup`` or at the start of training, if an argument or the model is not usable.
+        ValueError: Here or in ``setup``, if an argument or the model is not usable. What shows when training starts is
+            warned of, and training goes on without.
 
     Example:
         >>> import lightning, torch

@@ -100,7 +100,7 @@ class Observer:
         budget: The account of what measuring has cost.
 
     Raises:
-        ValueError: If an argument is not usable; from ``begin``, if the model is not.
+        ValueError: If an argument is not usable. A model that is not is warned of in ``begin``.
 
     Example:
         >>> import torch
