@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.fuzz import functions, hazards, layers  # noqa: F401 (they fill BLOCKS)
+from tests.fuzz import functions, hazards, layers  # noqa: F401 (all fill BLOCKS)
 from tests.fuzz.kinds import BLOCKS, randn
 from tests.fuzz.left_out import BLOCKS_LEFT_OUT, FORMS_LEFT_OUT
 
-WITHOUT_PARAMETERS = {name for name, made in BLOCKS.items() if made.make.__module__ == functions.__name__}
+WITHOUT_PARAMETERS = {
+    name
+    for name, made in BLOCKS.items()
+    if made.make.__module__ == functions.__name__
+    or (made.kinds == "fsciv" and made.make.__module__ == hazards.__name__)
+}
 FORMS = ["tensor"] * 4 + ["tuple", "list", "dict", "mask", "task", "settings", "nested", "none"]
 OUTPUTS = ["tensor"] * 5 + ["dict", "tuple", "squeezed", "tokens"]
 
@@ -132,7 +137,7 @@ def _attempt(r, seed, only):
             stage = made.make(r, tuple(z.shape[1:]))
             with torch.no_grad():
                 following = stage.eval()(z)
-        except (RuntimeError, ValueError, AssertionError):  # too small for this block
+        except (RuntimeError, ValueError, AssertionError, IndexError):  # too small for this block
             if only is not None:
                 return None
             continue
