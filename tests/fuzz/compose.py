@@ -132,6 +132,8 @@ def _attempt(r, seed, only):
         elif len(names) % 2 == 0 and kind != "t":  # parameters in at least every second block
             fitting = [name for name in fitting if name not in WITHOUT_PARAMETERS]
         name = r.choice(fitting)
+        if "once" in BLOCKS[name].notes and only is None and r.random() < 0.8:
+            continue  # refusals stay few
         made = BLOCKS[name]
         try:
             stage = made.make(r, tuple(z.shape[1:]))

@@ -146,7 +146,9 @@ def _preallocated(x):
 
 
 for name, function in FEATURES.items():
-    block(name, "fs", lambda r, s, function=function: Op(function))
+    # torch's second derivative of logcumsumexp is NaN.
+    notes = ["once"] if name == "cumulative logsumexp" else []
+    block(name, "fs", lambda r, s, function=function: Op(function), notes=notes)
 
 block("gelu gate", "s", lambda r, s: Op(lambda x: x * F.gelu(x.mean(1, keepdim=True))))
 block("causal mean", "s", lambda r, s: Op(lambda x: x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None].double()))

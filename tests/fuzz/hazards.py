@@ -392,5 +392,11 @@ class Clamped(nn.Module):
 
 
 block("embedding of bounded norm", "t", lambda r, s: nn.Embedding(6, 3, max_norm=0.6), to="s", notes=["cut"])
-block("bag of bounded norm", "t", lambda r, s: nn.EmbeddingBag(6, 3, max_norm=0.6, mode="sum"), to="f", notes=["cut"])
+block(
+    "bag of bounded norm",
+    "t",
+    lambda r, s: nn.EmbeddingBag(6, 3, max_norm=0.6, mode="sum"),
+    to="f",
+    notes=["cut", "once"],
+)
 block("clamped weights", "fs", lambda r, s: Clamped(s[-1]), notes=["cut"])

@@ -24,7 +24,7 @@ class Block:
         to: Kind of what it returns; None is the kind of what it takes.
         notes: ``cut``: its backward pass is not the derivative of its forward, or not differentiable once more, so that
             autodiff's higher derivatives are not those of its first ones. ``coarse``: rounds to fewer digits than
-            float64, which differences of first derivatives do not survive.
+            float64, which differences of first derivatives do not survive. ``once``: torch has no second derivatives.
         eps: Rounding of its numbers.
     """
 

@@ -41,7 +41,7 @@ block("depthwise 1", "c", conv(nn.Conv1d, kernel_size=2, groups="all"))
 block("grouped 1", "c", conv(nn.Conv1d, kernel_size=2, groups=2))
 block("circular 1", "c", conv(nn.Conv1d, kernel_size=2, padding=1, padding_mode="circular"))
 block("causal 1", "c", lambda r, s: Op(lambda x, m: m(F.pad(x, (1, 0))), nn.Conv1d(s[0], 3, 2)))
-block("transposed 1", "c", lambda r, s: nn.ConvTranspose1d(s[0], 2, 2, stride=2, output_padding=1))
+block("transposed 1", "c", lambda r, s: nn.ConvTranspose1d(s[0], 2, 2, stride=2, output_padding=1), notes=["once"])
 block("transposed and grouped 1", "c", lambda r, s: nn.ConvTranspose1d(s[0], 2 * s[0], 2, groups=s[0], bias=False))
 block("convolution 2", "i", conv(nn.Conv2d, kernel_size=2))
 block("convolution of one place", "i", conv(nn.Conv2d, kernel_size=1))
@@ -139,7 +139,7 @@ block(
     lambda r, s: Op(lambda x, e, p: e(x) + p(torch.arange(x.shape[1])), nn.Embedding(6, 3), nn.Embedding(8, 3)),
     to="s",
 )
-block("sum of a bag", "t", lambda r, s: nn.EmbeddingBag(6, 3, mode="sum"), to="f")
+block("sum of a bag", "t", lambda r, s: nn.EmbeddingBag(6, 3, mode="sum"), to="f", notes=["once"])
 block("mean of a bag", "t", lambda r, s: nn.EmbeddingBag(6, 3), to="f", notes=["once"])
 block("tied embedding", "t", lambda r, s: Op(lambda x, e: e(x) @ e.weight.T, nn.Embedding(6, 3)), to="s")
 block("sum of embeddings", "t", lambda r, s: Op(lambda x, e: e(x).sum(1), nn.Embedding(6, 3)), to="f")

@@ -3,7 +3,11 @@
 To be emptied as the faults are repaired, and then deleted.
 """
 
-BLOCKS_LEFT_OUT: dict[str, str] = {}
+BLOCKS_LEFT_OUT = {
+    "Fourier transform": "kinks are looked for in complex numbers",
+    "PReLU per channel": "its Jacobian by the fallback is refused as wrong",
+    "gradient doubled by a hook": "cut, and not said where there are kinks, too",
+}
 FORMS_LEFT_OUT: dict[str, str] = {}
 QUESTIONS_LEFT_OUT: dict[str, str] = {}
 ENVIRONMENTS_LEFT_OUT: dict[str, str] = {}
