@@ -191,7 +191,7 @@ def test_samples_of_the_joint_law_are_those_of_single_pairs():
     wide = theory.MLPEnsemble([3, 64, 64, 1], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
     training = Training(learning_rate=0.05, steps=10, reduction="sum")
     frozen = theory.FrozenTraining(wide, x[2:], y, x[:2], training)
-    reader = FormReader(VertexTiles(wide, frozen.layers, 2048, 2, 0), frozen, False, 2**31)
+    reader = FormReader(VertexTiles(wide, frozen.layers, 2048, 1, 0), frozen, False, 2**31)
     forms, joint = mean_forms(reader.replicas()), reader.joint()
     for (observable, layer, _), X in joint.items():
         single = forms.ntk.X if observable == "output" else forms.hidden[layer].X

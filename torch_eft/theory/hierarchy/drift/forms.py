@@ -220,7 +220,7 @@ class FormReader:
     def __init__(self, vertices: VertexTiles, path: InfiniteWidthPath, hidden_ntk: bool, memory: int) -> None:
         self._vertices, self._path, self._hidden_ntk = vertices, path, hidden_ntk
         self._few = len(path.K) <= MOST_QUADRATURE_LABELS
-        entries = max(1, memory // (4 * _ARRAYS))
+        self._entries = entries = max(1, memory // (4 * _ARRAYS))
         self._tile = min(256, max(1, math.isqrt(entries)))  # training labels on each side
         self._rows = max(1, math.isqrt(entries // min(self._tile, len(path.train)) ** 2))
 
@@ -240,32 +240,30 @@ class FormReader:
 
     def joint(self) -> dict[Key, Tensor]:
         """Covariances of all eta of each observable, (pairs, pairs, modes, modes), probe pairs as in ``AllForms``."""
-        path, probes = self._path, self._path.probes
+        path, probes, U = self._path, self._path.probes, self._path.U
+        points = torch.arange(len(path.K), device=path.K.device)
         rows, columns = torch.triu_indices(probes, probes, device=path.K.device)
-        points, train, U = torch.arange(len(path.K), device=path.K.device), path.train, path.U
+        probe, train = points[:probes], path.train
+        size = max(1, math.isqrt(self._entries // (probes**2 * len(train) ** 2)))
+        blocks = [probe] if size >= probes else list(probe.split(size))
         total: dict[Key, Tensor] = {}
-        everything: LabelSets = dict.fromkeys("xypqgd", points)
-        whole = list(self._vertices.evaluators(everything)) if self._few else []
-        for at, (i, j) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
-            rest = points[i:probes]  # a later pair has no earlier row
-            wanted = [rest] * 2 + [train] * 2
-            one: LabelSets = {"x": points[i : i + 1], "y": points[j : j + 1]} | dict(zip("pqgd", wanted, strict=True))
-            sizes, runs = [len(index) for index in (everything if self._few else one).values()], 0
-            sums: dict[Key, Tensor] = {}
-            for v in whole or self._vertices.evaluators(one):
-                runs += 1
-                for key, array in read_joint(v, path.outputs, self._hidden_ntk):
-                    block = array.expand(sizes)
-                    block = block[i, j][torch.meshgrid(*wanted, indexing="ij")] if self._few else block[0, 0]
-                    block = block[rows[at:] - i, columns[at:] - i].double()
-                    sums[key] = sums.get(key, 0.0) + block
-            for key, value in sums.items():
-                if key not in total:
-                    total[key] = value.new_zeros(len(rows), len(rows), U.shape[1], U.shape[1])
-                value[0] = (value[0] + value[0].mT) / 2  # of one pair, up to sampling
-                total[key][at, at:] = U.T @ value @ U / runs
-                total[key][at:, at] = total[key][at, at:].mT.clone()
-        return total
+        for i, first in enumerate(blocks):
+            for second in blocks[i:]:
+                wanted = {"x": first, "y": second, "p": probe, "q": probe, "g": train, "d": train}
+                sets: LabelSets = dict.fromkeys(wanted, points) if self._few else wanted
+                here = torch.isin(rows, first) & torch.isin(columns, second)
+                one, other = rows[here] - first[0], columns[here] - second[0]
+                for runs, v in enumerate(self._vertices.evaluators(sets), 1):
+                    for key, array in read_joint(v, path.outputs, self._hidden_ntk):
+                        block = array.expand([len(index) for index in sets.values()])
+                        if self._few:
+                            block = block[torch.meshgrid(*wanted.values(), indexing="ij")]
+                        value = U.T @ block[one, other][:, rows, columns].double() @ U
+                        if key not in total:
+                            total[key] = value.new_zeros(len(rows), *value.shape[1:])
+                        target = total[key]
+                        target[here] += (value - target[here]) / runs
+        return {key: (value + value.permute(1, 0, 3, 2)) / 2 for key, value in total.items()}  # up to sampling
 
     def _put(self, total: dict[Key, Tensor], first: Tensor, second: Tensor, found: dict[Key, Tensor]) -> None:
         """Put a block of probe pairs; every drift is symmetric in x and y."""

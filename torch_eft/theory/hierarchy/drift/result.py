@@ -209,8 +209,8 @@ class DriftForecast:
     def quantiles(self, q: Tensor, *, num_draws: int = 2048, seed: int = 0) -> "DriftQuantiles":
         """Quantiles over initializations of relative changes and of the mean diagonal, by draws of their laws.
 
-        The joint law over pairs of probe points takes the dNTK's covariance at four of them: as many evaluations as
-        there are pairs, at the first call. Negative eigenvalues that sampling leaves in it are set to 0.
+        The joint law over pairs of probe points takes the dNTK's covariance at four of them, N_p^4 N^2 entries read at
+        the first call: minutes for eight probe points. Negative eigenvalues that sampling leaves in it are set to 0.
 
         Args:
             q: (Q,), probabilities in [0, 1].
