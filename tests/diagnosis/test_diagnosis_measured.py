@@ -10,6 +10,9 @@ import torch_eft as eft
 from tests.oracles.models import ConvNet, Recurrent
 from torch_eft.diagnosis import MeasuredDiagnosis
 from torch_eft.measure import as_matrix, ntk, top_eigenvalue
+from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.forward.probe import Probe
+from torch_eft.measure.network.batch_norm import batch_norms, with_batch_statistics
 
 
 def images(count=5):
@@ -37,12 +40,14 @@ def test_step_size_and_shares_are_those_of_the_ntk():
     model, x = ConvNet(), images()
     found = eft.diagnose(model, x, num_networks=3)
     assert isinstance(found, MeasuredDiagnosis)
-    H = ntk(model, x)
+    with isolated(model) as network:
+        network = with_batch_statistics(network, Probe(x), batch_norms(model))
+        H = ntk(network, x)
+        head = {name: float(name.startswith("head")) for name in network.params}
+        head, whole = ntk(network, x[:4], lambdas=head, trace=True), ntk(network, x[:4], trace=True)
     assert found.lambda_max == pytest.approx(float(top_eigenvalue(H)), rel=1e-3)
     assert found.largest_learning_rate == pytest.approx(len(as_matrix(H)) / found.lambda_max)
     assert sum(found.shares.values()) == pytest.approx(1)
-    head = ntk(model, x[:4], lambdas={n: float(n.startswith("head")) for n, _ in model.named_parameters()}, trace=True)
-    whole = ntk(model, x[:4], trace=True)
     assert found.shares["head"] == pytest.approx(float(head.trace() / whole.trace()), rel=1e-5)
 
 

@@ -17,9 +17,11 @@ from torch_eft.measure.ensembles.reinitialized_networks import (
     log_variance,
     reinitialized_networks,
 )
+from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.kernels.ntk import ntk
 from torch_eft.measure.kernels.products import ntk_eigenpairs
+from torch_eft.measure.network.batch_norm import batch_norms, with_batch_statistics
 from torch_eft.measure.representations.bottlenecks import Bottleneck
 
 GROWTH = 10.0
@@ -56,23 +58,25 @@ def measured_diagnosis(
     """
     probe = as_probe(x)
     few = tree_map_only(Tensor, lambda tensor: tensor[:_INPUTS], probe.inputs)
-    found = reinitialized_networks(model, few, num_networks=num_networks, initialize=initialize, output_fn=output_fn)
-    networks = found.drawn or [found.own]
-    blocks = _blocks(networks)
-    growth, signal, dead = _growth(networks)
     shares: dict[str, float] = {}
     largest, eta = None, None
-    if found.ntk_refusal is None:
-        parts = {
-            name: float(H.diagonal().mean())
-            for name, H in ntk(model, few, trace=True, output_fn=output_fn, per="layer").items()
-        }
-        total = sum(parts.values())
-        shares = {name: part / total for name, part in parts.items()} if total > 0 else {}
-    pairs = ntk_eigenpairs(model, probe, 1, output_fn=output_fn, tolerance=1e-3)
+    with isolated(model, output_fn) as network:
+        found = reinitialized_networks(
+            network, few, num_networks=num_networks, initialize=initialize, statistics_of=probe
+        )
+        network = with_batch_statistics(network, probe, batch_norms(model, unused=True))
+        if found.ntk_refusal is None:
+            kernels = ntk(network, few, trace=True, per="layer")
+            parts = {name: float(H.diagonal().mean()) for name, H in kernels.items()}
+            total = sum(parts.values())
+            shares = {name: part / total for name, part in parts.items()} if total > 0 else {}
+        pairs = ntk_eigenpairs(network, probe, 1, tolerance=1e-3)
     if float(pairs.values[0]) > 0:
         largest = float(pairs.values[0])
         eta = probe.size * found.own.outputs.shape[1] / largest
+    networks = found.drawn or [found.own]
+    blocks = _blocks(networks)
+    growth, signal, dead = _growth(networks)
     traces = [float(one.trace.mean()) for one in found.drawn if one.trace is not None]
     log_ntk, log_ntk_error = log_variance(traces)
     epsilon_ntk = math.expm1(log_ntk) if math.isfinite(log_ntk) else None
@@ -97,7 +101,7 @@ def measured_diagnosis(
         shares=shares,
         lambda_max=largest,
         largest_learning_rate=eta,
-        remarks=_remarks(model, found, num_networks),
+        remarks=_remarks(model, found, num_networks, probe.size),
         inputs=probe.size,
     )
 
@@ -212,7 +216,7 @@ def _findings(
     return tuple(found)
 
 
-def _remarks(model: nn.Module, found: ReinitializedNetworks, num_networks: int) -> tuple[str, ...]:
+def _remarks(model: nn.Module, found: ReinitializedNetworks, num_networks: int, size: int) -> tuple[str, ...]:
     remarks = []
     if found.refusal is not None:
         remarks.append(f"no other seeds were drawn, so that there is no spread: {found.refusal}")
@@ -226,10 +230,13 @@ def _remarks(model: nn.Module, found: ReinitializedNetworks, num_networks: int) 
         )
     if found.ntk_refusal is not None:
         remarks.append(f"the NTK itself was not measured: {found.ntk_refusal}")
-    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+    if batch_norms(model, unused=True):
         remarks.append(
-            "BatchNorm in evaluation mode normalizes with its running statistics: none yet at initialization"
+            f"BatchNorm in evaluation mode, with the statistics of the {size} inputs given at the parameters of each "
+            "network: it has no running statistics yet"
         )
+    elif any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+        remarks.append("BatchNorm in evaluation mode normalizes with its running statistics")
     if not all(p.requires_grad for p in model.parameters()):
         remarks.append("frozen parameters take no part in the NTK")
     return tuple(remarks)

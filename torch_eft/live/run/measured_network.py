@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from torch_eft.live.instrument import Instrument, MeasurementWarning
 from torch_eft.live.run.ranks import RankProtocol
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
+from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.measure.kernels.ntk import too_large
+from torch_eft.measure.network.batch_norm import batch_norms, with_batch_statistics
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.sharded import full_copy, sharded_snapshot
 from torch_eft.measure.network.snapshot import Plan, Snapshot
@@ -38,6 +40,8 @@ class MeasuredNetwork:
         distributed: Who measures: rank 0, or all ranks together.
         unsharded_model: A plain network of the same architecture, where the model's parameters are sharded (FSDP): they
             are copied into it for every snapshot, which takes all ranks.
+        norms: BatchNorm layers that are measured with the statistics of the probe, at every visit anew: running ones
+            start at 0 and 1, and change where no parameter moves.
     """
 
     model: nn.Module
@@ -50,6 +54,7 @@ class MeasuredNetwork:
     memory: int = DEFAULT_MEMORY
     distributed: Distributed = "rank_zero"
     unsharded_model: nn.Module | None = None
+    norms: tuple[str, ...] = ()
 
     @property
     def network(self) -> nn.Module:
@@ -81,9 +86,10 @@ class MeasuredNetwork:
         if collective:
             self.ranks.announce((self.plan, lambdas))
             snapshot = self._together(self.plan, lambdas)
-        inputs = self.network, self.probe
-        with Network(*inputs, lambdas=lambdas, output_fn=self.output_fn, memory=self.memory) as network:
-            yield network, snapshot
+        with isolated(self.network, self.output_fn) as own:
+            normed = with_batch_statistics(own, self.probe, self.norms)
+            with Network(normed, self.probe, lambdas=lambdas, memory=self.memory) as network:
+                yield network, snapshot
 
     def follow(self) -> None:
         """Wait for rank 0, and take part in the snapshot if there is one: all that other ranks ever do."""
@@ -98,8 +104,8 @@ class MeasuredNetwork:
         if not (self.ranks.several and self.distributed == "sharded"):
             return None
         # Isolated by itself, so that a failure on one rank is a failure on all, and none waits for another.
-        inputs = self.network, self.probe, plan
-        return sharded_snapshot(*inputs, lambdas=lambdas, output_fn=self.output_fn, memory=self.memory)
+        inputs, norms = (self.network, self.probe, plan), self.norms
+        return sharded_snapshot(*inputs, lambdas=lambdas, output_fn=self.output_fn, memory=self.memory, norms=norms)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -170,4 +176,5 @@ def checked_network(
         memory=memory,
         distributed=distributed,
         unsharded_model=unsharded_model,
+        norms=batch_norms(module),
     )

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from torch_eft.measure.ensembles.draws import Draw
 from torch_eft.measure.forward.checks import MemoryLimitError
-from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.kernels.ntk import ntk as ntk_of
+from torch_eft.measure.network.batch_norm import batch_norms, with_batch_statistics
 from torch_eft.measure.representations.bottlenecks import Bottleneck, bottlenecks
 
 
@@ -55,24 +56,26 @@ class ReinitializedNetworks:
 
 
 def reinitialized_networks(
-    model: nn.Module,
+    model: Model,
     x: Any,
     *,
     num_networks: int,
     initialize: Callable[[nn.Module], Any] | None = None,
     output_fn: OutputFn | None = None,
     seed: int = 0,
+    statistics_of: Probe | None = None,
 ) -> ReinitializedNetworks:
     """Measure ``model`` and networks of its architecture drawn anew, in evaluation mode; the model is left alone.
 
     Args:
-        model: Any module.
+        model: Any module, or one that is isolated.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
         num_networks: Number of networks to draw, >= 0.
         initialize: Draws the parameters of the module it is given, in place; None uses ``reset_parameters`` or an
             ``_init_weights`` of the module, if the network given could be one of its draws.
         output_fn: Turns what the model returns into (N, C).
         seed: Of the first network.
+        statistics_of: Inputs of which BatchNorm layers that have seen none take their statistics; None leaves them.
 
     Returns:
         The network and those drawn.
@@ -84,12 +87,17 @@ def reinitialized_networks(
         raise ValueError(f"num_networks: {num_networks} given; give a number of networks >= 0")
     probe = as_probe(x)
     with isolated(model, output_fn) as network:
+        norms = batch_norms(network.origin, unused=True) if statistics_of is not None else ()
+
+        def normed(one: IsolatedModel) -> IsolatedModel:
+            return one if statistics_of is None else with_batch_statistics(one, statistics_of, norms)
+
         ntk_refusal = None
         try:
             ntk_of(network, probe, trace=True)
         except MemoryLimitError as error:
             ntk_refusal = str(error)
-        own = _one(network, probe, ntk_refusal is None)
+        own = _one(normed(network), probe, ntk_refusal is None)
         if num_networks == 0:
             return ReinitializedNetworks(own, [], None, ntk_refusal)
         try:
@@ -101,7 +109,8 @@ def reinitialized_networks(
             values = {name: value[0] for name, value in draw(1).items()}
             params = {name: values[name] for name in network.params}
             constants = {name: values[name] for name in network.constants}
-            drawn.append(_one(replace(network, params=params, constants=constants), probe, ntk_refusal is None))
+            one = normed(replace(network, params=params, constants=constants))
+            drawn.append(_one(one, probe, ntk_refusal is None))
     return ReinitializedNetworks(own, drawn, None, ntk_refusal)
 
 

@@ -11,7 +11,7 @@ Running statistics differ between the ranks of a DistributedDataParallel: those 
 """
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jacobian.blocks import summed_over_outputs
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram, check_finite
 from torch_eft.measure.jacobian.gram import Factor
+from torch_eft.measure.network.batch_norm import with_batch_statistics
 from torch_eft.measure.network.ranks import Ranks
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.representations.hidden_kernels import hidden_kernels
@@ -40,6 +41,7 @@ def sharded_snapshot(
     output_fn: OutputFn | None = None,
     group: dist.ProcessGroup | None = None,
     memory: int = DEFAULT_MEMORY,
+    norms: Collection[str] = (),
 ) -> Snapshot:
     """Take a snapshot by all ranks of a process group together; all must call, with equal arguments.
 
@@ -55,17 +57,21 @@ def sharded_snapshot(
         output_fn: See ``ntk``.
         group: The process group; None for the default one.
         memory: Bytes allowed on each rank.
+        norms: BatchNorm layers that take the statistics of ``x`` in the place of running ones.
 
     Returns:
         The whole snapshot, on every rank.
     """
     probe, ranks = as_probe(x), Ranks(group)
     if ranks.size == 1:
-        return take_snapshot(model, probe, plan, lambdas=lambdas, output_fn=output_fn, memory=memory)
+        with isolated(model, output_fn) as network:
+            normed = with_batch_statistics(network, probe, norms)
+            return take_snapshot(normed, probe, plan, lambdas=lambdas, memory=memory)
     with ExitStack() as stack:
         network = ranks.together(lambda: stack.enter_context(isolated(model, output_fn)))
         ranks.check_equal(_fingerprint(network, probe))
         _equal_buffers(network, ranks)
+        network = ranks.together(lambda: with_batch_statistics(network, probe, norms))
         output = _outputs(network, probe, ranks)
         ntk = _kernel(network, probe, lambdas, plan.ntk_trace, memory, ranks) if plan.ntk else None
         hidden = ranks.together(lambda: hidden_kernels(network, probe, layers=plan.layers) if plan.hidden else {})

@@ -24,11 +24,11 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
     respect to them are taken by ``torch.autograd.grad`` inside this context, which stays until the backward pass is
     over.
 
-    Guarded: train/eval flags of every submodule; buffers, which are copies meanwhile; parameters and other tensors of
-    the module (an operation that would write to one is stopped before it does; the version counters are compared
-    afterwards); attributes, and what the code of the forward reaches in closures, global names and classes
-    (``PythonState``); hooks of gradients and forward hooks that only look (``only_looks``), which do not run; autocast
-    and the random states, by the surrounding ``isolated``.
+    Guarded: train/eval flags of every submodule; buffers, which are copies of the given network's meanwhile; parameters
+    and other tensors of the module (an operation that would write to one is stopped before it does; the version
+    counters are compared afterwards); attributes, and what the code of the forward reaches in closures, global names
+    and classes (``PythonState``); hooks of gradients and forward hooks that only look (``only_looks``), which do not
+    run; autocast and the random states, by the surrounding ``isolated``.
 
     Args:
         network: Isolated, ``at_own_parameters``.
@@ -49,7 +49,7 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
     versions = [(name, tensor, tensor._version, tensor.data) for name, tensor in tensors.items()]
     with ExitStack() as stack:
         stack.callback(_put_back, state, modes, versions)
-        for part in modules:
+        for place, part in module.named_modules():
             part.training = False
             state_of_copies = attributes_of_copies(part)  # without a trainer, for one, whose logs are the training's
             vars(part).update({key: None for key, value in state_of_copies.items() if value is None})
@@ -58,7 +58,9 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
             for kind in ("_backward_hooks", "_backward_pre_hooks"):
                 vars(part)[kind] = type(vars(part)[kind])()
             for name, buffer in part._buffers.items():  # counted or averaged in every forward: written to, not refused
-                part._buffers[name] = None if buffer is None else buffer.clone()
+                if buffer is not None:
+                    given = network.constants.get(f"{place}.{name}".removeprefix("."), buffer)
+                    part._buffers[name] = given.to(buffer.dtype, copy=True)
         for parameter in module.parameters():
             if parameter._backward_hooks:
                 stack.callback(setattr, parameter, "_backward_hooks", parameter._backward_hooks)
