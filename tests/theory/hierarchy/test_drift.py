@@ -294,6 +294,17 @@ def test_one_output_has_one_kernel():
     torch.testing.assert_close(found.diagonal_sd.square(), found.variance[:, 0, 0])
 
 
+def test_nothing_moves_without_hidden_layers_and_training_ends():
+    shallow = theory.predict_drift(theory.MLPEnsemble([3, 2], "tanh"), X, Y, X, learning_rate=0.1, steps=2)
+    assert not shallow.ntk.relative_rms.any() and not shallow.hidden and not shallow.hidden_ntk
+    keywords = {"reduction": "sum", "learning_rate": 0.1, "hidden_ntk": False}
+    end = theory.predict_drift(
+        theory.MLPEnsemble([3, 40, 1], "tanh"), X, Y[:, :1], X, steps=math.inf, at_steps=[10_000, math.inf], **keywords
+    )
+    torch.testing.assert_close(end.ntk.relative_rms[0], end.ntk.relative_rms[1])
+    assert math.isnan(end.dntk.rms[1])  # the gradient vanishes
+
+
 # ---- refusals
 
 

@@ -76,7 +76,7 @@ class ContractedSize:
 
     Of the dNTK (||dH v + transpose|| / ||H||) / (||J v|| / sqrt(N_p n_L)), of the ddNTK
     (||ddI v v + transpose + 2 ddII v v|| / (2 ||H||)) / (||J v||^2 / (N_p n_L)): root mean squares over initializations
-    of numerator and denominator, on the probe points.
+    of numerator and denominator, on the probe points; NaN where v vanishes, at the end of training.
 
     Args:
         rms: (T+1,), of the NTK averaged over outputs.
