@@ -4,7 +4,6 @@ To be emptied as the faults are repaired, and then deleted.
 """
 
 BLOCKS_LEFT_OUT = {
-    "Fourier transform": "kinks are looked for in complex numbers",
     "PReLU per channel": "its Jacobian by the fallback is refused as wrong",
     "gradient doubled by a hook": "cut, and not said where there are kinks, too",
 }

@@ -40,7 +40,7 @@ from torch_eft.measure.ensembles.statistics import (
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
-from torch_eft.measure.jacobian.engine import checked_lambdas
+from torch_eft.measure.jacobian.plan import checked_lambdas
 from torch_eft.results.repr import short_repr
 from torch_eft.theory.initialization.statistics import LayerStatistics
 

@@ -6,7 +6,7 @@ there are no values, and none are checked.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -65,6 +65,24 @@ def check_measurable(network: nn.Module | IsolatedModel) -> None:
         f"model: the parameter {wrong!r} is not finite, {int((~value.isfinite()).sum())} of its {value.numel()} "
         "numbers are NaN or infinite (a training that diverged?); measure an earlier state"
     )
+
+
+def check_finite(network: IsolatedModel, tensors: Collection[Tensor], name: str) -> None:
+    """Refuse kernels that are not finite.
+
+    Args:
+        network: The network.
+        tensors: What was computed.
+        name: What it is, for the message.
+
+    Raises:
+        ValueError: If one of them is not finite; the message names the parameter that is to blame, if one is.
+    """
+    # The least and the largest number: NaN if one is, and unlike a sum they do not overflow; nothing is copied.
+    ends = [end for tensor in tensors if tensor.numel() for end in torch.aminmax(tensor.detach())]
+    if not all_finite(*([torch.stack(ends)] if ends else [])):
+        check_measurable(network)  # names the parameter
+        raise ValueError(f"model: {name} not finite though the parameters are; outputs or derivatives overflow")
 
 
 def check_batch_independence(network: IsolatedModel, inputs: Any, outputs: Tensor) -> None:

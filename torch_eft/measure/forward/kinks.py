@@ -290,6 +290,8 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_kinked(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if any(isinstance(value, Tensor) and value.is_complex() for value in (*args, *kwargs.values())):
+        return False  # the absolute value has a tip at one point of the plane, which no path crosses
     if name == "elu":
         return float(kwargs.get("alpha", args[1] if len(args) > 1 else 1.0)) != 1.0
     if name == "leaky_relu":

@@ -33,9 +33,10 @@ def pull_back(
     if not pairs or not leaves:
         return tuple(torch.zeros_like(leaf) for leaf in leaves)
     dependent, fixed = zip(*pairs, strict=True)
-    return torch.autograd.grad(
+    gradients = torch.autograd.grad(
         dependent, leaves, fixed, retain_graph=True, create_graph=keep, allow_unused=True, materialize_grads=True
     )
+    return tuple(gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients)
 
 
 def gradients_along(
@@ -95,17 +96,21 @@ def ordinary_gradients(
 def _in_blocks(
     run: Callable[[Any], Tensor], inputs: Any, weights: Tensor, leaves: Mapping[str, Tensor], block: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    outputs, sums = [], {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    outputs: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
     for start in range(0, weights.shape[1], block):
         rows = slice(start, start + block)
         z = run(tree_map_only(Tensor, partial(_rows, rows=rows), inputs))
         outputs.append(z.detach())
         if z.requires_grad:
             gradients = torch.autograd.grad((z * weights[:, rows].T).sum(), list(leaves.values()), allow_unused=True)
-            for total, gradient in zip(sums.values(), gradients, strict=True):
+            for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    total += gradient.detach()
-    return torch.cat(outputs), sums
+                    dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+                    sums[name] = sums[name] + dense if name in sums else dense
+    return torch.cat(outputs), {
+        name: sums[name] if name in sums else torch.zeros_like(leaf) for name, leaf in leaves.items()
+    }
 
 
 def _rows(tensor: Tensor, rows: slice) -> Tensor:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -21,15 +21,20 @@ from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.kinks import cut_operations, kink_sides
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import Probe
-from torch_eft.measure.forward.structure import all_finite
 from torch_eft.measure.jacobian.blocks import Estimate, GramBlocks, readable, summed_over_outputs
 from torch_eft.measure.jacobian.factors import jacobian_factors
 from torch_eft.measure.jacobian.fallback import reverse_factors
 from torch_eft.measure.jacobian.gram import Factor, Orders
-from torch_eft.measure.jacobian.plan import ChangedUseError, JacobianPlan, make_plan, sample_count, slice_of
+from torch_eft.measure.jacobian.plan import (
+    ChangedUseError,
+    JacobianPlan,
+    checked_lambdas,
+    make_plan,
+    sample_count,
+    slice_of,
+)
 from torch_eft.measure.jacobian.verification import Verification, untrusted
 from torch_eft.measure.jets.jet import NoJetRuleError, watch_kinks
-from torch_eft.results.choices import nearest
 
 DEFAULT_MEMORY = 2**30
 """Bytes that kernels, factors and graph may take."""
@@ -460,62 +465,3 @@ class JacobianGram:
                 raise
             reason = "a checkpoint runs its part of the forward again, unrecorded"
             raise ChangedUseError(dict.fromkeys(self.trainable, reason)) from error
-
-
-def check_finite(network: IsolatedModel, tensors: Collection[Tensor], name: str) -> None:
-    """Refuse kernels that are not finite.
-
-    Args:
-        network: The network.
-        tensors: What was computed.
-        name: What it is, for the message.
-
-    Raises:
-        ValueError: If one of them is not finite; the message names the parameter that is to blame, if one is.
-    """
-    # The least and the largest number: NaN if one is, and unlike a sum they do not overflow; nothing is copied.
-    ends = [end for tensor in tensors if tensor.numel() for end in torch.aminmax(tensor.detach())]
-    if not all_finite(*([torch.stack(ends)] if ends else [])):
-        check_measurable(network)  # names the parameter
-        raise ValueError(f"model: {name} not finite though the parameters are; outputs or derivatives overflow")
-
-
-def checked_lambdas(network: IsolatedModel, lambdas: Mapping[str, float] | float | None) -> dict[str, float]:
-    """Return lambda of every trainable parameter with lambda > 0.
-
-    Args:
-        network: The network.
-        lambdas: See ``ntk``.
-
-    Raises:
-        ValueError: If there is no trainable parameter, ``lambdas`` is neither a number nor such a mapping, names other
-            parameters, or gives negative values.
-    """
-    names = set(network.params)
-    if not names:
-        raise ValueError("model: it has no trainable parameter, so its NTK is empty; set requires_grad on some")
-    if isinstance(lambdas, Mapping):
-        if set(lambdas) != names:
-            raise ValueError(f"lambdas: {wrong_name(lambdas, names)}; name every trainable parameter once")
-        values = {name: _number(value, f" for {name!r}") for name, value in lambdas.items()}
-    else:
-        values = dict.fromkeys(network.params, 1.0 if lambdas is None else _number(lambdas))
-    for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"lambdas: {value:g} given for {name!r}; it must be finite and >= 0")
-    return {name: values[name] for name in network.params if values[name] > 0}
-
-
-def wrong_name(given: Iterable[str], names: Iterable[str]) -> str:
-    """Name a parameter that is not there, with the nearest one that is, or else one that is missing."""
-    given, names = set(given), set(names)
-    if unknown := sorted(given - names):
-        return f"{unknown[0]!r} is not a trainable parameter{nearest(unknown[0], sorted(names))}"
-    return f"{min(names - given)!r} is missing"
-
-
-def _number(value: Any, place: str = "") -> float:
-    """Return a lambda as a float, refusing strings and tensors of several numbers."""
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        raise ValueError(f"lambdas: {value!r} given{place}; give a number, or {{parameter name: number}}")
-    return float(value)

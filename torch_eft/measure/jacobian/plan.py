@@ -1,7 +1,8 @@
-"""Plans how each parameter's Jacobian is computed: which calls have factors, where samples are, what falls back."""
+"""Plans how each parameter's Jacobian is computed: which count, which calls have factors, what falls back."""
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.jacobian.capture import Capture, LayerCall, unrecognized
 from torch_eft.measure.jacobian.gram import FORMED
 from torch_eft.measure.jacobian.layers import Axis
+from torch_eft.results.choices import nearest
 
 
 @dataclass(frozen=True)
@@ -234,3 +236,44 @@ def _sample_bytes(network: IsolatedModel, recorded: _Recording, few: int) -> int
             if call.shape.numel() > few * len(weight):  # several places: the Jacobian is formed in parts
                 buffer = max(buffer, channels * min(weight.numel(), FORMED * (weight.numel() // len(weight))))
     return (numbers // few + buffer) * recorded.outputs.element_size()
+
+
+def checked_lambdas(network: IsolatedModel, lambdas: Mapping[str, float] | float | None) -> dict[str, float]:
+    """Return lambda of every trainable parameter with lambda > 0.
+
+    Args:
+        network: The network.
+        lambdas: See ``ntk``.
+
+    Raises:
+        ValueError: If there is no trainable parameter, ``lambdas`` is neither a number nor such a mapping, names other
+            parameters, or gives negative values.
+    """
+    names = set(network.params)
+    if not names:
+        raise ValueError("model: it has no trainable parameter, so its NTK is empty; set requires_grad on some")
+    if isinstance(lambdas, Mapping):
+        if set(lambdas) != names:
+            raise ValueError(f"lambdas: {wrong_name(lambdas, names)}; name every trainable parameter once")
+        values = {name: _number(value, f" for {name!r}") for name, value in lambdas.items()}
+    else:
+        values = dict.fromkeys(network.params, 1.0 if lambdas is None else _number(lambdas))
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"lambdas: {value:g} given for {name!r}; it must be finite and >= 0")
+    return {name: values[name] for name in network.params if values[name] > 0}
+
+
+def wrong_name(given: Iterable[str], names: Iterable[str]) -> str:
+    """Name a parameter that is not there, with the nearest one that is, or else one that is missing."""
+    given, names = set(given), set(names)
+    if unknown := sorted(given - names):
+        return f"{unknown[0]!r} is not a trainable parameter{nearest(unknown[0], sorted(names))}"
+    return f"{min(names - given)!r} is missing"
+
+
+def _number(value: Any, place: str = "") -> float:
+    """Return a lambda as a float, refusing strings and tensors of several numbers."""
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise ValueError(f"lambdas: {value!r} given{place}; give a number, or {{parameter name: number}}")
+    return float(value)

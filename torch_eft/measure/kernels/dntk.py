@@ -21,12 +21,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.checks import MemoryLimitError, derivatives_of_order
+from torch_eft.measure.forward.checks import MemoryLimitError, check_finite, derivatives_of_order
 from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
-from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram, check_finite, wrong_name
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram
+from torch_eft.measure.jacobian.plan import wrong_name
 from torch_eft.measure.jets.jet import watch_kinks
 from torch_eft.measure.kernels.products import NTKOperator, checked_direction
 from torch_eft.measure.kernels.reverse_mode import differentials

@@ -14,11 +14,11 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from torch_eft.measure.forward.checks import MemoryLimitError
+from torch_eft.measure.forward.checks import MemoryLimitError, check_finite
 from torch_eft.measure.forward.isolation import Model, isolated
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.jacobian.blocks import Estimate
-from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram, check_finite
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram
 from torch_eft.results.choices import check_choice
 
 Per = Literal["parameter", "layer"]

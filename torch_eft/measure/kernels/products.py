@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.checks import check_batch_independence, check_measurable
+from torch_eft.measure.forward.checks import check_batch_independence, check_finite, check_measurable
 from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.forward.reverse_mode import pull_back
-from torch_eft.measure.jacobian.engine import JacobianGram, check_finite, checked_lambdas
-from torch_eft.measure.jacobian.plan import JacobianPlan
+from torch_eft.measure.jacobian.engine import JacobianGram
+from torch_eft.measure.jacobian.plan import JacobianPlan, checked_lambdas
 from torch_eft.measure.jacobian.verification import DIGITS, Verification, untrusted
 from torch_eft.results.repr import short_repr
 

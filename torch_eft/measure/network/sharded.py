@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from torch_eft.measure.forward.checks import check_finite
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jacobian.blocks import summed_over_outputs
-from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram, check_finite
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram
 from torch_eft.measure.jacobian.gram import Factor
 from torch_eft.measure.network.batch_norm import with_batch_statistics
 from torch_eft.measure.network.ranks import Ranks

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from torch_eft.measure.forward.isolation import Model, Parameters, check_parameters, isolated
 from torch_eft.measure.forward.probe import OutputFn, as_probe
-from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, checked_lambdas
+from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
+from torch_eft.measure.jacobian.plan import checked_lambdas
 from torch_eft.measure.kernels.dntk import NTKDerivatives, derivatives_validity, ntk_derivatives
 from torch_eft.measure.kernels.ntk import ntk as ntk_of
 from torch_eft.measure.kernels.products import NTKOperator
