@@ -11,6 +11,7 @@ from tests.measure.zoo import randn
 from torch_eft import measure
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import as_probe
+from torch_eft.measure.jacobian import fallback
 from torch_eft.measure.jacobian.engine import JacobianGram
 
 
@@ -234,3 +235,17 @@ def test_a_copy_that_is_another_network_is_found():
 
     with pytest.raises(ValueError, match="cannot be trusted"):
         measure.ntk(Elsewhere().double(), randn(3, 4))
+
+
+def test_a_wrong_batching_rule_is_gone_round(monkeypatch):
+    """The fallback goes through samples in a loop where ``vmap`` gives another Jacobian than ordinary passes."""
+    right = fallback.vmap
+
+    def wrong(function, in_dims):
+        return lambda own, inputs: {name: 1.1 * J for name, J in right(function, in_dims)(own, inputs).items()}
+
+    torch.manual_seed(0)
+    model, x = Sorted().double(), randn(5, 4)
+    monkeypatch.setattr(fallback, "vmap", wrong)
+    assert_right(model, x)
+    assert_right(model, x)  # as remembered

@@ -132,7 +132,7 @@ class _CutWatch(TorchFunctionMode):
         name = "data" if func == Tensor.data.__get__ else func.__name__  # type: ignore[attr-defined]
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
             off = not torch.is_grad_enabled() and name != "__get__"
-            if off or name in ("detach", "detach_", "data", "item", "tolist", "numpy"):
+            if off or name in ("detach", "detach_", "data", "item", "tolist", "numpy", "register_hook"):
                 place = repr(self.modules[-1]) if self.modules and self.modules[-1] else "the forward"
                 self.names.append(f"{'no_grad' if off else name} in {place}")
         return func(*args, **kwargs)

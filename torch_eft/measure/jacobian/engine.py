@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -144,10 +144,12 @@ class JacobianGram:
     def _plan_anew(self, reasons: Mapping[str, str]) -> None:
         """Plan on all samples what was planned before; leave what even then does not hold to the fallback."""
         fallback = dict(reasons) | dict(self.plan.fallback) if self._planned_on_all else {}
-        if self._planned_on_all and len(fallback) == len(self.plan.fallback):
+        exhausted = self._planned_on_all and len(fallback) == len(self.plan.fallback)
+        if exhausted and self.plan.looped:
             raise ValueError(untrusted(*next(iter(reasons.items()))))
+        plan = make_plan(self.network, self.inputs, self.trainable, fallback, self._samples_of_a_pass)
         self._planned_on_all, self._checked = True, -1
-        self.plan = make_plan(self.network, self.inputs, self.trainable, fallback, self._samples_of_a_pass)
+        self.plan = replace(plan, looped=exhausted or self.plan.looped)
 
     @property
     def _samples_of_a_pass(self) -> int:

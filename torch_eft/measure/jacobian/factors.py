@@ -56,7 +56,7 @@ def jacobian_factors(
             result = _factors(outputs, capture.calls, plan.axes, samples, order)
     missing = [name for name in plan.fallback if name in trainable]
     if missing:
-        result += fallback_factors(network, inputs, missing, trainable, direction, order)
+        result += fallback_factors(network, inputs, missing, trainable, direction, order, plan.looped)
     return result
 
 

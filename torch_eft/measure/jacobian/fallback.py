@@ -59,6 +59,7 @@ def fallback_factors(
     trainable: Sequence[str],
     direction: Mapping[str, Tensor] | None,
     order: int,
+    looped: bool = False,
 ) -> list[Factor]:
     """Compute the Jacobian of some parameters, one sample at a time.
 
@@ -69,12 +70,13 @@ def fallback_factors(
         trainable: All parameters that the direction moves.
         direction: What J is differentiated along; needed above order 0.
         order: Of the last coefficient.
+        looped: Do without ``vmap``, at order 0.
 
     Returns:
         One factor per parameter.
     """
     if order == 0:
-        rows = _first_order(network, inputs, names)
+        rows = _first_order(network, inputs, names, looped)
         return [DenseFactor(name, (rows[name].reshape(*rows[name].shape[:2], -1).transpose(0, 1),)) for name in names]
     assert direction is not None
     jacobians: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(order + 1)] for name in names}
@@ -94,7 +96,7 @@ def _rows(part: Tensor | None, leaves: Sequence[Tensor], channels: int) -> list[
     return [torch.stack(row).reshape(channels, -1) for row in zip(*gradients, strict=True)]
 
 
-def _first_order(network: IsolatedModel, inputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
+def _first_order(network: IsolatedModel, inputs: Any, names: Sequence[str], looped: bool) -> dict[str, Tensor]:
     """Return J_0, (N, C, *parameter) by name."""
     own = {name: network.params[name] for name in names}
     others = {name: value for name, value in network.params.items() if name not in own}
@@ -103,16 +105,18 @@ def _first_order(network: IsolatedModel, inputs: Any, names: Sequence[str]) -> d
         return network({**params, **others}, tree_map_only(Tensor, lambda tensor: tensor[None], sample))[0]
 
     axes = tree_map(lambda value: 0 if isinstance(value, Tensor) else None, inputs)
-    try:
-        return vmap(jacrev(one_sample), in_dims=(None, axes))(own, inputs)
-    except (RuntimeError, NotImplementedError):  # an op without a batching rule: one sample at a time
-        rows: dict[str, list[Tensor]] = {name: [] for name in names}
-        for index in range(sample_count(inputs)):
-            leaves = {name: value.detach().requires_grad_() for name, value in own.items()}
-            outputs = network({**others, **leaves}, slice_of(inputs, index, 1))
-            for name, row in zip(names, _rows(outputs, list(leaves.values()), outputs.shape[1]), strict=True):
-                rows[name].append(row)
-        return {name: torch.stack(parts) for name, parts in rows.items()}
+    if not looped:
+        try:
+            return vmap(jacrev(one_sample), in_dims=(None, axes))(own, inputs)
+        except (RuntimeError, NotImplementedError):  # an op without a batching rule: one sample at a time
+            pass
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    for index in range(sample_count(inputs)):
+        leaves = {name: value.detach().requires_grad_() for name, value in own.items()}
+        outputs = network({**others, **leaves}, slice_of(inputs, index, 1))
+        for name, row in zip(names, _rows(outputs, list(leaves.values()), outputs.shape[1]), strict=True):
+            rows[name].append(row)
+    return {name: torch.stack(parts) for name, parts in rows.items()}
 
 
 def along(leaves: Mapping[str, Tensor], direction: Mapping[str, Tensor], order: int) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ class JacobianPlan:
         sample_bytes: Memory of the factors and the graph of one sample.
         outputs: C.
         transposed: The recognized weights that their calls take as (in, out).
+        looped: The fallback goes through samples one after the other: some batching rule of torch's is wrong.
     """
 
     calls: tuple[tuple[Any, ...], ...] = ()
@@ -38,6 +39,7 @@ class JacobianPlan:
     sample_bytes: int = 0
     outputs: int = 0
     transposed: frozenset[str] = frozenset()
+    looped: bool = False
 
     def check(self, calls: Sequence[LayerCall], left: set[str], samples: int) -> None:
         """Compare what was recorded with the plan.
