@@ -42,8 +42,12 @@ class _Keep(pl.Callback):
 
 
 def replay(weights, net=normed_net):
+    """A module with these weights; its BatchNorm has the statistics of the probe, with which monitors measure."""
     module = Training(net(), sgd)
     module.load_state_dict(weights)
+    if net is normed_net:
+        entering = module.net[0](PROBE).detach()
+        module.net[1].running_mean, module.net[1].running_var = entering.mean(0), entering.var(0, correction=0)
     return module
 
 
