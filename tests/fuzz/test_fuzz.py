@@ -16,8 +16,12 @@ from tests.fuzz.run import examine
 
 FAST, SLOW = 100, 2000
 BAGS = ("sum of a bag", "mean of a bag", "bag of bounded norm")
+SAMPLED = ("spatial transformer", "grid sample")
 JUSTIFIED = {
-    "torch has no such derivative": (r"has no derivative of order \d", (*BAGS, "once differentiable", "transposed 1")),
+    "torch has no such derivative": (
+        r"has no derivative of order \d",
+        (*BAGS, *SAMPLED, "once differentiable", "transposed 1"),
+    ),
     "whole tensors carry no validity": (r"cut from the gradient, or has a backward of its own", None),
     "torch's second derivative is NaN": (r"not finite|by nan from", ("cumulative logsumexp",)),
 }
