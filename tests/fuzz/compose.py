@@ -10,7 +10,6 @@ from torch import nn
 
 from tests.fuzz import functions, hazards, layers  # noqa: F401 (all fill BLOCKS)
 from tests.fuzz.kinds import BLOCKS, randn
-from tests.fuzz.left_out import BLOCKS_LEFT_OUT, FORMS_LEFT_OUT
 
 WITHOUT_PARAMETERS = {
     name
@@ -126,7 +125,7 @@ def _attempt(r, seed, only):
     while len(names) < wanted or kind == "t":
         if only is not None and only in names:
             break
-        fitting = [name for name, block in BLOCKS.items() if kind in block.kinds and name not in BLOCKS_LEFT_OUT]
+        fitting = [name for name, block in BLOCKS.items() if kind in block.kinds]
         if only is not None:
             fitting = [only]
         elif len(names) % 2 == 0 and kind != "t":  # parameters in at least every second block
@@ -154,7 +153,7 @@ def _attempt(r, seed, only):
     outputs = 1 if (form := r.choice(OUTPUTS)) == "squeezed" else r.randint(1, 3 if form == "tokens" else 4)
     head, given = _head(r, z, 2 * outputs if form == "tokens" else outputs)
     wrap, output_fn = _outputs(form)
-    asked = r.choice([form for form in FORMS if form not in FORMS_LEFT_OUT])
+    asked = r.choice(FORMS)
     tasks = [randn(given) for _ in range(3)] if asked == "task" else []
     net = Net(stages, head, tasks, wrap)
     x, others = _form(asked, x), _form(asked, others)

@@ -11,7 +11,6 @@ from datetime import date
 import pytest
 
 from tests.fuzz.kinds import BLOCKS
-from tests.fuzz.left_out import BLOCKS_LEFT_OUT
 from tests.fuzz.run import examine
 
 FAST, SLOW = 100, 2000
@@ -58,7 +57,7 @@ def hundred():
 
 @pytest.fixture(scope="module")
 def thousands():
-    alone = [(0, name) for name in BLOCKS if name not in BLOCKS_LEFT_OUT]
+    alone = [(0, name) for name in BLOCKS]
     return asked(alone + [(seed_of_the_day() + number, None) for number in range(FAST, SLOW - len(alone))])
 
 
