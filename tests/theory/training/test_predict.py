@@ -325,10 +325,3 @@ def test_trained_networks_follow_mean_and_covariance():
     for step, (mean, covariance) in worst.items():
         assert mean < 4, f"step {step}: the mean is off by {mean:.1f} standard errors"
         assert covariance < 4, f"step {step}: the covariance is off by {covariance:.1f} standard errors"
-
-
-@pytest.mark.slow
-def test_many_trained_networks_follow_mean_and_covariance():
-    """The same with 1,000 networks of width 1024: finer, at half the 1/n remainder."""
-    worst = _against_trained_networks(width=1024, networks=1000, batch=10, steps=40, record=[0, 5, 40])
-    assert max(max(pair) for pair in worst.values()) < 4.2
