@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.oracles.models import ConvNet, Recurrent, Tied, mlp
 from torch_eft import measure
 from torch_eft.measure.forward.checks import check_batch_independence, check_measurable
-from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.structure import all_finite, check_structure
 
@@ -35,17 +35,6 @@ class Checkpointed(Two):
 
     def forward(self, x):
         return self.second(checkpoint(lambda x: self.first(x).tanh(), self.before(x), use_reentrant=self.use_reentrant))
-
-
-class Calls:
-    """Counts the samples that a function sees."""
-
-    def __init__(self):
-        self.samples = 0
-
-    def __call__(self, x):
-        self.samples += len(x)
-        return x
 
 
 def check(model, x):
@@ -109,15 +98,19 @@ def test_a_later_reentrant_checkpoint_is_found_too():
         check(nn.Sequential(nn.Embedding(5, 3), Checkpointed(True)), torch.tensor([1, 2]))
 
 
-def test_the_check_costs_half_a_forward():
-    calls = Calls()
-    model, probe = Two(before=calls), measure.Probe(torch.randn(10, 3))
-    with isolated(model) as network:
-        network.shadow.before = calls
+def test_the_check_costs_half_a_forward(monkeypatch):
+    samples, forward = [], IsolatedModel.__call__
+
+    def counted(network, params, inputs):
+        samples.append(len(inputs))
+        return forward(network, params, inputs)
+
+    probe = measure.Probe(torch.randn(10, 3))
+    with isolated(Two()) as network:
         outputs = checked_output(network, probe)
-        calls.samples = 0
+        monkeypatch.setattr(IsolatedModel, "__call__", counted)
         check_batch_independence(network, network.place(probe), outputs)
-    assert calls.samples == 5
+    assert samples == [5]
 
 
 def test_batch_statistics_in_evaluation_are_refused():

@@ -146,10 +146,10 @@ def test_settings_of_the_process_are_set_inside_and_restored_after(precision):
         before = settings()
         with isolated(model) as network:
             network(network.params, torch.ones(2, 3))
+            (inside,) = network.shadow.seen
         assert settings() == before
     finally:
         torch.set_float32_matmul_precision("highest")
-    (inside,) = network.shadow.seen
     assert inside == {
         "default dtype": torch.float32,
         "fast attention": False,

@@ -253,11 +253,11 @@ def _check_gradients_are_on(network: IsolatedModel, inputs: Any) -> None:
         # In training mode buffers may be updated.
         own = replace(network, constants={name: value.clone() for name, value in network.constants.items()})
         network.isolation.without_gradient.clear()
-        for module in network.shadow.modules():
-            module.training = mode
+        network.isolation.training = mode
         try:
             z = own(leaves, tree_map_only(Tensor, torch.clone, inputs))
         finally:
+            network.isolation.training = False
             for module in network.module.modules():
                 module.training = False
         ends = {id(getattr(node, "variable", None)) for node in _nodes(z)} if z.requires_grad else set()

@@ -324,3 +324,67 @@ def test_generators_are_left_where_they_were():
     states = drawn.getstate(), own.get_state()
     measure.output(Drawing(3, 2), torch.ones(2, 3))
     assert drawn.getstate() == states[0] and torch.equal(own.get_state(), states[1])
+
+
+class Remembering(nn.Module):
+    """Keeps what it has computed from its weights wherever it can, and counts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.weight, self.kept = nn.Linear(3, 2).double(), None, {}
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.weight = 2 * self.layer.weight if self.weight is None else self.weight
+        self.kept.setdefault("bias", 3 * self.layer.bias)
+        self.calls += 1
+        return (x @ self.weight.T + self.kept["bias"]) * self.calls
+
+
+def test_every_forward_starts_from_the_same_state():
+    model, x = Remembering(), randn(3, 3)
+    theta = {name: 2 * value.detach() for name, value in model.named_parameters()}
+    with isolated(model) as network:
+        first, moved, again = (measure.output(part, x) for part in (network, network.at(theta), network))
+        H = measure.ntk(network.at(theta), x)
+    expected = x @ (2 * model.layer.weight).T + 3 * model.layer.bias
+    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(moved, 2 * expected)
+    assert torch.equal(first, again)
+    assert (float(model.calls), model.weight, model.kept) == (0, None, {})
+    diagonal = 4 * x @ x.T + 9
+    torch.testing.assert_close(H, diagonal[:, :, None, None] * torch.eye(2, dtype=x.dtype))
+
+
+class Energetic(nn.Linear):
+    def forward(self, x):
+        with torch.enable_grad():
+            y = x.detach().requires_grad_()
+            z = super().forward(y).tanh()
+            return torch.autograd.grad(z.square().sum(), y, create_graph=True)[0] + z.sum(1, keepdim=True)
+
+
+def test_leaves_that_a_forward_makes_are_its_own():
+    torch.manual_seed(0)
+    model, x = Energetic(3, 2).double(), randn(3, 3)
+    torch.testing.assert_close(measure.output(model, x), model(x))
+    torch.testing.assert_close(measure.ntk(model, x), kernel_by_loops(model, x), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_parts_are_copied_with_their_parameters():
+    torch.manual_seed(0)
+    part = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double())
+    model, x = nn.Sequential(nn.Linear(3, 4).double(), part, nn.Linear(4, 2).double()), randn(3, 3)
+    weight = part[0].weight
+    before = weight.detach().clone(), weight.data_ptr(), weight._version
+    theta = {name: value.detach() + 0.1 for name, value in model.named_parameters()}
+    with isolated(model) as network:
+        H = measure.ntk(network.at(theta), x)
+    weight = part[0].weight
+    assert torch.equal(weight, before[0]) and (weight.data_ptr(), weight._version) == before[1:]
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.copy_(theta[name])
+    torch.testing.assert_close(H, kernel_by_loops(model, x), rtol=1e-12, atol=1e-13)

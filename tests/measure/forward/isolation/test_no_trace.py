@@ -135,6 +135,18 @@ def test_counters_are_put_back():
     assert float(model.count) == len(model.history) == 1
 
 
+def test_modules_that_a_forward_reaches_elsewhere_are_left_alone():
+    other = nn.BatchNorm1d(3).requires_grad_(False).train()
+
+    class Normalized(nn.Linear):
+        def forward(self, x):
+            return super().forward(other(x))
+
+    model, x = Normalized(3, 2), torch.randn(4, 3)
+    measure.output(model, x)
+    assert not other.running_mean.any() and int(other.num_batches_tracked) == 0 and other.training
+
+
 class Recorder:
     def __init__(self):
         self.values, self.latest, self.calls = collections.deque(maxlen=5), {}, 0

@@ -10,7 +10,7 @@ they are written.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -63,8 +63,10 @@ class Isolation:
         origin: The module itself.
         rounding: The coarsest eps of a dtype in which the module itself computes, as far as was ever seen; its copy
             computes in one precision throughout.
+        state: What forwards can change in the copy and around it; every one starts from it.
         without_gradient: Ids of given parameters that forwards have used while they had gradients off.
         open: Whether the ``with`` that isolated it has not ended yet.
+        training: Whether forwards run in training mode, for once.
     """
 
     buffers: frozenset[str]
@@ -74,8 +76,11 @@ class Isolation:
     own: dict[str, Tensor]
     origin: nn.Module
     rounding: float
+    state: PythonState
     without_gradient: set[int] = field(default_factory=set)
     open: bool = True
+    training: bool = False
+    _buffers: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise ``RuntimeError`` after the end: the parameters go on changing, and nothing is guarded any more."""
@@ -93,7 +98,23 @@ class Isolation:
     def close(self) -> None:
         """End the isolation."""
         self.open = False
+        self.state.restore()
         self.put_back()
+
+    def start(self, buffers: Iterable[Tensor]) -> None:
+        """Put back what an earlier forward has changed: its outputs depend on parameters and inputs alone."""
+        if self.plain:
+            return
+        self.state.restore()
+        if self.training:
+            for module in self.copies.module.modules():
+                module.training = True
+        for value in buffers:
+            kept = self._buffers.get(id(value))
+            if kept is None or value._version != kept[1]:
+                with torch.no_grad():
+                    before = value.clone() if kept is None else value.copy_(kept[2])
+                self._buffers[id(value)] = value, value._version, before if kept is None else kept[2]
 
     @contextmanager
     def watched(self, tensors: Mapping[str, Tensor], inputs: Any) -> Iterator[None]:
@@ -138,6 +159,7 @@ class IsolatedModel:
         self.isolation.check()
         args, kwargs = as_call(inputs)
         tensors = {**self.params, **params, **self.constants}
+        self.isolation.start(self.constants[name] for name in self.isolation.buffers)
         for place in self.isolation.places:  # they stay until the next call: a backward pass may run a part again
             place.put(tensors[place.name])
         with self.isolation.watched(tensors, inputs):
@@ -275,8 +297,7 @@ def isolated(
 
     Args:
         model: Any module; a ``LightningModule``, a compiled or a wrapped one included. One that is already isolated is
-            not copied again, but it, too, is left as it was found: random state, buffers and attributes set in
-            ``forward``, so that every measurement on it starts from the same state.
+            not copied again; every forward starts from the same buffers and attributes.
         output_fn: Turns the module's output into (N, C).
         dtype: Of all floating parameters and buffers, and so of the probe; None keeps theirs, but widens half
             precision to float32.
@@ -291,7 +312,7 @@ def isolated(
     if isinstance(model, IsolatedModel):
         model.isolation.check()
         own = replace(model, constants=dict(model.constants))
-        with process_state(own.params.values()), differentiable(), _module_state(own):
+        with process_state(own.params.values()), differentiable():
             yield own.bound(output_fn, dtype)
         return
     if not isinstance(model, nn.Module):
@@ -299,29 +320,10 @@ def isolated(
     check_structure(model)
     with process_state(model.parameters()), differentiable(), elementary_operations(), own_forwards():
         network = _shadow_of(model, output_fn, dtype)
-        state = None if network.isolation.plain else PythonState(model.modules())
         try:
             yield network
         finally:
             network.isolation.close()
-            if state is not None:
-                state.restore()
-
-
-@contextmanager
-def _module_state(network: IsolatedModel) -> Iterator[None]:
-    """Restore what a forward may change in an isolated network: buffers in place, and what its code reaches."""
-    state = PythonState(network.shadow.modules(), inside=True)
-    values = [value for name, value in network.constants.items() if name in network.isolation.buffers]
-    buffers = [(value, value._version, value.clone()) for value in values]
-    try:
-        yield
-    finally:
-        state.restore()
-        with torch.no_grad():
-            for value, version, copied in buffers:
-                if value._version != version:
-                    value.copy_(copied)
 
 
 def _shadow_of(model: nn.Module, output_fn: OutputFn | None, dtype: torch.dtype | None) -> IsolatedModel:
@@ -343,7 +345,8 @@ def _shadow_of(model: nn.Module, output_fn: OutputFn | None, dtype: torch.dtype 
     ]
     rounding = max((torch.finfo(kind).eps for kind in floating), default=0.0)
     rounding = max(rounding, _roundings.get(model, 0.0))
-    isolation = Isolation(frozenset(buffers), places, copies, plain, params, model, rounding)
+    state = PythonState([module for module in copies.module.modules() if not _is_plain(module)], inside=True)
+    isolation = Isolation(frozenset(buffers), places, copies, plain, params, model, rounding, state)
     return IsolatedModel(copies.module, params, constants | buffers, output_fn, model, isolation)
 
 

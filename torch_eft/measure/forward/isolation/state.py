@@ -17,11 +17,12 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from torch_eft.measure.forward.isolation.hooks import KINDS
+
 _LARGE = 1024
 """Containers with more entries are taken as data: their entries are not looked into."""
 _SMALL = 2**16
 """Tensors with more numbers are not kept."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class PythonState:
@@ -37,17 +38,17 @@ class PythonState:
         self._seen: dict[int, Any] = {}  # keeps what is seen alive: no id is given twice
         self._names: set[str] = set()
         self._owners: list[type] = []
-        self._modules = list(modules)
-        for module in self._modules:
+        modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        if inside:
+            self._seen |= {id(module): module for module in modules}
+        for module in modules:
             self._owners += [owner for owner in type(module).__mro__ if owner not in self._owners and _is_own(owner)]
             own = vars(module)
             if inside:
-                self._container(own)
-                for value in own.values():
-                    self._visit(value)
+                self._module(module)
             elif "forward" in own:
                 self._visit(own["forward"])
-            for kind in _HOOKS:
+            for kind in KINDS:
                 for hook in own[kind].values():
                     self._visit(hook)
         self._follow({"forward"})
@@ -100,8 +101,12 @@ class PythonState:
         elif isinstance(value, random.Random):
             before = value.getstate()
             self._undo.append(lambda: value.setstate(before))
-        elif isinstance(value, nn.Module | types.ModuleType):
-            return  # modules of the network are looked at one by one; others are data
+        elif isinstance(value, nn.Module):  # one of the network's, or one that its code reaches
+            self._module(value)
+            self._visit(value._buffers)
+            self._visit(value._modules)
+        elif isinstance(value, types.ModuleType):
+            return
         elif isinstance(value, type):
             if _is_own(value):
                 self._owners.append(value)
@@ -115,6 +120,14 @@ class PythonState:
                 method = getattr(type(value), name, None)
                 if isinstance(method, types.FunctionType):
                     self._visit(method)
+
+    def _module(self, module: nn.Module) -> None:
+        self._container(vars(module))
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                self._container(value)
+            elif not name.startswith(("_forward_", "_backward_")):  # hooks are followed, not put back
+                self._visit(value)
 
     def _function(self, function: types.FunctionType) -> None:
         self._visit(function.__defaults__)
@@ -163,7 +176,8 @@ class PythonState:
         version, before = value._version, value.detach().clone()
 
         def undo() -> None:
-            if value._version != version:
+            # A batch norm writes to its statistics without counting it.
+            if value._version != version or (value.device.type == "cpu" and not torch.equal(value, before)):
                 with torch.no_grad():
                     value.copy_(before)
 
