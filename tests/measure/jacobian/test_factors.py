@@ -1,5 +1,7 @@
 """Every kind of layer by its factors, at orders one to three, against reverse mode of reverse mode."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -147,19 +149,26 @@ def test_a_handler_that_is_wrong_is_found_out_and_replaced(monkeypatch):
 
 
 def test_what_no_way_gets_right_is_refused():
+    calls = itertools.count(1)  # cannot be put back
+
     class Memory(nn.Module):
         """Adds what its forward has seen."""
 
-        def __init__(self):
+        def __init__(self, count):
             super().__init__()
-            self.layer, self.calls = nn.Linear(3, 2), 0
+            self.layer, self.calls, self.count = nn.Linear(3, 2), 0, count
 
         def forward(self, x):
             self.calls += 1
-            return self.layer(x) * self.calls
+            return self.layer(x) * self.count(self)
 
+    x = randn(3, 3)
     with pytest.raises(ValueError, match="depends on chance"):
-        measure.ntk(Memory().double(), randn(3, 3))
+        measure.ntk(Memory(lambda module: next(calls)).double(), x)
+    model = Memory(lambda module: module.calls).double()
+    model(x)
+    model(x)  # the next one is the third
+    torch.testing.assert_close(measure.ntk(model, x), 9 * measure.ntk(model.layer, x), rtol=0, atol=1e-12)
 
 
 def test_coverage_says_how_each_parameter_is_had():

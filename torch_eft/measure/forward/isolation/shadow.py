@@ -222,11 +222,12 @@ class Copies:
             large = isinstance(value, numpy.ndarray) and value.size > _LARGE_TENSOR
             return value if large else self._note(value, copy.deepcopy(value))
         package = kind.__module__ + "."
-        if any(package.startswith(f"{shared}.") for shared in _SHARED) or not hasattr(value, "__dict__"):
+        if any(package.startswith(f"{shared}.") for shared in _SHARED):
             return value
         if hasattr(kind, "__del__") or issubclass(kind, torch.utils.data.Dataset | torch.utils.data.Sampler):
             return value
-        if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__:  # it says how, as an enum
+        says_how = hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__  # an enum, say
+        if says_how or kind.__reduce__ is not object.__reduce__ or not hasattr(value, "__dict__"):
             try:
                 return copy.deepcopy(value, self._memo)
             except Exception:
