@@ -60,17 +60,23 @@ def measured_diagnosis(
     few = tree_map_only(Tensor, lambda tensor: tensor[:_INPUTS], probe.inputs)
     shares: dict[str, float] = {}
     largest, eta = None, None
+    norms, unsettled = batch_norms(model, unused=True), ""
     with isolated(model, output_fn) as network:
-        found = reinitialized_networks(
-            network, few, num_networks=num_networks, initialize=initialize, statistics_of=probe
-        )
-        network = with_batch_statistics(network, probe, batch_norms(model, unused=True))
+        normed = with_batch_statistics(network, probe, norms)
+        try:
+            pairs = ntk_eigenpairs(normed, probe, 1, tolerance=1e-3)
+        except ValueError as error:
+            if not norms:
+                raise
+            normed, norms, unsettled = network, (), str(error)
+            pairs = ntk_eigenpairs(normed, probe, 1, tolerance=1e-3)
+        options: dict[str, Any] = {"num_networks": num_networks, "initialize": initialize}
+        found = reinitialized_networks(network, few, statistics_of=probe if norms else None, **options)
         if found.ntk_refusal is None:
-            kernels = ntk(network, few, trace=True, per="layer")
+            kernels = ntk(normed, few, trace=True, per="layer")
             parts = {name: float(H.diagonal().mean()) for name, H in kernels.items()}
             total = sum(parts.values())
             shares = {name: part / total for name, part in parts.items()} if total > 0 else {}
-        pairs = ntk_eigenpairs(network, probe, 1, tolerance=1e-3)
     if float(pairs.values[0]) > 0:
         largest = float(pairs.values[0])
         eta = probe.size * found.own.outputs.shape[1] / largest
@@ -101,7 +107,7 @@ def measured_diagnosis(
         shares=shares,
         lambda_max=largest,
         largest_learning_rate=eta,
-        remarks=_remarks(model, found, num_networks, probe.size),
+        remarks=_remarks(model, found, num_networks, probe.size if norms else 0, unsettled),
         inputs=probe.size,
     )
 
@@ -216,7 +222,9 @@ def _findings(
     return tuple(found)
 
 
-def _remarks(model: nn.Module, found: ReinitializedNetworks, num_networks: int, size: int) -> tuple[str, ...]:
+def _remarks(
+    model: nn.Module, found: ReinitializedNetworks, num_networks: int, size: int, unsettled: str
+) -> tuple[str, ...]:
     remarks = []
     if found.refusal is not None:
         remarks.append(f"no other seeds were drawn, so that there is no spread: {found.refusal}")
@@ -230,13 +238,14 @@ def _remarks(model: nn.Module, found: ReinitializedNetworks, num_networks: int, 
         )
     if found.ntk_refusal is not None:
         remarks.append(f"the NTK itself was not measured: {found.ntk_refusal}")
-    if batch_norms(model, unused=True):
+    if size:
         remarks.append(
             f"BatchNorm in evaluation mode, with the statistics of the {size} inputs given at the parameters of each "
             "network: it has no running statistics yet"
         )
     elif any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
-        remarks.append("BatchNorm in evaluation mode normalizes with its running statistics")
+        why = f", as those of the inputs given cannot be measured with: {unsettled}" if unsettled else ""
+        remarks.append(f"BatchNorm in evaluation mode normalizes with its running statistics{why}")
     if not all(p.requires_grad for p in model.parameters()):
         remarks.append("frozen parameters take no part in the NTK")
     return tuple(remarks)
