@@ -195,6 +195,17 @@ def test_errors_inside_restore_the_states_too():
     assert torch.is_grad_enabled() == states[1]
 
 
+@pytest.mark.parametrize("model", [mlp(), Settings()])
+def test_the_copy_has_its_own_parameters_again_after_each_measurement(model):
+    x = torch.ones(2, 3 if isinstance(model, Settings) else 5)
+    with isolated(model) as network:
+        for _ in range(2):
+            own = [value for _, value in network.shadow.named_parameters()]
+            measure.ntk(network, x)
+            values = [value for _, value in network.module.named_parameters()]
+            assert all(value is before and value.requires_grad for value, before in zip(values, own, strict=True))
+
+
 def test_no_parameter_is_copied():
     model = mlp()
     with isolated(model) as network:

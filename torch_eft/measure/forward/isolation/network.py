@@ -313,7 +313,10 @@ def isolated(
         model.isolation.check()
         own = replace(model, constants=dict(model.constants))
         with process_state(own.params.values()), differentiable():
-            yield own.bound(output_fn, dtype)
+            try:
+                yield own.bound(output_fn, dtype)
+            finally:
+                own.isolation.put_back()
         return
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__} given; give the module first, then its inputs: (model, x, ...)")
