@@ -6,6 +6,7 @@ Only code of the user's own files is followed; that of installed packages keeps 
 """
 
 import functools
+import operator
 import random
 import sys
 import types
@@ -189,7 +190,7 @@ def _refill(value: Any, before: Any) -> None:
     if same and isinstance(value, dict):
         same = all(a is b and value[a] is before[b] for a, b in zip(value, before, strict=True))
     elif same and not isinstance(value, set):
-        same = all(a is b for a, b in zip(value, before, strict=True))
+        same = all(map(operator.is_, value, before))
     elif same:
         same = value == before
     if not same:
