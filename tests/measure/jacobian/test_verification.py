@@ -14,6 +14,8 @@ from torch_eft.measure.forward.probe import as_probe
 from torch_eft.measure.jacobian import fallback
 from torch_eft.measure.jacobian.engine import JacobianGram
 
+DTYPES = (torch.float32, torch.float64)
+
 
 def jacobian(model, x):
     """(N, C, P) of the live module, one sample and one output at a time."""
@@ -249,3 +251,20 @@ def test_a_wrong_batching_rule_is_gone_round(monkeypatch):
     monkeypatch.setattr(fallback, "vmap", wrong)
     assert_right(model, x)
     assert_right(model, x)  # as remembered
+
+
+@pytest.mark.parametrize(("gain", "depth"), [(2.0, 20), (3.0, 10), (1.5, 30)])
+def test_a_network_deep_in_chaos_is_not_taken_for_one_with_cut_gradients(gain, depth):
+    """It changes over lengths of |theta| / gain^depth: differences over wider steps say nothing of derivatives."""
+    torch.manual_seed(3)
+    layers = [part for _ in range(depth) for part in (nn.Linear(16, 16), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Linear(16, 1))
+    for layer in model[::2]:
+        nn.init.normal_(layer.weight, std=gain / 4)
+    x, e = randn(4, 16).float(), randn(4, 1).float()
+    single, double = (measure.ntk_derivatives(model.to(dtype), x.to(dtype), e.to(dtype)) for dtype in DTYPES)
+    for found in (single, double):
+        assert found.validity.flag == "valid", str(found.validity)
+    for name in ("dH", "ddI", "ddII"):
+        a, b = getattr(single, name), getattr(double, name)
+        assert (a - b).abs().max() < 1e-2 * b.abs().max()

@@ -180,8 +180,11 @@ def differs_from_differences(
     """
     before, settled = None, False
     for step in _STEPS[order if kinked or order > 1 else 0]:
-        h = step * reach
         try:
+            if before is None:
+                # Over steps that are far too wide all differences are small, and seem to have settled.
+                reach = min(reach, 10 * _own_length(found, order, function(0.0)))
+            h = step * reach
             values = [(weight, function(multiple * h)) for multiple, weight in _STENCILS[order].items()]
         except (RuntimeError, TypeError, NotImplementedError) as error:
             _log.info("torch_eft: no differences in float64 (%s: %s)", type(error).__name__, error)
@@ -201,6 +204,12 @@ def differs_from_differences(
             settled |= bool((moved < 0.1 * off)[wrong].all())
         before = difference
     return True if settled else None
+
+
+def _own_length(found: Sequence[Tensor], order: int, values: Sequence[Tensor]) -> float:
+    """Return the s over which the term of s^order grows as large as the values: deep in chaos far below |theta|."""
+    size, value = (torch.stack([part.norm() for part in parts]).max() for parts in (found, values))
+    return float(torch.where((size > 0) & (value > 0), value / size, torch.inf)) ** (1 / order)
 
 
 _STENCILS = {1: {1: 0.5, -1: -0.5}, 2: {1: 0.5, 0: -1.0, -1: 0.5}, 3: {2: 1 / 12, 1: -1 / 6, -1: 1 / 6, -2: -1 / 12}}
