@@ -132,7 +132,7 @@ def _recorded(network: IsolatedModel, params: dict[str, Tensor], probe: Probe) -
     handles = [
         module.register_forward_hook(lambda module, args, value, name=name: record(name, module, args, value))
         for name, module in network.shadow.named_modules()
-        if name
+        if name and not isinstance(module, torch.jit.ScriptModule)  # takes no hooks
     ]
     try:
         with torch.no_grad():

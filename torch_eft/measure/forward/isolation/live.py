@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from torch_eft.measure.forward.isolation.hooks import KINDS, taking_part
 from torch_eft.measure.forward.isolation.network import IsolatedModel
 from torch_eft.measure.forward.isolation.operations import LiveWriteError, NoWrites
-from torch_eft.measure.forward.isolation.shadow import attributes_of_copies, runs_in_place_of
+from torch_eft.measure.forward.isolation.shadow import runs_in_place_of, stand_ins
 from torch_eft.measure.forward.isolation.state import PythonState
 from torch_eft.measure.forward.probe import as_call
 
@@ -51,8 +51,9 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
         stack.callback(_put_back, state, modes, versions)
         for place, part in module.named_modules():
             part.training = False
-            state_of_copies = attributes_of_copies(part)  # without a trainer, for one, whose logs are the training's
-            vars(part).update({key: None for key, value in state_of_copies.items() if value is None})
+            if isinstance(part, torch.jit.ScriptModule):  # takes no hooks, and holds its buffers in C++
+                continue
+            vars(part).update(stand_ins(part))
             for kind in KINDS:
                 vars(part)[kind] = taking_part(part, kind)
             for kind in ("_backward_hooks", "_backward_pre_hooks"):

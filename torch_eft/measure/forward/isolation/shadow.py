@@ -5,6 +5,7 @@ the original's modules. Here they are made anew over the copies of what they hol
 """
 
 import collections
+import contextlib
 import copy
 import functools
 import types
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_eft.measure.forward.isolation.hooks import KINDS, taking_part
+from torch_eft.measure.forward.isolation.operations import RefusedForwardError
 
 _LARGE = 1024
 """Containers with more entries are data: the container is copied, its entries are shared."""
@@ -142,7 +144,10 @@ class Copies:
             return self._script(module)
         copied = self._note(module, object.__new__(type(module)))
         own, prefix = vars(copied), self._names.get(id(module), type(module).__name__)
-        for name, value in attributes_of_copies(module).items():
+        replaced = stand_ins(module)
+        for name, value in _state(module).items():
+            if name in replaced:
+                continue
             self._place = f"{prefix}.{name}".removeprefix(".")
             if name in KINDS:
                 value = taking_part(module, name)
@@ -150,7 +155,9 @@ class Copies:
                 value = {}
             # Most attributes of most modules are empty containers.
             own[name] = type(value)() if type(value) in _CONTAINERS and not value else self.copy(value)
-        copied.__setstate__(dict(own))
+        with contextlib.suppress(Exception):  # one that takes something else than attributes; they are there already
+            copied.__setstate__(dict(own))
+        own.update(replaced)
         own["training"] = False
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             own["sparse"] = False  # the same gradients, in a form that can be differentiated
@@ -270,8 +277,45 @@ def runs_in_place_of(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def attributes_of_copies(module: nn.Module) -> dict[str, Any]:
-    """The attributes as the class gives them away for copies: without a trainer, for one."""
+class TrainerState:
+    """What a forward may read of Lightning's trainer in a measurement: its numbers and flags, not its loggers.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._numbers_of = trainer
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a number, text or flag of the trainer as it is now."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(self._numbers_of, name)
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise RefusedForwardError(
+            f"its forward uses trainer.{name}, which would reach the training; let it take numbers alone from there "
+            "(current_epoch, global_step), or measure the part of the module that does"
+        )
+
+
+def _logs_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand for a LightningModule's ``log``: a measurement is no step of the training."""
+
+
+def stand_ins(module: nn.Module) -> dict[str, Any]:
+    """Attributes in whose place others stand in a measurement: those that the class leaves out of copies, a trainer."""
+    state = _state(module)
+    own = {key: None for key, value in state.items() if value is None and vars(module).get(key) is not None}
+    if "_trainer" in own:
+        trainer = vars(module)["_trainer"]
+        own |= {"_trainer": TrainerState(trainer), "log": _logs_nothing, "log_dict": _logs_nothing}
+    return own
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """The attributes as the class gives them away for copies."""
     get = getattr(type(module), "__getstate__", None)
     if get is None or get is getattr(object, "__getstate__", None) or runs_in_place_of(module) is not None:
         return vars(module)
