@@ -1,8 +1,12 @@
 """Whatever a forward or a hook writes to, a measurement leaves it as it was; hooks that only look do not run."""
 
+import array
 import collections
+import dataclasses
 import functools
+import types
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -133,6 +137,54 @@ def test_counters_are_put_back():
         run(x)
     assert counted() == before
     assert float(model.count) == len(model.history) == 1
+
+
+@dataclasses.dataclass(slots=True)
+class Count:
+    n: int = 0
+
+
+def _count(holder):
+    holder.n += 1
+    return holder.n
+
+
+def _add(numbers):
+    numbers[0] += 1
+    return numbers[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "advance", "read"),
+    [
+        (Count, _count, lambda holder: holder.n),
+        (lambda: types.SimpleNamespace(n=0), _count, lambda holder: holder.n),
+        (lambda: numpy.zeros(3), _add, lambda numbers: numbers[0]),
+        (lambda: numpy.zeros(2**18 + 1), _add, lambda numbers: numbers[0]),
+        (lambda: bytearray(3), _add, lambda numbers: numbers[0]),
+        (lambda: array.array("d", [0.0]), _add, lambda numbers: numbers[0]),
+        (lambda: numpy.random.RandomState(0), lambda r: r.rand(), lambda r: r.get_state()[2]),
+    ],
+    ids=["slots", "namespace", "numbers", "many numbers", "bytes", "array", "random state"],
+)
+def test_values_of_other_kinds_are_put_back(make, advance, read):
+    """In evaluation mode they are advanced, too, but change nothing: no output tells."""
+
+    class Counting(nn.Linear):
+        def forward(self, x):
+            advanced = advance(self.held)
+            return super().forward(x) + (advanced if self.training else 0)
+
+    model, x = Counting(3, 2), torch.randn(4, 3)
+    model.held = make()
+    before = read(model.held)
+    try:
+        measure_everything(model, x)
+    except ValueError as error:
+        assert "read-only" in str(error)  # what is too large to be kept is refused
+    assert read(model.held) == before
+    model(x)
+    assert read(model.held) != before
 
 
 def test_modules_that_a_forward_reaches_elsewhere_are_left_alone():

@@ -225,9 +225,12 @@ class Copies:
         kind = type(value)
         if isinstance(value, torch.Generator):
             return self._note(value, value.clone_state())
+        if isinstance(value, numpy.ndarray) and value.size > _LARGE_TENSOR:
+            shared = value.view()
+            shared.setflags(write=False)
+            return self._note(value, shared)
         if isinstance(value, numpy.ndarray | numpy.random.Generator):
-            large = isinstance(value, numpy.ndarray) and value.size > _LARGE_TENSOR
-            return value if large else self._note(value, copy.deepcopy(value))
+            return self._note(value, copy.deepcopy(value))
         package = kind.__module__ + "."
         if any(package.startswith(f"{shared}.") for shared in _SHARED):
             return value
@@ -307,7 +310,9 @@ def _logs_nothing(*args: Any, **kwargs: Any) -> None:
 def stand_ins(module: nn.Module) -> dict[str, Any]:
     """Attributes in whose place others stand in a measurement: those that the class leaves out of copies, a trainer."""
     state = _state(module)
-    own = {key: None for key, value in state.items() if value is None and vars(module).get(key) is not None}
+    own: dict[str, Any] = {
+        key: None for key, value in state.items() if value is None and vars(module).get(key) is not None
+    }
     if "_trainer" in own:
         trainer = vars(module)["_trainer"]
         own |= {"_trainer": TrainerState(trainer), "log": _logs_nothing, "log_dict": _logs_nothing}

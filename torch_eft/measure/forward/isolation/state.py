@@ -5,6 +5,9 @@ after it: counters and lists in closure cells and global names, attributes of cl
 Only code of the user's own files is followed; that of installed packages keeps no such state.
 """
 
+import array
+import copy
+import copyreg
 import functools
 import operator
 import random
@@ -102,6 +105,10 @@ class PythonState:
         elif isinstance(value, random.Random):
             before = value.getstate()
             self._undo.append(lambda: value.setstate(before))
+        elif isinstance(value, numpy.random.RandomState):
+            self._undo.append(functools.partial(value.set_state, value.get_state()))
+        elif isinstance(value, numpy.ndarray | bytearray | array.array):
+            self._numbers(value)
         elif isinstance(value, nn.Module):  # one of the network's, or one that its code reaches
             self._module(value)
             self._visit(value._buffers)
@@ -113,10 +120,16 @@ class PythonState:
                 self._owners.append(value)
                 for name in self._names & set(vars(value)):
                     self._binding(value, name)
-        elif hasattr(value, "__dict__") and _is_own(type(value)):
-            self._container(vars(value))
-            for entry in list(vars(value).values())[:_LARGE]:
-                self._visit(entry)
+        elif _is_own(type(value)) or isinstance(value, types.SimpleNamespace):
+            if hasattr(value, "__dict__"):
+                self._container(vars(value))
+                for entry in list(vars(value).values())[:_LARGE]:
+                    self._visit(entry)
+            for name in copyreg._slotnames(type(value)):  # type: ignore[attr-defined]
+                if hasattr(value, name):
+                    before = getattr(value, name)
+                    self._undo.append(functools.partial(object.__setattr__, value, name, before))
+                    self._visit(before)
             for name in ("__call__", *self._names):
                 method = getattr(type(value), name, None)
                 if isinstance(method, types.FunctionType):
@@ -156,6 +169,24 @@ class PythonState:
             self._entry(function.__globals__, name)
             self._visit(value)
         self._follow(names)
+
+    def _numbers(self, value: Any) -> None:
+        whole: Any = slice(None)
+        if isinstance(value, numpy.ndarray):
+            whole = ...
+            if not value.flags.writeable:
+                return
+            if value.size > _SMALL:  # too much to keep: numpy refuses a write meanwhile
+                self._undo.append(functools.partial(value.setflags, write=True))
+                value.setflags(write=False)
+                return
+        before = copy.copy(value[whole])
+
+        def undo() -> None:
+            if bytes(value) != bytes(before):
+                value[whole] = before
+
+        self._undo.append(undo)
 
     def _container(self, value: Any) -> None:
         before = value.copy()
