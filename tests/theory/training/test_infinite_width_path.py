@@ -6,6 +6,7 @@ import torch
 from torch_eft import Training
 from torch_eft.theory.training.corrections.propagation import TimeGrid, panel_nodes, propagated_flow
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
+from torch_eft.theory.training.time_sums import moving_modes
 
 
 def path_of(eigenvalues, rate=None, dynamics="gradient_descent", seed=0, steps=10**9, **options):
@@ -151,3 +152,8 @@ def test_flow_is_driven_exactly():
         torch.testing.assert_close(found, expected[..., None] * ones, rtol=0, atol=1e-10)
     assert panel_nodes(torch.tensor([0.0, 1.0])).shape == (1, 10)
     assert propagated_flow(path, torch.tensor([0.0]), source[:0].reshape(0, 10, 3, 1)).shape == (1, 3, 1)
+
+
+def test_where_nothing_moves_it_is_said():
+    with pytest.raises(ValueError, match=r"NTK on the training points is zero or not finite .*, so that nothing moves"):
+        moving_modes(torch.zeros(2, 2, dtype=torch.float64))

@@ -7,6 +7,7 @@ and at theta_t. They are constants for the derivatives, so that an output stays 
 
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,27 +58,22 @@ def with_batch_statistics(network: IsolatedModel, batch: Probe, norms: Collectio
     if not norms:
         return network
     shadow, alone = network.shadow, list[str]()
-    layers = [shadow.get_submodule(name) for name in norms]
-    buffers = {
-        key: network.constants[key].clone()
-        for name in norms
-        for key in (f"{name}.running_mean".removeprefix("."), f"{name}.running_var".removeprefix("."))
-    }
+    buffers: dict[str, Tensor] = {}
 
-    def take(layer: Any, args: tuple[Tensor, ...]) -> None:
+    def take(name: str, layer: Any, args: tuple[Tensor, ...]) -> None:
         axes = [axis for axis in range(args[0].ndim) if axis != 1]
         if args[0].numel() == args[0].shape[1]:
-            alone.append(type(layer).__name__)
+            alone.append(name)
         variance, mean = torch.var_mean(args[0], axes, correction=0)  # as in a forward in training mode
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_(variance)
+        for buffer, value in (("running_mean", mean), ("running_var", variance)):
+            getattr(layer, buffer).copy_(value)  # for this forward alone: the next one begins with what it is given
+            buffers[f"{name}.{buffer}".removeprefix(".")] = value
 
-    other = replace(network, constants=network.constants | buffers)
-    handles = [layer.register_forward_pre_hook(take) for layer in layers]
+    handles = [shadow.get_submodule(name).register_forward_pre_hook(partial(take, name)) for name in norms]
     try:
         with torch.no_grad():
-            checked_output(other, batch)
+            checked_output(network, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return network if alone else other
+    return network if alone else replace(network, constants=network.constants | buffers)

@@ -42,9 +42,17 @@ def moving_modes(Theta: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Eigenvalues (modes,), ascending, and eigenvectors (N, modes).
+
+    Raises:
+        ValueError: If there is none: the NTK is zero, or not finite.
     """
     eigenvalues, U = torch.linalg.eigh(Theta)
     kept = eigenvalues > len(Theta) * torch.finfo(Theta.dtype).eps * eigenvalues[-1]
+    if not bool(kept.any()):
+        raise ValueError(
+            f"the ensemble's NTK on the training points is zero or not finite (largest eigenvalue "
+            f"{float(eigenvalues[-1]):g}), so that nothing moves; look at lambda_b, lambda_W and the inputs"
+        )
     return eigenvalues[kept], U[:, kept]
 
 
