@@ -13,6 +13,7 @@ from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import as_probe
 from torch_eft.measure.jacobian import fallback
 from torch_eft.measure.jacobian.engine import JacobianGram
+from torch_eft.measure.jacobian.gram import OuterProductFactor
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -268,3 +269,20 @@ def test_a_network_deep_in_chaos_is_not_taken_for_one_with_cut_gradients(gain, d
     for name in ("dH", "ddI", "ddII"):
         a, b = getattr(single, name), getattr(double, name)
         assert (a - b).abs().max() < 1e-2 * b.abs().max()
+
+
+def test_a_kernel_that_is_put_together_wrongly_is_found(monkeypatch):
+    """Right factors, wrong products of one weight: then the fallback, whose products are others, is right."""
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), randn(5, 3)
+    expected = measure.ntk(model, x)
+    right = OuterProductFactor.add_gram
+
+    def wrong(self, *arguments):
+        right(self, *arguments)
+        right(self, *arguments)
+
+    monkeypatch.setattr(OuterProductFactor, "add_gram", wrong)
+    other = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(measure.ntk(other, x), expected, rtol=1e-12, atol=0)
+    assert "disagrees with ordinary backward passes" in str(measure.coverage(other, x))

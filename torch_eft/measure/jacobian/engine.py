@@ -430,7 +430,13 @@ class JacobianGram:
             del first
         self._verify(verification, direction)
         columns._verify(of_columns, direction)
-        return sums.finished(self.outputs if trace else None)
+        result = sums.finished(self.outputs if trace else None)
+        if verification is not None and other is None and not trace and (0, 0) in pairs:
+            whole = [matrices[0, 0] for matrices in result.values()]
+            if verification.contradicts(whole, self.lambdas):
+                reason = "the kernel put together from its factors disagrees with ordinary backward passes"
+                raise ChangedUseError(dict.fromkeys(self.trainable, reason))
+        return result
 
     def _blocks(
         self,

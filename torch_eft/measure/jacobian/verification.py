@@ -96,6 +96,19 @@ class Verification:
         wrong = self._differing(gradients, 0)
         return {name: f"u . J of random numbers u {sizes}" for name, sizes in wrong.items()}, outputs
 
+    def contradicts(self, kernels: Sequence[Tensor], lambdas: Mapping[str, float]) -> bool:
+        """Compare u . H u with sum lambda |u . J|^2, of whose u . J ``mismatches`` has found that it is right.
+
+        Args:
+            kernels: (N, N, C, C), which add up to H.
+            lambdas: Of every parameter.
+        """
+        expected = torch.stack([lambdas[name] * part.square().sum() for name, part in self._sums[0].items()]).sum()
+        found = torch.stack([torch.einsum("ia,abij,jb->", self.u, H, self.u) for H in kernels]).sum()
+        size = torch.stack([H.norm() for H in kernels]).sum() * self.u.square().sum()
+        eps = torch.finfo(found.dtype).eps
+        return bool((found - expected).abs() > eps**DIGITS * expected + 1e3 * eps * size)
+
     def differs_from_differences(
         self, direction: Mapping[str, Tensor], order: int, block: int, kinked: bool
     ) -> bool | None:
