@@ -97,11 +97,14 @@ class Verification:
         return {name: f"u . J of random numbers u {sizes}" for name, sizes in wrong.items()}, outputs
 
     def contradicts(self, kernels: Sequence[Tensor], lambdas: Mapping[str, float]) -> bool:
-        """Compare u . H u with sum lambda |u . J|^2, of whose u . J ``mismatches`` has found that it is right.
+        """Return whether u . H u is not sum lambda |u . J|^2, whose u . J ``mismatches`` has found to be right.
 
         Args:
             kernels: (N, N, C, C), which add up to H.
             lambdas: Of every parameter.
+
+        Returns:
+            Whether they differ.
         """
         expected = torch.stack([lambdas[name] * part.square().sum() for name, part in self._sums[0].items()]).sum()
         found = torch.stack([torch.einsum("ia,abij,jb->", self.u, H, self.u) for H in kernels]).sum()

@@ -159,7 +159,7 @@ class IsolatedModel:
         self.isolation.check()
         args, kwargs = as_call(inputs)
         tensors = {**self.params, **params, **self.constants}
-        self.isolation.start(self.constants[name] for name in self.isolation.buffers)
+        self.isolation.start(tensors[name] for name in self.isolation.buffers)
         for place in self.isolation.places:  # they stay until the next call: a backward pass may run a part again
             place.put(tensors[place.name])
         with self.isolation.watched(tensors, inputs):
