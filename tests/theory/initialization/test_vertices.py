@@ -323,7 +323,7 @@ def test_errors_name_the_argument():
         initial_statistics(ensemble_of("tanh", (8,)), inputs(5), statistics=["A"], num_samples=24)
     with pytest.raises(ValueError, match=r"num_replicas: 1 given; at least 2"):
         initial_statistics(ensemble, inputs(5), statistics=["V"], num_replicas=1)
-    with pytest.raises(ValueError, match=r"name: 'G1' given; tiles are for the vertices with four labels"):
+    with pytest.raises(ValueError, match=r"name: 'G1' given; tiles are for the vertices with four and more labels"):
         next(vertex_tiles(ensemble, x, name="G1"))
     with pytest.raises(ValueError, match=r"layer: 3 given; the layers are 1 .. 2"):
         next(vertex_tiles(ensemble, x, name="V", layer=3))

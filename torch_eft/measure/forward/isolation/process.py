@@ -93,8 +93,9 @@ def own_forwards() -> Iterator[None]:
     checkpoints, which run parts of the forward again in a backward pass, when other parameters may be in place.
     """
     kept = [(parametrize, "_cache_enabled", 0), (parametrize, "_cache", {})]
-    if hasattr(checkpoint, "_checkpoint_without_reentrant_generator"):
-        kept.append((checkpoint, "_checkpoint_without_reentrant_generator", _nothing_recomputed))
+    for name in ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"):
+        if hasattr(checkpoint, name):  # the second since torch 2.14
+            kept.append((checkpoint, name, _nothing_recomputed))
     for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
         hooks = getattr(modules, name)
         kept.append((modules, name, type(hooks)((key, hook) for key, hook in hooks.items() if not only_looks(hook))))
