@@ -334,6 +334,7 @@ def questions(at: Examined, measure) -> dict[str, Callable[[], Iterator[Compared
             return lambda module, inputs, output: seen.__setitem__(name, output.detach().clone())
 
         modules = dict(net.named_modules())
+        names = [name for name in names if not isinstance(modules[name], torch.jit.ScriptModule)]  # takes no hooks
         handles = [modules[name].register_forward_hook(keep(name)) for name in names]
         try:
             with truth.evaluated(case):

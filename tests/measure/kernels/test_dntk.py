@@ -356,3 +356,18 @@ def test_a_harmless_detach_in_float32_is_none():
     x = torch.eye(3)
     found = measure.ntk_derivatives(model, x, torch.ones(3, 2))
     assert found.validity.flag == "valid" and found.cut == ()
+
+
+def test_rows_at_their_bound_and_padding_make_no_derivatives():
+    """Both are held outside of the gradient: at the bound J jumps, and a padding row moves the output all the same."""
+    torch.manual_seed(0)
+    tokens = torch.tensor([[0, 1], [2, 3], [1, 0]])
+    for options, named in (({"max_norm": 0.5}, "max_norm of '0'"), ({"padding_idx": 0}, "padding_idx of an embedding")):
+        table = nn.Embedding(5, 3, **options)
+        model = nn.Sequential(table, nn.Flatten(), nn.Tanh(), nn.Linear(6, 2)).double()
+        nn.init.normal_(table.weight)
+        direction = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+        found = measure.ntk_derivatives(model, tokens, direction)
+        assert found.validity.flag == "invalid" and named in str(found.validity), str(found.validity)
+    along = measure.ntk_vjp(model, tokens, torch.ones(3, 2).double())  # as training moves it: the padding stays
+    assert measure.ntk_derivatives(model, tokens, along).validity.flag == "valid"

@@ -132,10 +132,33 @@ class _CutWatch(TorchFunctionMode):
         name = "data" if func == Tensor.data.__get__ else func.__name__  # type: ignore[attr-defined]
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
             off = not torch.is_grad_enabled() and name != "__get__"
+            if kwargs.get("padding_idx") is not None and "embedding" in name:
+                self.names.append(f"padding_idx of an embedding in {self._place}")
             if off or name in ("detach", "detach_", "data", "item", "tolist", "numpy", "register_hook"):
-                place = repr(self.modules[-1]) if self.modules and self.modules[-1] else "the forward"
-                self.names.append(f"{'no_grad' if off else name} in {place}")
+                self.names.append(f"{'no_grad' if off else name} in {self._place}")
         return func(*args, **kwargs)
+
+    @property
+    def _place(self) -> str:
+        return repr(self.modules[-1]) if self.modules and self.modules[-1] else "the forward"
+
+
+def bounded_norms(network: IsolatedModel) -> tuple[str, ...]:
+    """Name the embeddings with rows at their ``max_norm``: to be put back there has no gradient, and is a kink.
+
+    Args:
+        network: Isolated.
+
+    Returns:
+        The names, e.g. ``("max_norm of 'table'",)``.
+    """
+    names = []
+    for name, part in network.shadow.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None:
+            weight = network.params.get(f"{name}.weight".removeprefix("."))
+            if weight is not None and bool((weight.norm(part.norm_type, 1) > (1 - 1e-3) * part.max_norm).any()):
+                names.append(f"max_norm of {name!r}")
+    return tuple(names)
 
 
 Side = Callable[..., Tensor]

@@ -18,7 +18,7 @@ from torch_eft.measure.forward.checks import (
     derivatives_of_order,
 )
 from torch_eft.measure.forward.isolation import IsolatedModel
-from torch_eft.measure.forward.kinks import cut_operations, kink_sides
+from torch_eft.measure.forward.kinks import bounded_norms, cut_operations, kink_sides
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.jacobian.blocks import Estimate, GramBlocks, readable, summed_over_outputs
@@ -224,6 +224,8 @@ class JacobianGram:
         if not self._independent:
             check_batch_independence(self.network, verification.inputs, outputs)
             self._independent = True
+        if verification.order:
+            self._cut = self._cut or bounded_norms(self.network)
         for m in range(max(1, self._checked + 1), verification.order + 1):
             assert direction is not None
             verdict = verification.differs_from_differences(direction, m, self._samples_of_a_pass, self._kinked)
@@ -231,7 +233,10 @@ class JacobianGram:
                 continue
             with derivatives_of_order(m + 1, self.network.origin):
                 wrong = verification.higher_mismatches(direction, m)
-            if wrong:
+            named = cut_operations(self.network, slice_of(self.inputs, 0, 1)) if wrong else ()
+            if named:  # a gradient of its own: neither need be the derivative
+                self._cut = self._cut or named
+            elif wrong:
                 name, sizes = next(iter(wrong.items()))
                 raise ValueError(
                     f"model: derivatives of order {m + 1} cannot be trusted for {name!r}: u . J_{m} of random numbers "

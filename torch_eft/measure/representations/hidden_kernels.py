@@ -155,12 +155,12 @@ def _features(
         watched = list(layers)
     else:
         watched = [name for name, module in modules.items() if _is_activation(module)]
-    scripted = [name for name in watched if isinstance(modules[name], torch.jit.ScriptModule)]
-    if scripted:
-        raise ValueError(f"layers: {scripted[0]!r} is scripted and takes no hooks; name a module that is not")
     weighted = layers is None and not watched
     if weighted:
         watched = [name for name, module in modules.items() if isinstance(module, _WEIGHTED)]
+    scripted = [name for name in watched if isinstance(modules[name], torch.jit.ScriptModule)]
+    if scripted:
+        raise ValueError(f"layers: {scripted[0]!r} is scripted and takes no hooks; name modules that are not")
     shapes: dict[str, torch.Size] = {}
     found: dict[str, _Features] = {}
     last: Tensor | None = None

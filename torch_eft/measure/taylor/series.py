@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.forward.checks import check_differentiable_function, differs_from_differences, reach_of
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, Parameters, check_parameters, isolated
-from torch_eft.measure.forward.kinks import cut_operations
+from torch_eft.measure.forward.kinks import bounded_norms, cut_operations
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jets.jet import MAX_ORDER, NoJetRuleError, coefficients_of, lift, watch_kinks
@@ -343,10 +343,19 @@ def _checked(
         if verdict is not False:
             doubtful.append(order)
             differs |= bool(verdict)
-    if doubtful:
+    bounded = bounded_norms(base)
+    if bounded or not doubtful:
+        return bounded
+    cut = cut_operations(base, base.place(probe))
+    try:
         _compare(base, direction, probe, terms, doubtful)
-    cut = cut_operations(base, base.place(probe)) if differs else ()
-    return ("an operation that is not seen",) if differs and not (cut or kinked) else cut
+    except ValueError:
+        if cut:  # a gradient of its own: neither need be the derivative
+            return cut
+        raise
+    if not differs:
+        return ()
+    return cut if cut or kinked else ("an operation that is not seen",)
 
 
 def _compare(
