@@ -97,7 +97,9 @@ class TheoryInstrument(ForecastInstrument):
         inputs = start.network.probe.inputs
         try:
             activation = self.activation or (self.given.activation if self.given else None)
-            read = read_ensemble(start.network.current, inputs, optimizer=start.optimizers, activation=activation)
+            # Of sharded parameters a plain copy is measured, which no optimizer holds: measured, not forecast.
+            optimizers = start.optimizers if start.obstacle is None or _held(start) else []
+            read = read_ensemble(start.network.current, inputs, optimizer=optimizers, activation=activation)
             given = self._drawn(read) or self.given
             self._ensemble = read if given is None else _with_lambda_of(given, read)
             diagnosis = diagnose(given or read, inputs)
@@ -261,6 +263,14 @@ class TheoryInstrument(ForecastInstrument):
             f"measured_against_theory/{quantity}": comparison_figure(history, [quantity])
             for quantity in compared_quantities(history)
         }
+
+
+def _held(start: TrainingStart) -> bool:
+    """Whether the optimizers hold parameters of the module that is measured."""
+    measured = start.network.current
+    module = measured if isinstance(measured, nn.Module) else measured.origin
+    held = {id(p) for optimizer in start.optimizers for group in optimizer.param_groups for p in group["params"]}
+    return any(id(p) in held for p in module.parameters())
 
 
 def _activations(network: nn.Module, ensemble: MLPEnsemble) -> list[str]:
