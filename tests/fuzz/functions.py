@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.fuzz.kinds import Op, block
+from tests.fuzz.kinds import Op, block, side
 
 ACTIVATIONS = [
     *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign, nn.Tanh),
@@ -51,7 +51,7 @@ ELEMENTWISE = {
     "mask by NumPy": lambda x: x * torch.as_tensor((x.detach().numpy() > -0.2) * 1.0),
     "one sample after another": lambda x: torch.stack([row.tanh() * 1.2 for row in x]),
     "chunks of the batch": lambda x: torch.cat([part.sin() for part in x.split(2)]),
-    "route by sample": lambda x: torch.stack([row.sin() if float(row.sum()) > 0 else 0.5 * row**2 for row in x]),
+    "route by sample": lambda x: torch.stack([row.sin() if bool(side(row.flatten())) else 0.5 * row**2 for row in x]),
     "route by indices": lambda x: _route(x),
     "flipped and flipped back": lambda x: (x.flip(0).tanh() + 0.1).flip(0),
     "sorted and restored": lambda x: _sorted(x),
@@ -68,7 +68,7 @@ def _augmented(x):
 
 
 def _route(x):
-    positive = x.flatten(1).sum(1) > 0
+    positive = side(x.flatten(1))
     z = torch.zeros_like(x)
     z[positive] = x[positive].tanh()
     z[~positive] = 0.5 * x[~positive]

@@ -66,3 +66,8 @@ def width(r):
 def last_axis(kinds):
     """Whether features come last, for the kinds of a block."""
     return set(kinds) <= {"f", "s"}
+
+
+def side(x):
+    """On which side of a plane the last axis is; one of no symmetry, as of plain sums after a norm rounding decides."""
+    return x.detach() @ torch.arange(1, x.shape[-1] + 1, dtype=x.dtype).cos() > 0
