@@ -212,7 +212,7 @@ class EFTMonitor(Callback):
             self._check(pl_module)
 
     def _check(self, pl_module: LightningModule) -> None:
-        """Errors that do not say what to do instead are no reason not to train: they are told when training starts."""
+        """Refuse what a ``ValueError`` explains; keep any other error to report when training starts."""
         network = self._network(pl_module)
         try:
             self.observer.check(network)

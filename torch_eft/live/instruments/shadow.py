@@ -157,7 +157,7 @@ class ShadowInstrument(Instrument):
             if not error <= FIRST_STEP * length + rounding:
                 return (
                     f"the network's first step is {error / length:.2g} of it away from the optimizer's own (gradients "
-                    "clipped or changed after the backward pass, a decay, or weights written besides)"
+                    "clipped or changed after the backward pass, a decay, or weights written elsewhere)"
                 )
         return None
 

@@ -134,8 +134,8 @@ def no_derivatives(cut: tuple[str, ...]) -> str:
     """Return why the higher derivatives by autodiff are not those of the network."""
     return (
         "no derivatives: a part of the forward is cut from the gradient, or has a backward of its own "
-        f"({', '.join(cut)}); H is that of the training, but central differences of its Jacobian contradict the "
-        "derivatives: use the realized change of H, or a secant (ntk_finite_difference)"
+        f"({', '.join(cut)}); H is that of the training, but need not change as its derivatives say: use the realized "
+        "change of H (ntk_change), or a secant (ntk_finite_difference)"
     )
 
 

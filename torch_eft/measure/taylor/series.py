@@ -262,8 +262,8 @@ def no_derivatives_of_output(cut: tuple[str, ...]) -> str:
     """Return why the terms are not those of the output's own change."""
     return (
         "no derivatives: a part of the forward is cut from the gradient, or has a backward of its own "
-        f"({', '.join(cut)}), and central differences of the output contradict the terms; the remainder is what they "
-        "leave of its change all the same"
+        f"({', '.join(cut)}), so that the output need not change as the terms say; the remainder is what they leave of "
+        "its change all the same"
     )
 
 

@@ -34,7 +34,7 @@ class VertexTiles:
         num_replicas: Independent samples that share it; one gives no error estimate.
         seed: Seed of the samples.
         kinks: The meaning of explicit derivatives at a kink.
-        x: The points, of which equal ones count once, as a probe that is trained on, too; None: all count.
+        x: The points; equal ones (a probe point that is also a training point) count once. None: all count.
     """
 
     def __init__(

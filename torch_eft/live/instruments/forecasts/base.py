@@ -5,6 +5,7 @@ compared, by their numbers, at the first step after the resume. Otherwise it end
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,7 +33,7 @@ class Comparison(Protocol):
         """All that is needed to restore it: plain types and tensors."""
 
 
-class ForecastInstrument(Instrument):
+class ForecastInstrument(Instrument, ABC):
     """Common part of all forecasts of full-batch gradient descent; subclasses add ``_forecast`` and ``_compared``.
 
     Attributes:
@@ -62,21 +63,21 @@ class ForecastInstrument(Instrument):
 
     # ---- its own
 
+    @abstractmethod
     def _forecast(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> dict[str, str]:
         """Make the forecast, or restore the one that ``_kept`` holds; returns its pages. ``_same_loss`` is called.
 
         Raises:
             ValueError: If this training has none; the message says why.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _compared(self, measurement: Measurement) -> Reading:
         """Compare the forecast with a measurement."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _none(self, reason: str) -> str:
         """The sentence shown when there is no forecast."""
-        raise NotImplementedError
 
     # ---- the training
 

@@ -25,7 +25,7 @@ class StepCheck:
 
     Args:
         network: The network that is trained.
-        gradient: The gradient of the loss on a batch at the parameters of now.
+        gradient: The gradient of the loss on a batch at the current parameters.
         loss: Its name.
     """
 
@@ -38,7 +38,7 @@ class StepCheck:
         self._chance = random.Random(0)  # else a change at every tenth step might always fall between
 
     def before_step(self, optimizer: Optimizer, batch: tuple[Any, Tensor] | None, measured: bool) -> None:
-        """The parameters have come where the last step and whatever followed it brought them; the next is coming.
+        """Compare the last step, now that all that follows it is done, and note what the coming one should do.
 
         Args:
             optimizer: The optimizer, gradients in ``.grad``.
@@ -65,7 +65,7 @@ class StepCheck:
         self._rounding = _norm([p.detach().float() * torch.finfo(p.dtype).eps for p in named.values()])
 
     def look(self) -> None:
-        """Compare the parameters of now with those that the last step should have given."""
+        """Compare the current parameters with those that the last step should have given."""
         now = {name: p.detach() for name, p in self._network.named_parameters() if name in self._expected}
         if now:
             error = _norm([value - self._expected[name] for name, value in now.items()])
@@ -77,12 +77,12 @@ class StepCheck:
         self._off[which] = share if known is None else torch.maximum(known, share)
 
     def reason(self) -> str | None:
-        """Return a sentence if a step or a gradient was another one, or None; waits for the device."""
+        """Return a sentence if a step or a gradient differed from the forecast's, else None; waits for the device."""
         moved, gradient = (0.0 if off is None else float(off) for off in self._off)
         if moved > 0:
             return (
                 f"the parameters do not move by -learning_rate times the gradient, but end {moved:.2g} of such a step "
-                "away (gradients clipped or changed after the backward pass, a decay, or weights written besides)"
+                "away (gradients clipped or changed after the backward pass, a decay, or weights written elsewhere)"
             )
         if gradient > 0:
             return (

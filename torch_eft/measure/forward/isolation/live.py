@@ -24,7 +24,7 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
     respect to them are taken by ``torch.autograd.grad`` inside this context, which stays until the backward pass is
     over.
 
-    Guarded: train/eval flags of every submodule; buffers, which are copies of the given network's meanwhile; parameters
+    Guarded: train/eval flags of every submodule; buffers, replaced by copies of the given network's; parameters
     and other tensors of the module (an operation that would write to one is stopped before it does; the version
     counters are compared afterwards); attributes, and what the code of the forward reaches in closures, global names
     and classes (``PythonState``); hooks of gradients and forward hooks that only look (``only_looks``), which do not

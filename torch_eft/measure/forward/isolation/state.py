@@ -1,7 +1,8 @@
 """The Python state that a forward can reach outside of its module: closures, globals, class attributes, generators.
 
-The module's own attributes are copied with it. What its code reaches besides is noted before a measurement and put back
-after it: counters and lists in closure cells and global names, attributes of classes and of objects, random generators.
+The module's own attributes are copied with it. Whatever else its code reaches is noted before a measurement and put
+back after it: counters and lists in closure cells and global names, attributes of classes and of objects, random
+generators.
 Only code of the user's own files is followed; that of installed packages keeps no such state.
 """
 

@@ -181,7 +181,7 @@ class DriftForecast:
     def given(self, z: Tensor) -> "DriftForecast":
         """The forecast for the network at hand, by its outputs before training.
 
-        They are correlated with the dNTK, so that they tell part of the drift in advance: about a tenth of its variance
+        The outputs are correlated with the dNTK and so determine part of the drift: about a tenth of its variance
         for tanh networks on a few inputs.
 
         Args:
