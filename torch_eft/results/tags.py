@@ -3,7 +3,8 @@
 * ``eft/<quantity>/measured``: what this network does; quantities beyond the first twelve as
   ``eft-more/<quantity>/measured``;
 * ``eft-theory/<quantity>/<series>``: what the theory says of it, by order, with its band (``SERIES``);
-* ``eft-layers/<quantity>/<layer>``: a measured quantity of one layer, where asked for.
+* ``eft-layers/<quantity>/<layer>``: a measured quantity of one layer, where asked for;
+* ``eft-layers-theory/<quantity>/<layer>/<series>``: what the theory says of that layer.
 
 Groups, so that the scalars tab shows few cards unless more are opened. Quantities are those of ``QUANTITIES``.
 """
@@ -15,12 +16,30 @@ from torch_eft.results.choices import nearest
 from torch_eft.results.quantities import QUANTITIES
 
 PREFIX, MORE, THEORY, LAYERS = "eft", "eft-more", "eft-theory", "eft-layers"
+LAYERS_THEORY = "eft-layers-theory"
+_GROUPS = (PREFIX, MORE, THEORY, LAYERS, LAYERS_THEORY)
 
 MEASURED = "measured"
 BAND = ("minus_sigma", "plus_sigma")
 ORDERS = {"order_0": "order 0 (infinite width)", "order_1": "order 1 (finite width)"}
+BAND_68, BAND_90 = ("band_68_low", "band_68_high"), ("band_90_low", "band_90_high")
+GIVEN_START, GIVEN_START_BAND = "given_start", ("given_start_low", "given_start_high")
+QUANTILE = "quantile"
+EXPANSIONS = {
+    "taylor_1": "expansion about theta_0 along the realized path, with dNTK",
+    "taylor_2": "expansion about theta_0 along the realized path, with dNTK and ddNTK",
+}
 SERIES = {
     **ORDERS,
+    **EXPANSIONS,
+    "band_68_low": "16 % of networks, drawn with other seeds, lie below this",
+    "band_68_high": "16 % of networks, drawn with other seeds, lie above this",
+    "band_90_low": "5 % of networks, drawn with other seeds, lie below this",
+    "band_90_high": "5 % of networks, drawn with other seeds, lie above this",
+    "given_start": "median of the networks that start with this network's outputs on the training inputs",
+    "given_start_low": "5 % of the networks that start with this network's outputs lie below this",
+    "given_start_high": "5 % of the networks that start with this network's outputs lie above this",
+    "quantile": "share of networks, drawn with other seeds, that lie below the measured value, 0 .. 1",
     "minus_sigma": "the highest order there is, minus one standard deviation over initializations",
     "plus_sigma": "the highest order there is, plus one standard deviation over initializations",
     "truncation": "estimated size of what the next order would add",
@@ -51,8 +70,7 @@ def tag(quantity: str, series: str = MEASURED) -> str:
     _check_registered(quantity)
     if series == MEASURED:
         return intern(f"{PREFIX if QUANTITIES[quantity].among_the_first else MORE}/{quantity}/{MEASURED}")
-    if series not in SERIES:
-        raise ValueError(f"series: {series!r} given; give {MEASURED!r} or one of {', '.join(SERIES)}")
+    _check_series(series, MEASURED)
     return intern(f"{THEORY}/{quantity}/{series}")
 
 
@@ -78,6 +96,36 @@ def layer_tag(quantity: str, layer: str) -> str:
     return intern(f"{LAYERS}/{quantity}/{layer}")
 
 
+def layer_theory_tag(quantity: str, layer: str, series: str) -> str:
+    """Return ``eft-layers-theory/<quantity>/<layer>/<series>``.
+
+    Args:
+        quantity: A registered name.
+        layer: Name of the layer, as in ``layer_tag``.
+        series: One of ``SERIES``.
+
+    Returns:
+        The tag.
+
+    Raises:
+        ValueError: If the quantity is not registered or the series unknown.
+
+    Example:
+        >>> from torch_eft.tensorboard import layer_theory_tag
+        >>> layer_theory_tag("representation_change", "layers.1", "band_90_low")
+        'eft-layers-theory/representation_change/layers.1/band_90_low'
+    """
+    _check_registered(quantity)
+    _check_series(series)
+    return intern(f"{LAYERS_THEORY}/{quantity}/{layer}/{series}")
+
+
+def _check_series(series: str, *others: str) -> None:
+    if series not in SERIES:
+        named = [f"{other!r} or " for other in others]
+        raise ValueError(f"series: {series!r} given; give {''.join(named)}one of {', '.join(SERIES)}")
+
+
 def _check_registered(quantity: str) -> None:
     if quantity not in QUANTITIES:
         hint = nearest(quantity, QUANTITIES)
@@ -87,21 +135,23 @@ def _check_registered(quantity: str) -> None:
 def quantity_of(name: str) -> str | None:
     """Return the quantity that a tag belongs to; None for tags of others."""
     parts = name.split("/", 2)
-    known = len(parts) == 3 and parts[0] in (PREFIX, MORE, THEORY, LAYERS) and parts[1] in QUANTITIES
+    known = len(parts) == 3 and parts[0] in _GROUPS and parts[1] in QUANTITIES
     return parts[1] if known else None
 
 
 def split_tag(name: str) -> tuple[str, str] | None:
-    """Return ``(quantity, series)`` of one of our tags, None for others; a layer's series is ``layer/<layer>``.
+    """Return ``(quantity, series)`` of one of our tags, None for others.
 
+    A layer's series is ``layer/<layer>``, and what the theory says of it ``layer-theory/<layer>/<series>``.
     Quantities need not be registered here: a file may come from another version or a user's own instrument.
     The tab's ``data/model.js`` reads the names that this function returns.
     """
     prefix, _, rest = name.partition("/")
     quantity, _, series = rest.partition("/")
-    if prefix not in (PREFIX, MORE, THEORY, LAYERS) or not quantity or not series:
+    if prefix not in _GROUPS or not quantity or not series:
         return None
-    return quantity, f"layer/{series}" if prefix == LAYERS else series
+    part = {LAYERS: "layer/", LAYERS_THEORY: "layer-theory/"}.get(prefix, "")
+    return quantity, part + series
 
 
 def logged_tags(history: Mapping[int, Iterable[str]]) -> set[str]:
@@ -124,7 +174,8 @@ def compared_quantities(history: Mapping[int, Iterable[str]]) -> list[str]:
         ['ntk_drift']
     """
     logged = logged_tags(history)
-    return [quantity for quantity in QUANTITIES if any(tag(quantity, order) in logged for order in ORDERS)]
+    theory = (*ORDERS, *EXPANSIONS)
+    return [quantity for quantity in QUANTITIES if any(tag(quantity, series) in logged for series in theory)]
 
 
 def theory_of(scalars: Mapping[str, float], quantity: str) -> float | None:

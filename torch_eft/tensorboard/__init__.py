@@ -1,7 +1,7 @@
 """Turns results into scalars, layouts, figures and pages of TensorBoard; no Trainer needed."""
 
 from torch_eft.results.quantities import QUANTITIES, Quantity, register_quantity
-from torch_eft.results.tags import compared_quantities, layer_tag, tag
+from torch_eft.results.tags import compared_quantities, layer_tag, layer_theory_tag, tag
 from torch_eft.tensorboard.figures import comparison_figure, kernel_figure, layers_figure, trajectory_figure
 from torch_eft.tensorboard.layout import comparison_layout
 
@@ -13,6 +13,7 @@ __all__ = [
     "comparison_layout",
     "kernel_figure",
     "layer_tag",
+    "layer_theory_tag",
     "layers_figure",
     "register_quantity",
     "tag",
