@@ -15,8 +15,11 @@ from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
 
 from tests.tensorboard.eft_runs import STEPS, run_info, write_run
+from torch_eft.results.quantities import HEADLINES
 from torch_eft.tensorboard.plugin import STATIC, EFTPlugin
 from torch_eft.tensorboard.run_info import run_info_summary, write_run_info
+
+NOTHING = {"runs": [], "headlines": [list(names) for names in HEADLINES], "others": 0}
 
 
 def serve(logdir):
@@ -52,6 +55,8 @@ def test_runs_and_their_info(two_runs):
     assert listing["others"] == 1
     assert [run["name"] for run in listing["runs"]] == ["narrow", "wide/version_0"]
     assert [run["info"]["network"] for run in listing["runs"]] == ["narrow", "wide"]
+    assert listing["headlines"] == NOTHING["headlines"]
+    assert "no prediction" in listing["runs"][0]["unpredicted"]["dntk"]
     quantities = listing["runs"][0]["quantities"]
     assert set(quantities) == {"ntk_drift", "ntk_top_eigenvalue", "interval_ntk_error", "taylor_terms"}
     assert set(quantities["ntk_drift"]) == {"measured", "order_0", "order_1", "minus_sigma", "plus_sigma"}
@@ -63,6 +68,9 @@ def test_series_of_a_run_all_or_chosen(two_runs):
     assert [step for step, _ in found["quantities"]["ntk_drift"]["order_1"]] == list(STEPS)
     values = [value for _, value in found["quantities"]["ntk_drift"]["order_1"]]
     assert values == pytest.approx([0.1 * step for step in STEPS])
+    assert {quantity: verdict["words"] for quantity, verdict in found["verdicts"].items()} == {
+        "ntk_drift": "predicted without a band"
+    }
     one = get(two_runs, "series?run=narrow&quantity=ntk_top_eigenvalue")
     assert one["quantities"] == {"ntk_top_eigenvalue": {"measured": [[step, 300.0 + step] for step in STEPS]}}
 
@@ -155,7 +163,7 @@ def test_runs_without_info_or_with_a_damaged_one_say_so_and_the_others_are_shown
 
 def test_without_data_there_are_no_runs_and_the_tab_is_inactive(tmp_path, two_runs):
     client = serve(tmp_path)
-    assert get(client, "runs") == {"runs": [], "others": 0}
+    assert get(client, "runs") == NOTHING
     assert get(client, "series?run=x", 404)["error"]
     for served, active in ((client, False), (two_runs, True)):
         listing = json.loads(served.get("/data/plugins_listing").text)["eft"]
@@ -166,7 +174,7 @@ def test_without_data_there_are_no_runs_and_the_tab_is_inactive(tmp_path, two_ru
 
 def test_no_data_provider_means_no_runs():
     client = Client(application.TensorBoardWSGI([EFTPlugin(base_plugin.TBContext())]))
-    assert get(client, "runs") == {"runs": [], "others": 0}
+    assert get(client, "runs") == NOTHING
     assert get(client, "series?run=x", 404)["error"]
 
 

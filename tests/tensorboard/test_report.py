@@ -29,6 +29,9 @@ def test_the_report_holds_the_runs(tmp_path, capsys):
     measured = data["series"]["logs/a"]["ntk_drift"]["measured"]
     assert measured == [[step, pytest.approx(0.1 * step + 0.5)] for step in STEPS]
     assert data["note"] == ""
+    assert data["headlines"][0] == ["ntk_drift"]
+    assert data["verdicts"]["logs/a"]["ntk_drift"]["words"] == "predicted without a band"
+    assert "no prediction" in first["unpredicted"]["dntk"] and second["unpredicted"] == {}
 
 
 def test_the_same_file_given_twice_is_one_run(tmp_path):

@@ -14,6 +14,8 @@ from torch_eft.tensorboard.run_info import (
     read_jsonl,
     run_info_summary,
     split_tag,
+    unpredicted_sentences,
+    verdicts,
 )
 
 
@@ -41,6 +43,25 @@ def test_run_info_of_another_schema_or_damaged_is_none():
     assert parse_run_info("{") is None
     assert parse_run_info("[1]") is None
     assert parse_run_info('{"schema": 99}') is None
+
+
+def test_cards_say_why_there_is_no_prediction():
+    none = {"validity": {"flag": "invalid", "reason": "not an MLP"}, "level": "measurements only"}
+    own = unpredicted_sentences({**none, "unpredicted": {"dntk": "ReLU has kinks", "ntk_drift": None}})
+    assert own["ntk_drift"] == own["representation_change"] == "no prediction for this run: not an MLP"
+    assert own["dntk"] == "ReLU has kinks"
+    waiting = {"validity": {"flag": "caution", "reason": "not decided yet"}, "level": "measurements only"}
+    assert unpredicted_sentences(waiting)["dntk"] == "not decided yet"
+    valid = {"validity": {"flag": "valid", "reason": "r small"}, "level": "ensemble, order 1"}
+    assert unpredicted_sentences(valid)["dntk"] == "no prediction of this quantity at finite width"
+    assert unpredicted_sentences(None) == {}
+    assert parse_run_info(json.dumps({"unpredicted": {"dntk": 3}})) is None
+
+
+def test_verdicts_leave_out_what_is_not_finite():
+    points = {"measured": [[0, 1.5], [1, None]], "band_90_low": [[0, 1], [1, 1]], "band_90_high": [[0, 2], [1, 2]]}
+    found = verdicts({"ntk_drift": points, "ntk_trace": {"measured": [[0, 1.0]]}})
+    assert {quantity: verdict["words"] for quantity, verdict in found.items()} == {"ntk_drift": "inside the 90 % band"}
 
 
 def test_what_json_cannot_say_is_an_error():

@@ -4,6 +4,7 @@ An instrument knows no trainer and no logger. Every method has a default that do
 skipped at that measurement (warned of once, counted); the others go on.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -197,6 +198,8 @@ class RunFacts:
         epsilon: Var G / E[G]^2.
         regime: The regime of r.
         criticality: One sentence on the critical point.
+        unpredicted: ``{quantity: sentence}``: why a quantity has no prediction at finite width. The tab shows it in
+            the quantity's card; without one, the reason of a claim that does not hold.
     """
 
     claim: Claim | None = None
@@ -207,6 +210,7 @@ class RunFacts:
     epsilon: float | None = None
     regime: str | None = None
     criticality: str | None = None
+    unpredicted: Mapping[str, str] | None = None
 
 
 class Instrument:

@@ -8,6 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+KERNELS, DERIVATIVES, OUTPUTS = "NTK and hidden kernels", "Derivatives of the NTK", "Outputs against the ensemble"
+FORECAST, INTERVALS = "One network's own forecast", "From one measurement to the next"
+TAYLOR, COST, OTHERS = "Taylor orders", "Cost", "Other quantities"
+
+HEADLINES = (("ntk_drift",), ("dntk", "dntk_along_gradient"), ("representation_change",))
+"""The quantities that the tab shows first and large: of each tuple, the first one that a run predicts or measures."""
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -20,6 +27,7 @@ class Quantity:
         unit: Its unit; ``"1"`` for a pure number.
         source: PDLT, a paper, or ``"derived here"``.
         at_infinite_width: Its value or law at infinite width, as a phrase.
+        group: Title of the group in which the EFT tab shows it.
         among_the_first: Show its measured values in the group ``eft`` of the scalars tab; at most 12 quantities are
             there, the others are in ``eft-more``.
 
@@ -34,11 +42,12 @@ class Quantity:
     unit: str
     source: str
     at_infinite_width: str
+    group: str = OTHERS
     among_the_first: bool = False
 
     def to_dict(self) -> dict[str, str]:
-        """Title, formula, unit, source and value at infinite width, by name."""
-        names = ("title", "formula", "unit", "source", "at_infinite_width")
+        """Title, formula, unit, source, value at infinite width and group, by name."""
+        names = ("title", "formula", "unit", "source", "at_infinite_width", "group")
         return {name: getattr(self, name) for name in names}
 
 
@@ -49,6 +58,7 @@ QUANTITIES: dict[str, Quantity] = {
         "unit of the output",
         "derived here, from PDLT 10.2",
         "Gaussian over initializations, with the mean and the sigma that are drawn",
+        OUTPUTS,
         among_the_first=True,
     ),
     "output_chi_squared": Quantity(
@@ -57,6 +67,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "derived here, from PDLT 10.2",
         "1, with sigma = sqrt(2 tr(R^2) / C) / N, R the correlations over the probe",
+        OUTPUTS,
         among_the_first=True,
     ),
     "ntk_trace": Quantity(
@@ -65,22 +76,25 @@ QUANTITIES: dict[str, Quantity] = {
         "(unit of the output)^2 / unit of the loss's rate",
         "PDLT 8.0; its mean 9.1",
         "its value at initialization, the same for every network",
+        KERNELS,
         among_the_first=True,
     ),
     "ntk_drift": Quantity(
-        "NTK drift: ||H - H_0|| / ||H_0||",
+        "NTK drift",
         "||H - H_0||_F / ||H_0||_F",
         "1",
         "PDLT 11.2 (the dNTK moves H at order 1/n)",
         "0: the NTK is frozen",
+        KERNELS,
         among_the_first=True,
     ),
     "representation_change": Quantity(
-        "Hidden kernels: ||K - K_0|| / ||K_0||, mean over layers",
+        "Representation change",
         "mean over hidden layers of ||K - K_0||_F / ||K_0||_F",
         "1",
         "PDLT 11.4",
         "0: representations do not change",
+        KERNELS,
         among_the_first=True,
     ),
     "ntk_kernel_distance": Quantity(
@@ -89,6 +103,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "Fort et al. 2020 (arXiv:2010.15110)",
         "0: the NTK is frozen",
+        KERNELS,
         among_the_first=True,
     ),
     "ntk_top_eigenvalue": Quantity(
@@ -97,6 +112,7 @@ QUANTITIES: dict[str, Quantity] = {
         "that of H",
         "PDLT 10.1 (it bounds the stable step)",
         "its value at initialization, the same for every network",
+        KERNELS,
         among_the_first=True,
     ),
     "ntk_spectrum": Quantity(
@@ -105,6 +121,7 @@ QUANTITIES: dict[str, Quantity] = {
         "log10 of that of H",
         "PDLT 10.1 (training's rates in the kernel regime)",
         "frozen",
+        KERNELS,
     ),
     "representation_cka_distance": Quantity(
         "Hidden kernels: 1 - CKA(K, K_0), mean over layers",
@@ -112,6 +129,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "Kornblith et al. 2019 (arXiv:1905.00414)",
         "0: representations do not change",
+        KERNELS,
     ),
     "ntk_mean_drift": Quantity(
         "NTK: drift along the ensemble's mean drift",
@@ -119,6 +137,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "derived here, from the GD hierarchy of PDLT chapter infinity",
         "0: the NTK is frozen",
+        KERNELS,
     ),
     "representation_mean_drift": Quantity(
         "Hidden kernels: drift along the ensemble's mean drift, mean over layers",
@@ -126,6 +145,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "derived here, from PDLT 11.4",
         "0: representations do not change",
+        KERNELS,
     ),
     "instance_output": Quantity(
         "Output of this network along its own forecast",
@@ -133,6 +153,7 @@ QUANTITIES: dict[str, Quantity] = {
         "unit of the output",
         "derived here, from PDLT chapter infinity",
         "order 0: the NTK at theta_0 says it all",
+        FORECAST,
         among_the_first=True,
     ),
     "instance_output_error": Quantity(
@@ -141,6 +162,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "derived here, from PDLT chapter infinity",
         "0 at order 0",
+        FORECAST,
     ),
     "instance_ntk_error": Quantity(
         "NTK of this network: error of its own forecast",
@@ -148,6 +170,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "derived here, from PDLT chapter infinity",
         "0 at order 0",
+        FORECAST,
     ),
     "ntk_rate": Quantity(
         "NTK: change over the last interval, a step",
@@ -156,6 +179,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1 / step",
         "derived here, from PDLT 11.1 and chapter infinity",
         "0: dNTK and ddNTK vanish as 1/n",
+        INTERVALS,
         among_the_first=True,
     ),
     "interval_ntk_error": Quantity(
@@ -164,6 +188,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "derived here, from PDLT 11.1 and chapter infinity",
         "undefined: nothing changes",
+        INTERVALS,
     ),
     "interval_output": Quantity(
         "Output: what the frozen Jacobian leaves of its change over the last interval",
@@ -172,6 +197,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "derived here, from PDLT 0.5 and chapter infinity",
         "0: outputs are linear in the parameters",
+        INTERVALS,
     ),
     "interval_output_error": Quantity(
         "Output: error of its predicted change over the last interval",
@@ -179,6 +205,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "derived here, from PDLT 0.5 and chapter infinity",
         "0 at order 0",
+        INTERVALS,
     ),
     "dntk": Quantity(
         "dNTK along the real displacement",
@@ -187,6 +214,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1 / unit of the output",
         "PDLT 11.1; the contraction derived here",
         "0: dNTK vanishes as 1/n",
+        DERIVATIVES,
         among_the_first=True,
     ),
     "ddntk": Quantity(
@@ -195,6 +223,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1 / (unit of the output)^2",
         "PDLT chapter infinity; the contraction derived here",
         "0: ddNTK vanishes as 1/n",
+        DERIVATIVES,
     ),
     "dntk_along_gradient": Quantity(
         "dNTK along the training gradient",
@@ -202,6 +231,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1 / unit of the output",
         "PDLT 11.1; the contraction derived here",
         "0: dNTK vanishes as 1/n",
+        DERIVATIVES,
     ),
     "ddntk_along_gradient": Quantity(
         "ddNTK along the training gradient",
@@ -209,6 +239,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1 / (unit of the output)^2",
         "PDLT chapter infinity; the contraction derived here",
         "0: ddNTK vanishes as 1/n",
+        DERIVATIVES,
     ),
     "taylor_remainder": Quantity(
         "What Taylor terms up to order 3 leave of the outputs' change",
@@ -216,6 +247,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "PDLT 0.5",
         "0, and at order 1/n too: it is of order 1/n^2",
+        TAYLOR,
         among_the_first=True,
     ),
     "taylor_terms": Quantity(
@@ -224,6 +256,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "PDLT 0.5",
         "1 for order 1, 0 for the others: of order 1/n",
+        TAYLOR,
     ),
     "taylor_orders_needed": Quantity(
         "Taylor orders that this network needs",
@@ -231,6 +264,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "derived here, from PDLT 0.5",
         "1: the network is linear in its parameters",
+        TAYLOR,
     ),
     "shadow_output": Quantity(
         "Output along the motion of its linear shadow",
@@ -239,6 +273,7 @@ QUANTITIES: dict[str, Quantity] = {
         "unit of the output",
         "derived here, from PDLT 0.5",
         "order 0: the linear model is the network",
+        TAYLOR,
     ),
     "shadow_output_error": Quantity(
         "Output: error of its shadows",
@@ -246,6 +281,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "derived here, from PDLT 0.5",
         "0 at order 0",
+        TAYLOR,
     ),
     "overhead_percent": Quantity(
         "Time spent measuring, % of the training's own",
@@ -253,6 +289,7 @@ QUANTITIES: dict[str, Quantity] = {
         "%",
         "wall clock",
         "says nothing about width",
+        COST,
         among_the_first=True,
     ),
 }

@@ -2,12 +2,14 @@
 
 from torch_eft.results.quantities import QUANTITIES, Quantity, register_quantity
 from torch_eft.results.tags import compared_quantities, layer_tag, layer_theory_tag, tag
+from torch_eft.results.verdict import Verdict, verdict
 from torch_eft.tensorboard.figures import comparison_figure, kernel_figure, layers_figure, trajectory_figure
 from torch_eft.tensorboard.layout import comparison_layout
 
 __all__ = [
     "QUANTITIES",
     "Quantity",
+    "Verdict",
     "compared_quantities",
     "comparison_figure",
     "comparison_layout",
@@ -18,4 +20,5 @@ __all__ = [
     "register_quantity",
     "tag",
     "trajectory_figure",
+    "verdict",
 ]

@@ -152,7 +152,7 @@ def trajectory_figure(trajectories: "Mapping[str, Trajectory]", point: int = 0, 
         >>> outputs = [torch.zeros(3, 2), torch.ones(3, 2)]
         >>> run = trajectory_from_records([0, 10], outputs, "a run", Validity("valid", "measured"))
         >>> [axes.get_title() for axes in trajectory_figure({"measured": run}).axes]
-        ['output 0 at probe point 0', 'NTK drift: ||H - H_0|| / ||H_0||']
+        ['output 0 at probe point 0', 'NTK drift']
     """
     if not isinstance(trajectories, Mapping) or not trajectories:
         given = "none" if isinstance(trajectories, Mapping) else type(trajectories).__name__
@@ -176,7 +176,7 @@ def trajectory_figure(trajectories: "Mapping[str, Trajectory]", point: int = 0, 
             drift, start = trajectory.ntk_drift.flatten(1).double(), trajectory.ntk_mean[0].double()
             drifts.plot(steps, (drift.norm(dim=1) / start.norm()).cpu().numpy(), lw=2.5, color=line.get_color())
     outputs.set_title(f"output {output} at probe point {point}", fontsize=14)
-    drifts.set_title("NTK drift: ||H - H_0|| / ||H_0||", fontsize=14)
+    drifts.set_title("NTK drift", fontsize=14)
     for axes in (outputs, drifts):
         axes.set_xlabel("optimizer step", fontsize=14)
         axes.tick_params(labelsize=13)

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch_eft.tensorboard.run_info import Records, find_jsonl, read_jsonl
+from torch_eft.results.quantities import HEADLINES
+from torch_eft.tensorboard.run_info import Records, find_jsonl, read_jsonl, unpredicted_sentences, verdicts
 
 STATIC = Path(__file__).parent / "plugin" / "static"
 ENTRY = "report.js"
@@ -55,19 +56,30 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> str:
 
 
 def report_data(records: Sequence[Records], note: str = "") -> dict[str, Any]:
-    """Return the data of the tab: the answer of ``/runs``, and under ``series`` and ``pages`` the rest by run."""
+    """Return the data of the tab: the answer of ``/runs``, and the rest under ``series``, ``verdicts``, ``pages``."""
     names = _names([record.path for record in records])
-    runs, series, pages = [], {}, {}
+    runs, series, judged, pages = [], {}, {}, {}
     for name, record in zip(names, records, strict=True):
         found = record.series()
         info = {**record.info, "events": record.events} if record.info is not None else None
         problem = "" if info else "This run's file does not describe it: r and validity are not known."
         quantities = {quantity: list(values) for quantity, values in found.items()}
-        runs.append({"name": name, "info": info, "problem": problem, "quantities": quantities})
-        series[name] = found
+        unpredicted = unpredicted_sentences(info)
+        runs.append(
+            {"name": name, "info": info, "problem": problem, "unpredicted": unpredicted, "quantities": quantities}
+        )
+        series[name], judged[name] = found, verdicts(found)
         # The diagnosis is part of the run info.
         pages[name] = {page: text for page, text in record.pages.items() if text != (info or {}).get("diagnosis")}
-    return {"runs": runs, "series": series, "pages": pages, "others": 0, "note": note}
+    return {
+        "runs": runs,
+        "headlines": HEADLINES,
+        "series": series,
+        "verdicts": judged,
+        "pages": pages,
+        "others": 0,
+        "note": note,
+    }
 
 
 def report_page(data: dict[str, Any]) -> str:

@@ -13,12 +13,14 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch_eft.results.quantities import HEADLINES
 from torch_eft.results.tags import split_tag
+from torch_eft.results.verdict import verdict_of
 
 PLUGIN_NAME = "eft"
 RUN_INFO_TAG = "eft/run"
@@ -71,11 +73,13 @@ def _sound(info: dict[str, Any]) -> bool:
     words = ("network", "regime", "criticality", "optimizer", "level", "diagnosis")
     numbers = ("depth", "width", "r", "epsilon", "parameters")
     validity, quantities, probe = info.get("validity"), info.get("quantities"), info.get("probe")
+    unpredicted = info.get("unpredicted")
     lists = [info.get(key) or [] for key in ("events", "skipped")]
     return (
         all(isinstance(info.get(key), str | None) for key in words)
         and all(isinstance(info.get(key), int | float | None) for key in numbers)
         and (validity is None or _strings(validity))
+        and (unpredicted is None or _strings(unpredicted))
         and (probe is None or (isinstance(probe, list) and len(probe) == 2))
         and (quantities is None or (isinstance(quantities, dict) and all(map(_strings, quantities.values()))))
         and all(isinstance(entries, list) and all(_marked(entry) for entry in entries) for entries in lists)
@@ -89,6 +93,35 @@ def _strings(value: Any) -> bool:
 def _marked(entry: Any) -> bool:
     """An event or a failure: a step, and words."""
     return isinstance(entry, dict) and isinstance(entry.get("step"), int) and _strings({**entry, "step": None})
+
+
+def unpredicted_sentences(info: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return ``{quantity: sentence}``: what the cards of the first quantities say where a run does not predict them.
+
+    Args:
+        info: The run info; None if there is none that can be read.
+    """
+    if info is None:
+        return {}
+    validity = info.get("validity") or {}
+    reason = validity.get("reason")
+    sentence = "no prediction of this quantity at finite width"
+    if validity.get("flag") == "invalid" and reason:
+        sentence = f"no prediction for this run: {reason}"
+    elif info.get("level") == "measurements only" and reason:
+        sentence = reason
+    given = {name: words for name, words in (info.get("unpredicted") or {}).items() if words}
+    return {name: sentence for names in HEADLINES for name in names} | given
+
+
+def verdicts(series: Mapping[str, Mapping[str, Iterable[Sequence[Any]]]]) -> dict[str, dict[str, Any]]:
+    """Return ``{quantity: verdict}``, as plain types, of ``{quantity: {series: [[step, value], ...]}}``."""
+    found = {}
+    for quantity, lines in series.items():
+        known = {name: {step: v for step, v in points if v is not None} for name, points in lines.items()}
+        if (verdict := verdict_of(known)) is not None:
+            found[quantity] = verdict.to_dict()
+    return found
 
 
 def dump_json(value: Any) -> str:

@@ -51,6 +51,19 @@ def test_the_truncation_widens_the_band():
     assert not BandWatch().events(0, scalars(5.5))  # no uncertainty, no band
 
 
+def test_of_quantiles_the_outer_band_is_left_and_the_inner_one_is_back():
+    watch = BandWatch()
+    names = ("band_90_low", "band_68_low", "order_1", "band_68_high", "band_90_high")
+    theory = {tag("ntk_drift", name): value for name, value in zip(names, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True)}
+    values = (4.9, 5.1, 4.5, 5.1, 3.9, 0.9)
+    found = [watch.events(step, theory | {tag("ntk_drift"): value}) for step, value in enumerate(values)]
+    assert [bool(events) for events in found] == [False, True, False, False, False, True]
+    assert found[1][0].text == "NTK drift: measured 5.1, above the band of 90 % of networks, 1 .. 5"
+    assert "0.9, below the band" in found[5][0].text
+    flat = dict.fromkeys(theory, 0.0)
+    assert not BandWatch().events(0, flat | {tag("ntk_drift"): 0.1})  # all networks start at 0
+
+
 def test_the_page_is_a_table():
     page = events_page([Event(3, "ntk_drift", "||H|| moved")])
     assert page.splitlines()[2] == "| 3 | ntk_drift | &#124;&#124;H&#124;&#124; moved |"

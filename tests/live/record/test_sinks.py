@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from torch_eft.live import Event, JSONLSink, MeasurementWarning, TensorBoardSink
-from torch_eft.live.record.run_summary import described
+from torch_eft.live.instrument import RunFacts
+from torch_eft.live.record.run_summary import described, run_summary
 from torch_eft.tensorboard.run_info import read_jsonl
 
 
@@ -93,3 +94,10 @@ def test_optimizers_are_told_in_few_digits():
     assert described(torch.optim.SGD(weights, lr=0.3991127631592157)) == "SGD, lr 0.399113"
     adam = torch.optim.AdamW(weights, lr=torch.tensor(0.25))
     assert described(adam) == "AdamW, lr 0.25, betas (0.9, 0.999), weight_decay 0.01"
+
+
+def test_the_summary_says_why_a_quantity_has_no_prediction():
+    first, second = {"dntk": "no room"}, {"dntk": "other", "ntk_drift": "ReLU has kinks"}
+    facts = [RunFacts(unpredicted=first), RunFacts(), RunFacts(unpredicted=second)]
+    summary = run_summary(facts, torch.nn.Linear(1, 1), [], [1, 1], "", {}, [], [])
+    assert summary["unpredicted"] == {"dntk": "no room", "ntk_drift": "ReLU has kinks"}

@@ -51,8 +51,11 @@ def run_summary(
     merged: dict[str, Any] = dict.fromkeys(("depth", "width", "r", "epsilon", "regime", "criticality"))
     merged["network"] = type(model).__name__
     for known in facts:
-        given = {key: value for key, value in vars(known).items() if key != "claim" and value is not None}
+        given = {key: value for key, value in vars(known).items() if key in merged and value is not None}
         merged |= {key: value for key, value in given.items() if merged[key] is None or key == "network"}
+    unpredicted: dict[str, str] = {}
+    for known in reversed(facts):
+        unpredicted |= known.unpredicted or {}
     claim = shown_claim(facts)
     validity = _NO_THEORY if claim is None else claim.validity or _UNDECIDED
     holds = claim is not None and claim.validity is not None and claim.validity.flag != "invalid"
@@ -64,6 +67,7 @@ def run_summary(
         "level": claim.level if claim is not None and holds else "measurements only",
         "validity": {"flag": validity.flag, "reason": validity.reason},
         "diagnosis": diagnosis,
+        "unpredicted": unpredicted,
         "quantities": documented(list(quantities)),
         "events": [asdict(event) for event in events],
         "skipped": [{"step": step, "reason": reason} for step, reason in skipped],

@@ -7,8 +7,15 @@ from tensorboard import errors
 from tensorboard.data import provider
 from tensorboard.plugins.scalar import metadata as scalar_metadata
 
+from torch_eft.results.quantities import HEADLINES
 from torch_eft.results.tags import split_tag
-from torch_eft.tensorboard.run_info import PLUGIN_NAME, RUN_INFO_TAG, parse_run_info
+from torch_eft.tensorboard.run_info import (
+    PLUGIN_NAME,
+    RUN_INFO_TAG,
+    parse_run_info,
+    unpredicted_sentences,
+    verdicts,
+)
 
 
 class Reader:
@@ -27,21 +34,26 @@ class Reader:
         """The runs with our data, oldest first.
 
         Returns:
-            ``{"runs": [{"name", "info", "problem", "quantities": {quantity: [series]}}], "others": count}``; info is
-            None, and problem says why, where a run has none that can be read; others counts runs without our data.
+            ``{"runs": [{"name", "info", "problem", "unpredicted": {quantity: sentence}, "quantities": {quantity:
+            [series]}}], "headlines": [[quantity]], "others": count}``; info is None, and problem says why, where a run
+            has none that can be read; others counts runs without our data.
         """
         if self._data is None:
-            return {"runs": [], "others": 0}
+            return {"runs": [], "headlines": HEADLINES, "others": 0}
         tags = self._tags(ctx, experiment)
         texts = self._info_texts(ctx, experiment)
         known = self._data.list_runs(ctx, experiment_id=experiment)
         started = {run.run_name: run.start_time for run in known}
         runs = [_run(name, tags.get(name, {}), texts.get(name)) for name in {*tags, *texts}]
         runs.sort(key=lambda run: (started.get(run["name"]) or math.inf, run["name"]))
-        return {"runs": runs, "others": len(started.keys() - {run["name"] for run in runs})}
+        others = len(started.keys() - {run["name"] for run in runs})
+        return {"runs": runs, "headlines": HEADLINES, "others": others}
 
     def series(self, ctx: Any, experiment: str, run: str, quantities: list[str] | None = None) -> dict[str, Any]:
-        """Return ``{"run", "quantities": {quantity: {series: [[step, value], ...]}}}``; values not finite are None.
+        """Return the numbers of a run, and what they say.
+
+        ``{"run", "quantities": {quantity: {series: [[step, value], ...]}}, "verdicts": {quantity: verdict}}``; values
+        not finite are None; verdicts as in ``Verdict.to_dict``.
 
         Args:
             ctx: TensorBoard's request context.
@@ -74,7 +86,7 @@ class Reader:
             found.setdefault(quantity, {})[series] = [
                 [step, value if math.isfinite(value) else None] for step, value in sorted(values.items())
             ]
-        return {"run": run, "quantities": found}
+        return {"run": run, "quantities": found, "verdicts": verdicts(found)}
 
     def events(self, ctx: Any, experiment: str, run: str) -> dict[str, Any]:
         """Return ``{"run", "events": [{"step", "quantity", "text"}]}`` of the run info.
@@ -116,4 +128,5 @@ def _run(name: str, tags: dict[str, tuple[str, str]], text: bytes | None) -> dic
     quantities: dict[str, list[str]] = {}
     for quantity, series in tags.values():
         quantities.setdefault(quantity, []).append(series)
-    return {"name": name, "info": info, "problem": problem, "quantities": quantities}
+    unpredicted = unpredicted_sentences(info)
+    return {"name": name, "info": info, "problem": problem, "unpredicted": unpredicted, "quantities": quantities}
