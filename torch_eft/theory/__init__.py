@@ -35,6 +35,7 @@ from torch_eft.theory.gaussian.quadrature import QuadratureError
 from torch_eft.theory.hidden_layers.predict import predict_representation
 from torch_eft.theory.hidden_layers.result import HiddenLayerForecast, RepresentationForecast
 from torch_eft.theory.hidden_layers.statistics import RepresentationStatistics, representation_statistics
+from torch_eft.theory.hierarchy.drift.joint import NetworkDraws
 from torch_eft.theory.hierarchy.drift.predict import predict_drift
 from torch_eft.theory.hierarchy.drift.result import ContractedSize, DriftForecast, DriftQuantiles, KernelDrift, NTKDrift
 from torch_eft.theory.hierarchy.evolution import Hierarchy, train_hierarchy
@@ -83,6 +84,7 @@ __all__ = [
     "LearningRateShares",
     "MLPEnsemble",
     "NTKDrift",
+    "NetworkDraws",
     "QuadratureError",
     "RepresentationForecast",
     "RepresentationStatistics",

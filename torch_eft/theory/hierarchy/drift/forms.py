@@ -238,18 +238,25 @@ class FormReader:
                     self._put(totals[run], first, second, found)
         return [self._assembled(total) for total in totals]
 
-    def joint(self) -> dict[Key, Tensor]:
-        """Covariances of all eta of each observable, (pairs, pairs, modes, modes), probe pairs as in ``AllForms``."""
-        path, probes, U = self._path, self._path.probes, self._path.U
+    def joint(self, probe: Tensor) -> dict[Key, Tensor]:
+        """Covariances of the eta of all pairs of some probe points, (pairs, pairs, modes, modes) for each observable.
+
+        Args:
+            probe: Their numbers, ascending; pairs are in the order of ``AllForms``.
+
+        Returns:
+            By observable and layer.
+        """
+        path, probes, U = self._path, len(probe), self._path.U
         points = torch.arange(len(path.K), device=path.K.device)
         rows, columns = torch.triu_indices(probes, probes, device=path.K.device)
-        probe, train = points[:probes], path.train
+        train, own = path.train, torch.arange(probes, device=path.K.device)
         size = max(1, math.isqrt(self._entries // (probes**2 * len(train) ** 2)))
-        blocks = [probe] if size >= probes else list(probe.split(size))
+        blocks = [own] if size >= probes else list(own.split(size))
         total: dict[Key, Tensor] = {}
         for i, first in enumerate(blocks):
             for second in blocks[i:]:
-                wanted = {"x": first, "y": second, "p": probe, "q": probe, "g": train, "d": train}
+                wanted = {"x": probe[first], "y": probe[second], "p": probe, "q": probe, "g": train, "d": train}
                 sets: LabelSets = dict.fromkeys(wanted, points) if self._few else wanted
                 here = torch.isin(rows, first) & torch.isin(columns, second)
                 one, other = rows[here] - first[0], columns[here] - second[0]

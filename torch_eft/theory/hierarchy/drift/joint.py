@@ -1,7 +1,8 @@
-"""The joint law of the drifts of all pairs of probe points: draws of norms, and the component along a direction.
+"""The joint law of the drifts of all pairs of probe points, as draws of networks, and along a direction.
 
 Each drift is a quadratic form of its own eta (``law``); the eta of two pairs of points are correlated by the dNTK's
-covariance at six labels.
+covariance at six labels. That of many probe points is large: pairs of some of them are drawn together, and the squared
+norm of the whole is theirs times the ratio of the two expectations, which are exact.
 """
 
 from dataclasses import dataclass
@@ -9,26 +10,45 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_eft.theory.hierarchy.drift.law import DriftForms, drift, times
+from torch_eft.theory.hierarchy.drift.law import (
+    DriftForms,
+    Factors,
+    FullKernelForms,
+    Motion,
+    dntk,
+    drift,
+    interval,
+    times,
+)
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 
 
 @dataclass(frozen=True)
 class JointForms:
-    """The forms of all pairs of probe points, with the covariances between them.
+    """The forms of all pairs of probe points, with the covariances between those of some points.
 
     Args:
         forms: One by one.
-        X: Cov(eta, eta) of all pairs, (pairs, pairs, modes, modes).
         weights: (pairs,), 1 on the diagonal and 2 beside it, where a pair stands for two entries.
+        pairs: (some,), the pairs that are drawn together.
+        X: Cov(eta, eta) of those, (some, some, modes, modes).
+        reference: The norm of the kernel at infinite width.
     """
 
     forms: DriftForms
-    X: Tensor
     weights: Tensor
+    pairs: Tensor
+    X: Tensor
+    reference: Tensor
+
+    @property
+    def some(self) -> DriftForms:
+        """The forms of the pairs that are drawn together."""
+        forms, at = self.forms, self.pairs
+        return DriftForms(forms.scale, forms.C[at], forms.A[at], forms.B[at], forms.X[at])
 
     def along(self, path: InfiniteWidthPath, steps: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the component along a symmetric matrix at every time.
+        """Mean and variance of the component along a symmetric matrix at every time, of all pairs drawn together.
 
         Args:
             path: The path at infinite width.
@@ -38,9 +58,9 @@ class JointForms:
         Returns:
             (T,) each.
         """
-        forms, means, variances = self.forms, [], []
+        forms, means, variances = self.some, [], []
         for step, direction in zip(steps, directions, strict=True):
-            w = self.weights * direction
+            w = self.weights[self.pairs] * direction
             C, A, B = (torch.tensordot(w, part, 1)[None] for part in (forms.C, forms.A, forms.B))
             X = torch.tensordot(w, torch.tensordot(w, self.X, 1), 1)[None]
             mean, variance = DriftForms(forms.scale, C, A, B, X).moments(path, step.reshape(1))
@@ -48,27 +68,152 @@ class JointForms:
             variances.append(variance[0, 0])
         return torch.stack(means), torch.stack(variances)
 
-    def norms(self, path: InfiniteWidthPath, steps: Tensor, count: int, seed: int) -> Tensor:
-        """Draws of the Frobenius norm at every time, the same networks at all, (T, count)."""
-        generator = torch.Generator(self.X.device).manual_seed(seed)
-        forms, modes = self.forms, len(path.eigenvalues)
-        pairs = len(forms.C)
-        joint = path.K_modes.new_empty((pairs + 1) * modes, (pairs + 1) * modes)
-        joint[:modes, :modes] = path.K_modes
-        joint[modes:, :modes] = forms.C.flatten(0, 1)
-        joint[:modes, modes:] = joint[modes:, :modes].T
-        joint[modes:, modes:] = self.X.transpose(1, 2).reshape(pairs * modes, pairs * modes)
-        values, vectors = torch.linalg.eigh((joint + joint.T) / 2)
+
+class _Drawn:
+    """Networks drawn from the law of one kernel's drift.
+
+    Args:
+        joint: The law.
+        path: The path at infinite width.
+        z: Training outputs at initialization, in modes, (draws, modes, n_L).
+        generator: Of what z does not determine.
+    """
+
+    def __init__(self, joint: JointForms, path: InfiniteWidthPath, z: Tensor, generator: torch.Generator) -> None:
+        self._joint, self._path, self._z = joint, path, z
+        some, modes, a = joint.some, z.shape[1], z - path.y
+        inverse = torch.linalg.pinv(path.K_modes, hermitian=True)
+        C = some.C.flatten(0, 1)  # (pairs modes, modes)
+        left = joint.X.transpose(1, 2).flatten(2).flatten(0, 1) - C @ inverse @ C.T
+        values, vectors = torch.linalg.eigh((left + left.T) / 2)
         root = vectors * values.clamp_min(0.0).sqrt()  # sampled moments leave small negative ones
-        squares, linear = joint.new_zeros(count, modes, modes), joint.new_zeros(count, pairs, modes)
+        self._linear = z.new_zeros(len(z), len(joint.pairs), modes)
         for k in range(path.outputs):
-            u = torch.randn(count, len(root), generator=generator, dtype=root.dtype, device=root.device)
-            z, eta = (u @ root.T).split([modes, pairs * modes], 1)
-            a = z - path.y[:, k]
-            squares += a[:, :, None] * a[:, None, :]
-            linear += eta.reshape(count, pairs, modes) * a[:, None, :]
-        found = []
-        for phi, pp, psi in times(path, steps, drift):
-            D = squares.flatten(1) @ forms.quadratic(pp, psi).flatten(1).T - linear @ phi
-            found.append(forms.scale * (D.square() @ self.weights).sqrt())
-        return torch.stack(found)
+            u = torch.randn(len(z), len(root), generator=generator, dtype=z.dtype, device=z.device)
+            eta = u @ root.T + (z[:, :, k] @ inverse) @ C.T
+            self._linear += eta.unflatten(1, (-1, modes)) * a[:, None, :, k]
+        self._squares = a @ a.mT
+
+    def entries(self, factors: Factors) -> Tensor:
+        """Drifts of the pairs drawn together, (draws, pairs)."""
+        first, pp, psi = factors
+        forms = self._joint.some
+        return forms.scale * (self._squares.flatten(1) @ forms.quadratic(pp, psi).flatten(1).T - self._linear @ first)
+
+    def squares(self, factors: Factors) -> Tensor:
+        """Squared norms, of all pairs, (draws,)."""
+        joint = self._joint
+        found = self.entries(factors).square() @ joint.weights[joint.pairs]
+        if len(joint.pairs) == len(joint.weights):
+            return found
+        mean, variance = (part[0] for part in joint.forms.moments_of(self._path, [factors]))
+        expected = joint.weights * (mean.square() + variance)
+        part = expected[joint.pairs].sum()
+        return found * torch.where(part > 0, expected.sum() / torch.where(part > 0, part, 1.0), 0.0)
+
+    def expected(self, factors: Factors) -> Tensor:
+        """Expected squared norms given z, of all pairs, (draws,)."""
+        mean, variance = self._joint.forms.conditional_moments(self._path, [factors], self._z)
+        return (mean.square() + variance)[0] @ self._joint.weights
+
+
+class NetworkDraws:
+    """Networks drawn from the law of what their training changes: the same networks at all times and in all kernels.
+
+    The drifts of a kernel averaged over outputs are drawn from their law. Of the NTK with all pairs of outputs, the
+    squared norm of what is beyond that average has its exact mean given z(0), and is taken to fluctuate given z(0) as a
+    chi squared of n_L (n_L + 1) / 2 - 1 degrees, one for each further pair of outputs: for two outputs, where this
+    matters most, quantiles are right to 2 % of the networks. Given z(0) kernels of different layers are drawn
+    independently.
+
+    Args:
+        joint: ``{(observable, layer): law}``, ``"output"``, ``"diagonal"``, ``"activations"`` or ``"ntk"``.
+        full: Of the NTK with all pairs of outputs.
+        path: The path at infinite width.
+        z: Training outputs at initialization, (draws, N, n_L).
+        seed: Seed.
+
+    Attributes:
+        layers: Numbers of the hidden layers.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> x, y = torch.eye(2, 3), torch.ones(2, 1)
+        >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "linear")
+        >>> networks = theory.predict_drift(ensemble, x, y, x, learning_rate=0.1, steps=4).draws(100)
+        >>> isinstance(networks, theory.NetworkDraws), networks.layers
+        (True, [1, 2])
+    """
+
+    def __init__(
+        self,
+        joint: dict[tuple[str, int], JointForms],
+        full: FullKernelForms,
+        path: InfiniteWidthPath,
+        z: Tensor,
+        seed: int,
+    ) -> None:
+        generator = torch.Generator(path.K.device).manual_seed(seed)
+        self._z = path.U.T @ z
+        self._joint, self._full, self._path = joint, full, path
+        self._drawn = {key: _Drawn(law, path, self._z, generator) for key, law in joint.items()}
+        (self._output,) = (key for key in joint if key[0] == "output")
+        self.layers = [layer for observable, layer in joint if observable == "activations"]
+        a = self._z - path.y
+        self._squares = a @ a.mT
+        shape = len(z), max(1, path.outputs * (path.outputs + 1) // 2 - 1)
+        normal = torch.randn(shape, generator=generator, dtype=path.K.dtype, device=path.K.device)
+        self._beyond = normal.square().mean(1)
+
+    def ntk_drift(self, step: float, *, full: bool = False) -> Tensor:
+        """|H(t) - H(0)| / |H| with H at infinite width, (draws,); averaged over outputs, or ``full``."""
+        return self._relative(self._factors(step), full)
+
+    def diagonal_drift(self, step: float) -> Tensor:
+        """Drift of the mean of the NTK's diagonal, (draws,)."""
+        (key,) = (key for key in self._joint if key[0] == "diagonal")
+        return self._drawn[key].entries(self._factors(step))[:, 0]
+
+    def hidden_change(self, layer: int, step: float, *, ntk: bool = False) -> Tensor:
+        """Relative change of the kernel of a hidden layer, or of its NTK, (draws,)."""
+        key = ("ntk" if ntk else "activations", layer)
+        return self._drawn[key].squares(self._factors(step)).sqrt() / self._joint[key].reference
+
+    def along_displacement(self, start: float, end: float, *, full: bool = False) -> tuple[Tensor, Tensor]:
+        """Sizes of dNTK and ddNTK along the displacement from one step to another, as measured at its start.
+
+        Args:
+            start: The earlier step.
+            end: The later step.
+            full: With all pairs of outputs.
+
+        Returns:
+            Relative change of the NTK per rms motion of the probe's outputs, and per its square, (draws,) each; NaN
+            where nothing moves.
+        """
+        return self._contracted(interval(self._path, start, end), full)
+
+    def along_gradient(self, step: float, *, full: bool = False) -> tuple[Tensor, Tensor]:
+        """Sizes of dNTK and ddNTK along the gradient at a step, as in ``along_displacement``."""
+        return self._contracted(self._factors(step, dntk), full)
+
+    def _contracted(self, first: Factors, full: bool) -> tuple[Tensor, Tensor]:
+        path, moved = self._path, first[0]
+        second = torch.zeros_like(moved), torch.outer(moved, moved), torch.zeros_like(first[2])
+        seen = path.coupling[: path.probes]
+        motion = (self._squares * second[1] * (seen.T @ seen)).sum((1, 2)) / (path.probes * path.outputs)
+        return self._relative(first, full) / motion.sqrt(), self._relative(second, full) / motion
+
+    def _relative(self, factors: Factors, full: bool) -> Tensor:
+        drawn, reference = self._drawn[self._output], self._joint[self._output].reference
+        squares = drawn.squares(factors)
+        if full:
+            n_L, weights = self._path.outputs, self._joint[self._output].weights
+            everything = self._full.conditional_mean_squares(self._path, factors, self._z, weights)
+            squares = squares + self._beyond * (everything / n_L - drawn.expected(factors)).clamp_min(0.0)
+        return squares.sqrt() / reference
+
+    def _factors(self, step: float, motion: Motion = drift) -> Factors:
+        at = torch.tensor([step], dtype=self._path.K.dtype, device=self._path.K.device)
+        return next(times(self._path, at, motion))

@@ -18,7 +18,7 @@ flow, at the parameters reached by any optimizer: the same form with derivatives
 M alone (``Motion``).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,22 +29,25 @@ from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 _CHUNK = 2**26
 """Bytes of psi at once."""
 
-Motion = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""From g, phi (modes,) and psi (modes, modes) at one time: the factors of eta, of A and of B in the form."""
+Factors = tuple[Tensor, Tensor, Tensor]
+"""Of eta (modes,), of A and of B (modes, modes) in the form."""
+
+Motion = Callable[[Tensor, Tensor, Tensor], Factors]
+"""From g, phi (modes,) and psi (modes, modes) at one time: the factors."""
 
 
-def drift(g: Tensor, phi: Tensor, psi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def drift(g: Tensor, phi: Tensor, psi: Tensor) -> Factors:
     """Factors of a drift H(t) - H(0)."""
     return phi, torch.outer(phi, phi), psi
 
 
-def dntk(g: Tensor, phi: Tensor, psi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def dntk(g: Tensor, phi: Tensor, psi: Tensor) -> Factors:
     """Factors of (dH + transpose) e at time t."""
     change = torch.outer(g, phi)
     return -g, -change - change.T, -change
 
 
-def ddntk(g: Tensor, phi: Tensor, psi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def ddntk(g: Tensor, phi: Tensor, psi: Tensor) -> Factors:
     """Factors of (ddI + transpose + 2 ddII) e e at time t."""
     return torch.zeros_like(g), 2 * torch.outer(g, g), torch.zeros_like(psi)
 
@@ -69,10 +72,14 @@ class DriftForms:
 
     def moments(self, path: InfiniteWidthPath, steps: Tensor, motion: Motion = drift) -> tuple[Tensor, Tensor]:
         """Mean and variance over initializations, (T, forms) each."""
+        return self.moments_of(path, times(path, steps, motion))
+
+    def moments_of(self, path: InfiniteWidthPath, factors: Iterable[Factors]) -> tuple[Tensor, Tensor]:
+        """Mean and variance over initializations for given factors, (T, forms) each."""
         K, Y, G, n_L = path.K_modes, path.target_gram, path.error_gram, path.outputs
         diagonal = self.C.diagonal(dim1=1, dim2=2)
         means, variances = [], []
-        for phi, pp, psi in times(path, steps, motion):
+        for phi, pp, psi in factors:
             M, moved = self.quadratic(pp, psi), phi[:, None] * self.C
             MK, MY = M @ K, M @ Y
             apart, outer = MK - moved / 2, torch.outer(phi, phi) * G
@@ -81,49 +88,34 @@ class DriftForms:
             variances.append((self.X * outer).sum((1, 2)) + n_L * same + 4 * _trace(MK - moved, MY))
         return self.scale * torch.stack(means), self.scale**2 * torch.stack(variances).clamp_min(0.0)
 
-    def conditional_moments(self, path: InfiniteWidthPath, steps: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance over networks with the training outputs z at initialization.
+    def conditional_moments(
+        self, path: InfiniteWidthPath, factors: Iterable[Factors], z: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and variance over networks with given training outputs at initialization.
 
         Args:
             path: The path at infinite width.
-            steps: (T,).
-            z: In modes, (modes, n_L).
+            factors: One time after the other.
+            z: In modes, (draws, modes, n_L).
 
         Returns:
-            (T, forms) each.
+            (T, draws, forms) each.
         """
         a = z - path.y
         to_z = self.C @ torch.linalg.pinv(path.K_modes, hermitian=True)
-        left = self.X - to_z @ self.C.mT
+        left = (self.X - to_z @ self.C.mT).flatten(1)
+        squares, crossed = (a @ a.mT).flatten(1), (a @ z.mT).flatten(1)
         means, variances = [], []
-        for phi, pp, psi in times(path, steps, drift):
-            moved = phi[:, None] * a
-            means.append(((self.quadratic(pp, psi) @ a) * a - (to_z @ z) * moved).sum((1, 2)))
-            variances.append(((left @ moved) * moved).sum((1, 2)))
+        for phi, pp, psi in factors:
+            linear = crossed @ (phi[:, None] * to_z).flatten(1).T
+            means.append(squares @ self.quadratic(pp, psi).flatten(1).T - linear)
+            variances.append(squares @ (torch.outer(phi, phi).flatten() * left).T)
         return self.scale * torch.stack(means), self.scale**2 * torch.stack(variances).clamp_min(0.0)
 
     def quadratic(self, pp: Tensor, psi: Tensor) -> Tensor:
         """M at one time, (forms, modes, modes)."""
         M = pp * self.A + psi * self.B
         return (M + M.mT) / 2
-
-    def draws(self, path: InfiniteWidthPath, step: Tensor, count: int, seed: int) -> Tensor:
-        """Draws of the law at one time, each form by itself, (count, forms)."""
-        generator = torch.Generator(self.C.device).manual_seed(seed)
-        ((phi, pp, psi),) = times(path, step.reshape(1), drift)
-        M, modes, n_L = self.quadratic(pp, psi), len(phi), path.outputs
-        K = path.K_modes.expand_as(self.C)
-        joint = torch.cat([torch.cat([K, self.C.mT], 2), torch.cat([self.C, self.X], 2)], 1)
-        values, vectors = torch.linalg.eigh((joint + joint.mT) / 2)
-        root = vectors * values.clamp_min(0.0).sqrt()[:, None, :]  # sampled moments: tiny negative eigenvalues
-        found = []
-        for factor, form in zip(root, M, strict=True):
-            u = torch.randn(2 * modes, count * n_L, generator=generator, dtype=form.dtype, device=form.device)
-            z, eta = (factor @ u).reshape(2, modes, count, n_L)
-            a = z - path.y[:, None, :]
-            quadratic = torch.einsum("mdk,mn,ndk->d", a, form, a)
-            found.append(self.scale * (quadratic - (eta * phi[:, None, None] * a).sum((0, 2))))
-        return torch.stack(found, 1)
 
 
 @dataclass(frozen=True)
@@ -164,9 +156,7 @@ class FullKernelForms:
         al, be, ga = self.alpha, self.beta, self.gamma
         found = []
         for phi, pp, psi in times(path, steps, motion):
-            M1 = pp * self.Cpp + psi * self.Cqq
-            M1 = (M1 + M1.mT) / 2
-            M2 = pp * self.Cij + psi * self.Sij + (psi * self.Sji).mT
+            M1, M2 = self._quadratic(pp, psi)
             M2s = (M2 + M2.mT) / 2
             al_, be_, ga_ = (phi[:, None] * part for part in (al, be, ga))
             C = al_ + be_ + n * ga_
@@ -188,8 +178,65 @@ class FullKernelForms:
             found.append(linear - 2 * mixed + square)
         return self.scale**2 * torch.stack(found).clamp_min(0.0)
 
+    def _quadratic(self, pp: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
+        """M1 and M2 at one time, (pairs, modes, modes)."""
+        M1 = pp * self.Cpp + psi * self.Cqq
+        return (M1 + M1.mT) / 2, pp * self.Cij + psi * self.Sij + (psi * self.Sji).mT
 
-def times(path: InfiniteWidthPath, steps: Tensor, motion: Motion) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def conditional_mean_squares(self, path: InfiniteWidthPath, factors: Factors, z: Tensor, weights: Tensor) -> Tensor:
+        """E sum_ij D_ij^2 of networks with given training outputs at initialization, summed over pairs.
+
+        Args:
+            path: The path at infinite width.
+            factors: Of one time.
+            z: In modes, (draws, modes, n_L).
+            weights: (pairs,).
+
+        Returns:
+            (draws,).
+        """
+        phi, pp, psi = factors
+        M1, M2 = self._quadratic(pp, psi)
+        inverse = torch.linalg.pinv(path.K_modes, hermitian=True)
+        al, be, ga = self.alpha, self.beta, self.gamma
+        # E[eta_ijk|z] = delta_ij ga s_k + delta_jk al s_i + delta_ik be s_j with s = K^-1 z, and what it explains of X
+        s, a, n = inverse @ z, z - path.y, path.outputs
+        v, same = phi[:, None] * a, torch.eye(path.outputs, dtype=z.dtype, device=z.device)
+        known = n * sum(part @ inverse @ part.mT for part in (al, be, ga))
+        known = known + 2 * (ga @ inverse @ (al + be).mT + al @ inverse @ be.mT)
+        left = torch.tensordot(weights, self.X - known, 1)
+        total = torch.einsum("mn,dmk,dnk->d", left, v, v)
+        squares = a @ a.mT
+        for pair, weight in enumerate(weights.tolist()):
+            along = v.mT @ al[pair] @ s  # v_j al s_i, (draws, j, i)
+            D = a.mT @ M2[pair] @ a - along.mT - v.mT @ be[pair] @ s
+            common = (squares * M1[pair]).sum((1, 2)) - (v * (ga[pair] @ s)).sum((1, 2))
+            total = total + weight * (D + common[:, None, None] * same).square().sum((1, 2))
+        return self.scale**2 * total.clamp_min(0.0)
+
+
+def interval(path: InfiniteWidthPath, start: float, end: float) -> Factors:
+    """Compute the factors of the change to first order along the displacement from one step to another.
+
+    The displacement is linear in a by phi(end) - phi(start), and quadratic by the same difference of psi; at its start
+    the derivative has moved by phi(start).
+
+    Args:
+        path: The path at infinite width.
+        start: The earlier step, at which the derivative is taken.
+        end: The later step.
+
+    Returns:
+        The factors.
+    """
+    steps = torch.tensor([start, end], dtype=path.K.dtype, device=path.K.device)
+    _, phi, psi, _ = path.double(steps)
+    moved = phi[1] - phi[0]
+    before = torch.outer(moved, phi[0])
+    return moved, before + before.mT, psi[1] - psi[0]
+
+
+def times(path: InfiniteWidthPath, steps: Tensor, motion: Motion) -> Iterator[Factors]:
     """Factors of eta, A and B, one time after the other."""
     for some in steps.split(max(1, _CHUNK // (8 * max(1, len(path.eigenvalues)) ** 2))):
         g, phi, psi, _ = path.double(some)

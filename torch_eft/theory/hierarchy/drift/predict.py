@@ -17,12 +17,12 @@ from torch_eft.results.training import Training, as_training
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.hierarchy.drift.forms import AllForms, FormReader, mean_forms
-from torch_eft.theory.hierarchy.drift.joint import JointForms
-from torch_eft.theory.hierarchy.drift.law import DriftForms, ddntk, dntk
+from torch_eft.theory.hierarchy.drift.joint import JointForms, NetworkDraws
+from torch_eft.theory.hierarchy.drift.law import DriftForms, ddntk, dntk, drift
+from torch_eft.theory.hierarchy.drift.law import times as law_times
 from torch_eft.theory.hierarchy.drift.result import (
     ContractedSize,
     DriftForecast,
-    DriftQuantiles,
     JointLaw,
     KernelDrift,
     NTKDrift,
@@ -50,6 +50,7 @@ def predict_drift(
     hidden_ntk: bool = True,
     num_samples: int = 4096,
     num_replicas: int = 2,
+    joint_points: int = 8,
     seed: int = 0,
     memory: int = 2 * 2**30,
     **keywords: Any,
@@ -72,6 +73,9 @@ def predict_drift(
         hidden_ntk: True for the NTKs of hidden layers, too.
         num_samples: Sample size in all, for more than four inputs; its error falls as 1/sqrt(num_samples).
         num_replicas: Independent samples it is shared by, at least 2, to estimate the error.
+        joint_points: Probe points whose pairs are drawn together by ``quantiles`` and ``draws``, spread evenly over the
+            probe; the cost grows as their number to the power 4. Norms over more points are those over these, scaled
+            to the exact mean square.
         seed: Seed; the global random state is left alone.
         memory: Bytes allowed for arrays over two probe and two training inputs, which are tiled to fit, and for the
             result's matrices of N^2 entries for every pair of probe inputs.
@@ -101,6 +105,8 @@ def predict_drift(
         )
     if num_replicas < 2:
         raise ValueError(f"num_replicas: {num_replicas} given; at least 2 are needed to estimate the error")
+    if joint_points < 1:
+        raise ValueError(f"joint_points: {joint_points} given; at least 1 point is needed for the law of a norm")
     if ensemble.activation.kinked:
         raise ValueError(
             f"activation: {ensemble.activation.name} has a kink; its dNTK contains delta functions whose covariance "
@@ -114,8 +120,8 @@ def predict_drift(
     reader = FormReader(vertices, frozen, hidden_ntk, memory)
     replicas = reader.replicas()
     forms = mean_forms(replicas)
-    joint = _Joint(reader, forms, frozen, times, memory)
-    return _Forecast(frozen, training, times).over_seeds(forms, _errors(replicas, frozen, times), joint)
+    joint = _Joint(reader, forms, frozen, times, memory, joint_points)
+    return _Forecast(frozen, training, times, joint).over_seeds(forms, _errors(replicas, frozen, times))
 
 
 class _Joint:
@@ -127,36 +133,51 @@ class _Joint:
         frozen: The training at infinite width.
         times: (T+1,).
         memory: Bytes allowed.
+        points: Probe points whose pairs are drawn together, at most.
     """
 
-    def __init__(self, reader: FormReader, forms: AllForms, frozen: FrozenTraining, times: Tensor, memory: int) -> None:
+    def __init__(
+        self,
+        reader: FormReader,
+        forms: AllForms,
+        frozen: FrozenTraining,
+        times: Tensor,
+        memory: int,
+        points: int,
+    ) -> None:
         self._reader, self._forms, self._frozen, self._times, self._memory = reader, forms, frozen, times, memory
-        rows, columns = torch.triu_indices(frozen.probes, frozen.probes, device=frozen.K.device)
-        self._pairs = rows, columns
+        probes, device = frozen.probes, frozen.K.device
+        rows, columns = torch.triu_indices(probes, probes, device=device)
         self._weights = torch.where(rows == columns, 1.0, 2.0).to(frozen.K)
+        # Evenly spread, as data are often sorted.
+        self._points = torch.linspace(0, probes - 1, min(points, probes), device=device).round().long()
+        chosen = torch.isin(rows, self._points) & torch.isin(columns, self._points)
+        self._pairs = chosen.nonzero()[:, 0]
 
-    def quantiles(self, q: Tensor, num_draws: int, seed: int) -> DriftQuantiles:
-        """Quantiles by draws; (T+1, Q) each."""
-        frozen, times, probes = self._frozen, self._times, slice(self._frozen.probes)
-        q = q.to(frozen.K)
-        _, Theta, pairs = frozen.layers
-
-        def relative(joint: JointForms, reference: Tensor) -> Tensor:
-            norms = joint.norms(frozen, times, num_draws, seed) / reference[probes, probes].norm()
-            return torch.quantile(norms, q, dim=1).T
-
-        diagonal = torch.stack([self._forms.diagonal.draws(frozen, step, num_draws, seed)[:, 0] for step in times])
-        found: dict[str, dict[int, Tensor]] = {"output": {}, "activations": {}, "ntk": {}}
-        for (observable, layer), joint in self._all.items():
-            reference = pairs[layer - 1].explicit((0,), (0,)) if observable == "activations" else Theta[layer - 1]
-            found[observable][layer] = relative(joint, reference)
-        (ntk,) = found["output"].values()
-        return DriftQuantiles(ntk, torch.quantile(diagonal, q, dim=1).T, found["activations"], found["ntk"])
+    def draws(self, num_draws: int, seed: int, z: Tensor | None) -> NetworkDraws:
+        """Draw networks, those with training outputs ``z`` or all."""
+        frozen = self._frozen
+        if z is None:
+            values, vectors = torch.linalg.eigh(frozen.K[frozen.train][:, frozen.train])
+            root = vectors * values.clamp_min(0.0).sqrt()
+            generator = torch.Generator(root.device).manual_seed(seed + 1)
+            shape = (num_draws, len(root), frozen.outputs)
+            z = root @ torch.randn(shape, generator=generator, dtype=root.dtype, device=root.device)
+        else:
+            z = z.to(frozen.K).expand(num_draws, *z.shape)
+        return NetworkDraws(self._all, self._forms.full, frozen, z, seed)
 
     def along_mean(self, mean: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the component along ``mean``, (T+1,) each."""
+        probes = self._frozen.probes
+        if len(self._points) < probes:
+            raise ValueError(
+                f"joint_points: {len(self._points)} of {probes} probe points are drawn together; the component along "
+                f"the mean takes all of them, give joint_points={probes}"
+            )
+        rows, columns = torch.triu_indices(probes, probes, device=mean.device)
         norms = mean.flatten(1).norm(dim=1)
-        directions = mean[:, self._pairs[0], self._pairs[1]] / torch.where(norms > 0, norms, 1.0)[:, None]
+        directions = mean[:, rows, columns] / torch.where(norms > 0, norms, 1.0)[:, None]
         joint = self._all["output", self._frozen.ensemble.depth]
         along, variance = joint.along(self._frozen, self._times, directions)
         return along, variance.sqrt()
@@ -164,22 +185,29 @@ class _Joint:
     @functools.cached_property
     def _all(self) -> dict[tuple[str, int], JointForms]:
         observables = 1 + len(self._forms.hidden) + len(self._forms.hidden_ntk)
-        needed = 8 * (observables + 3) * (len(self._weights) * len(self._frozen.eigenvalues)) ** 2
+        needed = 8 * (observables + 3) * (len(self._pairs) * len(self._frozen.eigenvalues)) ** 2
         if needed > self._memory:
             raise ValueError(
-                f"x_probe: {self._frozen.probes} probe points and {len(self._frozen.x_train)} training points need "
+                f"joint_points: {len(self._points)} probe points and {len(self._frozen.x_train)} training points need "
                 f"about {needed / 2**30:.1f} GiB for the joint law of all pairs, memory allows "
                 f"{self._memory / 2**30:.1f} GiB; give fewer points, or more memory to predict_drift"
             )
+        frozen = self._frozen
+        probes, (_, Theta, pairs) = slice(frozen.probes), frozen.layers
         forms: dict[str, dict[int, DriftForms]] = {
-            "output": {self._frozen.ensemble.depth: self._forms.ntk},
+            "output": {frozen.ensemble.depth: self._forms.ntk},
             "activations": self._forms.hidden,
             "ntk": self._forms.hidden_ntk,
         }
-        return {
-            (observable, layer): JointForms(forms[observable][layer], X, self._weights)
-            for (observable, layer, _), X in self._reader.joint().items()
-        }
+        found = {}
+        for (observable, layer, _), X in self._reader.joint(self._points).items():
+            kernel = pairs[layer - 1].explicit((0,), (0,)) if observable == "activations" else Theta[layer - 1]
+            norm = kernel[probes, probes].norm()
+            found[observable, layer] = JointForms(forms[observable][layer], self._weights, self._pairs, X, norm)
+        single, one = self._forms.diagonal, torch.ones_like(self._weights[:1])
+        at = torch.zeros_like(self._pairs[:1])
+        found["diagonal", frozen.ensemble.depth] = JointForms(single, one, at, single.X[None], one[0])
+        return found
 
 
 class _Forecast:
@@ -189,12 +217,13 @@ class _Forecast:
         frozen: The training at infinite width.
         training: As it was given.
         times: (T+1,).
+        joint: The joint law over pairs of probe points.
     """
 
-    def __init__(self, frozen: FrozenTraining, training: Training, times: Tensor) -> None:
-        self._frozen, self._training, self._times = frozen, training, times
+    def __init__(self, frozen: FrozenTraining, training: Training, times: Tensor, joint: JointLaw) -> None:
+        self._frozen, self._training, self._times, self._joint = frozen, training, times, joint
 
-    def over_seeds(self, forms: AllForms, errors: dict[str, float], joint: JointLaw) -> DriftForecast:
+    def over_seeds(self, forms: AllForms, errors: dict[str, float]) -> DriftForecast:
         """The law over all initializations."""
         frozen, times = self._frozen, self._times
         ntk = self._kernel(forms.ntk, frozen.Theta)
@@ -213,7 +242,6 @@ class _Forecast:
             validity,
             contracted=self._contracted(forms),
             given=functools.partial(self.given, forms, errors, validity),
-            joint=joint,
         )
 
     def _contracted(self, forms: AllForms) -> tuple[ContractedSize, ContractedSize]:
@@ -245,15 +273,19 @@ class _Forecast:
                 f"z: shape {tuple(z.shape)} given; the outputs on the training inputs are {tuple(frozen.y_train.shape)}"
                 " finite numbers"
             )
-        modes = frozen.U.T @ z.to(frozen.K)
+        modes = (frozen.U.T @ z.to(frozen.K))[None]
+
+        def moments(form: DriftForms) -> tuple[Tensor, Tensor]:
+            mean, variance = form.conditional_moments(frozen, law_times(frozen, times, drift), modes)
+            return mean[:, 0], variance[:, 0]
 
         def kernel(form: DriftForms, reference: Tensor) -> KernelDrift:
-            return self._kernel(form, reference, form.conditional_moments(frozen, times, modes))
+            return self._kernel(form, reference, moments(form))
 
         ntk = kernel(forms.ntk, frozen.Theta)
-        mean, variance = (part[:, 0] for part in forms.diagonal.conditional_moments(frozen, times, modes))
+        mean, variance = (part[:, 0] for part in moments(forms.diagonal))
         ntk = NTKDrift(ntk.reference, ntk.mean, ntk.variance, None, mean, variance.sqrt())
-        return self._result(forms, ntk, kernel, errors, validity)
+        return self._result(forms, ntk, kernel, errors, validity, z=z)
 
     def _kernel(self, form: DriftForms, reference: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> KernelDrift:
         mean, variance = form.moments(self._frozen, self._times) if moments is None else moments
@@ -278,7 +310,7 @@ class _Forecast:
         validity: Validity,
         contracted: tuple[ContractedSize | None, ContractedSize | None] = (None, None),
         given: Callable[[Tensor], DriftForecast] | None = None,
-        joint: JointLaw | None = None,
+        z: Tensor | None = None,
     ) -> DriftForecast:
         frozen = self._frozen
         _, Theta, pairs = frozen.layers
@@ -292,8 +324,9 @@ class _Forecast:
             f"one network's drift at leading order in 1/n, n = {frozen.ensemble.widths[-2]}, {frozen.ensemble}; "
             f"{self._training.describe()}",
             validity,
+            self._joint,
             given,
-            joint,
+            z,
         )
 
 

@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from torch_eft.results.repr import short_repr
 from torch_eft.results.trajectory import Validity
+from torch_eft.theory.hierarchy.drift.joint import NetworkDraws
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,6 +107,7 @@ class DriftQuantiles:
 
     Args:
         ntk: Of ||H(t) - H(0)||_F over ||H||_F at infinite width, H averaged over outputs.
+        ntk_full: The same with all pairs of outputs.
         diagonal: Of the drift of the mean of its diagonal over probe points.
         hidden: ``{l: ..}`` of the relative change of the kernel of layer l.
         hidden_ntk: ``{l: ..}`` of the layer's own NTK.
@@ -112,11 +115,12 @@ class DriftQuantiles:
     Example:
         >>> import torch
         >>> from torch_eft import theory
-        >>> theory.DriftQuantiles(torch.ones(3, 2), torch.ones(3, 2), {}, {}).ntk.shape
+        >>> theory.DriftQuantiles(*[torch.ones(3, 2)] * 3, {}, {}).ntk.shape
         torch.Size([3, 2])
     """
 
     ntk: Tensor
+    ntk_full: Tensor
     diagonal: Tensor
     hidden: Mapping[int, Tensor]
     hidden_ntk: Mapping[int, Tensor]
@@ -128,8 +132,8 @@ class DriftQuantiles:
 class JointLaw(Protocol):
     """What knows the joint law over pairs of probe points, computed when first asked for."""
 
-    def quantiles(self, q: Tensor, num_draws: int, seed: int) -> DriftQuantiles:
-        """Quantiles by draws."""
+    def draws(self, num_draws: int, seed: int, z: Tensor | None) -> NetworkDraws:
+        """Draw networks, those with training outputs ``z`` or all."""
         ...
 
     def along_mean(self, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,8 +176,9 @@ class DriftForecast:
     error: Mapping[str, float]
     provenance: str
     validity: Validity
+    _joint: JointLaw = field(repr=False)
     _given: "Callable[[Tensor], DriftForecast] | None" = field(default=None, repr=False)
-    _joint: "JointLaw | None" = field(default=None, repr=False)
+    _z: Tensor | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         return short_repr(self)
@@ -206,11 +211,37 @@ class DriftForecast:
             raise ValueError("z: this forecast is conditional on outputs already; call given() of predict_drift's")
         return self._given(z)
 
-    def quantiles(self, q: Tensor, *, num_draws: int = 2048, seed: int = 0) -> "DriftQuantiles":
-        """Quantiles over initializations of relative changes and of the mean diagonal, by draws of their laws.
+    def draws(self, num_draws: int = 2048, *, seed: int = 0) -> NetworkDraws:
+        """Draw networks from the law, of all initializations or of those that ``given`` asks for.
 
-        The joint law over pairs of probe points takes the dNTK's covariance at four of them, N_p^4 N^2 entries read at
-        the first call: minutes for eight probe points. Negative eigenvalues that sampling leaves in it are set to 0.
+        The joint law over pairs of probe points takes the dNTK's covariance at four of ``joint_points`` points, N^2
+        entries each, read at the first call: ten seconds for eight points and sixteen training points. Negative
+        eigenvalues that sampling leaves in it are set to 0.
+
+        Args:
+            num_draws: Networks drawn.
+            seed: Seed; the global random state is left alone.
+
+        Returns:
+            The networks: what any of them does at any step.
+
+        Raises:
+            ValueError: If the joint law does not fit into memory.
+
+        Example:
+            >>> import torch
+            >>> from torch_eft import theory
+            >>> x, y = torch.eye(2, 3), torch.ones(2, 1)
+            >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "linear")
+            >>> forecast = theory.predict_drift(ensemble, x, y, x, learning_rate=0.1, steps=4)
+            >>> networks = forecast.draws(100)
+            >>> networks.ntk_drift(step=4).shape, networks.hidden_change(layer=1, step=2).shape
+            (torch.Size([100]), torch.Size([100]))
+        """
+        return self._joint.draws(num_draws, seed, self._z)
+
+    def quantiles(self, q: Tensor, *, num_draws: int = 2048, seed: int = 0) -> DriftQuantiles:
+        """Quantiles over initializations of relative changes and of the mean diagonal, by ``draws``.
 
         Args:
             q: (Q,), probabilities in [0, 1].
@@ -219,10 +250,10 @@ class DriftForecast:
             seed: Seed; the global random state is left alone.
 
         Returns:
-            The quantiles, (T+1, Q) each.
+            The quantiles, (T+1, Q) each; of a conditional forecast, over the networks with the given outputs.
 
         Raises:
-            ValueError: If this is a conditional forecast, or the joint law does not fit into memory.
+            ValueError: If the joint law does not fit into memory.
 
         Example:
             >>> import torch
@@ -233,9 +264,22 @@ class DriftForecast:
             >>> forecast.quantiles(torch.tensor([0.05, 0.95])).ntk.shape
             torch.Size([5, 2])
         """
-        if self._joint is None:
-            raise ValueError("q: quantiles are of the law over all initializations; ask predict_drift's forecast")
-        return self._joint.quantiles(q, num_draws, seed)
+        networks = self.draws(num_draws, seed=seed)
+
+        def over(values: Callable[[float], Tensor]) -> Tensor:
+            drawn = [values(step) for step in self.steps.tolist()]
+            return torch.stack([torch.quantile(value, q.to(value), dim=0) for value in drawn])
+
+        def of_layer(layer: int, ntk: bool) -> Tensor:
+            return over(lambda step: networks.hidden_change(layer, step, ntk=ntk))
+
+        return DriftQuantiles(
+            over(networks.ntk_drift),
+            over(lambda step: networks.ntk_drift(step, full=True)),
+            over(networks.diagonal_drift),
+            {layer: of_layer(layer, False) for layer in self.hidden},
+            {layer: of_layer(layer, True) for layer in self.hidden_ntk},
+        )
 
     def along_mean(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the component of the NTK's drift along its mean, in units of the NTK.
@@ -246,7 +290,7 @@ class DriftForecast:
             (T+1,) each; 0 where the mean vanishes.
 
         Raises:
-            ValueError: As in ``quantiles``.
+            ValueError: As in ``draws``; if this is a conditional forecast; if not all probe points are drawn together.
 
         Example:
             >>> import torch
@@ -258,6 +302,6 @@ class DriftForecast:
             >>> torch.allclose(mean, forecast.ntk.mean.flatten(1).norm(dim=1))
             True
         """
-        if self._joint is None:
+        if self._z is not None:
             raise ValueError("forecast: along_mean is of the law over all initializations; ask predict_drift's")
         return self._joint.along_mean(self.ntk.mean)
