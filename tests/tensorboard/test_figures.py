@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from torch_eft.results.tags import quantity_of
+from torch_eft.results.tags import layer_theory, quantity_of
 from torch_eft.tensorboard import (
     QUANTITIES,
     compared_quantities,
@@ -13,6 +13,7 @@ from torch_eft.tensorboard import (
     comparison_layout,
     kernel_figure,
     layer_tag,
+    layer_theory_tag,
     layers_figure,
     tag,
 )
@@ -62,6 +63,46 @@ def test_comparison_draws_what_there_is():
     assert len(second.collections) == 0
 
 
+def quantiles(quantity):
+    edges = {"band_90_low": 1.0, "band_68_low": 1.2, "band_68_high": 1.8, "band_90_high": 2.0}
+    lines = {"order_0": 0.0, "order_1": 1.5, "given_start": 1.6}
+    return {tag(quantity, series): value for series, value in (edges | lines).items()}
+
+
+def test_bands_of_networks_and_what_the_start_says_are_drawn():
+    history = {step: quantiles("ntk_drift") | {tag("ntk_drift"): 1.0 + 0.2 * step} for step in (0, 1, 10)}
+    (axes,) = comparison_figure(history, ["ntk_drift"]).axes
+    assert [line.get_label() for line in axes.lines] == [
+        "order 0 (infinite width)", "median of networks, order 1/n", "median given this network's start", "measured"
+    ]  # fmt: skip
+    assert [band.get_label() for band in axes.collections] == ["90 % of networks", "68 % of networks"]
+    edges = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (edges.min(), edges.max()) == (1.0, 2.0)
+    assert [words.get_text() for words in axes.texts] == ["left the 90 % band at step 10 (above)"]
+
+
+def test_an_expansion_that_ends_has_a_mark_at_its_end():
+    line = {step: {tag("ntk_drift"): 0.1 * step, tag("ntk_drift", "taylor_2"): 0.2 * step} for step in range(4)}
+    (axes,) = comparison_figure(line, ["ntk_drift"]).axes
+    assert len(axes.lines) == 2
+    (axes,) = comparison_figure(line | {4: {tag("ntk_drift"): 0.5}}, ["ntk_drift"]).axes
+    (mark,) = [drawn for drawn in axes.lines if drawn.get_marker() == "X"]
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([3], [pytest.approx(0.6)])
+    assert axes.texts[0].get_text() == "the expansion about theta_0 ends at step 3"
+
+
+def test_layers_are_drawn_over_their_predictions():
+    values = {"order_1": 0.2, "band_90_low": 0.1, "band_90_high": 0.3}
+    history = {
+        step: {layer_theory_tag("representation_change", "net.1/a", name): v * step for name, v in values.items()}
+        for step in (0, 5)
+    }
+    theory = layer_theory(history, "representation_change")
+    assert theory["net.1/a"]["order_1"] == {0: 0.0, 5: 1.0}
+    (axes,) = layers_figure({"net.1/a": {0: 0.0, 5: 0.9}, "net.2": {0: 0.0, 5: 0.8}}, "t", theory).axes
+    assert len(axes.lines) == 3 and len(axes.collections) == 1
+
+
 def test_the_layout_has_the_highest_order_in_the_band():
     from tensorboard.plugins.custom_scalar import layout_pb2
 
@@ -72,6 +113,13 @@ def test_the_layout_has_the_highest_order_in_the_band():
 
     (found,) = charts(*banded("ntk_trace", 1, 2, 3), tag("ntk_trace", "order_1")).values()
     assert found[0].margin.series[0].value == "eft-theory/ntk_trace/order_1"
+    (found,) = charts(*quantiles("ntk_drift"), tag("ntk_drift")).values()
+    margins = [(series.value, series.lower) for series in found[0].margin.series]
+    assert margins == [
+        ("eft-theory/ntk_drift/order_1", "eft-theory/ntk_drift/band_90_low"),
+        ("eft-theory/ntk_drift/order_1", "eft-theory/ntk_drift/band_68_low"),
+        ("eft/ntk_drift/measured", "eft/ntk_drift/measured"),
+    ]
     both = charts(tag("ntk_drift"), tag("ntk_drift", "order_0"), tag("ntk_top_eigenvalue"), tag("overhead_percent"))
     compared, measured = both.values()
     assert list(compared[0].multiline.tag) == ["^eft/ntk_drift/measured$", "^eft-theory/ntk_drift/order_0$"]

@@ -154,6 +154,18 @@ def split_tag(name: str) -> tuple[str, str] | None:
     return quantity, part + series
 
 
+def layer_theory(history: Mapping[int, Mapping[str, float]], quantity: str) -> dict[str, dict[str, dict[int, float]]]:
+    """Return what a history says is predicted of a quantity's layers: ``{layer: {series: {step: value}}}``."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    prefix = f"{LAYERS_THEORY}/{quantity}/"
+    for step, scalars in sorted(history.items()):
+        for name, value in scalars.items():
+            if name.startswith(prefix):
+                layer, _, series = name.removeprefix(prefix).rpartition("/")
+                found.setdefault(layer, {}).setdefault(series, {})[step] = value
+    return found
+
+
 def logged_tags(history: Mapping[int, Iterable[str]]) -> set[str]:
     """Return all tags of a history ``{step: {tag: value}}``."""
     return {name for scalars in history.values() for name in scalars}

@@ -1,14 +1,16 @@
 """Figures from plain results. matplotlib is imported when the first one is drawn.
 
 TensorBoard shows them some 320 pixels wide: one panel each, large letters. Colors are those of Okabe & Ito (2008),
-distinct for color-blind readers: measured in vermilion, order 1 and the band in blue, order 0 in gray dashes.
+distinct for color-blind readers: measured in vermilion, order 1 and the bands in blue, order 0 in gray dashes, what
+follows from this network's own start in green, expansions about theta_0 in purple.
 """
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch_eft.results.quantities import QUANTITIES
-from torch_eft.results.tags import BAND, ORDERS, tag
+from torch_eft.results.tags import BAND, BAND_68, BAND_90, EXPANSIONS, GIVEN_START, ORDERS, tag
+from torch_eft.results.verdict import verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,8 +19,16 @@ if TYPE_CHECKING:
 
     from torch_eft.results.trajectory import Trajectory
 
-MEASURED, THEORY = "#D55E00", "#0072B2"
-LINES = {"order_0": ("#555555", "--"), "order_1": (THEORY, "-")}
+MEASURED, THEORY, GIVEN, EXPANDED = "#D55E00", "#0072B2", "#009E73", "#AA4499"
+LINES = {
+    "order_0": ("#555555", "--", 2.5, ORDERS["order_0"]),
+    "order_1": (THEORY, "-", 2.5, ORDERS["order_1"]),
+    GIVEN_START: (GIVEN, "--", 1.5, "median given this network's start"),
+    "taylor_1": (EXPANDED, ":", 2.0, "expansion about theta_0, dNTK"),
+    "taylor_2": (EXPANDED, "-", 2.0, "the same with ddNTK"),
+}
+MEDIAN = "median of networks, order 1/n"
+SHADED = ((BAND, 0.2, "theory ± σ"), (BAND_90, 0.15, "90 % of networks"), (BAND_68, 0.25, "68 % of networks"))
 History = Mapping[int, Mapping[str, float]]
 
 
@@ -32,7 +42,7 @@ def figure(columns: int = 1, rows: int = 1) -> "tuple[Figure, list[Axes]]":
     drawing = Figure(figsize=(5.6 * columns, 4.2 * rows), layout="constrained" if several else None)
     FigureCanvasAgg(drawing)
     if not several:
-        drawing.subplots_adjust(left=0.17, right=0.96, bottom=0.16, top=0.88)
+        drawing.subplots_adjust(left=0.17, right=0.96, bottom=0.16, top=0.87)
     axes = [drawing.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
     return drawing, axes
 
@@ -67,27 +77,32 @@ def kernel_figure(H: "Tensor", title: str, limit: float | None = None) -> "Figur
 
 
 def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
-    """Draw the measured line over the theory's orders and band, for one quantity."""
+    """Draw the measured line over the theory's orders and bands, for one quantity, the verdict under its title."""
     measured = _series(history, tag(quantity))
-    lower, upper = (_series(history, tag(quantity, series)) for series in BAND)
-    if lower:
-        axes.fill_between(
-            list(lower), list(lower.values()), list(upper.values()), color=THEORY, alpha=0.2, lw=0, label="theory ± σ"
-        )
-    for order, label in ORDERS.items():
-        if theory := _series(history, tag(quantity, order)):
-            color, style = LINES[order]
-            axes.plot(list(theory), list(theory.values()), color=color, ls=style, lw=2.5, label=label)
+    for (low, high), alpha, label in SHADED:
+        lower, upper = _series(history, tag(quantity, low)), _series(history, tag(quantity, high))
+        if steps := [step for step in lower if step in upper]:
+            edges = [lower[step] for step in steps], [upper[step] for step in steps]
+            axes.fill_between(steps, *edges, color=THEORY, alpha=alpha, lw=0, label=label)
+    for series, (color, style, width, label) in LINES.items():
+        if theory := _series(history, tag(quantity, series)):
+            if series == "order_1" and _series(history, tag(quantity, BAND_90[0])):
+                label = MEDIAN
+            axes.plot(list(theory), list(theory.values()), color=color, ls=style, lw=width, label=label)
+            if series in EXPANSIONS and max(theory) < max(measured, default=0):  # it ends where it holds no more
+                axes.plot([max(theory)], [theory[max(theory)]], color=color, marker="X", ms=9, lw=0)
     if measured:  # errors of forecasts have orders alone
-        axes.plot(list(measured), list(measured.values()), color=MEASURED, lw=2.5, label="measured")
-    axes.set_title(QUANTITIES[quantity].title, fontsize=14, wrap=True)
+        axes.plot(list(measured), list(measured.values()), color=MEASURED, lw=2.5, marker="o", ms=4, label="measured")
+    if (judged := verdict(history, quantity)) is not None and (judged.low is not None or judged.expansion):
+        _subtitle(axes, judged.words)
+    axes.set_title(QUANTITIES[quantity].title, fontsize=14, wrap=True, pad=6 if judged is None else 20)
     axes.set_xlabel("optimizer step", fontsize=14)
     axes.tick_params(labelsize=13)
     if max(history, default=0) >= 100:  # most of the motion is early
         axes.set_xscale("symlog", linthresh=1)
     axes.margins(x=0.01)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=13, frameon=False)
+        axes.legend(fontsize=13 if len(axes.get_legend_handles_labels()[0]) <= 4 else 10, frameon=False)
     axes.grid(alpha=0.2)
 
 
@@ -185,12 +200,17 @@ def trajectory_figure(trajectories: "Mapping[str, Trajectory]", point: int = 0, 
     return drawing
 
 
-def layers_figure(histories: Mapping[str, Mapping[int, float]], title: str) -> "Figure":
-    """Draw one line per hidden layer, from first (dark) to last (light).
+def layers_figure(
+    histories: Mapping[str, Mapping[int, float]],
+    title: str,
+    theory: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
+) -> "Figure":
+    """Draw one line per hidden layer, from first (dark) to last (light), over what is predicted of it.
 
     Args:
         histories: ``{layer: {step: value}}``.
         title: The title.
+        theory: ``{layer: {series: {step: value}}}``, as ``layer_theory`` returns it: dashed medians, and bands of 90 %.
 
     Returns:
         The figure.
@@ -203,11 +223,21 @@ def layers_figure(histories: Mapping[str, Mapping[int, float]], title: str) -> "
     from matplotlib import colormaps
 
     drawing, (axes,) = figure()
-    shades = colormaps["viridis"]
+    shades, dashed = colormaps["viridis"], False
     for index, (layer, series) in enumerate(histories.items()):
         color = shades(0.85 * index / max(1, len(histories) - 1))
+        predicted = (theory or {}).get(layer, {})
+        low, high = (predicted.get(name, {}) for name in BAND_90)
+        if steps := [step for step in sorted(low) if step in high]:
+            edges = [low[step] for step in steps], [high[step] for step in steps]
+            axes.fill_between(steps, *edges, color=color, alpha=0.15, lw=0)
+        if median := dict(sorted(predicted.get("order_1", {}).items())):
+            axes.plot(list(median), list(median.values()), color=color, lw=1.5, ls="--")
+            dashed = True
         axes.plot(list(series), list(series.values()), color=color, lw=2, label=layer if len(histories) <= 8 else None)
-    axes.set_title(title, fontsize=14)
+    axes.set_title(title, fontsize=14, pad=20 if dashed else 6)
+    if dashed:
+        _subtitle(axes, "dashed and shaded: median and 90 % of networks")
     axes.set_xlabel("optimizer step", fontsize=14)
     axes.tick_params(labelsize=13)
     axes.margins(x=0.01)
@@ -215,6 +245,10 @@ def layers_figure(histories: Mapping[str, Mapping[int, float]], title: str) -> "
     if 0 < len(histories) <= 8:
         axes.legend(title="layer", fontsize=11, frameon=False)
     return drawing
+
+
+def _subtitle(axes: "Axes", words: str) -> None:
+    axes.text(0.5, 1.015, words, transform=axes.transAxes, ha="center", fontsize=12, color="#555555")
 
 
 def _series(history: History, name: str) -> dict[int, float]:

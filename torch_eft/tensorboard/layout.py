@@ -1,6 +1,6 @@
 """The custom-scalars page: one chart per quantity, with the theory's band and the measured line."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -8,7 +8,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
 from torch_eft.results.quantities import QUANTITIES
-from torch_eft.results.tags import BAND, MEASURED, ORDERS, tag
+from torch_eft.results.tags import BAND, BAND_68, BAND_90, MEASURED, ORDERS, tag
 
 _NOT_DRAWN = ("overhead_percent",)
 
@@ -16,7 +16,7 @@ _NOT_DRAWN = ("overhead_percent",)
 def comparison_layout(logged: Collection[str]) -> Summary:
     """Return a layout summary for the tags that were logged.
 
-    Two categories: quantities with a theory beside them (a margin chart where there is a band, with the highest order
+    Two categories: quantities with a theory beside them (a margin chart where there are bands, with the highest order
     as its line; a line chart of measured and all orders otherwise), and those that are measured only.
 
     Args:
@@ -36,8 +36,9 @@ def comparison_layout(logged: Collection[str]) -> Summary:
         if tag(quantity) not in logged or quantity in _NOT_DRAWN:
             continue
         orders = [order for order in ORDERS if tag(quantity, order) in logged]
-        if orders and tag(quantity, BAND[0]) in logged:
-            compared.append(_margin_chart(quantity, orders[-1]))
+        bands = [band for band in (BAND, BAND_90, BAND_68) if tag(quantity, band[0]) in logged]
+        if orders and bands:
+            compared.append(_margin_chart(quantity, orders[-1], bands))
         else:
             (compared if orders else measured).append(_line_chart(quantity, [MEASURED, *orders]))
     categories = [
@@ -63,15 +64,11 @@ def _line_chart(quantity: str, series: list[str]) -> layout_pb2.Chart:
     )
 
 
-def _margin_chart(quantity: str, order: str) -> layout_pb2.Chart:
+def _margin_chart(quantity: str, order: str, bands: Sequence[tuple[str, str]]) -> layout_pb2.Chart:
     series = layout_pb2.MarginChartContent.Series
     measured, theory = tag(quantity), tag(quantity, order)
+    margins = [series(value=theory, lower=tag(quantity, low), upper=tag(quantity, high)) for low, high in bands]
     return layout_pb2.Chart(
         title=QUANTITIES[quantity].title,
-        margin=layout_pb2.MarginChartContent(
-            series=[
-                series(value=theory, lower=tag(quantity, BAND[0]), upper=tag(quantity, BAND[1])),
-                series(value=measured, lower=measured, upper=measured),
-            ]
-        ),
+        margin=layout_pb2.MarginChartContent(series=[*margins, series(value=measured, lower=measured, upper=measured)]),
     )

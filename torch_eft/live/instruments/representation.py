@@ -9,7 +9,7 @@ from torch_eft.measure.kernels.metrics import relative_change
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Plan, Snapshot
 from torch_eft.measure.representations.alignment import linear_cka
-from torch_eft.results.tags import layer_tag, tag
+from torch_eft.results.tags import layer_tag, layer_theory, tag
 from torch_eft.tensorboard.figures import layers_figure
 
 if TYPE_CHECKING:
@@ -75,4 +75,5 @@ class RepresentationInstrument(Instrument):
         """Relative change of every layer's kernel over training."""
         if not self.changes:
             return {}
-        return {"representation_change": layers_figure(self.changes, "Relative change of hidden kernels")}
+        theory = layer_theory(history, "representation_change")
+        return {"representation_change": layers_figure(self.changes, "Relative change of hidden kernels", theory)}
