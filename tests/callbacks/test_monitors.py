@@ -26,10 +26,13 @@ from torch_eft.measure import Probe
 
 
 class _Keep(pl.Callback):
-    """Keeps the weights at every step, before (step 0) and after."""
+    """Keeps the weights at every step, before (step 0) and after, and the inputs."""
 
     def __init__(self):
-        self.weights = {}
+        self.weights, self.batches = {}, []
+
+    def on_train_batch_start(self, trainer, module, batch, *unused):
+        self.batches.append(batch[0].clone())
 
     def on_train_start(self, trainer, module):
         self.keep(trainer, module)
@@ -41,13 +44,14 @@ class _Keep(pl.Callback):
         self.weights[trainer.global_step] = {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def replay(weights, net=normed_net):
-    """A module with these weights; its BatchNorm has the statistics of the probe, with which monitors measure."""
+def replay(weights, net=normed_net, batches=()):
+    """A module with these weights; its BatchNorm has the first batches' statistics, with which monitors measure."""
     module = Training(net(), sgd)
     module.load_state_dict(weights)
     if net is normed_net:
-        entering = module.net[0](PROBE).detach()
-        module.net[1].running_mean, module.net[1].running_var = entering.mean(0), entering.var(0, correction=0)
+        entering = [module.net[0](x).detach() for x in batches[:4]]
+        module.net[1].running_mean = torch.stack([h.mean(0) for h in entering]).mean(0)
+        module.net[1].running_var = torch.stack([h.var(0) for h in entering]).mean(0)
     return module
 
 
@@ -59,9 +63,9 @@ def test_values_are_those_of_the_weights_at_that_step():
     )
     run([keep, ntk, hidden])
     assert list(ntk.history) == list(hidden.history) == [0, 4, 8, 9]
-    H_0, K_0 = (f(replay(keep.weights[0]), PROBE) for f in (measure.ntk, measure.hidden_kernels))
+    H_0, K_0 = (f(replay(keep.weights[0], batches=keep.batches), PROBE) for f in (measure.ntk, measure.hidden_kernels))
     for step in (0, 4, 9):
-        module = replay(keep.weights[step])
+        module = replay(keep.weights[step], batches=keep.batches)
         H, K = measure.ntk(module, PROBE), measure.hidden_kernels(module, PROBE)
         scalars = ntk.history[step]
         assert scalars["eft/ntk_drift/measured"] == pytest.approx(float((H - H_0).norm() / H_0.norm()), abs=1e-6)
@@ -112,7 +116,7 @@ def test_the_kernel_of_a_submodule_and_of_chosen_outputs():
     keep = _Keep()
     monitor = NTKMonitor(PROBE, budget=None, module="net", output_fn=lambda z: z[:, :1], outputs="trace")
     run([keep, monitor], epochs=1)
-    H = measure.ntk(replay(keep.weights[0]).net, PROBE, output_fn=lambda z: z[:, :1])
+    H = measure.ntk(replay(keep.weights[0], batches=keep.batches).net, PROBE, output_fn=lambda z: z[:, :1])
     assert monitor.history[0]["eft/ntk_trace/measured"] == pytest.approx(float(measure.ntk_trace(H)), rel=1e-5)
 
 
@@ -370,7 +374,9 @@ def test_other_loggers_get_the_scalars(tmp_path):
     run([NTKMonitor(PROBE, budget=None, on_error="raise")], logger=logger)
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    measured = {int(row["step"]): float(row["eft/ntk_drift/measured"]) for row in rows}
+    drift, trace = "eft/ntk_drift/measured", "eft/ntk_trace/measured"
+    measured = {int(row["step"]): float(row[drift]) for row in rows if row[drift]}
+    assert [int(row["step"]) for row in rows if row[trace]] == [0, 0, 3, 0, 6, 9]  # theta_0 with more and more batches
     assert list(measured) == [0, 3, 6, 9]
     assert measured[0] == 0 < measured[9]
 

@@ -122,6 +122,8 @@ class Measurement:
         last: Whether this is the last measurement of the training.
         theta_0: ``{parameter: value}`` of the trainable parameters at the reference, where an instrument asks for it
             by ``needs_theta_0``; else None.
+        statistics: ``{buffer: value}`` with which BatchNorm normalizes at the reference; empty where there is none that
+            training updates.
 
     Example:
         >>> import torch
@@ -143,6 +145,7 @@ class Measurement:
     lambdas: dict[str, float]
     last: bool = False
     theta_0: dict[str, Tensor] | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -222,6 +225,8 @@ class Instrument:
         needs_theta_0: Whether measurements must carry the parameters at the reference.
         looks_back: Whether it compares with an earlier measurement, so that the time of the first one says nothing
             about the others.
+        of_snapshots: Whether it compares two snapshots and reads nothing else, so that it can be asked again about
+            theta_0, where that is measured anew.
 
     Example:
         >>> import torch
@@ -240,6 +245,7 @@ class Instrument:
     cost: Cost = "light"
     needs_theta_0: bool = False
     looks_back: bool = False
+    of_snapshots: bool = False
 
     def plan(self, outputs: int, samples: int) -> Plan:
         """The parts of each snapshot that it needs, for ``outputs`` = C and ``samples`` = N."""

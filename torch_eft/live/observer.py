@@ -308,6 +308,7 @@ class Observer:
             network,
             optimizers=list(self._optimizers if optimizers is None else optimizers),
             ranks=self._ranks,
+            calibration=self.reference.calibration,
         )
         self.theta_file = theta_file or self._own_theta_file
         self.budget.restart(self._checking)
@@ -351,6 +352,9 @@ class Observer:
         if not goes_on:  # part of the NTK; those of theta_0 are kept, a schedule does not count as drift
             self.reference.lambdas = lambdas
         self.reference.bind(network.network, network.probe)
+        self.reference.calibration.norms = network.norms
+        if network.norms and self.collective:
+            self.reference.calibration.refuse("all ranks measure together, which see different batches")
         if goes_on:
             self._warn_without_theta_0()
         if step > 0 and (restored or not goes_on):
@@ -421,8 +425,14 @@ class Observer:
             self._listening[hook] = [each for each in self.instruments if getattr(type(each), hook) is not default]
         return self._listening[hook]
 
+    def _calibrates(self) -> bool:
+        return self._begun and self._ranks.leads and self.reference.calibration.wanted
+
     def observe_batch(self, batch: Any) -> None:
         """Show a training batch to the instruments, before its forward."""
+        if self._calibrates():
+            with self.recorder.guard():
+                self.reference.calibration.see(batch, self.network.probe, self.network.network)
         for instrument in self._listeners("observe_batch"):
             with self.recorder.guard():
                 instrument.observe_batch(batch)
@@ -439,6 +449,9 @@ class Observer:
         Args:
             optimizer: The one that is about to take a step; None: the only one.
         """
+        if self._calibrates():
+            with self.recorder.guard():
+                self.reference.calibration.note(self.network.network)
         listeners = self._listeners("before_step")
         if optimizer is None and listeners:
             optimizer = next(iter(self.network.optimizers), None)

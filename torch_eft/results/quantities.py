@@ -97,6 +97,13 @@ QUANTITIES: dict[str, Quantity] = {
         KERNELS,
         among_the_first=True,
     ),
+    "ntk_batch_norm_share": Quantity(
+        "NTK: share of BatchNorm's statistics in its drift",
+        "||H - H(theta; statistics of theta_0)|| / ||H - H_0||, statistics of the same inputs at theta and at theta_0",
+        "1",
+        "derived here",
+        "undefined: nothing changes",
+    ),
     "ntk_kernel_distance": Quantity(
         "NTK: 1 - cos(H, H_0)",
         "1 - <H, H_0> / (||H|| ||H_0||)",

@@ -14,7 +14,7 @@ from torch_eft.live.instruments.dntk import DNTKInstrument
 from torch_eft.live.instruments.forecasts.instance import InstanceInstrument
 from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.interval import IntervalInstrument
-from torch_eft.live.instruments.ntk import NTKInstrument
+from torch_eft.live.instruments.ntk import BatchNormInstrument, NTKInstrument
 from torch_eft.live.instruments.representation import RepresentationInstrument
 from torch_eft.live.instruments.shadow import ShadowInstrument
 from torch_eft.live.instruments.taylor import TaylorInstrument
@@ -45,6 +45,7 @@ MAKERS: dict[str, Callable[[Options], Instrument]] = {
     # In the order in which they are asked; of several predictions that hold, the first one's level and validity count.
     "ntk": lambda options: NTKInstrument(),
     "representation": lambda options: RepresentationInstrument(),
+    "batch_norm": lambda options: BatchNormInstrument(),
     "theory": lambda options: TheoryInstrument(options.ensemble, options.activation, seconds=options.forecast_seconds),
     "instance": lambda options: InstanceInstrument(seconds=options.forecast_seconds),
     "interval": lambda options: IntervalInstrument(),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_eft.forecast.comparison.compared import Compared, component
 from torch_eft.live.instrument import Instrument, Measurement, Reading, TrainingStart
 from torch_eft.live.instruments.common import LARGEST, compared_scalars, copied, current, memory, too_many
-from torch_eft.measure.network.snapshot import Plan
+from torch_eft.measure.network.snapshot import Plan, Snapshot
 from torch_eft.measure.taylor.displacement import DisplacementTerms
 
 
@@ -22,6 +22,7 @@ class _Earlier:
     theta: dict[str, Tensor]
     ntk: Tensor | None
     lambdas: dict[str, float]
+    reference: Snapshot
 
 
 class IntervalInstrument(Instrument):
@@ -77,13 +78,18 @@ class IntervalInstrument(Instrument):
             reading = self._between(earlier, measurement)
         if not measurement.last:
             self._earlier = _Earlier(
-                measurement.step, copied(measurement.model), measurement.snapshot.ntk, dict(measurement.lambdas)
+                measurement.step,
+                copied(measurement.model),
+                measurement.snapshot.ntk,
+                dict(measurement.lambdas),
+                measurement.reference,
             )
         return reading
 
     def _between(self, earlier: _Earlier, measurement: Measurement) -> Reading:
         H, H_now = earlier.ntk, measurement.snapshot.ntk
-        kernels = None if H is None or H_now is None or earlier.lambdas != measurement.lambdas else (H, H_now)
+        same = earlier.lambdas == measurement.lambdas and earlier.reference is measurement.reference
+        kernels = (H, H_now) if same and H is not None and H_now is not None else None
         displacement = measurement.network.displacement_terms(
             earlier.theta,
             current(measurement.model),

@@ -1,11 +1,14 @@
 """Drift of the NTK from initialization."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from torch_eft.live.instrument import History, Instrument, Measurement, Reading
+from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.kernels.metrics import as_matrix, as_trace, kernel_distance, ntk_trace, relative_change
+from torch_eft.measure.kernels.ntk import ntk
 from torch_eft.measure.network.snapshot import Plan, Snapshot
 from torch_eft.results.choices import check_choice
 from torch_eft.results.tags import SPECTRUM, tag
@@ -16,6 +19,30 @@ if TYPE_CHECKING:
 
 LARGEST_FULL_KERNEL = 1024
 """Rows N C up to which the full kernel is the default, and the average over outputs beyond."""
+
+
+class BatchNormInstrument(Instrument):
+    """The part that BatchNorm's statistics have in the drift of the NTK."""
+
+    name = "batch_norm"
+    cost = "standard"
+
+    def observe(self, measurement: Measurement) -> Reading:
+        """How far the NTK is from that with the statistics of theta_0, beside how far it is from that of theta_0."""
+        H, H_0, network = measurement.snapshot.ntk, measurement.reference.ntk, measurement.network.current
+        if H is None or H_0 is None or not measurement.statistics or not isinstance(network, IsolatedModel):
+            return Reading()
+        moved = (H - H_0.to(H)).norm()
+        before = {name: value.to(network.constants[name]) for name, value in measurement.statistics.items()}
+        frozen = ntk(
+            replace(network, constants=network.constants | before),
+            measurement.network.probe,
+            lambdas=measurement.lambdas,
+            trace=H.ndim == 2,
+            memory=measurement.network.memory,
+        )
+        share = (H - frozen).norm() / moved
+        return Reading({tag("ntk_batch_norm_share"): float(share)})
 
 
 class NTKInstrument(Instrument):
@@ -31,6 +58,7 @@ class NTKInstrument(Instrument):
 
     name = "ntk"
     cost = "light"
+    of_snapshots = True
 
     def __init__(self, outputs: Literal["auto", "full", "trace"] = "auto") -> None:
         check_choice("outputs", outputs, ("auto", "full", "trace"))

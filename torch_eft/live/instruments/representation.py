@@ -26,6 +26,7 @@ class RepresentationInstrument(Instrument):
 
     name = "representation"
     cost = "light"
+    of_snapshots = True
 
     def __init__(self, *, layers: Sequence[str] | None = None, per_layer: bool = False) -> None:
         self.layers = layers

@@ -3,20 +3,21 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
 from torch_eft.live.instrument import Instrument, MeasurementWarning
+from torch_eft.live.run.calibration import Calibration
 from torch_eft.live.run.ranks import RankProtocol
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.measure.kernels.ntk import too_large
-from torch_eft.measure.network.batch_norm import batch_norms, with_batch_statistics
+from torch_eft.measure.network.batch_norm import batch_norms
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.sharded import full_copy, sharded_snapshot
 from torch_eft.measure.network.snapshot import Plan, Snapshot
@@ -40,8 +41,9 @@ class MeasuredNetwork:
         distributed: Who measures: rank 0, or all ranks together.
         unsharded_model: A plain network of the same architecture, where the model's parameters are sharded (FSDP): they
             are copied into it for every snapshot, which takes all ranks.
-        norms: BatchNorm layers that are measured with the statistics of the probe, at every visit anew: running ones
-            start at 0 and 1, and change where no parameter moves.
+        norms: BatchNorm layers that are measured with the statistics of given inputs, at every visit anew: running
+            ones start at 0 and 1, and change where no parameter moves.
+        calibration: Chooses these inputs.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class MeasuredNetwork:
     distributed: Distributed = "rank_zero"
     unsharded_model: nn.Module | None = None
     norms: tuple[str, ...] = ()
+    calibration: Calibration = field(default_factory=Calibration)
 
     @property
     def network(self) -> nn.Module:
@@ -87,7 +90,7 @@ class MeasuredNetwork:
             self.ranks.announce((self.plan, lambdas))
             snapshot = self._together(self.plan, lambdas)
         with isolated(self.network, self.output_fn) as own:
-            normed = with_batch_statistics(own, self.probe, self.norms)
+            normed = self.calibration.normed(own, self.probe)
             with Network(normed, self.probe, lambdas=lambdas, memory=self.memory) as network:
                 yield network, snapshot
 

@@ -12,6 +12,7 @@ from torch_eft.live.instrument import Instrument, Measurement, Obstacle, Reading
 from torch_eft.live.record.recorder import Recorder
 from torch_eft.live.run.measured_network import MeasuredNetwork
 from torch_eft.live.run.reference import Reference
+from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Snapshot
 from torch_eft.results.tags import tag
@@ -44,6 +45,8 @@ class Measurements:
         self.begun = True
         self._attempted: int | None = None
         self._left_out: int | None = None
+        self._anew: dict[str, float] = {}
+        self._explained = ""
 
     def done(self, step: int) -> bool:
         """Return whether this step is the latest one at which a measurement was tried, here or before a checkpoint."""
@@ -84,7 +87,7 @@ class Measurements:
         self._take(begun)
         scalars = self._take(observed)
         if new and measurement is not None:
-            self.recorder.record(step, scalars)
+            self._record(step, scalars)
 
     def measure(self, network: MeasuredNetwork, *, last: bool = False, epoch: int | None = None) -> dict[str, float]:
         """Measure now, and record the results.
@@ -120,7 +123,7 @@ class Measurements:
         scalars = self._take(readings)
         if not self.progress.at_start:  # before the first step there is no training time to compare with
             scalars[tag("overhead_percent")] = self.budget.percent
-        self.recorder.record(step, scalars, epoch)
+        self._record(step, scalars, epoch)
         return dict(self.recorder.history.get(step, {}))
 
     def _begin(self, network: MeasuredNetwork, isolated: Network) -> list[Reading]:
@@ -153,6 +156,9 @@ class Measurements:
         if self.reference.snapshot is None:
             needed = any(instrument.needs_theta_0 for instrument in self.instruments)
             self.reference.take(snapshot, network.network, needed)
+            self.reference.calibration.take(_open(isolated), self.progress.step)
+        else:
+            self._calibrate(network, isolated, lambdas)
         return Measurement(
             self.progress.step,
             network.network,
@@ -162,7 +168,36 @@ class Measurements:
             lambdas,
             last,
             self.reference.theta_0,
+            self.reference.calibration.statistics,
         )
+
+    def _calibrate(self, network: MeasuredNetwork, isolated: Network, lambdas: dict[str, float]) -> None:
+        """Measure theta_0 anew with the training batches that have come since, and what was recorded of it."""
+        calibration = self.reference.calibration
+        if self.progress.step > self.progress.first_step and not calibration.kept and calibration.wanted:
+            calibration.refuse("the loop shows no batches")
+        theta_0 = calibration.theta_0_anew(_open(isolated), network.probe)
+        if theta_0 is None:
+            return
+        with Network(theta_0, network.probe, lambdas=lambdas, memory=network.memory) as there:
+            self.reference.snapshot = snapshot = there.snapshot(network.plan)
+            again = Measurement(calibration.step, network.network, there, snapshot, snapshot, lambdas)
+            readings = [each.observe(again) for each in self.instruments if each.of_snapshots]
+        known = self.recorder.history.get(calibration.step, {})
+        scalars = {name: value for reading in readings for name, value in reading.scalars.items()}
+        self._anew = {name: value for name, value in scalars.items() if known.get(name) != value}
+
+    def _record(self, step: int, scalars: dict[str, float], epoch: int | None = None) -> None:
+        """Record a measurement, and what was measured anew of theta_0."""
+        if self._anew:
+            self.recorder.record(self.reference.calibration.step, self._anew)
+            self._anew = {}
+        self.recorder.record(step, scalars, epoch)
+        if self.reference.calibration.norms:
+            page = self.reference.calibration.sentence(len(self.latest.output) if self.latest else 0)
+            if page != self._explained:
+                self._explained = page
+                self.recorder.pages({"batch_norm": page})
 
     def _observed(
         self,
@@ -202,6 +237,12 @@ class Measurements:
             return True
         account.left_out += 1
         return False
+
+
+def _open(network: Network) -> IsolatedModel:
+    current = network.current
+    assert isinstance(current, IsolatedModel)
+    return current
 
 
 def _reading(instrument: Instrument, method: str, answer: Any) -> Reading:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from torch_eft.live.run.calibration import Calibration
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.network.snapshot import Snapshot
 
@@ -27,6 +28,7 @@ class Reference:
         snapshot: The measurement at theta_0; None before it is made.
         theta_0: The trainable parameters themselves, where an instrument needs them; else None.
         lambdas: The learning-rate tensor at theta_0.
+        calibration: The statistics with which BatchNorm layers are measured.
         origin: A phrase saying where theta_0 was taken.
         restored: Whether it came from a checkpoint that no training has gone on from yet.
         files: ``{name: {"path", "checksum"}}``, the files that hold the parameters of theta_0: the reference's own
@@ -34,6 +36,7 @@ class Reference:
     """
 
     def __init__(self) -> None:
+        self.calibration = Calibration()
         self.forget()
 
     def forget(self) -> None:
@@ -42,6 +45,7 @@ class Reference:
         self.theta_0: dict[str, Tensor] | None = None
         self.lambdas: dict[str, float] = {}
         self.origin = ""
+        self.calibration.forget()
         self.restored = False
         self.files: dict[str, dict[str, Any]] = {}
         self._parameters: list[str] = []
@@ -85,6 +89,7 @@ class Reference:
             "lambdas": dict(self.lambdas),
             "reference": stored,
             "theta_0": None if self.theta_0 is None else dict(self.theta_0),
+            "calibration": self.calibration.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -95,6 +100,7 @@ class Reference:
         stored = state["reference"]
         self.snapshot = None if stored is None else Snapshot(stored["output"], stored["ntk"], stored["hidden"])
         self.theta_0 = state["theta_0"]
+        self.calibration.load_state(state.get("calibration"))
         self.restored = self.snapshot is not None
 
     def write_theta_0(self, name: str, state: Mapping[str, Any], file: Path) -> None:

@@ -1,11 +1,12 @@
-"""BatchNorm in evaluation mode, with the statistics of a batch at the network's own parameters.
+"""BatchNorm in evaluation mode, with the statistics of given inputs at the network's own parameters.
 
 Running statistics start at 0 and 1 and lag behind the weights: a kernel that is measured with them changes while no
 parameter moves. Kernels at theta_0 and at theta_t are compared with the statistics of the same inputs, taken at theta_0
-and at theta_t. They are constants for the derivatives, so that an output stays a function of its own input.
+and at theta_t: those of a few training batches, or of the probe where none are known. They are constants for the
+derivatives, so that an output stays a function of its own input.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import Probe
+
+STATISTICS = ("running_mean", "running_var")
 
 
 def batch_norms(module: nn.Module, *, unused: bool = False) -> tuple[str, ...]:
@@ -40,12 +43,16 @@ def batch_norms(module: nn.Module, *, unused: bool = False) -> tuple[str, ...]:
     )
 
 
-def with_batch_statistics(network: IsolatedModel, batch: Probe, norms: Collection[str]) -> IsolatedModel:
-    """Return the same network with the statistics of a batch in the place of running ones.
+def with_batch_statistics(
+    network: IsolatedModel, inputs: Probe | Sequence[Probe], norms: Collection[str]
+) -> IsolatedModel:
+    """Return the same network with the statistics of given inputs in the place of running ones.
 
     Args:
         network: Isolated; any parameters.
-        batch: The inputs.
+        inputs: One batch, whose mean and variance are taken as a forward in training mode takes them; or several
+            batches: the averages of their means and unbiased variances, at which running statistics would arrive if
+            these batches were shown for ever and no parameter moved.
         norms: Names of the BatchNorm layers.
 
     Returns:
@@ -53,27 +60,48 @@ def with_batch_statistics(network: IsolatedModel, batch: Probe, norms: Collectio
         variance.
 
     Raises:
-        ValueError: If the forward rejects the batch.
+        ValueError: If the forward rejects a batch.
     """
     if not norms:
         return network
     shadow, alone = network.shadow, list[str]()
-    buffers: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {}
+    several = not isinstance(inputs, Probe)
 
     def take(name: str, layer: Any, args: tuple[Tensor, ...]) -> None:
         axes = [axis for axis in range(args[0].ndim) if axis != 1]
-        if args[0].numel() == args[0].shape[1]:
+        count = args[0].numel() // args[0].shape[1]
+        if count == 1:
             alone.append(name)
         variance, mean = torch.var_mean(args[0], axes, correction=0)  # as in a forward in training mode
-        for buffer, value in (("running_mean", mean), ("running_var", variance)):
+        for buffer, value, kept in (
+            ("running_mean", mean, mean),
+            ("running_var", variance, variance * (count / max(1, count - 1)) if several else variance),
+        ):
             getattr(layer, buffer).copy_(value)  # for this forward alone: the next one begins with what it is given
-            buffers[f"{name}.{buffer}".removeprefix(".")] = value
+            seen.setdefault(f"{name}.{buffer}".removeprefix("."), []).append(kept)
 
     handles = [shadow.get_submodule(name).register_forward_pre_hook(partial(take, name)) for name in norms]
     try:
         with torch.no_grad():
-            checked_output(network, batch)
+            for batch in [inputs] if isinstance(inputs, Probe) else inputs:
+                checked_output(network, batch)
     finally:
         for handle in handles:
             handle.remove()
+    buffers = {name: values[0] if len(values) == 1 else torch.stack(values).mean(0) for name, values in seen.items()}
     return network if alone else replace(network, constants=network.constants | buffers)
+
+
+def statistics_of(network: IsolatedModel, norms: Collection[str]) -> dict[str, Tensor]:
+    """``{buffer: value}`` of the statistics with which BatchNorm layers normalize.
+
+    Args:
+        network: Isolated.
+        norms: Names of the layers.
+
+    Returns:
+        The means and variances.
+    """
+    names = [f"{name}.{buffer}".removeprefix(".") for name in norms for buffer in STATISTICS]
+    return {name: network.constants[name] for name in names if name in network.constants}

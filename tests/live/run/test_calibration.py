@@ -1,0 +1,179 @@
+"""BatchNorm with the statistics of the training's first batches, at theta_t and at theta_0: by brute force."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from torch_eft.live import Observer
+
+SHARE = "eft-more/ntk_batch_norm_share/measured"
+
+
+class Block(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.Tanh(),
+            nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels, momentum=None),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return torch.tanh(x + self.body(x))
+
+
+def resnet():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), Block(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    return nn.Sequential(*layers).double()
+
+
+def batches(count, rows=8):
+    generator = torch.Generator().manual_seed(1)
+    x = 1 + 2 * torch.randn(count, rows, 2, 6, 6, generator=generator, dtype=torch.float64)
+    return [(one, torch.randn(rows, 2, generator=generator, dtype=torch.float64)) for one in x]
+
+
+def probe():
+    return torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def kernel(model, x):
+    """Row by row, in evaluation mode."""
+    rows = [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in model.eval()(x).flatten()]
+    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    return J @ J.T
+
+
+def calibrated(model, parameters, inputs):
+    """A copy with these parameters and torch's own recalculation of its running statistics."""
+    own = copy.deepcopy(model)
+    own.load_state_dict({**own.state_dict(), **parameters})
+    update_bn(inputs, own)
+    return own
+
+
+def trained(model, shown, steps, observer=None, lr=0.05, seen=lambda batch: batch, after=lambda step: None):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    if observer is not None:
+        observer.begin(model=model, optimizers=[optimizer])
+    for step in range(1, steps + 1):
+        x, y = shown[(step - 1) % len(shown)]
+        if observer is not None:
+            observer.observe_batch(seen((x, y)))
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        if observer is not None:
+            observer.before_step()
+        optimizer.step()
+        if observer is not None:
+            observer.measure(step)
+        after(step)
+    return model
+
+
+def observer_of(**options):
+    options = {"instruments": ["ntk", "batch_norm", "representation"], "budget": None, "every": 1} | options
+    return Observer(None, probe(), on_error="raise", **options)
+
+
+@pytest.mark.parametrize("every", [1, 6])
+def test_drift_is_that_of_a_loop_that_recomputes_the_statistics(every):
+    shown, model = batches(6), resnet()
+    theta_0 = {name: p.detach().clone() for name, p in model.named_parameters()}
+    path = {}
+    observer = observer_of(every=every)
+    trained(
+        model, shown, 6, observer,
+        after=lambda step: path.update({step: {name: p.detach().clone() for name, p in model.named_parameters()}}),
+    )  # fmt: skip
+    for step in range(every, 7, every):
+        inputs = [x for x, _ in shown[: min(step, 4)]]
+        there, start = (calibrated(model, theta, inputs) for theta in (path[step], theta_0))
+        H, H_0 = kernel(there, probe()), kernel(start, probe())
+        there.load_state_dict({**start.state_dict(), **path[step]})
+        share = (H - kernel(there, probe())).norm() / (H - H_0).norm()
+        seen = observer.history[step]
+        assert seen["eft/ntk_drift/measured"] == pytest.approx(float((H - H_0).norm() / H_0.norm()), rel=1e-8)
+        assert seen["eft/ntk_trace/measured"] == pytest.approx(float(H.diagonal().mean()), rel=1e-8)
+        assert seen[SHARE] == pytest.approx(float(share), rel=1e-6)
+    assert observer.history[0]["eft/ntk_trace/measured"] == pytest.approx(float(H_0.diagonal().mean()), rel=1e-8)
+    assert observer.reference.calibration._theta_0 is None  # no longer kept
+    observer.finish()
+
+
+def test_nothing_drifts_where_no_parameter_moves():
+    observer = observer_of(instruments=None, preset="standard")
+    trained(resnet(), batches(5), 5, observer, lr=0.0)
+    for step in range(1, 6):
+        assert observer.history[step]["eft/ntk_drift/measured"] == 0
+        assert observer.history[step]["eft/representation_change/measured"] == 0
+        assert SHARE not in observer.history[step]
+
+
+def test_training_is_left_alone():
+    own = trained(resnet(), batches(6), 6).state_dict()
+    state = torch.get_rng_state()
+    watched = trained(resnet(), batches(6), 6, observer_of()).state_dict()
+    assert all(torch.equal(value, watched[name]) for name, value in own.items())
+    torch.manual_seed(0)  # resnet() did
+    resnet()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        (lambda batch: (batch[0] * 100 + 300, batch[1]), "not what training feeds the network"),
+        (lambda batch: (batch[0][..., 0], batch[1]), "are not like the probe"),
+        (lambda batch: (batch[0] * torch.nan, batch[1]), "cannot be run on a training batch"),
+    ],
+)
+def test_batches_that_the_network_is_not_fed_are_not_taken(seen, words):
+    observer, plain, pages = observer_of(), observer_of(), {}
+    observer.recorder.pages, record = lambda new: pages.update(new) or record(new), observer.recorder.pages
+    trained(resnet(), batches(3), 3, observer, seen=seen)
+    assert words in pages["batch_norm"] and "inputs of the probe" in pages["batch_norm"]
+    trained(resnet(), batches(3), 3, plain, seen=lambda batch: None)
+    for step in range(4):
+        assert observer.history[step]["eft/ntk_drift/measured"] == plain.history[step]["eft/ntk_drift/measured"]
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_a_resumed_training_goes_on_with_the_same_batches(at):
+    shown, model = batches(6), resnet()
+    whole = observer_of()
+    trained(resnet(), shown, 6, whole)
+    first = observer_of()
+    trained(model, shown[:at], at, first)
+    state = first.state_dict()
+    second = observer_of()
+    second.load_state_dict(copy.deepcopy(state))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    second.begin(at, model=model, optimizers=[optimizer])
+    for step in range(at + 1, 7):
+        second.observe_batch(shown[step - 1])
+        second.measure(step)
+    kept = second.reference.calibration.kept
+    assert all(torch.equal(one, x) for one, (x, _) in zip(kept, shown[:4], strict=True))
+    assert second.history[0] == whole.history[0]
+    del state["calibration"]  # as an earlier version wrote it
+    old = observer_of()
+    old.load_state_dict(state)
+    with warnings.catch_warnings(action="error"):
+        old.begin(at, model=model, optimizers=[optimizer])
+        old.observe_batch(shown[0])
+    assert old.reference.calibration.kept == []
+
+
+def test_large_batches_are_kept_in_part():
+    model = nn.Sequential(nn.Linear(2**15, 2), nn.BatchNorm1d(2)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(40, 2**15, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    observer = Observer(model, x[:2], optimizer, instruments=[], budget=None, on_error="raise")
+    observer.begin()
+    observer.observe_batch((x, x[:, :2]))
+    assert torch.equal(observer.reference.calibration.kept[0], x[:32])  # 8 MiB
