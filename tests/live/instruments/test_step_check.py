@@ -11,6 +11,7 @@ from torch_eft.callbacks import EFTMonitor
 from torch_eft.live.instruments.forecasts.instance import InstanceInstrument
 from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.shadow import ShadowInstrument
+from torch_eft.live.observer import Observer
 from torch_eft.results.tags import tag
 
 STEP, GRADIENT = "do not move by -learning_rate times the gradient", "the gradient is not that of"
@@ -200,3 +201,71 @@ def test_what_a_lightning_module_changes_is_seen(kind, reason):
         assert "eft-theory/instance_output_error/order_1" in monitor.history[8], monitor.validity
     else:
         assert monitor.validity.flag == "invalid" and reason in monitor.validity.reason
+
+
+def skipping(instruments, model, optimizer, steps, how, counted=True, resume_at=None):
+    """A training that takes no step where ``how`` says so; returns the observer and {counted step: steps taken}."""
+    x, y, x_probe = data(3, 2, 1)
+    options = {"instruments": instruments, "budget": None, "every": 1, "on_error": "raise"}
+    observer = Observer(model, x_probe, optimizer, **options)
+    observer.begin()
+    scaler = torch.amp.GradScaler("cpu", enabled=how == "scaler")
+    loops, taken = 0, {0: 0}
+    while (step := max(taken)) < steps:
+        if step == resume_at:
+            other = Observer(model, x_probe, optimizer, **options)
+            other.load_state_dict(observer.state_dict())
+            other.begin(step)
+            observer, resume_at = other, None
+        observer.observe_batch((x, y))
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        observer.observe_loss(loss)
+        optimizer.zero_grad()
+        skips = loops in (0, 3, 4)
+        if not (how == "no gradients" and skips):
+            scaler.scale(loss).backward()
+        if how == "scaler":
+            if skips:  # as an overflow does
+                model[0].weight.grad[0, 0] = torch.inf
+            scaler.unscale_(optimizer)
+        before = model[0].weight.clone()
+        observer.before_step()
+        scaler.step(optimizer)
+        scaler.update()
+        moved = not torch.equal(before, model[0].weight)
+        loops += 1
+        if moved or counted:
+            taken[step + 1] = taken[step] + moved
+            observer.measure(step + 1)
+    observer.finish()
+    return observer, taken
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("how", ["no gradients", "scaler"])
+@pytest.mark.parametrize(("counted", "resume_at"), [(True, None), (True, 4), (False, None)])
+def test_steps_that_are_skipped_are_none_of_the_forecasts(how, counted, resume_at, momentum):
+    def run(how, **options):
+        model = mlp(48, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=momentum)
+        return skipping([InstanceInstrument(seconds=60.0)], model, optimizer, 8, how, **options)
+
+    plain, _ = run("")
+    assert tag("instance_output", "order_1") in plain.history[8]
+    observer, taken = run(how, counted=counted, resume_at=resume_at)
+    assert taken[8] == (5 if counted else 8)
+    for step, number in taken.items():
+        expected = {name: value for name, value in plain.history[number].items() if "overhead" not in name}
+        seen = {name: observer.history[step][name] for name in expected}
+        assert seen == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("how", ["no gradients", "scaler"])
+def test_shadows_take_no_step_that_the_network_does_not_take(how):
+    """Where they cannot know before, they end in words."""
+    model, shadow = mlp(12, 1), ShadowInstrument()
+    _, taken = skipping([shadow], model, torch.optim.SGD(model.parameters(), lr=0.02), 8, how)
+    if how == "scaler":
+        assert shadow.validity.flag == "invalid" and "skipped a step" in shadow.validity.reason
+    else:
+        assert shadow.validity is None and shadow._taken == taken[8] == 5

@@ -11,6 +11,7 @@ from torch_eft.forecast.comparison.compared import Compared, component
 from torch_eft.live.instrument import Event, Instrument, Measurement, Reading, TrainingStart
 from torch_eft.live.instruments.common import LARGEST, compared_scalars, memory, too_many
 from torch_eft.live.instruments.forecasts.full_batch import UNSHOWN
+from torch_eft.live.instruments.forecasts.step_check import versions, without_gradients
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.taylor.model import TaylorModel, as_call
@@ -66,6 +67,7 @@ class ShadowInstrument(Instrument):
         self._outputs_0: Tensor | None = None
         self._moved = 0.0
         self._taken = 0
+        self._versions, self._ahead = -1, False
         self._optimizer: Optimizer | None = None
         self._diverged: set[int] = set()
 
@@ -103,9 +105,14 @@ class ShadowInstrument(Instrument):
         """Take the step that the network is about to take."""
         if self._start is None:
             return Reading()
-        reason = self._unlike()
+        reason = self._skipped() or self._unlike()
         if reason is not None:
             return self._stopped(step, reason)
+        model = self._start.model
+        if all(p.grad is None for p in model.parameters()) or (not self._taken and without_gradients(model)):
+            self._batch, self._batches = None, 0
+            self._versions, self._ahead = versions(model), False
+            return Reading()  # the optimizer takes no step either
         self._optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
         batch, count = self._batch, self._batches
         self._batch, self._batches = None, 0
@@ -130,7 +137,14 @@ class ShadowInstrument(Instrument):
             _same_options(own_optimizer, optimizer)
             shadow.step(inputs, lambda z: function(z, targets), own_optimizer)
         self._taken += 1
+        self._versions, self._ahead = versions(model), True
         return reading
+
+    def _skipped(self) -> str | None:
+        """Return why the shadows are a step ahead, or None: every step of an optimizer writes to parameters."""
+        if self._ahead and self._start is not None and versions(self._start.model) == self._versions:
+            return "the optimizer skipped a step that they took (a GradScaler does, for infinite gradients)"
+        return None
 
     def _unlike(self) -> str | None:
         """Return why the network's first step was not that of its shadows, which have its gradient at theta_0.
@@ -165,11 +179,12 @@ class ShadowInstrument(Instrument):
         """Shadows beside the network."""
         if self._outputs_0 is None:
             self._outputs_0 = measurement.snapshot.output
-        reason = self._unlike()
+        reason = self._skipped() or self._unlike()
         if reason is not None:
             return self._stopped(measurement.step, reason)
         if not self._shadows:
-            unshown = self._start is not None and measurement.step > self._start.step
+            idle = versions(measurement.model) == self._versions
+            unshown = self._start is not None and measurement.step > self._start.step and not idle
             return self._stopped(measurement.step, UNSHOWN) if unshown else Reading()
         z, start = measurement.snapshot.output, self._outputs_0
         outputs = {order: _output(shadow, measurement.network) for order, (shadow, _) in self._shadows.items()}

@@ -7,6 +7,7 @@ compared, by their numbers, at the first step after the resume. Otherwise it end
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from torch_eft.live.instrument import Claim, Event, Instrument, Measurement, Reading, RunFacts, TrainingStart
 from torch_eft.live.instruments.forecasts.full_batch import UNSHOWN, FullBatch, ValidityWatch, sgd_options
-from torch_eft.live.instruments.forecasts.step_check import StepCheck
+from torch_eft.live.instruments.forecasts.step_check import StepCheck, versions, without_gradients
 from torch_eft.measure.training_loss import loss_gradient
 from torch_eft.results.trajectory import Validity
 
@@ -57,6 +58,7 @@ class ForecastInstrument(Instrument, ABC):
         self._loss: Callable[[Tensor, Any], Tensor] | None = None
         self._measured = False
         self._waiting: list[Measurement] = []
+        self._idle: int | None = None
         self._watch = ValidityWatch(self.what)
         self._kept: dict[str, Any] = {}
         self._terms: dict[str, Any] = {}
@@ -122,11 +124,17 @@ class ForecastInstrument(Instrument, ABC):
         if self._comparison is not None:
             reason = self._seen.end(step, optimizer)
             if reason is None and self._steps is not None:
-                self._steps.before_step(optimizer, self._seen.batch, self._measured)
+                self._steps.before_step(step, optimizer, self._seen.batch, self._measured)
                 self._seen.batch, self._measured = None, False
             return Reading() if reason is None else self._ended(step, reason)
+        model, before = self._seen.start.model, self._idle
+        self._idle = versions(model)
+        if before is not None and before != self._idle:
+            return Reading(pages=self._stop("the parameters moved before a step with finite gradients"))
+        if without_gradients(model):
+            return Reading()
         try:
-            pages = self._decide(self._seen, optimizer)
+            pages = self._decide(step, self._seen, optimizer)
         except ValueError as error:  # unrecognized, unstable, too slow, conflicting points, no derivatives
             return self._ended(step, str(error)) if self._kept else Reading(pages=self._stop(str(error)))
         except Exception as error:
@@ -136,11 +144,11 @@ class ForecastInstrument(Instrument, ABC):
             self._stop(reason)
             raise
         self._kept = {}
-        late: History = {measurement.step: self._compared(measurement).scalars for measurement in self._waiting}
+        late: History = {each.step: self._compared_in_time(each, at_start=True).scalars for each in self._waiting}
         self._waiting = []
         return Reading(late=late, pages=pages)
 
-    def _decide(self, seen: FullBatch, optimizer: Optimizer) -> dict[str, str]:
+    def _decide(self, step: int, seen: FullBatch, optimizer: Optimizer) -> dict[str, str]:
         if seen.batch is None or seen.loss is None:
             raise ValueError("the batch is not a pair (inputs, targets) of tensors")
         kept = self._kept
@@ -157,8 +165,8 @@ class ForecastInstrument(Instrument, ABC):
         batch = seen.batch
         pages = self._forecast(*batch, optimizer, options)
         seen.begin(optimizer)
-        self._steps = self._step_check(seen.start)
-        self._steps.before_step(optimizer, batch, measured=False)
+        self._steps = self._step_check(seen.start, int(kept.get("skipped", 0)) + step - seen.start.step)
+        self._steps.before_step(step, optimizer, batch, measured=False)
         if kept:
             self._watch.level = int(kept["told"])
             pages = {
@@ -166,14 +174,14 @@ class ForecastInstrument(Instrument, ABC):
             }
         return pages
 
-    def _step_check(self, start: TrainingStart) -> StepCheck:
+    def _step_check(self, start: TrainingStart, skipped: int) -> StepCheck:
         function = self._loss
         assert function is not None
 
         def gradient(x: Any, y: Tensor) -> dict[str, Tensor]:
             return loss_gradient(start.model, x, y, function, start.network.output_fn)
 
-        return StepCheck(start.model, gradient, str(self._terms["loss"]))
+        return StepCheck(start.model, gradient, str(self._terms["loss"]), skipped)
 
     def _same_loss(self, name: str, factor: float, function: Callable[[Tensor, Any], Tensor]) -> None:
         """Remember the loss; raise ``ValueError`` if a checkpoint kept the forecast for another one."""
@@ -188,15 +196,25 @@ class ForecastInstrument(Instrument, ABC):
         if self._seen is None:
             return Reading()
         if self._comparison is None:
-            if measurement.step > self._seen.start.step:
+            if measurement.step > self._seen.start.step and self._idle != versions(measurement.model):
                 return Reading(pages=self._stop(UNSHOWN))
             self._waiting.append(measurement)
             return Reading()
         self._measured = True
         if self._steps is not None:
-            self._steps.look()
+            self._steps.look(measurement.step)
         reason = self._unlike()
-        return self._compared(measurement) if reason is None else self._ended(measurement.step, reason)
+        return self._compared_in_time(measurement) if reason is None else self._ended(measurement.step, reason)
+
+    def _compared_in_time(self, measurement: Measurement, at_start: bool = False) -> Reading:
+        """Compare with the forecast of as many steps as were taken: fewer than counted, if some were skipped."""
+        skipped = 0 if self._steps is None else self._steps.skipped
+        taken = measurement.step - skipped
+        if at_start and self._steps is not None:
+            taken = self._steps.begun - skipped
+        reading = self._compared(replace(measurement, step=taken))
+        reading.events = [replace(event, step=measurement.step) for event in reading.events]
+        return reading
 
     def _unlike(self) -> str | None:
         """Return why what was seen since is not the training that is forecast, or None; waits for the device."""
@@ -229,6 +247,7 @@ class ForecastInstrument(Instrument, ABC):
             "batches": self._seen.state(),
             "comparison": self._comparison.state(),
             "told": self._watch.level,
+            "skipped": 0 if self._steps is None else self._steps.skipped,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -3,6 +3,9 @@
 A loop can clip gradients, change them in hooks, decay weights or project them after the step, now or later, and shows
 none of it. Its parameters do: from one step to the next they must move by the SGD step of the gradient, and the
 gradient must be that of the loss on the batch. Results stay on their device until they are asked for.
+
+A step that the optimizer does not take is none: without gradients, or left out by a ``GradScaler`` for its infinite
+ones. No parameter is written to then, which their version counters show without a wait for the device.
 """
 
 import random
@@ -27,47 +30,81 @@ class StepCheck:
         network: The network that is trained.
         gradient: The gradient of the loss on a batch at the current parameters.
         loss: Its name.
+        skipped: Steps that were counted before and not taken.
+
+    Attributes:
+        skipped: Steps that were counted and not taken.
+        begun: Steps that were counted when one was last about to be taken.
     """
 
-    def __init__(self, network: nn.Module, gradient: Callable[[Any, Tensor], Mapping[str, Tensor]], loss: str) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        gradient: Callable[[Any, Tensor], Mapping[str, Tensor]],
+        loss: str,
+        skipped: int = 0,
+    ) -> None:
         self._network, self._gradient, self._loss = network, gradient, loss
+        self.skipped = skipped
+        self.begun = 0
+        self._versions: int | None = None  # then
         self._expected: dict[str, Tensor] = {}
-        self._length = self._rounding = self._first = torch.zeros(())
+        self._length: Tensor | None = None
+        self._rounding: Tensor | None = None
+        self._first: Tensor | None = None
+        self._gradients: tuple[Tensor, Tensor] | None = None  # differences and sizes, if the step is taken
         self._off: list[Tensor | None] = [None, None]
         self._checked = 0
         self._chance = random.Random(0)  # else a change at every tenth step might always fall between
 
-    def before_step(self, optimizer: Optimizer, batch: tuple[Any, Tensor] | None, measured: bool) -> None:
+    def before_step(self, step: int, optimizer: Optimizer, batch: tuple[Any, Tensor] | None, measured: bool) -> None:
         """Compare the last step, now that all that follows it is done, and note what the coming one should do.
 
         Args:
+            step: Steps counted so far.
             optimizer: The optimizer, gradients in ``.grad``.
             batch: The batch of the coming step, where it was shown.
             measured: Whether a measurement was made since the last step.
         """
-        self.look()
-        self._expected = {}
+        self.look(step)
+        self._expected, self._gradients = {}, None
+        self.begun, self._versions = step, versions(self._network)
+        named = {name: p for name, p in self._network.named_parameters() if p.requires_grad}
+        given = [p.grad for p in named.values() if p.grad is not None]
+        if not given:
+            return
         self._checked += 1
         if not (measured or self._checked <= SURE or self._chance.random() < 1 / RARELY):
             return
-        named = {name: p for name, p in self._network.named_parameters() if p.requires_grad}
-        if self._checked == 1:
-            self._first = _norm([p.grad for p in named.values() if p.grad is not None])
+        if self._first is None:
+            self._first = _norm(given)
         elif measured and batch is not None:
             own = self._gradient(*batch)
             differences = [own[name] - (0 if p.grad is None else p.grad) for name, p in named.items() if name in own]
-            size = _norm(list(own.values())) + self._first  # near the minimum both are rounding
-            self._note(1, _norm(differences), TOLERANCE * size, size)
+            # Near the minimum both are rounding.
+            self._gradients = _norm(differences), _norm(list(own.values())) + self._first
         steps = _sgd_steps(optimizer)
         moves = {name: steps.get(id(p), torch.zeros_like(p)) for name, p in named.items()}
         self._expected = {name: p.detach() - moves[name] for name, p in named.items()}
         self._length = _norm(list(moves.values()))
         self._rounding = _norm([p.detach().float() * torch.finfo(p.dtype).eps for p in named.values()])
 
-    def look(self) -> None:
-        """Compare the current parameters with those that the last step should have given."""
+    def look(self, step: int) -> None:
+        """Compare the current parameters with those that the last step should have given.
+
+        Args:
+            step: Steps counted so far.
+        """
+        if versions(self._network) == self._versions:
+            self.skipped += step - self.begun
+            self.begun = step
+            return
+        if self._gradients is not None:
+            difference, size = self._gradients
+            self._note(1, difference, TOLERANCE * size, size)
+            self._gradients = None
         now = {name: p.detach() for name, p in self._network.named_parameters() if name in self._expected}
-        if now:
+        if now and self._length is not None and self._rounding is not None:
             error = _norm([value - self._expected[name] for name, value in now.items()])
             self._note(0, error, TOLERANCE * self._length + 4 * self._rounding, self._length)
 
@@ -92,6 +129,17 @@ class StepCheck:
         return None
 
 
+def versions(network: nn.Module) -> int:
+    """A number that grows whenever an optimizer writes to a parameter; nothing waits for the device."""
+    return sum(p._version for p in network.parameters() if p.requires_grad)
+
+
+def without_gradients(network: nn.Module) -> bool:
+    """Return whether the coming step will not be taken: no gradients, or some that are infinite or NaN; waits."""
+    given = [p.grad for p in network.parameters() if p.requires_grad and p.grad is not None]
+    return not given or not bool(torch.stack([grad.isfinite().all() for grad in given]).all())
+
+
 def _sgd_steps(optimizer: Optimizer) -> dict[int, Tensor]:
     """``{id(parameter): lr * direction}`` of ``torch.optim.SGD``, from the gradients and momenta before the step."""
     inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
@@ -110,4 +158,4 @@ def _sgd_steps(optimizer: Optimizer) -> dict[int, Tensor]:
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([t.detach().float().norm() for t in tensors]).norm() if tensors else torch.zeros(())
+    return torch.stack([t.detach().float().norm() for t in tensors]).norm()
