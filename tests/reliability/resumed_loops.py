@@ -29,7 +29,7 @@ class Run:
     ):
         self.net, self.loss, self.total = mlp(24, seed=seed), loss, total
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr, momentum=momentum)
-        self.x, self.y, x_probe = data()
+        self.x, self.y, x_probe = data(4, 2)
         self.observer = Observer(
             self.net,
             x_probe if probe is None else probe,

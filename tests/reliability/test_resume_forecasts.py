@@ -60,7 +60,7 @@ def test_cross_entropy_and_a_measurement_that_falls_on_the_resume():
 
     def made(seed=0):
         run = Run(seed=seed, **options)
-        run.y = torch.tensor([0, 1, 1, 0, 1])
+        run.y = torch.tensor([0, 1, 1, 0])
         return run
 
     dense = Run(loss=F.cross_entropy)
@@ -105,7 +105,8 @@ def test_it_goes_on_beyond_its_horizon():
 
 def compared(tmp_path, batch_size):
     """A training that nothing stopped and one resumed after its second epoch, both with the theory, every step."""
-    whole, first, resumed = (light(preset="standard", every=1) for _ in range(3))
+    # Order 1 of 24 samples takes as long as it may, and is no part of the comparison.
+    whole, first, resumed = (light(preset="standard", every=1, forecast_seconds=0.1) for _ in range(3))
     lightning_fit([whole], batch_size=batch_size)
     trainer, _ = lightning_fit([first], epochs=2, batch_size=batch_size)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
@@ -297,7 +298,7 @@ def test_a_state_of_another_kind_is_a_new_start():
 def test_a_forecast_for_another_probe_is_dropped_with_its_theta_0():
     _, saved = half()
     with pytest.warns(MeasurementWarning, match="the probe is another"):
-        resumed = Run(seed=1, probe=data()[2] + 1).resume(saved)
+        resumed = Run(seed=1, probe=data(4, 2)[2] + 1).resume(saved)
     resumed.train(HALF + 1, STEPS)
     for instrument in resumed.instruments().values():
         assert instrument.validity.reason == NO_STATE

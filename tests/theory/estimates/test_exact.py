@@ -94,10 +94,10 @@ def z_scores(values, expected):
     ("name", "hidden", "C_b", "x"),
     [
         ("relu", (6,), (0.0,) * 4, X[:1]),
-        ("relu", (7, 5), (0.0,) * 4, X[:1]),
+        pytest.param("relu", (7, 5), (0.0,) * 4, X[:1], marks=pytest.mark.slow),
         ("relu", (6, 8, 7), (0.2, 0.1, 0.3, 0.1), X[:1]),
         ("leaky_relu(0.3)", (5, 7), (0.0,) * 4, X[:1]),
-        ("abs", (4, 6), (0.0, 0.1, 0.0, 0.0), X[:1]),
+        pytest.param("abs", (4, 6), (0.0, 0.1, 0.0, 0.0), X[:1], marks=pytest.mark.slow),
         ("linear", (3, 5, 4), (0.0,) * 4, X),
         ("linear", (4, 3), (0.2, 0.1, 0.3, 0.1), X),
     ],

@@ -151,7 +151,8 @@ def ensemble_of(activation):
     ("kinked", "smooth", "names"),
     [
         pytest.param("relu", mollified_relu, ("V", "P", "Q"), marks=pytest.mark.slow),
-        ("elu", mollified_elu, ("P", "Q", "R", "S", "T", "U")),
+        pytest.param("elu", mollified_elu, ("P", "Q", "R", "T"), marks=pytest.mark.slow),
+        ("elu", mollified_elu, ("S", "U")),
     ],
 )
 def test_distributional_statistics_are_the_limit_of_smooth_ones(kinked, smooth, names):
@@ -260,23 +261,22 @@ def test_control_variate_lowers_the_sampling_error(name):
     from torch_eft.theory.gaussian.points import GridPoints, quadrature_spacings, sample_points
 
     sigma, K = get_activation(name), 0.4 * covariance(8, dimension=6)
-    errors = {True: [], False: []}
-    everything = torch.arange(8)
+    pairs, errors = two_point_moments(sigma, K), {True: [], False: []}
+    samples = {
+        (control, seed): SummedMoments(sigma, K, sample_points(K, 4096, seed), pairs, control)
+        for control in errors
+        for seed in range(4)
+    }
     for subset in ([0, 3, 5, 6], [1, 2, 4, 7]):
         index = torch.tensor(subset)
         small = K[index][:, index]
-        exact = SummedMoments(
-            sigma, small, GridPoints(small, quadrature_spacings(sigma, small)), two_point_moments(sigma, small)
-        )
+        # Right to 3e-5 at this step; the samples are to 1e-2.
+        points = GridPoints(small, [1.5 * h for h in quadrature_spacings(sigma, small)])
+        exact = SummedMoments(sigma, small, points, two_point_moments(sigma, small))
         for orders in ((0, 0, 0, 0), (0, 0, 1, 1), (1, 1, 1, 1), (2, 1, 1, 0), (3, 1, 1, 1)):
             expected = exact.moment([((order,), torch.arange(4)) for order in orders])
-            for control in (True, False):
-                for seed in range(4):
-                    moments = SummedMoments(
-                        sigma, K, sample_points(K, 4096, seed), two_point_moments(sigma, K), control
-                    )
-                    value = moments.moment([((order,), everything) for order in orders])
-                    value = value[index][:, index][:, :, index][:, :, :, index]
-                    errors[control].append(float((value - expected).square().mean()) / float(expected.square().mean()))
+            for (control, _), moments in samples.items():
+                value = moments.moment([((order,), index) for order in orders])
+                errors[control].append(float((value - expected).square().mean()) / float(expected.square().mean()))
     assert sum(errors[True]) < 0.7 * sum(errors[False])
     assert math.sqrt(max(errors[True])) < 0.1

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.func import jacrev
+from torch.func import jacfwd, jacrev
 
 from tests.oracles.differentials import first_layer, step
 from torch_eft.theory import get_activation
@@ -31,12 +31,19 @@ def by_autodiff(sigma, x, weights):
             signal = torch.tanh(z) if sigma.name == "tanh" else sigma.function(z)
         return z
 
-    one, two, three = jacrev(network), jacrev(jacrev(network)), jacrev(jacrev(jacrev(network)))
-    J, J2, J3 = one(theta), two(theta), three(theta)
+    J, J2 = jacrev(network)(theta), jacfwd(jacrev(network))(theta)
+    outputs, samples = J.shape[:2]
+    directions = J.flatten(0, 1)
+
+    def along_gradients(shift):
+        return network(theta + shift @ directions)
+
+    # Third derivatives along the gradients alone: few numbers, where the whole tensor has the cube of the parameters.
+    J3 = jacfwd(jacfwd(jacrev(along_gradients)))(theta.new_zeros(len(directions)))
     e = torch.einsum
     H = e("iam,jbm->ijab", J, J)
     dH = e("iamn,jbm,kcn->ijkabc", J2, J, J)
-    ddI = e("iamnr,jbm,kcn,ldr->ijklabcd", J3, J, J, J)
+    ddI = e("iajbkcld->ijklabcd", J3.reshape([outputs, samples] * 4))
     ddII = e("iamn,jbmr,kcn,ldr->ijklabcd", J2, J2, J, J)
     return H, dH, ddI, ddII
 

@@ -18,7 +18,7 @@ from torch_eft.theory.training.corrections.output_covariance import output_covar
 from torch_eft.theory.training.infinite_width import FrozenTraining, InfiniteWidthPath
 
 PROBES, TRAIN, OUTPUTS = 1, 2, 2
-STEPS = torch.tensor([1, 4, 8])
+STEPS = torch.tensor([1, 2, 4])
 RATE = 0.08
 
 
