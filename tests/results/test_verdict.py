@@ -52,10 +52,10 @@ def test_expansions_have_no_band_and_say_where_they_end():
     found = verdict(line, "ntk_drift")
     assert (found.words, found.predicted, found.state) == ("beside the expansion about theta_0", 0.2, "no band")
     ended = verdict(line | {5: {tag("ntk_drift"): 0.3}}, "ntk_drift")
-    assert (ended.words, ended.short) == ("the expansion about theta_0 ends at step 3", "expanded to step 3")
+    assert (ended.words, ended.short) == ("the expansion about theta_0 ends at step 3", "ends at 3")
 
 
 def test_infinite_width_alone_is_no_prediction_of_what_it_sets_to_0():
     assert verdict({0: {tag("dntk"): 0.1, tag("dntk", "order_0"): 0.0}}, "dntk") is None
     assert verdict({}, "dntk") is None
-    assert verdict({0: {tag("dntk"): 0.1, tag("dntk", "order_1"): 0.2}}, "dntk").words == "predicted without a band"
+    assert verdict({0: {tag("dntk"): 0.1, tag("dntk", "order_1"): 0.2}}, "dntk").words == "predicted, without quantiles"

@@ -71,3 +71,11 @@ def write_run(directory: Path, scale: float = 0.1, info: dict | None = None, ste
             )
     writer.flush()
     return writer
+
+
+def write_scalars(directory: Path, scalars, info: dict, steps=range(5)) -> None:
+    """``eft.jsonl`` of a run whose ``scalars(step)`` are given."""
+    directory.mkdir()
+    lines = [{"kind": "run", "schema": 1, **info}]
+    lines += [{"kind": "measurement", "step": step, "scalars": scalars(step)} for step in steps]
+    (directory / JSONL_NAME).write_text("".join(dump_json(line) + "\n" for line in lines))

@@ -69,7 +69,7 @@ def test_series_of_a_run_all_or_chosen(two_runs):
     values = [value for _, value in found["quantities"]["ntk_drift"]["order_1"]]
     assert values == pytest.approx([0.1 * step for step in STEPS])
     assert {quantity: verdict["words"] for quantity, verdict in found["verdicts"].items()} == {
-        "ntk_drift": "predicted without a band"
+        "ntk_drift": "predicted, without quantiles"
     }
     one = get(two_runs, "series?run=narrow&quantity=ntk_top_eigenvalue")
     assert one["quantities"] == {"ntk_top_eigenvalue": {"measured": [[step, 300.0 + step] for step in STEPS]}}

@@ -12,7 +12,10 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.tensorboard.chromium import EXECUTABLE, NAMES, Browser
-from tests.tensorboard.eft_runs import drift, run_info, write_run
+from tests.tensorboard.eft_runs import drift, run_info, write_run, write_scalars
+from torch_eft.results.quantities import documented
+from torch_eft.results.tags import BAND_90
+from torch_eft.tensorboard import QUANTITIES, layer_tag, layer_theory_tag, tag
 from torch_eft.tensorboard.report import write_report
 
 pytestmark = pytest.mark.skipif(
@@ -50,6 +53,14 @@ def tensorboard(tmp_path):
     server.terminate()
     server.wait(20)
     server.stderr.close()
+
+
+def unfold(browser, page=PAGE):
+    """Open the groups below the first quantities, which are folded at first."""
+    browser.until(f"{page}.querySelectorAll('.headline svg').length == 1")
+    assert browser.run(f"{page}.querySelectorAll('.card svg').length") == 1
+    browser.run(f"{page}.querySelectorAll('.group:not([open]) summary').forEach((e) => e.click())")
+    browser.until(f"{page}.querySelectorAll('.card svg').length == 4")
 
 
 def text(selector, page=PAGE):
@@ -100,7 +111,7 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
     other.close()
 
     browser.go(f"{tensorboard}#eft")
-    browser.until(f"{PAGE}.querySelectorAll('.card svg').length == 4")
+    unfold(browser)
     browser.until(f"/1 other run has no data/.test({text('.status')})")
     names = browser.run(f"[...{PAGE}.querySelectorAll('.runs .name')].map((e) => e.textContent)")
     assert names == ["narrow", HOSTILE]
@@ -114,13 +125,13 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
 
     # One run: the values of every series, and the last one on the card.
     browser.run(f"{PAGE}.querySelector('.runs input').click()")
-    browser.until(text(f"{card('ntk_drift')} .latest"))
+    browser.until(text(f"{card('ntk_drift')} .value"))
     press(browser, ".runs [data-action=only]")
-    browser.until(f"{text(card('ntk_drift') + ' .latest')} == '4.5z +1'")
+    browser.until(f"{text(card('ntk_drift') + ' .value')} == '4.5'")
     press(browser, ".runs li:nth-child(2) [data-action=only]")
-    browser.until(f"{text(card('ntk_drift') + ' .latest')} == '2.5z +1'")
-    assert browser.run(text(f"{card('ntk_drift')} .latest")) == "2.5z +1"
-    assert browser.run(text(f"{card('ntk_drift')} .limit")) == "n → ∞: 0"
+    browser.until(f"{text(card('ntk_drift') + ' .value')} == '2.5'")
+    assert browser.run(text(f"{card('ntk_drift')} .verdict")) == "predicted, without quantiles"
+    assert browser.run(text(f"{card('ntk_top_eigenvalue')} .latest")) == "320"
     hover(browser, f"{card('ntk_drift')} .chart", 0.03)
     hover(browser, f"{card('ntk_drift')} .chart", 0.97)
     rows = browser.until(
@@ -137,7 +148,7 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
     for name, value in drift(40, 0.1).items():
         writer.add_scalar(name, value, 40)
     writer.close()
-    browser.until(f"{text(card('ntk_drift') + ' .latest')} == '4.5z +1'")
+    browser.until(f"{text(card('ntk_drift') + ' .value')} == '4.5'")
     assert "step 20" in browser.run(
         f"{PAGE}.querySelector('.tooltip:not([hidden])').innerText"
     )  # it stays where it was
@@ -196,7 +207,7 @@ def test_without_data_the_tab_says_what_to_do_and_fills_when_data_come(tmp_path,
     page = "document"
     assert "No run here has data of torch_eft yet" in browser.until(text(".empty", page))
     write_run(tmp_path / "logs" / "run").close()
-    browser.until("document.querySelectorAll('.card svg').length == 4")
+    browser.until("document.querySelectorAll('.card svg').length == 1")
     assert "no description of itself" in browser.run(text(".reason", page))
 
 
@@ -207,7 +218,7 @@ def test_a_report_shows_the_same_page_without_a_server(tmp_path, browser):
     write_report([tmp_path / "logs"], tmp_path / "report.html")
     page = "document"
     browser.go((tmp_path / "report.html").as_uri())
-    browser.until("document.querySelectorAll('.card svg').length == 4")
+    unfold(browser, page)
     assert browser.run(text(".runs .name", page)) == f"logs/{HOSTILE}"
     assert "1 line was cut off" in browser.run(text(".status", page))
     browser.run(f"document.querySelector('{card('ntk_drift')} .chart').focus()")
@@ -219,7 +230,70 @@ def test_a_report_shows_the_same_page_without_a_server(tmp_path, browser):
     assert browser.run("document.querySelectorAll('img').length") == 0
     press(browser, ".toolbar [data-export=png]", page)
     assert downloaded(browser, ".png")[1][:4] == b"\x89PNG"
+    # What was opened stays open.
+    browser.go((tmp_path / "report.html").as_uri())
+    browser.until("document.querySelectorAll('.card svg').length == 4")
     assert browser.console == []
+
+
+def test_the_first_quantities_are_judged_in_words(tmp_path, browser):
+    known = documented(["ntk_drift", "dntk", "representation_change"])
+    why = "no line for the dNTK: <b>kinks</b>"
+    ended = {"step": 3, "quantity": "ntk_drift", "text": "expansion about theta_0 ends here, step 3, outputs moved 0.4"}
+    write_scalars(tmp_path / "mlp", forecast, run_info(events=[], quantities=known))
+    write_scalars(tmp_path / "cnn", expansion, run_info(events=[ended], unpredicted={"dntk": why}, quantities=known))
+    for run in ("mlp", "cnn"):
+        write_report([tmp_path / run], tmp_path / f"{run}.html")
+    inside = "inside the 90 % band"
+    page, shown = "document", "[...document.querySelectorAll('.headline {}')].map((e) => e.textContent.trim())"
+
+    browser.go((tmp_path / "mlp.html").as_uri())
+    browser.until("document.querySelectorAll('.headline svg').length == 3")
+    titles = [QUANTITIES[name].title for name in ("ntk_drift", "dntk", "representation_change")]
+    assert browser.run(shown.format(".title")) == titles
+    assert browser.run(shown.format(".value")) == ["2.2", "1.5", "1.5"]
+    assert browser.run(shown.format(".verdict")) == ["left the 90 % band at step 3 (above)", inside, inside]
+    assert (
+        browser.run(shown.format(".numbers"))[0] == "predicted 1.4 90 % of networks 1 .. 2 given its start 1.2 .. 1.8"
+    )
+    # 68 and 90 %, and the line that knows the start; no second chart of what the bands show.
+    drift = f"document.querySelector('{card('ntk_drift')} svg')"
+    assert browser.run(f"{drift}.querySelectorAll('path[opacity]').length") == 2
+    lines = browser.run(f"[...{drift}.querySelectorAll('[data-series]')].map((e) => e.dataset.series)")
+    assert lines == ["order_0", "order_1", "given_start", "measured"]
+    legend = browser.run(text(".legend", page))
+    assert "median, given this network's outputs at the start" in legend and "68 % of networks" in legend
+    hover(browser, f"{card('ntk_drift')} .chart", 0.97, page)
+    assert "90 % of networks\t1 .. 2" in browser.until("document.querySelector('.tooltip:not([hidden])').innerText")
+    press(browser, f"{card('representation_change')} .title", page)
+    series = browser.run("[...document.querySelectorAll('dialog [data-series]')].map((e) => e.dataset.series)")
+    assert {"layer/net.1", "layer-theory/net.1"} <= set(series)
+
+    browser.go((tmp_path / "cnn.html").as_uri())
+    browser.until("document.querySelectorAll('.headline svg').length == 2")
+    assert browser.run(shown.format(".verdict")) == [ended["text"], why]
+    assert browser.run(text(".headline .end title", page)) == f"step 2: {ended['text']}"
+    assert browser.run("document.querySelectorAll('b').length") == 0
+    assert browser.console == []
+
+
+def forecast(step):
+    edges = {"band_90_low": 1.0, "band_68_low": 1.2, "band_68_high": 1.7, "band_90_high": 2.0, "quantile": 0.6}
+    lines = {"order_0": 0.0, "order_1": 1.4, "given_start": 1.5, "given_start_low": 1.2, "given_start_high": 1.8}
+    names = {"ntk_drift": 1.5 if step < 3 else 2.2, "dntk": 1.5, "representation_change": 1.5}
+    found = {tag(name): value for name, value in names.items()}
+    found |= {tag(name, series): value for name in names for series, value in (edges | lines).items()}
+    layer = "representation_change", "net.1"
+    return (
+        found
+        | {layer_tag(*layer): 1.5}
+        | {layer_theory_tag(*layer, s): edges.get(s, 1.4) for s in ("order_1", *BAND_90)}
+    )
+
+
+def expansion(step):
+    measured = {tag("ntk_drift"): 0.1 * step, tag("dntk"): 1.0}
+    return measured | ({tag("ntk_drift", "taylor_2"): 0.11 * step} if step < 3 else {})
 
 
 NUMBERS = """
@@ -242,7 +316,12 @@ NUMBERS = """
       [model.readQuantity({measured: [[0, 1]], order_0: [[0, 0]]})],
       [model.readQuantity({measured: [[0, 1]], order_1: [[0, 1], [1, 1e-4]]})],
       [model.readQuantity({measured: [[0, 1]]})],
+      [model.readQuantity({measured: [[0, 1]], order_0: [[0, 0]], quantile: [[0, .7]]})],
     ].map((list) => model.residualKind(list, 'auto')),
+    ranges: model.valuesAt(model.readQuantity({
+      measured: [[0, 0], [1, 2]], quantile: [[0, 1], [1, .5]],
+      band_90_low: [[0, 0], [1, 1]], band_90_high: [[0, 0], [1, 3]],
+    }), 1),
     csv: model.toCsv({'a,"b': {q: {measured: [[1, null], [2, -0.5]]}}, '=1+1': {}, '@x': {q: {s: [[0, 1]]}}}),
     linear: scale.makeScale('linear', [0, 1], [0, 100]).ticks(5),
     log: scale.makeScale('log', [1e-6, 1], [0, 100]).ticks(4),
@@ -266,7 +345,9 @@ def test_numbers_of_the_modules(tensorboard, browser):
     assert found["z0"] == [[2, 1.5]]
     assert found["relative"] == [[0, 0], [2, 0.25]]
     assert found["difference"] == [[0, -1], [2, 3]]
-    assert found["kinds"] == ["z", "relative", "difference", "difference", None]
+    # No residual of a theory that is 0: it would be what was measured once more.
+    assert found["kinds"] == ["z", "relative", None, "difference", None, "quantile"]
+    assert found["ranges"]["ranges"] == {"90 % of networks": [1, 3]} and found["ranges"]["quantile"] == 0.5
     assert found["csv"].splitlines() == [
         "run,quantity,series,step,value",
         '"a,""b",q,measured,1,',

@@ -44,7 +44,7 @@ def palette(name):
 def test_lines_that_meet_in_one_chart_differ(name, reader):
     """CIE76 distance above 10; 2.3 is just noticeable."""
     single, runs = palette(name)
-    for group in (runs[:5], [single[series] for series in ("measured", "order0", "order1")]):
+    for group in (runs[:5], [single[series] for series in ("measured", "order0", "order1", "expanded")]):
         tones = [lab(SEEN_BY[reader] @ linear(color)) for color in group]
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(tones, 2)) > 10
 
@@ -53,7 +53,14 @@ def test_lines_that_meet_in_one_chart_differ(name, reader):
 def test_lines_and_letters_stand_out(name):
     """WCAG 2.1: 3 for graphics, 4.5 for text."""
     single, runs = palette(name)
-    for color in (*runs[:5], single["measured"], single["order0"], single["order1"], single["event"]):
+    for color in (
+        *runs[:5],
+        single["measured"],
+        single["order0"],
+        single["order1"],
+        single["expanded"],
+        single["event"],
+    ):
         assert contrast(color, single["ground"]) >= 3, color
     for letters in ("ink", "soft"):
         assert contrast(single[letters], single["ground"]) >= 4.5

@@ -30,7 +30,7 @@ def test_the_report_holds_the_runs(tmp_path, capsys):
     assert measured == [[step, pytest.approx(0.1 * step + 0.5)] for step in STEPS]
     assert data["note"] == ""
     assert data["headlines"][0] == ["ntk_drift"]
-    assert data["verdicts"]["logs/a"]["ntk_drift"]["words"] == "predicted without a band"
+    assert data["verdicts"]["logs/a"]["ntk_drift"]["words"] == "predicted, without quantiles"
     assert "no prediction" in first["unpredicted"]["dntk"] and second["unpredicted"] == {}
 
 

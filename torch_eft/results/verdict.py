@@ -55,7 +55,7 @@ class Verdict:
             name = "expansion about theta_0"
             return f"the {name} ends at step {self.step}" if self.ends else f"beside the {name}"
         if self.state == "no band":
-            words = "predicted without a band"
+            words = "predicted, without quantiles"
         elif self.state != "inside":
             words = f"left the 90 % band at step {self.since} ({self.state})"
             if self.outside == self.compared:
@@ -70,7 +70,7 @@ class Verdict:
     def short(self) -> str:
         """The same in two or three words."""
         if self.expansion:
-            return f"expanded to step {self.step}" if self.ends else "expansion"
+            return f"ends at {self.step}" if self.ends else "expansion"
         return f"{self.state} since {self.since}" if self.since is not None else self.state
 
     def to_dict(self) -> dict[str, Any]:

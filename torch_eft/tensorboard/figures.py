@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch_eft.results.trajectory import Trajectory
 
-MEASURED, THEORY, GIVEN, EXPANDED = "#D55E00", "#0072B2", "#009E73", "#AA4499"
+MEASURED, THEORY, GIVEN, EXPANDED = "#D55E00", "#0072B2", "#009E73", "#8A3A80"
 LINES = {
     "order_0": ("#555555", "--", 2.5, ORDERS["order_0"]),
     "order_1": (THEORY, "-", 2.5, ORDERS["order_1"]),

@@ -6,29 +6,21 @@ import { stepRange } from "./charts/figure.js";
 import { currentTheme, onThemeChange, runStyle } from "./charts/theme.js";
 import { hasTheory, readQuantity, toCsv } from "./data/model.js";
 import { loadSettings, saveSettings } from "./data/settings.js";
-import { Card } from "./page/card.js";
 import { Detail, openDialog } from "./page/detail.js";
+import { Cards, isOpen } from "./page/groups.js";
 import { makePanel } from "./page/panel.js";
 import { runDetails, runList } from "./page/runs.js";
 import { legendOf, toolbar } from "./page/toolbar.js";
 
 const REFRESH_MS = 5000;
 const FIRST_CHOICE = 5;
-const ROWS = 3;
-const WIDE = 290;
-const NARROW = 170;
 const EMPTY =
   "No run here has data of torch_eft yet. Attach EFTMonitor(probe=x_probe) to a training that logs to TensorBoard; " +
   "its runs appear here by themselves.";
 
 const LINES =
-  "solid: measured; dotted: order 0 (infinite width); dashed: order 1 (finite width); shaded: ± σ over initializations";
-
-/** Wide cards if they fit into few rows on one screen; otherwise as many columns as can still be read. */
-function columnsFor(count, width) {
-  const [least, most] = [Math.floor(width / WIDE), Math.floor(width / NARROW)];
-  return Math.max(1, Math.min(most, Math.max(least, Math.ceil(count / ROWS))));
-}
+  "solid: measured; dotted: order 0 (infinite width); dashed: order 1 (finite width); shaded: ± σ over initializations, " +
+  "or 68 and 90 % of networks around the median";
 
 export class App {
   /**
@@ -43,9 +35,9 @@ export class App {
     this.chosen = new Set();
     this.touched = false;
     this.data = {};
+    this.verdicts = {};
     this.page = null;
-    this.cards = new Map();
-    this.shownCards = [];
+    this.cards = new Cards({ enlarge: (name) => this.enlarge(name), toggled: (title, open) => this.fold(title, open) });
     this.detail = null;
     this.problem = "";
     this.seen = "";
@@ -77,15 +69,17 @@ export class App {
           return [name, await this.source.series(name)];
         } catch (error) {
           problems.push(`${name}: ${error.message}`);
-          return [name, {}];
+          return [name, { quantities: {}, verdicts: {} }];
         }
       };
-      this.data = Object.fromEntries(await Promise.all(shown.map(read)));
+      const found = await Promise.all(shown.map(read));
+      this.data = Object.fromEntries(found.map(([name, { quantities }]) => [name, quantities]));
+      this.verdicts = Object.fromEntries(found.map(([name, { verdicts }]) => [name, verdicts]));
       this.problem = problems.join(" ");
     } catch (error) {
       this.problem = error.message;
     }
-    const now = JSON.stringify([this.listing, this.data, this.problem]);
+    const now = JSON.stringify([this.listing, this.data, this.verdicts, this.problem]);
     if (now !== this.seen) this.render();
     this.seen = now;
     this.updateStatus();
@@ -114,6 +108,12 @@ export class App {
     this.render();
   }
 
+  /** A group is opened or closed by the reader: the browser does so itself, this keeps it and draws what is inside. */
+  fold(title, open) {
+    // Once the browser has done it.
+    setTimeout(() => this.change("open", { ...this.settings.open, [title]: open }));
+  }
+
   /** The quantities on the screen: in the order of the first run that explains them, the others after. */
   quantities() {
     const present = new Set(Object.values(this.data).flatMap((series) => Object.keys(series)));
@@ -121,6 +121,13 @@ export class App {
     const ordered = [...new Set([...explained, ...[...present].sort()])].filter((name) => present.has(name));
     if (this.settings.only === "all") return ordered;
     return ordered.filter((name) => Object.values(this.data).some((series) => series[name] && hasTheory(readQuantity(series[name]))));
+  }
+
+  /** Of each headline's quantities, the first one that is predicted; else the first one there is. */
+  headlines(names) {
+    const judged = (name) => Object.values(this.verdicts).some((verdicts) => verdicts[name]);
+    const present = (this.listing.headlines ?? []).map((choice) => choice.filter((name) => names.includes(name)));
+    return present.filter((choice) => choice.length).map((choice) => choice.find(judged) ?? choice[0]);
   }
 
   /** Title, formula, unit, source of a quantity; its name where no run explains it. */
@@ -131,7 +138,14 @@ export class App {
 
   panel(name, more = {}) {
     const runs = this.shownRuns()
-      .map((run, index) => ({ name: run.name, index, raw: this.data[run.name]?.[name], events: run.info?.events }))
+      .map((run, index) => ({
+        name: run.name,
+        index,
+        raw: this.data[run.name]?.[name],
+        events: run.info?.events,
+        verdict: this.verdicts[run.name]?.[name],
+        unpredicted: run.unpredicted?.[name],
+      }))
       .filter(({ raw }) => raw);
     const single = this.shownRuns().length === 1;
     return { ...makePanel(name, runs, { ...this.settings, ...more, single }, currentTheme()), title: this.about(name).title };
@@ -179,15 +193,20 @@ export class App {
       return;
     }
     this.page ??= this.makePage();
-    if (!this.page.grid.isConnected) this.root.replaceChildren(...Object.values(this.page));
+    if (!this.page.cards.isConnected) this.root.replaceChildren(...Object.values(this.page));
     const shown = this.shownRuns();
     const single = shown.length <= 1;
     const styles = new Map(shown.map(({ name }, i) => [name, single ? { color: theme.measured } : runStyle(theme, i)]));
-    const panels = this.quantities().map((name) => this.panel(name));
+    const names = this.quantities();
+    const large = this.headlines(names);
+    const drawn = (name, more) => ({ panel: this.panel(name, more), about: this.about(name) });
+    const first = large.map((name) => drawn(name, { dots: true }));
+    const others = names.filter((name) => !large.includes(name)).map((name) => drawn(name));
+    const unfolded = others.filter(({ about }) => isOpen(about, this.settings.open, first.length));
     this.page.runs.replaceChildren(runList(this.listing.runs, styles, this.runActions()));
-    this.page.legend.replaceChildren(legendOf(panels, single, theme));
-    this.page.nothing.textContent = panels.length ? "" : this.nothing(shown);
-    this.drawCards(panels, single);
+    this.page.legend.replaceChildren(legendOf([...first, ...unfolded].map(({ panel }) => panel), single, theme));
+    this.page.nothing.textContent = names.length ? "" : this.nothing(shown);
+    this.cards.show(first, others, { single, look: this.look(), open: this.settings.open });
     this.detail?.redraw();
     this.updateStatus();
   }
@@ -199,7 +218,7 @@ export class App {
       toolbar: toolbar(this.settings, this.source.live, change, () => this.exports(this.quantities(), "all")),
       legend: h("div", {}),
       nothing: h("p", { class: "empty" }),
-      grid: h("div", { class: "grid" }),
+      cards: this.cards.element,
       status: h("p", { class: "status", role: "status" }),
     };
   }
@@ -216,34 +235,6 @@ export class App {
     if (shown.length === 0) return "Choose a run above.";
     if (this.settings.only === "theory") return "No theory for these runs; show all quantities to see what was measured.";
     return "These runs have no measurements yet.";
-  }
-
-  /** The small multiples, as high as lets all of them onto one screen, within reason. */
-  drawCards(panels, single) {
-    const { grid } = this.page;
-    const cards = panels.map(({ name }) => {
-      if (!this.cards.has(name)) this.cards.set(name, new Card(name, () => this.enlarge(name), (step) => this.point(step)));
-      return this.cards.get(name);
-    });
-    const elements = cards.map(({ element }) => element);
-    const same = elements.length === grid.children.length && elements.every((element, i) => element === grid.children[i]);
-    if (!same) grid.replaceChildren(...elements);
-    this.shownCards = cards;
-    if (cards.length === 0) return;
-    const columns = columnsFor(cards.length, grid.clientWidth);
-    grid.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
-    grid.classList.toggle("narrow", grid.clientWidth / columns < WIDE);
-    cards.forEach((card, i) => card.describe(panels[i], this.about(panels[i].name), single));
-    const frame = 38 + elements[0].offsetHeight - cards[0].host.offsetHeight; // a card without its chart, steps, gap
-    const top = grid.getBoundingClientRect().top + window.scrollY;
-    const room = (window.innerHeight - top - 30) / Math.ceil(cards.length / columns) - frame;
-    const look = { ...this.look(), range: stepRange(panels) };
-    cards.forEach((card, i) => card.draw(panels[i], look, Math.max(112, Math.min(300, room))));
-  }
-
-  /** All cursors to one step. */
-  point(step) {
-    for (const { chart } of this.shownCards) chart.showStep(step);
   }
 
   enlarge(name) {

@@ -61,11 +61,23 @@ function marker(shape, cx, cy, size, color) {
   return svg("path", { d: shapes[shape], fill: color, stroke: color, "stroke-width": shape === "cross" ? 2 : 0 });
 }
 
-/** A few markers along a line, at its end always. */
+// Lines for residuals: what is shaded, from the outside in; what must fit; what is right.
+const RESIDUAL_SCALES = {
+  z: { shaded: [[-2, 2], [-1, 1]], fits: [-2.5, 2.5], right: 0 },
+  quantile: { shaded: [[0.05, 0.95], [0.16, 0.84]], fits: [0, 1], right: 0.5 },
+};
+// More dots than this run into each other.
+const MOST_DOTS = 80;
+
+/** A few markers along a line, at its end always; or a dot a value. */
 function markers(line, x, y) {
-  if (!line.marker) return [];
+  if (!line.marker && !line.dots) return [];
   const there = line.points.filter(([, v]) => v !== null && Number.isFinite(y.to(v)));
   if (there.length === 0) return [];
+  if (line.dots && there.length <= MOST_DOTS) {
+    return there.map(([step, v]) => marker(line.marker ?? "circle", x.to(step), Number(clip(y.to(v))), 2.4, line.color));
+  }
+  if (!line.marker) return [];
   const last = there.length - 1;
   const chosen = [...new Set([0.35, 0.7, 1].map((share) => Math.round(share * last)))];
   return chosen.map((i) => marker(line.marker, x.to(there[i][0]), Number(clip(y.to(there[i][1]))), 3, line.color));
@@ -115,6 +127,22 @@ function eventMarks(events, x, box, theme) {
     });
 }
 
+/** Where lines end early, and why. */
+function endMarks(marks, x, y, theme) {
+  return marks
+    .filter(({ value }) => Number.isFinite(y.to(value)))
+    .map(({ step, value, color, text: words }) => {
+      const [cx, cy] = [x.to(step), Number(clip(y.to(value)))];
+      return svg(
+        "g",
+        { class: "end" },
+        svg("title", {}, `step ${step}: ${words}`),
+        svg("circle", { cx, cy, r: 6, fill: theme.ground, stroke: color, "stroke-width": 1.2 }),
+        marker("cross", cx, cy, 3, color),
+      );
+    });
+}
+
 function drawLines(lines, x, y, clipId) {
   return svg(
     "g",
@@ -156,7 +184,7 @@ let clips = 0;
  * Draw a panel.
  * @param {object} panel from makePanel
  * @param {{width, main, residual, font, steps, values, theme, range, title, stepLabel}} look sizes in pixels; steps
- *   and values are "linear" or "log"; range, of the steps; a title (for exports) takes two more lines.
+ *   and values are "linear" or "log"; range, of the steps; residual 0 leaves that box out; a title (for exports) takes two more lines.
  * @returns {{element, x, box, cursor}} the SVG, its step scale, the main box, and the cursor's line
  */
 export function drawFigure(panel, look) {
@@ -165,7 +193,7 @@ export function drawFigure(panel, look) {
   const left = font * 4.8;
   const box = { left, right: width - 10, top: head, bottom: head + look.main };
   const gap = font * 0.9;
-  const lower = panel.residual && { ...box, top: box.bottom + gap, bottom: box.bottom + gap + look.residual };
+  const lower = panel.residual && look.residual > 0 ? { ...box, top: box.bottom + gap, bottom: box.bottom + gap + look.residual } : null;
   const bottom = lower ?? box;
   const height = bottom.bottom + font * (look.stepLabel ? 2.8 : 1.7);
 
@@ -173,7 +201,7 @@ export function drawFigure(panel, look) {
   const x = makeScale(look.steps === "log" ? "steps" : "linear", [Math.max(0, first), last], [box.left, box.right]);
   const y = makeScale(look.values, valueLimits(panel, look.values), [box.bottom, box.top]);
   y.log = look.values === "log";
-  const counts = { x: Math.max(2, Math.floor(width / 90)), y: Math.max(2, Math.floor(look.main / 28)) };
+  const counts = { x: Math.max(2, Math.floor(width / 90)), y: Math.max(2, Math.min(9, Math.floor(look.main / 28))) };
 
   clips += 1;
   const ids = [`eft-clip-${clips}a`, `eft-clip-${clips}b`];
@@ -183,24 +211,23 @@ export function drawFigure(panel, look) {
 
   const residualParts = () => {
     const { lines, kind, short, label } = panel.residual;
-    const floor = kind === "z" ? [-2.5, 2.5] : [0];
+    const { shaded, fits, right } = RESIDUAL_SCALES[kind] ?? { shaded: [], fits: [0], right: 0 };
     const values = lines.flatMap(({ points }) => points.map(([, value]) => value));
-    const r = makeScale("linear", limitsOf([...floor, ...values], "linear", 0.08), [lower.bottom, lower.top]);
+    const r = makeScale("linear", limitsOf([...fits, ...values], "linear", 0.08), [lower.bottom, lower.top]);
     const inside = (v) => Math.max(r.low, Math.min(r.high, v));
     return [
-      kind === "z" &&
-        [2, 1].map((k) =>
-          svg("rect", {
-            x: box.left,
-            width: box.right - box.left,
-            y: r.to(inside(k)),
-            height: r.to(inside(-k)) - r.to(inside(k)),
-            fill: theme.soft,
-            opacity: 0.12,
-          }),
-        ),
+      shaded.map(([low, high]) =>
+        svg("rect", {
+          x: box.left,
+          width: box.right - box.left,
+          y: r.to(inside(high)),
+          height: r.to(inside(low)) - r.to(inside(high)),
+          fill: theme.soft,
+          opacity: 0.12,
+        }),
+      ),
       axes(lower, x, r, { x: counts.x, y: Math.max(2, Math.floor(look.residual / 26)) }, look, true),
-      svg("line", { x1: box.left, x2: box.right, y1: r.to(0), y2: r.to(0), stroke: theme.zero }),
+      svg("line", { x1: box.left, x2: box.right, y1: r.to(right), y2: r.to(right), stroke: theme.zero }),
       drawLines(lines, x, r, ids[1]),
       text(look.stepLabel ? label : short, {
         ...(look.stepLabel
@@ -237,6 +264,7 @@ export function drawFigure(panel, look) {
       panel.bands.map((band) => svg("path", { d: area(band.points, x, y), fill: band.color, opacity: band.opacity })),
     ),
     drawLines(panel.lines, x, y, ids[0]),
+    endMarks(panel.marks, x, y, theme),
     lower ? residualParts() : null,
     text(missing(panel, y), {
       x: box.right - 4, y: box.bottom - 4, "text-anchor": "end", fill: theme.soft, "font-size": font * 0.9, stroke: theme.ground,

@@ -26,8 +26,10 @@ function column(panel, step) {
     ...Object.keys(values.orders).map((series) => [seriesName(series), orderText(series, values, quantity.best)]),
     ...Object.entries({ ...values.others, ...layers }).map(([series, value]) => [seriesName(series), number(value)]),
   ];
+  for (const [name, [low, high]] of Object.entries(values.ranges)) rows.push([name, `${number(low)} .. ${number(high)}`]);
+  if (values.quantile !== null && panel.residual?.kind !== "quantile") rows.push(["share of networks below", number(values.quantile, 2)]);
   if (values.truncation !== null) rows.push(["next order, estimated", number(values.truncation, 2)]);
-  if (at !== null) rows.push([panel.residual.label, signed(at)]);
+  if (at !== null) rows.push([panel.residual.label, panel.residual.kind === "quantile" ? number(at, 2) : signed(at)]);
   return h("table", {}, rows.map(([name, value]) => h("tr", {}, h("th", {}, name), h("td", {}, value))));
 }
 
@@ -45,7 +47,7 @@ function grid(panel, step) {
       h("th", { style: `color: ${color}` }, name),
       cell(number(values.measured)),
       series.map((order) => cell(orderText(order, values, quantity.best))),
-      panel.residual && cell(at === null ? "–" : signed(at)),
+      panel.residual && cell(at === null ? "–" : panel.residual.kind === "quantile" ? number(at, 2) : signed(at)),
     );
   };
   return h(
@@ -58,6 +60,7 @@ function grid(panel, step) {
 
 /** The tooltip's content at a step. */
 export function readout(panel, step) {
-  const events = panel.events.filter((event) => event.step === step).map(({ text }) => h("p", { class: "event" }, text));
+  const told = [...panel.events, ...panel.marks].filter((event) => event.step === step).map(({ text }) => text);
+  const events = [...new Set(told)].map((text) => h("p", { class: "event" }, text));
   return [h("div", { class: "step" }, `step ${step}`), panel.runs.length === 1 ? column(panel, step) : grid(panel, step), ...events];
 }

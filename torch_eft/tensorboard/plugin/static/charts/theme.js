@@ -12,6 +12,7 @@ const LIGHT = {
   order0: "#5f6368",
   order1: "#0072B2",
   extra: "#009E73",
+  expanded: "#8a3a80",
   runs: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9"],
   bandOpacity: 0.17,
 };
@@ -28,6 +29,7 @@ const DARK = {
   order0: "#b0b5bd",
   order1: "#56B4E9",
   extra: "#2cc295",
+  expanded: "#d174a8",
   runs: ["#56B4E9", "#ff7f2a", "#009E73", "#F0E442", "#CC79A7", "#E69F00", "#ffffff"],
   bandOpacity: 0.22,
 };

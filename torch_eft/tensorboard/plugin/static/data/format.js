@@ -5,6 +5,10 @@ const SERIES = {
   order_0: "order 0 (infinite width)",
   order_1: "order 1 (finite width)",
   truncation: "± estimated next order",
+  given_start: "median, given this network's outputs at the start",
+  given: "90 %, given this network's outputs at the start",
+  taylor_1: "expansion about theta_0, with dNTK",
+  taylor_2: "expansion about theta_0, with dNTK and ddNTK",
 };
 
 /** A number to `digits` significant digits, with a true minus sign; an en dash for none. */
@@ -27,10 +31,12 @@ export function signed(value, digits = 3) {
 export function seriesName(series) {
   const part = series.match(/^layer\/(order_)?(.*)$/);
   if (part) return part[1] ? `term of order ${part[2]}` : `layer ${part[2]}`;
+  const predicted = series.match(/^layer-theory\/(.*)$/);
+  if (predicted) return `median of layer ${predicted[1]}`;
   return SERIES[series] ?? series.replaceAll("_", " ");
 }
 
 /** The same, where there is little room. */
 export function shortName(series) {
-  return series === "truncation" ? "next order" : seriesName(series).split(" (")[0];
+  return series === "truncation" ? "next order" : seriesName(series).split(/ \(|,/)[0];
 }

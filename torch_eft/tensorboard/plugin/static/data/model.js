@@ -2,13 +2,21 @@
 //
 // Raw series arrive as {series: [[step, value | null], ...]}: "measured"; "order_0" and "order_1", the theory;
 // "minus_sigma" and "plus_sigma", one standard deviation over initializations around the highest order present;
-// "truncation", the estimated size of the next order; "layer/NAME", measured, a part: a layer, or a Taylor term.
+// "band_68_low" .. "band_90_high", quantiles over initializations around the median, which order_1 then is;
+// "given_start" with its _low and _high, the same for networks that start with this network's outputs; "quantile", the
+// share of networks below the measured value; "taylor_1", "taylor_2", expansions along the realized path, which may end
+// early; "truncation", the estimated size of the next order; "layer/NAME", measured, a part: a layer, or a Taylor term;
+// "layer-theory/NAME/SERIES", what is predicted of it.
 
 import { extent } from "./scale.js";
 
 // Those that are no curve of their own: they are drawn around others, or follow from them.
-const AROUND = ["minus_sigma", "plus_sigma", "truncation", "z_score", "ratio"];
+const AROUND = [
+  "minus_sigma", "plus_sigma", "truncation", "z_score", "ratio", "quantile", "given_start_low", "given_start_high",
+  "band_68_low", "band_68_high", "band_90_low", "band_90_high",
+];
 const LAYER = "layer/";
+const LAYER_THEORY = "layer-theory/";
 const ORDER = /^order_\d+$/;
 
 /** The value that says most beside the measured one: the highest order present, or null. */
@@ -16,22 +24,43 @@ function highestOrder(series) {
   return Object.keys(series).filter((name) => ORDER.test(name)).sort().at(-1) ?? null;
 }
 
-/** {measured, orders, others, layers: [{series, points}], band, truncation: [[step, low, high]], best}. */
+/** [[step, low, high]] of two series, where both are known. */
+function between(low, high) {
+  const upper = new Map(high ?? []);
+  return (low ?? []).map(([step, value]) => [step, value, upper.get(step) ?? null]).filter(([, a, b]) => a !== null && b !== null);
+}
+
+/**
+ * {measured, quantile: [[step, value]], orders, others, layers: [{series, points}], band, band90, band68, given,
+ * truncation: [[step, low, high]], layerTheory: {layer: {median, band90}}, best}.
+ */
 export function readQuantity(raw) {
   const named = (name) => ({ series: name, points: raw[name] });
   const names = Object.keys(raw);
-  const upper = new Map(raw.plus_sigma ?? []);
   const best = highestOrder(raw);
   const size = new Map(raw.truncation ?? []);
   const layer = (name) => name.startsWith(LAYER);
+  const other = (name) => ![...AROUND, "measured"].includes(name) && !ORDER.test(name) && !layer(name) && !name.startsWith(LAYER_THEORY);
+  const layers = names.filter(layer).sort();
+  const band90 = between(raw.band_90_low, raw.band_90_high);
+  const flat = new Set(band90.filter(([, low, high]) => !(high > low)).map(([step]) => step)); // all networks are alike
+  const ofLayer = (name, series) => raw[`${LAYER_THEORY}${name.slice(LAYER.length)}/${series}`];
   return {
     measured: raw.measured ?? [],
     orders: names.filter((name) => ORDER.test(name)).sort().map(named),
-    others: names.filter((name) => ![...AROUND, "measured"].includes(name) && !ORDER.test(name) && !layer(name)).map(named),
-    layers: names.filter(layer).sort().map(named),
-    band: (raw.minus_sigma ?? [])
-      .map(([step, low]) => [step, low, upper.get(step) ?? null])
-      .filter(([, low, high]) => low !== null && high !== null),
+    others: names.filter(other).map(named),
+    layers: layers.map(named),
+    layerTheory: Object.fromEntries(
+      layers.map((name) => [
+        name,
+        { median: ofLayer(name, "order_1") ?? [], band90: between(ofLayer(name, "band_90_low"), ofLayer(name, "band_90_high")) },
+      ]),
+    ),
+    band: between(raw.minus_sigma, raw.plus_sigma),
+    band90,
+    band68: between(raw.band_68_low, raw.band_68_high),
+    given: between(raw.given_start_low, raw.given_start_high),
+    quantile: (raw.quantile ?? []).filter(([step]) => !flat.has(step)),
     truncation: (best ? raw[best] : [])
       .filter(([step, value]) => value !== null && Number.isFinite(size.get(step)))
       .map(([step, value]) => [step, value - size.get(step), value + size.get(step)]),
@@ -39,18 +68,33 @@ export function readQuantity(raw) {
   };
 }
 
-export function hasTheory(quantity) {
-  return quantity.orders.length > 0;
+/** An expansion along the realized path. */
+export function isExpansion(series) {
+  return series.startsWith("taylor_");
 }
 
-/** All at a step: {measured, orders: {series: value}, others, layers, sigma, truncation}; null where there is none. */
+export function hasTheory(quantity) {
+  return quantity.orders.length > 0 || quantity.others.some(({ series }) => isExpansion(series));
+}
+
+/** All values are 0: what is measured is then the whole deviation, and needs no second chart. */
+export function vanishes(points) {
+  return points.every(([, value]) => value === null || value === 0);
+}
+
+/**
+ * All at a step: {measured, quantile, orders: {series: value}, others, layers, sigma, truncation, ranges: {name: [low,
+ * high]}}; null where there is none.
+ */
 export function valuesAt(quantity, step) {
   const at = (points) => points.find(([s]) => s === step)?.[1] ?? null;
   const named = (list) => Object.fromEntries(list.map(({ series, points }) => [series, at(points)]));
+  const range = (points) => points.find(([s]) => s === step)?.slice(1) ?? null;
   const half = (points) => {
-    const found = points.find(([s]) => s === step);
-    return found ? (found[2] - found[1]) / 2 : null;
+    const found = range(points);
+    return found ? (found[1] - found[0]) / 2 : null;
   };
+  const ranges = { "68 % of networks": quantity.band68, "90 % of networks": quantity.band90, "90 %, given its start": quantity.given };
   return {
     measured: at(quantity.measured),
     orders: named(quantity.orders),
@@ -58,6 +102,8 @@ export function valuesAt(quantity, step) {
     layers: named(quantity.layers),
     sigma: half(quantity.band),
     truncation: half(quantity.truncation),
+    quantile: at(quantity.quantile),
+    ranges: Object.fromEntries(Object.entries(ranges).map(([name, points]) => [name, range(points)]).filter(([, found]) => found)),
   };
 }
 
@@ -65,26 +111,30 @@ export const RESIDUALS = {
   z: { label: "(measured − theory) / σ", short: "z" },
   relative: { label: "measured / theory − 1", short: "rel." },
   difference: { label: "measured − theory", short: "diff." },
+  quantile: { label: "share of networks below", short: "share" },
 };
 
 /** The residual that a chart of these quantities can show: the one wanted, or the most telling one. */
 export function residualKind(quantities, wanted) {
-  const compared = quantities.filter((quantity) => hasTheory(quantity) && quantity.measured.length);
+  const positiveSigma = ({ band }) => band.some(([, low, high]) => high > low);
+  const told = (quantity) => positiveSigma(quantity) || quantity.quantile.length || !vanishes(quantity.orders.at(-1).points);
+  const compared = quantities.filter((quantity) => quantity.orders.length && quantity.measured.length && told(quantity));
   if (compared.length === 0 || wanted === "off") return null;
   if (wanted !== "auto") return wanted;
-  const positiveSigma = compared.some(({ band }) => band.some(([, low, high]) => high > low));
-  if (positiveSigma) return "z";
+  if (compared.some(({ quantile }) => quantile.length)) return "quantile";
+  if (compared.some(positiveSigma)) return "z";
   // Relative to a theory that vanishes somewhere says little.
-  const vanishes = compared.some(({ orders }) => {
+  const nearZero = compared.some(({ orders }) => {
     const sizes = orders.at(-1).points.map(([, value]) => Math.abs(value)).filter(Number.isFinite);
     const [least, most] = extent(sizes);
     return !(least > most / 1000);
   });
-  return vanishes ? "difference" : "relative";
+  return nearZero ? "difference" : "relative";
 }
 
 /** [[step, residual]] of the measured values against one order, at the steps that have both. */
 export function residual(quantity, order, kind) {
+  if (kind === "quantile") return order === quantity.best ? quantity.quantile : [];
   const theory = new Map(quantity.orders.find(({ series }) => series === order)?.points ?? []);
   const sigma = new Map(quantity.band.map(([step, low, high]) => [step, (high - low) / 2]));
   const points = [];

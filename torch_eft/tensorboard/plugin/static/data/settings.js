@@ -12,6 +12,7 @@ const DEFAULTS = {
   truncation: true,
   events: true,
   only: "all",
+  open: {},
   live: true,
 };
 
@@ -19,7 +20,7 @@ export function loadSettings() {
   try {
     const kept = JSON.parse(localStorage.getItem(KEY) ?? "{}");
     // Only names and types that this version knows.
-    const known = Object.entries(kept).filter(([name, value]) => typeof value === typeof DEFAULTS[name]);
+    const known = Object.entries(kept).filter(([name, value]) => value !== null && typeof value === typeof DEFAULTS[name]);
     return { ...DEFAULTS, ...Object.fromEntries(known) };
   } catch {
     return { ...DEFAULTS };

@@ -1,7 +1,8 @@
 // Where the data comes from: TensorBoard's server, or a report's own page.
 //
-// Both give `runs()`: {runs: [{name, info, problem, quantities: {quantity: [series]}}], others, note} and
-// `series(run)`: {quantity: {series: [[step, value], ...]}}. Both throw Errors whose message is a sentence.
+// Both give `runs()`: {runs: [{name, info, problem, unpredicted: {quantity: sentence}, quantities: {quantity:
+// [series]}}], headlines: [[quantity]], others, note} and `series(run)`: {quantities: {quantity: {series: [[step,
+// value], ...]}}, verdicts: {quantity: verdict}}. Both throw Errors whose message is a sentence.
 
 /** Our plugin's routes; paths are relative to the page's base address. */
 export class TensorBoardSource {
@@ -12,7 +13,7 @@ export class TensorBoardSource {
   }
 
   async series(run) {
-    return (await this.#get(`series?run=${encodeURIComponent(run)}`)).quantities;
+    return this.#get(`series?run=${encodeURIComponent(run)}`);
   }
 
   async #get(path) {
@@ -41,6 +42,6 @@ export class EmbeddedSource {
   }
 
   async series(run) {
-    return this.data.series[run];
+    return { quantities: this.data.series[run], verdicts: this.data.verdicts[run] };
   }
 }

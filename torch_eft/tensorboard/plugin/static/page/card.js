@@ -4,15 +4,17 @@ import { Chart } from "../charts/chart.js";
 import { h } from "../charts/dom.js";
 import { number, shortName, signed } from "../data/format.js";
 
-/** The last value of a single run, and its residual; marked where it is outside two standard deviations. */
+/** The last value of a single run, and its residual; marked where it is outside two standard deviations, or 90 %. */
 function latest(panel) {
   const { measured, orders, layers } = panel.runs[0].quantity;
   const shown = measured.length ? { points: measured } : (orders.at(-1) ?? layers.at(-1));
   const name = shown.series ? `${shortName(shown.series)}: ` : "";
   const last = panel.residual?.lines.at(-1)?.points.at(-1)?.[1];
-  const outside = panel.residual?.kind === "z" && Math.abs(last) > 2;
+  const share = panel.residual?.kind === "quantile";
+  const outside = share ? Math.abs(last - 0.5) > 0.45 : panel.residual?.kind === "z" && Math.abs(last) > 2;
+  const text = (value) => (share ? number(value, 2) : signed(value, 2));
   // A difference from zero is the value itself.
-  const beside = last !== undefined && panel.residual.kind !== "difference" && `${panel.residual.short} ${signed(last, 2)}${outside ? " ▲" : ""}`;
+  const beside = last !== undefined && panel.residual.kind !== "difference" && `${panel.residual.short} ${text(last)}${outside ? " ▲" : ""}`;
   return h(
     "span",
     { class: "latest" },

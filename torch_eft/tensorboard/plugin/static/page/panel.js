@@ -4,9 +4,10 @@
 // line's dashes which series.
 
 import { runStyle } from "../charts/theme.js";
-import { RESIDUALS, readQuantity, residual, residualKind } from "../data/model.js";
+import { seriesName } from "../data/format.js";
+import { RESIDUALS, isExpansion, readQuantity, residual, residualKind, vanishes } from "../data/model.js";
 
-const DASHES = { order_0: "1.5 3", order_1: "6 3", truncation: "1 4" };
+const DASHES = { order_0: "1.5 3", order_1: "6 3", truncation: "1 4", given_start: "4 3", given: "1 3", taylor_1: "2 3", taylor_2: "7 2 2 2" };
 const PARTS = [null, "7 2", "2 2", "7 2 2 2"];
 
 /** The dash pattern of a series; null is a solid line. */
@@ -16,14 +17,32 @@ function dashOf(series) {
 
 /** The color of a series where it is the only run. */
 function seriesColor(theme, series) {
+  if (isExpansion(series)) return theme.expanded;
   return { measured: theme.measured, order_0: theme.order0, order_1: theme.order1, truncation: theme.order1 }[series] ?? theme.extra;
+}
+
+/** The shaded bands of one run: ± σ or quantiles; of several runs the outer one alone. */
+function bandsOf(quantity, color, theme, count) {
+  const opacity = theme.bandOpacity / (count > 2 ? 2 : 1);
+  const kinds = count > 1 ? ["band", "band90"] : ["band", "band90", "band68"];
+  return kinds
+    .filter((kind) => quantity[kind].length)
+    .map((kind) => ({ kind, points: quantity[kind], color: color ?? theme.order1, opacity }));
+}
+
+/** Where a line ends before the measurements do: {step, value, color, text}, with the event that says why. */
+function endMark(name, { series, points, color }, measured, events) {
+  const last = points.filter(([, value]) => value !== null).at(-1);
+  if (!last || !(measured.at(-1)?.[0] > last[0])) return null;
+  const why = (events ?? []).find((event) => event.quantity === name && event.step >= last[0]);
+  return { step: last[0], value: last[1], color, text: why?.text ?? `${seriesName(series)}: it ends here, step ${last[0]}` };
 }
 
 /**
  * @param {string} name the quantity
  * @param {{name, index, raw, events}[]} runs those that have it; raw as in model.js
- * @param {{single, order_0, order_1, band, truncation, events, layers, residual}} options what is switched on; single:
- *   one run is chosen
+ * @param {{single, order_0, order_1, band, truncation, events, layers, residual, dots}} options what is switched on;
+ *   single: one run is chosen; dots: a dot a measurement
  */
 export function makePanel(name, runs, options, theme) {
   const { single } = options;
@@ -32,7 +51,7 @@ export function makePanel(name, runs, options, theme) {
     return { ...run, ...style, quantity: readQuantity(run.raw) };
   });
   const kind = residualKind(read.map(({ quantity }) => quantity), options.residual);
-  const panel = { name, runs: read, lines: [], bands: [], events: [], residual: null };
+  const panel = { name, runs: read, lines: [], bands: [], marks: [], events: [], residual: null };
   const residualLines = [];
   for (const { name: run, color, marker, quantity, events } of read) {
     const line = (series, points, width) => ({
@@ -43,16 +62,22 @@ export function makePanel(name, runs, options, theme) {
       dash: dashOf(series),
       marker: series === "measured" ? marker : null,
     });
-    if (options.band && quantity.band.length) {
-      panel.bands.push({
-        points: quantity.band,
-        color: color ?? theme.order1,
-        opacity: theme.bandOpacity / (runs.length > 2 ? 2 : 1),
-      });
-    }
+    if (options.band) panel.bands.push(...bandsOf(quantity, color, theme, runs.length));
     const shown = quantity.orders.filter(({ series }) => options[series] ?? true);
     for (const { series, points } of shown) panel.lines.push(line(series, points, 1.5));
-    for (const { series, points } of quantity.others) panel.lines.push(line(series, points, 1.2));
+    for (const { series, points } of quantity.others) {
+      if (series === "given_start" && !(single && options.band)) continue;
+      panel.lines.push(line(series, points, isExpansion(series) ? 1.6 : 1.2));
+      const end = isExpansion(series) && endMark(name, panel.lines.at(-1), quantity.measured, events);
+      if (end) panel.marks.push(end);
+    }
+    const layered = Object.values(quantity.layerTheory).some(({ median }) => median.length);
+    if (single && options.band && options.layers && !layered) {
+      for (const side of [1, 2]) {
+        const edge = quantity.given.map((point) => [point[0], point[side]]);
+        if (edge.length) panel.lines.push(line("given", edge, 1));
+      }
+    }
     if (single && options.truncation && options[quantity.best]) {
       for (const side of [1, 2]) {
         const edge = quantity.truncation.map((point) => [point[0], point[side]]);
@@ -63,13 +88,19 @@ export function makePanel(name, runs, options, theme) {
     if (bare || (single && options.layers)) {
       quantity.layers.forEach(({ series, points }, i) => {
         const own = color ?? theme.runs[(i + 2) % theme.runs.length];
-        panel.lines.push({ ...line(series, points, bare ? 1.8 : 1.3), color: own, dash: PARTS[i % PARTS.length] });
+        panel.lines.push({ ...line(series, points, bare ? 1.8 : 1.3), color: own, dash: layered ? null : PARTS[i % PARTS.length] });
+        const { median, band90 } = quantity.layerTheory[series];
+        if (median.length) {
+          panel.lines.push({ ...line(series.replace("layer/", "layer-theory/"), median, 1), color: own, dash: DASHES.order_1 });
+        }
+        if (options.band && band90.length) panel.bands.push({ kind: "layer", points: band90, color: own, opacity: theme.bandOpacity / 2 });
       });
     }
-    panel.lines.push(line("measured", quantity.measured, 2));
+    panel.lines.push({ ...line("measured", quantity.measured, 2), dots: options.dots });
     if (kind) {
       // With several runs only one residual per run stays readable: that of the highest order.
-      for (const { series } of single ? shown : shown.slice(-1)) {
+      for (const { series, points } of single ? shown : shown.slice(-1)) {
+        if (kind === "difference" && vanishes(points)) continue;
         residualLines.push({ ...line(series, residual(quantity, series, kind), 1.5), dash: series === quantity.best ? null : "2 3" });
       }
     }

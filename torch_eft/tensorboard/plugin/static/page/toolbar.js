@@ -35,7 +35,7 @@ export function toolbar(settings, live, changed, exports) {
     choice("Show", "only", { all: "all quantities", theory: "with theory" }, settings, changed),
     toggle("order 0", "order_0", settings, changed, "the theory at infinite width"),
     toggle("order 1", "order_1", settings, changed, "the theory with 1/n corrections"),
-    toggle("band", "band", settings, changed, "one standard deviation over initializations"),
+    toggle("bands", "band", settings, changed, "one standard deviation over initializations, or 68 and 90 % of networks"),
     toggle("next order", "truncation", settings, changed, "estimated size of what the next order would add; one run only"),
     toggle("events", "events", settings, changed, "where a quantity leaves its band or a prediction its validity"),
     live && toggle("live", "live", settings, changed, "look for new measurements every few seconds"),
@@ -49,8 +49,15 @@ export function exportButtons(exports) {
   return h("span", { class: "export" }, "Export ", ["csv", "svg", "png"].map(button));
 }
 
+const BANDS = {
+  band90: "90 % of networks",
+  band68: "68 % of networks",
+  band: "± σ over initializations",
+  layer: "90 % of networks, by layer",
+};
+
 /** Which line is which; with several runs the color belongs to the run, so that lines here are of the text's. */
-function legend(lines, bandShown, single, theme) {
+function legend(lines, bands, single, theme) {
   const sample = ({ series, color, dash }) =>
     svg(
       "svg",
@@ -61,16 +68,19 @@ function legend(lines, bandShown, single, theme) {
       }),
     );
   const bandColor = single ? theme.order1 : theme.ink;
-  const band = svg(
-    "svg",
-    { width: 30, height: 12, "aria-hidden": "true" },
-    svg("rect", { x: 1, y: 1, width: 28, height: 10, fill: bandColor, opacity: theme.bandOpacity }),
-  );
+  const band = (opacity) =>
+    svg(
+      "svg",
+      { width: 30, height: 12, "aria-hidden": "true" },
+      svg("rect", { x: 1, y: 1, width: 28, height: 10, fill: bandColor, opacity }),
+    );
+  const quantiles = bands.includes("band90");
+  const words = (series) => seriesName(series) + (series === "order_1" && quantiles ? "; with quantiles, the median" : "");
   return h(
     "div",
     { class: "legend" },
-    lines.map((line) => h("span", {}, sample(line), " ", seriesName(line.series))),
-    bandShown && h("span", {}, band, " ± σ over initializations"),
+    lines.map((line) => h("span", {}, sample(line), " ", words(line.series))),
+    bands.map((kind) => h("span", {}, band(theme.bandOpacity * (kind === "band68" ? 2 : 1)), ` ${BANDS[kind]}`)),
     !single && h("span", {}, "color and marker: the run"),
   );
 }
@@ -78,7 +88,9 @@ function legend(lines, bandShown, single, theme) {
 /** The legend of some panels. */
 export function legendOf(panels, single, theme) {
   const lines = new Map(panels.flatMap((panel) => panel.lines.filter(({ points }) => points.length).map((line) => [line.series, line])));
-  const first = ["measured", "order_0", "order_1"].filter((series) => lines.has(series));
+  const first = ["measured", "order_0", "order_1", "given_start"].filter((series) => lines.has(series));
   const others = [...lines.keys()].filter((series) => !first.includes(series)).sort();
-  return legend([...first, ...others].map((series) => lines.get(series)), panels.some(({ bands }) => bands.length), single, theme);
+  const kinds = new Set(panels.flatMap((panel) => panel.bands.map(({ kind }) => kind)));
+  const bands = Object.keys(BANDS).filter((kind) => kinds.has(kind));
+  return legend([...first, ...others].map((series) => lines.get(series)), bands, single, theme);
 }
