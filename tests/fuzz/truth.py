@@ -115,7 +115,7 @@ class Line:
     second_error: torch.Tensor
 
 
-def along(case, v, weights, distances=(0.1, 0.02, 4e-3, 8e-4)):
+def along(case, v, weights, distances=(0.1, 0.02, 4e-3, 8e-4, 1.6e-4)):
     """Difference the gradients along v. ``weights``: (W, N, C)."""
 
     def gradients(s):

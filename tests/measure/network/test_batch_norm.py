@@ -69,6 +69,20 @@ def test_layers_that_training_does_not_update_keep_their_statistics():
         assert with_batch_statistics(network, Probe(inputs()), batch_norms(model)) is network
 
 
+def test_layers_that_share_their_statistics_have_the_mean_of_theirs():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    model[3].running_mean, model[3].running_var = model[1].running_mean, model[1].running_var
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with isolated(model) as network:
+        H = measure.ntk(with_batch_statistics(network, Probe(x), batch_norms(model)), x)
+    first = model[0](x).detach()
+    second = torch.tanh((first - first.mean(0)) / (first.var(0, correction=0) + model[1].eps).sqrt())
+    with torch.no_grad():
+        model[1].running_mean.copy_((first.mean(0) + second.mean(0)) / 2)
+        model[1].running_var.copy_((first.var(0, correction=0) + second.var(0, correction=0)) / 2)
+    torch.testing.assert_close(H, measure.ntk(model, x))
+
+
 def test_one_sample_has_no_variance():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     with isolated(model) as network:

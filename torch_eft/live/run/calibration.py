@@ -100,7 +100,7 @@ class Calibration:
         if not 0 < share <= 1:
             return
         own = statistics_of(with_batch_statistics(network, [Probe(self.kept[0])], [name]), [name])
-        mean, variance = own.values()
+        mean, variance = own.values()  # in the order of STATISTICS
         took_mean = (mean_1.to(mean) - (1 - share) * mean_0.to(mean)) / share
         took_variance = (variance_1.to(mean) - (1 - share) * variance_0.to(mean)) / share
         eps = torch.finfo(mean.dtype).eps

@@ -64,7 +64,7 @@ def with_batch_statistics(
     """
     if not norms:
         return network
-    shadow, alone = network.shadow, list[str]()
+    shadow, names, alone = network.shadow, _names(network, norms), list[str]()
     seen: dict[str, list[Tensor]] = {}
     several = not isinstance(inputs, Probe)
 
@@ -79,7 +79,7 @@ def with_batch_statistics(
             ("running_var", variance, variance * (count / max(1, count - 1)) if several else variance),
         ):
             getattr(layer, buffer).copy_(value)  # for this forward alone: the next one begins with what it is given
-            seen.setdefault(f"{name}.{buffer}".removeprefix("."), []).append(kept)
+            seen.setdefault(names[name, buffer], []).append(kept)
 
     handles = [shadow.get_submodule(name).register_forward_pre_hook(partial(take, name)) for name in norms]
     try:
@@ -103,5 +103,11 @@ def statistics_of(network: IsolatedModel, norms: Collection[str]) -> dict[str, T
     Returns:
         The means and variances.
     """
-    names = [f"{name}.{buffer}".removeprefix(".") for name in norms for buffer in STATISTICS]
-    return {name: network.constants[name] for name in names if name in network.constants}
+    return {name: network.constants[name] for name in _names(network, norms).values()}
+
+
+def _names(network: IsolatedModel, norms: Collection[str]) -> dict[tuple[str, str], str]:
+    """``{(layer, "running_mean" or "running_var"): buffer}``; two layers that share a buffer have one name for it."""
+    places = {(id(place.tensors), place.key): place.name for place in network.isolation.places}
+    layers = {name: network.module.get_submodule(name) for name in norms}
+    return {(name, key): places[id(layer._buffers), key] for name, layer in layers.items() for key in STATISTICS}

@@ -388,3 +388,36 @@ def test_scripted_parts_are_copied_with_their_parameters():
         for name, value in model.named_parameters():
             value.copy_(theta[name])
     torch.testing.assert_close(H, kernel_by_loops(model, x), rtol=1e-12, atol=1e-13)
+
+
+class Counting(nn.Module):
+    """Its buffer may be another module's, too, and counts how often either was called."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.weight = nn.Parameter(randn(3, 3))
+        self.register_buffer("count", count)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.count.add_(1)
+        return torch.tanh(x @ self.weight) * self.count.clone()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_buffers_under_two_names_stay_one_and_every_forward_starts_from_them(tied):
+    count = torch.ones(3, dtype=torch.float64)
+    model = nn.Sequential(Counting(count), Counting(count if tied else count.clone()))
+    x = randn(2, 3, seed=1)
+
+    def restarted(module, args):
+        for buffer in module.buffers():
+            buffer.fill_(1)
+
+    handle = model.register_forward_pre_hook(restarted)
+    expected = kernel_by_loops(model, x)
+    restarted(model, ())
+    handle.remove()
+    torch.testing.assert_close(measure.ntk(model, x, memory=2000), expected)  # in blocks
+    torch.testing.assert_close(measure.ntk(model, x), expected)
+    assert all(bool((buffer == 1).all()) for buffer in model.buffers())

@@ -49,6 +49,8 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
     versions = [(name, tensor, tensor._version, tensor.data) for name, tensor in tensors.items()]
     with ExitStack() as stack:
         stack.callback(_put_back, state, modes, versions)
+        buffers: dict[int, tuple[Tensor, int, Tensor]] = {}  # one that two names share stays one
+        network.isolation.start(network.constants[name] for name in network.isolation.buffers)
         for place, part in module.named_modules():
             part.training = False
             if isinstance(part, torch.jit.ScriptModule):  # takes no hooks, and holds its buffers in C++
@@ -61,7 +63,10 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
             for name, buffer in part._buffers.items():  # counted or averaged in every forward: written to, not refused
                 if buffer is not None:
                     given = network.constants.get(f"{place}.{name}".removeprefix("."), buffer)
-                    part._buffers[name] = given.to(buffer.dtype, copy=True)
+                    if id(buffer) not in buffers:
+                        own = given.to(buffer.dtype, copy=True)
+                        buffers[id(buffer)] = own, own._version, given
+                    part._buffers[name] = buffers[id(buffer)][0]
         for parameter in module.parameters():
             if parameter._backward_hooks:
                 stack.callback(setattr, parameter, "_backward_hooks", parameter._backward_hooks)
@@ -72,6 +77,10 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
         reference = next((p for p in module.parameters() if p.is_floating_point()), None)
 
         def run(inputs: Any) -> Tensor:
+            for own, version, given in buffers.values():  # every forward starts from the same
+                if own._version != version:
+                    with torch.no_grad():
+                        own.copy_(given)
             if reference is not None:  # the copy's half precision is widened, the module's own is not
                 inputs = tree_map_only(Tensor, lambda x: x.to(reference.dtype) if x.is_floating_point() else x, inputs)
             args, kwargs = as_call(inputs)
