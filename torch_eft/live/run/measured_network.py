@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 from torch import nn
@@ -90,8 +91,8 @@ class MeasuredNetwork:
             self.ranks.announce((self.plan, lambdas))
             snapshot = self._together(self.plan, lambdas)
         with isolated(self.network, self.output_fn) as own:
-            normed = self.calibration.normed(own, self.probe)
-            with Network(normed, self.probe, lambdas=lambdas, memory=self.memory) as network:
+            normed = partial(self.calibration.normed, probe=self.probe)
+            with Network(normed(own), self.probe, lambdas=lambdas, memory=self.memory, prepare=normed) as network:
                 yield network, snapshot
 
     def follow(self) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from torch_eft.measure.forward.isolation import IsolatedModel, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 
 
-def kinked_operations(model: nn.Module, x: Any, *, output_fn: OutputFn | None = None) -> tuple[str, ...]:
+def kinked_operations(model: Model, x: Any, *, output_fn: OutputFn | None = None) -> tuple[str, ...]:
     """Name the kinked operations that the forward executes on ``x``.
 
     Operations whose slope jumps (ReLU, max pooling, clamp, maximum ...) or which are piecewise constant (sign, round

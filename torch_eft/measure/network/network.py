@@ -1,6 +1,6 @@
 """One network bound once, isolated once, and measured as often as wanted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, overload
 
@@ -14,6 +14,7 @@ from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.measure.kernels.dntk import DDNTK, Direction, NTKDerivatives, ddntk, dntk, ntk_derivatives
 from torch_eft.measure.kernels.ntk import Coverage, Per, coverage, ntk, ntk_estimate
 from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
+from torch_eft.measure.network.expansion import SnapshotExpansion, expand_snapshot
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.representations.hidden_kernels import Representation, hidden_kernels, representation
 from torch_eft.measure.taylor.displacement import DisplacementTerms, RelativeDNTK, displacement_terms, relative_dntk
@@ -34,6 +35,8 @@ class Network:
         lambdas: See ``ntk``.
         output_fn: Turns what the model returns into (N, C).
         memory: Bytes allowed, see ``ntk``; None for the default of 1 GiB.
+        prepare: Done to the isolated network at other parameters before it is measured there, as to this one before it
+            was given: taking the statistics of BatchNorm.
 
     Attributes:
         model: The module.
@@ -57,10 +60,12 @@ class Network:
         lambdas: Mapping[str, float] | float | None = None,
         output_fn: OutputFn | None = None,
         memory: int | None = None,
+        prepare: Callable[[IsolatedModel], IsolatedModel] | None = None,
     ) -> None:
         self.model, self.probe = model, as_probe(x)
         self.lambdas, self.output_fn = lambdas, output_fn
         self.memory = DEFAULT_MEMORY if memory is None else memory
+        self.prepare = prepare
         self._open: IsolatedModel | None = None
         self._context: AbstractContextManager[IsolatedModel] | None = None
         self._depth = 0
@@ -108,7 +113,8 @@ class Network:
             The network on these inputs.
         """
         kept = self.lambdas if lambdas is None else lambdas
-        return Network(self.current, x, lambdas=kept, output_fn=self.output_fn, memory=self.memory)
+        options: dict[str, Any] = {"output_fn": self.output_fn, "memory": self.memory, "prepare": self.prepare}
+        return Network(self.current, x, lambdas=kept, **options)
 
     def at(self, theta: Parameters) -> "Network":
         """Return the same network at other parameters, inside ``with`` only.
@@ -124,7 +130,9 @@ class Network:
         """
         if self._open is None:
             raise RuntimeError("at: the network is not isolated; use it inside `with network:`")
-        return Network(self._open.at(theta), self.probe, **self._within)
+        moved = self._open.at(theta)
+        prepared = moved if self.prepare is None else self.prepare(moved)
+        return Network(prepared, self.probe, prepare=self.prepare, **self._within)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -231,6 +239,36 @@ class Network:
     ) -> NTKChange:
         """Return the realized change of the NTK; see ``measure.ntk_change``."""
         return ntk_change(self.current, self.probe, theta_0, theta, distance=distance, trace=trace, **self._within)
+
+    def expansion(
+        self, theta_0: Parameters, theta: Parameters, plan: Plan, start: Snapshot, end: Snapshot
+    ) -> SnapshotExpansion | None:
+        """Expand the change of a snapshot from theta_0 to theta to second order about theta_0, inside ``with`` only.
+
+        Args:
+            theta_0: Every trainable parameter at the start, ``{name: tensor}`` or a module that holds them.
+            theta: Every trainable parameter at the end, likewise.
+            plan: What the snapshots hold; the NTK is in it.
+            start: The snapshot at theta_0.
+            end: The snapshot at theta.
+
+        Returns:
+            The realized change and its terms of first and second order; None where H has changed by little more than
+            rounding.
+
+        Raises:
+            RuntimeError: Outside of ``with``.
+            ValueError: As ``at``; if a parameter is missing.
+        """
+        if self._open is None:
+            raise RuntimeError("expansion: the network is not isolated; use it inside `with network:`")
+        first = self._open.complete(theta_0, "theta_0", every=True)
+        last = self._open.complete(theta, "theta", every=True)
+
+        def snapshot_at(t: float) -> Snapshot:
+            return self.at({name: value + t * (last[name] - value) for name, value in first.items()}).snapshot(plan)
+
+        return expand_snapshot(snapshot_at, start, end)
 
     def representation(
         self, *, targets: Tensor | None = None, layers: Sequence[str] | None = None, keep: bool = False
