@@ -446,7 +446,7 @@ REFUSED = {"a lazy layer", "checkpoint, reentrant"}
 """Rows of which nothing is measured."""
 
 
-LOOKING = ["ntk", "representation", "interval", "taylor"]
+LOOKING = ["ntk", "representation", "interval", "expansion", "taylor"]
 MORE = {
     name: [*LOOKING, "instance", "dntk"]
     for name in ("dropout", "a forward that clamps its weights", "two optimizers in turn")

@@ -124,6 +124,7 @@ class Measurement:
             by ``needs_theta_0``; else None.
         statistics: ``{buffer: value}`` with which BatchNorm normalizes at the reference; empty where there is none that
             training updates.
+        plan: What the snapshot holds: ``network.at(theta).snapshot(plan)`` is the same at other parameters.
 
     Example:
         >>> import torch
@@ -146,6 +147,7 @@ class Measurement:
     last: bool = False
     theta_0: dict[str, Tensor] | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    plan: Plan = field(default_factory=Plan)
 
 
 @dataclass

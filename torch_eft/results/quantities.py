@@ -248,6 +248,48 @@ QUANTITIES: dict[str, Quantity] = {
         "0: ddNTK vanishes as 1/n",
         DERIVATIVES,
     ),
+    "expansion_gauge": Quantity(
+        "Expansion about theta_0: ddNTK's change of the NTK over dNTK's",
+        "||ddI d d + transpose + 2 ddII d d|| / (2 ||dH d + transpose||) at theta_0, d = theta - theta_0; beyond 0.5 "
+        "the expansion is not drawn",
+        "1",
+        "derived here, from PDLT 11.1 and chapter infinity",
+        "undefined: both vanish as 1/n",
+        TAYLOR,
+    ),
+    "expansion_radius": Quantity(
+        "Expansion about theta_0: its radius m*",
+        "rms motion J d / sqrt(N C) of the outputs at which the gauge is 0.5, d along the optimizer's first step",
+        "unit of the output",
+        "derived here, from PDLT 11.1 and chapter infinity",
+        "undefined: H does not change",
+        TAYLOR,
+    ),
+    "expansion_response": Quantity(
+        "Expansion about theta_0: its response r_0",
+        "(||dH d + transpose|| / ||H_0||) / (||J d|| / sqrt(N C)), d along the optimizer's first step",
+        "1 / unit of the output",
+        "PDLT 11.1; the contraction derived here",
+        "0: dNTK vanishes as 1/n",
+        TAYLOR,
+    ),
+    "ntk_expansion_error": Quantity(
+        "NTK: error of its change since theta_0 by dNTK, and by dNTK and ddNTK",
+        "||H - H_0 - P|| / ||H - H_0||; order 0: P = 0; P by the derivatives at theta_0 along theta - theta_0",
+        "1",
+        "derived here, from PDLT 11.1 and chapter infinity",
+        "undefined: nothing changes",
+        TAYLOR,
+    ),
+    "representation_expansion_error": Quantity(
+        "Hidden kernels: error of their change since theta_0 by its first and second order",
+        "mean over hidden layers of ||K - K_0 - P|| / ||K - K_0||; order 0: P = 0; P by the derivatives at theta_0 "
+        "along theta - theta_0",
+        "1",
+        "derived here, from PDLT 11.4",
+        "undefined: nothing changes",
+        TAYLOR,
+    ),
     "taylor_remainder": Quantity(
         "What Taylor terms up to order 3 leave of the outputs' change",
         "||f - sum_{k <= 3} f_k|| / ||f - f_0||, f_k the Taylor term of order k in theta - theta_0",

@@ -13,6 +13,7 @@ from torch_eft import measure
 from torch_eft.live import Obstacle
 from torch_eft.live.instruments.common import too_many
 from torch_eft.live.instruments.dntk import DNTKInstrument
+from torch_eft.live.instruments.expansion import ExpansionInstrument
 from torch_eft.live.instruments.interval import IntervalInstrument
 from torch_eft.live.instruments.shadow import ShadowInstrument
 from torch_eft.live.instruments.taylor import TaylorInstrument
@@ -243,10 +244,10 @@ def test_an_event_where_three_taylor_orders_are_not_enough():
 
 SETTINGS = {
     "full batch": dict(
-        instruments=lambda: [each() for each in FOUR],
+        instruments=lambda: [each() for each in (*FOUR, ExpansionInstrument)],
         momentum=True,
     ),
-    "minibatches, Adam": dict(instruments=lambda: [each() for each in FOUR], batch=3),
+    "minibatches, Adam": dict(instruments=lambda: [each() for each in (*FOUR, ExpansionInstrument)], batch=3),
 }
 
 

@@ -5,7 +5,7 @@ import pytest
 from torch_eft.live.config.presets import Options, chosen_instruments
 
 LIGHT = ["ntk", "representation"]
-STANDARD = [*LIGHT, "batch_norm", "theory", "instance", "interval", "taylor"]
+STANDARD = [*LIGHT, "batch_norm", "theory", "instance", "interval", "expansion", "taylor"]
 
 
 @pytest.mark.parametrize(

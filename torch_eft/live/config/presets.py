@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 from torch_eft.live.instrument import Instrument
 from torch_eft.live.instruments.dntk import DNTKInstrument
+from torch_eft.live.instruments.expansion import ExpansionInstrument
 from torch_eft.live.instruments.forecasts.instance import InstanceInstrument
 from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.interval import IntervalInstrument
@@ -49,6 +50,7 @@ MAKERS: dict[str, Callable[[Options], Instrument]] = {
     "theory": lambda options: TheoryInstrument(options.ensemble, options.activation, seconds=options.forecast_seconds),
     "instance": lambda options: InstanceInstrument(seconds=options.forecast_seconds),
     "interval": lambda options: IntervalInstrument(),
+    "expansion": lambda options: ExpansionInstrument(),
     "taylor": lambda options: TaylorInstrument(),
     "dntk": lambda options: DNTKInstrument(),
     "shadow": lambda options: ShadowInstrument(),

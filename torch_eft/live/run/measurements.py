@@ -169,6 +169,7 @@ class Measurements:
             last,
             self.reference.theta_0,
             self.reference.calibration.statistics,
+            network.plan,
         )
 
     def _calibrate(self, network: MeasuredNetwork, isolated: Network, lambdas: dict[str, float]) -> None:

@@ -1,0 +1,262 @@
+"""The finite-width expansion about theta_0 along the real displacement, drawn until its own gauge says that it fails.
+
+Any network, loss, optimizer and batches: H and hidden kernels at theta_0 + d by derivatives at theta_0 (dNTK; dNTK and
+ddNTK), d being where the training has gone. The error of the second order is about the square of the gauge, the size of
+the second-order change of H over the first; beyond ``LIMIT`` it often predicts nothing, and nothing more is computed.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_eft.live.instrument import Event, Instrument, Measurement, Reading, RunFacts, TrainingStart
+from torch_eft.live.instruments.common import LARGEST, copied, current, too_many
+from torch_eft.measure.forward.kinks import kinked_operations
+from torch_eft.measure.network.expansion import SnapshotExpansion
+from torch_eft.measure.network.snapshot import Plan, Snapshot
+from torch_eft.results.tags import tag
+
+LIMIT = 0.5
+"""Gauge at which the line ends."""
+
+SERIES = ("taylor_1", "taylor_2")
+
+
+class ExpansionInstrument(Instrument):
+    """Changes of NTK and hidden kernels since theta_0 by the dNTK, and by dNTK and ddNTK, beside the real ones.
+
+    Before that two numbers, along the optimizer's first step: the radius m*, the rms motion of the probe's outputs at
+    which the gauge reaches ``LIMIT``; and the response r_0, the relative change of H per unit of that motion.
+
+    Args:
+        largest: Trainable parameters up to which copies are kept: theta_0 and, until the first measurement after it,
+            theta_1.
+    """
+
+    name = "expansion"
+    cost = "standard"
+    needs_theta_0 = True
+    looks_back = True
+
+    def __init__(self, *, largest: int = LARGEST // 2) -> None:
+        self.largest = largest
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what belongs to an earlier run."""
+        self._refusal: str | None = None
+        self._ended: tuple[int, float, float] | None = None  # step, motion of the outputs, gauge
+        self._latest: int | None = None
+        self._numbers: dict[str, float] = {}
+        self._start = 0
+        self._first: tuple[int, dict[str, Tensor]] | None = None
+        self._waits = False
+        self._page = ""
+
+    def plan(self, outputs: int, samples: int) -> Plan:
+        """The NTK, which is expanded."""
+        return Plan(ntk=True)
+
+    def begin(self, start: TrainingStart) -> Reading:
+        """Decide whether there is a line."""
+        kinked = kinked_operations(start.network.current, start.network.probe, output_fn=start.network.output_fn)
+        self._refusal = too_many(start.model, self.largest)
+        if kinked:
+            more = f" and {len(kinked) - 1} more" if len(kinked) > 1 else ""
+            self._refusal = (
+                f"kinks ({kinked[0]}{more}): derivatives are those of the pieces, and miss what the units that change "
+                "their side add to the change of H, which is most of it; smooth activations (GELU, SiLU, tanh) have a "
+                "line"
+            )
+        self._waits = start.fresh and self._refusal is None
+        return self._told(Reading())
+
+    def after_step(self, step: int, network: nn.Module) -> Reading:
+        """Keep the parameters after the first step: the first measurement may come much later."""
+        if self._waits:
+            self._waits, self._first = False, (step, copied(network))
+        return Reading()
+
+    def observe(self, measurement: Measurement) -> Reading:
+        """Compare, unless the line has ended."""
+        first, self._first = self._first, None
+        if self._refusal is not None or self._ended is not None or measurement.step == self._latest:
+            return Reading()
+        self._latest = measurement.step
+        self._refusal = _unusable(measurement)
+        if self._refusal is not None:
+            return self._told(Reading())
+        if measurement.snapshot is measurement.reference:  # theta_0 itself
+            self._start = measurement.step
+            quantities = ["ntk_drift", *(["representation_change"] if measurement.snapshot.hidden else [])]
+            return Reading({tag(quantity, series): 0.0 for quantity in quantities for series in SERIES})
+        reading = Reading()
+        if not self._numbers and first is not None and self._start < first[0] < measurement.step:
+            with_first = measurement.network.at(first[1]).snapshot(measurement.plan)
+            self._measure_radius(first[0], self._expanded(measurement, first[1], with_first), measurement, reading)
+        expansion = self._expanded(measurement, current(measurement.model), measurement.snapshot)
+        if not self._numbers:
+            self._measure_radius(measurement.step, expansion, measurement, reading)
+        if expansion is not None:
+            gauge = reading.scalars[tag("expansion_gauge")] = expansion.gauge
+            if not gauge <= LIMIT:
+                self._end(measurement.step, float(_rms(expansion.change.output)), gauge, reading)
+            else:
+                reading.scalars |= expansion_scalars(expansion, measurement.reference)
+        return self._told(reading)
+
+    def _expanded(
+        self, measurement: Measurement, theta: Mapping[str, Tensor], snapshot: Snapshot
+    ) -> SnapshotExpansion | None:
+        assert measurement.theta_0 is not None
+        ends = measurement.reference, snapshot
+        return measurement.network.expansion(measurement.theta_0, dict(theta), measurement.plan, *ends)
+
+    def _measure_radius(
+        self, step: int, expansion: SnapshotExpansion | None, measurement: Measurement, reading: Reading
+    ) -> None:
+        """Radius and response: ratios along a direction, in which its length drops out."""
+        if expansion is None:
+            return
+        assert expansion.first.ntk is not None and measurement.reference.ntk is not None
+        motion, moved = float(_rms(expansion.first.output)), float(_rms(expansion.change.output))
+        if not motion > 0:
+            return
+        response = float(expansion.first.ntk.norm()) / float(measurement.reference.ntk.norm()) / motion
+        gauge = expansion.gauge
+        self._numbers = {
+            "steps": float(step - self._start),
+            "moved": moved,
+            "radius": LIMIT * motion / gauge if gauge > 0 else math.inf,
+            "response": response,
+        }
+        values = {
+            tag("expansion_radius"): self._numbers["radius"],
+            tag("expansion_response"): self._numbers["response"],
+            tag("expansion_response", "order_0"): 0.0,
+        }
+        reading.late[self._start] = {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def _end(self, step: int, moved: float, gauge: float, reading: Reading) -> None:
+        self._ended = (step, moved, gauge)
+        text = (
+            f"expansion about theta_0 ends here, step {step}, outputs moved {moved:.3g}: ddNTK changes H by "
+            f"{gauge:.2g} of what dNTK does"
+        )
+        reading.events.append(Event(step, "ntk_drift", text))
+
+    # ---- words
+
+    def _told(self, reading: Reading) -> Reading:
+        page = self._text()
+        if page != self._page:
+            self._page = reading.pages["expansion"] = page
+        return reading
+
+    def _text(self) -> str:
+        if self._refusal is not None:
+            return self._sentence()
+        known = self._numbers
+        if not known:
+            return (
+                "How far the expansion in 1/n about theta_0 reaches is known after the first step. Its line goes along "
+                "the training's own displacement and takes two NTKs a measurement until it ends."
+            )
+        steps = "first step" if known["steps"] == 1 else f"first {known['steps']:.0f} steps"
+        return "\n\n".join(
+            [
+                f"How far the expansion in 1/n about theta_0 reaches, along the optimizer's own {steps}:",
+                f"- radius m* = {known['radius']:.3g}: when the outputs of the probe have moved by so much (rms), "
+                f"ddNTK changes H by {LIMIT:g} of what dNTK does, and the line ends: further out, the change of H is "
+                f"not this expansion's to tell. The {steps} moved them by {known['moved']:.3g}.\n"
+                f"- response r_0 = {known['response']:.3g}: H changes by {100 * known['response']:.3g} % per unit of "
+                "motion of the outputs, as they begin to move; at infinite width by 0.",
+                self._sentence(),
+            ]
+        )
+
+    def _sentence(self) -> str:
+        """What a chart says where it has no line."""
+        if self._refusal is not None:
+            return f"No expansion about theta_0 for this run: {self._refusal}."
+        if self._ended is None:
+            return "The expansion about theta_0 has not ended yet."
+        step, moved, gauge = self._ended
+        return (
+            f"The expansion about theta_0 ended at step {step}, where the outputs had moved by {moved:.3g} and ddNTK "
+            f"changed H by {gauge:.2g} of what dNTK does: beyond {LIMIT:g} it is not to be trusted."
+        )
+
+    def facts(self) -> RunFacts:
+        """Why the charts have no line, where they have none."""
+        if self._refusal is None and self._ended is None:
+            return RunFacts()
+        return RunFacts(unpredicted=dict.fromkeys(("ntk_drift", "representation_change"), self._sentence()))
+
+    def state(self) -> dict[str, Any]:
+        """Where the line ended, and the two numbers."""
+        return {"ended": self._ended, "numbers": dict(self._numbers), "latest": self._latest, "start": self._start}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        ended = state.get("ended")
+        self._ended = None if ended is None else (int(ended[0]), float(ended[1]), float(ended[2]))
+        self._numbers = dict(state.get("numbers", {}))
+        self._latest, self._start = state.get("latest"), state.get("start", 0)
+
+
+def expansion_scalars(expansion: SnapshotExpansion, reference: Snapshot) -> dict[str, float]:
+    """Sizes of predicted changes, and errors of the changes themselves; waits for the device once.
+
+    Args:
+        expansion: The terms, with the NTK.
+        reference: The snapshot at theta_0.
+
+    Returns:
+        ``{tag: value}``: those of the NTK, and means over hidden layers, of each order.
+    """
+    first, second, change = expansion.first, expansion.second, expansion.change
+    rows = [] if reference.ntk is None else [_compared(first.ntk, second.ntk, change.ntk, reference.ntk)]
+    rows += [
+        _compared(K, second.hidden[name], change.hidden[name], reference.hidden[name])
+        for name, K in first.hidden.items()
+        if name in reference.hidden
+    ]
+    H, *layers = torch.stack(rows).tolist()
+    scalars: dict[str, float] = {}
+    for quantity, error, found in (
+        ("ntk_drift", "ntk_expansion_error", [H]),
+        ("representation_change", "representation_expansion_error", layers),
+    ):
+        columns = [[value for value in column if math.isfinite(value)] for column in zip(*found, strict=True)]
+        if all(columns) and columns:
+            means = [sum(column) / len(column) for column in columns]
+            names = [*(tag(quantity, series) for series in SERIES), *(tag(error, series) for series in SERIES)]
+            scalars |= {**dict(zip(names, means, strict=True)), tag(error, "order_0"): 1.0}
+    return scalars
+
+
+def _compared(first: Tensor | None, second: Tensor | None, change: Tensor | None, kernel: Tensor) -> Tensor:
+    """Sizes of the change by first order and by both, relative to the kernel; and their errors, (4,)."""
+    assert first is not None and second is not None and change is not None
+    predicted = (first, first + second)
+    sizes = [P.norm() / kernel.norm().to(P) for P in predicted]
+    return torch.stack([*sizes, *((P - change).norm() / change.norm() for P in predicted)])
+
+
+def _unusable(measurement: Measurement) -> str | None:
+    """Why this measurement cannot be expanded about theta_0."""
+    if measurement.reference.ntk is None or measurement.snapshot.ntk is None:
+        return "the NTK is not measured"
+    if measurement.theta_0 is None:
+        return "the parameters of theta_0 were not kept"
+    if set(measurement.theta_0) != set(current(measurement.model)):
+        return "other parameters are trained than at theta_0"
+    return None
+
+
+def _rms(value: Tensor) -> Tensor:
+    return value.square().mean().sqrt()
