@@ -48,10 +48,11 @@ def inputs(count):
 NETWORKS = ["batch norm, dense", "batch norm, convolution", "tokens, tied, unrecognized use"]
 COUNTS = [1, 7, 8]
 PLAN = measure.Plan(ntk=True, hidden=True)
+TIMEOUT = 137  # seconds, that of the process group
 
 
 def cases(rank):
-    """Everything of one group of processes, for starting them takes longer than the work."""
+    """Networks by numbers of samples, measured together."""
     found = {}
     for name in NETWORKS:
         net = network(name)
@@ -76,9 +77,20 @@ def _little(net, count):
     return estimate.total if count < 3 else estimate.kernels + 4 * estimate.sample
 
 
+def everything(rank):
+    """All of two processes, for importing torch in each takes longer than the work."""
+    return cases(rank), sharded_parameters(rank), failing(rank)
+
+
+@pytest.fixture(scope="module")
+def two():
+    """What each of two processes found: cases, sharded parameters, failures."""
+    return list(zip(*spread(2, everything, seconds=TIMEOUT), strict=True))
+
+
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_kernel_is_that_of_one_process(size):
-    found = spread(size, cases)
+def test_the_kernel_is_that_of_one_process(size, request):
+    found = request.getfixturevalue("two")[0] if size == 2 else spread(size, cases)
     for name in NETWORKS:
         net = network(name)
         if "norm" in name:
@@ -130,8 +142,8 @@ def failing(rank):
     return said
 
 
-def test_a_failure_on_one_rank_is_one_on_all_and_nobody_waits():
-    first, second = spread(2, failing, seconds=37)
+def test_a_failure_on_one_rank_is_one_on_all_and_nobody_waits(two):
+    first, second = two[2]
     assert first[0].startswith("PeerError: rank 1 failed")
     assert "no such luck" in second[0]
     assert all("'0.weight'" in said[1] and "differs between the ranks" in said[1] for said in (first, second))
@@ -139,7 +151,7 @@ def test_a_failure_on_one_rank_is_one_on_all_and_nobody_waits():
     assert first[3] == second[3] and "of the probe (its norm) differs" in first[3]
     assert first[4].startswith("PeerError") and "not initialized yet" in second[4]
     assert first[5] == second[5] == "measured"
-    assert first[6] == second[6] == 37
+    assert first[6] == second[6] == TIMEOUT
 
 
 def test_without_a_process_group_it_says_what_to_do():
@@ -176,9 +188,9 @@ def _like(module):
     return (module.num_features,) if isinstance(module, nn.BatchNorm1d) else ()
 
 
-def test_sharded_parameters_are_refused_or_measured_by_a_plain_twin():
+def test_sharded_parameters_are_refused_or_measured_by_a_plain_twin(two):
     expected = measure.ntk(network("batch norm, dense"), inputs(5))
-    found = spread(2, sharded_parameters)
+    found = two[1]
     for said, _, _ in found:
         assert "is sharded over processes (FSDP, DTensor)" in said[0] and "full_copy" in said[0]
         assert said[0] == said[1]
