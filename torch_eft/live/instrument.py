@@ -109,6 +109,25 @@ class TrainingStart:
 
 
 @dataclass(frozen=True)
+class Contraction:
+    """Sizes of dNTK and ddNTK that an instrument has measured.
+
+    Args:
+        start: Optimizer steps taken at the parameters where the derivatives were taken.
+        end: Those at the end of the displacement along which they are contracted; None: along the gradient.
+        dntk: Size of the dNTK.
+        ddntk: Size of the ddNTK, if it was measured.
+        logged: The step at which they are logged.
+    """
+
+    start: int
+    end: int | None
+    dntk: float
+    ddntk: float | None
+    logged: int
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One measurement.
 
@@ -125,6 +144,7 @@ class Measurement:
         statistics: ``{buffer: value}`` with which BatchNorm normalizes at the reference; empty where there is none that
             training updates.
         plan: What the snapshot holds: ``network.at(theta).snapshot(plan)`` is the same at other parameters.
+        contractions: Sizes of dNTK and ddNTK found at this measurement, for the forecasts that are asked after.
 
     Example:
         >>> import torch
@@ -148,6 +168,7 @@ class Measurement:
     theta_0: dict[str, Tensor] | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)
+    contractions: list[Contraction] = field(default_factory=list)
 
 
 @dataclass

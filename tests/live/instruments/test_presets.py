@@ -5,7 +5,8 @@ import pytest
 from torch_eft.live.config.presets import Options, chosen_instruments
 
 LIGHT = ["ntk", "representation"]
-STANDARD = [*LIGHT, "batch_norm", "theory", "instance", "interval", "expansion", "taylor"]
+MEASURED, FORECAST = [*LIGHT, "batch_norm", "interval", "expansion", "taylor"], ["theory", "instance"]
+STANDARD = [*MEASURED, *FORECAST]
 
 
 @pytest.mark.parametrize(
@@ -14,9 +15,9 @@ STANDARD = [*LIGHT, "batch_norm", "theory", "instance", "interval", "expansion",
         ("light", [], LIGHT),
         ("light", ["taylor"], [*LIGHT, "taylor"]),
         ("standard", [], STANDARD),
-        ("full", [], [*STANDARD, "dntk"]),
+        ("full", [], [*MEASURED, "dntk", *FORECAST]),
         ("standard", ["shadow"], [*STANDARD, "shadow"]),
-        ("full", ["shadow"], [*STANDARD, "dntk", "shadow"]),
+        ("full", ["shadow"], [*MEASURED, "dntk", *FORECAST, "shadow"]),
     ],
 )
 def test_presets(preset, extra, names):

@@ -1,4 +1,4 @@
-"""One number at one step: measured, and predicted by order."""
+"""One number at one step: measured, and predicted by order or by its law over seeds."""
 
 from dataclasses import dataclass
 
@@ -27,6 +27,29 @@ class Compared:
     def theory(self) -> float | None:
         """The prediction of the highest order available."""
         return self.order_0 if self.order_1 is None else self.order_1
+
+
+@dataclass(frozen=True)
+class Banded:
+    """One quantity at one step, measured, and its law over seeds; infinite width has 0.
+
+    Args:
+        measured: The value of this network.
+        median: Over seeds.
+        band_68: Quantiles 0.16 and 0.84 over seeds.
+        band_90: Quantiles 0.05 and 0.95 over seeds.
+        quantile: Share of seeds below the measured value.
+        given: Median over the seeds that start with this network's outputs.
+        given_90: Quantiles 0.05 and 0.95 over those.
+    """
+
+    measured: float
+    median: float
+    band_68: tuple[float, float]
+    band_90: tuple[float, float]
+    quantile: float
+    given: float
+    given_90: tuple[float, float]
 
 
 def component(value: Tensor, along: Tensor) -> Tensor:

@@ -43,16 +43,17 @@ class Options:
 
 
 MAKERS: dict[str, Callable[[Options], Instrument]] = {
-    # In the order in which they are asked; of several predictions that hold, the first one's level and validity count.
+    # In the order in which they are asked: forecasts after what they are compared with. Of several predictions that
+    # hold, the first one's level and validity count.
     "ntk": lambda options: NTKInstrument(),
     "representation": lambda options: RepresentationInstrument(),
     "batch_norm": lambda options: BatchNormInstrument(),
-    "theory": lambda options: TheoryInstrument(options.ensemble, options.activation, seconds=options.forecast_seconds),
-    "instance": lambda options: InstanceInstrument(seconds=options.forecast_seconds),
     "interval": lambda options: IntervalInstrument(),
     "expansion": lambda options: ExpansionInstrument(),
     "taylor": lambda options: TaylorInstrument(),
     "dntk": lambda options: DNTKInstrument(),
+    "theory": lambda options: TheoryInstrument(options.ensemble, options.activation, seconds=options.forecast_seconds),
+    "instance": lambda options: InstanceInstrument(seconds=options.forecast_seconds),
     "shadow": lambda options: ShadowInstrument(),
 }
 """Every instrument by name; ``Instrument.cost`` is the smallest preset that includes it."""

@@ -1,12 +1,12 @@
 """Shared by instruments: comparisons as scalars, and copies of parameters, which stay on their device."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from torch_eft.forecast.comparison.compared import Compared
-from torch_eft.results.tags import BAND, MEASURED, tag
+from torch_eft.forecast.comparison.compared import Banded, Compared
+from torch_eft.results.tags import BAND, BAND_68, BAND_90, GIVEN_START, GIVEN_START_BAND, MEASURED, QUANTILE, tag
 
 LARGEST = 50_000_000
 """Trainable parameters up to which an instrument keeps copies of them."""
@@ -29,6 +29,19 @@ def compared_scalars(compared: Mapping[str, Compared]) -> dict[str, float]:
             tag(quantity, name): value for name, value in series.items() if value is not None and math.isfinite(value)
         }
     return scalars
+
+
+def banded_scalars(name: Callable[[str], str], compared: Banded) -> dict[str, float]:
+    """``{tag: value}`` of a law over seeds; ``name`` gives the tag of a series."""
+    series = {
+        "order_1": compared.median,
+        GIVEN_START: compared.given,
+        QUANTILE: compared.quantile,
+        **dict(zip(BAND_68, compared.band_68, strict=True)),
+        **dict(zip(BAND_90, compared.band_90, strict=True)),
+        **dict(zip(GIVEN_START_BAND, compared.given_90, strict=True)),
+    }
+    return {name(key): value for key, value in series.items() if math.isfinite(value)}
 
 
 def copied(network: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.live.instrument import History, Instrument, Measurement, Reading, TrainingStart
+from torch_eft.live.instrument import Contraction, History, Instrument, Measurement, Reading, TrainingStart
 from torch_eft.live.instruments.common import LARGEST, copied, memory, too_many
 from torch_eft.results.tags import tag
 
@@ -96,6 +96,8 @@ class DNTKInstrument(Instrument):
         if sizes.ddntk is not None:
             values |= {tag("ddntk_along_gradient"): sizes.ddntk, tag("ddntk_along_gradient", "order_0"): 0.0}
         late: History = {} if sizes.validity.flag == "invalid" else {pending.step: values}
+        if late:
+            measurement.contractions.append(Contraction(pending.step, None, sizes.dntk, sizes.ddntk, pending.step))
         reading = Reading(late=late)
         if sizes.validity.reason != self._validity:
             self._validity = sizes.validity.reason

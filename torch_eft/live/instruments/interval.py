@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.forecast.comparison.compared import Compared, component
-from torch_eft.live.instrument import Instrument, Measurement, Reading, TrainingStart
+from torch_eft.live.instrument import Contraction, Instrument, Measurement, Reading, TrainingStart
 from torch_eft.live.instruments.common import LARGEST, compared_scalars, copied, current, memory, too_many
 from torch_eft.measure.network.snapshot import Plan, Snapshot
 from torch_eft.measure.taylor.displacement import DisplacementTerms
@@ -99,7 +99,12 @@ class IntervalInstrument(Instrument):
         )
         reading = Reading()
         if not displacement.cut:  # else the terms are no derivatives
-            reading = Reading(compared_scalars(interval_compared(displacement, measurement.step - earlier.step)))
+            compared = interval_compared(displacement, measurement.step - earlier.step)
+            reading = Reading(compared_scalars(compared))
+            sizes = [compared[name].measured if name in compared else None for name in ("dntk", "ddntk")]
+            if sizes[0] is not None:
+                found = Contraction(earlier.step, measurement.step, sizes[0], sizes[1], measurement.step)
+                measurement.contractions.append(found)
         if displacement.validity.reason != self._validity:
             self._validity = displacement.validity.reason
             reading.pages["interval"] = (

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.diagnosis import Diagnosis, diagnose
+from torch_eft.forecast.comparison.drift import DriftComparison
 from torch_eft.forecast.comparison.ensemble import FIRST_HORIZON, EnsembleComparison
 from torch_eft.live.instrument import Measurement, Reading, RunFacts, TrainingStart
 from torch_eft.live.instruments.common import compared_scalars
 from torch_eft.live.instruments.forecasts.base import ForecastInstrument
+from torch_eft.live.instruments.forecasts.drift import DriftLines
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
 from torch_eft.measure.network.network import Network
@@ -70,6 +72,8 @@ class TheoryInstrument(ForecastInstrument):
         self._comparison: EnsembleComparison | None = None
         self._ensemble: MLPEnsemble | None = None
         self._hidden: list[str] = []
+        self._drift: DriftLines | None = None
+        self._start: Tensor | None = None
 
     def plan(self, outputs: int, samples: int) -> Plan:
         """The NTK, besides the outputs."""
@@ -157,15 +161,35 @@ class TheoryInstrument(ForecastInstrument):
             seconds=self.seconds,
             earlier=kept["comparison"] if kept else None,
         )
+        drift = self._drift_law(x, loss.targets, training)
         self.validity = self._comparison.validity
         momentum = f", momentum {options['momentum']:g}" if options["momentum"] else ""
         text = (
             f"Full-batch gradient descent on squared error ({loss.name}), learning rate {rate:g}{momentum}. "
             f"{self.validity}"
         )
-        return {
-            "validity": f"{text}\n\nPredicted for the {self._ensemble} ensemble: {self._comparison.description}.",
-        }
+        what = f"{self._comparison.description}; {drift}"
+        return {"validity": f"{text}\n\nPredicted for the {self._ensemble} ensemble: {what}."}
+
+    def _drift_law(self, x: Tensor, y: Tensor, training: Training) -> str:
+        """Make the law of this network's drift; returns what is drawn of it, or why nothing is."""
+        assert self._seen is not None and self._ensemble is not None
+        start, kept = self._seen.start, self._kept
+        if self.order == 0:
+            return "the drift at order 0"
+        if kept:
+            self._start = kept["start"].to(y)
+        else:
+            self._start = Network(start.model, x, output_fn=start.network.output_fn).output()
+        probe = start.network.probe.inputs.flatten(1).to(x.device)
+        try:
+            comparison = DriftComparison(
+                self._ensemble, x.flatten(1), y, probe, training, self._start, seconds=self.seconds
+            )
+        except (ValueError, QuadratureError) as error:
+            return f"NTK drift, dNTK and change of hidden kernels at order 0: {error}"
+        self._drift = DriftLines(comparison, self._hidden)
+        return comparison.description
 
     def _none(self, reason: str) -> str:
         return f"No theory of the ensemble for this run, measurements only: {reason}."
@@ -176,12 +200,13 @@ class TheoryInstrument(ForecastInstrument):
         if "comparison" not in state or ensemble is None:
             return state
         return state | {
+            "start": self._start,
             "ensemble": {
                 "widths": list(ensemble.widths),
                 "activation": ensemble.activation.name,
                 "C_b": list(ensemble.C_b),
                 "C_W": list(ensemble.C_W),
-            }
+            },
         }
 
     # ---- the numbers
@@ -189,6 +214,10 @@ class TheoryInstrument(ForecastInstrument):
     def _compared(self, measurement: Measurement) -> Reading:
         assert self._comparison is not None
         reading = Reading(self._scalars(measurement))
+        if self._drift is not None:
+            found = self._drift.scalars(measurement)
+            reading.scalars |= found.pop(measurement.step, {})
+            reading.late = found
         reading.events += self._watch.events(measurement.step, self._comparison.expansion_parameter(measurement.step))
         if measurement.last:
             reading.pages |= self._layers_page(measurement)

@@ -165,6 +165,8 @@ class NetworkDraws:
         shape = len(z), max(1, path.outputs * (path.outputs + 1) // 2 - 1)
         normal = torch.randn(shape, generator=generator, dtype=path.K.dtype, device=path.K.device)
         self._beyond = normal.square().mean(1)
+        start = torch.zeros(1, dtype=path.K.dtype, device=path.K.device)
+        self._latest: tuple[float, Motion, Factors] = (0.0, drift, next(times(path, start, drift)))
 
     def ntk_drift(self, step: float, *, full: bool = False) -> Tensor:
         """|H(t) - H(0)| / |H| with H at infinite width, (draws,); averaged over outputs, or ``full``."""
@@ -215,5 +217,7 @@ class NetworkDraws:
         return squares.sqrt() / reference
 
     def _factors(self, step: float, motion: Motion = drift) -> Factors:
-        at = torch.tensor([step], dtype=self._path.K.dtype, device=self._path.K.device)
-        return next(times(self._path, at, motion))
+        if self._latest[:2] != (step, motion):  # every kernel is asked for at the same step
+            at = torch.tensor([step], dtype=self._path.K.dtype, device=self._path.K.device)
+            self._latest = step, motion, next(times(self._path, at, motion))
+        return self._latest[2]

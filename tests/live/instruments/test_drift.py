@@ -1,0 +1,144 @@
+"""Lines and bands of one network's drift beside its training: the law of the theory, in units of this network."""
+
+import math
+
+import pytest
+import torch
+
+from tests.live.instruments.loop import data, fit, mlp
+from torch_eft import Training, measure, theory
+from torch_eft.forecast.comparison.drift import NUM_DRAWS, NUM_GIVEN, DriftComparison, joint_points
+from torch_eft.live.instruments.dntk import DNTKInstrument
+from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
+from torch_eft.live.instruments.interval import IntervalInstrument
+from torch_eft.live.instruments.ntk import NTKInstrument
+from torch_eft.live.instruments.representation import RepresentationInstrument
+from torch_eft.results.tags import BAND_90, GIVEN_START, QUANTILE, layer_theory_tag, tag
+
+X, Y, PROBE = data()
+RATE, STEPS = 0.1, 6
+
+
+def instruments():
+    found = NTKInstrument(), RepresentationInstrument(per_layer=True), IntervalInstrument(), DNTKInstrument()
+    return [*found, TheoryInstrument(seconds=0.5)]
+
+
+def run(model, steps=STEPS, momentum=0.0, rate=RATE, **keywords):
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
+    return fit(model, instruments(), steps, optimizer, X, Y, PROBE, **keywords)
+
+
+def law(ensemble, **keywords):
+    training = Training(learning_rate=RATE * 2 / Y.numel(), steps=STEPS, reduction="sum", **keywords)
+    options = {"at_steps": [0, STEPS], "hidden_ntk": False, "num_samples": 2048}
+    return theory.predict_drift(ensemble, X, Y, PROBE, training, **options)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """History, and the law of its ensemble, with the network's kernels and outputs at theta_0."""
+    model = mlp()
+    with torch.no_grad():
+        start = model(X)
+    ensemble = measure.read_ensemble(model, PROBE, optimizer=torch.optim.SGD(model.parameters(), lr=RATE))
+    network = measure.Network(model, PROBE, lambdas=1.0)
+    kernels = network.ntk(), network.hidden_kernels()
+    observer, pages = run(model, every=lambda step: step in (2, 5))
+    return observer, pages, law(ensemble), start, *kernels
+
+
+def test_medians_and_bands_are_those_of_the_law_relative_to_the_networks_own_kernels(trained):
+    observer, pages, predicted, start, H_0, hidden = trained
+    history, seeds, given = observer.history, predicted.draws(NUM_DRAWS), predicted.given(start).draws(NUM_GIVEN)
+    norm = predicted.ntk.reference.norm() * 2**0.5 / H_0.norm()
+    q = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+    series = [BAND_90[0], "order_1", BAND_90[1]]
+    for step in (2, 5, 6):
+        scalars = history[step]
+        drawn = seeds.ntk_drift(step, full=True) * norm
+        expected = torch.quantile(drawn, q).tolist()
+        assert [scalars[tag("ntk_drift", name)] for name in series] == pytest.approx(expected, rel=1e-5)
+        below = float((drawn < scalars[tag("ntk_drift")]).double().mean())
+        assert scalars[tag("ntk_drift", QUANTILE)] == pytest.approx(below, abs=2 / NUM_DRAWS)
+        conditional = float(given.ntk_drift(step, full=True).median() * norm)
+        assert scalars[tag("ntk_drift", GIVEN_START)] == pytest.approx(conditional, rel=0.01)
+        drawn = torch.stack([seeds.hidden_change(layer, step) for layer in (1, 2)])
+        sizes = [float(predicted.hidden[layer].reference.norm()) for layer in (1, 2)]
+        drawn *= torch.tensor([[size / float(K.norm())] for size, K in zip(sizes, hidden.values(), strict=True)])
+        for values, name in ((drawn.mean(0), None), *zip(drawn, hidden, strict=True)):
+            tags = [layer_theory_tag("representation_change", name, each) for each in series]
+            if name is None:
+                tags = [tag("representation_change", each) for each in series]
+            assert [scalars[each] for each in tags] == pytest.approx(torch.quantile(values, q).tolist(), rel=1e-5)
+    assert "bands over 1000 networks" in pages["validity"][-1][1]
+
+
+def test_dntk_is_predicted_along_the_interval_that_was_measured_and_along_the_gradient(trained):
+    observer, _, predicted, _, H_0, _ = trained
+    history, seeds = observer.history, predicted.draws(NUM_DRAWS)
+    norm = float(predicted.ntk.reference.norm() * 2**0.5 / H_0.norm())
+    for start, end in ((0, 2), (2, 5), (5, 6)):
+        sizes = seeds.along_displacement(start, end, full=True)
+        for quantity, drawn in zip(("dntk", "ddntk"), sizes, strict=True):
+            assert history[end][tag(quantity, "order_1")] == pytest.approx(norm * float(drawn.quantile(0.5)), rel=1e-5)
+            assert tag(quantity) in history[end]
+    for step in (0, 2, 5):
+        expected = norm * float(seeds.along_gradient(step, full=True)[0].quantile(0.5))
+        assert history[step][tag("dntk_along_gradient", "order_1")] == pytest.approx(expected, rel=1e-5)
+    assert tag("dntk_along_gradient", "order_1") not in history[6]
+
+
+def test_networks_are_inside_their_bands():
+    """Of ten wide networks nine are expected inside 90 % each; quantities of one network are correlated."""
+    inside = []
+    for seed in range(10):
+        observer, _ = run(mlp(width=128, seed=seed), rate=RATE * 48 / 128, every=lambda step: step == 3)
+        for quantity in ("ntk_drift", "representation_change", "dntk"):
+            low, high = (observer.history[STEPS][tag(quantity, name)] for name in BAND_90)
+            inside.append(low <= observer.history[STEPS][tag(quantity)] <= high)
+    assert 0.75 * len(inside) <= sum(inside)
+
+
+@pytest.mark.slow
+def test_momentum_is_covered_up_to_its_horizon():
+    observer, _ = run(mlp(), momentum=0.5, total_steps=4)
+    expected = law(measure.read_ensemble(mlp(), PROBE), momentum=0.5).draws(NUM_DRAWS).ntk_drift(4, full=True).median()
+    assert observer.history[4][tag("ntk_drift", "order_1")] == pytest.approx(float(expected), rel=0.2)
+    assert tag("ntk_drift", "order_1") not in observer.history[5]
+
+
+def test_where_there_is_no_law_the_page_says_why():
+    observer, pages = run(mlp(activation=torch.nn.ReLU), rate=RATE / 2)
+    assert tag("ntk_drift", "order_1") not in observer.history[STEPS]
+    assert observer.history[STEPS][tag("ntk_drift", "order_0")] == 0.0
+    assert "relu has a kink" in pages["validity"][-1][1]
+
+
+def test_a_resumed_training_has_the_same_lines():
+    model = mlp()
+    whole, _ = run(mlp())
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    first, _ = fit(model, instruments(), 3, optimizer, X, Y, PROBE, total_steps=STEPS)
+    again = instruments()[-1]
+    again.load_state(first.instruments[-1].state())
+    (saved,) = (each for each in first.instruments if isinstance(each, TheoryInstrument))
+    assert torch.equal(saved.state()["start"], again._kept["start"])
+    names = [tag("ntk_drift", name) for name in ("order_1", *BAND_90, GIVEN_START)]
+    assert [first.history[3][name] for name in names] == pytest.approx([whole.history[3][name] for name in names])
+
+
+def test_work_is_counted_and_says_what_would_bring_the_line():
+    ensemble = theory.MLPEnsemble([3, 64, 64, 1], "tanh")
+    assert joint_points(ensemble, 16, 8, 100.0) == 8
+    assert joint_points(ensemble, 16, 1, 100.0) == 1
+    few = joint_points(ensemble, 16, 16, 3.0)
+    assert 2 <= few < 8 and joint_points(ensemble, 16, 16, 30.0) > few
+    with pytest.raises(
+        ValueError, match=r"64 training and 16 probe inputs takes about .* forecast_seconds=\d+"
+    ) as error:
+        joint_points(ensemble, 64, 16, 3.0)
+    assert joint_points(ensemble, 64, 16, float(str(error.value).rsplit("=", 1)[1])) >= 2
+    with pytest.raises(ValueError, match="summed step by step, for up to 4000 steps; 5000"):
+        training = Training(learning_rate=0.01, steps=5000, momentum=0.9)
+        DriftComparison(ensemble, X, Y[:, :1], PROBE, training, torch.zeros(5, 1), seconds=math.inf)

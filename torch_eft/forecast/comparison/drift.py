@@ -1,0 +1,211 @@
+"""What training changes in one network, against the law over seeds: medians and bands, from before the first step on.
+
+The compared quantities are those that are logged of a measured network, relative to its own kernels at theta_0:
+
+* ``ntk_drift``: ||H - H_0|| / ||H_0||, with all pairs of outputs or averaged over them, as it is measured;
+* ``representation_change``: the mean over hidden layers of ||K - K_0|| / ||K_0||, and each layer;
+* ``dntk`` and ``ddntk`` along a displacement or along the gradient.
+
+All are drawn for the same networks of the ensemble (``theory.NetworkDraws``), of all seeds and of those that start with
+this network's outputs on the training inputs. Work is counted, not timed, so that the same is drawn on any machine.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from torch_eft.forecast.comparison.compared import Banded
+from torch_eft.measure.kernels.metrics import relative_change
+from torch_eft.results.training import Training
+from torch_eft.results.trajectory import Validity
+from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.hierarchy.drift.joint import NetworkDraws
+from torch_eft.theory.hierarchy.drift.predict import predict_drift
+
+NUM_DRAWS, NUM_GIVEN = 1000, 400
+"""Networks drawn of all seeds, and of those with this network's start; 5 % is right to 0.7 %, and to 1.1 %."""
+
+_NUM_SAMPLES = 2048
+_SPECTRUM_ENTRY, _JOINT_ENTRY = 17e-6, 8e-6
+"""Seconds for an entry of a law of single pairs and of the joint law, with two hidden layers on one core (measured)."""
+_MOST_POINTS = 8
+_SUMMED_AT_MOST = 4000
+"""Steps with momentum, whose sums over time are made step by step at every measurement."""
+
+_QUANTILES = (0.05, 0.16, 0.5, 0.84, 0.95)
+
+
+class DriftComparison:
+    """The law of an ensemble's drift, and one network beside it.
+
+    Args:
+        ensemble: The ensemble from which the network is drawn; smooth.
+        x_train: Training inputs, (N, n_0).
+        y_train: Targets, (N, n_L).
+        x_probe: Probe inputs, (N_p, n_0).
+        training: The training, full batch on the squared error.
+        z: The network's outputs on the training inputs at theta_0, (N, n_L).
+        seconds: Work allowed, in seconds of one core: it is counted by the numbers of points.
+
+    Attributes:
+        validity: Where it holds.
+        description: What is drawn, and how.
+
+    Raises:
+        ValueError: If the law does not cover the training, or takes more work than allowed.
+    """
+
+    def __init__(
+        self,
+        ensemble: MLPEnsemble,
+        x_train: Tensor,
+        y_train: Tensor,
+        x_probe: Tensor,
+        training: Training,
+        z: Tensor,
+        *,
+        seconds: float = 10.0,
+    ) -> None:
+        points = joint_points(ensemble, len(x_train), len(x_probe), seconds)
+        self._last = float(training.steps) if training.momentum else math.inf
+        if training.momentum and training.steps > _SUMMED_AT_MOST:
+            raise ValueError(
+                f"with momentum the law of the drift is summed step by step, for up to {_SUMMED_AT_MOST} steps; "
+                f"{training.steps:g} are asked for"
+            )
+        law = predict_drift(
+            ensemble,
+            x_train,
+            y_train,
+            x_probe,
+            training,
+            at_steps=[0, training.steps],
+            hidden_ntk=False,
+            num_samples=_NUM_SAMPLES,
+            joint_points=points,
+        )
+        self._reference = law.ntk.reference
+        self._outputs = y_train.shape[1]
+        self._hidden = [drift.reference for _, drift in sorted(law.hidden.items())]
+        self._seeds: NetworkDraws = law.draws(NUM_DRAWS)
+        self._given: NetworkDraws = law.given(z).draws(NUM_GIVEN)
+        self.validity: Validity = law.validity
+        some = "" if points >= len(x_probe) else f", correlated as between {points} of the {len(x_probe)} probe inputs"
+        self.description = (
+            f"NTK drift, dNTK, ddNTK and change of hidden kernels at order 1/n, with bands over {NUM_DRAWS} networks "
+            f"drawn from the law of the drift{some}"
+        )
+
+    def kernels(
+        self, step: int, ntk: Tensor, ntk_0: Tensor, hidden: Sequence[Tensor], hidden_0: Sequence[Tensor]
+    ) -> tuple[dict[str, Banded], list[Banded]]:
+        """Compare the drift of the NTK and of the hidden layers.
+
+        Args:
+            step: Optimizer steps since theta_0.
+            ntk: Measured NTK on the probe, (N_p, N_p, n_L, n_L) or (N_p, N_p).
+            ntk_0: The same at theta_0.
+            hidden: Measured hidden kernels, layer by layer; empty where they are not known to be these layers.
+            hidden_0: The same at theta_0.
+
+        Returns:
+            ``{quantity: comparison}``, and that of each layer's change; empty beyond the steps that are summed.
+        """
+        if step > self._last:
+            return {}, []
+        full, scale = self._scale(ntk_0)
+        seeds, given = (draws.ntk_drift(step, full=full) * scale for draws in (self._seeds, self._given))
+        found = {"ntk_drift": _banded(seeds, given, float(relative_change(ntk, ntk_0)))}
+        if len(hidden) != len(self._hidden) or not hidden:
+            return found, []
+        scales = [float(whole.norm()) / float(K_0.norm()) for whole, K_0 in zip(self._hidden, hidden_0, strict=True)]
+        measured = [float(relative_change(K, K_0)) for K, K_0 in zip(hidden, hidden_0, strict=True)]
+        seeds, given = (
+            torch.stack([scales[i] * draws.hidden_change(layer, step) for i, layer in enumerate(draws.layers)])
+            for draws in (self._seeds, self._given)
+        )
+        found["representation_change"] = _banded(seeds.mean(0), given.mean(0), sum(measured) / len(measured))
+        return found, [_banded(*drawn) for drawn in zip(seeds, given, measured, strict=True)]
+
+    def displacement(self, start: int, end: int, ntk: Tensor, dntk: float, ddntk: float | None) -> dict[str, Banded]:
+        """Compare dNTK and ddNTK along the displacement from one step to another.
+
+        Args:
+            start: The earlier step, at whose parameters they are taken.
+            end: The later step.
+            ntk: The NTK at theta_0.
+            dntk: Measured size.
+            ddntk: Measured size; None where it was not measured.
+
+        Returns:
+            ``{quantity: comparison}``.
+        """
+        if end > self._last:
+            return {}
+        full, scale = self._scale(ntk)
+        sizes = (draws.along_displacement(start, end, full=full) for draws in (self._seeds, self._given))
+        return _sizes(("dntk", "ddntk"), sizes, scale, (dntk, ddntk))
+
+    def gradient(self, step: int, ntk: Tensor, dntk: float, ddntk: float | None) -> dict[str, Banded]:
+        """Compare dNTK and ddNTK along the gradient at a step; arguments and result as in ``displacement``."""
+        if step > self._last:
+            return {}
+        full, scale = self._scale(ntk)
+        sizes = (draws.along_gradient(step, full=full) for draws in (self._seeds, self._given))
+        return _sizes(("dntk_along_gradient", "ddntk_along_gradient"), sizes, scale, (dntk, ddntk))
+
+    def _scale(self, ntk_0: Tensor) -> tuple[bool, float]:
+        """Whether all pairs of outputs are measured, and the infinite-width norm over the network's own."""
+        full = ntk_0.ndim == 4
+        whole = float(self._reference.norm()) * (self._outputs**0.5 if full else 1.0)
+        return full, whole / float(ntk_0.norm())
+
+
+def joint_points(ensemble: MLPEnsemble, train: int, probe: int, seconds: float) -> int:
+    """Count the work of the law, and return how many probe points can be drawn together within what is allowed.
+
+    Args:
+        ensemble: The ensemble.
+        train: N.
+        probe: N_p.
+        seconds: Work allowed, in seconds of one core.
+
+    Returns:
+        At most 8 points, at least 2 (or the only one).
+
+    Raises:
+        ValueError: If there is more work; the message says how much.
+    """
+    layers = max(1, ensemble.depth - 1) / 2
+    single = layers * _SPECTRUM_ENTRY * (train * probe) ** 2
+    least = min(2, probe)
+    for points in range(min(_MOST_POINTS, probe), least - 1, -1):
+        needed = single + layers * _JOINT_ENTRY * points**4 * train**2
+        if needed <= seconds:
+            return points
+    raise ValueError(
+        f"the law of the drift for {train} training and {probe} probe inputs takes about {needed:.2g} s of one core, "
+        f"{seconds:g} s are allowed: give fewer probe inputs, or forecast_seconds={math.ceil(1.2 * needed)}"
+    )
+
+
+def _sizes(
+    names: Sequence[str], sizes: Iterable[tuple[Tensor, Tensor]], scale: float, measured: Sequence[float | None]
+) -> dict[str, Banded]:
+    seeds, given = sizes
+    return {
+        name: _banded(scale * seeds[i], scale * given[i], value)
+        for i, (name, value) in enumerate(zip(names, measured, strict=True))
+        if value is not None and bool(torch.isfinite(seeds[i]).all())
+    }
+
+
+def _banded(seeds: Tensor, given: Tensor, measured: float) -> Banded:
+    """Bands over seeds, and over those with this network's start."""
+    q = torch.tensor(_QUANTILES, dtype=seeds.dtype, device=seeds.device)
+    rows = torch.stack([torch.quantile(seeds, q), torch.quantile(given, q)]).tolist()
+    below = float((seeds < measured).double().mean())
+    low, lower, median, upper, high = rows[0]
+    return Banded(measured, median, (lower, upper), (low, high), below, rows[1][2], (rows[1][0], rows[1][4]))
