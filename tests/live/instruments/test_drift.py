@@ -8,6 +8,7 @@ import torch
 from tests.live.instruments.loop import data, fit, mlp
 from torch_eft import Training, measure, theory
 from torch_eft.forecast.comparison.drift import NUM_DRAWS, NUM_GIVEN, DriftComparison, joint_points
+from torch_eft.live import Observer
 from torch_eft.live.instruments.dntk import DNTKInstrument
 from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.interval import IntervalInstrument
@@ -89,15 +90,17 @@ def test_dntk_is_predicted_along_the_interval_that_was_measured_and_along_the_gr
     assert tag("dntk_along_gradient", "order_1") not in history[6]
 
 
+@pytest.mark.slow
 def test_networks_are_inside_their_bands():
-    """Of ten wide networks nine are expected inside 90 % each; quantities of one network are correlated."""
-    inside = []
-    for seed in range(10):
+    """Twenty networks, 18 expected inside 90 % with a standard deviation of 1.3: at least 14, 3 of them below."""
+    inside = {"ntk_drift": 0, "representation_change": 0, "dntk": 0}
+    for seed in range(20):
         observer, _ = run(mlp(width=128, seed=seed), rate=RATE * 48 / 128, every=lambda step: step == 3)
-        for quantity in ("ntk_drift", "representation_change", "dntk"):
+        for quantity in inside:
             low, high = (observer.history[STEPS][tag(quantity, name)] for name in BAND_90)
-            inside.append(low <= observer.history[STEPS][tag(quantity)] <= high)
-    assert 0.75 * len(inside) <= sum(inside)
+            inside[quantity] += low <= observer.history[STEPS][tag(quantity)] <= high
+    print(inside)
+    assert min(inside.values()) >= 14
 
 
 @pytest.mark.slow
@@ -115,17 +118,26 @@ def test_where_there_is_no_law_the_page_says_why():
     assert "relu has a kink" in pages["validity"][-1][1]
 
 
-def test_a_resumed_training_has_the_same_lines():
-    model = mlp()
-    whole, _ = run(mlp())
+def test_a_resumed_training_has_the_same_lines(trained):
+    observer, *_ = trained
+    (before,) = (each for each in observer.instruments if isinstance(each, TheoryInstrument))
+    model, parts = mlp(), instruments()
+    parts[-1].load_state(before.state())
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    first, _ = fit(model, instruments(), 3, optimizer, X, Y, PROBE, total_steps=STEPS)
-    again = instruments()[-1]
-    again.load_state(first.instruments[-1].state())
-    (saved,) = (each for each in first.instruments if isinstance(each, TheoryInstrument))
-    assert torch.equal(saved.state()["start"], again._kept["start"])
+    resumed = Observer(model, PROBE, optimizer, budget=None, instruments=parts, on_error="raise")
+    resumed.load_state_dict(observer.state_dict())
+    resumed.begin(step=6)
+    resumed.observe_batch((X, Y))
+    loss = torch.nn.functional.mse_loss(model(X), Y)
+    resumed.observe_loss(loss)
+    loss.backward()
+    resumed.before_step()
+    optimizer.step()
+    resumed.measure(7)
+    resumed.finish()
     names = [tag("ntk_drift", name) for name in ("order_1", *BAND_90, GIVEN_START)]
-    assert [first.history[3][name] for name in names] == pytest.approx([whole.history[3][name] for name in names])
+    whole, _ = run(mlp(), steps=7, every=lambda step: False)
+    assert [resumed.history[7][name] for name in names] == pytest.approx([whole.history[7][name] for name in names])
 
 
 def test_work_is_counted_and_says_what_would_bring_the_line():
