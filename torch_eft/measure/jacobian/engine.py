@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -206,8 +206,13 @@ class JacobianGram:
         plan = self.plan if method == JETS else JacobianPlan(outputs=self.outputs)
         return Verification(self.network, self.trainable, plan, self.inputs, order)
 
-    def _verify(self, verification: Verification | None, direction: Mapping[str, Tensor] | None) -> None:
-        """Compare with ordinary passes.
+    def _verify(
+        self,
+        verification: Verification | None,
+        direction: Mapping[str, Tensor] | None,
+        kernels: Sequence[Tensor] = (),
+    ) -> None:
+        """Compare with ordinary passes: the Jacobian, and the kernels (N, N, C, C) that add up to H.
 
         Raises:
             ChangedUseError: If the Jacobian is another one.
@@ -215,12 +220,15 @@ class JacobianGram:
         """
         if verification is None:
             return
-        wrong, outputs = verification.mismatches(self._samples_of_a_pass)
+        wrong, contradicts, outputs = verification.mismatches(self._samples_of_a_pass, kernels, self.lambdas)
         if wrong:
             with torch.no_grad():
                 copied = self.network(self.network.params, verification.inputs)
             check_batch_independence(self.network, verification.inputs, copied)
             raise ChangedUseError(wrong)
+        if contradicts:
+            reason = "the kernel put together from its factors disagrees with ordinary backward passes"
+            raise ChangedUseError(dict.fromkeys(self.trainable, reason))
         if not self._independent:
             check_batch_independence(self.network, verification.inputs, outputs)
             self._independent = True
@@ -433,14 +441,10 @@ class JacobianGram:
                     sums.add(row, column, first, summed_over_outputs(second) if trace else second)
                     del second
             del first
-        self._verify(verification, direction)
-        columns._verify(of_columns, direction)
         result = sums.finished(self.outputs if trace else None)
-        if verification is not None and other is None and not trace and (0, 0) in pairs:
-            whole = [matrices[0, 0] for matrices in result.values()]
-            if verification.contradicts(whole, self.lambdas):
-                reason = "the kernel put together from its factors disagrees with ordinary backward passes"
-                raise ChangedUseError(dict.fromkeys(self.trainable, reason))
+        square = other is None and not trace and (0, 0) in pairs
+        self._verify(verification, direction, [matrices[0, 0] for matrices in result.values()] if square else ())
+        columns._verify(of_columns, direction)
         return result
 
     def _blocks(

@@ -105,16 +105,20 @@ class OuterProductFactor:
 
     def vjp(self, u: Tensor, order: int) -> dict[str, Tensor]:
         """Return u . J_order for u (C, N), in some shape, by parameter."""
-        total = u.new_zeros(())  # as_tensor would take it to torch's default device
+        own: dict[str, Tensor] = {}
         for p, q in _splits(order):
-            a = self.inputs[q]
+            a, constant = self.inputs[q], self.bias is not None and p == order  # what the bias is multiplied with
+            if a is None and not constant:
+                continue
+            weighted = torch.zeros_like(self.gradients[p][0])
+            for row, g in zip(u, self.gradients[p], strict=True):
+                weighted.addcmul_(row[:, None, None], g)
             if a is not None:
-                weighted = torch.zeros_like(self.gradients[p][0])
-                for row, g in zip(u, self.gradients[p], strict=True):
-                    weighted.addcmul_(row[:, None, None], g)
-                total = total + self._pulled_back(weighted, a)
-        own = {self.weight: total}
-        return own if self.bias is None else own | self.of_bias().vjp(u, order)
+                part = self._pulled_back(weighted, a)
+                own[self.weight] = own[self.weight] + part if self.weight in own else part
+            if self.bias is not None and constant:
+                own[self.bias] = weighted.sum((0, 1))
+        return own if self.weight in own else own | {self.weight: u.new_zeros(())}
 
     def _pulled_back(self, weighted: Tensor, a: Tensor) -> Tensor:
         return torch.einsum("nto,ntd->od", weighted, a)

@@ -80,37 +80,34 @@ class Verification:
         """Add u . J_0 of all samples itself."""
         self._sums[0] = {name: gradient.flatten() for name, gradient in gradients.items()}
 
-    def mismatches(self, block: int) -> tuple[dict[str, str], Tensor]:
-        """Compare u . J_0 with ordinary passes.
+    def mismatches(
+        self, block: int, kernels: Sequence[Tensor] = (), lambdas: Mapping[str, float] | None = None
+    ) -> tuple[dict[str, str], bool, Tensor]:
+        """Compare u . J_0 with ordinary passes, and u . H u with the sum of lambda |u . J_0|^2.
 
         Args:
             block: The number of samples that one pass may take.
+            kernels: (N, N, C, C), which add up to H; none: H is not compared.
+            lambdas: Of every parameter.
 
         Returns:
-            ``{parameter: by how much they differ}`` of those that do, and the outputs (N, C).
+            ``{parameter: by how much they differ}`` of those that do; whether H does; and the outputs (N, C).
         """
         outputs, gradients, live = ordinary_gradients(self.network, self.inputs, self.u, self.trainable, block)
         _counts[self.network.origin] = count = _counts.get(self.network.origin, 0) + 1
         ran = "the module" if live else "its copy"
         _log.info("torch_eft: u . J compared with ordinary passes through %s, %d times so far", ran, count)
-        wrong = self._differing(gradients, 0)
-        return {name: f"u . J of random numbers u {sizes}" for name, sizes in wrong.items()}, outputs
+        wrong, contradicts = self._differing(gradients, 0, kernels, lambdas or {})
+        return {name: f"u . J of random numbers u {sizes}" for name, sizes in wrong.items()}, contradicts, outputs
 
-    def contradicts(self, kernels: Sequence[Tensor], lambdas: Mapping[str, float]) -> bool:
-        """Return whether u . H u is not sum lambda |u . J|^2, whose u . J ``mismatches`` has found to be right.
-
-        Args:
-            kernels: (N, N, C, C), which add up to H.
-            lambdas: Of every parameter.
-
-        Returns:
-            Whether they differ.
-        """
-        expected = torch.stack([lambdas[name] * part.square().sum() for name, part in self._sums[0].items()]).sum()
-        found = torch.stack([torch.einsum("ia,abij,jb->", self.u, H, self.u) for H in kernels]).sum()
-        size = torch.stack([H.norm() for H in kernels]).sum() * self.u.square().sum()
+    def _contradict(self, kernels: Sequence[Tensor], expected: Tensor) -> Tensor:
+        """Return whether u . H u is something else than expected, on its device."""
+        u = self.u.flatten()
+        matrices = [H.permute(2, 0, 3, 1).reshape(len(u), len(u)) for H in kernels]
+        found = torch.stack([u @ (H @ u) for H in matrices]).sum()
+        size = torch.stack([H.norm() for H in matrices]).sum() * u.square().sum()
         eps = torch.finfo(found.dtype).eps
-        return bool((found - expected).abs() > eps**DIGITS * expected + 1e3 * eps * size)
+        return (found - expected).abs() > eps**DIGITS * expected + 1e3 * eps * size
 
     def differs_from_differences(
         self, direction: Mapping[str, Tensor], order: int, block: int, kinked: bool
@@ -141,24 +138,35 @@ class Verification:
             value = (self.network({**self.network.params, **leaves}, self.inputs) * self.u.T).sum()
             along = [direction[name] for name in self.trainable]
             gradients = gradients_along(value, list(leaves.values()), along, order)[order]
-        return self._differing(dict(zip(self.trainable, gradients, strict=True)), order)
+        return self._differing(dict(zip(self.trainable, gradients, strict=True)), order)[0]
 
-    def _differing(self, gradients: Mapping[str, Tensor], order: int) -> dict[str, str]:
-        """Return what differs by more than ``DIGITS`` of its size and a thousand roundings of the largest one's."""
-        pairs = []
-        for name in self.trainable:
-            expected = self._in_order(gradients[name].detach(), name)
-            found = self._sums[order].get(name)
-            off = expected if found is None or found.shape != expected.shape else found - expected
-            pairs.append(torch.stack([off.norm(), expected.norm()]))
-        off, sizes = torch.stack(pairs).T
+    def _differing(
+        self,
+        gradients: Mapping[str, Tensor],
+        order: int,
+        kernels: Sequence[Tensor] = (),
+        lambdas: Mapping[str, float] | None = None,
+    ) -> tuple[dict[str, str], bool]:
+        """Return what differs by more than ``DIGITS`` of its size and a thousand roundings of the largest one's.
+
+        And whether u . H u is not sum lambda |gradient|^2, where kernels are given: read in one wait for the device.
+        """
+        expected = [self._in_order(gradients[name].detach(), name) for name in self.trainable]
+        pairs = zip(map(self._sums[order].get, self.trainable), expected, strict=True)
+        rest = [value if sums is None or sums.shape != value.shape else sums - value for sums, value in pairs]
+        off, sizes = (torch.stack(torch._foreach_norm(values)) for values in (rest, expected))
         eps = torch.finfo(sizes.dtype).eps
-        wrong = (~(off <= eps**DIGITS * sizes + 1e3 * eps * sizes.max())).tolist()  # the one host sync
+        wrong = ~(off <= eps**DIGITS * sizes + 1e3 * eps * sizes.max())
+        contradict = wrong.new_zeros(())
+        if kernels and lambdas:
+            weights = torch.tensor([lambdas[name] for name in self.trainable], dtype=sizes.dtype, device="cpu")
+            contradict = self._contradict(kernels, sizes.square() @ weights.to(sizes.device, non_blocking=True))
+        *flags, other = torch.cat([wrong, contradict[None]]).tolist()  # the one host sync
         return {
             name: f"differs by {float(off[index]):.3g} from the {float(sizes[index]):.3g} of ordinary backward passes"
             for index, name in enumerate(self.trainable)
-            if wrong[index]
-        }
+            if flags[index]
+        }, other
 
     def _in_order(self, gradient: Tensor, name: str) -> Tensor:
         if name in self.plan.fallback:

@@ -59,7 +59,7 @@ class NTKOperator:
         gradients = pull_back([self.outputs], [check.u.T], list(self.leaves.values()))
         check.add_gradients(dict(zip(self.leaves, gradients, strict=True)))
         check_batch_independence(self.network, self.inputs, self.outputs)
-        wrong, _ = check.mismatches(samples)
+        wrong, _, _ = check.mismatches(samples)
         if wrong:
             raise ValueError(untrusted(*next(iter(wrong.items()))))
         if not self._transposes(check.u.T, gradients):

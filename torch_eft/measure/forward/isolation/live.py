@@ -43,7 +43,8 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
     network.isolation.check()
     module = network.origin
     modules = list(module.modules())
-    state = PythonState(modules, inside=True)
+    plain = network.isolation.plain  # modules of torch.nn alone, which write to nothing
+    state = PythonState([] if plain else modules, inside=True)
     modes = [(part, part.training) for part in modules]
     tensors = _tensors_of(module)
     versions = [(name, tensor, tensor._version, tensor.data) for name, tensor in tensors.items()]
@@ -71,7 +72,8 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
             if parameter._backward_hooks:
                 stack.callback(setattr, parameter, "_backward_hooks", parameter._backward_hooks)
                 parameter._backward_hooks = None
-        stack.enter_context(NoWrites(tensors))
+        if not plain:
+            stack.enter_context(NoWrites(tensors))
 
         module = runs_in_place_of(module) or module
         reference = next((p for p in module.parameters() if p.is_floating_point()), None)
