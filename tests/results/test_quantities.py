@@ -2,7 +2,7 @@
 
 import pytest
 
-from torch_eft.results.quantities import QUANTITIES, documented, register_quantity
+from torch_eft.results.quantities import HEADLINES, OTHERS, QUANTITIES, documented, register_quantity
 from torch_eft.results.tags import quantity_of, tag
 
 
@@ -20,6 +20,12 @@ def test_a_quantity_of_ones_own_has_tags_and_words(registered):
     assert documented(["weight_norm"])["weight_norm"]["title"] == "Norm of the weights"
     again = register_quantity("weight_norm", title="Another title", formula="||theta||")
     assert QUANTITIES["weight_norm"] is again is not registered
+
+
+def test_the_packages_own_quantities_have_a_group(registered):
+    assert registered.group == OTHERS
+    assert {name for name, quantity in QUANTITIES.items() if quantity.group == OTHERS} == {"weight_norm"}
+    assert all(name in QUANTITIES for names in HEADLINES for name in names)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
     browser.until(f"{text(card('ntk_drift') + ' .value')} == '4.5'")
     press(browser, ".runs li:nth-child(2) [data-action=only]")
     browser.until(f"{text(card('ntk_drift') + ' .value')} == '2.5'")
-    assert browser.run(text(f"{card('ntk_drift')} .verdict")) == "predicted, without quantiles"
+    assert browser.run(text(f"{card('ntk_drift')} .verdict")) == "predicted, without quantiles ▲ caution"
     assert browser.run(text(f"{card('ntk_top_eigenvalue')} .latest")) == "320"
     hover(browser, f"{card('ntk_drift')} .chart", 0.03)
     hover(browser, f"{card('ntk_drift')} .chart", 0.97)
@@ -230,21 +230,22 @@ def test_a_report_shows_the_same_page_without_a_server(tmp_path, browser):
     assert browser.run("document.querySelectorAll('img').length") == 0
     press(browser, ".toolbar [data-export=png]", page)
     assert downloaded(browser, ".png")[1][:4] == b"\x89PNG"
-    # What was opened stays open.
-    browser.go((tmp_path / "report.html").as_uri())
-    browser.until("document.querySelectorAll('.card svg').length == 4")
+    # What was opened is kept for the next visit.
+    kept = browser.run("JSON.parse(localStorage.getItem('torch_eft.settings')).open")
+    assert kept == {"Other quantities": True}
     assert browser.console == []
 
 
 def test_the_first_quantities_are_judged_in_words(tmp_path, browser):
     known = documented(["ntk_drift", "dntk", "representation_change"])
+    doubtful = {"flag": "caution", "reason": "r is large"}
     why = "no line for the dNTK: <b>kinks</b>"
     ended = {"step": 3, "quantity": "ntk_drift", "text": "expansion about theta_0 ends here, step 3, outputs moved 0.4"}
-    write_scalars(tmp_path / "mlp", forecast, run_info(events=[], quantities=known))
+    write_scalars(tmp_path / "mlp", forecast, run_info(events=[], quantities=known, validity=doubtful))
     write_scalars(tmp_path / "cnn", expansion, run_info(events=[ended], unpredicted={"dntk": why}, quantities=known))
     for run in ("mlp", "cnn"):
         write_report([tmp_path / run], tmp_path / f"{run}.html")
-    inside = "inside the 90 % band"
+    inside, doubt = "inside the 90 % band", " ▲ caution"
     page, shown = "document", "[...document.querySelectorAll('.headline {}')].map((e) => e.textContent.trim())"
 
     browser.go((tmp_path / "mlp.html").as_uri())
@@ -252,7 +253,11 @@ def test_the_first_quantities_are_judged_in_words(tmp_path, browser):
     titles = [QUANTITIES[name].title for name in ("ntk_drift", "dntk", "representation_change")]
     assert browser.run(shown.format(".title")) == titles
     assert browser.run(shown.format(".value")) == ["2.2", "1.5", "1.5"]
-    assert browser.run(shown.format(".verdict")) == ["left the 90 % band at step 3 (above)", inside, inside]
+    assert browser.run(shown.format(".verdict")) == [
+        f"left the 90 % band at step 3 (above){doubt}",
+        inside + doubt,
+        inside + doubt,
+    ]
     assert (
         browser.run(shown.format(".numbers"))[0] == "predicted 1.4 90 % of networks 1 .. 2 given its start 1.2 .. 1.8"
     )

@@ -103,6 +103,7 @@ QUANTITIES: dict[str, Quantity] = {
         "1",
         "derived here",
         "undefined: nothing changes",
+        KERNELS,
     ),
     "ntk_kernel_distance": Quantity(
         "NTK: 1 - cos(H, H_0)",

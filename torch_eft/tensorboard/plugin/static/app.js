@@ -145,6 +145,7 @@ export class App {
         events: run.info?.events,
         verdict: this.verdicts[run.name]?.[name],
         unpredicted: run.unpredicted?.[name],
+        validity: run.info?.validity,
       }))
       .filter(({ raw }) => raw);
     const single = this.shownRuns().length === 1;

@@ -3,6 +3,7 @@
 import { Chart } from "../charts/chart.js";
 import { h } from "../charts/dom.js";
 import { number } from "../data/format.js";
+import { flagBadge } from "./runs.js";
 
 const STATES = { inside: "inside", above: "outside", below: "outside" };
 const WAITING = "no prediction of this quantity is known";
@@ -33,7 +34,10 @@ function judged(run, marks) {
 
 function single(run, marks) {
   const { state, words, numbers } = judged(run, marks);
-  return [h("p", { class: `verdict ${state}`, title: words }, words), h("p", { class: "numbers" }, numbers.map((phrase) => [h("span", {}, phrase), " "]))];
+  // What lies in a band that does not hold is no success.
+  const doubtful = numbers.length && !run.verdict.expansion && ["caution", "invalid"].includes(run.validity?.flag);
+  const doubt = doubtful ? [" ", flagBadge({ validity: run.validity })] : [];
+  return [h("p", { class: `verdict ${state}`, title: words }, words, doubt), h("p", { class: "numbers" }, numbers.map((phrase) => [h("span", {}, phrase), " "]))];
 }
 
 /** A row a run. */

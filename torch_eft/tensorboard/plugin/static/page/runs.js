@@ -10,7 +10,8 @@ const FLAGS = {
   invalid: ["■", "invalid"],
 };
 
-function flagBadge(info) {
+/** Whether the theory is valid; the reason when pointed at. */
+export function flagBadge(info) {
   const flag = info?.validity?.flag;
   const [shape, word] = FLAGS[flag] ?? ["○", flag ?? "unknown"];
   return h("span", { class: `badge flag ${FLAGS[flag] ? flag : "unknown"}`, title: info?.validity?.reason ?? "" }, `${shape} ${word}`);
