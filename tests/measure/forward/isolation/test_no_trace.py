@@ -324,3 +324,12 @@ def test_the_live_module_gives_its_own_gradients_and_is_left_alone():
     for name, value in model.state_dict(keep_vars=True).items():
         assert value is state[name][0]
         assert name.endswith("count") or value._version == state[name][1]
+
+
+def test_the_live_module_has_its_own_buffers_and_hooks_again():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    kept = [(vars(part), dict(vars(part)), dict(part._buffers)) for part in model.modules()]
+    measure.ntk(model, torch.randn(3, 3))
+    for own, before, buffers in kept:
+        assert own.keys() == before.keys() and all(own[name] is value for name, value in before.items())
+        assert all(own["_buffers"][name] is buffer for name, buffer in buffers.items())

@@ -43,8 +43,7 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
     network.isolation.check()
     module = network.origin
     modules = list(module.modules())
-    plain = network.isolation.plain  # modules of torch.nn alone, which write to nothing
-    state = PythonState([] if plain else modules, inside=True)
+    state = PythonState(modules, inside=True)
     modes = [(part, part.training) for part in modules]
     tensors = _tensors_of(module)
     versions = [(name, tensor, tensor._version, tensor.data) for name, tensor in tensors.items()]
@@ -72,7 +71,7 @@ def live(network: IsolatedModel) -> Iterator[Callable[[Any], Tensor]]:
             if parameter._backward_hooks:
                 stack.callback(setattr, parameter, "_backward_hooks", parameter._backward_hooks)
                 parameter._backward_hooks = None
-        if not plain:
+        if not network.isolation.plain:  # modules of torch.nn alone write to nothing
             stack.enter_context(NoWrites(tensors))
 
         module = runs_in_place_of(module) or module
