@@ -164,3 +164,48 @@ def test_two_observers_of_one_directory_are_told(tmp_path):
     third.begin()
     first.begin()
     assert sum("another observer" in sentence for sentence in said) == 1
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_lazy_network_is_measured_as_soon_as_it_has_shapes(announced):
+    """Before the first step, if the loop says when that comes: at initialization."""
+
+    def lazy():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(2))
+
+    def run(model, observer=None):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x, y = dataset().tensors
+        y = y[:, :2]
+        if observer is not None:
+            observer.begin(optimizers=[optimizer])
+        start = None
+        for step in range(1, 5):
+            loss = F.mse_loss(model(x), y)
+            start = [p.detach().clone() for p in model.parameters()] if start is None else start
+            optimizer.zero_grad()
+            loss.backward()
+            if observer is not None and announced:
+                observer.before_step()
+            optimizer.step()
+            if observer is not None:
+                observer.measure(step)
+        return start, list(model.parameters())
+
+    said, model = [], lazy()
+    observer = Observer(model, PROBE, preset="standard", every=1, budget=None, on_error="raise")
+    observer.recorder.announce = said.append
+    start, end = run(model, observer)
+    observer.finish()
+    assert len(said) == 1 and "lazy modules" in said[0]
+    assert list(observer.history) == ([0, 1, 2, 3, 4] if announced else [1, 2, 3, 4])
+    assert observer.origin == (
+        "initialization" if announced else "step 1, the first at which its lazy modules had seen a batch"
+    )
+    assert observer.history[4][DRIFT] > 0 and observer.history[0 if announced else 1][DRIFT] == 0
+    _, plain = run(lazy())
+    assert all(torch.equal(a, b) for a, b in zip(end, plain, strict=True))
+    if announced:
+        assert all(torch.equal(value, p) for value, p in zip(observer.reference.theta_0.values(), start, strict=True))
+    assert Observer(lazy(), PROBE, budget=None).measure(1) == {}

@@ -442,7 +442,7 @@ NASTY = {
 }
 """Name: (makes the network, its optimizers, and takes a step)."""
 
-REFUSED = {"a lazy layer", "checkpoint, reentrant"}
+REFUSED = {"checkpoint, reentrant"}
 """Rows of which nothing is measured."""
 
 

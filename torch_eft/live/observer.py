@@ -46,6 +46,7 @@ from torch_eft.live.run.measurements import Measurements
 from torch_eft.live.run.ranks import RankProtocol
 from torch_eft.live.run.reference import KeepTheta, Reference
 from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.measure.forward.structure import has_no_shapes
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.results.choices import check_choice
 from torch_eft.results.trajectory import Validity
@@ -168,6 +169,7 @@ class Observer:
         self._network: MeasuredNetwork | None = None
         self._measurements = Measurements(self.instruments, self.reference, self.recorder)
         self._begun = self._refused = False
+        self._waiting: dict[str, Any] | None = None  # what `begin` was told, where the network has no shapes yet
         self._checking = 0.0
         self._drawn = False
         self._listening: dict[str, list[Instrument]] = {}
@@ -276,7 +278,8 @@ class Observer:
     ) -> None:
         """Take theta_0, or go on from a restored one; where the model cannot be measured, warn and go on without.
 
-        A trainer that knows more than the observer was given says so here; the rest stays as it was.
+        A trainer that knows more than the observer was given says so here; the rest stays as it was. Where a lazy
+        module has not seen a batch yet, this happens before the first step instead, or at the first measurement.
 
         Args:
             step: Optimizer steps taken so far.
@@ -293,6 +296,11 @@ class Observer:
             ValueError: If there is no model or no probe; for any reason why the model cannot be measured with
                 ``on_error="raise"``, or where other ranks would wait for this one.
         """
+        given = self._model if model is None else model
+        if self._network is None and given is not None and has_no_shapes(given) and not self.collective:
+            self._wait(step, obstacle, total_steps, model, optimizers, place, sinks, theta_file)
+            return
+        self._waiting = None
         try:
             network = self._network or self.check(model)
             if model is not None and unwrapped(model) is not network.model:
@@ -324,6 +332,27 @@ class Observer:
         with self._ranks.awaited(), self.recorder.guard():
             self._begin(network, obstacle)
         self.budget.settle()
+
+    def _wait(self, *told: Any) -> None:
+        """Begin later, when the network's lazy modules have seen a batch."""
+        names = ("step", "obstacle", "total_steps", "model", "optimizers", "place", "sinks", "theta_file")
+        if self._waiting is None:
+            self.recorder.announce(
+                f"{self.recorder.name}: the network has lazy modules that have not seen a batch yet; theta_0 is taken "
+                "before the first step, if before_step is called there, else at the first measurement"
+            )
+        self._waiting = dict(zip(names, told, strict=True))
+
+    def _begin_late(self, step: int) -> bool:
+        """Begin where that was put off, if the network has shapes now; returns whether it has begun."""
+        told = self._waiting
+        model = self._model if told is None or told["model"] is None else told["model"]
+        if told is None or model is None or has_no_shapes(model):
+            return False
+        self.begin(**told | {"step": step})
+        if step > told["step"]:
+            self.reference.origin = f"step {step}, the first at which its lazy modules had seen a batch"
+        return self._begun
 
     def _announce_company(self) -> None:
         """Say so where another observer of this process writes to the same directory."""
@@ -449,6 +478,8 @@ class Observer:
         Args:
             optimizer: The one that is about to take a step; None: the only one.
         """
+        if self._waiting is not None:
+            self._begin_late(self._waiting["step"])
         if self._calibrates():
             with self.recorder.guard():
                 self.reference.calibration.note(self.network.network)
@@ -483,8 +514,11 @@ class Observer:
         if self._refused:
             return {}
         if not self._begun:
-            self.begin(step)
-            if self._refused:
+            if self._waiting is None:
+                self.begin(step)
+            else:
+                self._begin_late(step)
+            if not self._begun:
                 return {}
         since = self.progress.step
         if step != self.progress.step:

@@ -43,6 +43,11 @@ def check_structure(module: nn.Module) -> None:
         )
 
 
+def has_no_shapes(module: nn.Module) -> bool:
+    """True if a lazy module in it has not seen a batch yet."""
+    return any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in module.parameters())
+
+
 def all_finite(*tensors: Tensor) -> bool:
     """True if every number is finite, waiting for the device once; True on "meta", where there are none."""
     floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
