@@ -50,7 +50,7 @@ def test_the_forecast_with_finite_width_comes_closer(tmp_path):
 def test_depth_over_width_is_predicted_from_the_architecture(tmp_path):
     """Measured within four standard errors of the prediction, order 1/n being good to a tenth at these r."""
     shapes = ((2, 300), (3, 60), (6, 12))
-    found = depth_to_width.main(networks=100, shapes=shapes, figure=str(tmp_path / "figure.png"))
+    found = depth_to_width.main(networks=60, shapes=shapes, figure=str(tmp_path / "figure.png"))
     for (name, depth, width), (measured, error, diagnosis) in found.items():
         if diagnosis.aspect_ratio.r <= 0.2:
             assert abs(measured - diagnosis.spread.ntk) < 4 * error + 0.1 * measured, (name, depth, width)
