@@ -56,7 +56,7 @@ def entries(folder: Path) -> list[Path]:
     return [
         path
         for path in folder.iterdir()
-        if path.name not in ("__init__.py", "__pycache__", "py.typed") and not path.name.startswith(".")
+        if path.name not in ("__init__.py", "__main__.py", "__pycache__", "py.typed") and not path.name.startswith(".")
     ]
 
 

@@ -67,7 +67,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--width", type=int, default=256, help="hidden width n (default %(default)s)")
     demo.add_argument("--depth", type=int, default=3, help="L, number of weight matrices (default %(default)s)")
     _activation(demo)
-    demo.add_argument("--steps", type=int, default=300, help="full-batch gradient steps (default %(default)s)")
+    demo.add_argument("--steps", type=int, default=100, help="full-batch gradient steps (default %(default)s)")
     demo.add_argument("--logdir", default="torch_eft_demo", help="where TensorBoard files go (default %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the initialization (default %(default)s)")
     demo.set_defaults(run=_demo)

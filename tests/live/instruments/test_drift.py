@@ -72,7 +72,7 @@ def test_medians_and_bands_are_those_of_the_law_relative_to_the_networks_own_ker
             if name is None:
                 tags = [tag("representation_change", each) for each in series]
             assert [scalars[each] for each in tags] == pytest.approx(torch.quantile(values, q).tolist(), rel=1e-5)
-    assert "bands over 1000 networks" in pages["validity"][-1][1]
+    assert "bands over 600 networks" in pages["validity"][-1][1]
 
 
 def test_dntk_is_predicted_along_the_interval_that_was_measured_and_along_the_gradient(trained):

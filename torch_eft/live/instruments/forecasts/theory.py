@@ -189,7 +189,12 @@ class TheoryInstrument(ForecastInstrument):
         except (ValueError, QuadratureError) as error:
             return f"NTK drift, dNTK and change of hidden kernels at order 0: {error}"
         self._drift = DriftLines(comparison, self._hidden)
-        return comparison.description
+        if self._hidden:
+            return comparison.description
+        return (
+            f"{comparison.description}; hidden kernels at order 0: those of the theory are of activations, which this "
+            "network does not apply as modules, one after each hidden layer (nn.Tanh() ...)"
+        )
 
     def _none(self, reason: str) -> str:
         return f"No theory of the ensemble for this run, measurements only: {reason}."

@@ -201,18 +201,31 @@ class FullKernelForms:
         al, be, ga = self.alpha, self.beta, self.gamma
         # E[eta_ijk|z] = delta_ij ga s_k + delta_jk al s_i + delta_ik be s_j with s = K^-1 z, and what it explains of X
         s, a, n = inverse @ z, z - path.y, path.outputs
-        v, same = phi[:, None] * a, torch.eye(path.outputs, dtype=z.dtype, device=z.device)
+        v = phi[:, None] * a
         known = n * sum(part @ inverse @ part.mT for part in (al, be, ga))
         known = known + 2 * (ga @ inverse @ (al + be).mT + al @ inverse @ be.mT)
         left = torch.tensordot(weights, self.X - known, 1)
         total = torch.einsum("mn,dmk,dnk->d", left, v, v)
-        squares = a @ a.mT
-        for pair, weight in enumerate(weights.tolist()):
-            along = v.mT @ al[pair] @ s  # v_j al s_i, (draws, j, i)
-            D = a.mT @ M2[pair] @ a - along.mT - v.mT @ be[pair] @ s
-            common = (squares * M1[pair]).sum((1, 2)) - (v * (ga[pair] @ s)).sum((1, 2))
-            total = total + weight * (D + common[:, None, None] * same).square().sum((1, 2))
+        common = (a @ a.mT).flatten(1) @ M1.flatten(1).T - (v @ s.mT).flatten(1) @ ga.flatten(1).T  # (draws, pairs)
+        # Single precision, 1e-6 of a sum of squares, and all pairs at once: this is most of the work of a visit.
+        a, s, v = a.float(), s.float(), v.float()
+        size = max(1, _CHUNK // (4 * a.numel()))
+        for some in torch.arange(len(weights), device=a.device).split(size):
+            bent = _applied(M2[some], a) - phi.float()[:, None, None] * _applied(be[some], s)
+            D = (a.mT @ bent.flatten(2)).unflatten(2, (len(some), n))  # (draws, i, pairs, j)
+            D = D - (v.mT @ _applied(al[some], s).flatten(2)).unflatten(2, (len(some), n)).transpose(1, 3)
+            D = D.permute(0, 2, 1, 3) + common[:, some, None, None].float() * torch.eye(n, device=a.device)
+            total = total + D.square().sum((2, 3)).to(total) @ weights[some]
         return self.scale**2 * total.clamp_min(0.0)
+
+
+def _applied(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """(pairs, modes, modes) applied to (draws, modes, n), in single precision: (draws, modes, pairs, n)."""
+    pairs, modes, _ = matrices.shape
+    draws, _, n = vectors.shape
+    stacked = matrices.float().transpose(0, 1).reshape(modes * pairs, modes)
+    together = stacked @ vectors.transpose(0, 1).reshape(modes, draws * n)  # one product, not one for every draw
+    return together.reshape(modes, pairs, draws, n).permute(2, 0, 1, 3)
 
 
 def interval(path: InfiniteWidthPath, start: float, end: float) -> Factors:
