@@ -10,7 +10,7 @@ from tensorboard.util import tensor_util
 
 from torch_eft.cli.demo import demo_ensemble, load_digits_split
 from torch_eft.cli.main import main
-from torch_eft.results.tags import quantity_of
+from torch_eft.results.tags import BAND, BAND_90, quantity_of
 from torch_eft.tensorboard import tag as tag_of
 
 
@@ -23,7 +23,7 @@ def demo(tmp_path_factory):
     logdir = tmp_path_factory.mktemp("demo")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch_eft.cli.demo.TRAIN_IMAGES", 16)  # all of order 1/n in some seconds, the mean output, too
+        patch.setattr("torch_eft.cli.demo.PROBE_IMAGES", 3)  # the law of the drift is drawn in a second or two
         patch.setattr("torch_eft.cli.demo.FORECAST_SECONDS", 90.0)  # other jobs beside the tests take time
         assert main(["demo", "--width", "32", "--steps", "12", "--logdir", str(logdir)]) == 0
     (run,) = (logdir / "tanh-32x3").iterdir()
@@ -38,10 +38,10 @@ def events(demo):
 
 def test_data_are_centered_images_of_unit_scale():
     x_train, y_train, x_probe = load_digits_split()
-    assert x_train.shape == (64, 64)
-    assert y_train.shape == (64, 10)
-    assert x_probe.shape == (16, 64)
-    torch.testing.assert_close(torch.cat([x_train, x_probe]).square().mean(1), torch.ones(80))
+    assert x_train.shape == (16, 64)
+    assert y_train.shape == (16, 10)
+    assert x_probe.shape == (6, 64)
+    torch.testing.assert_close(torch.cat([x_train, x_probe]).square().mean(1), torch.ones(22))
     assert (y_train.sum(1) == 1).all()
     assert not (x_train[:, None] == x_probe).all(-1).any()  # the probe was held out
 
@@ -56,8 +56,11 @@ def test_ensemble_is_critical_and_has_one_torch_learning_rate():
 def test_it_prints_diagnosis_table_cost_and_the_tensorboard_line(demo):
     text, run = demo
     assert "### MLP 64-32-32-10, tanh" in text
-    rows = {line.split()[0]: line.split() for line in text.splitlines() if line[:3] in ("ntk", "out", "rep")}
-    assert float(rows["ntk_drift"][2]) == 0  # the theory's column
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line[:3] in ("ntk", "out", "rep", "dnt")}
+    for name in ("ntk_drift", "dntk", "representation_change"):
+        measured, predicted, low, _, high, *verdict = rows[name][1:]
+        assert 0 < float(low) < float(predicted) < float(high)
+        assert (float(low) <= float(measured) <= float(high)) == (verdict[0] == "inside")
     measured, theory, sigma = map(float, rows["output_projection"][1:4])
     assert rows["output_projection"][4] == f"{(measured - theory) / sigma:+.1f}"
     assert "measurements took" in text
@@ -86,7 +89,7 @@ MEASURED = [
 EXPECTED_SCALARS = sorted(
     [tag_of(q) for q in MEASURED]
     + [tag_of(q, s) for q in BANDED for s in ("minus_sigma", "order_0", "plus_sigma", "z_score")]
-    + [tag_of(q, "order_0") for q in ("ntk_drift", "representation_change")]
+    + [tag_of(q, s) for q in ("ntk_drift", "representation_change") for s in ("order_0", "order_1", *BAND_90)]
 )
 
 
@@ -130,16 +133,16 @@ def test_layout_has_a_margin_chart_for_every_band(events):
     assert all(chart.HasField("multiline") for chart in measured_only.chart)
     margins = {chart.margin.series[0].value: chart.margin for chart in category.chart if chart.HasField("margin")}
     # Around the highest order there is.
-    assert sorted(margins) == [f"eft-theory/{quantity}/order_1" for quantity in BANDED]
-    for quantity in BANDED:
-        band, line = margins[f"eft-theory/{quantity}/order_1"].series
-        assert (band.lower, band.upper) == (
-            f"eft-theory/{quantity}/minus_sigma",
-            f"eft-theory/{quantity}/plus_sigma",
-        )
-        assert line.value == f"eft/{quantity}/measured"
+    bands = dict.fromkeys(BANDED, BAND) | dict.fromkeys(
+        ("ddntk", "dntk", "ntk_drift", "representation_change"), BAND_90
+    )
+    assert sorted(margins) == sorted(f"eft-theory/{quantity}/order_1" for quantity in bands)
+    for quantity, names in bands.items():
+        band, *others = margins[f"eft-theory/{quantity}/order_1"].series
+        assert (band.lower, band.upper) == tuple(f"eft-theory/{quantity}/{name}" for name in names)
+        assert others[-1].value == tag_of(quantity)
     lines = [tag for chart in category.chart for tag in chart.multiline.tag]
-    assert "^eft/ntk_drift/measured$" in lines
+    assert "^eft-more/ntk_mean_drift/measured$" in lines
 
 
 def test_pages_hold_the_diagnosis_and_the_validity(events):

@@ -150,7 +150,7 @@ class Recorder:
     def _record(self, step: int, scalars: Mapping[str, float], epoch: int | None = None) -> None:
         new = {name: value for name, value in scalars.items() if math.isfinite(value)}
         known = self.history.setdefault(step, {})
-        new |= deviations(known | new)
+        new |= {name: value for name, value in deviations(known | new).items() if known.get(name) != value}
         known.update(new)
         for sink in self.sinks if new else ():
             with self.guard():
