@@ -163,7 +163,8 @@ def test_a_resumed_training_goes_on_with_the_same_batches(at):
     del state["calibration"]  # as an earlier version wrote it
     old = observer_of()
     old.load_state_dict(state)
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         old.begin(at, model=model, optimizers=[optimizer])
         old.observe_batch(shown[0])
     assert old.reference.calibration.kept == []

@@ -32,6 +32,8 @@ class BatchNormInstrument(Instrument):
         H, H_0, network = measurement.snapshot.ntk, measurement.reference.ntk, measurement.network.current
         if H is None or H_0 is None or not measurement.statistics or not isinstance(network, IsolatedModel):
             return Reading()
+        if measurement.snapshot is measurement.reference:
+            return Reading()
         moved = (H - H_0.to(H)).norm()
         before = {name: value.to(network.constants[name]) for name, value in measurement.statistics.items()}
         frozen = ntk(
