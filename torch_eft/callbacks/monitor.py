@@ -60,8 +60,9 @@ class EFTMonitor(Callback):
         extra: Instruments beyond the preset's, likewise.
         ensemble: C_b and C_W, if known (lambda is the optimizer's in any case); None estimates them.
         activation: The activation, where it is not a registered one.
-        forecast_seconds: Time that each forecast of the theory may take before the first step, at any budget; what
-            takes longer is left out, and its page says so.
+        forecast_seconds: Work that each forecast of the theory may take before the first step, at any budget, counted
+            in seconds of one core (so that every machine draws the same); what needs more is left out, and its page
+            says what brings it.
         output_fn: Converts the model's output to (N, C).
         memory: Bytes allowed for the NTK, as in ``torch_eft.measure.ntk``; one that takes more is left out in words.
         module: Name of the submodule to measure; empty means the LightningModule itself.
@@ -113,7 +114,7 @@ class EFTMonitor(Callback):
         extra: Sequence[str | Instrument] = (),
         ensemble: MLPEnsemble | None = None,
         activation: ActivationLike | None = None,
-        forecast_seconds: float = 3.0,
+        forecast_seconds: float = 10.0,
         output_fn: OutputFn | None = None,
         memory: int = DEFAULT_MEMORY,
         module: str = "",

@@ -76,8 +76,9 @@ class Observer:
         extra: Instruments beyond the preset's, by name or your own.
         ensemble: C_b and C_W, if known; None estimates them.
         activation: The activation, where it is not a registered one.
-        forecast_seconds: Time that each forecast of the theory may take before the first step, at any budget; what
-            takes longer is left out, and its page says so.
+        forecast_seconds: Work that each forecast of the theory may take before the first step, at any budget, counted
+            in seconds of one core (so that every machine draws the same); what needs more is left out, and its page
+            says what brings it.
         output_fn: Converts the model's output to (N, C).
         memory: Bytes allowed for the NTK, as in ``torch_eft.measure.ntk``; one that takes more is left out in words.
         distributed: In a training by several processes: ``"rank_zero"``, where rank 0 measures and the others do
@@ -134,7 +135,7 @@ class Observer:
         extra: Sequence[str | Instrument] = (),
         ensemble: MLPEnsemble | None = None,
         activation: ActivationLike | None = None,
-        forecast_seconds: float = 3.0,
+        forecast_seconds: float = 10.0,
         output_fn: OutputFn | None = None,
         memory: int = DEFAULT_MEMORY,
         distributed: Distributed = "rank_zero",

@@ -1,4 +1,4 @@
-"""The ensemble's comparison at order 1: its numbers by hand, its bounds in cost, and really trained networks."""
+"""The ensemble's comparison at order 1: its numbers by hand, its bounds in work, and really trained networks."""
 
 import math
 
@@ -7,8 +7,8 @@ import torch
 
 from torch_eft import Training
 from torch_eft.forecast.comparison import EnsembleComparison
-from torch_eft.forecast.comparison.affordable import TooExpensiveError, within
-from torch_eft.forecast.comparison.finite_width import Problem, time_grid
+from torch_eft.forecast.comparison.finite_width import time_grid
+from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.measure.kernels.metrics import as_trace
 from torch_eft.theory import MLPEnsemble, predict_representation, predict_training
 
@@ -38,7 +38,7 @@ def test_the_numbers_are_those_of_the_theory():
     z, H, H_0 = (torch.randn(shape, dtype=F64, generator=generator) for shape in ((2, 1), (2, 2, 1, 1), (2, 2, 1, 1)))
     for options in ({}, {"momentum": 0.5}):
         training = summed(60, **options)
-        found = EnsembleComparison(ensemble(), x, y, x_probe, training, num_networks=4, seconds=60)
+        found = EnsembleComparison(ensemble(), x, y, x_probe, training, num_networks=4, allowance=Allowance(60.0))
         wanted = [0, 7, 41]
         trajectory = predict_training(ensemble(), x, y, x_probe, training, at_steps=wanted)
         zeroth = predict_training(ensemble(), x, y, x_probe, training, order=0, at_steps=wanted)
@@ -97,7 +97,7 @@ def check_hidden_kernels(found, x, y, x_probe):
 def test_the_forecast_extends_when_the_training_goes_on():
     x, y, x_probe = data()
     H = torch.rand(2, 2, 1, 1, dtype=F64)
-    short = EnsembleComparison(ensemble(), x, y, x_probe, summed(20), num_networks=4, seconds=60)
+    short = EnsembleComparison(ensemble(), x, y, x_probe, summed(20), num_networks=4, allowance=Allowance(60.0))
     expected = predict_training(ensemble(), x, y, x_probe, summed(90), at_steps=[90], corrections=("ntk",))
     D, Theta = as_trace(expected.ntk_drift[0]), short.frozen.Theta[:2, :2]
     number = short.compare(90, torch.zeros(2, 1), H, H)["ntk_mean_drift"].order_1
@@ -109,11 +109,15 @@ def test_the_forecast_extends_when_the_training_goes_on():
     [
         (dict(activation="relu"), r"the NTK at order 0: .*kink"),
         (dict(points=65), r"65 training points: order 1/n is for up to 64"),
-        (dict(seconds=1e-9, points=20), r"the NTK at order 0: .* so that 20 would take .* are left of what is allowed"),
+        (
+            dict(seconds=0.1, points=20),
+            r"the NTK at order 0: about .* s of work of one core, 0.1 s are allowed; forecast_seconds=1 brings it; "
+            r"hidden kernels at order 0: .*; the mean .* forecast_seconds=2 brings it; the covariance .*=4 brings it",
+        ),
         (dict(widths=[3, *[3] * 12, 1]), r"order 1/n is not drawn: .*too deep for its width"),
         (
             dict(seconds=0.0),
-            r"the NTK at order 0: no time is left of what is allowed; hidden kernels .*the mean output",
+            r"the NTK at order 0: about .* 0 s are allowed; forecast_seconds=1 brings it; hidden .*the mean output",
         ),
         (dict(order=0), r"^order 0 \(infinite width\)$"),
     ],
@@ -123,6 +127,7 @@ def test_without_order_1_it_says_why(change, words):
 
     options = dict(activation="tanh", points=3, seconds=60.0, order=1) | change
     x, y, x_probe = data(options.pop("points"))
+    options["allowance"] = Allowance(options.pop("seconds"))
     given = ensemble(options.pop("activation"), options.pop("widths", WIDTHS))
     found = EnsembleComparison(given, x, y, x_probe, summed(10, 1e-3), num_networks=4, **options)
     assert re.search(words, found.description), found.description
@@ -143,7 +148,9 @@ def test_with_momentum_order_1_ends(monkeypatch):
     monkeypatch.setattr("torch_eft.forecast.comparison.ensemble._SUMMED_AT_FIRST", 3)
     monkeypatch.setattr("torch_eft.forecast.comparison.ensemble._SUMMED_AT_MOST", 10)
     H = torch.rand(2, 2, 1, 1, dtype=F64)
-    found = EnsembleComparison(ensemble(), x, y, x_probe, summed(100, momentum=0.5), num_networks=4, seconds=60)
+    found = EnsembleComparison(
+        ensemble(), x, y, x_probe, summed(100, momentum=0.5), num_networks=4, allowance=Allowance(60.0)
+    )
     numbers = {step: found.compare(step, torch.zeros(2, 1), H, H)["output_projection"] for step in (3, 9, 12)}
     assert numbers[9].order_1 is not None
     assert numbers[12].order_1 is None
@@ -156,7 +163,7 @@ def test_with_momentum_order_1_ends(monkeypatch):
 def test_few_points_are_sampled_too():
     """Two training points and one probe: of another sample than three points more, but the same theory."""
     x, y, x_probe = data(2, 1)
-    found = EnsembleComparison(ensemble(), x, y, x_probe, summed(20), num_networks=4, seconds=60)
+    found = EnsembleComparison(ensemble(), x, y, x_probe, summed(20), num_networks=4, allowance=Allowance(60.0))
     more = torch.cat([x_probe, torch.randn(2, 3, dtype=F64, generator=torch.Generator().manual_seed(1))])
     expected = predict_training(ensemble(), x, y, more, summed(20), at_steps=[20], corrections=("ntk",))
     D = expected.ntk_drift[0, 0, 0, 0, 0]
@@ -174,45 +181,3 @@ def test_the_grid_of_steps():
     assert all(1 <= b - a <= max(1, math.ceil(0.085 * a)) for a, b in zip(grid[:-1], grid[1:], strict=True))
     assert time_grid(300, 0.9)[:131] == list(range(131))  # 0.9^(131 / 2) = 0.001
     assert time_grid(0) == [0]
-
-
-class TimeGrid:
-    """Time that passes only by what is done."""
-
-    def __init__(self, monkeypatch, seconds):
-        self.now, self.tried, self.seconds = 0.0, [], seconds
-        monkeypatch.setattr("torch_eft.forecast.comparison.affordable.time.perf_counter", lambda: self.now)
-
-    def compute(self, points):
-        self.tried.append(points)
-        self.now += self.seconds(points)
-        return points
-
-
-def test_work_is_tried_on_few_points_before_it_is_done_on_all(monkeypatch):
-    def square(points):
-        return points**2
-
-    clock = TimeGrid(monkeypatch, lambda points: 1.0 + 1e-3 * square(points))  # 5.1 s for 64 points
-    assert within(30.0, 64, clock.compute, square) == (64, pytest.approx(1.064 + 5.096))
-    # Of what 8 points took at most a quarter may grow, 64-fold: 18 s; that is allowed at once.
-    assert clock.tried == [8, 64]
-    clock = TimeGrid(monkeypatch, lambda points: 1.0 + 1e-3 * square(points))
-    assert within(12.0, 64, clock.compute, square)[0] == 64
-    assert clock.tried == [8, 32, 64]  # 18 s are not; 32 points show that it is less
-    clock = TimeGrid(monkeypatch, lambda points: 1.0 + 1e-1 * square(points))  # 410 s
-    with pytest.raises(
-        TooExpensiveError, match=r"points took .* s, so that 64 would take about .* s are left"
-    ) as caught:
-        within(30.0, 64, clock.compute, square)
-    assert caught.value.spent == clock.now < 2 * 30.0  # the first trial's time is not all fixed
-    clock = TimeGrid(monkeypatch, lambda points: 100.0)
-    assert within(0.0, 3, clock.compute, square)[0] == 3  # small problems are done in any case
-
-
-def test_a_smaller_problem_has_fewer_training_points():
-    x, y, x_probe = data(5, 3, 2)
-    whole = Problem(MLPEnsemble([3, 10, 2], "gelu"), x, y, x_probe, summed(1, 0.1))
-    found = whole.of(4)
-    assert (found.x_train.shape, found.y_train.shape, found.x_probe.shape) == ((4, 3), (4, 2), x_probe.shape)
-    assert whole.of(5) is whole

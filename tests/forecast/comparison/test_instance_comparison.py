@@ -1,6 +1,8 @@
 """One network's forecast beside its training: the numbers by hand, the bounds, and really trained networks."""
 
+import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 from tests.forecast.trained import network, train
 from torch_eft import Training, measure
 from torch_eft.forecast.comparison import InstanceComparison
-from torch_eft.forecast.comparison.affordable import TooExpensiveError
+from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.forecast.network import predict_from_network
 
 F64 = torch.float64
@@ -35,7 +37,7 @@ CASES = {
 
 def compare(model, lambdas, x, y, x_probe, steps=10, learning_rate=0.05, seconds=60, **options):
     training = Training(learning_rate=learning_rate, steps=steps)
-    return InstanceComparison(model, x, y, x_probe, training, lambdas=lambdas, seconds=seconds, **options)
+    return InstanceComparison(model, x, y, x_probe, training, lambdas=lambdas, allowance=Allowance(seconds), **options)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -44,7 +46,7 @@ def test_the_numbers_are_those_of_the_forecast(name):
     model, lambdas, x, y, x_probe = setting()
     if training.loss == "cross_entropy":
         y = torch.tensor([0, 1, 1, 0])
-    found = InstanceComparison(model, x, y, x_probe, training, lambdas=lambdas, seconds=60)
+    found = InstanceComparison(model, x, y, x_probe, training, lambdas=lambdas, allowance=Allowance(60.0))
     forecasts = [predict_from_network(model, x, y, x_probe, training, lambdas=lambdas, order=order) for order in (0, 1)]
     assert found.level == "instance, order 1"
     assert found.validity == forecasts[1].validity
@@ -87,30 +89,45 @@ def test_it_extends_from_theta_0_when_the_training_goes_on():
 
 
 def test_a_long_training_is_forecast_piece_by_piece(monkeypatch):
-    """2000 steps at first; on as long as the time for the whole stays within what is allowed."""
+    """2000 steps at first; on as long as the work for the whole stays within what is allowed."""
     model, lambdas, x, y, x_probe = setting()
     monkeypatch.setattr("torch_eft.forecast.comparison.instance._LONGEST_AT_ONCE", 20)
     found = compare(model, lambdas, x, y, x_probe, 10**6)
     assert found.steps == 20
     assert found.reaches(21)
     assert found.steps == 80
-    found._spent = 50.0  # at this pace 4 times as many take too long, a few more do not
+    work = {steps: found._work(steps, found._modes) for steps in (90, 100)}
+    found._allowance.seconds = (work[90] + work[100]) / 2  # 4 times as many are too much, a few more are not
     assert found.reaches(90)
     assert found.steps == 90
-    found._spent = 59.0
     assert not found.reaches(100)
     assert found.steps == 90
 
 
+def test_what_is_drawn_does_not_depend_on_the_clock(monkeypatch):
+    """On a clock on which everything takes a quarter of an hour: the same directions."""
+    model, lambdas, x, y, x_probe = setting()
+    expected = compare(model, lambdas, x, y, x_probe, seconds=0.2)
+    ticks = itertools.count()
+    for name in ("perf_counter", "monotonic", "time", "process_time"):
+        monkeypatch.setattr(f"time.{name}", lambda: 1e3 * next(ticks))
+    found = compare(model, lambdas, x, y, x_probe, seconds=0.2)
+    assert found.description == expected.description
+    assert 3 <= found._modes < 24
+
+
 def test_bounds():
     model, lambdas, x, y, x_probe = setting()
-    with pytest.raises(TooExpensiveError, match=r"12 outputs on training and probe points; .* up to 11"):
+    with pytest.raises(ValueError, match=r"12 outputs on training and probe points; .* up to 11"):
         compare(model, lambdas, x, y, x_probe, largest=11)
     with pytest.raises(ValueError, match="beyond the linear stability bound"):
         compare(model, lambdas, x, y, x_probe, learning_rate=1e3)
     found = compare(model, lambdas, x, y, x_probe, seconds=1e-9)
     assert found.level == "instance, order 0"
-    assert "take longer than the 1e-09 s that are allowed" in found.description
+    assert re.search(
+        r"dNTK and ddNTK in 3 directions takes about .* 1e-09 s are allowed; forecast_seconds=1 brings",
+        found.description,
+    )
     assert found.expansion_parameter(5) is None
     compared = found.compare(5, torch.zeros(2, 2), torch.zeros(2, 2, 2, 2), torch.ones(2, 2, 2, 2))
     assert compared["instance_output"].order_1 is compared["instance_ntk_error"].order_1 is None

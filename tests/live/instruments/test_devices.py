@@ -8,6 +8,7 @@ from tests.live.instruments.loop import data, mlp
 from tests.measure.devices import poisoned, waits
 from torch_eft import Training
 from torch_eft.forecast.comparison import EnsembleComparison, InstanceComparison
+from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.live.instruments.forecasts.full_batch import FullBatch
 from torch_eft.live.instruments.interval import interval_compared
 from torch_eft.measure.taylor.displacement import displacement_terms, relative_dntk
@@ -51,9 +52,8 @@ def ensemble():
     eye = torch.eye(2)[..., None, None]
     given = MLPEnsemble([3, 16, 16, 1], "tanh")
 
-    found = EnsembleComparison(
-        given, x, y, x_probe, Training(learning_rate=0.01, steps=5, reduction="sum"), num_networks=4, seconds=60
-    )
+    training = Training(learning_rate=0.01, steps=5, reduction="sum")
+    found = EnsembleComparison(given, x, y, x_probe, training, num_networks=4, allowance=Allowance(60.0))
     kernels = [torch.rand(2, 2)] * 2, [torch.rand(2, 2)] * 2
     return lambda: found.compare(4, torch.ones(2, 1, device="cpu"), 2 * eye, eye, kernels)
 
@@ -71,7 +71,7 @@ def instance():
         x_probe,
         Training(learning_rate=0.001, momentum=0.5, steps=6),
         lambdas=lambdas,
-        seconds=60,
+        allowance=Allowance(60.0),
     )
 
     def measured():

@@ -34,6 +34,8 @@ _MOST_POINTS = 8
 _SUMMED_AT_MOST = 4000
 """Steps with momentum, whose sums over time are made step by step at every measurement."""
 
+LAW = "the law of the drift"
+
 _QUANTILES = (0.05, 0.16, 0.5, 0.84, 0.95)
 
 
@@ -178,17 +180,33 @@ def joint_points(ensemble: MLPEnsemble, train: int, probe: int, seconds: float) 
     Raises:
         ValueError: If there is more work; the message says how much.
     """
-    layers = max(1, ensemble.depth - 1) / 2
-    single = layers * _SPECTRUM_ENTRY * (train * probe) ** 2
     least = min(2, probe)
     for points in range(min(_MOST_POINTS, probe), least - 1, -1):
-        needed = single + layers * _JOINT_ENTRY * points**4 * train**2
+        needed = _work(ensemble, train, probe, points)
         if needed <= seconds:
             return points
     raise ValueError(
         f"the law of the drift for {train} training and {probe} probe inputs takes about {needed:.2g} s of one core, "
         f"{seconds:g} s are allowed: give fewer probe inputs, or forecast_seconds={math.ceil(1.2 * needed)}"
     )
+
+
+def law_work(ensemble: MLPEnsemble, train: int, probe: int, seconds: float) -> float:
+    """Count the work of the law for as many joint points as ``seconds`` allow, or for the fewest; as ``joint_points``.
+
+    Returns:
+        Seconds of one core.
+    """
+    try:
+        points = joint_points(ensemble, train, probe, seconds)
+    except ValueError:
+        points = min(2, probe)
+    return _work(ensemble, train, probe, points)
+
+
+def _work(ensemble: MLPEnsemble, train: int, probe: int, points: int) -> float:
+    layers = max(1, ensemble.depth - 1) / 2
+    return layers * train**2 * (_SPECTRUM_ENTRY * probe**2 + _JOINT_ENTRY * points**4)
 
 
 def _sizes(

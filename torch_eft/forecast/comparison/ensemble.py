@@ -29,6 +29,7 @@ from torch import Tensor
 
 from torch_eft.forecast.comparison.compared import Compared, component
 from torch_eft.forecast.comparison.finite_width import Corrections, FiniteWidth, Problem, finite_width
+from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.measure.kernels.metrics import as_trace, ntk_trace
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Validity
@@ -54,8 +55,8 @@ class EnsembleComparison:
         x_probe: Probe inputs, (N_p, n_0).
         training: The training, full batch on the squared error; steps beyond its number extend the forecast.
         num_networks: Networks sampled for the spread of the NTK.
-        order: 0, or 1 with the corrections of order 1/n that fit into ``seconds``.
-        seconds: Time limit for all of order 1/n.
+        order: 0, or 1 with the corrections of order 1/n that ``allowance`` covers.
+        allowance: Work that they may take, with what else shares it; None: 10 s of one core.
         earlier: The ``state`` of the same forecast, to restore it instead of computing it anew.
 
     Raises:
@@ -72,7 +73,7 @@ class EnsembleComparison:
         *,
         num_networks: int = 64,
         order: int = 1,
-        seconds: float = 3.0,
+        allowance: Allowance | None = None,
         earlier: Mapping[str, Any] | None = None,
     ) -> None:
         if order not in (0, 1):
@@ -92,7 +93,7 @@ class EnsembleComparison:
         )
         direction = self.frozen.first_direction()
         self.direction = direction / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)
-        self._seconds = seconds
+        self._allowance = Allowance(10.0) if allowance is None else allowance
         self.finite: FiniteWidth | None = None
         if earlier is not None:
             stored = earlier["finite"]
@@ -101,7 +102,7 @@ class EnsembleComparison:
             self._extend(self._horizon)
 
     def state(self) -> dict[str, Any]:
-        """Return what costs time to compute, or would not come out the same within its time limit; plain types."""
+        """Return what costs time to compute; plain types and tensors."""
         return {
             "horizon": self._horizon,
             "ntk_trace_sigma": self._ntk_trace_sigma,
@@ -254,7 +255,7 @@ class EnsembleComparison:
         if self._problem.training.momentum and steps > _SUMMED_AT_MOST:
             self.finite = FiniteWidth([steps], notes=[f"with momentum order 1/n ends at step {_SUMMED_AT_MOST}"])
             return
-        self.finite = finite_width(self._problem, steps, self.direction, self._seconds)
+        self.finite = finite_width(self._problem, steps, self.direction, self._allowance)
 
 
 def _rounding(value: Tensor) -> float:

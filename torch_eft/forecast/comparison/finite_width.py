@@ -1,14 +1,14 @@
-"""Corrections of order 1/n to the compared observables on a grid of steps, within a time limit."""
+"""Corrections of order 1/n to the compared observables on a grid of steps: those that an allowance of work covers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from torch_eft.forecast.comparison.affordable import TooExpensiveError, within
+from torch_eft.forecast.comparison.work import Allowance, corrections_work
 from torch_eft.measure.kernels.metrics import as_trace
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Trajectory, Validity
@@ -17,6 +17,8 @@ from torch_eft.theory.hidden_layers.predict import predict_representation
 from torch_eft.theory.hidden_layers.result import RepresentationForecast
 from torch_eft.theory.signal_propagation.regimes import first_order_validity
 from torch_eft.theory.training.predict import predict_training
+
+T = TypeVar("T")
 
 MOST_POINTS = 64
 """Training points up to which order 1/n is computed beside a training."""
@@ -64,12 +66,6 @@ class Problem:
     y_train: Tensor
     x_probe: Tensor
     training: Training
-
-    def of(self, points: int) -> "Problem":
-        """Return the problem of the first few training points."""
-        if points == len(self.x_train):
-            return self
-        return replace(self, x_train=self.x_train[:points], y_train=self.y_train[:points])
 
     def outputs(self, steps: Sequence[int], order: Literal[0, 1], **options: Any) -> Trajectory:
         """Predict outputs and NTK at some steps."""
@@ -165,14 +161,18 @@ class FiniteWidth:
         )
 
 
-def finite_width(problem: Problem, steps: int, direction: Tensor, seconds: float) -> FiniteWidth:
-    """Compute the corrections that fit into a time limit: the NTK first, then hidden layers, mean and covariance.
+NTK, HIDDEN, MEAN, COVARIANCE = "the NTK", "hidden kernels", "the mean output", "the covariance"
+"""Names of the corrections, the most useful first."""
+
+
+def finite_width(problem: Problem, steps: int, direction: Tensor, allowance: Allowance) -> FiniteWidth:
+    """Compute the corrections that an allowance covers: the NTK first, then hidden layers, mean and covariance.
 
     Args:
         problem: The training.
         steps: The last step.
         direction: The compared direction of the output, (N_p, n_L).
-        seconds: Time limit for everything.
+        allowance: Work that they may take, with what else shares it.
 
     Returns:
         The corrections, with notes on what is missing and why.
@@ -187,43 +187,44 @@ def finite_width(problem: Problem, steps: int, direction: Tensor, seconds: float
         return FiniteWidth(grid, notes=[f"order 1/n is not drawn: {start.reason}"])
     padding, problem = _with_sampled_moments(problem)
     probe = slice(padding, None)
-    attempts = _Attempts(problem, seconds)
+    allowance.plan(_counted(problem, grid))
+    parts = _Parts(allowance)
 
-    def outputs(correction: str) -> Callable[[Problem], Trajectory]:
-        return lambda part: part.outputs(grid, 1, corrections=(correction,))
+    def outputs(correction: str) -> Callable[[], Trajectory]:
+        return lambda: problem.outputs(grid, 1, corrections=(correction,))
 
     zeroth = problem.outputs(grid, 0)
     Theta = as_trace(zeroth.ntk_mean[0])[probe, probe]
     values: dict[str, Tensor] = {}
     parameters, verdicts = [], []
     initial_ntk = kernels = spread = None
-    ntk = attempts.run("the NTK", 0, 2, outputs("ntk"))
+    ntk = parts.run(NTK, outputs("ntk"))
     if ntk is not None:
         initial_ntk = as_trace(ntk.ntk_mean[0])[probe, probe] - Theta
         values["ntk"] = torch.stack([as_trace(value)[probe, probe] for value in ntk.ntk_drift])
         parameters.append((initial_ntk + values["ntk"]).flatten(1).norm(dim=1) / Theta.norm())
         verdicts.append(ntk.validity)
     if problem.training.momentum:
-        attempts.notes.append("hidden kernels at order 0: their drift is derived without momentum")
+        parts.notes.append(f"{HIDDEN} at order 0: their drift is derived without momentum")
     else:
-        hidden = attempts.run("hidden kernels", 0, 2, lambda part: part.hidden_layers(grid))
+        hidden = parts.run(HIDDEN, lambda: problem.hidden_layers(grid))
         if hidden is not None:
             verdicts.append(hidden.validity)
             if hidden.layers:
                 kernels = torch.stack([layer.kernel_infinite_width[probe, probe] for layer in hidden.layers])
                 values["kernels"] = torch.stack([layer.kernel_drift[:, probe, probe] for layer in hidden.layers], 1)
-    mean = attempts.run("the mean output", 1, 3, outputs("mean"))
+    mean = parts.run(MEAN, outputs("mean"))
     if mean is not None:
         values["mean"] = (mean.output_mean - zeroth.output_mean)[:, probe]
         moved = zeroth.output_mean[:, probe].flatten(1).norm(dim=1)
         size = values["mean"].flatten(1).norm(dim=1)
         parameters.append(torch.where(moved > 0, size / torch.where(moved > 0, moved, 1.0), 0.0))
         verdicts.append(mean.validity)
-        spread = attempts.run("the covariance", 1, 3, outputs("covariance"))
-        if spread is not None:
-            change = (spread.output_covariance - zeroth.output_covariance)[:, probe, probe]
-            values["projected_variance"] = torch.einsum("ai,tabij,bj->t", direction, change, direction)
-            values["variances"] = torch.einsum("taaii->tai", change)
+    spread = parts.run(COVARIANCE, outputs("covariance"))
+    if spread is not None:
+        change = (spread.output_covariance - zeroth.output_covariance)[:, probe, probe]
+        values["projected_variance"] = torch.einsum("ai,tabij,bj->t", direction, change, direction)
+        values["variances"] = torch.einsum("taaii->tai", change)
     if parameters:
         values["expansion_parameter"] = torch.stack(parameters).amax(0).cummax(0)[0]
     levels = ("valid", "caution", "invalid")
@@ -231,7 +232,7 @@ def finite_width(problem: Problem, steps: int, direction: Tensor, seconds: float
     if validity is not None and validity.flag != "invalid" and spread is not None and spread.validity.flag != "valid":
         reasons = [*validity.reasons, f"the band is rough: {spread.validity.reason}"]
         validity = Validity("caution", reasons, {**spread.validity.numbers, **validity.numbers})
-    return FiniteWidth(grid, Corrections(**values), initial_ntk, kernels, validity, attempts.notes)
+    return FiniteWidth(grid, Corrections(**values), initial_ntk, kernels, validity, parts.notes)
 
 
 def _with_sampled_moments(problem: Problem) -> tuple[int, Problem]:
@@ -251,37 +252,39 @@ def _with_sampled_moments(problem: Problem) -> tuple[int, Problem]:
     return added, replace(problem, x_probe=torch.cat([scales[:, None] * longest, problem.x_probe]))
 
 
-class _Attempts:
-    """Attempts one computation after another within one time limit, with ``notes`` on each."""
+def _counted(problem: Problem, grid: Sequence[int]) -> dict[str, float]:
+    """The work of every correction, in seconds of one core."""
+    momentum = bool(problem.training.momentum)
+    work = corrections_work(
+        len(problem.x_train),
+        len(problem.x_probe),
+        problem.y_train.shape[1],
+        problem.ensemble.depth,
+        times=len(grid),
+        steps=grid[-1],
+        momentum=momentum,
+    )
+    names = {NTK: "ntk", HIDDEN: "hidden", MEAN: "mean", COVARIANCE: "covariance"}
+    return {name: work[key] for name, key in names.items() if not (momentum and name == HIDDEN)}
 
-    def __init__(self, problem: Problem, seconds: float) -> None:
-        self._problem, self._seconds_left = problem, seconds
+
+class _Parts:
+    """Makes one part after another, if the allowance covers it, with ``notes`` on each."""
+
+    def __init__(self, allowance: Allowance) -> None:
+        self._allowance = allowance
         self.notes: list[str] = []
 
-    def run(self, name: str, over_all: int, over_train: int, compute: Callable[[Problem], Any]) -> Any:
-        """Return the result, or None.
-
-        Args:
-            name: What is computed.
-            over_all: Number of labels over all points in the largest tensors.
-            over_train: Number of their labels over training points (those over probe points alone do not grow).
-            compute: Solves a problem.
-        """
-        problem, probes = self._problem, len(self._problem.x_probe)
-        if self._seconds_left <= 0:
-            self.notes.append(f"{name} at order 0: no time is left of what is allowed")
+    def run(self, name: str, compute: Callable[[], T]) -> T | None:
+        """Return the part, or None."""
+        if not self._allowance.covers(name):
+            self.notes.append(f"{name} at order 0: {self._allowance.refusal(name)}")
             return None
         try:
-            result, spent = within(
-                self._seconds_left,
-                len(problem.x_train),
-                lambda points: compute(problem.of(points)),
-                lambda points: (points + probes) ** over_all * points**over_train,
-            )
+            with self._allowance.working(name):
+                result = compute()
         except ValueError as error:
             self.notes.append(f"{name} at order 0: {error}")
-            self._seconds_left -= error.spent if isinstance(error, TooExpensiveError) else 0.0
             return None
-        self._seconds_left -= spent
         self.notes.append(f"{name} at order 1/n")
         return result

@@ -15,7 +15,6 @@ nothing estimates what their crossings add.
 
 import copy
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_eft.forecast.comparison.affordable import TooExpensiveError
 from torch_eft.forecast.comparison.compared import Compared, component
+from torch_eft.forecast.comparison.operations import OperationCount
+from torch_eft.forecast.comparison.work import Allowance, shown
 from torch_eft.forecast.network import predict_from_network
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.kinks import kinked_operations
@@ -35,6 +35,9 @@ from torch_eft.results.trajectory import Trajectory, Validity
 
 FIRST_HORIZON = 256
 """Steps to forecast at first where the length of the training is unknown."""
+
+ORDER_1 = "dNTK and ddNTK"
+"""Name of what order 1 adds."""
 
 _EXTENSION = 4
 _LARGEST_INTEGRATION = 4e9
@@ -55,13 +58,12 @@ class InstanceComparison:
         training: The training, full batch; steps beyond its number extend the forecast.
         lambdas: The learning-rate tensor.
         output_fn: Converts the model's return value to (N, C).
-        seconds: Time limit for the forecast.
+        allowance: Work that order 1 may take; None: 10 s of one core.
         largest: Largest number of outputs M = N C over training and probe points.
         earlier: The ``state`` of the same forecast, to make it again from the theta_0 in there.
 
     Raises:
-        TooExpensiveError: If M is too large.
-        ValueError: If there is no forecast of this training; the message says why.
+        ValueError: If M is too large, or there is no forecast of this training; the message says why.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class InstanceComparison:
         *,
         lambdas: Mapping[str, float],
         output_fn: OutputFn | None = None,
-        seconds: float = 3.0,
+        allowance: Allowance | None = None,
         largest: int = 512,
         earlier: Mapping[str, Any] | None = None,
     ) -> None:
@@ -86,13 +88,15 @@ class InstanceComparison:
             parameter.grad = None
         self._x_train, self._y_train, self._x_probe = x_train, y_train, as_probe(x_probe).inputs
         self._training, self._lambdas, self._output_fn = training, dict(lambdas), output_fn
-        self._seconds = seconds
+        self._allowance = Allowance(10.0) if allowance is None else allowance
+        self._counted: tuple[float, float] | None = None
         self._modes: int | None = None if earlier is None else earlier["modes"]
         with isolated(self._model, output_fn) as network, torch.no_grad():
             channels = network(network.params, network.place(as_probe(x_probe))).shape[1]
-        self.outputs = (as_probe(x_train).size + as_probe(x_probe).size) * channels
+        self._train_outputs = as_probe(x_train).size * channels
+        self.outputs = self._train_outputs + as_probe(x_probe).size * channels
         if self.outputs > largest:
-            raise TooExpensiveError(
+            raise ValueError(
                 f"{self.outputs} outputs on training and probe points; one network's forecast is made for up to "
                 f"{largest}"
             )
@@ -151,36 +155,51 @@ class InstanceComparison:
 
     def _forecast(self, steps: int) -> None:
         steps = max(1, min(steps, int(_LARGEST_INTEGRATION / self.outputs**2)))
-        started = begun = time.perf_counter()
         self.order_0: Trajectory = self._predicted(steps, 0)
         self.order_1: Trajectory | None = None
-        modes = self._affordable(steps, time.perf_counter() - begun)
+        modes = self._affordable(steps)
         if modes is not None:
-            self.order_1 = self._predicted(steps, 1, modes)
-        self._spent = time.perf_counter() - started
+            with self._allowance.working(ORDER_1):
+                self.order_1 = self._predicted(steps, 1, modes)
         z = self.order_0.output_mean
         self._moved = (z - z[0]).flatten(1).norm(dim=1)
         self._largest_moved = self._moved.cummax(0)[0]
         self._H_0 = self.order_0.ntk_mean[0]
 
-    def _affordable(self, steps: int, spent: float) -> int | None:
-        """Return how many directions fit into the time limit, or None if too few; ``description`` says so."""
+    def _affordable(self, steps: int) -> int | None:
+        """Return how many directions the allowance covers, or None if too few; ``description`` says so."""
         if self._modes is None:
-            begun = time.perf_counter()
-            self._predicted(steps, 1, 1)
-            tried = time.perf_counter() - begun
-            # One direction takes 5/2 Gram matrices of derivatives, r of them 3/2 r^2 + r (one for each X).
-            each = max(tried - spent, 1e-9) / 2.5
-            affordable = math.sqrt(max(0.0, self._seconds - tried - 2 * spent) / each / 1.5)
-            self._modes = int(min(affordable, _MOST_DIRECTIONS))
+            counts = range(_MOST_DIRECTIONS, _FEWEST_DIRECTIONS - 1, -1)
+            affordable = (modes for modes in counts if self._work(steps, modes) <= self._allowance.seconds)
+            self._modes = next(affordable, 0)
+        work = self._work(steps, max(self._modes, _FEWEST_DIRECTIONS))
+        self._allowance.plan({ORDER_1: work})
         if self._modes < _FEWEST_DIRECTIONS:
             self.description = (
-                f"order 0 only: dNTK and ddNTK along {_FEWEST_DIRECTIONS} directions take longer than the "
-                f"{self._seconds:g} s that are allowed"
+                f"order 0 only: {ORDER_1} in {_FEWEST_DIRECTIONS} directions takes {self._allowance.refusal(ORDER_1)}"
             )
             return None
-        self.description = f"dNTK and ddNTK along up to {self._modes} directions fit into {self._seconds:g} s"
+        self.description = (
+            f"dNTK and ddNTK along up to {self._modes} directions: about {shown(work)} of work of one core, "
+            f"{self._allowance.seconds:g} s are allowed"
+        )
         return self._modes
+
+    def _work(self, steps: int, modes: int) -> float:
+        """Seconds of one core for order 1 along some directions: of what a single one takes, measured on one step."""
+        if self._counted is None:
+            counts = []
+            for order in (0, 1):
+                with OperationCount() as count:
+                    self._predicted(1, order, order or None)
+                counts.append(count.seconds)
+            # One direction takes 5/2 Gram matrices of derivatives, r of them 3/2 r^2 + r (one for each X).
+            self._counted = counts[0], (counts[1] - counts[0]) / 2.5
+        zeroth, gram = self._counted
+        columns = 2 * modes**2 + 4 * modes**3
+        observed = self.outputs - self._train_outputs
+        each_step = 2e-4 + 1e-9 * self.outputs * columns + 1e-9 * observed**2 * (modes + 2 * modes**2)
+        return zeroth + gram * (1.5 * modes**2 + modes) + steps * each_step
 
     def _predicted(self, steps: int, order: int, modes: int | None = None) -> Trajectory:
         return predict_from_network(
@@ -196,13 +215,12 @@ class InstanceComparison:
         )
 
     def reaches(self, step: int) -> bool:
-        """Return True if the forecast covers a step, extending it within the time limit."""
+        """Return True if the forecast covers a step, extending it as far as the allowance covers the work for it."""
         if step > self.steps:
-            longer = max(step, _EXTENSION * self.steps)
-            if self._spent * longer / self.steps > self._seconds:
-                longer = step
-            if self._spent * longer / self.steps <= self._seconds:
-                self._forecast(longer)
+            for longer in (max(step, _EXTENSION * self.steps), step):
+                if self.order_1 is None or self._work(longer, self._modes or 0) <= self._allowance.seconds:
+                    self._forecast(longer)
+                    break
         return step <= self.steps
 
     # ---- the comparison

@@ -29,17 +29,17 @@ PRESETS: tuple[Preset, ...] = ("light", "standard", "full")
 
 @dataclass(frozen=True)
 class Options:
-    """A user's knowledge of the network, and the time that forecasts may take.
+    """A user's knowledge of the network, and the work that forecasts may take.
 
     Args:
         ensemble: C_b and C_W, if known.
         activation: The activation, where it is not a registered one.
-        forecast_seconds: Time that each forecast may take before the first step.
+        forecast_seconds: Work that each forecast may take before the first step, counted in seconds of one core.
     """
 
     ensemble: MLPEnsemble | None = None
     activation: ActivationLike | None = None
-    forecast_seconds: float = 3.0
+    forecast_seconds: float = 10.0
 
 
 MAKERS: dict[str, Callable[[Options], Instrument]] = {

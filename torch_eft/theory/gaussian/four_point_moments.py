@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from torch_eft.results.work import worked
 from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.piecewise import KinkDerivatives
 from torch_eft.theory.gaussian.points import GridPoints, Points
@@ -97,6 +98,7 @@ class SummedMoments:
                 if weights is not None:
                     first = first * weights[part, None]
                 total += (first.T @ second).double()
+                worked(len(first) * total.numel())
         if isinstance(self.points, Points) and self.points.weights is None:
             total = total / self.points.count
         if removed_left is not None and removed_right is not None:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from torch_eft.results.repr import short_repr
 from torch_eft.results.training import Training, as_training
+from torch_eft.results.work import worked
 from torch_eft.theory.hierarchy.contractions import (
     DEFAULT_MEMORY,
     PathTensors,
@@ -200,6 +201,7 @@ def frozen_path(z: Tensor, H: Tensor, train: Tensor, loss: Loss, training: Train
         if step < steps:
             es.append(loss.error(zs[-1][train].unflatten(0, (-1, outputs)), training.batch(step)).flatten())
             coefficients.update(es[-1])
+            worked(H.numel())
     return FrozenPath(torch.stack(zs), torch.stack(ps), torch.stack(es) if es else start.new_zeros(0, len(train)))
 
 
@@ -235,5 +237,6 @@ def first_order(
             e_t = e[step][:, None, None]
             e1 = loss.change_of_error(z0, dz, training.batch(step)).flatten()
             coefficients.update(e1, torch.outer(e[step], p_t), e_t * pp / 2, e_t * q_t)
+            worked(couplings.numel())
     q = torch.stack(qs)
     return FirstOrder(torch.stack(zs), ntk_change(tensors, p, q), whitened_change(tensors, train, p, q))

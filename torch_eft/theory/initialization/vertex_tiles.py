@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from torch_eft.results.work import worked
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.four_point_moments import Factor, exact_mean, products
@@ -185,6 +186,7 @@ class _PairedMoments:
             part = slice(start, start + rows)
             f, g = (products([column[part] for column in side]) for side in (columns_first, columns_second))
             product.addmm_(f.T, g)
+            worked(len(f) * product.numel())
             sum_first, sum_second = sum_first + f.sum(0), sum_second + g.sum(0)
         count = len(self._z)
         product /= count

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.results.training import Training
+from torch_eft.results.work import worked
 from torch_eft.theory.gaussian.quadrature import gauss_legendre
 from torch_eft.theory.training.optimizer import SGDState
 
@@ -133,6 +134,7 @@ class ModePropagator:
                 if pairs:
                     gradients += [torch.outer(g, phi), g - rates[:, None] * others[1]]
                 coefficients.update(*gradients)
+                worked(sum(value.numel() for value in gradients))
         g, phi, *others = (torch.stack(parts) for parts in zip(*(sums[step] for step in wanted), strict=True))
         psi, f = others if pairs else (g, phi)
         return g, phi, psi, f

@@ -6,8 +6,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_eft.forecast.comparison.instance import FIRST_HORIZON, InstanceComparison
+from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.live.instrument import Measurement, Reading, RunFacts, TrainingStart
 from torch_eft.live.instruments.common import compared_scalars
+from torch_eft.live.instruments.forecasts.bar import ForecastBar
 from torch_eft.live.instruments.forecasts.base import ForecastInstrument
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.network.snapshot import Plan
@@ -20,7 +22,8 @@ class InstanceInstrument(ForecastInstrument):
 
     Args:
         loss_function: The loss of outputs (N, C) and targets, if it is neither squared error nor cross-entropy.
-        seconds: Time that the forecast may take before the first step.
+        seconds: Work that the forecast may take before the first step, counted in seconds of one core (so that every
+            machine draws the same); what needs more is left out, and the page says what brings it.
         largest: Outputs N C over training and probe points, at most.
 
     Raises:
@@ -35,7 +38,7 @@ class InstanceInstrument(ForecastInstrument):
         self,
         *,
         loss_function: LossFunction | None = None,
-        seconds: float = 3.0,
+        seconds: float = 10.0,
         largest: int = 512,
     ) -> None:
         if not seconds > 0 or largest < 1:
@@ -109,18 +112,20 @@ class InstanceInstrument(ForecastInstrument):
             steps=start.total_steps or FIRST_HORIZON,
             **options,
         )
-        self._comparison = InstanceComparison(
-            network,
-            x,
-            loss.targets,
-            start.network.probe,
-            training,
-            lambdas=rates.lambdas,
-            output_fn=start.network.output_fn,
-            seconds=self.seconds,
-            largest=self.largest,
-            earlier=kept["comparison"] | {"theta_0": kept["theta_0"]} if kept else None,
-        )
+        allowance = Allowance(self.seconds)
+        with ForecastBar(allowance):
+            self._comparison = InstanceComparison(
+                network,
+                x,
+                loss.targets,
+                start.network.probe,
+                training,
+                lambdas=rates.lambdas,
+                output_fn=start.network.output_fn,
+                allowance=allowance,
+                largest=self.largest,
+                earlier=kept["comparison"] | {"theta_0": kept["theta_0"]} if kept else None,
+            )
         return self._page(f"Loss: {loss.name}. ")
 
     def _page(self, before: str = "") -> dict[str, str]:

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.diagnosis import Diagnosis, diagnose
-from torch_eft.forecast.comparison.drift import DriftComparison
+from torch_eft.forecast.comparison.drift import LAW, DriftComparison, law_work
 from torch_eft.forecast.comparison.ensemble import FIRST_HORIZON, EnsembleComparison
+from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.live.instrument import Measurement, Reading, RunFacts, TrainingStart
 from torch_eft.live.instruments.common import compared_scalars
+from torch_eft.live.instruments.forecasts.bar import ForecastBar
 from torch_eft.live.instruments.forecasts.base import ForecastInstrument
 from torch_eft.live.instruments.forecasts.drift import DriftLines
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
@@ -38,8 +40,10 @@ class TheoryInstrument(ForecastInstrument):
         ensemble: C_b and C_W, if known, with the network's widths and activation; None reads them off the network
             at theta_0. lambda is the optimizer's in any case.
         activation: The activation to look for, where it is not a registered one.
-        order: 0, or 1 with as much of order 1/n as can be computed within ``seconds``.
-        seconds: Time that order 1/n may take before the first step.
+        order: 0, or 1 with as much of order 1/n as ``seconds`` covers: the law of the drift first, then mean drifts of
+            the NTK and of hidden kernels, the mean output and its covariance.
+        seconds: Work that order 1/n may take before the first step, counted in seconds of one core (so that every
+            machine draws the same); what needs more is left out, and the page says what brings it.
 
     Raises:
         ValueError: If ``order`` or ``seconds`` is something else.
@@ -56,7 +60,7 @@ class TheoryInstrument(ForecastInstrument):
         activation: ActivationLike | None = None,
         *,
         order: int = 1,
-        seconds: float = 3.0,
+        seconds: float = 10.0,
     ) -> None:
         if order not in (0, 1) or not seconds >= 0:
             raise ValueError(f"order: {order}, seconds: {seconds} given; give order 0 or 1, and seconds >= 0")
@@ -151,17 +155,22 @@ class TheoryInstrument(ForecastInstrument):
             steps=start.total_steps or FIRST_HORIZON,
             **options,
         )
-        self._comparison = EnsembleComparison(
-            self._ensemble,
-            x.flatten(1),
-            loss.targets,
-            start.network.probe.inputs.flatten(1).to(x.device),
-            training,
-            order=self.order,
-            seconds=self.seconds,
-            earlier=kept["comparison"] if kept else None,
-        )
-        drift = self._drift_law(x, loss.targets, training)
+        probe = start.network.probe.inputs.flatten(1).to(x.device)
+        allowance = Allowance(self.seconds)
+        if self.order == 1:
+            allowance.plan({LAW: law_work(self._ensemble, len(x), len(probe), self.seconds)})
+        with ForecastBar(allowance):
+            self._comparison = EnsembleComparison(
+                self._ensemble,
+                x.flatten(1),
+                loss.targets,
+                probe,
+                training,
+                order=self.order,
+                allowance=allowance,
+                earlier=kept["comparison"] if kept else None,
+            )
+            drift = self._drift_law(x, loss.targets, probe, training, allowance)
         self.validity = self._comparison.validity
         momentum = f", momentum {options['momentum']:g}" if options["momentum"] else ""
         text = (
@@ -171,7 +180,7 @@ class TheoryInstrument(ForecastInstrument):
         what = f"{self._comparison.description}; {drift}"
         return {"validity": f"{text}\n\nPredicted for the {self._ensemble} ensemble: {what}."}
 
-    def _drift_law(self, x: Tensor, y: Tensor, training: Training) -> str:
+    def _drift_law(self, x: Tensor, y: Tensor, probe: Tensor, training: Training, allowance: Allowance) -> str:
         """Make the law of this network's drift; returns what is drawn of it, or why nothing is."""
         assert self._seen is not None and self._ensemble is not None
         start, kept = self._seen.start, self._kept
@@ -181,13 +190,16 @@ class TheoryInstrument(ForecastInstrument):
             self._start = kept["start"].to(y)
         else:
             self._start = Network(start.model, x, output_fn=start.network.output_fn).output()
-        probe = start.network.probe.inputs.flatten(1).to(x.device)
+        left_out = "NTK drift, dNTK and change of hidden kernels at order 0"
+        if not allowance.covers(LAW):
+            return f"{left_out}: {LAW} takes {allowance.refusal(LAW)}"
         try:
-            comparison = DriftComparison(
-                self._ensemble, x.flatten(1), y, probe, training, self._start, seconds=self.seconds
-            )
+            with allowance.working(LAW):
+                comparison = DriftComparison(
+                    self._ensemble, x.flatten(1), y, probe, training, self._start, seconds=self.seconds
+                )
         except (ValueError, QuadratureError) as error:
-            return f"NTK drift, dNTK and change of hidden kernels at order 0: {error}"
+            return f"{left_out}: {error}"
         self._drift = DriftLines(comparison, self._hidden)
         if self._hidden:
             return comparison.description

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from torch_eft.results.work import worked
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 from torch_eft.theory.training.time_sums import Sums
 
@@ -69,7 +70,10 @@ class DdntkSource:
         g, phi, psi, _ = functions
         moved = phi[:, :, None] * phi[:, None, :]
         timed = zip(self._weights, structures, ((g, psi), (g, moved), (phi, psi), (phi, moved)), strict=True)
-        parts = [weight * _against(on, single, pair) for weight, on, (single, pair) in timed]
+        parts = []
+        for weight, on, (single, pair) in timed:
+            parts.append(weight * _against(on, single, pair))
+            worked(3 * len(g) * on[0].numel())
         return parts[0] + parts[1], parts[2] + parts[3]
 
 

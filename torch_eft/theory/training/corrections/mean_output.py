@@ -66,7 +66,7 @@ class OutputSource:
 
     def matrix(self, steps: Tensor) -> Iterator[Sources]:
         """M at the given steps, in order, in chunks (T, points, modes)."""
-        for some in steps.split(time_chunk(self.path, len(self.Theta1))):
+        for some in steps.split(time_chunk(len(self.path.eigenvalues), len(self.Theta1))):
             yield self.at(self.path.double(some))
 
     def at(self, functions: Sums) -> Sources:
@@ -83,9 +83,9 @@ def _over_modes(tensor: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("xcm,tm->txc", tensor, weight)
 
 
-def time_chunk(path: InfiniteWidthPath, points: int) -> int:
+def time_chunk(modes: int, points: int) -> int:
     """Number of times that are contracted at once."""
-    return max(1, _BUDGET // (8 * len(path.eigenvalues) ** 2 * max(4, points)))
+    return max(1, _BUDGET // (8 * modes**2 * max(4, points)))
 
 
 def output_sources(
@@ -105,7 +105,7 @@ def output_sources(
     """
     points, train = torch.arange(len(path.K), device=path.K.device), path.train
     if tile is None:
-        tile = points_at_once(path)
+        tile = points_at_once(len(path.K), len(train))
     runs: list[tuple[list[Tensor], list[Tensor]]] = []
     for some in points.split(tile):
         sets = {"x": some, "a": train, "b": train, "c": train}
@@ -118,9 +118,9 @@ def output_sources(
     return [(torch.cat(gradient, 1), torch.cat(direct, 1)) for gradient, direct in runs], vertices.kind
 
 
-def points_at_once(path: InfiniteWidthPath) -> int:
-    """Number of points x in a tile whose four-label arrays fit into the budget."""
-    return max(1, min(len(path.K), _MEMORY // (4 * _ARRAYS * len(path.U) ** 3)))
+def points_at_once(points: int, train: int) -> int:
+    """Number of points x, of all of them, in a tile whose four-label arrays fit into the budget."""
+    return max(1, min(points, _MEMORY // (4 * _ARRAYS * train**3)))
 
 
 def mean_output(

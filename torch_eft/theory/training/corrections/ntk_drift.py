@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from torch_eft.results.work import worked
 from torch_eft.theory.initialization.estimators import ReplicaMean
 from torch_eft.theory.initialization.evaluator import LabelSets, VertexSource
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles, expanded
@@ -72,8 +73,10 @@ def contracted_drift(
         _, phi, psi, _ = path.double(some)
         total = (phi[:, :, None] * phi[:, None, :]).flatten(1) @ on_phi + psi.flatten(1) @ on_psi - phi @ diagonal
         means.append(total.reshape(-1, *shape))
-        if not trace:
-            offs += [_off_outputs(path.y, Cij, Sij, Sji, phi[k], psi[k]) for k in range(len(some))]
+        worked(2 * len(some) * PQ.numel())
+        for k in range(0 if trace else len(some)):
+            offs.append(_off_outputs(path.y, Cij, Sij, Sji, phi[k], psi[k]))
+            worked(3 * PQ.numel() * path.outputs)
     return torch.cat(means), None if trace else torch.stack(offs)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torch_eft.results.work import worked
 from torch_eft.theory.initialization.estimators import ReplicaMean
 from torch_eft.theory.initialization.evaluator import VertexSource
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles, expanded
@@ -96,7 +97,7 @@ class _Parts:
     def add(self, times: Tensor, output: OutputSource, pair: _PairSource, tile: Tensor, carried: Tensor) -> None:
         """Add the next tile of points."""
         sources: dict[_Key, tuple[list[Sources], list[Sources]]] = {key: ([], []) for key in self._keys}
-        for some in times.split(time_chunk(self._path, len(tile))):
+        for some in times.split(time_chunk(len(self._path.eigenvalues), len(tile))):
             functions = self._path.double(some)
             for key, (modes, points) in sources.items():
                 modes.append(output.at(functions) if key is None else output.ddntk.crossed(functions, *key))
@@ -107,6 +108,7 @@ class _Parts:
             kernel = pair.bilinear(*(key or ()))
             half = torch.einsum("tXxm,xwmk->tXwk", carried[:, :, tile], kernel)
             self._half[key] = self._half.get(key, 0.0) + half
+            worked(half.shape[0] * half.shape[1] * kernel.numel())
 
     def covariance(self, grid: TimeGrid, carried: Tensor, J: Tensor) -> dict[_Key, tuple[Tensor, Tensor]]:
         """The pairing of z1 with z0, and Bil, (T, N_p, N_p) each, by key."""
@@ -159,7 +161,7 @@ def output_covariance(
     carried, J = carried_kernel(path, probes, steps), path.response(steps, probes)
     runs: list[_Parts] = []
     G1: list[list[Tensor]] = []
-    for some in points.split(tile or points_at_once(path)):
+    for some in points.split(tile or points_at_once(len(path.K), len(path.U))):
         to_train = {"x": some, "a": train, "b": train, "c": train}
         to_all = {"x": some, "w": points, "a": train, "b": train}
         both = zip(vertices.replicas(to_train).members, vertices.replicas(to_all).members, strict=True)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from torch_eft.results.work import worked
 from torch_eft.theory.gaussian.quadrature import gauss_legendre
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 from torch_eft.theory.training.optimizer import SGDState
@@ -60,6 +61,7 @@ def propagated_descent(path: InfiniteWidthPath, source: Tensor) -> Tensor:
     for driven in source:
         coefficients.update(path.coupling @ (path.U.T @ values[-1][path.probes :]) - driven)
         values.append(coefficients.values[0])
+        worked(2 * driven.numel() * len(path.U))
     return torch.stack(values)
 
 

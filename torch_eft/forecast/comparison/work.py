@@ -1,0 +1,152 @@
+"""What a forecast costs, counted before it is made, and which of its parts an allowance covers.
+
+Work is counted in seconds of one core of a common machine, by the numbers of points, outputs, layers and steps: the
+same forecast is made on any machine, however busy. The constants are least-squares fits to process times on one thread
+(``python -m tests.benchmarks.forecast_work`` repeats them); the counts are those of the theory's loops: entries of
+tensors with four labels, each the product of two features over a sample; and their contraction at every step.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch_eft.results.work import listening
+from torch_eft.theory.training.corrections.mean_output import points_at_once, time_chunk
+
+Report = Callable[[str, float], None]
+"""Gets what is being computed, and the share of all counted work that is done."""
+
+_SECONDS_PER_MULTIPLICATION = 1 / 12e9
+"""Of what long loops report as they go; only the bar of progress depends on it."""
+
+
+class Allowance:
+    """Work that the parts of one forecast may take together; the most useful parts come first.
+
+    Args:
+        seconds: Work allowed, in seconds of one core; the user's ``forecast_seconds``.
+        report: Is told how far the work is.
+
+    Attributes:
+        report: As given.
+
+    Example:
+        >>> from torch_eft.forecast.comparison.work import Allowance
+        >>> allowance = Allowance(10.0)
+        >>> allowance.plan({"the NTK": 2.0, "the mean output": 39.5})
+        >>> allowance.covers("the NTK"), allowance.covers("the mean output")
+        (True, False)
+        >>> allowance.left_out
+        'the mean output; forecast_seconds=42 brings it'
+        >>> allowance.refusal("the mean output")
+        'about 40 s of work of one core, 10 s are allowed; forecast_seconds=42 brings it'
+    """
+
+    def __init__(self, seconds: float, report: Report | None = None) -> None:
+        self.seconds, self.report = seconds, report
+        self._parts: dict[str, float] = {}
+        self._covered: dict[str, float] = {}
+        self._done: dict[str, float] = {}
+
+    def plan(self, parts: Mapping[str, float]) -> None:
+        """Decide which parts are made: each that fits into what those before it leave.
+
+        Args:
+            parts: ``{name: work in seconds}``, after all that were planned before; of those of the same name it is the
+                new work.
+        """
+        self._parts |= parts
+        self._done = {name: work for name, work in self._done.items() if name not in parts}
+        self._covered, left = {}, self.seconds
+        for name, work in self._parts.items():
+            if work <= left:
+                self._covered[name] = work
+                left -= work
+
+    def covers(self, name: str) -> bool:
+        """Return whether a planned part is made."""
+        return name in self._covered
+
+    @property
+    def planned(self) -> float:
+        """Work of all parts that are made, in seconds of one core."""
+        return sum(self._covered.values())
+
+    @property
+    def left_out(self) -> str:
+        """The parts that are not made, and the argument that brings them; empty if all are."""
+        names = [name for name in self._parts if name not in self._covered]
+        pronoun = "it" if len(names) == 1 else "them"
+        return f"{', '.join(names)}; {self._needed(names[-1])} brings {pronoun}" if names else ""
+
+    def refusal(self, name: str) -> str:
+        """Return why a part is not made, and the argument that brings it."""
+        work = self._parts[name]
+        allowed = f"{self.seconds:g} s are allowed; {self._needed(name)} brings it"
+        return f"about {shown(work)} of work of one core, {allowed}"
+
+    def _needed(self, last: str) -> str:
+        names = list(self._parts)
+        needed = sum(self._parts[name] for name in names[: names.index(last) + 1])
+        return f"forecast_seconds={math.floor(needed) + 1}"
+
+    @contextmanager
+    def working(self, name: str) -> Iterator[None]:
+        """Report how far the work is, while a part is made inside."""
+        report, work = self.report, self._covered.get(name, 0.0)
+        if report is None:
+            yield
+            return
+        before, planned, multiplications = sum(self._done.values()), max(self.planned, 1e-9), 0.0
+
+        def listener(more: float) -> None:
+            nonlocal multiplications
+            multiplications += more
+            share = min(0.99, multiplications * _SECONDS_PER_MULTIPLICATION / max(work, 1e-9))
+            report(name, min(1.0, (before + share * work) / planned))
+
+        report(name, min(1.0, before / planned))
+        with listening(listener):
+            yield
+        self._done[name] = work
+        report(name, min(1.0, (before + work) / planned))
+
+
+def shown(seconds: float) -> str:
+    """Return seconds to two digits."""
+    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
+
+
+def corrections_work(
+    train: int, probe: int, outputs: int, depth: int, *, times: int, steps: int, momentum: bool
+) -> dict[str, float]:
+    """Count the work of the corrections of order 1/n to an ensemble's training, for a smooth activation.
+
+    Args:
+        train: N.
+        probe: N_p.
+        outputs: n_L.
+        depth: L.
+        times: Number of times at which they are computed.
+        steps: Number T of optimizer steps.
+        momentum: True with momentum, whose sums over time are made step by step.
+
+    Returns:
+        Seconds of one core of the parts ``"ntk"``, ``"hidden"``, ``"mean"`` and ``"covariance"``.
+    """
+    layers, points = depth - 1, train + probe
+    pairs, triples = (probe * train) ** 2, points * train**3  # entries of the largest tensors
+    tiles = math.ceil(points / points_at_once(points, train))
+    in_time = steps * triples
+    each = 8e-5 if momentum else 3.2e-5
+    summed = steps * (4e-5 + 2e-8 * train**2) if momentum else 0.0
+    # With two samples, tile by tile, every chunk of times is summed from the start.
+    passes = 2 * tiles * (1 + steps / (2 * time_chunk(train, points_at_once(points, train))))
+    zeroth = 0.004 + 0.0065 * layers
+    ntk = layers * (0.11 + 9.0e-7 * pairs + 2.4e-4 * probe * train) + times * pairs * (1.6e-8 + 1e-9 * outputs)
+    hidden = layers * (0.17 + 1.15e-6 * pairs + 2.4e-4 * train**2) + times * (2e-4 + 4e-7 * train**2)
+    mean = layers * (0.15 * tiles + 2.2e-6 * triples) + 7e-9 * in_time + 2.7e-7 * steps * train**2
+    between = (1 + outputs**2) * (6e-9 * in_time + steps * (1.35e-8 * points**2 * train + each))
+    covariance = mean + layers * (0.05 * tiles + 9e-7 * (points * train) ** 2) + 2.5e-9 * in_time + between
+    ntk, mean, covariance = ntk + summed, mean + passes * summed, covariance + passes * summed
+    return {"ntk": zeroth + ntk, "hidden": zeroth + hidden, "mean": zeroth + mean, "covariance": zeroth + covariance}
