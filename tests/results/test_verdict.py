@@ -52,6 +52,8 @@ def test_expansions_have_no_band_and_say_where_they_end():
     found = verdict(line, "ntk_drift")
     assert (found.words, found.predicted, found.state) == ("beside the expansion about theta_0", 0.2, "no band")
     ended = verdict(line | {5: {tag("ntk_drift"): 0.3}}, "ntk_drift")
+    at_once = {0: {tag("ntk_drift"): 0.0, tag("ntk_drift", "taylor_2"): 0.0}, 3: {tag("ntk_drift"): 0.3}}
+    assert verdict(at_once, "ntk_drift") is None
     assert (ended.words, ended.short) == ("the expansion about theta_0 ends at step 3", "ends at 3")
 
 

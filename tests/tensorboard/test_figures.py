@@ -61,6 +61,8 @@ def test_comparison_draws_what_there_is():
     assert list(first.lines[2].get_xdata()) == [0, 10, 200]
     assert len(first.collections) == 1  # the band
     assert len(second.collections) == 0
+    (legend,) = drawing.legends  # one for all
+    assert [entry.get_text() for entry in legend.get_texts()] == ["theory ± σ", *labels]
 
 
 def quantiles(quantity):
@@ -85,6 +87,8 @@ def test_an_expansion_that_ends_has_a_mark_at_its_end():
     line = {step: {tag("ntk_drift"): 0.1 * step, tag("ntk_drift", "taylor_2"): 0.2 * step} for step in range(4)}
     (axes,) = comparison_figure(line, ["ntk_drift"]).axes
     assert len(axes.lines) == 2
+    start = {0: {tag("ntk_drift"): 0.0, tag("ntk_drift", "taylor_2"): 0.0}, 1: {tag("ntk_drift"): 0.1}}
+    assert len(comparison_figure(start, ["ntk_drift"]).axes[0].lines) == 1  # it ended at once
     (axes,) = comparison_figure(line | {4: {tag("ntk_drift"): 0.5}}, ["ntk_drift"]).axes
     (mark,) = [drawn for drawn in axes.lines if drawn.get_marker() == "X"]
     assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([3], [pytest.approx(0.6)])

@@ -277,6 +277,8 @@ def test_the_first_quantities_are_judged_in_words(tmp_path, browser):
     browser.go((tmp_path / "cnn.html").as_uri())
     browser.until("document.querySelectorAll('.headline svg').length == 2")
     assert browser.run(shown.format(".verdict")) == [ended["text"], why]
+    numbers = browser.run(shown.format(".numbers"))
+    assert numbers[0].startswith("at step 2: measured 0.2 predicted 0.22")
     assert browser.run(text(".headline .end title", page)) == f"step 2: {ended['text']}"
     assert browser.run("document.querySelectorAll('b').length") == 0
     assert browser.console == []

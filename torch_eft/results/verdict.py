@@ -111,7 +111,7 @@ def verdict(history: Mapping[int, Mapping[str, float]], quantity: str) -> Verdic
 def verdict_of(series: Mapping[str, Series]) -> Verdict | None:
     """Return the same of ``{series: {step: value}}``; values are finite."""
     measured = series.get(MEASURED) or {}
-    line = next((name for name in _LINES if series.get(name)), None)
+    line = next((name for name in _LINES if any((series.get(name) or {}).values())), None)  # not its start alone
     predicted = series[line] if line is not None else {}
     low, high = (series.get(name) or {} for name in BAND_90)
     # A band of no width, as at the start, says nothing.

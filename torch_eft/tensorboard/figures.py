@@ -85,7 +85,8 @@ def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
             edges = [lower[step] for step in steps], [upper[step] for step in steps]
             axes.fill_between(steps, *edges, color=THEORY, alpha=alpha, lw=0, label=label)
     for series, (color, style, width, label) in LINES.items():
-        if theory := _series(history, tag(quantity, series)):
+        theory = _series(history, tag(quantity, series))
+        if any(theory.values()) or (theory and series not in EXPANSIONS):  # not an expansion's start alone
             if series == "order_1" and _series(history, tag(quantity, BAND_90[0])):
                 label = MEDIAN
             axes.plot(list(theory), list(theory.values()), color=color, ls=style, lw=width, label=label)
@@ -101,8 +102,6 @@ def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
     if max(history, default=0) >= 100:  # most of the motion is early
         axes.set_xscale("symlog", linthresh=1)
     axes.margins(x=0.01)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=13 if len(axes.get_legend_handles_labels()[0]) <= 4 else 10, frameon=False)
     axes.grid(alpha=0.2)
 
 
@@ -140,6 +139,11 @@ def comparison_figure(history: History, quantities: list[str], title: str = "") 
         draw_comparison(axes, history, quantity)
     for axes in panels[len(quantities) :]:
         axes.set_visible(False)
+    named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if len(quantities) > 1 and named:  # one for all, beside the curves
+        drawing.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=13, frameon=False)
+    elif named:
+        panels[0].legend(fontsize=13 if len(named) <= 4 else 10, framealpha=0.6, edgecolor="none")
     if title:
         drawing.suptitle(title, fontsize=14)
     return drawing

@@ -48,7 +48,8 @@ export function readQuantity(raw) {
   return {
     measured: raw.measured ?? [],
     orders: names.filter((name) => ORDER.test(name)).sort().map(named),
-    others: names.filter(other).map(named),
+    // An expansion that ended at once has its start alone.
+    others: names.filter((name) => other(name) && !(isExpansion(name) && vanishes(raw[name]))).map(named),
     layers: layers.map(named),
     layerTheory: Object.fromEntries(
       layers.map((name) => [

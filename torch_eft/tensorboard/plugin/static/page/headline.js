@@ -14,9 +14,10 @@ function value({ quantity }) {
 }
 
 /** What was predicted at the last step that has both, in numbers: phrases. */
-function predicted({ predicted: median, low, high, given_low: below, given_high: above, expansion }) {
+function predicted({ step, measured, predicted: median, low, high, given_low: below, given_high: above, expansion, ends }) {
   const between = (a, b) => `${number(a, 3)} .. ${number(b, 3)}`;
   return [
+    ends && `at step ${step}: measured ${number(measured, 3)}`,
     median !== null && `predicted ${number(median, 3)}`,
     low !== null && `90 % of networks ${between(low, high)}`,
     below !== null && above !== null && `given its start ${between(below, above)}`,

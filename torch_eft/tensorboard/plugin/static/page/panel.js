@@ -30,11 +30,15 @@ function bandsOf(quantity, color, theme, count) {
     .map((kind) => ({ kind, points: quantity[kind], color: color ?? theme.order1, opacity }));
 }
 
-/** Where a line ends before the measurements do: {step, value, color, text}, with the event that says why. */
+/**
+ * Where the line of an expansion ends before the measurements do: {step, value, color, text}, with the event that says
+ * why; it may be told of another quantity that is expanded alike.
+ */
 function endMark(name, { series, points, color }, measured, events) {
   const last = points.filter(([, value]) => value !== null).at(-1);
   if (!last || !(measured.at(-1)?.[0] > last[0])) return null;
-  const why = (events ?? []).find((event) => event.quantity === name && event.step >= last[0]);
+  const told = (events ?? []).filter((event) => event.step >= last[0] && event.text?.includes("expansion"));
+  const why = told.find((event) => event.quantity === name) ?? told[0];
   return { step: last[0], value: last[1], color, text: why?.text ?? `${seriesName(series)}: it ends here, step ${last[0]}` };
 }
 
