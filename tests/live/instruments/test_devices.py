@@ -9,8 +9,11 @@ from tests.measure.devices import poisoned, waits
 from torch_eft import Training
 from torch_eft.forecast.comparison import EnsembleComparison, InstanceComparison
 from torch_eft.forecast.comparison.work import Allowance
+from torch_eft.live.instruments.expansion import expansion_scalars
 from torch_eft.live.instruments.forecasts.full_batch import FullBatch
 from torch_eft.live.instruments.interval import interval_compared
+from torch_eft.measure.network.network import Network
+from torch_eft.measure.network.snapshot import Plan
 from torch_eft.measure.taylor.displacement import displacement_terms, relative_dntk
 from torch_eft.measure.taylor.series import taylor_sizes
 from torch_eft.measure.training_loss import recognize_loss
@@ -40,6 +43,18 @@ def intervals():
 def dntk():
     model, theta, moved, _, _, x_probe = setting()
     return lambda: relative_dntk(model, x_probe, moved, theta=theta)
+
+
+def expansion():
+    model, theta, moved, _, _, x_probe = setting()
+    plan = Plan(ntk=True, hidden=True)
+
+    def measured():
+        with Network(model, x_probe) as network:
+            start, end = (network.at(at).snapshot(plan) for at in (theta, moved))
+            return expansion_scalars(network.expansion(theta, moved, plan, start, end), start)
+
+    return measured
 
 
 def taylor():
@@ -81,7 +96,7 @@ def instance():
     return measured
 
 
-@pytest.mark.parametrize("make", [intervals, dntk, taylor, ensemble, instance])
+@pytest.mark.parametrize("make", [intervals, expansion, dntk, taylor, ensemble, instance])
 def test_tensors_are_made_where_the_model_is(make):
     measured = make()
     expected = measured()  # plans and methods of the model are verified, and remembered

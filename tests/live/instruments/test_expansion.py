@@ -59,6 +59,7 @@ def test_the_line_ends_once_and_nothing_is_computed_after(expansions):
     assert (event.step, event.quantity) == (end, "ntk_drift")
     assert f"ends here, step {end}, outputs moved" in event.text
     assert history[0][DRIFT[0]] == history[0][DRIFT[1]] == 0
+    assert all(history[step]["eft-theory/ntk_drift/order_0"] == 0 for step in history)
     for step in drawn:
         assert history[step][ERROR[1]] < max(0.01, 2 * gauges[step] ** 2)
         assert history[step][DRIFT[1]] == pytest.approx(history[step]["eft/ntk_drift/measured"], rel=2 * LIMIT**2)

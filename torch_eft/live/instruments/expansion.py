@@ -81,19 +81,21 @@ class ExpansionInstrument(Instrument):
         return Reading()
 
     def observe(self, measurement: Measurement) -> Reading:
-        """Compare, unless the line has ended."""
+        """Compare, unless the line has ended; at infinite width nothing changes, which costs nothing to say."""
         first, self._first = self._first, None
+        H, hidden = measurement.snapshot.ntk, measurement.snapshot.hidden
+        quantities = ["ntk_drift"] * (H is not None) + ["representation_change"] * bool(hidden)
+        reading = Reading({tag(quantity, "order_0"): 0.0 for quantity in quantities})
         if self._refusal is not None or self._ended is not None or measurement.step == self._latest:
-            return Reading()
+            return reading
         self._latest = measurement.step
         self._refusal = _unusable(measurement)
         if self._refusal is not None:
-            return self._told(Reading())
+            return self._told(reading)
         if measurement.snapshot is measurement.reference:  # theta_0 itself
             self._start = measurement.step
-            quantities = ["ntk_drift", *(["representation_change"] if measurement.snapshot.hidden else [])]
-            return Reading({tag(quantity, series): 0.0 for quantity in quantities for series in SERIES})
-        reading = Reading()
+            reading.scalars |= {tag(quantity, series): 0.0 for quantity in quantities for series in SERIES}
+            return reading
         if not self._numbers and first is not None and self._start < first[0] < measurement.step:
             with_first = measurement.network.at(first[1]).snapshot(measurement.plan)
             self._measure_radius(first[0], self._expanded(measurement, first[1], with_first), measurement, reading)
