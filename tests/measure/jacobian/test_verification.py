@@ -14,6 +14,7 @@ from torch_eft.measure.forward.probe import as_probe
 from torch_eft.measure.jacobian import fallback
 from torch_eft.measure.jacobian.engine import JacobianGram
 from torch_eft.measure.jacobian.gram import OuterProductFactor
+from torch_eft.measure.jacobian.verification import Verification
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -286,3 +287,30 @@ def test_a_kernel_that_is_put_together_wrongly_is_found(monkeypatch):
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(measure.ntk(other, x), expected, rtol=1e-12, atol=0)
     assert "disagrees with ordinary backward passes" in str(measure.coverage(other, x))
+
+
+def test_jacobian_and_kernel_are_compared_in_one_wait_for_the_device(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
+    waits, inside = [], []
+    for name in ("tolist", "item", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *, name=name, original=original):
+            waits.extend([name] * len(inside))
+            return original(self)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    mismatches = Verification.mismatches
+
+    def watched(self, block, kernels=(), lambdas=None):
+        assert len(kernels) == 1
+        inside.append(True)
+        found = mismatches(self, block, kernels, lambdas)
+        inside.clear()
+        return found
+
+    monkeypatch.setattr(Verification, "mismatches", watched)
+    for _ in range(2):
+        measure.ntk(model, x)
+        assert waits == ["tolist"]
+        waits.clear()
