@@ -5,6 +5,7 @@ complete only a few steps after theta_0, whose parameters are kept that long, to
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -174,9 +175,8 @@ class Calibration:
 
     def _at_theta_0(self, network: IsolatedModel) -> IsolatedModel:
         assert self._theta_0 is not None
-        there = network.at(self._theta_0)
-        there.constants.update({name: value.to(there.constants[name]) for name, value in self._buffers.items()})
-        return there
+        buffers = {name: value.to(network.constants[name]) for name, value in self._buffers.items()}
+        return replace(network.at(self._theta_0), constants=network.constants | buffers)
 
     def sentence(self, samples: int) -> str:
         """Say with which statistics BatchNorm is measured.
