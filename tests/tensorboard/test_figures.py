@@ -67,7 +67,7 @@ def test_comparison_draws_what_there_is():
 
 def quantiles(quantity):
     edges = {"band_90_low": 1.0, "band_68_low": 1.2, "band_68_high": 1.8, "band_90_high": 2.0}
-    lines = {"order_0": 0.0, "order_1": 1.5, "given_start": 1.6}
+    lines = {"order_0": 0.0, "order_1": 1.5, "given_start": 1.6, "taylor_2": 1.7}
     return {tag(quantity, series): value for series, value in (edges | lines).items()}
 
 

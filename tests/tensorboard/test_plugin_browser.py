@@ -270,9 +270,10 @@ def test_the_first_quantities_are_judged_in_words(tmp_path, browser):
     assert "median, given this network's outputs at the start" in legend and "68 % of networks" in legend
     hover(browser, f"{card('ntk_drift')} .chart", 0.97, page)
     assert "90 % of networks\t1 .. 2" in browser.until("document.querySelector('.tooltip:not([hidden])').innerText")
+    # The enlarged view has the rest: expansions, layers.
     press(browser, f"{card('representation_change')} .title", page)
     series = browser.run("[...document.querySelectorAll('dialog [data-series]')].map((e) => e.dataset.series)")
-    assert {"layer/net.1", "layer-theory/net.1"} <= set(series)
+    assert {"layer/net.1", "layer-theory/net.1", "taylor_2"} <= set(series)
 
     browser.go((tmp_path / "cnn.html").as_uri())
     browser.until("document.querySelectorAll('.headline svg').length == 2")
@@ -286,7 +287,14 @@ def test_the_first_quantities_are_judged_in_words(tmp_path, browser):
 
 def forecast(step):
     edges = {"band_90_low": 1.0, "band_68_low": 1.2, "band_68_high": 1.7, "band_90_high": 2.0, "quantile": 0.6}
-    lines = {"order_0": 0.0, "order_1": 1.4, "given_start": 1.5, "given_start_low": 1.2, "given_start_high": 1.8}
+    lines = {
+        "taylor_2": 1.6,
+        "order_0": 0.0,
+        "order_1": 1.4,
+        "given_start": 1.5,
+        "given_start_low": 1.2,
+        "given_start_high": 1.8,
+    }
     names = {"ntk_drift": 1.5 if step < 3 else 2.2, "dntk": 1.5, "representation_change": 1.5}
     found = {tag(name): value for name, value in names.items()}
     found |= {tag(name, series): value for name in names for series, value in (edges | lines).items()}

@@ -84,10 +84,13 @@ def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
         if steps := [step for step in lower if step in upper]:
             edges = [lower[step] for step in steps], [upper[step] for step in steps]
             axes.fill_between(steps, *edges, color=THEORY, alpha=alpha, lw=0, label=label)
+    quantiles = bool(_series(history, tag(quantity, BAND_90[0])))
     for series, (color, style, width, label) in LINES.items():
+        if quantiles and series in EXPANSIONS:  # along the path that this network took: for want of a forecast
+            continue
         theory = _series(history, tag(quantity, series))
         if any(theory.values()) or (theory and series not in EXPANSIONS):  # not an expansion's start alone
-            if series == "order_1" and _series(history, tag(quantity, BAND_90[0])):
+            if series == "order_1" and quantiles:
                 label = MEDIAN
             axes.plot(list(theory), list(theory.values()), color=color, ls=style, lw=width, label=label)
             if series in EXPANSIONS and max(theory) < max(measured, default=0):  # it ends where it holds no more

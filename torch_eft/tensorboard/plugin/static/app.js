@@ -201,7 +201,7 @@ export class App {
     const names = this.quantities();
     const large = this.headlines(names);
     const drawn = (name, more) => ({ panel: this.panel(name, more), about: this.about(name) });
-    const first = large.map((name) => drawn(name, { dots: true }));
+    const first = large.map((name) => drawn(name, { headline: true }));
     const others = names.filter((name) => !large.includes(name)).map((name) => drawn(name));
     const unfolded = others.filter(({ about }) => isOpen(about, this.settings.open, first.length));
     this.page.runs.replaceChildren(runList(this.listing.runs, styles, this.runActions()));

@@ -45,8 +45,8 @@ function endMark(name, { series, points, color }, measured, events) {
 /**
  * @param {string} name the quantity
  * @param {{name, index, raw, events}[]} runs those that have it; raw as in model.js
- * @param {{single, order_0, order_1, band, truncation, events, layers, residual, dots}} options what is switched on;
- *   single: one run is chosen; dots: a dot a measurement
+ * @param {{single, order_0, order_1, band, truncation, events, layers, residual, headline}} options what is switched
+ *   on; single: one run is chosen; headline: a dot a measurement, and where there are quantiles nothing but them
  */
 export function makePanel(name, runs, options, theme) {
   const { single } = options;
@@ -67,10 +67,12 @@ export function makePanel(name, runs, options, theme) {
       marker: series === "measured" ? marker : null,
     });
     if (options.band) panel.bands.push(...bandsOf(quantity, color, theme, runs.length));
+    const plain = options.headline && quantity.band90.length > 0;
     const shown = quantity.orders.filter(({ series }) => options[series] ?? true);
     for (const { series, points } of shown) panel.lines.push(line(series, points, 1.5));
     for (const { series, points } of quantity.others) {
       if (series === "given_start" && !(single && options.band)) continue;
+      if (isExpansion(series) && plain) continue;
       panel.lines.push(line(series, points, isExpansion(series) ? 1.6 : 1.2));
       const end = isExpansion(series) && endMark(name, panel.lines.at(-1), quantity.measured, events);
       if (end) panel.marks.push(end);
@@ -82,7 +84,7 @@ export function makePanel(name, runs, options, theme) {
         if (edge.length) panel.lines.push(line("given", edge, 1));
       }
     }
-    if (single && options.truncation && options[quantity.best]) {
+    if (single && options.truncation && options[quantity.best] && !plain) {
       for (const side of [1, 2]) {
         const edge = quantity.truncation.map((point) => [point[0], point[side]]);
         if (edge.length) panel.lines.push({ ...line("truncation", edge, 1), color: seriesColor(theme, quantity.best) });
@@ -100,7 +102,7 @@ export function makePanel(name, runs, options, theme) {
         if (options.band && band90.length) panel.bands.push({ kind: "layer", points: band90, color: own, opacity: theme.bandOpacity / 2 });
       });
     }
-    panel.lines.push({ ...line("measured", quantity.measured, 2), dots: options.dots });
+    panel.lines.push({ ...line("measured", quantity.measured, 2), dots: options.headline });
     if (kind) {
       // With several runs only one residual per run stays readable: that of the highest order.
       for (const { series, points } of single ? shown : shown.slice(-1)) {
