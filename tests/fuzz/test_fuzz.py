@@ -13,7 +13,7 @@ import pytest
 from tests.fuzz.kinds import BLOCKS
 from tests.fuzz.run import examine
 
-FAST, SLOW = 100, 2000
+FAST, SLOW = 100, 1000
 BAGS = ("sum of a bag", "mean of a bag", "bag of bounded norm")
 SAMPLED = ("spatial transformer", "grid sample")
 JUSTIFIED = {
@@ -56,12 +56,12 @@ def hundred():
 
 
 @pytest.fixture(scope="module")
-def thousands():
+def thousand():
     alone = [(0, name) for name in BLOCKS]
     return asked(alone + [(seed_of_the_day() + number, None) for number in range(FAST, SLOW - len(alone))])
 
 
-@pytest.fixture(params=["hundred", pytest.param("thousands", marks=pytest.mark.slow)])
+@pytest.fixture(params=["hundred", pytest.param("thousand", marks=pytest.mark.slow)])
 def answers(request):
     return request.getfixturevalue(request.param)
 

@@ -127,18 +127,17 @@ def test_estimators_are_unbiased(outputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "networks"), [("tanh", 16_000), ("gelu", 40_000)])
-def test_layer_4_tends_to_theory_in_every_vertex(name, networks):
+def test_layer_4_tends_to_theory_in_every_vertex():
     """Three hidden layers, widths (16, 24, 16) and twice that, 2 r(2n) - r(n): the rest is of second order."""
     narrow, wide = (
-        compared(name, (3, *hidden, 2), networks, dtype=torch.float32)[1] for hidden in ((16, 24, 16), (32, 48, 32))
+        compared("tanh", (3, *hidden, 2), 16_000, dtype=torch.float32)[1] for hidden in ((16, 24, 16), (32, 48, 32))
     )
     for key in FOUR:
         r, r2 = narrow[key].ratio, wide[key].ratio
         value = 2 * r2 - r
         error = math.hypot(narrow[key].ratio_error, 2 * wide[key].ratio_error)
         left = max(abs(r - 1), abs(r2 - 1)) ** 2
-        print(f"{name} {key}: {r:.3f}, {r2:.3f} -> {value:.3f} +- {error:.3f} (second order {left:.3f})")
+        print(f"{key}: {r:.3f}, {r2:.3f} -> {value:.3f} +- {error:.3f} (second order {left:.3f})")
         assert abs(value - 1) < 4 * error + left, f"{key}: {value:.3f} +- {error:.3f} (second order {left:.3f})"
         if key in "BPQRSTU":
             assert error < 0.07, f"{key}: the standard error {error:.3f} is too large to tell anything"
