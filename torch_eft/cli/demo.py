@@ -146,9 +146,10 @@ def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | 
     x_train, y_train, x_probe = load_digits_split()
     ensemble = demo_ensemble(width, depth, activation, x_train.shape[1])
     print(diagnose(ensemble, x_train), end="\n\n")
-    # MSELoss is the mean over N C entries: half of its bound 2 / lambda_max(2 Theta / (N C)).
+    # MSELoss is the mean over N C entries: a quarter of its bound 2 / lambda_max(2 Theta / (N C)). At half of it the
+    # largest mode would be learned in a single step, up to what the network's own NTK differs from Theta.
     Theta = initial_statistics(ensemble, x_train, statistics=("K", "Theta"))[-1].Theta
-    learning_rate = 0.5 * y_train.numel() / float(torch.linalg.eigvalsh(Theta)[-1])
+    learning_rate = 0.25 * y_train.numel() / float(torch.linalg.eigvalsh(Theta)[-1])
 
     pl.seed_everything(seed, verbose=False)
     model = CriticalMLP(ensemble, learning_rate)

@@ -238,6 +238,20 @@ def test_a_displacement_of_one_short_step_is_the_gradient():
         torch.testing.assert_close(displaced, along)
 
 
+def test_sensitivity_is_the_change_of_the_displacement_with_the_eigenvalues():
+    """Of one mode: Delta phi = g^s (1 - g^(t-s)) / lambda with g = 1 - eta lambda, differentiated by hand."""
+    single = theory.MLPEnsemble([3, 40, 1], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    keywords = {"steps": 9, "reduction": "sum", "at_steps": [9], "hidden_ntk": False}
+    Theta = theory.initial_statistics(single, X[:1], statistics=("K", "Theta"))[-1].Theta
+    networks = theory.predict_drift(
+        single, X[:1], Y[:1, :1], X[:1], learning_rate=0.3 / float(Theta), **keywords
+    ).draws(2)
+    g, s, t = 0.7, 3, 5
+    slope = -0.3 * (s * g ** (s - 1) - t * g ** (t - 1)) / (g**s - g**t) - 1
+    assert networks.rate_sensitivity(s, t) == pytest.approx(abs(slope), rel=1e-6)
+    assert networks.rate_sensitivity(s) == pytest.approx(0.3 * s / g, rel=1e-6)
+
+
 def test_norms_over_more_points_are_those_over_some_scaled_to_the_mean_square():
     x = torch.cat([X, normal(2, 3, seed=31)])
     keywords = {"learning_rate": RATE, "steps": STEPS, "reduction": "sum", "at_steps": (STEPS,), "hidden_ntk": False}

@@ -5,6 +5,7 @@ covariance at six labels. That of many probe points is large: pairs of some of t
 norm of the whole is theirs times the ratio of the two expectations, which are exact.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from torch_eft.theory.hierarchy.drift.law import (
     times,
 )
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
+from torch_eft.theory.training.time_sums import ModePropagator
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,31 @@ class NetworkDraws:
     def along_gradient(self, step: float, *, full: bool = False) -> tuple[Tensor, Tensor]:
         """Sizes of dNTK and ddNTK along the gradient at a step, as in ``along_displacement``."""
         return self._contracted(self._factors(step, dntk), full)
+
+    def rate_sensitivity(self, start: float, end: float | None = None) -> float:
+        """Relative change of a displacement's effect on outputs, per relative change of the NTK's eigenvalues.
+
+        Sizes along a displacement take that of the ensemble's NTK; the eigenvalues of one network's differ from it, and
+        late in training, or where a mode is learned in a single step, what is left depends on them many times as much.
+
+        Args:
+            start: The earlier step.
+            end: The later step; None: of the gradient at ``start``.
+
+        Returns:
+            Root mean square over modes and networks of the derivative by the logarithm of every eigenvalue.
+        """
+        path, size = self._path, 1e-4
+        at = torch.tensor([start] if end is None else [start, end], dtype=path.K.dtype, device=path.K.device)
+
+        def moved(factor: float) -> Tensor:
+            g, phi = ModePropagator(factor * path.eigenvalues, path.training).single(at)
+            return g[0] if end is None else phi[1] - phi[0]
+
+        slope = (moved(1 + size) - moved(1 - size)) / (2 * size)
+        weight = path.error_gram.diagonal() * path.coupling[: path.probes].square().sum(0)
+        whole = (weight * moved(1.0).square()).sum()
+        return math.inf if float(whole) == 0 else float(((weight * slope.square()).sum() / whole).sqrt())
 
     def _contracted(self, first: Factors, full: bool) -> tuple[Tensor, Tensor]:
         path, moved = self._path, first[0]
