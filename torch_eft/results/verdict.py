@@ -31,6 +31,11 @@ class Verdict:
         quantile: Share of networks below the measured value.
         given_low: The same as ``low`` for networks that start with this network's outputs.
         given_high: The same as ``high`` for them.
+
+    Example:
+        >>> from torch_eft.tensorboard import Verdict
+        >>> Verdict(90, 0.5, 0.2, 0.1, 0.4, "above", since=40, outside=2, compared=5).words
+        'left the 90 % band at step 40 (above)'
     """
 
     step: int
