@@ -299,6 +299,13 @@ class Instrument:
         """A step was taken, ``step`` in all. Called after every step: it must be cheap, or mostly do nothing."""
         return Reading()
 
+    def wants_first_step(self) -> bool:
+        """Return whether it must observe the network after the first step though no measurement is due.
+
+        What it answers then is told and marked, without its scalars, which belong to measurements.
+        """
+        return False
+
     def forget(self) -> None:
         """Drop what belongs to an earlier run: a new one starts, or another state is about to be loaded."""
 

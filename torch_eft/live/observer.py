@@ -521,12 +521,16 @@ class Observer:
                 self._begin_late(step)
             if not self._begun:
                 return {}
-        since = self.progress.step
+        since, first = self.progress.step, self.progress.at_start and step != self.progress.step
         if step != self.progress.step:
             self._after_step(step)
         planned = self.progress.total_steps
         last = last or (planned is not None and min(since, step - 1) < planned <= step)
         if not last and not (self._due(step, since) if due_now is None else due_now):
+            if first and self._ranks.leads and not self.collective:
+                with self.recorder.guard():
+                    self._measurements.look_at_first_step(self.network)
+                self.budget.settle()
             return {}
         if not self._ranks.leads:
             with self.recorder.guard():

@@ -90,7 +90,9 @@ def test_the_numbers_of_a_visit():
 
 
 def test_radius_and_response_are_those_of_the_first_step_whenever_it_is_looked_at():
-    seen = [trained(steps=6, every=every)[2].history[0] for every in (1, 6)]
+    runs = [trained(steps=6, every=every)[2:] for every in (1, 6)]
+    seen = [observer.history[0] for observer, _ in runs]
+    assert list(runs[1][0].history) == [0, 6] and [step for step, _ in runs[1][1]["expansion"]][:2] == [0, 1]
     for name in (RADIUS, "eft-more/expansion_response/measured"):
         assert seen[0][name] > 0 and seen[1][name] == pytest.approx(seen[0][name], rel=1e-4)
     model, x_probe, observer, _ = trained(steps=1)  # and the response is the dNTK along that step

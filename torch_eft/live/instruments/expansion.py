@@ -6,14 +6,13 @@ the second-order change of H over the first; beyond ``LIMIT`` it often predicts 
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_eft.live.instrument import Event, Instrument, Measurement, Reading, RunFacts, TrainingStart
-from torch_eft.live.instruments.common import LARGEST, copied, current, too_many
+from torch_eft.live.instruments.common import LARGEST, current, too_many
 from torch_eft.measure.forward.kinks import kinked_operations
 from torch_eft.measure.network.expansion import SnapshotExpansion
 from torch_eft.measure.network.snapshot import Plan, Snapshot
@@ -32,8 +31,7 @@ class ExpansionInstrument(Instrument):
     which the gauge reaches ``LIMIT``; and the response r_0, the relative change of H per unit of that motion.
 
     Args:
-        largest: Trainable parameters up to which copies are kept: theta_0 and, until the first measurement after it,
-            theta_1.
+        largest: Trainable parameters up to which theta_0 is kept.
     """
 
     name = "expansion"
@@ -41,7 +39,7 @@ class ExpansionInstrument(Instrument):
     needs_theta_0 = True
     looks_back = True
 
-    def __init__(self, *, largest: int = LARGEST // 2) -> None:
+    def __init__(self, *, largest: int = LARGEST) -> None:
         self.largest = largest
         self.forget()
 
@@ -51,9 +49,8 @@ class ExpansionInstrument(Instrument):
         self._ended: tuple[int, float, float] | None = None  # step, motion of the outputs, gauge
         self._latest: int | None = None
         self._numbers: dict[str, float] = {}
+        self._scalars: dict[str, float] = {}
         self._start = 0
-        self._first: tuple[int, dict[str, Tensor]] | None = None
-        self._waits = False
         self._page = ""
 
     def plan(self, outputs: int, samples: int) -> Plan:
@@ -71,24 +68,23 @@ class ExpansionInstrument(Instrument):
                 "their side add to the change of H, which is most of it; smooth activations (GELU, SiLU, tanh) have a "
                 "line"
             )
-        self._waits = start.fresh and self._refusal is None
         return self._told(Reading())
 
-    def after_step(self, step: int, network: nn.Module) -> Reading:
-        """Keep the parameters after the first step: the first measurement may come much later."""
-        if self._waits:
-            self._waits, self._first = False, (step, copied(network))
-        return Reading()
+    def wants_first_step(self) -> bool:
+        """Radius and response are those of the first step, and the first measurement may come much later."""
+        return self._refusal is None and self._ended is None and not self._numbers
 
     def observe(self, measurement: Measurement) -> Reading:
         """Compare, unless the line has ended; at infinite width nothing changes, which costs nothing to say."""
-        first, self._first = self._first, None
         H, hidden = measurement.snapshot.ntk, measurement.snapshot.hidden
         quantities = ["ntk_drift"] * (H is not None) + ["representation_change"] * bool(hidden)
         reading = Reading({tag(quantity, "order_0"): 0.0 for quantity in quantities})
-        if self._refusal is not None or self._ended is not None or measurement.step == self._latest:
+        if measurement.step == self._latest:
+            reading.scalars |= self._scalars
             return reading
-        self._latest = measurement.step
+        self._latest, self._scalars = measurement.step, reading.scalars
+        if self._refusal is not None or self._ended is not None:
+            return reading
         self._refusal = _unusable(measurement)
         if self._refusal is not None:
             return self._told(reading)
@@ -96,13 +92,13 @@ class ExpansionInstrument(Instrument):
             self._start = measurement.step
             reading.scalars |= {tag(quantity, series): 0.0 for quantity in quantities for series in SERIES}
             return reading
-        if not self._numbers and first is not None and self._start < first[0] < measurement.step:
-            with_first = measurement.network.at(first[1]).snapshot(measurement.plan)
-            self._measure_radius(first[0], self._expanded(measurement, first[1], with_first), measurement, reading)
-        expansion = self._expanded(measurement, current(measurement.model), measurement.snapshot)
-        if not self._numbers:
-            self._measure_radius(measurement.step, expansion, measurement, reading)
+        assert measurement.theta_0 is not None
+        ends = measurement.reference, measurement.snapshot
+        theta = current(measurement.model)
+        expansion = measurement.network.expansion(measurement.theta_0, theta, measurement.plan, *ends)
         if expansion is not None:
+            if not self._numbers:
+                self._measure_radius(measurement, expansion, reading)
             gauge = reading.scalars[tag("expansion_gauge")] = expansion.gauge
             if not gauge <= LIMIT:
                 self._end(measurement.step, float(_rms(expansion.change.output)), gauge, reading)
@@ -110,19 +106,8 @@ class ExpansionInstrument(Instrument):
                 reading.scalars |= expansion_scalars(expansion, measurement.reference)
         return self._told(reading)
 
-    def _expanded(
-        self, measurement: Measurement, theta: Mapping[str, Tensor], snapshot: Snapshot
-    ) -> SnapshotExpansion | None:
-        assert measurement.theta_0 is not None
-        ends = measurement.reference, snapshot
-        return measurement.network.expansion(measurement.theta_0, dict(theta), measurement.plan, *ends)
-
-    def _measure_radius(
-        self, step: int, expansion: SnapshotExpansion | None, measurement: Measurement, reading: Reading
-    ) -> None:
+    def _measure_radius(self, measurement: Measurement, expansion: SnapshotExpansion, reading: Reading) -> None:
         """Radius and response: ratios along a direction, in which its length drops out."""
-        if expansion is None:
-            return
         assert expansion.first.ntk is not None and measurement.reference.ntk is not None
         motion, moved = float(_rms(expansion.first.output)), float(_rms(expansion.change.output))
         if not motion > 0:
@@ -130,7 +115,7 @@ class ExpansionInstrument(Instrument):
         response = float(expansion.first.ntk.norm()) / float(measurement.reference.ntk.norm()) / motion
         gauge = expansion.gauge
         self._numbers = {
-            "steps": float(step - self._start),
+            "steps": float(measurement.step - self._start),
             "moved": moved,
             "radius": LIMIT * motion / gauge if gauge > 0 else math.inf,
             "response": response,

@@ -126,6 +126,20 @@ class Measurements:
         self._record(step, scalars, epoch)
         return dict(self.recorder.history.get(step, {}))
 
+    def look_at_first_step(self, network: MeasuredNetwork) -> None:
+        """Let the instruments that want it observe the network after the first step, though no measurement is due.
+
+        Args:
+            network: What is measured.
+        """
+        wanting = [instrument for instrument in self.instruments if instrument.wants_first_step()]
+        if not wanting or not self.begun or self.reference.snapshot is None:
+            return
+        lambdas = self._lambdas(network)
+        with network.isolated(lambdas, collective=False) as (isolated, _):
+            readings = self._observed(self._taken(network, isolated, None, lambdas), wanting, forced=True)
+        self._take(readings)
+
     def _begin(self, network: MeasuredNetwork, isolated: Network) -> list[Reading]:
         """Begin with every instrument: when training begins, or at the first measurement after that failed."""
         start = self._started(network.network, isolated, list(network.optimizers), self.progress.step)
