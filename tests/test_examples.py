@@ -3,7 +3,14 @@
 import warnings
 from pathlib import Path
 
-from examples import bare_pytorch, depth_to_width, finite_width_forecast, lightning_cli, too_deep
+from examples import (
+    bare_pytorch,
+    depth_to_width,
+    drift_against_width,
+    finite_width_forecast,
+    lightning_cli,
+    too_deep,
+)
 from examples.attach_to_your_training import main
 
 
@@ -44,6 +51,14 @@ def test_the_forecast_with_finite_width_comes_closer(tmp_path):
     slopes = finite_width_forecast.main(networks=3, steps=60, widths=(64, 256), figure=str(tmp_path / "figure.png"))
     for quantity in ("outputs", "NTK"):
         assert slopes[1, quantity] < slopes[0, quantity] < 0
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_drift_falls_with_the_width_inside_its_band(tmp_path):
+    """Of four networks each is inside with a probability of 0.9: fewer than two of them once in 270 runs."""
+    found = drift_against_width.main(networks=4, steps=20, widths=(128,), figure=str(tmp_path / "figure.png"))
+    ((drifts, (low, median, high)),) = found.values()
+    assert low < median < high and sum(low <= drift <= high for drift in drifts) >= 2
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
