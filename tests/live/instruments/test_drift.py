@@ -23,7 +23,7 @@ WIDTH, RATE, STEPS = 256, 0.01, 6
 
 def instruments():
     found = NTKInstrument(), RepresentationInstrument(per_layer=True), IntervalInstrument(), DNTKInstrument()
-    return [*found, TheoryInstrument(seconds=0.5)]
+    return [*found, TheoryInstrument(seconds=2.0)]
 
 
 def run(model, steps=STEPS, momentum=0.0, rate=RATE, **keywords):

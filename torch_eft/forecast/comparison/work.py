@@ -144,7 +144,7 @@ def corrections_work(
     passes = 2 * tiles * (1 + steps / (2 * time_chunk(train, points_at_once(points, train))))
     zeroth = 0.004 + 0.0065 * layers
     ntk = layers * (0.11 + 9.0e-7 * pairs + 2.4e-4 * probe * train) + times * pairs * (1.6e-8 + 1e-9 * outputs)
-    hidden = layers * (0.17 + 1.15e-6 * pairs + 2.4e-4 * train**2) + times * (2e-4 + 4e-7 * train**2)
+    hidden = layers * (0.17 + 2e-6 * pairs + 2.8e-4 * train**2) + times * (2e-4 + 4e-7 * train**2)
     mean = layers * (0.15 * tiles + 2.2e-6 * triples) + 7e-9 * in_time + 2.7e-7 * steps * train**2
     between = (1 + outputs**2) * (6e-9 * in_time + steps * (1.35e-8 * points**2 * train + each))
     covariance = mean + layers * (0.05 * tiles + 9e-7 * (points * train) ** 2) + 2.5e-9 * in_time + between

@@ -6,11 +6,12 @@ norm of the whole is theirs times the ratio of the two expectations, which are e
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from torch_eft.results.work import worked
 from torch_eft.theory.hierarchy.drift.law import (
     DriftForms,
     Factors,
@@ -42,12 +43,32 @@ class JointForms:
     pairs: Tensor
     X: Tensor
     reference: Tensor
+    _roots: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def some(self) -> DriftForms:
         """The forms of the pairs that are drawn together."""
         forms, at = self.forms, self.pairs
         return DriftForms(forms.scale, forms.C[at], forms.A[at], forms.B[at], forms.X[at])
+
+    def given_z(self, path: InfiniteWidthPath) -> tuple[Tensor, Tensor]:
+        """The law of eta of the pairs drawn together, given z: a root of its covariance, and its mean as a map of z.
+
+        Args:
+            path: The path at infinite width.
+
+        Returns:
+            (some modes, some modes), the same for all z and computed once, and (some modes, modes).
+        """
+        if not self._roots:
+            inverse = torch.linalg.pinv(path.K_modes, hermitian=True)
+            C = self.some.C.flatten(0, 1)
+            left = self.X.transpose(1, 2).flatten(2).flatten(0, 1) - C @ inverse @ C.T
+            values, vectors = torch.linalg.eigh((left + left.T) / 2)
+            root = vectors * values.clamp_min(0.0).sqrt()  # sampled moments leave small negative ones
+            self._roots.append((root, C @ inverse))
+            worked(5 * len(left) ** 3)
+        return self._roots[0]
 
     def along(self, path: InfiniteWidthPath, steps: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the component along a symmetric matrix at every time, of all pairs drawn together.
@@ -83,17 +104,14 @@ class _Drawn:
 
     def __init__(self, joint: JointForms, path: InfiniteWidthPath, z: Tensor, generator: torch.Generator) -> None:
         self._joint, self._path, self._z = joint, path, z
-        some, modes, a = joint.some, z.shape[1], z - path.y
-        inverse = torch.linalg.pinv(path.K_modes, hermitian=True)
-        C = some.C.flatten(0, 1)  # (pairs modes, modes)
-        left = joint.X.transpose(1, 2).flatten(2).flatten(0, 1) - C @ inverse @ C.T
-        values, vectors = torch.linalg.eigh((left + left.T) / 2)
-        root = vectors * values.clamp_min(0.0).sqrt()  # sampled moments leave small negative ones
+        modes, a = z.shape[1], z - path.y
+        root, explained = joint.given_z(path)
         self._linear = z.new_zeros(len(z), len(joint.pairs), modes)
         for k in range(path.outputs):
             u = torch.randn(len(z), len(root), generator=generator, dtype=z.dtype, device=z.device)
-            eta = u @ root.T + (z[:, :, k] @ inverse) @ C.T
+            eta = u @ root.T + z[:, :, k] @ explained.T
             self._linear += eta.unflatten(1, (-1, modes)) * a[:, None, :, k]
+            worked(len(z) * root.numel())
         self._squares = a @ a.mT
 
     def entries(self, factors: Factors) -> Tensor:
