@@ -89,6 +89,7 @@ def test_dntk_is_predicted_along_the_interval_that_was_measured_and_along_the_gr
         expected = norm * float(seeds.along_gradient(step, full=True)[0].quantile(0.5))
         assert history[step][tag("dntk_along_gradient", "order_1")] == pytest.approx(expected, rel=1e-5)
     assert tag("dntk_along_gradient", "order_1") not in history[6]
+    assert tag("dntk", GIVEN_START) not in history[6] and tag("ntk_drift", GIVEN_START) in history[6]
 
 
 def test_sizes_of_dntk_have_no_line_where_eigenvalues_vary_too_much():

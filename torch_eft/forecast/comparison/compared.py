@@ -39,7 +39,7 @@ class Banded:
         band_68: Quantiles 0.16 and 0.84 over seeds.
         band_90: Quantiles 0.05 and 0.95 over seeds.
         quantile: Share of seeds below the measured value.
-        given: Median over the seeds that start with this network's outputs.
+        given: Median over the seeds that start with this network's outputs; None where that was found not to hold.
         given_90: Quantiles 0.05 and 0.95 over those.
     """
 
@@ -48,8 +48,8 @@ class Banded:
     band_68: tuple[float, float]
     band_90: tuple[float, float]
     quantile: float
-    given: float
-    given_90: tuple[float, float]
+    given: float | None = None
+    given_90: tuple[float, float] | None = None
 
 
 def component(value: Tensor, along: Tensor) -> Tensor:

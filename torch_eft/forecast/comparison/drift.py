@@ -6,12 +6,16 @@ The compared quantities are those that are logged of a measured network, relativ
 * ``representation_change``: the mean over hidden layers of ||K - K_0|| / ||K_0||, and each layer;
 * ``dntk`` and ``ddntk`` along a displacement or along the gradient.
 
-All are drawn for the same networks of the ensemble (``theory.NetworkDraws``), of all seeds and of those that start with
-this network's outputs on the training inputs. Work is counted, not timed, so that the same is drawn on any machine.
+All are drawn for the same networks of the ensemble (``theory.NetworkDraws``), of all seeds; drift and change also of
+those that start with this network's outputs on the training inputs. (Sixty tanh networks with n = 256: that leaves a
+twentieth of the variance of the NTK drift at the first steps, a fifth at step 50. Its 90 % band covers 88 to 95 % of
+them, 82 to 92 % for hidden kernels, but 45 to 82 % for sizes along a displacement, which depends on the eigenvalues of
+one network's own NTK.) Work is counted, not timed, so that the same is drawn on any machine.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -153,16 +157,16 @@ class DriftComparison:
         if end > self._last or not self._sure(start, end):
             return {}
         full, scale = self._scale(ntk)
-        sizes = (draws.along_displacement(start, end, full=full) for draws in (self._seeds, self._given))
-        return _sizes(("dntk", "ddntk"), sizes, scale, (dntk, ddntk))
+        drawn = self._seeds.along_displacement(start, end, full=full)
+        return _sizes({"dntk": dntk, "ddntk": ddntk}, drawn, scale)
 
     def gradient(self, step: int, ntk: Tensor, dntk: float, ddntk: float | None) -> dict[str, Banded]:
         """Compare dNTK and ddNTK along the gradient at a step; arguments and result as in ``displacement``."""
         if step > self._last or not self._sure(step):
             return {}
         full, scale = self._scale(ntk)
-        sizes = (draws.along_gradient(step, full=full) for draws in (self._seeds, self._given))
-        return _sizes(("dntk_along_gradient", "ddntk_along_gradient"), sizes, scale, (dntk, ddntk))
+        drawn = self._seeds.along_gradient(step, full=full)
+        return _sizes({"dntk_along_gradient": dntk, "ddntk_along_gradient": ddntk}, drawn, scale)
 
     def _sure(self, start: int, end: int | None = None) -> bool:
         """Whether a displacement is the ensemble's, up to how much eigenvalues of the NTK vary over networks."""
@@ -221,21 +225,19 @@ def _work(ensemble: MLPEnsemble, train: int, probe: int, points: int) -> float:
     return layers * (single + 4.5e-6 * points**4 * train**2) + 3e-10 * (1 + layers) * modes**3
 
 
-def _sizes(
-    names: Sequence[str], sizes: Iterable[tuple[Tensor, Tensor]], scale: float, measured: Sequence[float | None]
-) -> dict[str, Banded]:
-    seeds, given = sizes
+def _sizes(measured: Mapping[str, float | None], drawn: tuple[Tensor, Tensor], scale: float) -> dict[str, Banded]:
     return {
-        name: _banded(scale * seeds[i], scale * given[i], value)
-        for i, (name, value) in enumerate(zip(names, measured, strict=True))
-        if value is not None and bool(torch.isfinite(seeds[i]).all())
+        name: _banded(scale * seeds, None, value)
+        for (name, value), seeds in zip(measured.items(), drawn, strict=True)
+        if value is not None and bool(torch.isfinite(seeds).all())
     }
 
 
-def _banded(seeds: Tensor, given: Tensor, measured: float) -> Banded:
+def _banded(seeds: Tensor, given: Tensor | None, measured: float) -> Banded:
     """Bands over seeds, and over those with this network's start."""
     q = torch.tensor(_QUANTILES, dtype=seeds.dtype, device=seeds.device)
-    rows = torch.stack([torch.quantile(seeds, q), torch.quantile(given, q)]).tolist()
+    rows = torch.stack([torch.quantile(each, q) for each in (seeds, given) if each is not None]).tolist()
     below = float((seeds < measured).double().mean())
     low, lower, median, upper, high = rows[0]
-    return Banded(measured, median, (lower, upper), (low, high), below, rows[1][2], (rows[1][0], rows[1][4]))
+    found = Banded(measured, median, (lower, upper), (low, high), below)
+    return found if given is None else replace(found, given=rows[1][2], given_90=(rows[1][0], rows[1][4]))

@@ -35,12 +35,12 @@ def banded_scalars(name: Callable[[str], str], compared: Banded) -> dict[str, fl
     """``{tag: value}`` of a law over seeds; ``name`` gives the tag of a series."""
     series = {
         "order_1": compared.median,
-        GIVEN_START: compared.given,
         QUANTILE: compared.quantile,
         **dict(zip(BAND_68, compared.band_68, strict=True)),
         **dict(zip(BAND_90, compared.band_90, strict=True)),
-        **dict(zip(GIVEN_START_BAND, compared.given_90, strict=True)),
     }
+    if compared.given is not None and compared.given_90 is not None:
+        series |= {GIVEN_START: compared.given, **dict(zip(GIVEN_START_BAND, compared.given_90, strict=True))}
     return {name(key): value for key, value in series.items() if math.isfinite(value)}
 
 
