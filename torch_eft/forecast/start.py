@@ -132,7 +132,7 @@ class StartingDerivatives:
         with watch_kinks() as kinks:
             for part in along_path(network, points, self._x_train, basis, self._lambdas, self._memory):
                 collected.add(part)
-                worked(M**2 * parameters)
+                worked(M**2)
         return collected.tensors(), tuple(dict.fromkeys(kinks))
 
 

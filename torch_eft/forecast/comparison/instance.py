@@ -159,7 +159,8 @@ class InstanceComparison:
         self.order_1: Trajectory | None = None
         modes = self._affordable(steps)
         if modes is not None:
-            with self._allowance.working(ORDER_1):
+            pairs = modes * (modes + 1) / 2 + modes**2
+            with self._allowance.working(ORDER_1, pairs * self.outputs**2):
                 self.order_1 = self._predicted(steps, 1, modes)
         z = self.order_0.output_mean
         self._moved = (z - z[0]).flatten(1).norm(dim=1)
@@ -186,20 +187,20 @@ class InstanceComparison:
         return self._modes
 
     def _work(self, steps: int, modes: int) -> float:
-        """Seconds of one core for order 1 along some directions: of what a single one takes, measured on one step."""
+        """Count the work of order 1 along some directions, by what one and two of them take on three steps."""
         if self._counted is None:
             counts = []
-            for order in (0, 1):
+            for directions in (1, 2):
                 with OperationCount() as count:
-                    self._predicted(1, order, order or None)
+                    self._predicted(3, 1, directions)
                 counts.append(count.seconds)
-            # One direction takes 5/2 Gram matrices of derivatives, r of them 3/2 r^2 + r (one for each X).
-            self._counted = counts[0], (counts[1] - counts[0]) / 2.5
-        zeroth, gram = self._counted
+            # r directions take about 3/2 r^2 + r Gram matrices of derivatives.
+            self._counted = counts[0], (counts[1] - counts[0]) / 5.5
+        single, gram = self._counted
         columns = 2 * modes**2 + 4 * modes**3
         observed = self.outputs - self._train_outputs
         each_step = 2e-4 + 1e-9 * self.outputs * columns + 1e-9 * observed**2 * (modes + 2 * modes**2)
-        return zeroth + gram * (1.5 * modes**2 + modes) + steps * each_step
+        return single + gram * (1.5 * modes**2 + modes - 2.5) + steps * each_step
 
     def _predicted(self, steps: int, order: int, modes: int | None = None) -> Trajectory:
         return predict_from_network(

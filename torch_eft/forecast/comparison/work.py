@@ -16,7 +16,7 @@ from torch_eft.theory.training.corrections.mean_output import points_at_once, ti
 Report = Callable[[str, float], None]
 """Gets what is being computed, and the share of all counted work that is done."""
 
-_SECONDS_PER_MULTIPLICATION = 1 / 12e9
+_MULTIPLICATIONS_PER_SECOND = 12e9
 """Of what long loops report as they go; only the bar of progress depends on it."""
 
 
@@ -91,19 +91,25 @@ class Allowance:
         return f"forecast_seconds={math.floor(needed) + 1}"
 
     @contextmanager
-    def working(self, name: str) -> Iterator[None]:
-        """Report how far the work is, while a part is made inside."""
+    def working(self, name: str, multiplications: float | None = None) -> Iterator[None]:
+        """Report how far the work is, while a part is made inside.
+
+        Args:
+            name: The part.
+            multiplications: How many it says that it has done, in all (``torch_eft.results.work``); None: as many as
+                fit into its counted work.
+        """
         report, work = self.report, self._covered.get(name, 0.0)
         if report is None:
             yield
             return
-        before, planned, multiplications = sum(self._done.values()), max(self.planned, 1e-9), 0.0
+        before, planned = sum(self._done.values()), max(self.planned, 1e-9)
+        whole, done = multiplications or max(work, 1e-9) * _MULTIPLICATIONS_PER_SECOND, 0.0
 
         def listener(more: float) -> None:
-            nonlocal multiplications
-            multiplications += more
-            share = min(0.99, multiplications * _SECONDS_PER_MULTIPLICATION / max(work, 1e-9))
-            report(name, min(1.0, (before + share * work) / planned))
+            nonlocal done
+            done += more
+            report(name, min(1.0, (before + min(0.99, done / whole) * work) / planned))
 
         report(name, min(1.0, before / planned))
         with listening(listener):
