@@ -128,6 +128,9 @@ def test_where_there_is_no_law_the_page_says_why():
     assert tag("ntk_drift", "order_1") not in observer.history[STEPS]
     assert observer.history[STEPS][tag("ntk_drift", "order_0")] == 0.0
     assert "relu has a kink" in pages["validity"][-1][1]
+    unpredicted = observer.instruments[-1].facts().unpredicted
+    assert set(unpredicted) == {"ntk_drift", "dntk", "representation_change"}
+    assert unpredicted["dntk"].startswith("No prediction at finite width: activation: relu has a kink")
 
 
 def test_a_resumed_training_has_the_same_lines(trained):

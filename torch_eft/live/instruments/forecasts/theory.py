@@ -78,6 +78,7 @@ class TheoryInstrument(ForecastInstrument):
         self._hidden: list[str] = []
         self._drift: DriftLines | None = None
         self._start: Tensor | None = None
+        self._unpredicted: dict[str, str] = {}
 
     def plan(self, outputs: int, samples: int) -> Plan:
         """The NTK, besides the outputs."""
@@ -190,23 +191,30 @@ class TheoryInstrument(ForecastInstrument):
             self._start = kept["start"].to(y)
         else:
             self._start = Network(start.model, x, output_fn=start.network.output_fn).output()
-        left_out = "NTK drift, dNTK and change of hidden kernels at order 0"
         if not allowance.covers(LAW):
-            return f"{left_out}: {LAW} takes {allowance.refusal(LAW)}"
+            return self._without(f"{LAW} takes {allowance.refusal(LAW)}")
         try:
             with allowance.working(LAW):
                 comparison = DriftComparison(
                     self._ensemble, x.flatten(1), y, probe, training, self._start, seconds=self.seconds
                 )
         except (ValueError, QuadratureError) as error:
-            return f"{left_out}: {error}"
+            return self._without(str(error))
         self._drift = DriftLines(comparison, self._hidden)
         if self._hidden:
             return comparison.description
-        return (
-            f"{comparison.description}; hidden kernels at order 0: those of the theory are of activations, which this "
-            "network does not apply as modules, one after each hidden layer (nn.Tanh() ...)"
+        reason = (
+            "the hidden kernels of the theory are of activations, which this network does not apply as modules, one "
+            "after each hidden layer (nn.Tanh() ...)"
         )
+        self._unpredicted = {"representation_change": f"No prediction at finite width: {reason}."}
+        return f"{comparison.description}; hidden kernels at order 0: {reason}"
+
+    def _without(self, reason: str) -> str:
+        """Why there is no law of the drift, for the page; the tab shows it on the quantities' cards."""
+        sentence = f"No prediction at finite width: {reason}."
+        self._unpredicted = dict.fromkeys(("ntk_drift", "dntk", "representation_change"), sentence)
+        return f"NTK drift, dNTK and change of hidden kernels at order 0: {reason}"
 
     def _none(self, reason: str) -> str:
         return f"No theory of the ensemble for this run, measurements only: {reason}."
@@ -288,7 +296,7 @@ class TheoryInstrument(ForecastInstrument):
 
     def facts(self) -> RunFacts:
         """Network, r, epsilon and criticality as diagnosed; level and validity of the comparison."""
-        facts = super().facts()
+        facts = replace(super().facts(), unpredicted=self._unpredicted)
         if self._diagnosis is None:
             return facts
         ratio = self._diagnosis.aspect_ratio
