@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.forecast.comparison.compared import Banded
+from torch_eft.forecast.comparison.work import shown
 from torch_eft.measure.kernels.metrics import relative_change
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Validity
@@ -38,6 +39,8 @@ _SUMMED_AT_MOST = 4000
 """Steps with momentum, whose sums over time are made step by step at every measurement."""
 
 LAW = "the law of the drift"
+_INTEGRATED = {3: 2.0, 4: 60.0}
+"""Seconds for every layer over three and four points in all, whose moments are integrated instead of sampled."""
 
 _SENSITIVE = 0.25
 """Relative difference between one network's displacement and the ensemble's beyond which dNTK has no line: up to there
@@ -200,7 +203,7 @@ def joint_points(ensemble: MLPEnsemble, train: int, probe: int, seconds: float) 
         if needed <= seconds:
             return points
     raise ValueError(
-        f"the law of the drift for {train} training and {probe} probe inputs takes about {needed:.2g} s of one core, "
+        f"the law of the drift for {train} training and {probe} probe inputs takes about {shown(needed)} of one core, "
         f"{seconds:g} s are allowed: give fewer probe inputs, or forecast_seconds={math.ceil(1.2 * needed)}"
     )
 
@@ -222,6 +225,7 @@ def _work(ensemble: MLPEnsemble, train: int, probe: int, points: int) -> float:
     """Labels of every layer, entries of the law of single pairs, those of the joint law, and its eigenvectors."""
     layers, modes = ensemble.depth - 1, points * (points + 1) // 2 * train
     single = 0.44 + 0.22 * layers + 1.6e-3 * probe * train + 2.9e-6 * (probe * train) ** 2
+    single += _INTEGRATED.get(train + probe, 0.0)
     return layers * (single + 4.5e-6 * points**4 * train**2) + 3e-10 * (1 + layers) * modes**3
 
 
