@@ -13,7 +13,7 @@ import pytest
 from tests.fuzz.kinds import BLOCKS
 from tests.fuzz.run import examine
 
-FAST, SLOW = 100, 1000
+FAST, SLOW = 100, 2000
 BAGS = ("sum of a bag", "mean of a bag", "bag of bounded norm")
 SAMPLED = ("spatial transformer", "grid sample")
 JUSTIFIED = {
