@@ -65,8 +65,10 @@ def test_it_prints_diagnosis_table_cost_and_the_tensorboard_line(demo):
     assert rows["output_projection"][4] == f"{(measured - theory) / sigma:+.1f}"
     assert "measurements took" in text
     assert f"tensorboard --logdir {run.parent.parent}" in text
-    assert any(f"theory {flag}: " in text for flag in ("valid", "caution", "invalid"))
-    assert "order 1/n" in text.split("theory ")[-1]
+    for level, word in (("ensemble", "order 1/n"), ("instance", "H1 / H along the path")):
+        (line,) = (line for line in text.splitlines() if line.startswith(f"theory ({level}, order 1) "))
+        assert line.split(") ", 1)[1].split(": ")[0] in ("valid", "caution", "invalid")
+        assert word in line
     assert float(rows["ntk_mean_drift"][2]) > 0  # at order 1/n
 
 

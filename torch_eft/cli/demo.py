@@ -181,7 +181,7 @@ def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | 
         trainer.fit(model, DataLoader(TensorDataset(x_train, y_train), batch_size=len(x_train)))
 
     print(f"\n{comparison_table(monitor)}\n")
-    print(f"theory {monitor.validity}")
+    print(validity_lines(monitor))
     print(monitor.overhead())
     picture = Path(logger.log_dir) / "measured_against_theory.png"
     title = f"{ensemble}, {len(x_train)} digits, full batch"
@@ -192,6 +192,12 @@ def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | 
     print(f"picture:     {picture}")
     print(f"TensorBoard: tensorboard --logdir {logdir}")
     return monitor
+
+
+def validity_lines(monitor: EFTMonitor) -> str:
+    """Where each prediction holds, a line each: the bands are the ensemble's, instance lines this network's."""
+    claims = [instrument.facts().claim for instrument in monitor.observer.instruments]
+    return "\n".join(f"theory ({claim.level}) {claim.validity}" for claim in claims if claim is not None)
 
 
 def comparison_table(monitor: EFTMonitor) -> str:
