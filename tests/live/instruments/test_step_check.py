@@ -269,3 +269,31 @@ def test_shadows_take_no_step_that_the_network_does_not_take(how):
         assert shadow.validity.flag == "invalid" and "skipped a step" in shadow.validity.reason
     else:
         assert shadow.validity is None and shadow._taken == taken[8] == 5
+
+
+def fused(model):
+    return torch.optim.SGD(model.parameters(), lr=0.02, fused=True)
+
+
+@pytest.mark.parametrize("how", ["", "no gradients"])
+def test_steps_of_a_fused_optimizer_are_taken_though_no_version_counts_them(how):
+    model, other = mlp(48, 1), mlp(48, 1)
+    observer, taken = skipping([InstanceInstrument(seconds=60.0)], model, fused(model), 4, how)
+    plain, _ = skipping([InstanceInstrument(seconds=60.0)], other, torch.optim.SGD(other.parameters(), lr=0.02), 4, "")
+    for step, number in taken.items():
+        expected = {name: value for name, value in plain.history[number].items() if "overhead" not in name}
+        assert {name: observer.history[step][name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_step_that_a_fused_optimizer_skips_for_a_scaler_ends_the_forecast():
+    model = mlp(48, 1)
+    observer, _ = skipping([InstanceInstrument(seconds=60.0)], model, fused(model), 6, "scaler")
+    assert STEP in observer.validity.reason
+
+
+def test_shadows_go_on_beside_a_fused_optimizer():
+    x, y, x_probe = data(3, 2, 1)
+    model = mlp(12, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.002, fused=True)
+    observer, pages = fit(model, [ShadowInstrument()], 3, optimizer, x, y, x_probe)
+    assert tag("shadow_output") in observer.history[3], pages["shadow"]

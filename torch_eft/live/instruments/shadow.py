@@ -67,7 +67,7 @@ class ShadowInstrument(Instrument):
         self._outputs_0: Tensor | None = None
         self._moved = 0.0
         self._taken = 0
-        self._versions, self._ahead = -1, False
+        self._versions, self._ahead, self._counts = -1, False, False
         self._optimizer: Optimizer | None = None
         self._diverged: set[int] = set()
 
@@ -141,8 +141,15 @@ class ShadowInstrument(Instrument):
         return reading
 
     def _skipped(self) -> str | None:
-        """Return why the shadows are a step ahead, or None: every step of an optimizer writes to parameters."""
-        if self._ahead and self._start is not None and versions(self._start.model) == self._versions:
+        """Return why the shadows are a step ahead, or None: every step of an optimizer writes to parameters.
+
+        Versions do not count what a fused one writes: they tell only if they have been seen to count.
+        """
+        if not self._ahead or self._start is None:
+            return None
+        idle = versions(self._start.model) == self._versions
+        self._counts |= not idle
+        if idle and self._counts:
             return "the optimizer skipped a step that they took (a GradScaler does, for infinite gradients)"
         return None
 

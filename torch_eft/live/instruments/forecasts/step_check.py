@@ -5,7 +5,8 @@ none of it. Its parameters do: from one step to the next they must move by the S
 gradient must be that of the loss on the batch. Results stay on their device until they are asked for.
 
 A step that the optimizer does not take is none: without gradients, or left out by a ``GradScaler`` for its infinite
-ones. No parameter is written to then, which their version counters show without a wait for the device.
+ones. No parameter is written to then, which their version counters show without a wait for the device. Those do not
+count what fused optimizers write: unless they have been seen to count, every step is taken, and compared.
 """
 
 import random
@@ -48,6 +49,8 @@ class StepCheck:
         self.skipped = skipped
         self.begun = 0
         self._versions: int | None = None  # then
+        self._counts = False  # whether versions count what the optimizer writes
+        self._nothing = False  # whether there were no gradients
         self._expected: dict[str, Tensor] = {}
         self._length: Tensor | None = None
         self._rounding: Tensor | None = None
@@ -71,6 +74,7 @@ class StepCheck:
         self.begun, self._versions = step, versions(self._network)
         named = {name: p for name, p in self._network.named_parameters() if p.requires_grad}
         given = [p.grad for p in named.values() if p.grad is not None]
+        self._nothing = not given
         if not given:
             return
         self._checked += 1
@@ -95,7 +99,9 @@ class StepCheck:
         Args:
             step: Steps counted so far.
         """
-        if versions(self._network) == self._versions:
+        idle = versions(self._network) == self._versions
+        self._counts |= self._versions is not None and not idle
+        if idle and (self._counts or self._nothing or step == self.begun):
             self.skipped += step - self.begun
             self.begun = step
             return
@@ -109,7 +115,8 @@ class StepCheck:
             self._note(0, error, TOLERANCE * self._length + 4 * self._rounding, self._length)
 
     def _note(self, which: int, error: Tensor, allowed: Tensor, size: Tensor) -> None:
-        share = torch.where(error > allowed, error / size, torch.zeros_like(error))
+        fits = (error <= allowed) & error.isfinite()
+        share = torch.where(fits, torch.zeros_like(error), (error / size).nan_to_num(1.0, posinf=1.0))
         known = self._off[which]
         self._off[which] = share if known is None else torch.maximum(known, share)
 
@@ -130,7 +137,7 @@ class StepCheck:
 
 
 def versions(network: nn.Module) -> int:
-    """A number that grows whenever an optimizer writes to a parameter; nothing waits for the device."""
+    """A number that grows whenever an optimizer, unless it is fused, writes to a parameter; waits for nothing."""
     return sum(p._version for p in network.parameters() if p.requires_grad)
 
 
