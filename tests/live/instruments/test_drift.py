@@ -92,6 +92,27 @@ def test_dntk_is_predicted_along_the_interval_that_was_measured_and_along_the_gr
     assert tag("dntk", GIVEN_START) not in history[6] and tag("ntk_drift", GIVEN_START) in history[6]
 
 
+def test_steps_that_a_scaler_leaves_out_are_none_of_the_lines(trained):
+    """The same training with two steps that are counted and not taken, measured where the other is."""
+    model, counted = mlp(WIDTH), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    take = optimizer.step
+
+    def loss(z, y):
+        counted.append(math.inf if len(counted) in (0, 4) else 1.0)
+        return counted[-1] * torch.nn.functional.mse_loss(z, y)
+
+    optimizer.step = lambda: take() if counted[-1] == 1 else None
+    options = {"loss_function": loss, "every": lambda step: step in (3, 7)}
+    observer, _ = fit(model, instruments(), STEPS + 2, optimizer, X, Y, PROBE, **options)
+    for step, taken in ((3, 2), (7, 5), (8, 6)):
+        for quantity in ("ntk_drift", "dntk", "dntk_along_gradient"):
+            for name in (tag(quantity), tag(quantity, "order_1")):
+                expected = trained[0].history[taken].get(name)
+                assert observer.history[step].get(name) == (expected and pytest.approx(expected, rel=1e-5))
+    assert tag("dntk_along_gradient") not in observer.history[0]
+
+
 def test_sizes_of_dntk_have_no_line_where_eigenvalues_vary_too_much():
     """Narrow: the NTK varies by 15 % over networks, and with it what is left to learn at step 5."""
     observer, pages = run(mlp(32), rate=0.15, every=lambda step: step in (1, 5))

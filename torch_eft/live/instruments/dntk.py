@@ -81,7 +81,7 @@ class DNTKInstrument(Instrument):
             return Reading()
         pending, self._pending = self._pending, None
         self._measured = None if measurement.last else (measurement.step, dict(measurement.lambdas))
-        if pending is None:
+        if pending is None or not _finite(pending.gradient):
             return Reading()
         network = measurement.network.on(measurement.network.probe, lambdas=pending.lambdas)
         sizes = network.relative_dntk(
@@ -106,3 +106,8 @@ class DNTKInstrument(Instrument):
                 f"{memory(measurement.model, 2)}."
             )
         return reading
+
+
+def _finite(gradient: dict[str, Tensor]) -> bool:
+    """Whether a step was taken along it: a GradScaler leaves out those of infinite gradients."""
+    return bool(torch.stack([value.isfinite().all() for value in gradient.values()]).all())

@@ -58,6 +58,7 @@ class ForecastInstrument(Instrument, ABC):
         self._loss: Callable[[Tensor, Any], Tensor] | None = None
         self._measured = False
         self._waiting: list[Measurement] = []
+        self._taken: dict[int, int] = {}  # steps taken, by those counted at measurements
         self._idle: int | None = None
         self._watch = ValidityWatch(self.what)
         self._kept: dict[str, Any] = {}
@@ -212,7 +213,13 @@ class ForecastInstrument(Instrument, ABC):
         taken = measurement.step - skipped
         if at_start and self._steps is not None:
             taken = self._steps.begun - skipped
-        reading = self._compared(replace(measurement, step=taken))
+        self._taken[measurement.step] = taken
+        contractions = [
+            replace(each, start=self._taken[each.start], end=None if each.end is None else self._taken[each.end])
+            for each in measurement.contractions
+            if each.start in self._taken  # else it began before the forecast, or before a resume
+        ]
+        reading = self._compared(replace(measurement, step=taken, contractions=contractions))
         reading.events = [replace(event, step=measurement.step) for event in reading.events]
         return reading
 

@@ -23,25 +23,27 @@ class DriftLines:
     def __init__(self, comparison: DriftComparison, layers: Sequence[str]) -> None:
         self._comparison, self._layers = comparison, list(layers)
 
-    def scalars(self, measurement: Measurement) -> History:
-        """``{step: {tag: value}}``: of this step, and of earlier ones whose dNTK was measured now."""
+    def scalars(self, measurement: Measurement) -> tuple[dict[str, float], History]:
+        """``{tag: value}`` of this step, and ``{step: {tag: value}}`` of earlier ones whose dNTK was measured now."""
         H, H_0 = measurement.snapshot.ntk, measurement.reference.ntk
+        late: History = {}
         if H is None or H_0 is None:
-            return {}
+            return {}, late
         H_0, step = H_0.to(H), measurement.step  # a checkpoint may have brought it back elsewhere
         names, now, then = self._kernels(measurement)
         found, each = self._comparison.kernels(step, H, H_0, now, then)
-        history = {step: _scalars(found)}
+        scalars = _scalars(found)
         for name, banded in zip(names, each, strict=False):
             tags = partial(layer_theory_tag, "representation_change", name)
-            history[step] |= banded_scalars(tags, banded)
+            scalars |= banded_scalars(tags, banded)
         for sizes in measurement.contractions:
             if sizes.end is None:
                 found = self._comparison.gradient(sizes.start, H_0, sizes.dntk, sizes.ddntk)
+                late.setdefault(sizes.logged, {}).update(_scalars(found))
             else:
                 found = self._comparison.displacement(sizes.start, sizes.end, H_0, sizes.dntk, sizes.ddntk)
-            history.setdefault(sizes.logged, {}).update(_scalars(found))
-        return history
+                scalars |= _scalars(found)
+        return scalars, late
 
     def _kernels(self, measurement: Measurement) -> tuple[list[str], list[Tensor], list[Tensor]]:
         """The hidden kernels, if those that are measured are those of the theory."""

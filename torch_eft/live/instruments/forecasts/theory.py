@@ -240,9 +240,8 @@ class TheoryInstrument(ForecastInstrument):
         assert self._comparison is not None
         reading = Reading(self._scalars(measurement))
         if self._drift is not None:
-            found = self._drift.scalars(measurement)
-            reading.scalars |= found.pop(measurement.step, {})
-            reading.late = found
+            found, reading.late = self._drift.scalars(measurement)
+            reading.scalars |= found
         reading.events += self._watch.events(measurement.step, self._comparison.expansion_parameter(measurement.step))
         if measurement.last:
             reading.pages |= self._layers_page(measurement)
