@@ -277,6 +277,10 @@ class Instrument:
     def check(self, network: Network) -> None:
         """Before training: raise ``ValueError`` if its arguments do not fit the network, which is isolated here."""
 
+    def keeps_theta_0(self, model: nn.Module) -> bool:
+        """Return whether measurements of this network must carry the parameters at the reference: a copy of them."""
+        return self.needs_theta_0
+
     def begin(self, start: TrainingStart) -> Reading:
         """Training starts, or goes on; called before the first measurement."""
         return Reading()

@@ -386,7 +386,7 @@ class Observer:
         if network.norms and self.collective:
             self.reference.calibration.refuse("all ranks measure together, which see different batches")
         if goes_on:
-            self._warn_without_theta_0()
+            self._warn_without_theta_0(network)
         if step > 0 and (restored or not goes_on):
             self.recorder.resume(step)
         if network.unsharded_model is not None:
@@ -424,8 +424,8 @@ class Observer:
                 instrument.forget()
         self.reference.origin = "initialization" if step == 0 else f"resumed at step {step} without a recorded theta_0"
 
-    def _warn_without_theta_0(self) -> None:
-        lacking = [instrument.name for instrument in self.instruments if instrument.needs_theta_0]
+    def _warn_without_theta_0(self, network: MeasuredNetwork) -> None:
+        lacking = [instrument.name for instrument in self.instruments if instrument.keeps_theta_0(network.network)]
         if lacking and self.reference.theta_0 is None:
             warnings.warn(
                 f"{self.recorder.name}: the parameters of theta_0 were not kept or are not available, so that "

@@ -162,6 +162,24 @@ def test_batches_that_the_network_is_not_fed_are_not_taken(seen, words):
         assert observer.history[step]["eft/ntk_drift/measured"] == plain.history[step]["eft/ntk_drift/measured"]
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_batches_are_checked_by_the_first_one_alone(resumed):
+    """Means of other batches, as small as these, differ by more than what tells a wrong batch."""
+    shown = [(x + 3 * k, y) for k, (x, y) in enumerate(batches(6))]
+    observer, model = observer_of(), resnet()
+    trained(model, shown, 2, observer)
+    if resumed:
+        state, observer = observer.state_dict(), observer_of()
+        observer.load_state_dict(state)
+    observer.begin(2, model=model)
+    for step in (3, 4, 5):
+        observer.observe_batch(shown[step - 1])
+        model(shown[step - 1][0])
+        observer.before_step()
+        observer.measure(step)
+    assert observer.reference.calibration.refusal is None and len(observer.reference.calibration.kept) == 4
+
+
 @pytest.mark.parametrize("at", [2, 5])
 def test_a_resumed_training_goes_on_with_the_same_batches(at):
     shown, model = batches(6), resnet()
@@ -188,6 +206,23 @@ def test_a_resumed_training_goes_on_with_the_same_batches(at):
         old.begin(at, model=model, optimizers=[optimizer])
         old.observe_batch(shown[0])
     assert old.reference.calibration.kept == []
+
+
+@pytest.mark.parametrize(("every", "batches_left"), [(1, 2), (6, 0)])
+def test_a_checkpoint_without_theta_0_carries_only_the_batches_that_it_was_measured_with(every, batches_left):
+    shown, model = batches(4), resnet()
+    first, second = (observer_of(every=every, keep_theta_0="none") for _ in range(2))
+    trained(model, shown, 2, first, lr=0.0)
+    state = copy.deepcopy(first.state_dict())
+    assert state["theta_0"] is state["calibration"]["theta_0"] is None
+    assert len(state["calibration"]["kept"]) == batches_left
+    second.load_state_dict(state)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    second.begin(2, model=model, optimizers=[optimizer])
+    for step in (3, 4):
+        second.observe_batch(shown[step - 1])
+        second.measure(step, due_now=True)
+        assert second.history[step]["eft/ntk_drift/measured"] == 0  # no parameter moves
 
 
 def test_large_batches_are_kept_in_part():

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_eft.live.instrument import Event, Instrument, Measurement, Reading, RunFacts, TrainingStart
 from torch_eft.live.instruments.common import LARGEST, current, too_many
@@ -56,6 +56,10 @@ class ExpansionInstrument(Instrument):
     def plan(self, outputs: int, samples: int) -> Plan:
         """The NTK, which is expanded."""
         return Plan(ntk=True)
+
+    def keeps_theta_0(self, model: nn.Module) -> bool:
+        """Not of a network that is too large for a copy."""
+        return too_many(model, self.largest) is None
 
     def begin(self, start: TrainingStart) -> Reading:
         """Decide whether there is a line."""

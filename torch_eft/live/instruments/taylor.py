@@ -1,5 +1,7 @@
 """Taylor terms of the network's real trajectory about theta_0: how many orders does it need (PDLT 0.5)?"""
 
+from torch import nn
+
 from torch_eft.live.instrument import Event, Instrument, Measurement, Reading, TrainingStart
 from torch_eft.live.instruments.common import LARGEST, current, memory, too_many
 from torch_eft.results.tags import layer_tag, tag
@@ -29,6 +31,10 @@ class TaylorInstrument(Instrument):
         self._remarks: tuple[str, ...] = ()
         self._method = ""
         self._reported = False
+
+    def keeps_theta_0(self, model: nn.Module) -> bool:
+        """Not of a network that is too large for a copy."""
+        return too_many(model, self.largest) is None
 
     def begin(self, start: TrainingStart) -> Reading:
         """Decide whether theta_0 can be kept."""

@@ -48,6 +48,7 @@ class Calibration:
         self._buffers: dict[str, Tensor] = {}
         self._used = 0  # batches with which theta_0 was measured
         self._running: list[tuple[Tensor, ...]] = []
+        self._checked = False
 
     def refuse(self, reason: str) -> None:
         """Take the probe's statistics from now on, and say why."""
@@ -79,7 +80,7 @@ class Calibration:
 
     def note(self, network: nn.Module) -> None:
         """Note the running statistics when the first batch is shown, and once more when training has seen it."""
-        if self.wanted and len(self._running) < 2:
+        if self.wanted and not self._checked and len(self._running) < 2:
             layer = network.get_submodule(self.norms[0])
             values = [getattr(layer, name) for name in ("running_mean", "running_var", "num_batches_tracked")]
             self._running.append(tuple(value.detach().clone() for value in values if value is not None))
@@ -91,6 +92,7 @@ class Calibration:
         as dropout, reduced precision or the next batch may have a part in it.
         """
         before, after, self._running = *self._running, []
+        self._checked = True  # once: later batches are others, at other parameters
         if not len(before) == len(after) == 3:
             return
         (mean_0, variance_0, count_0), (mean_1, variance_1, count_1) = before, after
@@ -140,18 +142,20 @@ class Calibration:
                 self.refuse(f"the network cannot be run on a training batch ({error})")
         return with_batch_statistics(network, probe, self.norms)
 
-    def take(self, network: IsolatedModel, step: int) -> None:
+    def take(self, network: IsolatedModel, step: int, theta_0: Mapping[str, Tensor] | None) -> None:
         """Theta_0 is measured: keep its statistics, and itself, as long as more batches may come.
 
         Args:
             network: As it is measured.
             step: Optimizer steps taken.
+            theta_0: Its trainable parameters, where others keep a copy of them already.
         """
         if not self.norms:
             return
         self.statistics, self.step = statistics_of(network, self.norms), step
         if self.refusal is None:
-            self._theta_0 = {name: value.clone() for name, value in network.params.items()}
+            copied = theta_0 is None
+            self._theta_0 = {name: p.clone() for name, p in network.params.items()} if copied else dict(theta_0 or {})
             own = {name: network.constants[name].clone() for name in network.isolation.buffers}
             self._buffers = {name: value for name, value in own.items() if name not in self.statistics}
 
@@ -199,10 +203,18 @@ class Calibration:
 
     # ---- checkpoints
 
-    def state(self) -> dict[str, Any]:
-        """Plain types and tensors."""
+    def state(self, parameters: bool = True) -> dict[str, Any]:
+        """Plain types and tensors; without the parameters of theta_0, only the batches that it was measured with."""
         names = ("kept", "refusal", "statistics", "step", "_theta_0", "_buffers", "_used")
-        return {name.strip("_"): getattr(self, name) for name in names}
+        state = {name.strip("_"): getattr(self, name) for name in names}
+        if parameters or self._theta_0 is None:
+            return state
+        alone = "no training batch had been shown before the checkpoint, which does not hold theta_0"
+        return state | {
+            "theta_0": None,
+            "kept": self.kept[: self._used],
+            "refusal": self.refusal if self.refusal or self._used else alone,
+        }
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
         """Restore what ``state`` returned; None: theta_0 was measured with the probe's statistics."""
@@ -213,6 +225,7 @@ class Calibration:
         self.kept, self.refusal, self.statistics = list(state["kept"]), state["refusal"], dict(state["statistics"])
         self._theta_0, self._buffers = state["theta_0"], dict(state["buffers"])
         self.step, self._used = state["step"], state["used"]
+        self._checked = bool(self.kept)  # what training did with the first one is not known any more
 
 
 def _inputs_like(batch: Any, like: Any) -> Any:

@@ -168,9 +168,9 @@ class Measurements:
         snapshot = isolated.snapshot(network.plan) if shared is None else shared
         self.latest = snapshot
         if self.reference.snapshot is None:
-            needed = any(instrument.needs_theta_0 for instrument in self.instruments)
+            needed = any(instrument.keeps_theta_0(network.network) for instrument in self.instruments)
             self.reference.take(snapshot, network.network, needed)
-            self.reference.calibration.take(_open(isolated), self.progress.step)
+            self.reference.calibration.take(_open(isolated), self.progress.step, self.reference.theta_0)
         else:
             self._calibrate(network, isolated, lambdas)
         return Measurement(

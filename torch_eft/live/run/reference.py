@@ -111,7 +111,8 @@ class Reference:
 
     def set_aside(self, name: str, state: dict[str, Any]) -> dict[str, Any]:
         """A state without theta_0, which points to the file that holds it, if there is one."""
-        return state | {"theta_0": None, "theta_0_file": self.files.get(name)}
+        own = {} if name else {"calibration": self.calibration.state(parameters=False)}
+        return state | own | {"theta_0": None, "theta_0_file": self.files.get(name)}
 
     def fetch_theta_0(self, name: str, state: dict[str, Any]) -> None:
         """Put the theta_0 that a state points to into it."""
