@@ -1,6 +1,7 @@
 """The examples run, and show what they say they show."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 from examples import (
@@ -25,7 +26,8 @@ def test_attaching_to_an_ordinary_training(tmp_path, monkeypatch):
     assert not monitor.skipped
 
 
-def test_a_bare_loop_beside_its_theory(tmp_path):
+def test_a_bare_loop_beside_its_theory(tmp_path, monkeypatch):
+    monkeypatch.setattr(bare_pytorch, "Observer", partial(bare_pytorch.Observer, forecast_seconds=0.5))
     observer = bare_pytorch.main(steps=30, logdir=str(tmp_path))
     assert observer.validity.flag in ("valid", "caution")
     assert {0, 1, 10, 30} <= set(observer.history)

@@ -22,10 +22,10 @@ CONFIGURATIONS = {
 
 def monitors():
     return [
-        EFTMonitor(PROBE, budget=None, every=1, on_error="raise"),
+        EFTMonitor(PROBE, budget=None, every=1, forecast_seconds=3.0, on_error="raise"),
         NTKMonitor(PROBE, budget=None, on_error="raise"),
         RepresentationMonitor(PROBE, budget=None, every=2, on_error="raise"),
-        TheoryComparison(PROBE, budget=None, every=3, on_error="raise"),
+        TheoryComparison(PROBE, budget=None, every=3, forecast_seconds=0.1, on_error="raise"),
     ]
 
 

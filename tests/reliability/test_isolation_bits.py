@@ -13,10 +13,10 @@ SLOW = {"LightningModule.compile(), inductor", "shuffled by 2 workers"}
 
 def monitors():
     return [
-        EFTMonitor(PROBE, preset="standard", budget=None, every=2, on_error="raise"),
+        EFTMonitor(PROBE, preset="standard", budget=None, every=2, forecast_seconds=0.1, on_error="raise"),
         NTKMonitor(PROBE, budget=None, on_error="raise"),
         RepresentationMonitor(PROBE, budget=None, every=2, on_error="raise"),
-        TheoryComparison(PROBE, budget=None, every=3, on_error="raise"),
+        TheoryComparison(PROBE, budget=None, every=3, forecast_seconds=0.1, on_error="raise"),
     ]
 
 
