@@ -402,3 +402,17 @@ def test_a_logger_that_raises_costs_the_point_and_nothing_else():
 def test_a_probe_of_several_arguments_is_kept_as_given():
     assert Probe((torch.ones(2, 3), torch.ones(2, 4))).size == 2
     assert Probe({"a": torch.ones(5, 3)}).size == 5
+
+
+def test_a_monitor_of_one_concern_refuses_what_would_have_no_effect():
+    x = torch.zeros(4, 3)
+    (theory,) = TheoryComparison(x, forecast_seconds=0.25).observer.instruments
+    assert theory.seconds == 0.25
+    for monitor, name, value in (
+        (NTKMonitor, "preset", "full"),
+        (NTKMonitor, "forecast_seconds", 1.0),
+        (RepresentationMonitor, "ensemble", None),
+        (TheoryComparison, "instruments", ["ntk"]),
+    ):
+        with pytest.raises(TypeError, match=f"{name} given, which a monitor of one concern does not have"):
+            monitor(x, **{name: value})

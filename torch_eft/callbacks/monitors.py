@@ -1,8 +1,9 @@
 """Monitors of one concern each: ``EFTMonitor`` with one instrument."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from torch_eft.callbacks.monitor import EFTMonitor
 from torch_eft.live.config.probes import ProbeLike
@@ -13,19 +14,31 @@ from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import ActivationLike
 
 _OWN = ("preset", "instruments", "ensemble", "activation", "forecast_seconds")
-"""Arguments of ``EFTMonitor`` that a monitor of one concern does not have."""
+"""Arguments of ``EFTMonitor`` that a monitor of one concern does not have, unless it names them."""
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
 
 def _with_shared_arguments(init: Init) -> Init:
-    """Show the arguments behind ``**shared`` in the signature, for ``help``, editors and configuration files."""
+    """Show the arguments behind ``**shared`` in the signature; refuse those that would have no effect."""
     own = inspect.signature(init)
     names = [name for name, parameter in own.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
     every = inspect.signature(EFTMonitor.__init__).parameters
     shared = [parameter for name, parameter in every.items() if name not in (*names, *_OWN)]
-    init.__signature__ = own.replace(parameters=[own.parameters[name] for name in names] + shared)  # type: ignore[attr-defined]
-    return init
+
+    @functools.wraps(init)
+    def checked(self: EFTMonitor, *arguments: Any, **keywords: Any) -> None:
+        unused = [name for name in _OWN if name in keywords and name not in names]
+        if unused:
+            raise TypeError(
+                f"{type(self).__name__}: {unused[0]} given, which a monitor of one concern does not have; give it to "
+                "EFTMonitor"
+            )
+        init(self, *arguments, **keywords)
+
+    parameters = [own.parameters[name] for name in names] + shared
+    checked.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return cast(Init, checked)
 
 
 class NTKMonitor(EFTMonitor):
@@ -95,14 +108,15 @@ class TheoryComparison(EFTMonitor):
     optimizer), the log and the page ``eft/validity`` say why, and there are measurements only.
 
     Logs measured and theory, with the band of one standard deviation over initializations, of ``ntk_trace``,
-    ``output_projection`` and ``output_chi_squared``, and without a band ``ntk_drift`` and ``ntk_mean_drift``; and the
-    page ``eft/diagnosis``. Order 1/n (smooth activations, up to 64 training points) is computed as far as a few seconds
-    go; the page ``eft/validity`` says what is at which order.
+    ``output_projection`` and ``output_chi_squared``, with the bands of 68 and 90 % of networks ``ntk_drift``, and
+    without a band ``ntk_mean_drift``; and the page ``eft/diagnosis``. Order 1/n (smooth activations, up to 64 training
+    points) is computed as far as ``forecast_seconds`` go; the page ``eft/validity`` says what is at which order.
 
     Args:
         probe: As for ``EFTMonitor``; a tensor (N, ...).
         ensemble: As for ``EFTMonitor``.
         activation: As for ``EFTMonitor``.
+        forecast_seconds: As for ``EFTMonitor``.
         **shared: As for ``NTKMonitor``.
 
     Raises:
@@ -122,6 +136,8 @@ class TheoryComparison(EFTMonitor):
         *,
         ensemble: MLPEnsemble | None = None,
         activation: ActivationLike | None = None,
+        forecast_seconds: float = 10.0,
         **shared: Any,
     ) -> None:
-        super().__init__(probe, instruments=[TheoryInstrument(ensemble, activation)], **shared)
+        instrument = TheoryInstrument(ensemble, activation, seconds=forecast_seconds)
+        super().__init__(probe, instruments=[instrument], **shared)
