@@ -62,7 +62,7 @@ def test_a_bare_loop_ends_in_the_same_bits(net, optimizer):
         net,
         optimizer,
         batch=8,
-        observe=lambda *of: Observer(of[0], PROBE, of[1], every=1, budget=None, on_error="raise"),
+        observe=lambda *of: Observer(of[0], PROBE, of[1], every=1, budget=None, forecast_seconds=0.1, on_error="raise"),
     )
     assert all(torch.equal(a, b) for a, b in zip(alone, bits(*observed), strict=True))
     assert list(observer.history) == list(range(7))
@@ -295,7 +295,8 @@ def test_what_is_missing_is_named():
 @pytest.mark.parametrize("training", ["full batch", "mini-batches"])
 def test_every_logged_key_is_documented_and_the_first_group_is_small(training):
     net, optimizer, batch = (simple_mlp, plain_sgd, 24) if training == "full batch" else (normed_net, sgd, 8)
-    make = lambda *of: Observer(of[0], PROBE, of[1], preset="full", every=3, budget=None, on_error="raise")  # noqa: E731
+    options = {"preset": "full", "every": 3, "budget": None, "forecast_seconds": 4.0, "on_error": "raise"}
+    make = lambda *of: Observer(of[0], PROBE, of[1], **options)  # noqa: E731
     *_, observer = train(net, optimizer, batch=batch, observe=make)
     logged = {name for scalars in observer.history.values() for name in scalars}
     assert all(quantity_of(name) in QUANTITIES for name in logged)
