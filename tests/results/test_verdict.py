@@ -3,7 +3,7 @@
 import pytest
 
 from torch_eft.results.tags import tag
-from torch_eft.results.verdict import verdict
+from torch_eft.results.verdict import reading, verdict
 
 
 def history(values, low=1.0, high=2.0, **more):
@@ -61,3 +61,20 @@ def test_infinite_width_alone_is_no_prediction_of_what_it_sets_to_0():
     assert verdict({0: {tag("dntk"): 0.1, tag("dntk", "order_0"): 0.0}}, "dntk") is None
     assert verdict({}, "dntk") is None
     assert verdict({0: {tag("dntk"): 0.1, tag("dntk", "order_1"): 0.2}}, "dntk").words == "predicted, without quantiles"
+
+
+@pytest.mark.parametrize(
+    ("quantity", "value", "words"),
+    [
+        ("ntk_drift", 0.0319, "the NTK has changed by 3.19 %: close to the kernel regime"),
+        ("ntk_drift", 0.1, "the NTK has changed by 10 %: outside the kernel regime"),
+        ("ntk_drift", 159.2, "the NTK has changed by 159 times the size at the start: far outside the kernel regime"),
+        ("representation_change", 0.09, "the hidden kernels have changed by 9 %: little representation learning"),
+        ("representation_change", 0.171, "the hidden kernels have changed by 17.1 %: representation learning"),
+        ("representation_change", 0.0, None),
+        ("ntk_trace", 3.0, None),
+    ],
+)
+def test_a_measured_value_is_read_without_a_prediction(quantity, value, words):
+    assert reading({0: {tag(quantity): 0.0}, 5: {tag(quantity): value}, 6: {}}, quantity) == words
+    assert reading({0: {}}, quantity) is None

@@ -71,6 +71,9 @@ def test_series_of_a_run_all_or_chosen(two_runs):
     assert {quantity: verdict["words"] for quantity, verdict in found["verdicts"].items()} == {
         "ntk_drift": "predicted, without quantiles"
     }
+    assert found["readings"] == {
+        "ntk_drift": "the NTK has changed by 2.5 times the size at the start: far outside the kernel regime"
+    }
     one = get(two_runs, "series?run=narrow&quantity=ntk_top_eigenvalue")
     assert one["quantities"] == {"ntk_top_eigenvalue": {"measured": [[step, 300.0 + step] for step in STEPS]}}
 

@@ -242,7 +242,9 @@ def test_the_first_quantities_are_judged_in_words(tmp_path, browser):
     why = "no line for the dNTK: <b>kinks</b>"
     ended = {"step": 3, "quantity": "ntk_drift", "text": "expansion about theta_0 ends here, step 3, outputs moved 0.4"}
     write_scalars(tmp_path / "mlp", forecast, run_info(events=[], quantities=known, validity=doubtful))
-    write_scalars(tmp_path / "cnn", expansion, run_info(events=[ended], unpredicted={"dntk": why}, quantities=known))
+    none = {"level": "measurements only", "validity": {"flag": "invalid", "reason": "not an MLP"}}
+    info = run_info(events=[ended], unpredicted={"dntk": why}, quantities=known, **none)
+    write_scalars(tmp_path / "cnn", expansion, info)
     for run in ("mlp", "cnn"):
         write_report([tmp_path / run], tmp_path / f"{run}.html")
     inside, doubt = "inside the 90 % band", " ▲ caution"
@@ -261,6 +263,10 @@ def test_the_first_quantities_are_judged_in_words(tmp_path, browser):
     assert (
         browser.run(shown.format(".numbers"))[0] == "predicted 1.4 90 % of networks 1 .. 2 given its start 1.2 .. 1.8"
     )
+    assert browser.run(shown.format(".reading")) == [
+        "the NTK has changed by 2.2 times the size at the start: far outside the kernel regime",
+        "the hidden kernels have changed by 1.5 times the size at the start: strong representation learning",
+    ]
     # 68 and 90 %, and the line that knows the start; no second chart of what the bands show.
     drift = f"document.querySelector('{card('ntk_drift')} svg')"
     assert browser.run(f"{drift}.querySelectorAll('path[opacity]').length") == 2
@@ -278,6 +284,7 @@ def test_the_first_quantities_are_judged_in_words(tmp_path, browser):
     browser.go((tmp_path / "cnn.html").as_uri())
     browser.until("document.querySelectorAll('.headline svg').length == 2")
     assert browser.run(shown.format(".verdict")) == [ended["text"], why]
+    assert browser.run(text(".runs .flag", page)) == "○ measured only"
     numbers = browser.run(shown.format(".numbers"))
     assert numbers[0].startswith("at step 2: measured 0.2 predicted 0.22")
     assert browser.run(text(".headline .end title", page)) == f"step 2: {ended['text']}"

@@ -31,6 +31,7 @@ def test_the_report_holds_the_runs(tmp_path, capsys):
     assert data["note"] == ""
     assert data["headlines"][0] == ["ntk_drift"]
     assert data["verdicts"]["logs/a"]["ntk_drift"]["words"] == "predicted, without quantiles"
+    assert set(data["readings"]["logs/a"]) == {"ntk_drift"}
     assert "no prediction" in first["unpredicted"]["dntk"] and second["unpredicted"] == {}
 
 

@@ -12,6 +12,7 @@ from torch_eft.tensorboard.run_info import (
     find_jsonl,
     parse_run_info,
     read_jsonl,
+    readings,
     run_info_summary,
     split_tag,
     unpredicted_sentences,
@@ -62,6 +63,9 @@ def test_verdicts_leave_out_what_is_not_finite():
     points = {"measured": [[0, 1.5], [1, None]], "band_90_low": [[0, 1], [1, 1]], "band_90_high": [[0, 2], [1, 2]]}
     found = verdicts({"ntk_drift": points, "ntk_trace": {"measured": [[0, 1.0]]}})
     assert {quantity: verdict["words"] for quantity, verdict in found.items()} == {"ntk_drift": "inside the 90 % band"}
+    assert readings({"ntk_drift": points, "dntk": points, "representation_change": {"measured": [[0, None]]}}) == {
+        "ntk_drift": "the NTK has changed by 1.5 times the size at the start: far outside the kernel regime"
+    }
 
 
 def test_what_json_cannot_say_is_an_error():

@@ -23,7 +23,7 @@ from torch_eft.callbacks import EFTMonitor
 from torch_eft.diagnosis import diagnose
 from torch_eft.live.record.sinks import local_path
 from torch_eft.results.tags import sigma_of, theory_of
-from torch_eft.tensorboard import QUANTITIES, compared_quantities, comparison_figure, tag, verdict
+from torch_eft.tensorboard import QUANTITIES, compared_quantities, comparison_figure, reading, tag, verdict
 from torch_eft.theory import MLPEnsemble, criticality, get_activation, initial_statistics
 
 TRAIN_IMAGES, PROBE_IMAGES, CLASSES = 16, 6, 10
@@ -214,6 +214,7 @@ def comparison_table(monitor: EFTMonitor) -> str:
             predicted = "-" if judged.predicted is None else f"{judged.predicted:.3g}"
             cells = f"{judged.measured:.3g}", predicted, band, judged.words
         lines.append(f"{quantity:24}{cells[0]:>10}{cells[1]:>11}{cells[2]:>22}  {cells[3]}")
+    lines += ["", *(words for quantity in HEADLINES if (words := reading(monitor.history, quantity)))]
     lines += ["", f"{'':28}{'measured':>12}{'theory':>12}{'sigma':>12}{'deviation':>12}"]
     scalars = monitor.history[step]
     for quantity in QUANTITIES:

@@ -11,6 +11,21 @@ Series = Mapping[int, float]
 _LINES = ("order_1", *reversed(EXPANSIONS))
 """What is predicted at finite width, the best first."""
 
+_LARGE = 0.1
+"""From this relative change on, a description by frozen kernels is off by more than ten percent."""
+
+_READINGS = {
+    "ntk_drift": (
+        "the NTK has changed by {}",
+        ("close to the kernel regime", "outside the kernel regime", "far outside the kernel regime"),
+    ),
+    "representation_change": (
+        "the hidden kernels have changed by {}",
+        ("little representation learning", "representation learning", "strong representation learning"),
+    ),
+}
+"""What has changed, and what that means below ``_LARGE``, above it, and from its own size on."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -111,6 +126,40 @@ def verdict(history: Mapping[int, Mapping[str, float]], quantity: str) -> Verdic
             for series, name in names.items()
         }
     )
+
+
+def reading(history: Mapping[int, Mapping[str, float]], quantity: str) -> str | None:
+    """Say what the last measured value means by itself: for any training, whether anything is predicted or not.
+
+    Changes of less than 10 % are called close to the kernel regime, those of 100 % and more far outside it.
+
+    Args:
+        history: ``{step: {tag: value}}``, as an observer or a monitor keeps it.
+        quantity: A registered name.
+
+    Returns:
+        The sentence; None for a quantity that has no such reading, and before anything has changed.
+
+    Raises:
+        ValueError: If the quantity is not registered.
+
+    Example:
+        >>> from torch_eft.tensorboard import reading, tag
+        >>> reading({0: {tag("ntk_drift"): 0.0}, 90: {tag("ntk_drift"): 7.7}}, "ntk_drift")
+        'the NTK has changed by 7.7 times the size at the start: far outside the kernel regime'
+    """
+    name = tag(quantity)
+    return reading_of(quantity, {step: scalars[name] for step, scalars in history.items() if name in scalars})
+
+
+def reading_of(quantity: str, measured: Series) -> str | None:
+    """Return the same of ``{step: value}``; values are finite."""
+    if quantity not in _READINGS or not measured or not measured[max(measured)]:
+        return None
+    value = measured[max(measured)]
+    sentence, meanings = _READINGS[quantity]
+    amount = f"{value:.3g} times the size at the start" if value >= 1 else f"{100 * value:.3g} %"
+    return f"{sentence.format(amount)}: {meanings[(value >= _LARGE) + (value >= 1)]}"
 
 
 def verdict_of(series: Mapping[str, Series]) -> Verdict | None:

@@ -2,7 +2,7 @@
 
 from torch_eft.results.quantities import QUANTITIES, Quantity, register_quantity
 from torch_eft.results.tags import compared_quantities, layer_tag, layer_theory_tag, tag
-from torch_eft.results.verdict import Verdict, verdict
+from torch_eft.results.verdict import Verdict, reading, verdict
 from torch_eft.tensorboard.figures import comparison_figure, kernel_figure, layers_figure, trajectory_figure
 from torch_eft.tensorboard.layout import comparison_layout
 
@@ -17,6 +17,7 @@ __all__ = [
     "layer_tag",
     "layer_theory_tag",
     "layers_figure",
+    "reading",
     "register_quantity",
     "tag",
     "trajectory_figure",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_eft.results.quantities import HEADLINES
-from torch_eft.tensorboard.run_info import Records, find_jsonl, read_jsonl, unpredicted_sentences, verdicts
+from torch_eft.tensorboard.run_info import Records, find_jsonl, read_jsonl, readings, unpredicted_sentences, verdicts
 
 STATIC = Path(__file__).parent / "plugin" / "static"
 ENTRY = "report.js"
@@ -56,9 +56,9 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> str:
 
 
 def report_data(records: Sequence[Records], note: str = "") -> dict[str, Any]:
-    """Return the data of the tab: the answer of ``/runs``, and the rest under ``series``, ``verdicts``, ``pages``."""
+    """Return the data of the tab: the answer of ``/runs``, ``series``, ``verdicts``, ``readings`` and ``pages``."""
     names = _names([record.path for record in records])
-    runs, series, judged, pages = [], {}, {}, {}
+    runs, series, judged, read, pages = [], {}, {}, {}, {}
     for name, record in zip(names, records, strict=True):
         found = record.series()
         info = {**record.info, "events": record.events} if record.info is not None else None
@@ -68,7 +68,7 @@ def report_data(records: Sequence[Records], note: str = "") -> dict[str, Any]:
         runs.append(
             {"name": name, "info": info, "problem": problem, "unpredicted": unpredicted, "quantities": quantities}
         )
-        series[name], judged[name] = found, verdicts(found)
+        series[name], judged[name], read[name] = found, verdicts(found), readings(found)
         # The diagnosis is part of the run info.
         pages[name] = {page: text for page, text in record.pages.items() if text != (info or {}).get("diagnosis")}
     return {
@@ -76,6 +76,7 @@ def report_data(records: Sequence[Records], note: str = "") -> dict[str, Any]:
         "headlines": HEADLINES,
         "series": series,
         "verdicts": judged,
+        "readings": read,
         "pages": pages,
         "others": 0,
         "note": note,

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from torch_eft.results.quantities import HEADLINES
-from torch_eft.results.tags import split_tag
-from torch_eft.results.verdict import verdict_of
+from torch_eft.results.tags import MEASURED, split_tag
+from torch_eft.results.verdict import reading_of, verdict_of
 
 PLUGIN_NAME = "eft"
 RUN_INFO_TAG = "eft/run"
@@ -121,6 +121,16 @@ def verdicts(series: Mapping[str, Mapping[str, Iterable[Sequence[Any]]]]) -> dic
         known = {name: {step: v for step, v in points if v is not None} for name, points in lines.items()}
         if (verdict := verdict_of(known)) is not None:
             found[quantity] = verdict.to_dict()
+    return found
+
+
+def readings(series: Mapping[str, Mapping[str, Iterable[Sequence[Any]]]]) -> dict[str, str]:
+    """Return ``{quantity: sentence}`` on the last measured values of the same."""
+    found = {}
+    for quantity, lines in series.items():
+        measured = {step: v for step, v in lines.get(MEASURED, ()) if v is not None}
+        if (sentence := reading_of(quantity, measured)) is not None:
+            found[quantity] = sentence
     return found
 
 

@@ -13,6 +13,7 @@ from torch_eft.tensorboard.run_info import (
     PLUGIN_NAME,
     RUN_INFO_TAG,
     parse_run_info,
+    readings,
     unpredicted_sentences,
     verdicts,
 )
@@ -52,8 +53,8 @@ class Reader:
     def series(self, ctx: Any, experiment: str, run: str, quantities: list[str] | None = None) -> dict[str, Any]:
         """Return the numbers of a run, and what they say.
 
-        ``{"run", "quantities": {quantity: {series: [[step, value], ...]}}, "verdicts": {quantity: verdict}}``; values
-        not finite are None; verdicts as in ``Verdict.to_dict``.
+        ``{"run", "quantities": {quantity: {series: [[step, value], ...]}}, "verdicts": {quantity: verdict},
+        "readings": {quantity: sentence}}``; values not finite are None; verdicts as in ``Verdict.to_dict``.
 
         Args:
             ctx: TensorBoard's request context.
@@ -86,7 +87,7 @@ class Reader:
             found.setdefault(quantity, {})[series] = [
                 [step, value if math.isfinite(value) else None] for step, value in sorted(values.items())
             ]
-        return {"run": run, "quantities": found, "verdicts": verdicts(found)}
+        return {"run": run, "quantities": found, "verdicts": verdicts(found), "readings": readings(found)}
 
     def events(self, ctx: Any, experiment: str, run: str) -> dict[str, Any]:
         """Return ``{"run", "events": [{"step", "quantity", "text"}]}`` of the run info.

@@ -36,6 +36,7 @@ export class App {
     this.touched = false;
     this.data = {};
     this.verdicts = {};
+    this.readings = {};
     this.page = null;
     this.cards = new Cards({ enlarge: (name) => this.enlarge(name), toggled: (title, open) => this.fold(title, open) });
     this.detail = null;
@@ -69,12 +70,13 @@ export class App {
           return [name, await this.source.series(name)];
         } catch (error) {
           problems.push(`${name}: ${error.message}`);
-          return [name, { quantities: {}, verdicts: {} }];
+          return [name, { quantities: {}, verdicts: {}, readings: {} }];
         }
       };
       const found = await Promise.all(shown.map(read));
       this.data = Object.fromEntries(found.map(([name, { quantities }]) => [name, quantities]));
       this.verdicts = Object.fromEntries(found.map(([name, { verdicts }]) => [name, verdicts]));
+      this.readings = Object.fromEntries(found.map(([name, { readings }]) => [name, readings]));
       this.problem = problems.join(" ");
     } catch (error) {
       this.problem = error.message;
@@ -144,6 +146,7 @@ export class App {
         raw: this.data[run.name]?.[name],
         events: run.info?.events,
         verdict: this.verdicts[run.name]?.[name],
+        reading: this.readings[run.name]?.[name],
         unpredicted: run.unpredicted?.[name],
         validity: run.info?.validity,
       }))

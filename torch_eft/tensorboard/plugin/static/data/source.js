@@ -2,7 +2,8 @@
 //
 // Both give `runs()`: {runs: [{name, info, problem, unpredicted: {quantity: sentence}, quantities: {quantity:
 // [series]}}], headlines: [[quantity]], others, note} and `series(run)`: {quantities: {quantity: {series: [[step,
-// value], ...]}}, verdicts: {quantity: verdict}}. Both throw Errors whose message is a sentence.
+// value], ...]}}, verdicts: {quantity: verdict}, readings: {quantity: sentence}}. Both throw Errors whose
+// message is a sentence.
 
 /** Our plugin's routes; paths are relative to the page's base address. */
 export class TensorBoardSource {
@@ -42,6 +43,6 @@ export class EmbeddedSource {
   }
 
   async series(run) {
-    return { quantities: this.data.series[run], verdicts: this.data.verdicts[run] };
+    return { quantities: this.data.series[run], verdicts: this.data.verdicts[run], readings: this.data.readings[run] };
   }
 }

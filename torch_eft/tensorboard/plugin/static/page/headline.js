@@ -38,7 +38,12 @@ function single(run, marks) {
   // What lies in a band that does not hold is no success.
   const doubtful = numbers.length && !run.verdict.expansion && ["caution", "invalid"].includes(run.validity?.flag);
   const doubt = doubtful ? [" ", flagBadge({ validity: run.validity })] : [];
-  return [h("p", { class: `verdict ${state}`, title: words }, words, doubt), h("p", { class: "numbers" }, numbers.map((phrase) => [h("span", {}, phrase), " "]))];
+  const spans = numbers.map((phrase) => [h("span", {}, phrase), " "]);
+  const lines = [h("p", { class: `verdict ${state}`, title: words }, words, doubt), h("p", { class: "numbers" }, spans)];
+  if (!run.reading) return lines;
+  // Where nothing is predicted, it is what the card has to say.
+  const reading = h("p", { class: "reading" }, run.reading);
+  return state === "none" ? [reading, ...lines] : [...lines, reading];
 }
 
 /** A row a run. */

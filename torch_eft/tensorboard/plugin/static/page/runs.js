@@ -10,9 +10,10 @@ const FLAGS = {
   invalid: ["■", "invalid"],
 };
 
-/** Whether the theory is valid; the reason when pointed at. */
+/** Whether the theory is valid; the reason when pointed at. A run that nothing is predicted for is measured, not invalid. */
 export function flagBadge(info) {
-  const flag = info?.validity?.flag;
+  const none = info?.level === "measurements only" && info.validity?.flag === "invalid";
+  const flag = none ? "measured only" : info?.validity?.flag;
   const [shape, word] = FLAGS[flag] ?? ["○", flag ?? "unknown"];
   return h("span", { class: `badge flag ${FLAGS[flag] ? flag : "unknown"}`, title: info?.validity?.reason ?? "" }, `${shape} ${word}`);
 }
