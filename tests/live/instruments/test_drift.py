@@ -194,3 +194,21 @@ def test_work_is_counted_and_says_what_would_bring_the_line():
     with pytest.raises(ValueError, match="summed step by step, for up to 4000 steps; 5000"):
         training = Training(learning_rate=0.01, steps=5000, momentum=0.9)
         DriftComparison(ensemble, X, Y[:, :1], PROBE, training, torch.zeros(5, 1), seconds=math.inf)
+
+
+def test_forecasts_take_one_thread_and_give_the_trainings_threads_back(monkeypatch):
+    during = []
+
+    def failing(*arguments, **options):
+        during.append(torch.get_num_threads())
+        raise ValueError("no law today")
+
+    monkeypatch.setattr("torch_eft.live.instruments.forecasts.theory.DriftComparison", failing)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        _, pages = run(mlp(WIDTH), steps=1)
+        assert during == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert "no law today" in pages["validity"][-1][1]

@@ -11,7 +11,7 @@ from torch_eft.forecast.comparison.drift import LAW, DriftComparison, law_work
 from torch_eft.forecast.comparison.ensemble import FIRST_HORIZON, EnsembleComparison
 from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.live.instrument import Measurement, Reading, RunFacts, TrainingStart
-from torch_eft.live.instruments.common import compared_scalars
+from torch_eft.live.instruments.common import compared_scalars, one_thread
 from torch_eft.live.instruments.forecasts.bar import ForecastBar
 from torch_eft.live.instruments.forecasts.base import ForecastInstrument
 from torch_eft.live.instruments.forecasts.drift import DriftLines
@@ -160,7 +160,7 @@ class TheoryInstrument(ForecastInstrument):
         allowance = Allowance(self.seconds)
         if self.order == 1:
             allowance.plan({LAW: law_work(self._ensemble, len(x), len(probe), self.seconds)})
-        with ForecastBar(allowance):
+        with ForecastBar(allowance), one_thread():
             self._comparison = EnsembleComparison(
                 self._ensemble,
                 x.flatten(1),
