@@ -135,9 +135,7 @@ def test_layout_has_a_margin_chart_for_every_band(events):
     assert all(chart.HasField("multiline") for chart in measured_only.chart)
     margins = {chart.margin.series[0].value: chart.margin for chart in category.chart if chart.HasField("margin")}
     # Around the highest order there is.
-    bands = dict.fromkeys(BANDED, BAND) | dict.fromkeys(
-        ("ddntk", "dntk", "ntk_drift", "representation_change"), BAND_90
-    )
+    bands = dict.fromkeys(BANDED, BAND) | dict.fromkeys(("dntk", "ntk_drift", "representation_change"), BAND_90)
     assert sorted(margins) == sorted(f"eft-theory/{quantity}/order_1" for quantity in bands)
     for quantity, names in bands.items():
         band, *others = margins[f"eft-theory/{quantity}/order_1"].series

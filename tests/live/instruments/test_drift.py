@@ -15,7 +15,7 @@ from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.interval import IntervalInstrument
 from torch_eft.live.instruments.ntk import NTKInstrument
 from torch_eft.live.instruments.representation import RepresentationInstrument
-from torch_eft.results.tags import BAND_90, GIVEN_START, QUANTILE, layer_theory_tag, tag
+from torch_eft.results.tags import BAND_90, GIVEN_START, GIVEN_START_BAND, QUANTILE, layer_theory_tag, tag
 
 X, Y, PROBE = data()
 WIDTH, RATE, STEPS = 256, 0.01, 6
@@ -90,6 +90,9 @@ def test_dntk_is_predicted_along_the_interval_that_was_measured_and_along_the_gr
         assert history[step][tag("dntk_along_gradient", "order_1")] == pytest.approx(expected, rel=1e-5)
     assert tag("dntk_along_gradient", "order_1") not in history[6]
     assert tag("dntk", GIVEN_START) not in history[6] and tag("ntk_drift", GIVEN_START) in history[6]
+    given = [tag("ntk_drift", GIVEN_START_BAND[0]), tag("representation_change", GIVEN_START_BAND[0])]
+    assert [name in history[6] for name in given] == [True, False]
+    assert [tag(name, BAND_90[0]) in history[6] for name in ("dntk", "ddntk")] == [True, False]
 
 
 def test_steps_that_a_scaler_leaves_out_are_none_of_the_lines(trained):

@@ -36,18 +36,18 @@ class Banded:
     Args:
         measured: The value of this network.
         median: Over seeds.
-        band_68: Quantiles 0.16 and 0.84 over seeds.
+        band_68: Quantiles 0.16 and 0.84 over seeds; None, as all that follow, where they were found not to hold.
         band_90: Quantiles 0.05 and 0.95 over seeds.
         quantile: Share of seeds below the measured value.
-        given: Median over the seeds that start with this network's outputs; None where that was found not to hold.
+        given: Median over the seeds that start with this network's outputs.
         given_90: Quantiles 0.05 and 0.95 over those.
     """
 
     measured: float
     median: float
-    band_68: tuple[float, float]
-    band_90: tuple[float, float]
-    quantile: float
+    band_68: tuple[float, float] | None = None
+    band_90: tuple[float, float] | None = None
+    quantile: float | None = None
     given: float | None = None
     given_90: tuple[float, float] | None = None
 

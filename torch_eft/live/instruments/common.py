@@ -35,14 +35,15 @@ def compared_scalars(compared: Mapping[str, Compared]) -> dict[str, float]:
 
 def banded_scalars(name: Callable[[str], str], compared: Banded) -> dict[str, float]:
     """``{tag: value}`` of a law over seeds; ``name`` gives the tag of a series."""
-    series = {
-        "order_1": compared.median,
-        QUANTILE: compared.quantile,
-        **dict(zip(BAND_68, compared.band_68, strict=True)),
-        **dict(zip(BAND_90, compared.band_90, strict=True)),
-    }
-    if compared.given is not None and compared.given_90 is not None:
-        series |= {GIVEN_START: compared.given, **dict(zip(GIVEN_START_BAND, compared.given_90, strict=True))}
+    series: dict[str, float] = {"order_1": compared.median}
+    if compared.quantile is not None:
+        series[QUANTILE] = compared.quantile
+    if compared.given is not None:
+        series[GIVEN_START] = compared.given
+    bands = (BAND_68, compared.band_68), (BAND_90, compared.band_90), (GIVEN_START_BAND, compared.given_90)
+    for names, band in bands:
+        if band is not None:
+            series |= dict(zip(names, band, strict=True))
     return {name(key): value for key, value in series.items() if math.isfinite(value)}
 
 

@@ -1,5 +1,6 @@
 """The forecast of this network, from its own NTK, dNTK and ddNTK at theta_0, beside its running training."""
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -8,13 +9,16 @@ from torch.optim import Optimizer
 from torch_eft.forecast.comparison.instance import FIRST_HORIZON, InstanceComparison
 from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.live.instrument import Measurement, Reading, RunFacts, TrainingStart
-from torch_eft.live.instruments.common import compared_scalars
+from torch_eft.live.instruments.common import compared_scalars, one_thread
 from torch_eft.live.instruments.forecasts.bar import ForecastBar
 from torch_eft.live.instruments.forecasts.base import ForecastInstrument
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.network.snapshot import Plan
 from torch_eft.measure.training_loss import recognize_loss
 from torch_eft.results.training import LossFunction, Training
+
+_SMALL = 1_000_000
+"""Parameters of a network whose operations are too small for several threads."""
 
 
 class InstanceInstrument(ForecastInstrument):
@@ -113,7 +117,8 @@ class InstanceInstrument(ForecastInstrument):
             **options,
         )
         allowance = Allowance(self.seconds)
-        with ForecastBar(allowance):
+        small = sum(p.numel() for p in network.parameters()) < _SMALL
+        with ForecastBar(allowance), one_thread() if small else nullcontext():
             self._comparison = InstanceComparison(
                 network,
                 x,

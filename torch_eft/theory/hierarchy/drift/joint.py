@@ -103,7 +103,7 @@ class _Drawn:
     """
 
     def __init__(self, joint: JointForms, path: InfiniteWidthPath, z: Tensor, generator: torch.Generator) -> None:
-        self._joint, self._path, self._z = joint, path, z
+        self._joint, self._path = joint, path
         modes, a = z.shape[1], z - path.y
         root, explained = joint.given_z(path)
         self._linear = z.new_zeros(len(z), len(joint.pairs), modes)
@@ -131,9 +131,9 @@ class _Drawn:
         part = expected[joint.pairs].sum()
         return found * torch.where(part > 0, expected.sum() / torch.where(part > 0, part, 1.0), 0.0)
 
-    def expected(self, factors: Factors) -> Tensor:
-        """Expected squared norms given z, of all pairs, (draws,)."""
-        mean, variance = self._joint.forms.conditional_moments(self._path, [factors], self._z)
+    def expected(self, factors: Factors, z: Tensor) -> Tensor:
+        """Expected squared norms given z (draws, modes, n_L), of all pairs, (draws,)."""
+        mean, variance = self._joint.forms.conditional_moments(self._path, [factors], z)
         return (mean.square() + variance)[0] @ self._joint.weights
 
 
@@ -176,6 +176,7 @@ class NetworkDraws:
     ) -> None:
         generator = torch.Generator(path.K.device).manual_seed(seed)
         self._z = path.U.T @ z
+        self._starts = self._z[:1] if bool((z == z[:1]).all()) else self._z  # one, where all networks start alike
         self._joint, self._full, self._path = joint, full, path
         self._drawn = {key: _Drawn(law, path, self._z, generator) for key, law in joint.items()}
         (self._output,) = (key for key in joint if key[0] == "output")
@@ -257,8 +258,8 @@ class NetworkDraws:
         squares = drawn.squares(factors)
         if full:
             n_L, weights = self._path.outputs, self._joint[self._output].weights
-            everything = self._full.conditional_mean_squares(self._path, factors, self._z, weights)
-            squares = squares + self._beyond * (everything / n_L - drawn.expected(factors)).clamp_min(0.0)
+            everything = self._full.conditional_mean_squares(self._path, factors, self._starts, weights)
+            squares = squares + self._beyond * (everything / n_L - drawn.expected(factors, self._starts)).clamp_min(0.0)
         return squares.sqrt() / reference
 
     def _factors(self, step: float, motion: Motion = drift) -> Factors:
