@@ -222,8 +222,8 @@ class TheoryInstrument(ForecastInstrument):
     def state(self) -> dict[str, Any]:
         """The forecast, and its ensemble."""
         state, ensemble = super().state(), self._ensemble
-        if "comparison" not in state or ensemble is None:
-            return state
+        if "comparison" not in state or ensemble is None or self._comparison is None:
+            return state  # what a checkpoint kept is complete, until the first step after it
         return state | {
             "start": self._start,
             "ensemble": {
