@@ -27,8 +27,8 @@ def main(steps: int = 300, width: int = 256, logdir: str = "bare_pytorch_run") -
     observer = Observer(model, x_probe, optimizer, every=logarithmic(10), budget=None, logdir=logdir)
     observer.begin(total_steps=steps)  # theta_0
     for step in range(1, steps + 1):
-        loss = F.mse_loss(model(x), y)
         observer.observe_batch((x, y))  # these three let the theory see what kind of training this is
+        loss = F.mse_loss(model(x), y)
         observer.observe_loss(loss)
         optimizer.zero_grad()
         loss.backward()

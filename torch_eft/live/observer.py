@@ -3,9 +3,9 @@
     observer = Observer(model, x_probe, optimizer, logdir="runs/1")
     observer.begin()
     for step, (x, y) in enumerate(loader, start=1):
-        loss = F.mse_loss(model(x), y)
-        observer.observe_batch((x, y))       # these three let the theory see what kind of training it is;
-        observer.observe_loss(loss)          # without them there are measurements only
+        observer.observe_batch((x, y))       # these three let the theory see what kind of training it is, and BatchNorm
+        loss = F.mse_loss(model(x), y)       # be measured with the training's statistics; without them there are
+        observer.observe_loss(loss)          # measurements only
         optimizer.zero_grad()
         loss.backward()
         observer.before_step()

@@ -110,9 +110,9 @@ class DriftComparison:
         some = "" if points >= len(x_probe) else f", correlated as between {points} of the {len(x_probe)} probe inputs"
         self.description = (
             "NTK drift, dNTK, ddNTK (its median only) and change of hidden kernels at order 1/n, with bands over "
-            f"{NUM_DRAWS} networks drawn from the law of the drift{some}; sizes of dNTK and ddNTK as long as displacements are those of the "
-            f"ensemble up to {_SENSITIVE:g} of their size, as eigenvalues of the NTK vary by "
-            f"{100 * self._spread:.2g} % over networks"
+            f"{NUM_DRAWS} networks drawn from the law of the drift{some}; sizes of dNTK and ddNTK as long as "
+            f"displacements are those of the ensemble up to {_SENSITIVE:g} of their size, as eigenvalues of the NTK "
+            f"vary by {100 * self._spread:.2g} % over networks"
         )
 
     def kernels(
