@@ -200,7 +200,9 @@ class Measurements:
             readings = [each.observe(again) for each in self.instruments if each.of_snapshots]
         known = self.recorder.history.get(calibration.step, {})
         scalars = {name: value for reading in readings for name, value in reading.scalars.items()}
-        self._anew = {name: value for name, value in scalars.items() if known.get(name) != value}
+        # What differs by rounding, as of theta_0 against itself, is not logged again.
+        same = {name for name, value in known.items() if math.isclose(value, scalars.get(name, math.inf), abs_tol=1e-6)}
+        self._anew = {name: value for name, value in scalars.items() if name not in same}
 
     def _record(self, step: int, scalars: dict[str, float], epoch: int | None = None) -> None:
         """Record a measurement, and what was measured anew of theta_0."""
