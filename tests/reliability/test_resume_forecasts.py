@@ -40,7 +40,8 @@ def half(momentum=0.0):
 # ---- it goes on
 
 
-@pytest.mark.parametrize("momentum", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_its_values_are_those_of_the_training_that_was_not_stopped(momentum):
     whole, saved = half(momentum)
     resumed = Run(seed=1, momentum=momentum).resume(saved).train(HALF + 1, STEPS)

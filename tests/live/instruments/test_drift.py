@@ -157,6 +157,7 @@ def test_where_there_is_no_law_the_page_says_why():
     assert unpredicted["dntk"].startswith("No prediction at finite width: activation: relu has a kink")
 
 
+@pytest.mark.slow
 def test_a_resumed_training_has_the_same_lines(trained):
     observer, *_ = trained
     (before,) = (each for each in observer.instruments if isinstance(each, TheoryInstrument))

@@ -32,7 +32,7 @@ def test_both_forecasts_beside_one_training():
     """Momentum, squared error: order 1 of both; the network's own is closer at order 1 than at order 0 at all steps."""
     x, y, x_probe = data(4, 3, 1)
     model = mlp(96, 1)
-    instruments = [TheoryInstrument(seconds=60.0), InstanceInstrument(seconds=60.0), RepresentationInstrument()]
+    instruments = [TheoryInstrument(seconds=4.0), InstanceInstrument(seconds=4.0), RepresentationInstrument()]
     observer, pages = fit(model, instruments, 30, sgd(model, 0.005, momentum=0.5), x, y, x_probe, every=5)
     assert "eft-theory/output_projection/order_1" in observer.history[0]  # reported late
     for step in (5, 15, 30):

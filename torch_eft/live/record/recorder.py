@@ -119,6 +119,8 @@ class Recorder:
         if self.on_error == "raise":
             raise error
         step, reason = self.progress.step, f"{type(error).__name__}: {error}"
+        if error.__cause__ is not None:  # loggers wrap what their files say
+            reason += f" (from {type(error.__cause__).__name__}: {error.__cause__})"
         if not self.skipped:
             warnings.warn(
                 f"{self.name} {what or f'could not measure at step {step} and goes on without'} ({reason}). Further "
