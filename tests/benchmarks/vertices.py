@@ -26,8 +26,8 @@ def median_seconds(action, rounds=3):
 
 
 def main():
-    x_train, _, x_probe = load_digits_split()
-    x = torch.cat([x_probe[:8], x_train]).double()
+    x_train, _, x_probe = load_digits_split(64, 8)
+    x = torch.cat([x_probe, x_train]).double()
     ensemble = MLPEnsemble([64, 128, 128, 10], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
     probe, train = torch.arange(8), torch.arange(8, 72)
     sets = {"x": probe, "y": probe, "g": train, "d": train}

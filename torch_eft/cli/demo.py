@@ -87,8 +87,15 @@ class _Progress(pl.Callback):
         self.bar.close()
 
 
-def load_digits_split() -> tuple[Tensor, Tensor, Tensor]:
-    """Return training inputs (16, 64), one-hot targets (16, 10) and probe inputs (6, 64), centered, |x|^2 = n_0.
+def load_digits_split(train: int | None = None, probe: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return training inputs (N, 64), one-hot targets (N, 10) and probe inputs (N_p, 64), centered, |x|^2 = n_0.
+
+    Args:
+        train: N; None: 16.
+        probe: N_p; None: 6.
+
+    Returns:
+        Inputs, targets, probe.
 
     Raises:
         ImportError: If scikit-learn is missing.
@@ -97,12 +104,13 @@ def load_digits_split() -> tuple[Tensor, Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("the demo needs scikit-learn: pip install 'torch-eft[demo]'") from error
+    train, probe = TRAIN_IMAGES if train is None else train, PROBE_IMAGES if probe is None else probe
     digits = load_digits()
-    x = torch.tensor(digits.data[: TRAIN_IMAGES + PROBE_IMAGES], dtype=torch.float32)
-    y = torch.tensor(digits.target[:TRAIN_IMAGES])
-    x = x - x[:TRAIN_IMAGES].mean(0)
+    x = torch.tensor(digits.data[: train + probe], dtype=torch.float32)
+    y = torch.tensor(digits.target[:train])
+    x = x - x[:train].mean(0)
     x = x / x.norm(dim=1, keepdim=True) * math.sqrt(x.shape[1])
-    return x[:TRAIN_IMAGES], F.one_hot(y, CLASSES).float(), x[TRAIN_IMAGES:]
+    return x[:train], F.one_hot(y, CLASSES).float(), x[train:]
 
 
 def demo_ensemble(width: int, depth: int, activation: str, n_0: int) -> MLPEnsemble:

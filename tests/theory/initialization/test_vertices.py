@@ -195,8 +195,8 @@ def test_sampling_agrees_with_integration_within_its_own_error(name):
     """Digits: a block of 40 inputs, entries on random four-subsets, against the integrated values of those four."""
     from torch_eft.cli.demo import load_digits_split
 
-    x_train, _, x_probe = load_digits_split()
-    x = 0.5 * torch.cat([x_probe[:8], x_train[:32]]).double()  # K of order 1/2, where four labels can be integrated
+    x_train, _, x_probe = load_digits_split(32, 8)
+    x = 0.5 * torch.cat([x_probe, x_train]).double()  # K of order 1/2, where four labels can be integrated
     ensemble = MLPEnsemble([64, 128, 128, 10], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
     probe, train = torch.arange(8), torch.arange(8, 40)
     sets = {"x": probe, "y": probe, "g": train, "d": train}
