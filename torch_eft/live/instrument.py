@@ -306,7 +306,7 @@ class Instrument:
     def wants_first_step(self) -> bool:
         """Return whether it must observe the network after the first step though no measurement is due.
 
-        What it answers then is told and marked, without its scalars, which belong to measurements.
+        Its scalars of then are not recorded, which belong to measurements; pages, events and late numbers are.
         """
         return False
 

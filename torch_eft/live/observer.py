@@ -170,7 +170,7 @@ class Observer:
         self._network: MeasuredNetwork | None = None
         self._measurements = Measurements(self.instruments, self.reference, self.recorder)
         self._begun = self._refused = False
-        self._waiting: dict[str, Any] | None = None  # what `begin` was told, where the network has no shapes yet
+        self._waiting: dict[str, Any] | None = None  # the arguments of `begin`, where the network has no shapes yet
         self._checking = 0.0
         self._drawn = False
         self._listening: dict[str, list[Instrument]] = {}
@@ -334,7 +334,7 @@ class Observer:
             self._begin(network, obstacle)
         self.budget.settle()
 
-    def _wait(self, *told: Any) -> None:
+    def _wait(self, *arguments: Any) -> None:
         """Begin later, when the network's lazy modules have seen a batch."""
         names = ("step", "obstacle", "total_steps", "model", "optimizers", "place", "sinks", "theta_file")
         if self._waiting is None:
@@ -342,16 +342,16 @@ class Observer:
                 f"{self.recorder.name}: the network has lazy modules that have not seen a batch yet; theta_0 is taken "
                 "before the first step, if before_step is called there, else at the first measurement"
             )
-        self._waiting = dict(zip(names, told, strict=True))
+        self._waiting = dict(zip(names, arguments, strict=True))
 
     def _begin_late(self, step: int) -> bool:
         """Begin where that was put off, if the network has shapes now; returns whether it has begun."""
-        told = self._waiting
-        model = self._model if told is None or told["model"] is None else told["model"]
-        if told is None or model is None or has_no_shapes(model):
+        kept = self._waiting
+        model = self._model if kept is None or kept["model"] is None else kept["model"]
+        if kept is None or model is None or has_no_shapes(model):
             return False
-        self.begin(**told | {"step": step})
-        if step > told["step"]:
+        self.begin(**kept | {"step": step})
+        if step > kept["step"]:
             self.reference.origin = f"step {step}, the first at which its lazy modules had seen a batch"
         return self._begun
 

@@ -25,7 +25,7 @@ class Allowance:
 
     Args:
         seconds: Work allowed, in seconds of one core; the user's ``forecast_seconds``.
-        report: Is told how far the work is.
+        report: Called with how far the work is.
 
     Attributes:
         report: As given.

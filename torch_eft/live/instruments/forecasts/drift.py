@@ -18,10 +18,14 @@ class DriftLines:
     Args:
         comparison: The law, and this network beside it.
         layers: Names of the activation modules, layer by layer; empty where they are not known.
+
+    Attributes:
+        validity: Where the law holds.
     """
 
     def __init__(self, comparison: DriftComparison, layers: Sequence[str]) -> None:
         self._comparison, self._layers = comparison, list(layers)
+        self.validity = comparison.validity
 
     def scalars(self, measurement: Measurement) -> tuple[dict[str, float], History]:
         """``{tag: value}`` of this step, and ``{step: {tag: value}}`` of earlier ones whose dNTK was measured now."""

@@ -172,7 +172,8 @@ class TheoryInstrument(ForecastInstrument):
                 earlier=kept["comparison"] if kept else None,
             )
             drift = self._drift_law(x, loss.targets, probe, training, allowance)
-        self.validity = self._comparison.validity
+        known = [self._comparison.validity] + ([] if self._drift is None else [self._drift.validity])
+        self.validity = max(known, key=lambda each: ("valid", "caution", "invalid").index(each.flag))  # of all lines
         momentum = f", momentum {options['momentum']:g}" if options["momentum"] else ""
         text = (
             f"Full-batch gradient descent on squared error ({loss.name}), learning rate {rate:g}{momentum}. "

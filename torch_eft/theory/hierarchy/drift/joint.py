@@ -2,7 +2,7 @@
 
 Each drift is a quadratic form of its own eta (``law``); the eta of two pairs of points are correlated by the dNTK's
 covariance at six labels. That of many probe points is large: pairs of some of them are drawn together, and the squared
-norm of the whole is theirs times the ratio of the two expectations, which are exact.
+norm of the whole is theirs times the ratio of the two expectations over all seeds, which are exact.
 """
 
 import math
