@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch_eft.results.quantities import QUANTITIES
 from torch_eft.results.tags import BAND, BAND_68, BAND_90, EXPANSIONS, GIVEN_START, ORDERS, tag
-from torch_eft.results.verdict import verdict
+from torch_eft.tensorboard.verdicts import verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

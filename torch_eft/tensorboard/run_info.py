@@ -20,7 +20,7 @@ from typing import Any
 
 from torch_eft.results.quantities import HEADLINES
 from torch_eft.results.tags import MEASURED, split_tag
-from torch_eft.results.verdict import reading_of, verdict_of
+from torch_eft.tensorboard.verdicts import reading_of, verdict_of
 
 PLUGIN_NAME = "eft"
 RUN_INFO_TAG = "eft/run"

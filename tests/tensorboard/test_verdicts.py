@@ -3,7 +3,7 @@
 import pytest
 
 from torch_eft.results.tags import tag
-from torch_eft.results.verdict import reading, verdict
+from torch_eft.tensorboard.verdicts import reading, verdict
 
 
 def history(values, low=1.0, high=2.0, **more):
