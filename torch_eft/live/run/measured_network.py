@@ -27,6 +27,34 @@ Distributed = Literal["rank_zero", "sharded"]
 
 
 @dataclass(frozen=True)
+class Given:
+    """What is to be measured, as a user said it.
+
+    Args:
+        model: The network that is trained; None: training brings it.
+        probe: The inputs; None: they wait for a data set.
+        optimizers: Those of the training.
+        output_fn: Converts the model's output to (N, C).
+        memory: Bytes allowed for the NTK.
+        distributed: Who measures: rank 0, or all ranks together.
+        unsharded_model: A plain network of the same architecture, where the model's parameters are sharded (FSDP).
+    """
+
+    model: nn.Module | None
+    probe: Probe | None
+    optimizers: Sequence[Optimizer] = ()
+    output_fn: OutputFn | None = None
+    memory: int = DEFAULT_MEMORY
+    distributed: Distributed = "rank_zero"
+    unsharded_model: nn.Module | None = None
+
+    @property
+    def collective(self) -> bool:
+        """True if a snapshot takes every rank of a distributed training."""
+        return self.distributed == "sharded" or self.unsharded_model is not None
+
+
+@dataclass(frozen=True)
 class MeasuredNetwork:
     """A network on its probe that can be measured.
 
@@ -119,31 +147,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def checked_network(
-    model: nn.Module | None,
-    probe: Probe | None,
-    instruments: Sequence[Instrument],
-    name: str,
-    output_fn: OutputFn | None,
-    memory: int,
-    ranks: RankProtocol,
-    distributed: Distributed,
-    unsharded_model: nn.Module | None,
-) -> MeasuredNetwork:
+def checked_network(given: Given, instruments: Sequence[Instrument], name: str, ranks: RankProtocol) -> MeasuredNetwork:
     """Check that a model can be measured on a probe, and join the instruments' plans.
 
     An NTK that does not fit into memory is left out, with a warning.
 
     Args:
-        model: The network that is trained.
-        probe: The inputs.
+        given: The model, its probe, and how it is measured.
         instruments: What will look at it.
         name: Name of the observer, for warnings.
-        output_fn: As for ``MeasuredNetwork``.
-        memory: As for ``MeasuredNetwork``.
-        ranks: As for ``MeasuredNetwork``.
-        distributed: As for ``MeasuredNetwork``.
-        unsharded_model: As for ``MeasuredNetwork``.
+        ranks: The ranks of the training.
 
     Returns:
         The network, with the plan of what is measured at every visit.
@@ -151,11 +164,12 @@ def checked_network(
     Raises:
         ValueError: If the model cannot be measured on the probe, or an instrument's arguments do not fit it.
     """
+    model, probe, unsharded_model, memory = given.model, given.probe, given.unsharded_model, given.memory
     if model is None or probe is None:
         raise ValueError(f"{'model' if model is None else 'probe'}: None given; an observer needs one")
     model = unwrapped(model)
     module = model if unsharded_model is None else unsharded_model
-    with Network(module, probe, output_fn=output_fn, memory=memory) as network:
+    with Network(module, probe, output_fn=given.output_fn, memory=memory) as network:
         samples, outputs = network.output().shape
         for instrument in instruments:
             instrument.check(network)
@@ -176,9 +190,10 @@ def checked_network(
         plan,
         (samples, outputs),
         ranks,
-        output_fn=output_fn,
+        optimizers=given.optimizers,
+        output_fn=given.output_fn,
         memory=memory,
-        distributed=distributed,
+        distributed=given.distributed,
         unsharded_model=unsharded_model,
         norms=batch_norms(module),
     )
