@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch_eft import callbacks, live, measure, tensorboard, theory
     from torch_eft.diagnosis import Diagnosis, diagnose
+    from torch_eft.forecast.averages import average_trajectories
     from torch_eft.forecast.network import predict_from_network
     from torch_eft.forecast.networks import predict_from_networks
-    from torch_eft.results.averages import average_trajectories
+    from torch_eft.live.record.saved_run import load_run
     from torch_eft.results.training import Training
     from torch_eft.results.trajectory import Trajectory, Validity, trajectory_from_records
 
@@ -33,6 +34,7 @@ __all__ = [
     "callbacks",
     "diagnose",
     "live",
+    "load_run",
     "measure",
     "predict_from_network",
     "predict_from_networks",
@@ -46,8 +48,9 @@ _HOMES = {
     "Training": "results.training",
     "Trajectory": "results.trajectory",
     "Validity": "results.trajectory",
-    "average_trajectories": "results.averages",
+    "average_trajectories": "forecast.averages",
     "diagnose": "diagnosis",
+    "load_run": "live.record.saved_run",
     "predict_from_network": "forecast.network",
     "predict_from_networks": "forecast.networks",
     "trajectory_from_records": "results.trajectory",

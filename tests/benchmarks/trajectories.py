@@ -58,7 +58,7 @@ def record(correction):
 
 STEPS = torch.arange(61)
 CASES = {
-    "drift": lambda: report("NTK drift, 64 images", 64, 10, 4096, lambda f: record(f.ntk_drift(STEPS))),
+    "drift": lambda: report("NTK drift, 64 images", 64, 10, 4096, lambda f: record(f.ntk_change(STEPS))),
     "mean": lambda: report("mean output, 64 images", 64, 10, 4096, lambda f: record(f.mean_output(STEPS))),
     "wide": lambda: report("NTK drift, 100 outputs", 64, 100, 4096, lambda f: f.ntk_trace_drift(STEPS)),
     "many": lambda: report("NTK drift, 1,000 images", 1000, 10, 4096, lambda f: f.ntk_trace_drift(STEPS[::20])),

@@ -63,8 +63,8 @@ def test_equals_the_hierarchy_of_whole_tensors(name):
     torch.testing.assert_close(found.output_mean, (z0 + z1)[:, :2], rtol=0, atol=1e-6 * size)
     torch.testing.assert_close(found.train_output_mean, (z0 + z1)[:, 2:], rtol=0, atol=1e-6 * size)
     H1 = expected.H1[:, :2, :2]
-    torch.testing.assert_close(found.ntk_drift, H1, rtol=0, atol=1e-6 * float(H1.abs().max()))
-    torch.testing.assert_close(found.ntk_mean - found.ntk_drift, expected.H0[:2, :2].expand_as(H1))
+    torch.testing.assert_close(found.ntk_change, H1, rtol=0, atol=1e-6 * float(H1.abs().max()))
+    torch.testing.assert_close(found.ntk_mean - found.ntk_change, expected.H0[:2, :2].expand_as(H1))
     assert not found.output_covariance.any()
     assert "directions of the path" in found.provenance
 
@@ -410,7 +410,7 @@ def test_nothing_to_learn_and_no_steps():
     torch.testing.assert_close(
         still.output_mean, still.output_mean[:1].expand_as(still.output_mean), rtol=0, atol=1e-14
     )
-    assert float(still.ntk_drift.abs().max()) < 1e-14
+    assert float(still.ntk_change.abs().max()) < 1e-14
     assert predict_from_network(
         model, x, z + 1, x_probe, learning_rate=0.05, steps=0, lambdas=lambdas
     ).output_mean.shape == (1, 2, 2)

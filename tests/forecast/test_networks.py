@@ -71,7 +71,7 @@ def test_is_the_mean_of_the_single_forecasts(order):
             model = drawn(16)()
         options = dict(learning_rate=0.08, steps=10, lambdas=lambdas_of(16), reduction="sum", order=order)
         singles.append(predict_from_network(model, X[1:], Y, X[:1], **options))
-    for name, error in (("output_mean", "output_error"), ("ntk_mean", "ntk_error"), ("ntk_drift", "ntk_drift_error")):
+    for name, error in (("output_mean", "output_error"), ("ntk_mean", "ntk_error"), ("ntk_change", "ntk_change_error")):
         values = torch.stack([getattr(single, name) for single in singles])
         torch.testing.assert_close(getattr(found, name), values.mean(0), rtol=0, atol=1e-13)
         torch.testing.assert_close(getattr(found, error), values.std(0) / 2, rtol=1e-10, atol=1e-13)
@@ -112,7 +112,7 @@ def test_agrees_with_the_theory_of_the_ensemble():
         # not in its square. It is what the networks' own truncations say.
         for name, error, left in (
             ("output_mean", found.output_error, found.output_truncation),
-            ("ntk_drift", found.ntk_drift_error, found.ntk_truncation),
+            ("ntk_change", found.ntk_change_error, found.ntk_truncation),
         ):
             off = (getattr(found, name)[-1] - getattr(theory, name)[-1]).abs()
             allowed = 4 * error[-1] + left[-1]
@@ -154,9 +154,9 @@ def test_a_small_cnn_on_cross_entropy_with_minibatches():
         num_modes=2,
     )
     assert found.output_mean.shape == found.output_error.shape == (9, 2, 2)
-    assert found.output_covariance.shape == found.ntk_mean.shape == found.ntk_drift.shape == (9, 2, 2, 2, 2)
+    assert found.output_covariance.shape == found.ntk_mean.shape == found.ntk_change.shape == (9, 2, 2, 2, 2)
     assert found.train_output_mean.shape == (9, 3, 2)
-    assert bool((found.output_error > 0).all()) and not bool(found.ntk_drift_error[0].any())
+    assert bool((found.output_error > 0).all()) and not bool(found.ntk_change_error[0].any())
     assert "SmallCNN" in found.provenance and "fixed-minibatch" in found.provenance
     assert "of 3 networks outside" in found.validity.reason and "standard errors: mean output" in found.validity.reason
 
@@ -166,7 +166,7 @@ def test_averages_make_nothing_on_the_default_device():
     expected = eft.average_trajectories(singles, "three")
     with poisoned():
         found = eft.average_trajectories(singles, "three")
-    for name in ("output_mean", "output_covariance", "ntk_drift", "output_error", "train_output_mean"):
+    for name in ("output_mean", "output_covariance", "ntk_change", "output_error", "train_output_mean"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     assert found.validity == expected.validity
 
@@ -202,7 +202,7 @@ def test_verdicts_are_shared_out():
     far = eft.average_trajectories([single(1.0), single(2.0), single(3.0, "invalid", 90.0)], "numbers")
     assert far.validity.flag == "invalid"  # the average itself has no small next order
     assert eft.average_trajectories([single(1.0), single(2.0)], "numbers").validity.flag == "valid"
-    assert few.ntk_mean is None and few.ntk_drift is None and few.ntk_error is None
+    assert few.ntk_mean is None and few.ntk_change is None and few.ntk_error is None
     assert few.provenance == "mean over 3 networks: numbers"
     assert float(few.output_covariance[1]) == pytest.approx(1.0)
 

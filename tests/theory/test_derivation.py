@@ -16,7 +16,7 @@ from torch_eft.theory.hidden_layers.predict import predict_representation
 from torch_eft.theory.hidden_layers.statistics import HiddenStatistics
 from torch_eft.theory.initialization.evaluator import SYMMETRIES, Vertices
 from torch_eft.theory.training.corrections.mean_output import mean_output
-from torch_eft.theory.training.corrections.ntk_drift import ntk_drift
+from torch_eft.theory.training.corrections.ntk_change import ntk_change
 from torch_eft.theory.training.corrections.output_covariance import output_covariance
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 
@@ -42,7 +42,7 @@ def test_closed_forms_change_with_exactly_these_vertices(observable):
         vertices = KnownTensors(tensors)
         if observable == "mean output":
             return mean_output(vertices, path, STEPS)[0].flatten()
-        function = ntk_drift if observable == "NTK drift" else output_covariance
+        function = ntk_change if observable == "NTK drift" else output_covariance
         return function(vertices, path, 1, STEPS)[0].flatten()
 
     whole = found(tensors)
@@ -155,7 +155,7 @@ def test_hidden_kernels_take_no_vertex_of_the_last_layer(monkeypatch):
 def test_hidden_kernels_take_three_statistics_and_movement_one(monkeypatch):
     whole = hidden().layers
     array = HiddenStatistics.array
-    for name, moved in (("Xi", "kernel_drift"), ("Y", "kernel_drift"), ("C", "kernel_drift"), ("Mv", "movement")):
+    for name, moved in (("Xi", "kernel_change"), ("Y", "kernel_change"), ("C", "kernel_change"), ("Mv", "movement")):
 
         def without(self, wanted, layer, m, letters, name=name):
             value = array(self, wanted, layer, m, letters)
@@ -163,6 +163,6 @@ def test_hidden_kernels_take_three_statistics_and_movement_one(monkeypatch):
 
         monkeypatch.setattr(HiddenStatistics, "array", without)
         for before, after in zip(whole, hidden().layers, strict=True):
-            for observable in ("kernel_drift", "movement"):
+            for observable in ("kernel_change", "movement"):
                 same = torch.equal(getattr(before, observable), getattr(after, observable))
                 assert same != (observable == moved), (name, observable)

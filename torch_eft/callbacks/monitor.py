@@ -27,8 +27,9 @@ from torch_eft.callbacks.workers import WorkerResults
 from torch_eft.live.config.presets import Preset
 from torch_eft.live.config.probes import ProbeLike, first_count, same_probe
 from torch_eft.live.config.schedule import Every
-from torch_eft.live.instrument import Event, History, Instrument, MeasurementWarning, Obstacle
+from torch_eft.live.instrument import Event, Instrument, MeasurementWarning, Obstacle
 from torch_eft.live.observer import Observer
+from torch_eft.live.record.history import RunHistory
 from torch_eft.live.run.measured_network import Distributed
 from torch_eft.live.run.reference import KeepTheta
 from torch_eft.measure.forward.probe import OutputFn
@@ -160,8 +161,8 @@ class EFTMonitor(Callback):
         return self._observer
 
     @property
-    def history(self) -> History:
-        """``{optimizer step: {tag: value}}``."""
+    def history(self) -> RunHistory:
+        """``{optimizer step: {tag: value}}``; ``.plot()``, ``.to_pandas()``, ``.save()``."""
         return self.observer.history
 
     @property

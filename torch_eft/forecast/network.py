@@ -86,7 +86,7 @@ def predict_from_network(
         >>> forecast = eft.predict_from_network(model, x, y, x[:2], learning_rate=0.1, steps=5)
         >>> forecast.output_mean.shape, forecast.ntk_mean.shape
         (torch.Size([6, 2, 2]), torch.Size([6, 2, 2, 2, 2]))
-        >>> bool(forecast.ntk_drift.any())  # a linear network has a frozen NTK
+        >>> bool(forecast.ntk_change.any())  # a linear network has a frozen NTK
         False
     """
     if order not in (0, 1):
@@ -160,7 +160,7 @@ def _trajectory(start: StartingDerivatives, orders: ForecastOrders, provenance: 
         output_mean=z[:, :K].unflatten(1, (N, C)),
         output_covariance=z.new_zeros(1).expand(T, N, N, C, C),
         ntk_mean=H_0.expand(T, *H_0.shape) if drift is None else H_0 + drift,
-        ntk_drift=H_0.new_zeros(1).expand(T, *H_0.shape) if drift is None else drift,
+        ntk_change=H_0.new_zeros(1).expand(T, *H_0.shape) if drift is None else drift,
         provenance=provenance,
         validity=validity,
         output_truncation=output_truncation,

@@ -17,9 +17,9 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from torch_eft.forecast.averages import Averages
 from torch_eft.forecast.network import predict_from_network
 from torch_eft.measure.forward.probe import OutputFn
-from torch_eft.results.averages import Averages
 from torch_eft.results.training import Training, as_training
 from torch_eft.results.trajectory import Trajectory
 from torch_eft.theory.hierarchy.contractions import DEFAULT_MEMORY

@@ -17,8 +17,8 @@ from torch_eft.measure.jacobian.engine import JacobianGram
 from torch_eft.measure.jets.jet import watch_kinks
 from torch_eft.measure.kernels.along_path import DirectionPair, along_path
 from torch_eft.measure.kernels.metrics import as_matrix
+from torch_eft.results.progress.work import worked
 from torch_eft.results.training import Training
-from torch_eft.results.work import worked
 from torch_eft.theory.hierarchy.contractions import PathTensors, check_memory, path_basis
 from torch_eft.theory.hierarchy.evolution import FirstOrder, first_order, frozen_path
 from torch_eft.theory.hierarchy.gradient_flow import eigenmodes, first_order_flow, frozen_flow

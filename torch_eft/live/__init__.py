@@ -11,6 +11,8 @@ from torch_eft.live.instrument import (
     TrainingStart,
 )
 from torch_eft.live.observer import Observer
+from torch_eft.live.record.history import RunHistory
+from torch_eft.live.record.saved_run import SavedRun, load_run
 from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink
 
 __all__ = [
@@ -22,9 +24,12 @@ __all__ = [
     "Observer",
     "Obstacle",
     "Reading",
+    "RunHistory",
+    "SavedRun",
     "Sink",
     "TensorBoardSink",
     "TrainingStart",
     "linear",
+    "load_run",
     "logarithmic",
 ]

@@ -32,8 +32,9 @@ from torch_eft.live.budget import Budget, cost_page, cost_sentence
 from torch_eft.live.config.presets import Options, Preset, chosen_instruments
 from torch_eft.live.config.probes import ProbeLike, probe_from
 from torch_eft.live.config.schedule import Every, checked_every, due
-from torch_eft.live.instrument import Event, History, Instrument, MeasurementWarning, Obstacle
+from torch_eft.live.instrument import Event, Instrument, MeasurementWarning, Obstacle
 from torch_eft.live.progress import Progress
+from torch_eft.live.record.history import RunHistory
 from torch_eft.live.record.recorder import Recorder
 from torch_eft.live.record.run_summary import shown_claim, skipped_page
 from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink, local_path
@@ -180,8 +181,8 @@ class Observer:
         return self.reference.origin
 
     @property
-    def history(self) -> History:
-        """``{optimizer step: {tag: value}}``, everything measured so far."""
+    def history(self) -> RunHistory:
+        """``{optimizer step: {tag: value}}``, all that was measured: ``.plot()``, ``.to_pandas()``, ``.save()``."""
         return self.recorder.history
 
     @property

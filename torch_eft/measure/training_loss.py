@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch_eft.measure.forward.isolation import Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, as_probe
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.training import LossFunction
 
 LOSS_TOLERANCE = 1e-4

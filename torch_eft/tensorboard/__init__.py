@@ -2,7 +2,8 @@
 
 from torch_eft.results.quantities import QUANTITIES, Quantity, register_quantity
 from torch_eft.results.tags import compared_quantities, layer_tag, layer_theory_tag, tag
-from torch_eft.tensorboard.figures import comparison_figure, kernel_figure, layers_figure, trajectory_figure
+from torch_eft.results.trajectory import trajectory_figure
+from torch_eft.tensorboard.figures import comparison_figure, kernel_figure, layers_figure
 from torch_eft.tensorboard.layout import comparison_layout
 from torch_eft.tensorboard.verdicts import Verdict, reading, verdict
 

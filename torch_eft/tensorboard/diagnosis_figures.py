@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch_eft.diagnosis.measured_report import MeasuredDiagnosis
 from torch_eft.diagnosis.planes import DepthWidthPlane, PhasePlane
-from torch_eft.tensorboard.figures import MEASURED, THEORY, figure
+from torch_eft.results.presentation.figures import MEASURED, THEORY, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ def planes_figure(phase: PhasePlane, shape: DepthWidthPlane) -> "Figure":
         phase: The phase plane.
         shape: The depth-width plane.
     """
-    drawing, (left, right) = figure(columns=2)
+    drawing, (left, right) = new_figure(columns=2)
     drawing.set_size_inches(12.4, 5.2)
     draw_phase_plane(left, phase)
     draw_depth_width(right, shape)
@@ -121,7 +121,7 @@ def _name_regime(
 
 def measured_figure(diagnosis: MeasuredDiagnosis) -> "Figure":
     """Signals and squared gradients at the bottlenecks, and the NTK's shares by layer."""
-    drawing, (left, right) = figure(columns=2)
+    drawing, (left, right) = new_figure(columns=2)
     drawing.set_size_inches(12.4, 5.2)
     names = [block.name for block in diagnosis.blocks]
     places = range(len(names))

@@ -8,6 +8,7 @@ follows from this network's own start in green, expansions about theta_0 in purp
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from torch_eft.results.presentation.figures import EXPANDED, GIVEN, MEASURED, THEORY, new_figure
 from torch_eft.results.quantities import QUANTITIES
 from torch_eft.results.tags import BAND, BAND_68, BAND_90, EXPANSIONS, GIVEN_START, ORDERS, tag
 from torch_eft.tensorboard.verdicts import verdict
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from torch_eft.results.trajectory import Trajectory
-
-MEASURED, THEORY, GIVEN, EXPANDED = "#D55E00", "#0072B2", "#009E73", "#8A3A80"
 LINES = {
     "order_0": ("#555555", "--", 2.5, ORDERS["order_0"]),
     "order_1": (THEORY, "-", 2.5, ORDERS["order_1"]),
@@ -30,21 +28,6 @@ LINES = {
 MEDIAN = "median of networks, order 1/n"
 SHADED = ((BAND, 0.2, "theory ± σ"), (BAND_90, 0.15, "90 % of networks"), (BAND_68, 0.25, "68 % of networks"))
 History = Mapping[int, Mapping[str, float]]
-
-
-def figure(columns: int = 1, rows: int = 1) -> "tuple[Figure, list[Axes]]":
-    """Return an empty figure that belongs to no window, sized to stay readable as a thumbnail, and its panels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # matplotlib's own layout takes twice as long as the drawing itself: one panel does without.
-    several = rows * columns > 1
-    drawing = Figure(figsize=(5.6 * columns, 4.2 * rows), layout="constrained" if several else None)
-    FigureCanvasAgg(drawing)
-    if not several:
-        drawing.subplots_adjust(left=0.17, right=0.96, bottom=0.16, top=0.87)
-    axes = [drawing.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
-    return drawing, axes
 
 
 def kernel_figure(H: "Tensor", title: str, limit: float | None = None) -> "Figure":
@@ -64,7 +47,7 @@ def kernel_figure(H: "Tensor", title: str, limit: float | None = None) -> "Figur
         >>> kernel_figure(torch.eye(3), "identity").axes[0].get_title()
         'identity'
     """
-    drawing, (axes,) = figure()
+    drawing, (axes,) = new_figure()
     entries = H.detach().double().cpu().numpy()
     limit = limit or float(abs(entries).max()) or 1.0
     image = axes.imshow(entries, cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -137,7 +120,7 @@ def comparison_figure(history: History, quantities: list[str], title: str = "") 
     if not quantities:
         raise ValueError("quantities: none given; give names out of QUANTITIES")
     columns = min(3, len(quantities))
-    drawing, panels = figure(columns, -(-len(quantities) // columns))
+    drawing, panels = new_figure(columns, -(-len(quantities) // columns))
     for axes, quantity in zip(panels, quantities, strict=False):
         draw_comparison(axes, history, quantity)
     for axes in panels[len(quantities) :]:
@@ -149,61 +132,6 @@ def comparison_figure(history: History, quantities: list[str], title: str = "") 
         panels[0].legend(fontsize=13 if len(named) <= 4 else 10, framealpha=0.6, edgecolor="none")
     if title:
         drawing.suptitle(title, fontsize=14)
-    return drawing
-
-
-def trajectory_figure(trajectories: "Mapping[str, Trajectory]", point: int = 0, output: int = 0) -> "Figure":
-    """Draw forecasts and measured runs on each other: one output, and the relative drift of the NTK.
-
-    Args:
-        trajectories: ``{label: trajectory}``, drawn in this order; bands are one standard deviation over
-            initializations.
-        point: Index of the probe point, 0 .. N_p - 1.
-        output: Index of its output, 0 .. C - 1.
-
-    Returns:
-        Two panels: z_{output; point}(t), and ||H(t) - H(0)||_F / ||H(0)||_F of the mean NTK where it is known.
-
-    Raises:
-        ValueError: If there is no trajectory, or one has no such point or output.
-
-    Example:
-        >>> import torch
-        >>> from torch_eft import Validity, trajectory_from_records
-        >>> from torch_eft.tensorboard import trajectory_figure
-        >>> outputs = [torch.zeros(3, 2), torch.ones(3, 2)]
-        >>> run = trajectory_from_records([0, 10], outputs, "a run", Validity("valid", "measured"))
-        >>> [axes.get_title() for axes in trajectory_figure({"measured": run}).axes]
-        ['output 0 at probe point 0', 'NTK drift']
-    """
-    if not isinstance(trajectories, Mapping) or not trajectories:
-        given = "none" if isinstance(trajectories, Mapping) else type(trajectories).__name__
-        raise ValueError(f"trajectories: {given} given; give {{label: trajectory}} with at least one")
-    drawing, (outputs, drifts) = figure(2)
-    for label, trajectory in trajectories.items():
-        points, count = trajectory.output_mean.shape[1:]
-        if not (0 <= point < points and 0 <= output < count):
-            raise ValueError(f"point: {point}, output: {output} given; {label!r} has {points} points, {count} outputs")
-        steps = trajectory.steps.cpu().numpy()
-        mean = trajectory.output_mean[:, point, output].detach().double().cpu()
-        (line,) = outputs.plot(steps, mean.numpy(), lw=2.5, label=label)
-        if trajectory.output_covariance is not None:
-            variance = trajectory.output_covariance[:, point, point, output, output].detach().double().cpu()
-            sigma = variance.clamp_min(0).sqrt()
-            if bool(sigma.any()):
-                outputs.fill_between(
-                    steps, (mean - sigma).numpy(), (mean + sigma).numpy(), color=line.get_color(), alpha=0.2, lw=0
-                )
-        if trajectory.ntk_drift is not None and trajectory.ntk_mean is not None:
-            drift, start = trajectory.ntk_drift.flatten(1).double(), trajectory.ntk_mean[0].double()
-            drifts.plot(steps, (drift.norm(dim=1) / start.norm()).cpu().numpy(), lw=2.5, color=line.get_color())
-    outputs.set_title(f"output {output} at probe point {point}", fontsize=14)
-    drifts.set_title("NTK drift", fontsize=14)
-    for axes in (outputs, drifts):
-        axes.set_xlabel("optimizer step", fontsize=14)
-        axes.tick_params(labelsize=13)
-        axes.grid(alpha=0.2)
-    outputs.legend(fontsize=13, frameon=False)
     return drawing
 
 
@@ -229,7 +157,7 @@ def layers_figure(
     """
     from matplotlib import colormaps
 
-    drawing, (axes,) = figure()
+    drawing, (axes,) = new_figure()
     shades, dashed = colormaps["viridis"], False
     for index, (layer, series) in enumerate(histories.items()):
         color = shades(0.85 * index / max(1, len(histories) - 1))

@@ -58,7 +58,7 @@ def test_the_numbers_are_those_of_the_theory():
             chi_squared = compared["output_chi_squared"]
             assert chi_squared.measured == pytest.approx(float(((z - mean_0).square() / variances_0).mean()))
             assert (chi_squared.order_0, chi_squared.order_1) == (1.0, pytest.approx(float(ratio.mean()), abs=1e-3))
-            D, Theta = as_trace(trajectory.ntk_drift[index]), as_trace(zeroth.ntk_mean[index])
+            D, Theta = as_trace(trajectory.ntk_change[index]), as_trace(zeroth.ntk_mean[index])
             drift = compared["ntk_mean_drift"]
             assert drift.order_0 == 0
             assert drift.order_1 == pytest.approx(float(D.norm() / Theta.norm()), rel=2e-3)
@@ -86,7 +86,7 @@ def check_hidden_kernels(found, x, y, x_probe):
     compared = found.compare(20, torch.zeros(2, 1), H, H, (now, then))["representation_mean_drift"]
     layers = found.layers(20, now, then)
     for layer, K, K_0, (measured, predicted) in zip(hidden.layers, now, then, layers, strict=True):
-        D, scale = layer.kernel_drift[0], layer.kernel_infinite_width.norm()
+        D, scale = layer.kernel_change[0], layer.kernel_infinite_width.norm()
         assert predicted == pytest.approx(float(D.norm() / scale), rel=1e-6)
         assert measured == pytest.approx(float(((K - K_0) * D).sum() / D.norm() / scale), rel=1e-6)
     assert compared.measured == pytest.approx(sum(m for m, _ in layers) / 2)
@@ -99,7 +99,7 @@ def test_the_forecast_extends_when_the_training_goes_on():
     H = torch.rand(2, 2, 1, 1, dtype=F64)
     short = EnsembleComparison(ensemble(), x, y, x_probe, summed(20), num_networks=4, allowance=Allowance(60.0))
     expected = predict_training(ensemble(), x, y, x_probe, summed(90), at_steps=[90], corrections=("ntk",))
-    D, Theta = as_trace(expected.ntk_drift[0]), short.frozen.Theta[:2, :2]
+    D, Theta = as_trace(expected.ntk_change[0]), short.frozen.Theta[:2, :2]
     number = short.compare(90, torch.zeros(2, 1), H, H)["ntk_mean_drift"].order_1
     assert number == pytest.approx(float(D.norm() / Theta.norm()), rel=2e-3)
 
@@ -166,7 +166,7 @@ def test_few_points_are_sampled_too():
     found = EnsembleComparison(ensemble(), x, y, x_probe, summed(20), num_networks=4, allowance=Allowance(60.0))
     more = torch.cat([x_probe, torch.randn(2, 3, dtype=F64, generator=torch.Generator().manual_seed(1))])
     expected = predict_training(ensemble(), x, y, more, summed(20), at_steps=[20], corrections=("ntk",))
-    D = expected.ntk_drift[0, 0, 0, 0, 0]
+    D = expected.ntk_change[0, 0, 0, 0, 0]
     H, H_0 = torch.full((1, 1, 1, 1), 2.0, dtype=F64), torch.ones(1, 1, 1, 1, dtype=F64)
     drift = found.compare(20, torch.zeros(1, 1), H, H_0)["ntk_mean_drift"]
     # 2 x 2048 points: moments to some per cent, and what is summed of them.

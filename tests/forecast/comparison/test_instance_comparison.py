@@ -62,7 +62,7 @@ def test_the_numbers_are_those_of_the_forecast(name):
     error = compared["instance_output_error"]
     assert error.order_0 == pytest.approx(float((z - z_0).norm() / largest))
     assert error.order_1 == pytest.approx(float((z - z_1).norm() / largest))
-    D = forecasts[1].ntk_drift[20]
+    D = forecasts[1].ntk_change[20]
     drift, ntk_error = compared["ntk_drift"], compared["instance_ntk_error"]
     assert (drift.order_0, drift.order_1) == (0, pytest.approx(float(D.norm() / H_0.norm()), rel=1e-6))
     assert drift.measured == ntk_error.order_0 == pytest.approx(float((H - H_0).norm() / H_0.norm()), rel=1e-6)

@@ -5,7 +5,7 @@ import torch
 
 from torch_eft.forecast.comparison.operations import OperationCount
 from torch_eft.forecast.comparison.work import Allowance, corrections_work, shown
-from torch_eft.results.work import worked
+from torch_eft.results.progress.work import worked
 from torch_eft.theory import MLPEnsemble, predict_training
 
 PARTS = {"the law": 4.0, "the NTK": 3.0, "the mean output": 40.0, "the covariance": 2.5}

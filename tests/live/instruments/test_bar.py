@@ -4,7 +4,7 @@ import io
 
 from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.live.instruments.forecasts.bar import ForecastBar
-from torch_eft.results.work import worked
+from torch_eft.results.progress.work import worked
 
 
 class Stream(io.StringIO):

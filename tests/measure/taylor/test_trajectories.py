@@ -49,11 +49,11 @@ def test_a_measured_run_is_a_trajectory():
     torch.testing.assert_close(found.train_output_mean, real.outputs[::5, 2:], rtol=0, atol=1e-12)
     H = torch.stack(list(real.ntks.values()))
     torch.testing.assert_close(found.ntk_mean, H, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(found.ntk_drift, H - H[0], rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(found.ntk_change, H - H[0], rtol=1e-8, atol=1e-9)
     assert found.output_covariance is None and found.output_truncation is None and found.output_error is None
     assert found.validity.flag == "valid"
     # Order 1 is twice closer than the frozen forecast, which errs by the whole drift.
-    assert float((found.ntk_drift[-1] - forecast.ntk_drift[-1]).norm()) < float(found.ntk_drift[-1].norm()) / 2
+    assert float((found.ntk_change[-1] - forecast.ntk_change[-1]).norm()) < float(found.ntk_change[-1].norm()) / 2
 
 
 @pytest.mark.parametrize("kind", [partial(TaylorModel, taylor_order=1), TaylorModel, PerturbativeTaylorModel])
@@ -85,17 +85,17 @@ def test_taylor_models_are_beside_their_forecasts(kind):
     off = float((found.output_mean - forecast.output_mean[::5]).norm(dim=(1, 2)).max())
     assert found.train_output_mean is None and found.output_covariance is None
     if perturbative:
-        assert found.ntk_mean is None and found.ntk_drift is None
+        assert found.ntk_mean is None and found.ntk_change is None
         assert off < next_order  # dNTK twice is in one, not in the other
         return
     torch.testing.assert_close(found.ntk_mean[0], measure.ntk(model, x_probe, lambdas=lambdas), rtol=1e-10, atol=1e-10)
     if shadow.taylor_order == 1:
         assert off < 1e-9 * moved
-        assert float(found.ntk_drift.abs().max()) < 1e-12
+        assert float(found.ntk_change.abs().max()) < 1e-12
         return
     assert off < next_order
-    drift = forecast.ntk_drift[-1]
-    assert float((found.ntk_drift[-1] - drift).norm()) < float(drift.norm()) / 2
+    drift = forecast.ntk_change[-1]
+    assert float((found.ntk_change[-1] - drift).norm()) < float(drift.norm()) / 2
 
 
 VALID = Validity("valid", "")

@@ -29,7 +29,7 @@ def test_it_is_the_one_mode_case_of_the_general_theory(name, outputs):
             dynamics="gradient_flow",
             at_steps=[10**6],
         )
-        drift = trained.ntk_drift[-1, 0, 0].diagonal().mean()
+        drift = trained.ntk_change[-1, 0, 0].diagonal().mean()
         drifts.append(float(drift / initial(ensemble, x)))
     assert found.at_rest == pytest.approx(drifts[0], rel=1e-6)
     assert found.unit_targets == pytest.approx(drifts[1], rel=1e-6)

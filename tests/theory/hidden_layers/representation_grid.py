@@ -48,7 +48,7 @@ class Forecast:
                 layer,
                 width=n,
                 kernel_mean=layer.kernel_infinite_width + scaled * (layer.kernel_mean - layer.kernel_infinite_width),
-                kernel_drift=scaled * layer.kernel_drift[: index + 1],
+                kernel_change=scaled * layer.kernel_change[: index + 1],
                 kernel_terms=scaled * layer.kernel_terms[: index + 1],
                 movement=scaled * layer.movement[: index + 1],
             )

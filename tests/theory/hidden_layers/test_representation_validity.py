@@ -35,7 +35,7 @@ def test_no_false_confidence_in_hidden_layers(name, depth, close):
                 canceling = max(layer.uncertainty for layer in layers)
                 for layer in layers:
                     for what, expected, share in (
-                        ("activations", layer.kernel_drift[-1], max(5 * canceling, jumps)),
+                        ("activations", layer.kernel_change[-1], max(5 * canceling, jumps)),
                         ("ds", layer.movement[-1], max(5 * u, jumps)),
                     ):
                         change = changes[what, layer.layer, step]

@@ -338,12 +338,12 @@ def test_moments_are_those_of_draws_whatever_the_optimizer(training):
 def test_means_are_those_of_the_forecasts_of_the_mean():
     keywords = {"learning_rate": RATE, "steps": STEPS, "reduction": "sum"}
     trajectory = theory.predict_training(ensemble(), X, Y, X, corrections=("ntk",), **keywords)
-    expected = trajectory.ntk_drift.diagonal(dim1=3, dim2=4).mean(-1)
+    expected = trajectory.ntk_change.diagonal(dim1=3, dim2=4).mean(-1)
     torch.testing.assert_close(forecast().ntk.mean, expected, rtol=1e-6, atol=1e-10)
     layers = theory.predict_representation(ensemble(), X, Y, X, **keywords).layers
     for number, layer in enumerate(layers, 1):
-        torch.testing.assert_close(forecast().hidden[number].mean, layer.kernel_drift, rtol=1e-6, atol=1e-10)
-    torch.testing.assert_close(forecast().hidden_ntk[2].mean, layers[1].ntk_drift, rtol=1e-6, atol=1e-10)
+        torch.testing.assert_close(forecast().hidden[number].mean, layer.kernel_change, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(forecast().hidden_ntk[2].mean, layers[1].ntk_change, rtol=1e-6, atol=1e-10)
 
 
 def test_samples_and_tiles_agree_with_integration(monkeypatch):

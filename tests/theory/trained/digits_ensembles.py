@@ -53,7 +53,7 @@ class DigitsForecast:
         mean = finite.mean_output(at)
         self.predicted = {"mean, probe": n * mean.value[:, :probes], "mean, train": n * mean.value[:, probes:]}
         self.errors = dict.fromkeys(self.predicted, n * mean.error)
-        first, second = (self._training(self.rate, 8 * samples, seed + k).ntk_drift(at).value for k in (1, 2))
+        first, second = (self._training(self.rate, 8 * samples, seed + k).ntk_change(at).value for k in (1, 2))
         halves = zip(("drift, trace", "drift, traceless"), traceless(n * first), traceless(n * second), strict=True)
         for name, one, other in halves:
             self.predicted[name] = (one + other) / 2

@@ -33,7 +33,7 @@ class Forecast:
         self.predicted = {
             "mean": n * theory.mean_output(at).value[0],
             "covariance": n * theory.covariance(at).value[0],
-            "ntk": n * theory.ntk_drift(at).value[0],
+            "ntk": n * theory.ntk_change(at).value[0],
         }
         last = initial_statistics(ensemble, x, statistics=("K", "Theta", "G1", "Theta1"))[-1]
         self.G1, self.Theta1 = last.G1, last.Theta1

@@ -45,10 +45,10 @@ def forecasts(name, ratios, outputs, steps):
     for observable, moved in (("activations", "ds"), ("preactivations", "dz")):
         spec = dict(reduction="sum", at_steps=[steps], observable=observable, ntk=observable == "activations")
         for layer in predict_representation(ensemble, x[:2], y, x, learning_rate=0.08, steps=steps, **spec).layers:
-            found[observable, layer.layer] = unit * layer.kernel_drift[0]
+            found[observable, layer.layer] = unit * layer.kernel_change[0]
             found[moved, layer.layer] = unit * layer.movement[0]
-            if layer.layer == 2 and layer.ntk_drift is not None:
-                found["ntk", 2] = unit * layer.ntk_drift[0]
+            if layer.layer == 2 and layer.ntk_change is not None:
+                found["ntk", 2] = unit * layer.ntk_change[0]
     return found
 
 

@@ -13,7 +13,7 @@ from torch_eft.theory.initialization.evaluator import SYMMETRIES, printed_labels
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
 from torch_eft.theory.training.corrections.mean_output import mean_output
-from torch_eft.theory.training.corrections.ntk_drift import ntk_drift
+from torch_eft.theory.training.corrections.ntk_change import ntk_change
 from torch_eft.theory.training.corrections.output_covariance import output_covariance
 from torch_eft.theory.training.infinite_width import FrozenTraining, InfiniteWidthPath
 
@@ -124,12 +124,12 @@ def test_drift_is_that_of_the_naive_operator(case):
     """All points stand as probes, so that x = y, probe and train are all there; tiles of one training label."""
     vertices, path, naive = case
     count = PROBES + TRAIN
-    found, _ = ntk_drift(vertices, path, count, STEPS, tile=1)
+    found, _ = ntk_change(vertices, path, count, STEPS, tile=1)
     expected = naive["H"].reshape(len(STEPS), count, OUTPUTS, count, OUTPUTS).permute(0, 1, 3, 2, 4)
     Theta1 = vertices.tensors["Theta1"]  # there before training
     expected = expected - torch.einsum("xy,ij->xyij", Theta1, torch.eye(OUTPUTS, dtype=torch.float64))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
-    trace, _ = ntk_drift(vertices, path, count, STEPS, trace=True)
+    trace, _ = ntk_change(vertices, path, count, STEPS, trace=True)
     mean_trace = expected.diagonal(dim1=3, dim2=4).mean(3)
     torch.testing.assert_close(trace, mean_trace, rtol=0, atol=1e-10 * float(expected.abs().max()))
 
@@ -148,7 +148,7 @@ def test_covariance_is_that_of_the_naive_operator(case):
 def corrections(vertices, path, steps):
     return [
         mean_output(vertices, path, steps)[0],
-        ntk_drift(vertices, path, PROBES, steps)[0],
+        ntk_change(vertices, path, PROBES, steps)[0],
         output_covariance(vertices, path, PROBES, steps)[0],
     ]
 
@@ -185,7 +185,7 @@ def test_sampled_vertices_agree_with_integrated_ones():
     )
     assert sampled.vertices.sampled
     assert not exact.vertices.sampled
-    drift, expected = sampled.ntk_drift(steps), exact.ntk_drift(steps)
+    drift, expected = sampled.ntk_change(steps), exact.ntk_change(steps)
     assert expected.error == 0
     assert float((drift.value[:, :1, :1] - expected.value).square().mean().sqrt()) < 4 * drift.error
     mean, expected = sampled.mean_output(steps), exact.mean_output(steps)
@@ -219,7 +219,7 @@ def test_stated_errors_are_those_of_the_mean_over_samples():
 
     finite = FiniteWidthTraining(sampled_case(), num_samples=1024, num_replicas=4)
     together, at = finite.vertices, torch.tensor([20])
-    for name in ("ntk_drift", "covariance", "mean_output"):
+    for name in ("ntk_change", "covariance", "mean_output"):
         finite.vertices = together
         found, parts = getattr(finite, name)(at), []
         for number in range(4):
@@ -231,7 +231,7 @@ def test_stated_errors_are_those_of_the_mean_over_samples():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ntk_drift", "covariance", "mean_output"])
+@pytest.mark.parametrize("name", ["ntk_change", "covariance", "mean_output"])
 def test_stated_errors_are_the_spread_over_seeds(name):
     """To three standard errors of either mean square; the part of one output alone would be a fifth of it."""
     frozen, at = sampled_case(), torch.tensor([20])
@@ -258,7 +258,7 @@ def test_equal_points_are_integrated_once():
     frozen = FrozenTraining(ensemble, x, y, x[place[:3]], training)
     merged = FiniteWidthTraining(frozen)
     assert not merged.vertices.sampled
-    drift, covariance, mean = merged.ntk_drift(steps), merged.covariance(steps), merged.mean_output(steps)
+    drift, covariance, mean = merged.ntk_change(steps), merged.covariance(steps), merged.mean_output(steps)
     assert drift.error == covariance.error == mean.error == 0
     last = initial_statistics(ensemble, x)[-1]
     tensors = {}
@@ -267,7 +267,7 @@ def test_equal_points_are_integrated_once():
         tensors[name] = tensor[torch.meshgrid(*[place] * tensor.ndim, indexing="ij")]
     known = KnownTensors(tensors)
     expected = (
-        ntk_drift(known, frozen, 3, steps)[0],
+        ntk_change(known, frozen, 3, steps)[0],
         output_covariance(known, frozen, 3, steps)[0],
         mean_output(known, frozen, steps)[0],
     )
@@ -276,7 +276,7 @@ def test_equal_points_are_integrated_once():
     sampled = FiniteWidthTraining(frozen)
     sampled.vertices = VertexTiles(ensemble, frozen.layers, 2**13, 8, 0)  # each point by itself
     assert sampled.vertices.sampled
-    for exact, rough in ((drift, sampled.ntk_drift(steps)), (covariance, sampled.covariance(steps))):
+    for exact, rough in ((drift, sampled.ntk_change(steps)), (covariance, sampled.covariance(steps))):
         assert float((rough.value - exact.value).square().mean().sqrt()) < 4 * rough.error
     forecast = predict_training(ensemble, x, y, x[place[:3]], training)
     torch.testing.assert_close(forecast.output_mean[:, 1], forecast.train_output_mean[:, 0])
@@ -296,8 +296,8 @@ def test_forecast_of_order_1():
     mean = theory.mean_output(first.steps)
     torch.testing.assert_close(first.output_mean - infinite_width.output_mean, mean.value[:, :1], rtol=0, atol=1e-12)
     torch.testing.assert_close(mean.infinite_width[:, :1], infinite_width.output_mean, rtol=0, atol=1e-14)
-    torch.testing.assert_close(first.ntk_drift, theory.ntk_drift(first.steps).value)
-    assert not first.ntk_drift[0].any()
+    torch.testing.assert_close(first.ntk_change, theory.ntk_change(first.steps).value)
+    assert not first.ntk_change[0].any()
     started = first.ntk_mean[0, 0, 0, 0, 0] - infinite_width.ntk_mean[0, 0, 0, 0, 0]
     assert float(started) == pytest.approx(float(theory.initial_ntk()), rel=1e-6)
     assert float(first.output_truncation[6, 0, 0]) > 0
@@ -320,10 +320,10 @@ def test_momentum_of_nothing_is_gradient_descent():
     ensemble = MLPEnsemble([3, 64, 80, 2], "erf", C_b=0.1, C_W=1.5, lambda_b=0.3)
     arguments, options = (ensemble, x[1:], y, x[:1]), dict(learning_rate=0.1, steps=6, reduction="sum")
     plain, stepped = (predict_training(*arguments, momentum=momentum, **options) for momentum in (0.0, 1e-300))
-    for name in ("output_mean", "output_covariance", "ntk_drift", "train_output_mean"):
+    for name in ("output_mean", "output_covariance", "ntk_change", "train_output_mean"):
         torch.testing.assert_close(getattr(stepped, name), getattr(plain, name), rtol=1e-12, atol=1e-14)
     moved = predict_training(*arguments, momentum=0.9, **options)
-    assert float((moved.ntk_drift[6] / plain.ntk_drift[6]).abs().max()) > 1.5
+    assert float((moved.ntk_change[6] / plain.ntk_change[6]).abs().max()) > 1.5
     assert "gradient descent with momentum 0.9" in moved.provenance
 
 

@@ -125,7 +125,7 @@ def test_null_modes_of_a_linear_network_move_nothing(order):
     options = dict(order=order, at_steps=[0, 3, 60] if order else [0, 3, 10**5])
     degenerate = predict_training(ensemble, x, y, x_probe, training, **options)
     regular = predict_training(ensemble, R, Q.T @ y, x_probe, training, **options)
-    for name in ("output_mean", "output_covariance", "ntk_mean", "ntk_drift"):
+    for name in ("output_mean", "output_covariance", "ntk_mean", "ntk_change"):
         expected = getattr(regular, name)
         torch.testing.assert_close(getattr(degenerate, name), expected, rtol=1e-11, atol=1e-12, msg=name)
     fitted = torch.linalg.lstsq(x, y).solution
@@ -170,7 +170,7 @@ def test_result_holds_what_it_says():
     Theta = initial_statistics(ENSEMBLE, x_probe, statistics=("K", "Theta"))[-1].Theta
     # Two sets of inputs, so Mehler's series may stop at different terms: each is within 1e-12 of its scale.
     torch.testing.assert_close(prediction.ntk_mean[3, :, :, 1, 1], Theta, rtol=1e-11, atol=0)
-    assert not prediction.ntk_drift.any()
+    assert not prediction.ntk_change.any()
     assert prediction.validity.flag == "valid"
     assert "r = L/n = 0.0469" in prediction.validity.reason
     assert "order 0" in prediction.provenance

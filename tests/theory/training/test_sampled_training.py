@@ -12,7 +12,7 @@ from tests.theory.training.test_finite_width import KnownTensors, random_case
 from torch_eft import Training
 from torch_eft.theory import MLPEnsemble, get_activation, initial_statistics, predict_training
 from torch_eft.theory.training.corrections.mean_output import mean_output
-from torch_eft.theory.training.corrections.ntk_drift import ntk_drift
+from torch_eft.theory.training.corrections.ntk_change import ntk_change
 from torch_eft.theory.training.corrections.output_covariance import output_covariance
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 from torch_eft.theory.training.optimizer import Loss
@@ -78,7 +78,7 @@ def test_squared_error_is_that_of_the_closed_forms():
     covariance = (zz1 - cross - cross.permute(0, 3, 4, 1, 2)).permute(0, 1, 3, 2, 4)
     found = [total.z, z1, total.H1, covariance]
     expected = [path.mean_output(at), mean_output(vertices, path, at)[0]]
-    expected += [ntk_drift(vertices, path, 3, at)[0], output_covariance(vertices, path, 3, at)[0]]
+    expected += [ntk_change(vertices, path, 3, at)[0], output_covariance(vertices, path, 3, at)[0]]
     for value, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(value, exact, rtol=0, atol=1e-11 * float(exact.abs().max()))
 
@@ -193,11 +193,11 @@ def test_squared_error_by_draws_is_the_closed_form():
     pairs = (
         ("mean", found.output_mean, exact.output_mean),
         ("covariance", found.output_covariance, exact.output_covariance),
-        ("ntk", found.ntk_drift, exact.ntk_drift),
+        ("ntk", found.ntk_change, exact.ntk_change),
     )
     for name, value, expected in pairs:
         assert float((value - expected).square().mean().sqrt()) < 4.5 * errors[name] + 1e-13
-    torch.testing.assert_close(found.ntk_mean[0] - found.ntk_drift[0], exact.ntk_mean[0] - exact.ntk_drift[0])
+    torch.testing.assert_close(found.ntk_mean[0] - found.ntk_change[0], exact.ntk_mean[0] - exact.ntk_change[0])
     torch.testing.assert_close(found.train_output_mean, exact.train_output_mean, rtol=0, atol=6 * errors["mean"])
 
 
@@ -221,7 +221,7 @@ def test_cross_entropy_at_infinite_width_is_the_mean_of_frozen_training():
     covariance = torch.einsum("sxi,syj->sxyij", z - z.mean(0), z - z.mean(0))
     error = covariance.std(0) / math.sqrt(count)
     assert float(((found.output_covariance[15] - covariance.mean(0)).abs() / error).max()) < 5
-    assert not found.ntk_drift.any()
+    assert not found.ntk_change.any()
     batches = predict_training(
         ensemble, x[:3], classes, probe, steps=3, num_draws=512, batches=[[0, 1], [2]], **options
     )
@@ -310,7 +310,7 @@ def test_trained_classifiers_shift_as_predicted():
             shift = torch.cat([theory.output_mean[0], theory.train_output_mean[0]]) - start
         outputs, drift = trained_shift(ensemble, x, classes, 1, rate, steps, 3000)
         scale = 64 / width
-        slopes[width] = _projected(outputs - start, scale * shift), _projected(drift, scale * theory.ntk_drift[0])
+        slopes[width] = _projected(outputs - start, scale * shift), _projected(drift, scale * theory.ntk_change[0])
     for (narrow, error), (wide, finer) in zip(slopes[64], slopes[128], strict=True):
         print(f"slopes {narrow:.3f}({error:.3f}) at n = 64, {wide:.3f}({finer:.3f}) at n = 128")
         assert abs(2 * wide - narrow - 1) < 3 * math.hypot(2 * finer, error) + 0.05

@@ -77,7 +77,7 @@ class Forecasts:
         first = {
             "mean": n * finite.mean_output(times).value,
             "covariance": n * finite.covariance(times).value,
-            "ntk": n * finite.ntk_drift(times).value,
+            "ntk": n * finite.ntk_change(times).value,
         }
         return infinite_width, first
 

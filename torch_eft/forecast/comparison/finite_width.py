@@ -201,7 +201,7 @@ def finite_width(problem: Problem, steps: int, direction: Tensor, allowance: All
     ntk = parts.run(NTK, outputs("ntk"))
     if ntk is not None:
         initial_ntk = as_trace(ntk.ntk_mean[0])[probe, probe] - Theta
-        values["ntk"] = torch.stack([as_trace(value)[probe, probe] for value in ntk.ntk_drift])
+        values["ntk"] = torch.stack([as_trace(value)[probe, probe] for value in ntk.ntk_change])
         parameters.append((initial_ntk + values["ntk"]).flatten(1).norm(dim=1) / Theta.norm())
         verdicts.append(ntk.validity)
     if problem.training.momentum:
@@ -212,7 +212,7 @@ def finite_width(problem: Problem, steps: int, direction: Tensor, allowance: All
             verdicts.append(hidden.validity)
             if hidden.layers:
                 kernels = torch.stack([layer.kernel_infinite_width[probe, probe] for layer in hidden.layers])
-                values["kernels"] = torch.stack([layer.kernel_drift[:, probe, probe] for layer in hidden.layers], 1)
+                values["kernels"] = torch.stack([layer.kernel_change[:, probe, probe] for layer in hidden.layers], 1)
     mean = parts.run(MEAN, outputs("mean"))
     if mean is not None:
         values["mean"] = (mean.output_mean - zeroth.output_mean)[:, probe]

@@ -276,7 +276,7 @@ class InstanceComparison:
         drifted = float(change.norm() / scale)
         if self.order_1 is None or g is None:
             return {"ntk_drift": Compared(drifted, 0.0), "instance_ntk_error": Compared(None, drifted)}
-        D = self.order_1.ntk_drift[step]
+        D = self.order_1.ntk_change[step]
         D = as_trace(D) if ntk.ndim == 2 else D
         return {
             "ntk_drift": Compared(drifted, 0.0, float(D.norm() / scale), None, None if self._kinked else g**2 + 1e-6),

@@ -10,14 +10,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from torch_eft.results.work import listening
+from torch_eft.results.progress.bar import MULTIPLICATIONS_PER_SECOND
+from torch_eft.results.progress.work import listening
 from torch_eft.theory.training.corrections.mean_output import points_at_once, time_chunk
 
 Report = Callable[[str, float], None]
 """Gets what is being computed, and the share of all counted work that is done."""
-
-_MULTIPLICATIONS_PER_SECOND = 12e9
-"""Of what long loops report as they go; only the bar of progress depends on it."""
 
 
 class Allowance:
@@ -96,15 +94,15 @@ class Allowance:
 
         Args:
             name: The part.
-            multiplications: How many it says that it has done, in all (``torch_eft.results.work``); None: as many as
-                fit into its counted work.
+            multiplications: How many it says that it has done, in all (``torch_eft.results.progress.work``); None: as
+                many as fit into its counted work.
         """
         report, work = self.report, self._covered.get(name, 0.0)
         if report is None:
             yield
             return
         before, planned = sum(self._done.values()), max(self.planned, 1e-9)
-        whole, done = multiplications or max(work, 1e-9) * _MULTIPLICATIONS_PER_SECOND, 0.0
+        whole, done = multiplications or max(work, 1e-9) * MULTIPLICATIONS_PER_SECOND, 0.0
 
         def listener(more: float) -> None:
             nonlocal done

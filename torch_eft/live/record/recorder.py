@@ -14,6 +14,7 @@ from torch_eft.live.budget import Budget
 from torch_eft.live.instrument import Event, History, Instrument, MeasurementWarning, Reading
 from torch_eft.live.progress import Progress
 from torch_eft.live.record.events import BandWatch, deviations, events_page
+from torch_eft.live.record.history import RunHistory
 from torch_eft.live.record.run_summary import run_summary, shown_claim
 from torch_eft.live.record.sinks import Sink
 from torch_eft.results.choices import check_choice
@@ -73,7 +74,7 @@ class Recorder:
 
     def forget(self) -> None:
         """Start a new run."""
-        self.history: History = {}
+        self.history = RunHistory()
         self.measured: set[int] = set()
         self.events: list[Event] = []
         self.skipped: list[tuple[int, str]] = []
@@ -85,7 +86,7 @@ class Recorder:
 
     def load(self, history: History, events: list[Event], measured: set[int]) -> None:
         """Restore history from a checkpoint; quantities already outside their band are not reported again."""
-        self.history, self.events, self.measured = history, events, measured
+        self.history, self.events, self.measured = RunHistory(history), events, measured
         for step, scalars in sorted(history.items()):
             self._watch.events(step, scalars)
 

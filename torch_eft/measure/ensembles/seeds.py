@@ -41,7 +41,7 @@ from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jacobian.plan import checked_lambdas
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.theory.initialization.statistics import LayerStatistics
 
 MEASURABLE = ("K", "V", "Theta", "A", "B", "D", "F", "P", "Q", "R", "S", "T", "U")

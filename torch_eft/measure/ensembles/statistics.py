@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.measure.kernels.reverse_mode import Differentials
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.theory.initialization.statistics import LayerStatistics
 
 TOTALS = {

@@ -31,7 +31,7 @@ from torch_eft.measure.jacobian.plan import wrong_name
 from torch_eft.measure.jets.jet import watch_kinks
 from torch_eft.measure.kernels.products import NTKOperator, checked_direction
 from torch_eft.measure.kernels.reverse_mode import differentials
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.trajectory import Validity
 
 Direction: TypeAlias = Tensor | Mapping[str, Tensor]

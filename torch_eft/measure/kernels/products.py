@@ -20,7 +20,7 @@ from torch_eft.measure.forward.reverse_mode import pull_back
 from torch_eft.measure.jacobian.engine import JacobianGram
 from torch_eft.measure.jacobian.plan import JacobianPlan, checked_lambdas
 from torch_eft.measure.jacobian.verification import DIGITS, Verification, untrusted
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 
 
 class NTKOperator:

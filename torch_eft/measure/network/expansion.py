@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.measure.network.snapshot import Snapshot
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 
 ROUNDING = 16
 """A kernel's relative rounding in units of eps, as assumed where the length of the differences is chosen."""

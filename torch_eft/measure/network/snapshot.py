@@ -13,7 +13,7 @@ from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.measure.kernels.ntk import ntk
 from torch_eft.measure.representations.hidden_kernels import hidden_kernels
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 
 
 @dataclass(frozen=True)

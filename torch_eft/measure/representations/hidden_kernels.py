@@ -19,7 +19,7 @@ from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.forward.structure import all_finite, has_values
 from torch_eft.measure.representations.alignment import target_kernel
 from torch_eft.results.choices import check_choice
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.rnn.RNNBase, nn.MultiheadAttention)
 

@@ -26,7 +26,7 @@ from torch_eft.measure.kernels.dntk import NTKDerivatives, derivatives_validity,
 from torch_eft.measure.kernels.ntk import ntk as ntk_of
 from torch_eft.measure.kernels.products import NTKOperator
 from torch_eft.measure.taylor.series import taylor_series
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.trajectory import Validity
 
 

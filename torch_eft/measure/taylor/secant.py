@@ -13,7 +13,7 @@ from torch_eft.measure.forward.kinks import Sides, kink_sides
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.measure.kernels.ntk import ntk
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.trajectory import Validity
 
 

@@ -27,7 +27,7 @@ from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jets.jet import MAX_ORDER, NoJetRuleError, coefficients_of, lift, watch_kinks
 from torch_eft.measure.jets.reverse import series_by_reverse_mode
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 
 JETS = "jets"
 REVERSE = "reverse-over-reverse"

@@ -24,7 +24,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.theory.ensemble import MLPEnsemble, twice_as_deep, twice_as_wide
 from torch_eft.theory.estimates.learning_rates import layer_gains
 from torch_eft.theory.gaussian.activations import Activation

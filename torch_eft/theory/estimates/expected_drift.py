@@ -7,7 +7,7 @@ P .. U of that input, G = n_L K + |y|^2 = E sum_i (z_i - y_i)^2 at the start and
                                      + (phi^2 Cij + psi 2 (S + U)) |y|^2 / n_L,
     PQ = 2 (P + n_L Q + Q),    Cpp = R + S,    Cqq = 2 T,    Cij = 2 R + T + U,
 
-the one-mode case of ``corrections.ntk_drift`` (from the GD hierarchy of PDLT chapter infinity). Linear in |y|^2: the
+the one-mode case of ``corrections.ntk_change`` (from the GD hierarchy of PDLT chapter infinity). Linear in |y|^2: the
 slope against the loss that the target adds is the drift per unit of loss decrease; the rest, at y = 0, is the drift
 of unlearning the random initial output.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.learning_rates import layer_gains, layer_shares

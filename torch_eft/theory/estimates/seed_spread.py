@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.exact import exact_statistics

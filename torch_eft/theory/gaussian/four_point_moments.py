@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torch_eft.results.work import worked
+from torch_eft.results.progress.work import worked
 from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.piecewise import KinkDerivatives
 from torch_eft.theory.gaussian.points import GridPoints, Points

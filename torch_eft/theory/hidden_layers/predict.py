@@ -97,7 +97,7 @@ def predict_representation(
         >>> x, y = torch.eye(2, 3), torch.ones(2, 1)
         >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "linear")
         >>> forecast = theory.predict_representation(ensemble, x, y, x, learning_rate=0.1, steps=4, ntk=False)
-        >>> [layer.kernel_drift.shape for layer in forecast.layers]
+        >>> [layer.kernel_change.shape for layer in forecast.layers]
         [torch.Size([5, 2, 2]), torch.Size([5, 2, 2])]
     """
     check_choice("observable", observable, get_args(Representation))
@@ -163,11 +163,11 @@ def _layers(
                 ensemble.widths[number],
                 kernel,
                 kernel + values["kernel_correction"],
-                values["kernel_drift"],
+                values["kernel_change"],
                 values["kernel_terms"],
                 values["movement"],
                 Theta[number - 1][probe][:, probe] + values["ntk_correction"],
-                values.get("ntk_drift"),
+                values.get("ntk_change"),
                 {name: error for name, error in errors.items() if error > 0},
             )
         )
@@ -223,7 +223,7 @@ class _ReadOut:
             for name, statistics in (("kernel", kernel), ("ntk", ntk)):
                 if name == "kernel" or self.ntk:
                     width = dividing_width(v.ensemble, layer, self.observable if name == "kernel" else "ntk")
-                    drifts[layer, f"{name}_drift"] = [
+                    drifts[layer, f"{name}_change"] = [
                         (factor / width * statistics.array(tensor, layer, depth, "abcd")).expand(a, b, c, d)
                         for tensor, factor in (("Xi", -float(self.outputs)), ("Y", 1.0), ("C", 0.5))
                     ]
@@ -238,7 +238,7 @@ class _ReadOut:
                     for weight, tensor in zip(coefficients, tensors, strict=True)
                 ]
                 parts[key].append(terms[0] + terms[1] + terms[2])
-                if key[1] == "kernel_drift":
+                if key[1] == "kernel_change":
                     size = terms[0].abs() + terms[1].abs() + terms[2].abs()
                     parts.setdefault((key[0], "kernel_terms"), []).append(size)
         return corrections | {key: torch.cat(value) for key, value in parts.items()}

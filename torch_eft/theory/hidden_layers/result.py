@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.trajectory import Validity
 
 Representation = Literal["activations", "preactivations"]
@@ -22,12 +22,12 @@ class HiddenLayerForecast:
         width: n_l.
         kernel_infinite_width: (N_p, N_p), <s_a s_b> at infinite width (K for preactivations).
         kernel_mean: (N_p, N_p), at initialization, with its correction 1/n_{l-1}.
-        kernel_drift: (T+1, N_p, N_p), mean of g(t) - g(0); of order 1/n_l.
+        kernel_change: (T+1, N_p, N_p), mean of g(t) - g(0); of order 1/n_l.
         kernel_terms: (T+1, N_p, N_p), the sum of the magnitudes of its three terms: they may nearly cancel.
         movement: (T+1, N_p, N_p), mean of (1/n_l) sum_j df_ja df_jb, f the activations (or preactivations): of order
             1/n_l too, so that single neurons move by 1/sqrt(n_l).
         ntk_mean: (N_p, N_p), the layer's NTK (mean of its diagonal over neurons) at initialization.
-        ntk_drift: (T+1, N_p, N_p), of order 1/n_{l-1}; None if ``ntk=False`` or if it has no expansion.
+        ntk_change: (T+1, N_p, N_p), of order 1/n_{l-1}; None if ``ntk=False`` or if it has no expansion.
         error: ``{name: standard error}`` of the entries of what was sampled (rms).
 
     Example:
@@ -36,7 +36,7 @@ class HiddenLayerForecast:
         >>> x, y = torch.eye(2, 3), torch.ones(2, 1)
         >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "linear")
         >>> layer = theory.predict_representation(ensemble, x, y, x, learning_rate=0.1, steps=4, ntk=False).layers[0]
-        >>> layer.width, layer.kernel_infinite_width.shape, layer.kernel_drift.shape
+        >>> layer.width, layer.kernel_infinite_width.shape, layer.kernel_change.shape
         (64, torch.Size([2, 2]), torch.Size([5, 2, 2]))
     """
 
@@ -44,11 +44,11 @@ class HiddenLayerForecast:
     width: int
     kernel_infinite_width: Tensor
     kernel_mean: Tensor
-    kernel_drift: Tensor
+    kernel_change: Tensor
     kernel_terms: Tensor
     movement: Tensor
     ntk_mean: Tensor
-    ntk_drift: Tensor | None
+    ntk_change: Tensor | None
     error: dict[str, float]
 
     def __repr__(self) -> str:
@@ -56,8 +56,8 @@ class HiddenLayerForecast:
 
     @property
     def relative_drift(self) -> float:
-        """The largest ||kernel_drift|| / ||kernel_mean|| over the times."""
-        return float(self.kernel_drift.flatten(1).norm(dim=1).max() / self.kernel_mean.norm())
+        """The largest ||kernel_change|| / ||kernel_mean|| over the times."""
+        return float(self.kernel_change.flatten(1).norm(dim=1).max() / self.kernel_mean.norm())
 
     @property
     def relative_movement(self) -> float:
@@ -66,8 +66,8 @@ class HiddenLayerForecast:
 
     @property
     def uncertainty(self) -> float:
-        """The largest, over the times, of the squared relative movement times ||kernel_terms|| / ||kernel_drift||."""
-        drift, terms = (value.flatten(1).norm(dim=1) for value in (self.kernel_drift, self.kernel_terms))
+        """The largest, over the times, of the squared relative movement times ||kernel_terms|| / ||kernel_change||."""
+        drift, terms = (value.flatten(1).norm(dim=1) for value in (self.kernel_change, self.kernel_terms))
         ratio = torch.where(drift > 0, terms / torch.where(drift > 0, drift, 1.0), 1.0)
         return float((self._squared_movement() * ratio).max())
 

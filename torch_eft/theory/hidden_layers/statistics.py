@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.results.choices import check_choice
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.points import MOST_QUADRATURE_LABELS
 from torch_eft.theory.gaussian.two_point_moments import Kinks

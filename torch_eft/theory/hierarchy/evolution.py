@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
+from torch_eft.results.progress.work import worked
 from torch_eft.results.training import Training, as_training
-from torch_eft.results.work import worked
 from torch_eft.theory.hierarchy.contractions import (
     DEFAULT_MEMORY,
     PathTensors,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torch_eft.results.work import worked
+from torch_eft.results.progress.work import worked
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.four_point_moments import Factor, exact_mean, products

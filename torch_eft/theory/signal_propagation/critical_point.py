@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.theory.gaussian.activations import Activation, ActivationLike, get_activation
 from torch_eft.theory.signal_propagation.residual import vertex_growth
 from torch_eft.theory.signal_propagation.susceptibility import (

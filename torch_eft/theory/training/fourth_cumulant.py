@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.training import Training, as_training
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble

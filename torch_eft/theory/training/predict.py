@@ -68,7 +68,7 @@ def predict_training(
             ``batches``, ``dynamics``, ...
 
     Returns:
-        A ``Trajectory``. At order 0 ``ntk_mean`` is constant and ``ntk_drift`` zero: both are
+        A ``Trajectory``. At order 0 ``ntk_mean`` is constant and ``ntk_change`` zero: both are
         expanded views that hold one copy. At order 1 the mean NTK includes the correction Theta1 / n at
         initialization, ``output_truncation`` and ``ntk_truncation`` estimate the next order by |1/n term|^2 / |0th
         term|, and the provenance names the sampling errors.
@@ -128,7 +128,7 @@ def infinite_width_trajectory(frozen: FrozenTraining, training: Training, steps:
         output_mean=mean,
         output_covariance=torch.einsum("tab,ij->tabij", covariance, outputs),
         ntk_mean=Theta,
-        ntk_drift=Theta.new_zeros(1).expand(Theta.shape),
+        ntk_change=Theta.new_zeros(1).expand(Theta.shape),
         provenance=provenance(frozen.ensemble, training),
         validity=frozen.validity,
     )

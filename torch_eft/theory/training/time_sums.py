@@ -17,8 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from torch_eft.results.progress.work import worked
 from torch_eft.results.training import Training
-from torch_eft.results.work import worked
 from torch_eft.theory.gaussian.quadrature import gauss_legendre
 from torch_eft.theory.training.optimizer import SGDState
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from torch_eft.results.work import worked
+from torch_eft.results.progress.work import worked
 from torch_eft.theory.hierarchy.drift.law import (
     DriftForms,
     Factors,

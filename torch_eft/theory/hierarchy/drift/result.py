@@ -2,18 +2,26 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.figures import label_steps, new_figure
+from torch_eft.results.presentation.files import load_result
+from torch_eft.results.presentation.result import Result
+from torch_eft.results.presentation.tables import data_frame
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.hierarchy.drift.joint import NetworkDraws
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
 
 @dataclass(frozen=True, repr=False)
-class KernelDrift:
+class KernelDrift(Result):
     """The law of g(t) - g(0) of a kernel g on N_p probe points, over initializations.
 
     Args:
@@ -32,9 +40,6 @@ class KernelDrift:
     reference: Tensor
     mean: Tensor
     variance: Tensor
-
-    def __repr__(self) -> str:
-        return short_repr(self)
 
     @property
     def relative_rms(self) -> Tensor:
@@ -73,7 +78,7 @@ class NTKDrift(KernelDrift):
 
 
 @dataclass(frozen=True, repr=False)
-class ContractedSize:
+class ContractedSize(Result):
     """The size of the dNTK or ddNTK along the training gradient v, as it is measured.
 
     Of the dNTK (||dH v + transpose|| / ||H||) / (||J v|| / sqrt(N_p n_L)), of the ddNTK
@@ -97,12 +102,9 @@ class ContractedSize:
     rms: Tensor
     rms_full: Tensor
 
-    def __repr__(self) -> str:
-        return short_repr(self)
-
 
 @dataclass(frozen=True, repr=False)
-class DriftQuantiles:
+class DriftQuantiles(Result):
     """Quantiles over initializations, (T+1, Q) each.
 
     Args:
@@ -125,8 +127,21 @@ class DriftQuantiles:
     hidden: Mapping[int, Tensor]
     hidden_ntk: Mapping[int, Tensor]
 
-    def __repr__(self) -> str:
-        return short_repr(self)
+
+class _Unknown:
+    """The joint law of a forecast that was read from a file, where only moments are."""
+
+    def draws(self, num_draws: int, seed: int, z: Tensor | None) -> NetworkDraws:
+        raise ValueError(_FROM_FILE)
+
+    def along_mean(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        raise ValueError(_FROM_FILE)
+
+
+_FROM_FILE = (
+    "forecast: read from a file, which holds means and variances but not the law that networks are drawn from; predict "
+    "it again for draws, quantiles, along_mean and given"
+)
 
 
 class JointLaw(Protocol):
@@ -142,7 +157,7 @@ class JointLaw(Protocol):
 
 
 @dataclass(frozen=True, repr=False)
-class DriftForecast:
+class DriftForecast(Result):
     """What training will change in one network of an ensemble.
 
     Args:
@@ -165,6 +180,9 @@ class DriftForecast:
         >>> forecast = theory.predict_drift(ensemble, x, y, x, learning_rate=0.1, steps=4)
         >>> forecast.steps.tolist(), sorted(forecast.hidden), sorted(forecast.hidden_ntk)
         ([0, 1, 2, 3, 4], [1, 2], [2])
+
+    ``.plot()`` draws it, ``.to_pandas()`` has it as a table; ``.save(path)`` and ``DriftForecast.load(path)`` keep the
+    moments.
     """
 
     steps: Tensor
@@ -179,9 +197,6 @@ class DriftForecast:
     _joint: JointLaw = field(repr=False)
     _given: "Callable[[Tensor], DriftForecast] | None" = field(default=None, repr=False)
     _z: Tensor | None = field(default=None, repr=False)
-
-    def __repr__(self) -> str:
-        return short_repr(self)
 
     def given(self, z: Tensor) -> "DriftForecast":
         """The forecast for the network at hand, by its outputs before training.
@@ -207,6 +222,8 @@ class DriftForecast:
             >>> bool((forecast.given(y).ntk.mean == 0).all())  # no error, no drift
             True
         """
+        if self._given is None and isinstance(self._joint, _Unknown):
+            raise ValueError(_FROM_FILE)
         if self._given is None:
             raise ValueError("z: this forecast is conditional on outputs already; call given() of predict_drift's")
         return self._given(z)
@@ -305,3 +322,82 @@ class DriftForecast:
         if self._z is not None:
             raise ValueError("forecast: along_mean is of the law over all initializations; ask predict_drift's")
         return self._joint.along_mean(self.ntk.mean)
+
+    def plot(self, *, bands: bool = False) -> "Figure":
+        """Draw root mean squares over initializations of the relative changes, of the NTK and of hidden kernels.
+
+        Args:
+            bands: True to shade where 90 % of networks lie; it takes the joint law, as ``quantiles`` does.
+
+        Returns:
+            The figure: a notebook shows it, ``.savefig("picture.png")`` keeps it.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+            ValueError: With ``bands``, as in ``draws``.
+
+        Example:
+            >>> import torch
+            >>> from torch_eft import theory
+            >>> x, y = torch.eye(2, 3), torch.ones(2, 1)
+            >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "linear")
+            >>> forecast = theory.predict_drift(ensemble, x, y, x, learning_rate=0.1, steps=4)
+            >>> forecast.plot().axes[0].get_title()
+            'relative change, rms over networks'
+        """
+        drawing, (axes,) = new_figure()
+        steps = self.steps.cpu().numpy()
+        found = self.quantiles(torch.tensor([0.05, 0.95], dtype=torch.float64)) if bands else None
+        lines = [("NTK", self.ntk.relative_rms, None if found is None else found.ntk)]
+        for layer, drift in sorted(self.hidden.items()):
+            shaded = None if found is None else found.hidden[layer]
+            lines.append((f"hidden kernel {layer}", drift.relative_rms, shaded))
+        for label, rms, shaded in lines:
+            (line,) = axes.plot(steps, rms.detach().cpu().numpy(), lw=2.5, label=label)
+            if shaded is not None:
+                low, high = shaded.detach().cpu().numpy().T
+                axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+        label_steps(axes, "relative change, rms over networks")
+        axes.legend(fontsize=11, frameon=False)
+        return drawing
+
+    def to_pandas(self) -> "DataFrame":
+        """Return a table with a row for every step.
+
+        Returns:
+            Columns ``ntk_drift`` (root mean square of ||H - H_0|| over ||H||, averaged over outputs),
+            ``ntk_drift_full`` (all pairs of outputs), ``ntk_diagonal_mean``, ``ntk_diagonal_sd``, ``hidden_1``, ...,
+            ``hidden_ntk_2``, ..., ``dntk`` and ``ddntk``, as far as they are known.
+
+        Raises:
+            ImportError: If pandas is missing.
+        """
+        columns: dict[str, Tensor | None] = {
+            "ntk_drift": self.ntk.relative_rms,
+            "ntk_drift_full": self.ntk.relative_rms_full,
+            "ntk_diagonal_mean": self.ntk.diagonal_mean,
+            "ntk_diagonal_sd": self.ntk.diagonal_sd,
+            **{f"hidden_{layer}": drift.relative_rms for layer, drift in sorted(self.hidden.items())},
+            **{f"hidden_ntk_{layer}": drift.relative_rms for layer, drift in sorted(self.hidden_ntk.items())},
+            "dntk": None if self.dntk is None else self.dntk.rms,
+            "ddntk": None if self.ddntk is None else self.ddntk.rms,
+        }
+        known = {name: value.detach().cpu().tolist() for name, value in columns.items() if value is not None}
+        return data_frame(known, {"step": self.steps.tolist()})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "DriftForecast":
+        """Read what ``save`` wrote: the moments, not the law that networks are drawn from.
+
+        Args:
+            path: The file.
+            device: Where the tensors go.
+
+        Returns:
+            The forecast, whose ``draws``, ``quantiles``, ``along_mean`` and ``given`` ask to predict it again.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is none of ours, is damaged, holds another kind of result, or is of a later version.
+        """
+        return load_result(cls, path, device, _joint=_Unknown())

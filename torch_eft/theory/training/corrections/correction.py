@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Trajectory, Validity
 from torch_eft.theory.ensemble import MLPEnsemble
@@ -90,7 +90,7 @@ def corrected(
     if (covariance := corrections.get("covariance")) is not None:
         changes["output_covariance"] = covariance.infinite_width + covariance.value
     if (ntk := corrections.get("ntk")) is not None:
-        changes["ntk_mean"], changes["ntk_drift"] = ntk.infinite_width + ntk.whole, ntk.value
+        changes["ntk_mean"], changes["ntk_change"] = ntk.infinite_width + ntk.whole, ntk.value
         changes["ntk_truncation"] = truncation(ntk.whole, ntk.infinite_width)
     return replace(infinite_width, **changes, provenance=provenance, validity=validity)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torch_eft.results.work import worked
+from torch_eft.results.progress.work import worked
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 from torch_eft.theory.training.time_sums import Sums
 

@@ -19,7 +19,7 @@ from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
 from torch_eft.theory.training.corrections.correction import Correction, corrected, provenance, sizes
 from torch_eft.theory.training.corrections.mean_output import mean_output
-from torch_eft.theory.training.corrections.ntk_drift import ntk_drift
+from torch_eft.theory.training.corrections.ntk_change import ntk_change
 from torch_eft.theory.training.corrections.output_covariance import output_covariance
 from torch_eft.theory.training.corrections.validity import neuron_movement, training_validity
 from torch_eft.theory.training.infinite_width import FrozenTraining, InfiniteWidthPath
@@ -49,7 +49,7 @@ class FiniteWidthTraining:
         >>> x = torch.eye(2, dtype=torch.float64)
         >>> training = Training(learning_rate=0.1, steps=1, reduction="sum")
         >>> finite = theory.FiniteWidthTraining(theory.FrozenTraining(ensemble, x, torch.ones(2, 1), x, training))
-        >>> finite.ntk_drift(torch.tensor([0, 5]))
+        >>> finite.ntk_change(torch.tensor([0, 5]))
         Correction(
           value: (2, 2, 2, 1, 1) float64
           error: 0
@@ -77,20 +77,20 @@ class FiniteWidthTraining:
         self._memory = memory
         self._n = frozen.ensemble.widths[-2]
 
-    def ntk_drift(self, steps: Tensor) -> Correction:
+    def ntk_change(self, steps: Tensor) -> Correction:
         """Return E H(t) - E H(0) on the probe points, (T, N_p, N_p, n_L, n_L), with Theta1 / n as its initial part.
 
         Args:
             steps: (T,).
         """
-        drift, error = ntk_drift(self.vertices, self.path, self.probes, steps)
+        drift, error = ntk_change(self.vertices, self.path, self.probes, steps)
         outputs = torch.eye(self.path.outputs, dtype=drift.dtype, device=drift.device)
         Theta = self.path.Theta[: self.probes, : self.probes, None, None] * outputs
         initial = self.initial_ntk()[..., None, None] * outputs
         return Correction(drift / self._n, error / self._n, Theta.expand(drift.shape), initial)
 
     def ntk_trace_drift(self, steps: Tensor) -> tuple[Tensor, float]:
-        """As ``ntk_drift``, the mean over outputs i = j: at a cost that does not grow with n_L.
+        """As ``ntk_change``, the mean over outputs i = j: at a cost that does not grow with n_L.
 
         Args:
             steps: (T,).
@@ -98,7 +98,7 @@ class FiniteWidthTraining:
         Returns:
             (T, N_p, N_p), and the standard error of its entries (rms).
         """
-        mean, error = ntk_drift(self.vertices, self.path, self.probes, steps, trace=True)
+        mean, error = ntk_change(self.vertices, self.path, self.probes, steps, trace=True)
         return mean / self._n, error / self._n
 
     def mean_output(self, steps: Tensor) -> Correction:
@@ -149,7 +149,7 @@ class FiniteWidthTraining:
             training: For the provenance.
             names: Out of ``CORRECTIONS``.
         """
-        methods = {"mean": self.mean_output, "covariance": self.covariance, "ntk": self.ntk_drift}
+        methods = {"mean": self.mean_output, "covariance": self.covariance, "ntk": self.ntk_change}
         steps = infinite_width.steps
         corrections = {name: method(steps) for name, method in methods.items() if name in names}
         notes = []

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_eft.results.work import worked
+from torch_eft.results.progress.work import worked
 from torch_eft.theory.initialization.estimators import ReplicaMean
 from torch_eft.theory.initialization.evaluator import VertexSource
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles, expanded

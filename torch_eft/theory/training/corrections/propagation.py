@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torch_eft.results.work import worked
+from torch_eft.results.progress.work import worked
 from torch_eft.theory.gaussian.quadrature import gauss_legendre
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 from torch_eft.theory.training.optimizer import SGDState

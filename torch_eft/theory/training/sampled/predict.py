@@ -186,7 +186,7 @@ class SampledForecast:
             output_mean=mean[:, probes],
             output_covariance=covariance,
             ntk_mean=Theta,
-            ntk_drift=Theta.new_zeros(1).expand(Theta.shape),
+            ntk_change=Theta.new_zeros(1).expand(Theta.shape),
             provenance=provenance(self.ensemble, self._training, notes=[note]),
             validity=infinite_width_validity(self.ensemble, self.x),
             train_output_mean=mean[:, self._train :],

@@ -10,9 +10,14 @@ _LONGEST = 100
 
 def short_repr(result: Any) -> str:
     """List the fields of a dataclass, one per line, tensors by shape and dtype, fields that are None left out."""
-    values = {field.name: getattr(result, field.name) for field in fields(result) if field.repr}
-    shown = [f"  {name}: {_value(value)}" for name, value in values.items() if value is not None]
+    shown = [f"  {name}: {_cut(text)}" for name, text in field_texts(result).items()]
     return "\n".join([f"{type(result).__name__}(", *shown, ")"])
+
+
+def field_texts(result: Any) -> dict[str, str]:
+    """Return ``{field: text}``, uncut."""
+    values = {field.name: getattr(result, field.name) for field in fields(result) if field.repr}
+    return {name: _value(value) for name, value in values.items() if value is not None}
 
 
 def _value(value: Any) -> str:
@@ -23,10 +28,10 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping) and value and any(hasattr(part, "shape") for part in value.values()):
-        return _cut("{" + ", ".join(f"{key}: {_value(part)}" for key, part in value.items()) + "}")
+        return "{" + ", ".join(f"{key}: {_value(part)}" for key, part in value.items()) + "}"
     if isinstance(value, tuple | list) and value and any(hasattr(part, "shape") for part in value):
         return f"{len(value)} of {_value(value[0])}"
-    return _cut(str(value))
+    return str(value)
 
 
 def _cut(text: str) -> str:

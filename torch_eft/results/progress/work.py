@@ -16,7 +16,7 @@ def listening(listener: Callable[[float], None]) -> Iterator[None]:
     """Call ``listener`` with the multiplications of every piece of work that is done inside.
 
     Example:
-        >>> from torch_eft.results.work import listening, worked
+        >>> from torch_eft.results.progress.work import listening, worked
         >>> done = []
         >>> with listening(done.append):
         ...     worked(1e6)
@@ -36,3 +36,8 @@ def worked(multiplications: float) -> None:
     listener = _LISTENER.get()
     if listener is not None:
         listener(multiplications)
+
+
+def listened() -> bool:
+    """Return whether somebody listens."""
+    return _LISTENER.get() is not None

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torch_eft.results.work import worked
+from torch_eft.results.progress.work import worked
 from torch_eft.theory.initialization.estimators import ReplicaMean
 from torch_eft.theory.initialization.evaluator import LabelSets, VertexSource
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles, expanded
@@ -88,7 +88,7 @@ def _off_outputs(y: Tensor, Cij: Tensor, Sij: Tensor, Sji: Tensor, phi: Tensor, 
     return first + torch.einsum("mj,xymi->xyij", y, (Sji * psi) @ y)
 
 
-def ntk_drift(
+def ntk_change(
     vertices: VertexTiles, path: InfiniteWidthPath, probes: int, steps: Tensor, trace: bool = False, tile: int = 128
 ) -> tuple[Tensor, float]:
     """n_{L-1} times the mean drift of the NTK on the first ``probes`` points.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_eft.results.trajectory import Trajectory, Validity
 
 _LEVELS = ("valid", "caution", "invalid")
-_FIELDS = ("output_mean", "ntk_mean", "ntk_drift", "output_truncation", "ntk_truncation", "train_output_mean")
+_FIELDS = ("output_mean", "ntk_mean", "ntk_change", "output_truncation", "ntk_truncation", "train_output_mean")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def average_trajectories(trajectories: Iterable[Trajectory], provenance: str) ->
 
     Returns:
         A ``Trajectory``: ``output_covariance`` is the unbiased covariance between networks; ``output_error``,
-        ``ntk_error`` and ``ntk_drift_error`` are standard errors of means; truncations are means of the networks'
+        ``ntk_error`` and ``ntk_change_error`` are standard errors of means; truncations are means of the networks'
         sizes, which bound that of the mean. A field that one network lacks is None. The verdict is the worst on a
         network, unless fewer than half are "invalid" and the average's own next order is below order 0: then
         "caution". Its reasons give the share.
@@ -134,7 +134,7 @@ class Averages:
             name: None
             if found[name] is None
             else (self._squares[name] / ((self._count - 1) * self._count)).clamp_min(0).sqrt()
-            for name in ("output_mean", "ntk_mean", "ntk_drift")
+            for name in ("output_mean", "ntk_mean", "ntk_change")
         }
         z = self._means["output_mean"]
         average = Trajectory(
@@ -142,7 +142,7 @@ class Averages:
             output_mean=z,
             output_covariance=self._products / (self._count - 1),
             ntk_mean=found["ntk_mean"],
-            ntk_drift=found["ntk_drift"],
+            ntk_change=found["ntk_change"],
             provenance=f"mean over {self._count} networks: {provenance}",
             validity=self._worst[2],
             output_truncation=found["output_truncation"],
@@ -150,7 +150,7 @@ class Averages:
             train_output_mean=found["train_output_mean"],
             output_error=errors["output_mean"],
             ntk_error=errors["ntk_mean"],
-            ntk_drift_error=errors["ntk_drift"],
+            ntk_change_error=errors["ntk_change"],
         )
         return _judged(average, Share(self._counts, self._worst[2]))
 
@@ -190,12 +190,12 @@ def _judged(average: Trajectory, share: Share) -> Trajectory:
 
 def _errors(average: Trajectory) -> str:
     """Describe the standard errors: the rms at the last time, relative to what moved."""
-    z, H, D = average.output_mean, average.ntk_mean, average.ntk_drift
+    z, H, D = average.output_mean, average.ntk_mean, average.ntk_change
     parts = []
     if average.output_error is not None:
         moved = float((z[-1] - z[0]).norm())
         error = float(average.output_error[-1].norm())
         parts.append(f"mean output {error / moved:.2g} of its change" if moved > 0 else f"mean output {error:.2g}")
-    if average.ntk_drift_error is not None and D is not None and H is not None and len(H) > 1:
-        parts.append(f"NTK drift {float(average.ntk_drift_error[-1].norm() / H[0].norm()):.2g} of the NTK")
+    if average.ntk_change_error is not None and D is not None and H is not None and len(H) > 1:
+        parts.append(f"NTK drift {float(average.ntk_change_error[-1].norm() / H[0].norm()):.2g} of the NTK")
     return "standard errors: " + ", ".join(parts)

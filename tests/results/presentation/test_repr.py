@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from torch_eft.results.repr import short_repr
+from torch_eft.results.presentation.repr import short_repr
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""How results show and keep themselves: short texts, notebook cells, pictures, tables, files."""

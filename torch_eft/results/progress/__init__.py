@@ -1,0 +1,1 @@
+"""How long computations say how far they are."""
