@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 
 from torch_eft.cli.demo import demo_ensemble, load_digits_split
 from torch_eft.cli.main import main
-from torch_eft.results.tags import BAND, BAND_90, quantity_of
+from torch_eft.results.tags import BAND_90, quantity_of
 from torch_eft.tensorboard import tag as tag_of
 
 
@@ -97,52 +96,33 @@ EXPECTED_SCALARS = sorted(
 
 def test_the_tags_are_there_and_the_first_group_is_small(events):
     tags = events.Tags()
-    ours = {tag for tag in tags["scalars"] if tag.startswith("eft")}
+    ours = {tag for tag in tags["scalars"] + tags["tensors"] if quantity_of(tag) is not None}
     assert set(EXPECTED_SCALARS) <= ours
-    assert all(quantity_of(tag) is not None for tag in ours)
-    assert len([tag for tag in ours if tag.startswith("eft/")]) <= 12
-    assert {
-        *(f"eft/measured_against_theory/{quantity}" for quantity in (*BANDED, "ntk_drift", "representation_change")),
-        "eft/ntk_matrix/change",
-        "eft/ntk_matrix/end",
-        "eft/ntk_matrix/start",
-        "eft/representation_change",
-    } <= set(tags["images"])
+    assert all(tag.startswith("eft/") for tag in tags["scalars"] if tag.startswith("eft"))
+    assert len([tag for tag in tags["scalars"] if tag.startswith("eft")]) <= 12
+    assert not any("custom_scalars" in tag for tag in tags["tensors"])
+    kernels = {"eft/ntk_matrix/change", "eft/ntk_matrix/end", "eft/ntk_matrix/start"}
+    assert set(tags["images"]) == {*kernels, "eft/representation_change"}
     assert "eft/ntk_spectrum/log10_eigenvalues" in tags["histograms"]
     assert {"eft/diagnosis/text_summary", "eft/validity/text_summary", "eft/run"} <= set(tags["tensors"])
 
 
+def values_of(events, tag):
+    """``{step: value}`` of a scalar of the Scalars tab, or of the tab EFT alone."""
+    if tag in events.Tags()["scalars"]:
+        return {event.step: event.value for event in events.Scalars(tag)}
+    return {event.step: tensor_util.make_ndarray(event.tensor_proto).item() for event in events.Tensors(tag)}
+
+
 def test_every_measured_step_has_its_theory_and_all_are_finite(events):
-    steps = [event.step for event in events.Scalars("eft/ntk_trace/measured")]
+    steps = list(values_of(events, "eft/ntk_trace/measured"))
     assert steps == list(range(13))
     for tag in EXPECTED_SCALARS:
-        values = events.Scalars(tag)
-        assert [event.step for event in values] == (steps[1:] if "overhead" in tag else steps)
-        assert all(math.isfinite(event.value) for event in values)
-    for lower, upper in zip(
-        events.Scalars("eft-theory/ntk_trace/minus_sigma"),
-        events.Scalars("eft-theory/ntk_trace/plus_sigma"),
-        strict=True,
-    ):
-        assert lower.value < upper.value
-
-
-def test_layout_has_a_margin_chart_for_every_band(events):
-    *_, event = events.Tensors("custom_scalars__config__")  # the last one holds
-    layout = layout_pb2.Layout()
-    layout.ParseFromString(tensor_util.make_ndarray(event.tensor_proto).item())
-    category, measured_only = layout.category
-    assert all(chart.HasField("multiline") for chart in measured_only.chart)
-    margins = {chart.margin.series[0].value: chart.margin for chart in category.chart if chart.HasField("margin")}
-    # Around the highest order there is.
-    bands = dict.fromkeys(BANDED, BAND) | dict.fromkeys(("dntk", "ntk_drift", "representation_change"), BAND_90)
-    assert sorted(margins) == sorted(f"eft-theory/{quantity}/order_1" for quantity in bands)
-    for quantity, names in bands.items():
-        band, *others = margins[f"eft-theory/{quantity}/order_1"].series
-        assert (band.lower, band.upper) == tuple(f"eft-theory/{quantity}/{name}" for name in names)
-        assert others[-1].value == tag_of(quantity)
-    lines = [tag for chart in category.chart for tag in chart.multiline.tag]
-    assert "^eft-more/ntk_mean_drift/measured$" in lines
+        values = values_of(events, tag)
+        assert list(values) == (steps[1:] if "overhead" in tag else steps)
+        assert all(map(math.isfinite, values.values()))
+    low, high = (values_of(events, f"eft-theory/ntk_trace/{side}_sigma") for side in ("minus", "plus"))
+    assert all(low[step] < high[step] for step in steps)
 
 
 def test_pages_hold_the_diagnosis_and_the_validity(events):

@@ -10,7 +10,6 @@ from torch_eft.tensorboard import (
     QUANTITIES,
     compared_quantities,
     comparison_figure,
-    comparison_layout,
     kernel_figure,
     layer_tag,
     layer_theory_tag,
@@ -105,29 +104,6 @@ def test_layers_are_drawn_over_their_predictions():
     assert theory["net.1/a"]["order_1"] == {0: 0.0, 5: 1.0}
     (axes,) = layers_figure({"net.1/a": {0: 0.0, 5: 0.9}, "net.2": {0: 0.0, 5: 0.8}}, "t", theory).axes
     assert len(axes.lines) == 3 and len(axes.collections) == 1
-
-
-def test_the_layout_has_the_highest_order_in_the_band():
-    from tensorboard.plugins.custom_scalar import layout_pb2
-
-    def charts(*tags):
-        layout = layout_pb2.Layout()
-        layout.ParseFromString(comparison_layout(set(tags)).value[0].tensor.string_val[0])
-        return {category.title: list(category.chart) for category in layout.category}
-
-    (found,) = charts(*banded("ntk_trace", 1, 2, 3), tag("ntk_trace", "order_1")).values()
-    assert found[0].margin.series[0].value == "eft-theory/ntk_trace/order_1"
-    (found,) = charts(*quantiles("ntk_drift"), tag("ntk_drift")).values()
-    margins = [(series.value, series.lower) for series in found[0].margin.series]
-    assert margins == [
-        ("eft-theory/ntk_drift/order_1", "eft-theory/ntk_drift/band_90_low"),
-        ("eft-theory/ntk_drift/order_1", "eft-theory/ntk_drift/band_68_low"),
-        ("eft/ntk_drift/measured", "eft/ntk_drift/measured"),
-    ]
-    both = charts(tag("ntk_drift"), tag("ntk_drift", "order_0"), tag("ntk_top_eigenvalue"), tag("overhead_percent"))
-    compared, measured = both.values()
-    assert list(compared[0].multiline.tag) == ["^eft/ntk_drift/measured$", "^eft-theory/ntk_drift/order_0$"]
-    assert [chart.title for chart in measured] == ["NTK: largest eigenvalue"]
 
 
 def test_kernels_on_one_scale_compare():

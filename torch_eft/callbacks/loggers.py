@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from torch_eft.live.instrument import History, MeasurementWarning
 from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink
+from torch_eft.results.tags import in_scalars_tab
 
 
 class LoggerSink(Sink):
@@ -18,14 +19,17 @@ class LoggerSink(Sink):
     Args:
         logger: The logger.
         label: Before the tags, where another monitor's are those without.
+        all_tags: Whether all tags go there; False: those of TensorBoard's Scalars tab.
     """
 
-    def __init__(self, logger: Logger, label: str = "") -> None:
-        self.logger, self._prefix = logger, f"{label}/" if label else ""
+    def __init__(self, logger: Logger, label: str = "", all_tags: bool = True) -> None:
+        self.logger, self._prefix, self._all = logger, f"{label}/" if label else "", all_tags
 
     def scalars(self, step: int, values: Mapping[str, float], epoch: int | None = None) -> None:
         """``log_metrics`` with the optimizer step."""
-        self.logger.log_metrics({self._prefix + name: value for name, value in values.items()}, step=step)
+        chosen = {self._prefix + name: value for name, value in values.items() if self._all or in_scalars_tab(name)}
+        if chosen:
+            self.logger.log_metrics(chosen, step=step)
 
     def resume(self, step: int, history: History) -> None:
         """Repeat earlier measurements to a ``CSVLogger``, which begins its file anew."""
@@ -53,7 +57,7 @@ def logger_sinks(trainer: Trainer, jsonl: str | None, label: str = "") -> list[S
 
             sinks.append(TensorBoardSink(SummaryWriter(os.path.join(logger.log_dir, label))))
             continue
-        sinks.append(LoggerSink(logger, label))
+        sinks.append(LoggerSink(logger, label, all_tags=not isinstance(logger, TensorBoardLogger)))
         if isinstance(logger, TensorBoardLogger):
             sinks.append(TensorBoardSink(logger.experiment, scalars=False))
     directory = log_directory(trainer)

@@ -387,7 +387,10 @@ class Observer:
         self.flush()
 
     def flush(self) -> None:
-        """Bring everything to disk, as after an exception."""
+        """Bring everything to disk, as after an exception; a run that does not go on from here was interrupted."""
+        if self._run.begun and self._run.ranks.leads:
+            with self.recorder.guard():
+                self._run.summarize("interrupted")
         self.recorder.flush()
 
     def overhead(self) -> str:

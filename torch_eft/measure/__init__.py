@@ -4,7 +4,7 @@ from torch_eft.measure.ensembles.learning_rates import LearningRates, read_learn
 from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
 from torch_eft.measure.ensembles.seeds import SeedStatistics, statistics_over_seeds
 from torch_eft.measure.ensembles.statistics import TheoryAgreement
-from torch_eft.measure.forward.checks import MemoryLimitError
+from torch_eft.measure.forward.checks import MemoryLimitError, NotFiniteError
 from torch_eft.measure.forward.kinks import kinked_operations
 from torch_eft.measure.forward.output import output
 from torch_eft.measure.forward.probe import Probe
@@ -61,6 +61,7 @@ __all__ = [
     "Network",
     "NoJetRuleError",
     "NotAnMLPError",
+    "NotFiniteError",
     "PerturbativeTaylorModel",
     "Plan",
     "Probe",

@@ -6,7 +6,8 @@
 * ``eft-layers/<quantity>/<layer>``: a measured quantity of one layer, where asked for;
 * ``eft-layers-theory/<quantity>/<layer>/<series>``: what the theory says of that layer.
 
-Groups, so that the scalars tab shows few cards unless more are opened. Quantities are those of ``QUANTITIES``.
+In TensorBoard the first group alone, twelve tags at most, is in the Scalars tab; the tab EFT has all of them.
+Quantities are those of ``QUANTITIES``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -130,6 +131,11 @@ def _check_registered(quantity: str) -> None:
     if quantity not in QUANTITIES:
         hint = nearest(quantity, QUANTITIES)
         raise ValueError(f"quantity: {quantity!r} is not registered{hint}; describe it by register_quantity first")
+
+
+def in_scalars_tab(name: str) -> bool:
+    """Return whether TensorBoard's Scalars tab shows a tag: those of the first group, and those that are not ours."""
+    return name.partition("/")[0] not in _GROUPS[1:]
 
 
 def quantity_of(name: str) -> str | None:

@@ -1,10 +1,9 @@
-"""Turns results into scalars, layouts, figures and pages of TensorBoard; no Trainer needed."""
+"""Turns results into scalars, figures and pages of TensorBoard; no Trainer needed."""
 
 from torch_eft.results.quantities import QUANTITIES, Quantity, register_quantity
 from torch_eft.results.tags import compared_quantities, layer_tag, layer_theory_tag, tag
 from torch_eft.results.trajectory import trajectory_figure
 from torch_eft.tensorboard.figures import comparison_figure, kernel_figure, layers_figure
-from torch_eft.tensorboard.layout import comparison_layout
 from torch_eft.tensorboard.verdicts import Verdict, reading, verdict
 
 __all__ = [
@@ -13,7 +12,6 @@ __all__ = [
     "Verdict",
     "compared_quantities",
     "comparison_figure",
-    "comparison_layout",
     "kernel_figure",
     "layer_tag",
     "layer_theory_tag",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_eft.results.quantities import HEADLINES
+from torch_eft.tensorboard.answers import summary
 from torch_eft.tensorboard.run_info import Records, find_jsonl, read_jsonl, readings, unpredicted_sentences, verdicts
 
 STATIC = Path(__file__).parent / "plugin" / "static"
@@ -64,9 +65,15 @@ def report_data(records: Sequence[Records], note: str = "") -> dict[str, Any]:
         info = {**record.info, "events": record.events} if record.info is not None else None
         problem = "" if info else "This run's file does not describe it: r and validity are not known."
         quantities = {quantity: list(values) for quantity, values in found.items()}
-        unpredicted = unpredicted_sentences(info)
         runs.append(
-            {"name": name, "info": info, "problem": problem, "unpredicted": unpredicted, "quantities": quantities}
+            {
+                "name": name,
+                "info": info,
+                "problem": problem,
+                "unpredicted": unpredicted_sentences(info),
+                "quantities": quantities,
+                "summary": summary(info, found),
+            }
         )
         series[name], judged[name], read[name] = found, verdicts(found), readings(found)
         # The diagnosis is part of the run info.

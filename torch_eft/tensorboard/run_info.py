@@ -1,7 +1,8 @@
 """The description of a run, and the file that keeps every measurement.
 
-The *run info* is one JSON object: the network, r = L/n, the level of theory, validity, quantities and events
-(``SCHEMA``). It is written twice: as a summary of the event files, which our TensorBoard tab reads, and as a line
+The *run info* is one JSON object: the network, r = L/n, the level of theory, validity, quantities, events, and how far
+the training came (``"progress"``: ``{"state": "running", "ended" or "interrupted", "step", "planned", "diverged"}``,
+steps or None). It is written twice: as a summary of the event files, which our TensorBoard tab reads, and as a line
 of ``eft.jsonl``, which ``torch-eft report`` reads. The last one written holds.
 
 ``eft.jsonl`` is append-only, one JSON object a line; its ``kind`` is ``run`` (the run info), ``measurement``
@@ -47,6 +48,19 @@ def run_info_summary(info: Mapping[str, Any]) -> Any:
     return Summary(value=[Summary.Value(tag=RUN_INFO_TAG, tensor=tensor, metadata=metadata)])
 
 
+def scalar_summary(name: str, value: float) -> Any:
+    """Return a number as a TensorBoard ``Summary`` of our tab: the Scalars tab does not show it."""
+    from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+
+    tensor = TensorProto(dtype="DT_FLOAT", float_val=[value], tensor_shape=TensorShapeProto())
+    metadata = SummaryMetadata(
+        plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME), data_class=DATA_CLASS_SCALAR
+    )
+    return Summary(value=[Summary.Value(tag=name, tensor=tensor, metadata=metadata)])
+
+
 def write_run_info(writer: Any, info: Mapping[str, Any]) -> None:
     """Write the run info to a ``torch.utils.tensorboard.SummaryWriter``.
 
@@ -73,16 +87,25 @@ def _sound(info: dict[str, Any]) -> bool:
     words = ("network", "regime", "criticality", "optimizer", "level", "diagnosis")
     numbers = ("depth", "width", "r", "epsilon", "parameters")
     validity, quantities, probe = info.get("validity"), info.get("quantities"), info.get("probe")
-    unpredicted = info.get("unpredicted")
+    unpredicted, claims, progress = (info.get(key) for key in ("unpredicted", "claims", "progress"))
     lists = [info.get(key) or [] for key in ("events", "skipped")]
     return (
         all(isinstance(info.get(key), str | None) for key in words)
         and all(isinstance(info.get(key), int | float | None) for key in numbers)
         and (validity is None or _strings(validity))
         and (unpredicted is None or _strings(unpredicted))
+        and (claims is None or (isinstance(claims, list) and all(map(_strings, claims))))
+        and (progress is None or _progress(progress))
         and (probe is None or (isinstance(probe, list) and len(probe) == 2))
         and (quantities is None or (isinstance(quantities, dict) and all(map(_strings, quantities.values()))))
         and all(isinstance(entries, list) and all(_marked(entry) for entry in entries) for entries in lists)
+    )
+
+
+def _progress(value: Any) -> bool:
+    """How far the training came: a state in one word, and steps."""
+    return isinstance(value, dict) and all(
+        isinstance(entry, str if name == "state" else int) or entry is None for name, entry in value.items()
     )
 
 

@@ -17,14 +17,16 @@ from torch_eft.live.record.events import BandWatch, deviations, events_page
 from torch_eft.live.record.history import RunHistory
 from torch_eft.live.record.run_summary import run_summary, shown_claim
 from torch_eft.live.record.sinks import Sink
+from torch_eft.measure.forward.checks import NotFiniteError
 from torch_eft.results.choices import check_choice
-from torch_eft.results.tags import logged_tags
 from torch_eft.results.trajectory import Validity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _log = logging.getLogger("torch_eft")
+
+RunState = Literal["running", "ended", "interrupted"]
 
 LOADING = 1.0
 """Seconds that the first figure takes, as matplotlib is loaded with it (measured: 0.6)."""
@@ -46,6 +48,7 @@ class Recorder:
         events: Quantities that left their band, predictions that left their validity.
         skipped: ``[(step, what went wrong)]``.
         undrawn: Figures (or all of an instrument) that the budget left out.
+        diverged: The first step at which the numbers were not finite; None: never.
         drawing: Seconds that the next figure is assumed to cost: those of the latest.
         sinks: Where results go.
         say: Prints a sentence.
@@ -79,6 +82,7 @@ class Recorder:
         self.events: list[Event] = []
         self.skipped: list[tuple[int, str]] = []
         self.undrawn: list[str] = []
+        self.diverged: int | None = None
         self.drawing = LOADING
         self._pages: dict[str, str] = {}
         self._watch = BandWatch()
@@ -94,7 +98,6 @@ class Recorder:
         """Start a training with these sinks."""
         self.sinks = list(sinks)
         self._summary: dict[str, Any] = {}
-        self._charted: set[str] = set()
 
     # ---- failures
 
@@ -120,6 +123,8 @@ class Recorder:
         if self.on_error == "raise":
             raise error
         step, reason = self.progress.step, f"{type(error).__name__}: {error}"
+        if isinstance(error, NotFiniteError) and self.diverged is None and not self.progress.at_start:
+            self.diverged = step
         if error.__cause__ is not None:  # loggers wrap what their files say
             reason += f" (from {type(error.__cause__).__name__}: {error.__cause__})"
         if not self.skipped:
@@ -183,8 +188,9 @@ class Recorder:
         model: nn.Module,
         optimizers: Sequence[Optimizer],
         probe: Sequence[int],
+        state: RunState = "running",
     ) -> None:
-        """Hand the sinks what is known of the run, and the charts, where anything is new."""
+        """Hand the sinks what is known of the run, where anything is new."""
         facts = [instrument.facts() for instrument in instruments]
         claim = shown_claim(facts)
         validity = None if claim is None else claim.validity
@@ -193,18 +199,17 @@ class Recorder:
         self._said = validity
         diagnosis = self._pages.get("diagnosis", "")
         known = self.history, self.events, self.skipped
-        summary = run_summary(facts, model, optimizers, probe, diagnosis, *known)
+        summary = run_summary(facts, model, optimizers, probe, diagnosis, *known, self._progress(state))
         if summary != self._summary:
             self._summary = summary
             for sink in self.sinks:
                 with self.guard():
                     sink.run_info(summary)
-        logged = logged_tags(self.history)
-        if not logged <= self._charted:
-            self._charted |= logged
-            for sink in self.sinks:
-                with self.guard():
-                    sink.layout(logged)
+
+    def _progress(self, state: RunState) -> dict[str, Any]:
+        """How far the training came; while it runs, the measurements themselves show it."""
+        step = None if state == "running" else self.progress.step
+        return {"state": state, "step": step, "planned": self.progress.total_steps, "diverged": self.diverged}
 
     def resume(self, step: int) -> None:
         """Announce that the training goes on from a checkpoint taken at a step."""

@@ -1,6 +1,6 @@
 """The summary of a run: what its instruments know of it, and what is the same for every run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +32,7 @@ def run_summary(
     history: History,
     events: Sequence[Event],
     skipped: Sequence[tuple[int, str]],
+    progress: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The run info (``torch_eft.tensorboard.run_info``): plain types.
 
@@ -44,6 +45,7 @@ def run_summary(
         history: Everything measured so far.
         events: All events so far.
         skipped: ``[(step, what went wrong)]``.
+        progress: ``{"state", "step", "planned", "diverged"}``, as in ``torch_eft.tensorboard.run_info``.
 
     Returns:
         A dictionary that JSON can hold.
@@ -67,6 +69,12 @@ def run_summary(
         "level": claim.level if claim is not None and holds else "measurements only",
         "validity": {"flag": validity.flag, "reason": validity.reason},
         "diagnosis": diagnosis,
+        "claims": [
+            {"level": each.level, "flag": each.validity.flag, "reason": each.validity.reason}
+            for known in facts
+            if (each := known.claim) is not None and each.validity is not None
+        ],
+        "progress": dict(progress),
         "unpredicted": unpredicted,
         "quantities": documented(list(quantities)),
         "events": [asdict(event) for event in events],

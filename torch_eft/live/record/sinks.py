@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from torch import Tensor
 
 from torch_eft.live.instrument import Event, History, MeasurementWarning
-from torch_eft.results.tags import PREFIX
-from torch_eft.tensorboard.run_info import SCHEMA, dump_json, write_run_info
+from torch_eft.results.tags import PREFIX, in_scalars_tab
+from torch_eft.tensorboard.run_info import SCHEMA, dump_json, scalar_summary, write_run_info
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,9 +50,6 @@ class Sink:
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
         """The distribution of ``values``."""
-
-    def layout(self, logged: Collection[str]) -> None:
-        """Charts for the tags that were logged; replaces an earlier layout."""
 
     def run_info(self, info: Mapping[str, Any]) -> None:
         """The summary of the run, plain types; replaces an earlier one."""
@@ -189,11 +186,11 @@ def _ends_a_line(path: Path) -> bool:
 
 
 class TensorBoardSink(Sink):
-    """A torch ``SummaryWriter``.
+    """A torch ``SummaryWriter``: at most twelve scalars for the Scalars tab, all others for the tab EFT alone.
 
     Args:
         writer: The writer, or anything with its methods.
-        scalars: Whether scalars go there too; False if a logger already writes them.
+        scalars: Whether the twelve go there too; False if a logger already writes them.
 
     Example:
         >>> from torch_eft.live import TensorBoardSink
@@ -212,8 +209,11 @@ class TensorBoardSink(Sink):
 
     def scalars(self, step: int, values: Mapping[str, float], epoch: int | None = None) -> None:
         """Write one point per tag."""
-        if self._scalars:
-            for name, value in sorted(values.items()):
+        for name, value in sorted(values.items()):
+            file_writer = None if in_scalars_tab(name) else getattr(self.writer, "file_writer", None)
+            if file_writer is not None:  # a writer that was closed opens again by its own methods alone
+                file_writer.add_summary(scalar_summary(name, value), step)
+            elif self._scalars or not in_scalars_tab(name):
                 self.writer.add_scalar(name, value, step)
 
     def text(self, name: str, markdown: str, step: int) -> None:
@@ -227,14 +227,6 @@ class TensorBoardSink(Sink):
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
         """A histogram."""
         self.writer.add_histogram(tag, values.detach().cpu(), step, bins="auto")
-
-    def layout(self, logged: Collection[str]) -> None:
-        """The custom-scalars page."""
-        from torch_eft.tensorboard.layout import comparison_layout
-
-        if (file_writer := self.writer.file_writer) is not None:
-            # The time as step: of two events at one step, readers disagree on which one holds.
-            file_writer.add_summary(comparison_layout(logged), time.time_ns() // 1_000_000)
 
     def run_info(self, info: Mapping[str, Any]) -> None:
         """The summary that the EFT tab reads."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch_eft.live.instrument import Instrument
-from torch_eft.live.record.recorder import Recorder
+from torch_eft.live.record.recorder import Recorder, RunState
 from torch_eft.live.run.measured_network import Given, MeasuredNetwork
 from torch_eft.live.run.measurements import Measurements
 from torch_eft.live.run.ranks import RankProtocol
@@ -53,10 +53,16 @@ class Run:
         self.reference.forget()
         self.measurements.forget()
 
-    def summarize(self) -> None:
-        """Hand the sinks what is known of the run, and the charts, where anything is new."""
-        assert self.network is not None
-        self.recorder.summarize(self.instruments, self.network.network, self.network.optimizers, self.network.shape)
+    def summarize(self, state: RunState | None = None) -> None:
+        """Hand the sinks what is known of the run, where anything is new.
+
+        Args:
+            state: How the training stands; None: it goes on until it has ended.
+        """
+        network = self.network
+        assert network is not None
+        state = state or ("running" if self.begun else "ended")
+        self.recorder.summarize(self.instruments, network.network, network.optimizers, network.shape, state)
 
     def draw_first(self) -> None:
         """Draw the figures of theta_0 as soon as the budget has room for them."""

@@ -39,11 +39,28 @@ class MemoryLimitError(ValueError):
     """
 
 
+class NotFiniteError(ValueError):
+    """Parameters, outputs or derivatives are NaN or infinite, as where a training diverges.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model = torch.nn.Linear(1, 1)
+        >>> _ = model.bias.data.fill_(torch.inf)
+        >>> try:
+        ...     measure.ntk(model, torch.ones(1, 1))
+        ... except measure.NotFiniteError as error:
+        ...     print(str(error)[:44])
+        model: the parameter 'bias' is not finite, 1
+    """
+
+
 def check_measurable(network: nn.Module | IsolatedModel) -> None:
     """Refuse networks whose outputs are not finite functions of each sample, as far as this shows without a forward.
 
     Raises:
-        ValueError: As ``check_structure``; for batch statistics in evaluation, and for parameters that are not finite.
+        ValueError: As ``check_structure``; for batch statistics in evaluation.
+        NotFiniteError: For parameters that are not finite.
     """
     module = network if isinstance(network, nn.Module) else network.shadow
     check_structure(module)
@@ -61,7 +78,7 @@ def check_measurable(network: nn.Module | IsolatedModel) -> None:
         return
     wrong = next(name for name, value in parameters.items() if not all_finite(value))
     value = parameters[wrong].detach()
-    raise ValueError(
+    raise NotFiniteError(
         f"model: the parameter {wrong!r} is not finite, {int((~value.isfinite()).sum())} of its {value.numel()} "
         "numbers are NaN or infinite (a training that diverged?); measure an earlier state"
     )
@@ -76,13 +93,13 @@ def check_finite(network: IsolatedModel, tensors: Collection[Tensor], name: str)
         name: What it is, for the message.
 
     Raises:
-        ValueError: If one of them is not finite; the message names the parameter that is to blame, if one is.
+        NotFiniteError: If one of them is not finite; the message names the parameter that is to blame, if one is.
     """
     # The least and the largest number: NaN if one is, and unlike a sum they do not overflow; nothing is copied.
     ends = [end for tensor in tensors if tensor.numel() for end in torch.aminmax(tensor.detach())]
     if not all_finite(*([torch.stack(ends)] if ends else [])):
         check_measurable(network)  # names the parameter
-        raise ValueError(f"model: {name} not finite though the parameters are; outputs or derivatives overflow")
+        raise NotFiniteError(f"model: {name} not finite though the parameters are; outputs or derivatives overflow")
 
 
 def check_batch_independence(network: IsolatedModel, inputs: Any, outputs: Tensor) -> None:
@@ -96,8 +113,9 @@ def check_batch_independence(network: IsolatedModel, inputs: Any, outputs: Tenso
         outputs: (N, C), as ``checked_output`` gives them.
 
     Raises:
-        ValueError: For outputs that are not finite, depend on chance or on the other samples, and for reentrant
-            checkpointing, through which there are no such derivatives as are needed here.
+        ValueError: For outputs that depend on chance or on the other samples, and for reentrant checkpointing,
+            through which there are no such derivatives as are needed here.
+        NotFiniteError: For outputs that are not finite.
     """
     count = len(outputs)
     order = torch.arange(count - 1, -1, -2, device=outputs.device)
@@ -113,7 +131,7 @@ def check_batch_independence(network: IsolatedModel, inputs: Any, outputs: Tenso
         return
     if not bool(finite.all()):
         first = int((~finite).nonzero()[0])
-        raise ValueError(
+        raise NotFiniteError(
             f"model: the output for sample {first} of the probe is NaN or infinite ({int((~finite).sum())} of "
             f"{count} samples); look at that input, or measure in float64"
         )

@@ -25,6 +25,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from torch_eft.measure.forward.checks import NotFiniteError
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.jets.jet import Jet
@@ -32,7 +33,7 @@ from torch_eft.measure.jets.series import Series, total
 from torch_eft.measure.taylor.fused import Fused
 from torch_eft.measure.taylor.model_checks import check_modules, check_same_function, judged
 from torch_eft.measure.taylor.optimizer import optimizer_copy
-from torch_eft.measure.taylor.series import NotFiniteError, TaylorSeries, taylor_series
+from torch_eft.measure.taylor.series import TaylorSeries, taylor_series
 from torch_eft.results.trajectory import Validity
 
 Curve: TypeAlias = dict[str, tuple[Tensor | None, ...]]

@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from torch_eft.measure.forward.checks import check_differentiable_function, differs_from_differences, reach_of
+from torch_eft.measure.forward.checks import (
+    NotFiniteError,
+    check_differentiable_function,
+    differs_from_differences,
+    reach_of,
+)
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, Parameters, check_parameters, isolated
 from torch_eft.measure.forward.kinks import bounded_norms, cut_operations
 from torch_eft.measure.forward.output import checked_output
@@ -33,10 +38,6 @@ JETS = "jets"
 REVERSE = "reverse-over-reverse"
 
 _log = logging.getLogger("torch_eft")
-
-
-class NotFiniteError(ValueError):
-    """A Taylor term, or the output at the displaced parameters, is not finite."""
 
 
 @dataclass(frozen=True, repr=False)

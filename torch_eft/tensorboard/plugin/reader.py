@@ -9,6 +9,7 @@ from tensorboard.plugins.scalar import metadata as scalar_metadata
 
 from torch_eft.results.quantities import HEADLINES
 from torch_eft.results.tags import split_tag
+from torch_eft.tensorboard.answers import NEEDED, summary
 from torch_eft.tensorboard.run_info import (
     PLUGIN_NAME,
     RUN_INFO_TAG,
@@ -17,6 +18,11 @@ from torch_eft.tensorboard.run_info import (
     unpredicted_sentences,
     verdicts,
 )
+
+Series = dict[str, dict[str, list[list[float | None]]]]
+
+_PLUGINS = (scalar_metadata.PLUGIN_NAME, PLUGIN_NAME)
+"""Whose scalars are read: those that the Scalars tab shows too, and those of this tab alone."""
 
 
 class Reader:
@@ -36,8 +42,9 @@ class Reader:
 
         Returns:
             ``{"runs": [{"name", "info", "problem", "unpredicted": {quantity: sentence}, "quantities": {quantity:
-            [series]}}], "headlines": [[quantity]], "others": count}``; info is None, and problem says why, where a run
-            has none that can be read; others counts runs without our data.
+            [series]}, "summary": as in ``torch_eft.tensorboard.answers``}], "headlines": [[quantity]], "others":
+            count}``; info is None, and problem says why, where a run has none that can be read; others counts runs
+            without our data.
         """
         if self._data is None:
             return {"runs": [], "headlines": HEADLINES, "others": 0}
@@ -45,7 +52,11 @@ class Reader:
         texts = self._info_texts(ctx, experiment)
         known = self._data.list_runs(ctx, experiment_id=experiment)
         started = {run.run_name: run.start_time for run in known}
-        runs = [_run(name, tags.get(name, {}), texts.get(name)) for name in {*tags, *texts}]
+        needed = {
+            run: {name: split for name, split in known.items() if split[0] in NEEDED} for run, known in tags.items()
+        }
+        read = self._read(ctx, experiment, needed)
+        runs = [_run(name, tags.get(name, {}), texts.get(name), read.get(name, {})) for name in {*tags, *texts}]
         runs.sort(key=lambda run: (started.get(run["name"]) or math.inf, run["name"]))
         others = len(started.keys() - {run["name"] for run in runs})
         return {"runs": runs, "headlines": HEADLINES, "others": others}
@@ -72,21 +83,7 @@ class Reader:
         if unknown:
             raise errors.NotFoundError(f"run {run!r} has no quantity {', '.join(sorted(unknown))}")
         wanted = [name for name, (quantity, _) in tags.items() if quantities is None or quantity in quantities]
-        read = self._data.read_scalars(
-            ctx,
-            experiment_id=experiment,
-            plugin_name=scalar_metadata.PLUGIN_NAME,
-            downsample=self._samples,
-            run_tag_filter=provider.RunTagFilter(runs=[run], tags=wanted),
-        )
-        found: dict[str, dict[str, list[list[float | None]]]] = {}
-        for name, points in read.get(run, {}).items():
-            quantity, series = tags[name]
-            # A resumed run repeats steps: the last value written holds.
-            values = {int(point.step): float(point.value) for point in points}
-            found.setdefault(quantity, {})[series] = [
-                [step, value if math.isfinite(value) else None] for step, value in sorted(values.items())
-            ]
+        found = self._read(ctx, experiment, {run: {name: tags[name] for name in wanted}})[run]
         return {"run": run, "quantities": found, "verdicts": verdicts(found), "readings": readings(found)}
 
     def events(self, ctx: Any, experiment: str, run: str) -> dict[str, Any]:
@@ -102,9 +99,32 @@ class Reader:
 
     def _tags(self, ctx: Any, experiment: str) -> dict[str, dict[str, tuple[str, str]]]:
         """``{run: {tag: (quantity, series)}}`` of the runs that have any."""
-        listed = self._data.list_scalars(ctx, experiment_id=experiment, plugin_name=scalar_metadata.PLUGIN_NAME)
-        ours = {run: {name: split for name in tags if (split := split_tag(name))} for run, tags in listed.items()}
-        return {run: tags for run, tags in ours.items() if tags}
+        found: dict[str, dict[str, tuple[str, str]]] = {}
+        for plugin in _PLUGINS:
+            listed = self._data.list_scalars(ctx, experiment_id=experiment, plugin_name=plugin)
+            for run, tags in listed.items():
+                found.setdefault(run, {}).update({name: split for name in tags if (split := split_tag(name))})
+        return {run: tags for run, tags in found.items() if tags}
+
+    def _read(self, ctx: Any, experiment: str, wanted: dict[str, dict[str, tuple[str, str]]]) -> dict[str, Series]:
+        """``{run: {quantity: {series: [[step, value], ...]}}}`` of ``{run: {tag: (quantity, series)}}``."""
+        found: dict[str, Series] = {run: {} for run in wanted}
+        chosen = provider.RunTagFilter(
+            runs=list(wanted), tags=list({name for tags in wanted.values() for name in tags})
+        )
+        for plugin in _PLUGINS:
+            read = self._data.read_scalars(
+                ctx, experiment_id=experiment, plugin_name=plugin, downsample=self._samples, run_tag_filter=chosen
+            )
+            for run, lines in read.items():
+                for name in lines.keys() & wanted[run].keys():
+                    quantity, series = wanted[run][name]
+                    # A resumed run repeats steps: the last value written holds.
+                    values = {int(point.step): float(point.value) for point in lines[name]}
+                    found[run].setdefault(quantity, {})[series] = [
+                        [step, value if math.isfinite(value) else None] for step, value in sorted(values.items())
+                    ]
+        return found
 
     def _info_texts(self, ctx: Any, experiment: str) -> dict[str, bytes]:
         """The last run info of every run, unparsed."""
@@ -119,7 +139,7 @@ class Reader:
         return {run: value.item() if value.size == 1 else b"" for run, value in found.items()}
 
 
-def _run(name: str, tags: dict[str, tuple[str, str]], text: bytes | None) -> dict[str, Any]:
+def _run(name: str, tags: dict[str, tuple[str, str]], text: bytes | None, read: Series) -> dict[str, Any]:
     info = parse_run_info(text) if text is not None else None
     problem = ""
     if text is None:
@@ -129,5 +149,11 @@ def _run(name: str, tags: dict[str, tuple[str, str]], text: bytes | None) -> dic
     quantities: dict[str, list[str]] = {}
     for quantity, series in tags.values():
         quantities.setdefault(quantity, []).append(series)
-    unpredicted = unpredicted_sentences(info)
-    return {"name": name, "info": info, "problem": problem, "unpredicted": unpredicted, "quantities": quantities}
+    return {
+        "name": name,
+        "info": info,
+        "problem": problem,
+        "unpredicted": unpredicted_sentences(info),
+        "quantities": quantities,
+        "summary": summary(info, read),
+    }

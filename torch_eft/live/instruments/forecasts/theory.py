@@ -18,19 +18,16 @@ from torch_eft.live.instruments.forecasts.drift import DriftLines
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
 from torch_eft.measure.network.network import Network
-from torch_eft.measure.network.snapshot import Plan, Snapshot
+from torch_eft.measure.network.snapshot import Plan
 from torch_eft.measure.training_loss import recognize_squared_error
-from torch_eft.results.tags import compared_quantities, tag
+from torch_eft.results.tags import tag
 from torch_eft.results.training import Training
-from torch_eft.tensorboard.figures import comparison_figure
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import ActivationLike
 from torch_eft.theory.gaussian.quadrature import QuadratureError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from torch_eft.live.instrument import History
+    pass
 
 
 class TheoryInstrument(ForecastInstrument):
@@ -310,13 +307,6 @@ class TheoryInstrument(ForecastInstrument):
             regime=ratio.regime,
             criticality=self._diagnosis.verdict,
         )
-
-    def last_figures(self, history: "History", reference: Snapshot, last: Snapshot) -> "dict[str, Figure]":
-        """Measured against theory, one figure per quantity: several panels are unreadable at thumbnail size."""
-        return {
-            f"measured_against_theory/{quantity}": comparison_figure(history, [quantity])
-            for quantity in compared_quantities(history)
-        }
 
 
 def _held(start: TrainingStart) -> bool:
