@@ -64,6 +64,9 @@ class EFTMonitor(Callback):
         forecast_seconds: Work that each forecast of the theory may take before the first step, at any budget, counted
             in seconds of one core (so that every machine draws the same); what needs more is left out, and its page
             says what brings it.
+        seeds: Networks drawn anew that are trained beside this one on the same batches, to see how much NTK drift and
+            representation change differ between initializations: 4, say. Every step and measurement costs as much
+            again for each. 0: none.
         output_fn: Converts the model's output to (N, C).
         memory: Bytes allowed for the NTK, as in ``torch_eft.measure.ntk``; one that takes more is left out in words.
         module: Name of the submodule to measure; empty means the LightningModule itself.
@@ -116,6 +119,7 @@ class EFTMonitor(Callback):
         ensemble: MLPEnsemble | None = None,
         activation: ActivationLike | None = None,
         forecast_seconds: float = 10.0,
+        seeds: int = 0,
         output_fn: OutputFn | None = None,
         memory: int = DEFAULT_MEMORY,
         module: str = "",
@@ -137,6 +141,7 @@ class EFTMonitor(Callback):
             ensemble=ensemble,
             activation=activation,
             forecast_seconds=forecast_seconds,
+            seeds=seeds,
             output_fn=output_fn,
             memory=memory,
             distributed=distributed,

@@ -74,6 +74,9 @@ class Observer:
         forecast_seconds: Work that each forecast of the theory may take before the first step, at any budget, counted
             in seconds of one core (so that every machine draws the same); what needs more is left out, and its page
             says what brings it.
+        seeds: Networks drawn anew that are trained beside this one on the same batches, to see how much NTK drift and
+            representation change differ between initializations: 4, say. Every step and measurement costs as much
+            again for each. 0: none.
         output_fn: Converts the model's output to (N, C).
         memory: Bytes allowed for the NTK, as in ``torch_eft.measure.ntk``; one that takes more is left out in words.
         distributed: In a training by several processes: ``"rank_zero"``, where rank 0 measures and the others do
@@ -131,6 +134,7 @@ class Observer:
         ensemble: MLPEnsemble | None = None,
         activation: ActivationLike | None = None,
         forecast_seconds: float = 10.0,
+        seeds: int = 0,
         output_fn: OutputFn | None = None,
         memory: int = DEFAULT_MEMORY,
         distributed: Distributed = "rank_zero",
@@ -146,7 +150,7 @@ class Observer:
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
         given = Given(model, probe_from(probe), optimizers, output_fn, memory, distributed, unsharded_model)
         self.instruments = chosen_instruments(
-            preset, instruments, extra, Options(ensemble, activation, forecast_seconds)
+            preset, instruments, extra, Options(ensemble, activation, forecast_seconds, seeds)
         )
         self.every = checked_every(every)
         self.budget = Budget(budget)

@@ -5,7 +5,7 @@ they are compared with those of ``c sum (z - y)^2`` for the usual constants c, a
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,12 +131,7 @@ def recognize_squared_error(
         >>> measure.recognize_squared_error(net, x, y, value.detach(), gradients).c
         0.5
     """
-    with _outputs(model, x, output_fn) as (leaves, z):
-        targets = _as_targets(y, z)
-        total = (z - targets).square().sum()
-        c, name = _matching_constant(total.detach(), loss.detach().to(total), *z.shape)
-        _check_gradients(leaves, c * total, gradients, "squared error")
-    return SquaredError(c, name, targets.detach())
+    return _squared_error_of(_Run(model, x, output_fn), y, loss, gradients)
 
 
 def recognize_loss(
@@ -148,6 +143,7 @@ def recognize_loss(
     *,
     output_fn: OutputFn | None = None,
     loss_function: LossFunction | None = None,
+    as_trained: bool = False,
 ) -> TrainingLoss:
     """Recognize the loss of a training step from its value and its gradient on one batch.
 
@@ -159,6 +155,7 @@ def recognize_loss(
         gradients: ``{parameter name: gradient}`` of the step.
         output_fn: Turns what the model returns into (N, C).
         loss_function: The loss as a function of outputs (N, C) and ``y``, if it is known: it is checked all the same.
+        as_trained: Run the network in the modes in which it is (batch statistics); else in evaluation mode.
 
     Returns:
         The loss as a function.
@@ -176,11 +173,12 @@ def recognize_loss(
         >>> measure.recognize_loss(net, x, y, value.detach(), gradients).name
         'sum over samples and outputs'
     """
+    run = _Run(model, x, output_fn, as_trained)
     if loss_function is not None:
-        _verify(model, x, y, loss, gradients, output_fn, loss_function, "the loss that was given")
+        _verify(run, y, loss, gradients, loss_function, "the loss that was given")
         return TrainingLoss("given", "the loss that was given", y, 1.0, loss_function)
     try:
-        squared = recognize_squared_error(model, x, y, loss, gradients, output_fn=output_fn)
+        squared = _squared_error_of(run, y, loss, gradients)
     except UnrecognizedLossError as error:
         reason = error
     else:
@@ -189,7 +187,7 @@ def recognize_loss(
     for reduction, name in (("mean", "mean over samples (torch's CrossEntropyLoss)"), ("sum", "sum over samples")):
         function = _cross_entropy(reduction)
         try:
-            _verify(model, x, y, loss, gradients, output_fn, function, "the cross-entropy")
+            _verify(run, y, loss, gradients, function, "the cross-entropy")
         except UnrecognizedLossError:
             continue
         factor = 1 / len(y) if reduction == "mean" else 1.0
@@ -214,33 +212,52 @@ def loss_gradient(
     Returns:
         ``{parameter name: gradient}``.
     """
-    with _outputs(model, x, output_fn) as (leaves, z):
+    with _Run(model, x, output_fn).outputs() as (leaves, z):
         own = torch.autograd.grad(function(z, y), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, own, strict=True))
 
 
-@contextmanager
-def _outputs(model: Model, x: Any, output_fn: OutputFn | None) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Yield the parameters as leaves and the outputs (N, C) as a function of them."""
-    probe = as_probe(x)
-    with isolated(model, output_fn) as network:
-        leaves = {name: value.clone().requires_grad_() for name, value in network.params.items()}
-        with torch.no_grad():
-            checked_output(network, probe)
-        yield leaves, network(leaves, network.place(probe))
+@dataclass(frozen=True)
+class _Run:
+    """A forward of a network on a batch.
+
+    Args:
+        model: The network.
+        x: The inputs.
+        output_fn: Turns what the model returns into (N, C).
+        as_trained: Whether it runs in the modes in which the network is.
+    """
+
+    model: Model
+    x: Any
+    output_fn: OutputFn | None
+    as_trained: bool = False
+
+    @contextmanager
+    def outputs(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield the parameters as leaves and the outputs (N, C) as a function of them."""
+        probe = as_probe(self.x)
+        with isolated(self.model, self.output_fn) as network:
+            leaves = {name: value.clone().requires_grad_() for name, value in network.params.items()}
+            with torch.no_grad():
+                checked_output(network, probe)
+            with network.as_trained() if self.as_trained else nullcontext():
+                yield leaves, network(leaves, network.place(probe))
+
+
+def _squared_error_of(run: _Run, y: Any, loss: Tensor, gradients: Mapping[str, Tensor]) -> SquaredError:
+    with run.outputs() as (leaves, z):
+        targets = _as_targets(y, z)
+        total = (z - targets).square().sum()
+        c, name = _matching_constant(total.detach(), loss.detach().to(total), *z.shape)
+        _check_gradients(leaves, c * total, gradients, "squared error")
+    return SquaredError(c, name, targets.detach())
 
 
 def _verify(
-    model: Model,
-    x: Any,
-    y: Any,
-    loss: Tensor,
-    gradients: Mapping[str, Tensor],
-    output_fn: OutputFn | None,
-    function: LossFunction,
-    name: str,
+    run: _Run, y: Any, loss: Tensor, gradients: Mapping[str, Tensor], function: LossFunction, name: str
 ) -> None:
-    with _outputs(model, x, output_fn) as (leaves, z):
+    with run.outputs() as (leaves, z):
         try:
             value = function(z, y)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

@@ -26,6 +26,7 @@ ORDERS = {"order_0": "order 0 (infinite width)", "order_1": "order 1 (finite wid
 BAND_68, BAND_90 = ("band_68_low", "band_68_high"), ("band_90_low", "band_90_high")
 GIVEN_START, GIVEN_START_BAND = "given_start", ("given_start_low", "given_start_high")
 QUANTILE = "quantile"
+SEEDS, SEEDS_BAND = "seeds_median", ("seeds_low", "seeds_high")
 EXPANSIONS = {
     "taylor_1": "expansion about theta_0 along the realized path, with dNTK",
     "taylor_2": "expansion about theta_0 along the realized path, with dNTK and ddNTK",
@@ -41,6 +42,9 @@ SERIES = {
     "given_start_low": "5 % of the networks that start with this network's outputs lie below this",
     "given_start_high": "5 % of the networks that start with this network's outputs lie above this",
     "quantile": "share of networks, drawn with other seeds, that lie below the measured value, 0 .. 1",
+    "seeds_median": "median of networks drawn anew and trained beside this one, as measured",
+    "seeds_low": "lowest of the networks drawn anew and trained beside this one, as measured",
+    "seeds_high": "highest of the networks drawn anew and trained beside this one, as measured",
     "minus_sigma": "the highest order there is, minus one standard deviation over initializations",
     "plus_sigma": "the highest order there is, plus one standard deviation over initializations",
     "truncation": "estimated size of what the next order would add",

@@ -17,7 +17,7 @@ from torch_eft.live.instruments.forecasts.full_batch import ValidityWatch
 from torch_eft.live.instruments.forecasts.instance import InstanceInstrument
 from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.representation import RepresentationInstrument
-from torch_eft.live.instruments.shadow import ShadowInstrument
+from torch_eft.live.instruments.trained_beside.shadow import ShadowInstrument
 
 PARTS = {"ensemble": lambda: TheoryInstrument(order=0), "instance": lambda: InstanceInstrument(seconds=60.0)}
 PAGE = {"ensemble": "validity", "instance": "instance"}

@@ -10,7 +10,7 @@ from tests.live.instruments.loop import data, fit, mlp
 from torch_eft.callbacks import EFTMonitor
 from torch_eft.live.instruments.forecasts.instance import InstanceInstrument
 from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
-from torch_eft.live.instruments.shadow import ShadowInstrument
+from torch_eft.live.instruments.trained_beside.shadow import ShadowInstrument
 from torch_eft.live.observer import Observer
 from torch_eft.results.tags import tag
 

@@ -17,7 +17,8 @@ from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.interval import IntervalInstrument
 from torch_eft.live.instruments.ntk import BatchNormInstrument, NTKInstrument
 from torch_eft.live.instruments.representation import RepresentationInstrument
-from torch_eft.live.instruments.shadow import ShadowInstrument
+from torch_eft.live.instruments.trained_beside.seeds import SeedsInstrument
+from torch_eft.live.instruments.trained_beside.shadow import ShadowInstrument
 from torch_eft.live.instruments.taylor import TaylorInstrument
 from torch_eft.results.choices import check_choice
 from torch_eft.theory.ensemble import MLPEnsemble
@@ -35,11 +36,13 @@ class Options:
         ensemble: C_b and C_W, if known.
         activation: The activation, where it is not a registered one.
         forecast_seconds: Work that each forecast may take before the first step, counted in seconds of one core.
+        seeds: Networks of other seeds to train beside it; 0: none.
     """
 
     ensemble: MLPEnsemble | None = None
     activation: ActivationLike | None = None
     forecast_seconds: float = 10.0
+    seeds: int = 0
 
 
 MAKERS: dict[str, Callable[[Options], Instrument]] = {
@@ -55,10 +58,11 @@ MAKERS: dict[str, Callable[[Options], Instrument]] = {
     "theory": lambda options: TheoryInstrument(options.ensemble, options.activation, seconds=options.forecast_seconds),
     "instance": lambda options: InstanceInstrument(seconds=options.forecast_seconds),
     "shadow": lambda options: ShadowInstrument(),
+    "seeds": lambda options: SeedsInstrument(options.seeds or 4),
 }
 """Every instrument by name; ``Instrument.cost`` is the smallest preset that includes it."""
 
-OPT_IN: frozenset[str] = frozenset({"shadow"})
+OPT_IN: frozenset[str] = frozenset({"shadow", "seeds"})
 """Instruments that no preset includes; ``extra=`` asks for them."""
 
 
@@ -92,7 +96,7 @@ def chosen_instruments(
         for each in asked:
             if not isinstance(each, Instrument):
                 check_choice(argument, each, MAKERS, "a torch_eft.live.Instrument")
-    names = {each for each in extra if isinstance(each, str)}
+    names = {each for each in extra if isinstance(each, str)} | ({"seeds"} if options.seeds else set())
     own = [each for each in extra if isinstance(each, Instrument)]
     if instruments is None:
         rank = PRESETS.index(preset)

@@ -281,13 +281,8 @@ def _check_gradients_are_on(network: IsolatedModel, inputs: Any) -> None:
         # In training mode buffers may be updated.
         own = replace(network, constants={name: value.clone() for name, value in network.constants.items()})
         network.isolation.without_gradient.clear()
-        network.isolation.training = mode
-        try:
+        with network.isolation.training_as([mode for _ in network.module.modules()]):
             z = own(leaves, tree_map_only(Tensor, torch.clone, inputs))
-        finally:
-            network.isolation.training = False
-            for module in network.module.modules():
-                module.training = False
         ends = {id(getattr(node, "variable", None)) for node in _nodes(z)} if z.requires_grad else set()
         without = network.isolation.without_gradient
         reached = {name for name, leaf in leaves.items() if id(leaf) in ends}

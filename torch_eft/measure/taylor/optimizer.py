@@ -66,6 +66,19 @@ def optimizer_copy(
     return copied
 
 
+def same_options(own_optimizer: Optimizer, optimizer: Optimizer) -> None:
+    """Take over the learning rates (and all else) in force for the coming step.
+
+    Args:
+        own_optimizer: The copy.
+        optimizer: The real one.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+    groups = [group for group in inner.param_groups if any(p.requires_grad for p in group["params"])]
+    for own, group in zip(own_optimizer.param_groups, groups, strict=False):
+        own.update({key: value for key, value in group.items() if key not in ("params", "param_names")})
+
+
 def _copied(value: Any, leaf: Tensor) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone().to(leaf.dtype if value.shape == leaf.shape else value.dtype)

@@ -10,7 +10,7 @@ they are written.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -66,7 +66,7 @@ class Isolation:
         state: What forwards can change in the copy and around it; every one starts from it.
         without_gradient: Ids of given parameters that forwards have used while they had gradients off.
         open: Whether the ``with`` that isolated it has not ended yet.
-        training: Whether forwards run in training mode, for once.
+        modes: ``training`` of every module of the copy, for once; None: all evaluate.
     """
 
     buffers: frozenset[str]
@@ -79,7 +79,7 @@ class Isolation:
     state: PythonState
     without_gradient: set[int] = field(default_factory=set)
     open: bool = True
-    training: bool = False
+    modes: tuple[bool, ...] | None = None
     _buffers: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -106,15 +106,35 @@ class Isolation:
         if self.plain:
             return
         self.state.restore()
-        if self.training:
-            for module in self.copies.module.modules():
-                module.training = True
+        self._set_modes()
         for value in buffers:
             kept = self._buffers.get(id(value))
             if kept is None or value._version != kept[1]:
                 with torch.no_grad():
                     before = value.clone() if kept is None else value.copy_(kept[2])
                 self._buffers[id(value)] = value, value._version, before if kept is None else kept[2]
+
+    def updated(self, constants: Mapping[str, Tensor]) -> list[str]:
+        """Names of the buffers that the last forward has written to, in networks not of torch.nn's modules alone."""
+        kept = {name: self._buffers.get(id(constants[name])) for name in self.buffers}
+        return [name for name, of in kept.items() if of is not None and constants[name]._version != of[1]]
+
+    @contextmanager
+    def training_as(self, modes: Sequence[bool]) -> Iterator[None]:
+        """Run forwards in other modes than that of evaluation, ``training`` of every module in their order."""
+        self.modes = tuple(modes)
+        self._set_modes()
+        try:
+            yield
+        finally:
+            self.modes = None
+            for module in self.copies.module.modules():
+                module.training = False
+
+    def _set_modes(self) -> None:
+        if self.modes is not None:
+            for module, mode in zip(self.copies.module.modules(), self.modes, strict=True):
+                module.training = mode
 
     @contextmanager
     def watched(self, tensors: Mapping[str, Tensor], inputs: Any) -> Iterator[None]:
@@ -170,6 +190,14 @@ class IsolatedModel:
     def at_own_parameters(self) -> bool:
         """Whether the values of all trainable parameters are those of the module itself, which may be widened."""
         return all(self.params[name] is value for name, value in self.isolation.own.items())
+
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """Run forwards in the modes in which the module itself is now, instead of in evaluation mode."""
+        modes = {name: part.training for name, part in self.origin.named_modules()}
+        names = [name for name, _ in self.module.named_modules()]
+        with self.isolation.training_as([modes.get(name, self.origin.training) for name in names]):
+            yield
 
     @property
     def shadow(self) -> nn.Module:

@@ -15,6 +15,7 @@ from torch_eft.live.instruments.forecasts.step_check import versions, without_gr
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.taylor.model import TaylorModel, as_call
+from torch_eft.measure.taylor.optimizer import same_options
 from torch_eft.measure.training_loss import TrainingLoss, UnrecognizedLossError, recognize_loss
 from torch_eft.results.training import LossFunction
 from torch_eft.results.trajectory import Validity
@@ -134,7 +135,7 @@ class ShadowInstrument(Instrument):
         assert self._training_loss is not None
         function = self._training_loss.function
         for shadow, own_optimizer in self._shadows.values():
-            _same_options(own_optimizer, optimizer)
+            same_options(own_optimizer, optimizer)
             shadow.step(inputs, lambda z: function(z, targets), own_optimizer)
         self._taken += 1
         self._versions, self._ahead = versions(model), True
@@ -268,10 +269,3 @@ def _output(shadow: TaylorModel, network: Network) -> Tensor:
         args, kwargs = as_call(place.place(network.probe))
         value: Tensor = shadow(*args, **kwargs)
     return value.detach()
-
-
-def _same_options(own_optimizer: Optimizer, optimizer: Optimizer) -> None:
-    """The learning rates (and all else) in force for the coming step."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
-    for own, group in zip(own_optimizer.param_groups, inner.param_groups, strict=False):
-        own.update({key: value for key, value in group.items() if key not in ("params", "param_names")})
