@@ -17,9 +17,9 @@ from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.interval import IntervalInstrument
 from torch_eft.live.instruments.ntk import BatchNormInstrument, NTKInstrument
 from torch_eft.live.instruments.representation import RepresentationInstrument
+from torch_eft.live.instruments.taylor import TaylorInstrument
 from torch_eft.live.instruments.trained_beside.seeds import SeedsInstrument
 from torch_eft.live.instruments.trained_beside.shadow import ShadowInstrument
-from torch_eft.live.instruments.taylor import TaylorInstrument
 from torch_eft.results.choices import check_choice
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import ActivationLike
