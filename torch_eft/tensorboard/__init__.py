@@ -1,11 +1,14 @@
 """Turns results into scalars, figures and pages of TensorBoard; no Trainer needed."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch_eft.results.quantities import QUANTITIES, Quantity, register_quantity
 from torch_eft.results.tags import compared_quantities, layer_tag, layer_theory_tag, tag
 from torch_eft.tensorboard.figures import comparison_figure, kernel_figure, layers_figure
 from torch_eft.tensorboard.verdicts import Verdict, reading, verdict
+
+if TYPE_CHECKING:
+    from torch_eft.results.trajectory import trajectory_figure
 
 __all__ = [
     "QUANTITIES",
@@ -27,7 +30,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "trajectory_figure":  # trajectories are tensors, and the tab's server does without torch
-        from torch_eft.results.trajectory import trajectory_figure
+        from torch_eft.results import trajectory
 
-        return trajectory_figure
+        return trajectory.trajectory_figure
     raise AttributeError(f"module 'torch_eft.tensorboard' has no attribute {name!r}")
