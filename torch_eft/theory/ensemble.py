@@ -6,16 +6,21 @@ from dataclasses import dataclass, field
 
 from torch_eft.results.choices import check_choice
 from torch_eft.theory.gaussian.activations import Activation, ActivationLike, get_activation
+from torch_eft.theory.gaussian.laws import LAWS, Law
 
 
 @dataclass(frozen=True, init=False)
 class MLPEnsemble:
-    """Multilayer perceptrons with Gaussian initialization (PDLT 2.1-2.3, 8.0).
+    """Multilayer perceptrons at initialization (PDLT 2.1-2.3, 8.0).
 
-    ``z^(1) = b + W x``, ``z^(l+1) = b + W sigma(z^(l))``, l = 1 .. L-1, all entries independent,
-    ``b ~ N(0, C_b)``, ``W ~ N(0, C_W / n_{l-1})``; the learning-rate tensor is ``lambda_b`` for
+    ``z^(1) = b + W x``, ``z^(l+1) = b + W sigma(z^(l))``, l = 1 .. L-1, all entries independent, of mean 0 and
+    variances ``C_b`` and ``C_W / n_{l-1}``, Gaussian unless said; the learning-rate tensor is ``lambda_b`` for
     biases and ``lambda_W / n_{l-1}`` for weights. One torch learning rate for every
     parameter is ``lambda_b = 1``, ``lambda_W = n_{l-1}``.
+
+    The laws of weights and biases enter the estimates of one input: ``seed_spread``, ``output_fluctuation``,
+    ``aspect_ratio``, ``layer_gains`` and ``expected_drift``. The statistics of several inputs and the theory of
+    training take all of them as Gaussian, with these variances.
 
     Args:
         widths: n_0 (inputs), hidden widths, n_L (outputs); L = len(widths) - 1.
@@ -24,6 +29,9 @@ class MLPEnsemble:
         C_W: Rescaled weight variance > 0; likewise.
         lambda_b: Learning-rate tensor of the biases >= 0; likewise.
         lambda_W: Learning-rate tensor of the weights, times n_{l-1}, >= 0; likewise.
+        weight_law: ``"gaussian"``, ``"uniform"``, ``"truncated normal"`` (cut at two standard deviations) or
+            ``"orthogonal"``; one for all layers, or one per layer.
+        bias_law: Likewise, without ``"orthogonal"``.
         errors: Standard errors of values estimated from a network, ``{"C_b": (one per layer), ...}``; None where
             nothing was estimated.
         remarks: Sentences on what the weights of that network change in the theory, where they are not Gaussian.
@@ -48,6 +56,8 @@ class MLPEnsemble:
     C_W: tuple[float, ...]
     lambda_b: tuple[float, ...]
     lambda_W: tuple[float, ...]
+    weight_law: tuple[Law, ...]
+    bias_law: tuple[Law, ...]
     errors: Mapping[str, tuple[float, ...]] | None = field(default=None, compare=False)
     remarks: tuple[str, ...] = field(default=(), compare=False)
 
@@ -60,6 +70,8 @@ class MLPEnsemble:
         C_W: float | Sequence[float] = 1.0,
         lambda_b: float | Sequence[float] = 1.0,
         lambda_W: float | Sequence[float] = 1.0,
+        weight_law: Law | Sequence[Law] = "gaussian",
+        bias_law: Law | Sequence[Law] = "gaussian",
         errors: Mapping[str, Sequence[float]] | None = None,
         remarks: Sequence[str] = (),
     ) -> None:
@@ -74,6 +86,8 @@ class MLPEnsemble:
             "C_W": _per_layer("C_W", C_W, depth, positive=True),
             "lambda_b": _per_layer("lambda_b", lambda_b, depth),
             "lambda_W": _per_layer("lambda_W", lambda_W, depth),
+            "weight_law": _laws("weight_law", weight_law, depth, LAWS),
+            "bias_law": _laws("bias_law", bias_law, depth, LAWS[:3]),
             "errors": None if errors is None else _checked_errors(errors, depth),
             "remarks": tuple(remarks),
         }
@@ -97,9 +111,17 @@ class MLPEnsemble:
             return 0.0
         return self.depth * sum(1 / n for n in self.hidden_widths) / len(self.hidden_widths)
 
+    @property
+    def gaussian(self) -> bool:
+        """True if all weights and all biases are Gaussian."""
+        return {*self.weight_law, *self.bias_law} == {"gaussian"}
+
     def __repr__(self) -> str:
-        values = {name: getattr(self, name) for name in _PER_LAYER}
-        shown = [f"{name}={value[0] if len(set(value)) == 1 else value}" for name, value in values.items()]
+        names = _PER_LAYER if self.gaussian else (*_PER_LAYER, "weight_law", "bias_law")
+        values = {name: getattr(self, name) for name in names}
+        shown = [
+            f"{name}={value[0]!r}" if len(set(value)) == 1 else f"{name}={value}" for name, value in values.items()
+        ]
         return f"MLPEnsemble({list(self.widths)}, {self.activation.name!r}, {', '.join(shown)})"
 
     def __str__(self) -> str:
@@ -131,6 +153,8 @@ def _like(ensemble: MLPEnsemble, widths: list[int], layers: list[int]) -> MLPEns
         ensemble.activation,
         C_b=[ensemble.C_b[layer] for layer in layers],
         C_W=[ensemble.C_W[layer] for layer in layers],
+        weight_law=[ensemble.weight_law[layer] for layer in layers],
+        bias_law=[ensemble.bias_law[layer] for layer in layers],
         lambda_b=[ensemble.lambda_b[layer] for layer in layers],
         lambda_W=[rates[0] * n for n in widths[:-1]] if plain else [ensemble.lambda_W[layer] for layer in layers],
     )
@@ -145,6 +169,15 @@ def _checked_errors(errors: Mapping[str, Sequence[float]], depth: int) -> dict[s
         if len(values) != depth:
             raise ValueError(f"errors: {len(values)} values of {name} given for {depth} layers; give one per layer")
     return {name: tuple(float(value) for value in values) for name, values in errors.items()}
+
+
+def _laws(name: str, value: Law | Sequence[Law], depth: int, known: tuple[Law, ...]) -> tuple[Law, ...]:
+    values = (value,) * depth if isinstance(value, str) else tuple(value)
+    for law in values:
+        check_choice(name, law, known)
+    if len(values) != depth:
+        raise ValueError(f"{name}: {len(values)} laws given for {depth} layers; give one, or one per layer")
+    return values
 
 
 def _per_layer(name: str, value: float | Sequence[float], depth: int, positive: bool = False) -> tuple[float, ...]:

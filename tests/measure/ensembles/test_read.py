@@ -55,11 +55,32 @@ def test_default_initialization_is_a_third_and_uniform():
     assert weight_statistics(model[2].weight).excess_kurtosis == pytest.approx(-1.2, abs=0.02)
 
 
+def test_laws_are_read_and_few_numbers_drawn_by_torch_are_known():
+    """Two output biases say nothing of C_b; that every other layer is as nn.Linear draws it does."""
+    torch.manual_seed(0)
+    read = measure.read_ensemble(mlp((20, 200, 200, 2)))
+    assert read.C_b[2] == pytest.approx(1 / 600)
+    assert read.errors["C_b"][2] == 0 < read.errors["C_b"][1]
+    model = mlp((20, 200, 200, 2))
+    for layer in model[::2]:
+        nn.init.trunc_normal_(layer.weight, std=0.1, a=-0.2, b=0.2)
+        nn.init.zeros_(layer.bias)
+    assert measure.read_ensemble(model).weight_law == ("truncated normal",) * 3
+    for layer in model[::2]:
+        nn.init.orthogonal_(layer.weight)
+        nn.init.normal_(layer.bias)
+    read = measure.read_ensemble(model)
+    assert read.weight_law == ("orthogonal",) * 3
+    assert read.bias_law == ("gaussian",) * 3
+
+
 def test_the_theory_takes_what_was_read():
     """The ensemble read off a network is one like any other; what it knows of its estimate does not matter to ==."""
     torch.manual_seed(0)
     read = measure.read_ensemble(mlp((6, 30, 30, 2)))
-    plain = MLPEnsemble(read.widths, "tanh", C_b=read.C_b, C_W=read.C_W, lambda_b=read.lambda_b, lambda_W=read.lambda_W)
+    assert read.weight_law == read.bias_law == ("uniform",) * 3
+    names = ("C_b", "C_W", "lambda_b", "lambda_W", "weight_law", "bias_law")
+    plain = MLPEnsemble(read.widths, "tanh", **{name: getattr(read, name) for name in names})
     assert read == plain
     assert read.remarks and read.errors and not plain.remarks
     x = torch.randn(2, 6, dtype=torch.float64)

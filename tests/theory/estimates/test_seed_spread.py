@@ -7,8 +7,9 @@ import torch
 
 from torch_eft.theory import MLPEnsemble, exact_statistics, initial_statistics, sample_ntk
 from torch_eft.theory.estimates.seed_spread import _to_first_order, seed_spread, single_input_statistics
+from torch_eft.theory.signal_propagation.preactivations import input_moments
 
-NAMES = ("K", "Theta", "V", "D", "F", "A", "B")
+NAMES = ("K", "Theta", "G1", "V", "D", "F", "A", "B")
 WIDTHS = [6, 20, 35, 25, 3]
 
 
@@ -18,7 +19,7 @@ def test_scalar_recursions_are_the_tensor_ones(name):
     ensemble = MLPEnsemble(WIDTHS, name, C_b=0.1, C_W=[1.3, 0.9, 1.8, 1.1], lambda_b=0.7, lambda_W=[6, 2, 3, 1.5])
     x = torch.linspace(-1, 2, 6, dtype=torch.float64)[None]
     expected = initial_statistics(ensemble, x, statistics=NAMES[2:])[-1]
-    found = _to_first_order(ensemble, x.square().sum(1) / 6)
+    found = _to_first_order(ensemble, *input_moments(ensemble, x))
     for field in NAMES:
         assert float(getattr(found, field)) == pytest.approx(float(getattr(expected, field).flatten()[0]), rel=1e-8)
 

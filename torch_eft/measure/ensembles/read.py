@@ -27,6 +27,7 @@ from torch_eft.theory.gaussian.activations import (
     get_activation,
     leaky_relu,
 )
+from torch_eft.theory.gaussian.laws import LAWS, Law
 
 _ENLARGEMENTS = 3
 
@@ -69,8 +70,8 @@ def read_ensemble(
         output_fn: Turns what the model returns into (N, C).
 
     Returns:
-        The ensemble, with the standard errors of C_b and C_W as ``errors`` and, as ``remarks``, what weights and
-        biases that are not Gaussian change in the theory.
+        The ensemble, with the laws of weights and biases where they are recognized, the standard errors of C_b and
+        C_W as ``errors`` and, as ``remarks``, what weights and biases that are not Gaussian change in the theory.
 
     Example:
         >>> import torch
@@ -98,11 +99,12 @@ def read_ensemble(
     linear = list(mlp.layers.values())
     weights = [_weight_statistics(name, layer) for name, layer in mlp.layers.items()]
     biases = [None if layer.bias is None else weight_statistics(layer.bias) for layer in linear]
+    told_weights, told_biases = _as_torch_draws(linear, weights, biases)
     return MLPEnsemble(
         widths=[linear[0].in_features, *(layer.out_features for layer in linear)],
         activation=mlp.activation,
-        C_b=[0.0 if bias is None else bias.variance for bias in biases],
-        C_W=[layer.in_features * weight.variance for layer, weight in zip(linear, weights, strict=True)],
+        C_b=[bias.variance for bias in told_biases],
+        C_W=[layer.in_features * weight.variance for layer, weight in zip(linear, told_weights, strict=True)],
         lambda_b=[
             0.0 if layer.bias is None else _lambda(rates, name, "bias", layer.bias)
             for name, layer in mlp.layers.items()
@@ -110,12 +112,56 @@ def read_ensemble(
         lambda_W=[
             _lambda(rates, name, "weight", layer.weight) * layer.in_features for name, layer in mlp.layers.items()
         ],
+        weight_law=[_law(weight) for weight in told_weights],
+        bias_law=[_law(bias) for bias in told_biases],
         errors={
-            "C_b": [0.0 if bias is None else bias.variance_error for bias in biases],
-            "C_W": [layer.in_features * weight.variance_error for layer, weight in zip(linear, weights, strict=True)],
+            "C_b": [bias.variance_error for bias in told_biases],
+            "C_W": [
+                layer.in_features * weight.variance_error for layer, weight in zip(linear, told_weights, strict=True)
+            ],
         },
         remarks=remarks(weights, biases, mlp.K, mlp.inputs),
     )
+
+
+def _as_torch_draws(
+    linear: list[nn.Linear], weights: Sequence[WeightStatistics], biases: Sequence[WeightStatistics | None]
+) -> tuple[list[WeightStatistics], list[WeightStatistics]]:
+    """Statistics of weights and biases, where a few numbers drawn by ``nn.Linear`` are taken for what they are.
+
+    Its weights and biases are uniform within 1/sqrt(n_in). Of ten biases the mean square is good to 30 %, and the law
+    cannot be told; where another layer's weights show that initialization, and these are within its bound, its
+    variance 1 / (3 n_in) is known.
+
+    Returns:
+        Of the weights and of the biases, layer by layer.
+    """
+    bounds = [1 / math.sqrt(layer.in_features) for layer in linear]
+    shown = any(
+        one.distribution == "uniform" and _within(one, bound) for one, bound in zip(weights, bounds, strict=True)
+    )
+    absent = WeightStatistics(0.0, 0.0, 0.0, "constant")
+
+    def told(one: WeightStatistics | None, bound: float) -> WeightStatistics:
+        if one is None or one.variance == 0:
+            return absent
+        if shown and one.distribution == "too few to tell" and one.largest <= bound * (1 + 1e-6):
+            return WeightStatistics(bound**2 / 3, 0.0, -1.2, "uniform", one.largest)
+        return one
+
+    return [told(one, bound) for one, bound in zip(weights, bounds, strict=True)], [
+        told(one, bound) for one, bound in zip(biases, bounds, strict=True)
+    ]
+
+
+def _within(one: WeightStatistics, bound: float) -> bool:
+    """Whether uniform numbers have this bound: none is beyond, and their mean square is that of it."""
+    return one.largest <= bound * (1 + 1e-6) and abs(one.variance - bound**2 / 3) < 4 * one.variance_error
+
+
+def _law(one: WeightStatistics) -> Law:
+    """The law that the theory takes: Gaussian where it knows no better."""
+    return next((law for law in LAWS if law == one.distribution), "gaussian")
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS, TRUNCATED_BOUND
+
 SIGNIFICANCE = 1e-4
 """Probability with which each test rejects a distribution that is the true one."""
 
 _DEVIATES = 3.8906
 """Standard normal deviate that is exceeded in absolute value with probability ``SIGNIFICANCE``."""
+
+_BOUNDED_OR_OTHER = ("uniform", "truncated normal", "other")
 
 _FEWEST = 20
 """Numbers from which the transformation of the kurtosis holds (Anscombe and Glynn 1983)."""
@@ -31,14 +35,17 @@ class WeightStatistics:
         variance_error: Standard error of ``variance``, a single number taken as Gaussian; 0 for orthogonal weights,
             whose sum of squares is fixed.
         excess_kurtosis: <w^4> / <w^2>^2 - 3: 0 for Gaussian, -1.2 for uniform; 0 if all are zero.
-        distribution: ``"gaussian"``, ``"uniform"``, ``"orthogonal"``, ``"constant"`` (all equal), ``"other"``, or
-            ``"too few to tell"`` where Gaussian and uniform are both possible.
+        distribution: ``"gaussian"``, ``"uniform"``, ``"truncated normal"`` (cut at two standard deviations),
+            ``"orthogonal"``, ``"constant"`` (all equal), ``"other"``, or ``"too few to tell"`` where Gaussian and
+            uniform are both possible.
+        largest: Largest absolute value.
     """
 
     variance: float
     variance_error: float
     excess_kurtosis: float
     distribution: str
+    largest: float = 0.0
 
 
 def weight_statistics(weight: Tensor) -> WeightStatistics:
@@ -46,7 +53,8 @@ def weight_statistics(weight: Tensor) -> WeightStatistics:
 
     Gaussian: the excess kurtosis, by the transformation to a normal deviate of Anscombe and Glynn 1983, whose leading
     order is the standard error sqrt(24 / N), and a mean of zero. Uniform: the excess kurtosis is -1.2 within
-    1.147 / sqrt(N), and the largest |w| is the bound sqrt(3) sd within what N uniform numbers allow. Orthogonal:
+    1.147 / sqrt(N), and the largest |w| is the bound sqrt(3) sd within what N uniform numbers allow. Truncated normal:
+    likewise, where Gaussian and uniform are excluded. Orthogonal:
     W W^T or W^T W is a multiple of 1 to rounding, far below the 1/sqrt(n) of independent weights.
 
     Args:
@@ -64,17 +72,22 @@ def weight_statistics(weight: Tensor) -> WeightStatistics:
     excess = float(squares.square().mean()) / variance**2 - 3
     # With the excess kurtosis k, Var(w^2) = (k + 2) <w^2>^2.
     error = variance * math.sqrt(max(0.0, excess + 2 if count > 1 else 2.0) / count)
+    largest = float(w.abs().max())
     if _is_orthogonal(weight, variance):
-        return WeightStatistics(variance, 0.0, excess, "orthogonal")
+        return WeightStatistics(variance, 0.0, excess, "orthogonal", largest)
     if count > 1 and bool((w == w.flatten()[0]).all()):
-        return WeightStatistics(variance, error, excess, "constant")
+        return WeightStatistics(variance, error, excess, "constant", largest)
     if count < _FEWEST:
-        return WeightStatistics(variance, error, excess, "too few to tell")
+        return WeightStatistics(variance, error, excess, "too few to tell", largest)
     centered = abs(float(w.mean())) < _DEVIATES * math.sqrt(variance / count)
     gaussian = centered and _may_be_gaussian(excess, count)
-    uniform = centered and _may_be_uniform(excess, float(w.abs().max()) / math.sqrt(variance), count)
-    kind = {(True, False): "gaussian", (False, True): "uniform", (False, False): "other"}
-    return WeightStatistics(variance, error, excess, kind.get((gaussian, uniform), "too few to tell"))
+    uniform = centered and _may_be_uniform(excess, largest / math.sqrt(variance), count)
+    kind = {(True, False): "gaussian", (False, True): "uniform", (True, True): "too few to tell"}.get(
+        (gaussian, uniform)
+    )
+    if kind is None:
+        kind = "truncated normal" if centered and _may_be_truncated(squares / variance, excess) else "other"
+    return WeightStatistics(variance, error, excess, kind, largest)
 
 
 def _is_orthogonal(weight: Tensor, variance: float) -> bool:
@@ -115,6 +128,18 @@ def _may_be_uniform(excess: float, largest: float, count: int) -> bool:
     return abs(excess + 1.2) < _DEVIATES * 1.147 / root and -spread - shortfall < bound < spread
 
 
+def _may_be_truncated(squares: Tensor, excess: float) -> bool:
+    """Of w^2 / <w^2>; the standard error of the kurtosis k, that of <w^4 - 2 k w^2>, is taken from the numbers."""
+    count = squares.numel()
+    error = float((squares.square() - 2 * (excess + 3) * squares).std()) / math.sqrt(count)
+    bound = math.sqrt(float(squares.max())) / TRUNCATED_BOUND - 1
+    spread = _DEVIATES * 0.5 * math.sqrt((EXCESS_KURTOSIS["truncated normal"] + 2) / count)
+    # P(|w| > (1 - e) bound) = 0.226 e, from the density at the cut.
+    shortfall = -math.log(SIGNIFICANCE) / (0.226 * count)
+    near = abs(excess - EXCESS_KURTOSIS["truncated normal"]) < _DEVIATES * error
+    return near and -spread - shortfall < bound < spread
+
+
 def remarks(
     weights: Sequence[WeightStatistics], biases: Sequence[WeightStatistics | None], K: Sequence[float], x: Tensor
 ) -> tuple[str, ...]:
@@ -131,13 +156,14 @@ def remarks(
     """
     sentences = []
     kinds = [w.distribution for w in weights]
-    for kind in ("uniform", "other", "constant"):
+    for kind in ("uniform", "truncated normal", "other", "constant"):
         if kind in kinds:
             sentences.append(f"{_layers(kinds, kind)}: {_independent(kind, weights, kinds, x)}")
     if "orthogonal" in kinds:
         sentences.append(
             f"{_layers(kinds, 'orthogonal')}: orthogonal weights, which are not independent: the theory's Gaussian 1/n "
-            "vertices are wrong for them, K and Theta at infinite width are right; "
+            "vertices are wrong for them in training and for several inputs; K and Theta at infinite width are right, "
+            "and epsilon and the spread of one input have their own vertices: "
             "V' = chi_par^2 V + C_W^2 (<s^4> - 3 <s^2>^2) with V = -2 K^2 at the first layer, so that V / K^2 stays of "
             "order 1 for tanh and linear (nu = 0 instead of 2/3 and 2) and grows with nu = 3 instead of 5 for ReLU"
         )
@@ -146,7 +172,7 @@ def remarks(
             f"{_layers(kinds, 'too few to tell')}: too few weights to distinguish Gaussian from uniform ones; the "
             "theory takes them as Gaussian"
         )
-    odd = [b is not None and b.distribution in ("uniform", "other") and b.variance > 0 for b in biases]
+    odd = [b is not None and b.distribution in _BOUNDED_OR_OTHER and b.variance > 0 for b in biases]
     if any(odd):
         kurtosis = max(
             (
@@ -159,7 +185,8 @@ def remarks(
         )
         sentences.append(
             f"{_layers(odd, True)}: the biases are not Gaussian, which gives preactivations the excess kurtosis "
-            f"k4 (C_b / K)^2 at any width (k4 that of the biases), up to {kurtosis:.2g} here; the theory takes 0"
+            f"k4 (C_b / K)^2 at any width (k4 that of the biases), up to {kurtosis:.2g} here; the spread of one input "
+            "counts it where they are uniform or truncated normal, the theory of training takes 0"
         )
     return tuple(sentences)
 
@@ -169,12 +196,14 @@ def _independent(kind: str, weights: Sequence[WeightStatistics], kinds: Sequence
         return "all weights are equal: not a random layer, the theory does not apply"
     k4 = [w.excess_kurtosis for w in weights if w.distribution == kind]
     span = f"{k4[0]:.2g}" if max(k4) - min(k4) < 0.05 else f"{min(k4):.2g} to {max(k4):.2g}"
-    name = "uniform weights" if kind == "uniform" else "neither Gaussian nor uniform weights; if independent"
+    name = "neither Gaussian nor uniform weights; if independent" if kind == "other" else f"{kind} weights"
     text = (
         f"{name} (excess kurtosis k4 = {span}): nu and every vertex are right at leading order; k4 changes single "
         "neurons only, the last layer's excess kurtosis by k4 C_W^2 <s^4> / (n K^2) and the variance of its H_ii by "
-        "k4 C_W^2 <s'^4> Theta^2 / n (Theta of the layer before), and V by a relative 1/n"
+        "k4 C_W^2 <s'^4> Theta^2 / n (Theta of the layer before), and V by a relative 1/n; "
     )
+    counted = "the spread of one input counts it, the theory of training takes Gaussian weights"
+    text += "the theory takes them as Gaussian" if kind == "other" else counted
     if kinds[0] == kind:
         rows = x.detach().double().flatten(1)
         share = rows.pow(4).sum(1) / rows.square().sum(1).square().clamp_min(1e-300)

@@ -12,15 +12,46 @@ Sources: Roberts, Yaida, Hanin, arXiv:2106.10165 (PDLT; deep linear in chapter 3
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
 from torch_eft.theory.initialization.infinite_width import check_inputs
 from torch_eft.theory.initialization.statistics import LayerStatistics
 from torch_eft.theory.signal_propagation.susceptibility import mean_power
+
+
+@dataclass(frozen=True)
+class ExactSingleInput:
+    """Second moments of an output layer for each input by itself, (N,) each, exact at the ensemble's widths.
+
+    Args:
+        K: E[z_i^2].
+        Theta: E[H_ii].
+        GG: E[z_i^2 z_j^2], i != j, which is E[G^2].
+        zzzz: E[z_i^4].
+        HH: E[H_ii^2].
+        HH_apart: E[H_ii H_jj].
+        HH_crossed: E[H_ij^2].
+        zzHH: E[z_i^2 H_ii].
+        zzHH_apart: E[z_i^2 H_jj].
+        zzHH_crossed: E[z_i z_j H_ij].
+    """
+
+    K: Tensor
+    Theta: Tensor
+    GG: Tensor
+    zzzz: Tensor
+    HH: Tensor
+    HH_apart: Tensor
+    HH_crossed: Tensor
+    zzHH: Tensor
+    zzHH_apart: Tensor
+    zzHH_crossed: Tensor
 
 
 def dead_probability(ensemble: MLPEnsemble) -> float:
@@ -109,6 +140,55 @@ def exact_statistics(ensemble: MLPEnsemble, x: Tensor) -> list[LayerStatistics]:
         K = ensemble.C_b[index] + C_W * K
         layers.append(_layer(index + 1, K, Theta, V, D, F, A, B))
     return layers
+
+
+def exact_single_input(ensemble: MLPEnsemble, size: Tensor, quartic: Tensor) -> ExactSingleInput:
+    """The moments of one input for weights and biases of any symmetric law, as long as they are independent.
+
+    The sign of a neuron's incoming parameters is as independent of all else as for Gaussian ones. The law enters by
+    the fourth moment of one neuron: 3 E[G^2] + k4_b C_b^2 + k4_W (C_W / n)^2 sum_j E[s_j^4], and likewise that of H_ii.
+
+    Args:
+        ensemble: The ensemble, scale-invariant.
+        size: (N,), |x|^2 / n_0.
+        quartic: (N,), sum_k x_k^4 / n_0^2.
+
+    Returns:
+        The moments.
+
+    Raises:
+        ValueError: If the activation is not scale-invariant, or weights are orthogonal.
+    """
+    slopes = scale_invariant_slopes(ensemble)
+    if "orthogonal" in ensemble.weight_law:
+        raise ValueError("ensemble: orthogonal weights are not independent; exact moments need independent ones")
+    A_2, A_4 = mean_power(slopes, 2), mean_power(slopes, 4)
+    k4_W = [EXCESS_KURTOSIS[law] for law in ensemble.weight_law]
+    k4_b = [EXCESS_KURTOSIS[law] * C_b**2 for law, C_b in zip(ensemble.bias_law, ensemble.C_b, strict=True)]
+    K = ensemble.C_b[0] + ensemble.C_W[0] * size
+    Theta = ensemble.lambda_b[0] + ensemble.lambda_W[0] * size
+    GG, zzzz = K**2, 3 * K**2 + k4_b[0] + k4_W[0] * ensemble.C_W[0] ** 2 * quartic
+    HH = HH_apart = Theta**2
+    zzHH = zzHH_apart = K * Theta
+    HH_crossed = zzHH_crossed = torch.zeros_like(K)
+    for index in range(1, ensemble.depth):
+        n, C_b, lambda_b = ensemble.widths[index], ensemble.C_b[index], ensemble.lambda_b[index]
+        c, lam, pairs = ensemble.C_W[index] / n, ensemble.lambda_W[index] / n, n * (n - 1) * A_2**2
+        # Of S = sum_j s_j^2 and X = sum_j s_j'^2 H_jj over this layer, and of sums over two of its neurons.
+        S, X = n * A_2 * K, n * A_2 * Theta
+        SS, SX, XX = n * A_4 * zzzz + pairs * GG, n * A_4 * zzHH + pairs * zzHH_apart, n * A_4 * HH + pairs * HH_apart
+        HH_all, sHs_all = n * A_4 * HH + pairs * HH_crossed, n * A_4 * zzHH + pairs * zzHH_crossed
+        four_z, four_H, four_mixed = n * A_4 * zzzz, n * A_4 * HH, n * A_4 * zzHH
+        GG = C_b**2 + 2 * C_b * c * S + c**2 * SS
+        zzzz = 3 * GG + k4_b[index] + k4_W[index] * c**2 * four_z
+        HH_crossed, zzHH_crossed = c**2 * HH_all, c**2 * sHs_all
+        HH_apart = lambda_b**2 + 2 * lambda_b * lam * S + lam**2 * SS
+        HH_apart = HH_apart + 2 * c * (lambda_b * X + lam * SX) + c**2 * XX
+        HH = HH_apart + c**2 * (2 * HH_all + k4_W[index] * four_H)
+        zzHH_apart = C_b * (lambda_b + lam * S + c * X) + c * (lambda_b * S + lam * SS + c * SX)
+        zzHH = zzHH_apart + c**2 * (2 * sHs_all + k4_W[index] * four_mixed)
+        K, Theta = C_b + c * S, lambda_b + lam * S + c * X
+    return ExactSingleInput(K, Theta, GG, zzzz, HH, HH_apart, HH_crossed, zzHH, zzHH_apart, zzHH_crossed)
 
 
 def _summed(n: int, kappa: float, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,11 @@ from torch_eft.results.choices import check_choice
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.initialization.infinite_width import check_inputs
 from torch_eft.theory.initialization.statistics import initial_statistics
-from torch_eft.theory.signal_propagation.susceptibility import power_mean, slope_squared
+from torch_eft.theory.signal_propagation.preactivations import (
+    first_preactivations,
+    input_moments,
+    next_preactivations,
+)
 
 
 @dataclass(frozen=True)
@@ -80,15 +84,16 @@ def layer_gains(ensemble: MLPEnsemble, x: Tensor | None = None) -> LayerGains:
     Returns:
         The gains, float64.
     """
-    if x is None:
-        size = torch.ones(1, dtype=torch.float64, device="cpu")
-    else:
-        size = check_inputs("x", x, ensemble).square().sum(1) / ensemble.widths[0]
-    g, K, chi_perp = [size], [ensemble.C_b[0] + ensemble.C_W[0] * size], []
-    for C_b, C_W in zip(ensemble.C_b[1:], ensemble.C_W[1:], strict=True):
-        chi_perp.append(C_W * slope_squared(ensemble.activation, K[-1]))
-        g.append(power_mean(ensemble.activation, K[-1], 2))
-        K.append(C_b + C_W * g[-1])
+    if x is not None:
+        x = check_inputs("x", x, ensemble)
+    size, quartic = input_moments(ensemble, x)
+    z = first_preactivations(ensemble, size, quartic)
+    g, K, chi_perp = [size], [z.K], []
+    for layer in range(2, ensemble.depth + 1):
+        chi_perp.append(ensemble.C_W[layer - 1] * z.slope_power(2))
+        g.append(z.variance)
+        z = next_preactivations(ensemble, z, layer)
+        K.append(z.K)
     J = [torch.ones_like(size)]
     for chi in reversed(chi_perp):
         J.insert(0, chi * J[0])

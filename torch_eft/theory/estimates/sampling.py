@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.laws import draw
 from torch_eft.theory.initialization.infinite_width import check_inputs
 
 
@@ -78,14 +79,11 @@ def ntk_trace_spread(ensemble: MLPEnsemble, x: Tensor, *, num_networks: int = 64
 
 
 def _ntk_of_one_network(ensemble: MLPEnsemble, x: Tensor, generator: torch.Generator) -> Tensor:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
-
     signal, weights, slopes, shares = x, [], [], []
     for index, (n_in, n_out) in enumerate(zip(ensemble.widths[:-1], ensemble.widths[1:], strict=True)):
         shares.append(ensemble.lambda_b[index] + ensemble.lambda_W[index] * (signal @ signal.T) / n_in)
-        weight = normal(n_out, n_in) * math.sqrt(ensemble.C_W[index] / n_in)
-        z = signal @ weight.T + normal(n_out) * math.sqrt(ensemble.C_b[index])
+        weight = draw(ensemble.weight_law[index], ensemble.C_W[index] / n_in, (n_out, n_in), generator, x)
+        z = signal @ weight.T + draw(ensemble.bias_law[index], ensemble.C_b[index], (n_out,), generator, x)
         weights.append(weight)
         slopes.append(ensemble.activation(z, 1))
         signal = ensemble.activation(z)

@@ -4,7 +4,12 @@ A network's last hidden layer sets the variance G of its output given everything
 over initializations controls the expansion. To order 1/n, epsilon = V / (n_{L-1} K^2) at the output, with V the
 four-point vertex for one input (PDLT 4.3, single-input form):
 
-    V^(l+1) = C_W^2 { <s^4> - <s^2>^2 + (n_l / n_{l-1}) (d<s^2>/dK)^2 V^(l) },    V^(1) = 0.
+    V^(l+1) = C_W^2 { <s^4> - <s^2>^2 - 2 zeta <s^2>^2 + (n_l / n_{l-1}) (d<s^2>/dK)^2 V^(l) },
+    V^(1) = -2 zeta (C_W x.x / n_0)^2,
+
+where zeta is 0 for independent weights and n_in / max(n_in, n_out) for orthogonal ones of the new layer (Weingarten, to
+leading order); it does not count in the output's own layer, as G is given. Biases that are not Gaussian, and the first
+layer's weights, enter through < . > (``preactivations``); the fourth moment of other weights does not.
 """
 
 import math
@@ -15,7 +20,13 @@ from torch import Tensor
 
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.signal_propagation.susceptibility import power_mean, slope_of_variance
+from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
+from torch_eft.theory.signal_propagation.preactivations import (
+    first_preactivations,
+    haar_share,
+    input_moments,
+    next_preactivations,
+)
 
 EDGE, TOO_DEEP = 0.2, 1.0
 """The regimes' borders in max(r, epsilon): where corrections become large, and where the expansion is useless."""
@@ -36,20 +47,21 @@ def output_fluctuation(ensemble: MLPEnsemble, x: Tensor | None = None) -> float:
         >>> round(output_fluctuation(MLPEnsemble([3, 100, 100, 1], "relu", C_W=2.0)), 12)  # 5 (L - 1) / n
         0.1
     """
-    size = (
-        torch.ones(1, dtype=torch.float64, device="cpu")
-        if x is None
-        else x.to(torch.float64).square().sum(1).unique() / ensemble.widths[0]
-    )
-    K = ensemble.C_b[0] + ensemble.C_W[0] * size
-    V = torch.zeros_like(K)
-    for index in range(1, ensemble.depth):
-        n_l, n_before = ensemble.widths[index], ensemble.widths[index - 1]
-        variance = power_mean(ensemble.activation, K, 2)
-        spread = power_mean(ensemble.activation, K, 4) - variance.square()
-        response = slope_of_variance(ensemble.activation, K).square() * V
-        V = ensemble.C_W[index] ** 2 * (spread + n_l / n_before * response)
-        K = ensemble.C_b[index] + ensemble.C_W[index] * variance
+    size, quartic = input_moments(ensemble, x)
+    if not EXCESS_KURTOSIS[ensemble.weight_law[0]]:
+        size = quartic = size.unique()  # only sizes count
+    z = first_preactivations(ensemble, size, quartic)
+    V = -2 * haar_share(ensemble, 1) * (ensemble.C_W[0] * size) ** 2
+    for layer in range(2, ensemble.depth + 1):
+        n_l, n_before = ensemble.widths[layer - 1], ensemble.widths[layer - 2]
+        source = z.fourth_power() - z.variance.square()
+        if layer < ensemble.depth:  # of the last layer the variance given its inputs counts, whatever its own weights
+            source = source - 2 * haar_share(ensemble, layer) * z.variance.square()
+        V = ensemble.C_W[layer - 1] ** 2 * (source + n_l / n_before * z.response().square() * V)
+        z = next_preactivations(ensemble, z, layer)
+    if ensemble.depth == 1:
+        return 0.0
+    K = z.K
     epsilon = torch.where(K > 0, V / (ensemble.widths[-2] * K.square().clamp_min(torch.finfo(K.dtype).tiny)), 0.0)
     return float(epsilon.mean())
 
