@@ -23,9 +23,10 @@ from torch import nn
 from torch_eft.forecast.comparison import InstanceComparison
 from torch_eft.forecast.comparison.drift import DriftComparison, law_work
 from torch_eft.forecast.comparison.finite_width import Problem, time_grid
-from torch_eft.forecast.comparison.work import Allowance, corrections_work
+from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.results.training import Training
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.training.corrections.work import corrections_work
 
 INPUTS = 12
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch_eft.forecast.averages import Averages
 from torch_eft.forecast.network import predict_from_network
 from torch_eft.measure.forward.probe import OutputFn
+from torch_eft.results.progress.bar import counted
 from torch_eft.results.training import Training, as_training
 from torch_eft.results.trajectory import Trajectory
 from torch_eft.theory.hierarchy.contractions import DEFAULT_MEMORY
@@ -92,7 +93,7 @@ def predict_from_networks(
     training = as_training(training, learning_rate=learning_rate, steps=steps, **keywords)
     averages, kind = Averages(), ""
     first: Trajectory | None = None
-    for index in range(num_networks):
+    for index in counted("forecasting networks", range(num_networks), num_networks):
         with _seeded(seed + index):
             model = make_model()
         if not isinstance(model, nn.Module):

@@ -17,6 +17,7 @@ from torch_eft.measure.jacobian.engine import JacobianGram
 from torch_eft.measure.jets.jet import watch_kinks
 from torch_eft.measure.kernels.along_path import DirectionPair, along_path
 from torch_eft.measure.kernels.metrics import as_matrix
+from torch_eft.results.progress.bar import counted
 from torch_eft.results.progress.work import worked
 from torch_eft.results.training import Training
 from torch_eft.theory.hierarchy.contractions import PathTensors, check_memory, path_basis
@@ -130,7 +131,8 @@ class StartingDerivatives:
         collected = _PathTensorsFromPairs(basis, dual, M, K, self.train)
         network, points = self._network, self._everything
         with watch_kinks() as kinks:
-            for part in along_path(network, points, self._x_train, basis, self._lambdas, self._memory):
+            parts = along_path(network, points, self._x_train, basis, self._lambdas, self._memory)
+            for part in counted("measuring dNTK and ddNTK along the path", parts, r * (r + 1) // 2 + r**2):
                 collected.add(part)
                 worked(M**2)
         return collected.tensors(), tuple(dict.fromkeys(kinks))

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from torch_eft.forecast.comparison.operations import OperationCount
-from torch_eft.forecast.comparison.work import Allowance, corrections_work, shown
+from torch_eft.forecast.comparison.work import Allowance, shown
 from torch_eft.results.progress.work import worked
 from torch_eft.theory import MLPEnsemble, predict_training
+from torch_eft.theory.training.corrections.work import corrections_work
 
 PARTS = {"the law": 4.0, "the NTK": 3.0, "the mean output": 40.0, "the covariance": 2.5}
 

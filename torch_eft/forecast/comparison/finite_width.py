@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from torch_eft.forecast.comparison.work import Allowance, corrections_work
+from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.measure.kernels.metrics import as_trace
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Trajectory, Validity
@@ -16,6 +16,7 @@ from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.hidden_layers.predict import predict_representation
 from torch_eft.theory.hidden_layers.result import RepresentationForecast
 from torch_eft.theory.signal_propagation.regimes import first_order_validity
+from torch_eft.theory.training.corrections.work import corrections_work
 from torch_eft.theory.training.predict import predict_training
 
 T = TypeVar("T")

@@ -1,9 +1,7 @@
 """What a forecast costs, counted before it is made, and which of its parts an allowance covers.
 
 Work is counted in seconds of one core of a common machine, by the numbers of points, outputs, layers and steps: the
-same forecast is made on any machine, however busy. The constants are least-squares fits to process times on one thread
-(``python -m tests.benchmarks.forecast_work`` repeats them); the counts are those of the theory's loops: entries of
-tensors with four labels, each the product of two features over a sample; and their contraction at every step.
+same forecast is made on any machine, however busy.
 """
 
 import math
@@ -12,7 +10,6 @@ from contextlib import contextmanager
 
 from torch_eft.results.progress.bar import MULTIPLICATIONS_PER_SECOND
 from torch_eft.results.progress.work import listening
-from torch_eft.theory.training.corrections.mean_output import points_at_once, time_chunk
 
 Report = Callable[[str, float], None]
 """Gets what is being computed, and the share of all counted work that is done."""
@@ -119,38 +116,3 @@ class Allowance:
 def shown(seconds: float) -> str:
     """Return seconds to two digits."""
     return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
-
-
-def corrections_work(
-    train: int, probe: int, outputs: int, depth: int, *, times: int, steps: int, momentum: bool
-) -> dict[str, float]:
-    """Count the work of the corrections of order 1/n to an ensemble's training, for a smooth activation.
-
-    Args:
-        train: N.
-        probe: N_p.
-        outputs: n_L.
-        depth: L.
-        times: Number of times at which they are computed.
-        steps: Number T of optimizer steps.
-        momentum: True with momentum, whose sums over time are made step by step.
-
-    Returns:
-        Seconds of one core of the parts ``"ntk"``, ``"hidden"``, ``"mean"`` and ``"covariance"``.
-    """
-    layers, points = depth - 1, train + probe
-    pairs, triples = (probe * train) ** 2, points * train**3  # entries of the largest tensors
-    tiles = math.ceil(points / points_at_once(points, train))
-    in_time = steps * triples
-    each = 8e-5 if momentum else 3.2e-5
-    summed = steps * (4e-5 + 2e-8 * train**2) if momentum else 0.0
-    # With two samples, tile by tile, every chunk of times is summed from the start.
-    passes = 2 * tiles * (1 + steps / (2 * time_chunk(train, points_at_once(points, train))))
-    zeroth = 0.004 + 0.0065 * layers
-    ntk = layers * (0.11 + 9.0e-7 * pairs + 2.4e-4 * probe * train) + times * pairs * (1.6e-8 + 1e-9 * outputs)
-    hidden = layers * (0.17 + 2e-6 * pairs + 2.8e-4 * train**2) + times * (2e-4 + 4e-7 * train**2)
-    mean = layers * (0.15 * tiles + 2.2e-6 * triples) + 7e-9 * in_time + 2.7e-7 * steps * train**2
-    between = (1 + outputs**2) * (6e-9 * in_time + steps * (1.35e-8 * points**2 * train + each))
-    covariance = mean + layers * (0.05 * tiles + 9e-7 * (points * train) ** 2) + 2.5e-9 * in_time + between
-    ntk, mean, covariance = ntk + summed, mean + passes * summed, covariance + passes * summed
-    return {"ntk": zeroth + ntk, "hidden": zeroth + hidden, "mean": zeroth + mean, "covariance": zeroth + covariance}

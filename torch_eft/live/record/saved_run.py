@@ -1,5 +1,6 @@
 """A run from its files: what was measured, what was predicted, and what was said of it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch_eft.live.record.history import RunHistory
 from torch_eft.results.presentation.html import table_html
-from torch_eft.results.tags import MEASURED, split_tag
+from torch_eft.results.tags import MEASURED, PREFIX, split_tag
 from torch_eft.results.trajectory import Validity
-from torch_eft.tensorboard.run_info import RUN_INFO_TAG, Records, find_jsonl, parse_run_info, read_jsonl
+from torch_eft.tensorboard.run_info import PLUGIN_NAME, RUN_INFO_TAG, Records, find_jsonl, parse_run_info, read_jsonl
 from torch_eft.tensorboard.verdicts import Verdict, reading, verdict
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _EVENTS = "*tfevents*"
+_PAGE = re.compile(rf"{PREFIX}/(\w+)/text_summary")
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,20 +154,30 @@ def _accumulated(folder: Path) -> Any:
 
 
 def _has_ours(folder: Path) -> bool:
-    return any(split_tag(name) for name in _accumulated(folder).Tags()["scalars"])
+    tags = _accumulated(folder).Tags()
+    return any(split_tag(name) for name in (*tags["scalars"], *tags["tensors"]))
 
 
 def _from_event_files(folder: Path) -> Records:
-    """What TensorBoard's files hold: scalars in single precision, and the description of the run."""
+    """What TensorBoard's files hold: numbers in single precision, pages, and the description of the run."""
+    from tensorboard.util.tensor_util import make_ndarray
+
     accumulated = _accumulated(folder)
     tags = accumulated.Tags()
     records = Records(folder)
     for name in tags["scalars"]:
-        if split_tag(name):
-            for point in accumulated.Scalars(name):
-                records.measurements.setdefault(point.step, {})[name] = point.value
-    if RUN_INFO_TAG in tags["tensors"]:
-        text = accumulated.Tensors(RUN_INFO_TAG)[-1].tensor_proto.string_val[0]
-        records.info = parse_run_info(text)
-        records.events = list((records.info or {}).get("events") or [])
+        for point in accumulated.Scalars(name) if split_tag(name) else ():
+            records.measurements.setdefault(point.step, {})[name] = point.value
+    for name in tags["tensors"]:
+        points = accumulated.Tensors(name)
+        values = [(point.step, make_ndarray(point.tensor_proto)) for point in points]
+        plugin = accumulated.SummaryMetadata(name).plugin_data.plugin_name
+        if name == RUN_INFO_TAG:
+            records.info = parse_run_info(values[-1][1].item())
+            records.events = list((records.info or {}).get("events") or [])
+        elif plugin == PLUGIN_NAME and split_tag(name):  # scalars that the tab EFT shows alone
+            for step, value in values:
+                records.measurements.setdefault(step, {})[name] = float(value)
+        elif (page := _PAGE.fullmatch(name)) is not None:
+            records.pages[page[1]] = values[-1][1].flat[0].decode()
     return records

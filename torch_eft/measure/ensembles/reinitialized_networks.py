@@ -21,6 +21,7 @@ from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.kernels.ntk import ntk as ntk_of
 from torch_eft.measure.network.batch_norm import batch_norms, with_batch_statistics
 from torch_eft.measure.representations.bottlenecks import Bottleneck, bottlenecks
+from torch_eft.results.progress.bar import counted
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def reinitialized_networks(
         except ValueError as error:
             return ReinitializedNetworks(own, [], str(error), ntk_refusal)
         drawn = []
-        for _ in range(num_networks):
+        for _ in counted("measuring networks of other seeds", range(num_networks), num_networks):
             values = {name: value[0] for name, value in draw(1).items()}
             params = {name: values[name] for name in network.params}
             constants = {name: values[name] for name in network.constants}

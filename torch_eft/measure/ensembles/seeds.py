@@ -42,6 +42,7 @@ from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jacobian.plan import checked_lambdas
 from torch_eft.results.presentation.repr import short_repr
+from torch_eft.results.progress.bar import counted
 from torch_eft.theory.initialization.statistics import LayerStatistics
 
 MEASURABLE = ("K", "V", "Theta", "A", "B", "D", "F", "P", "Q", "R", "S", "T", "U")
@@ -183,7 +184,7 @@ def statistics_over_seeds(
         at_once = measure.networks_at_once(draw.first, outputs, memory)
         sums = []
         blocks = min(num_networks, _BLOCKS)
-        for index in range(blocks):
+        for index in counted("measuring networks of other seeds", range(blocks), blocks):
             size = (index + 1) * num_networks // blocks - index * num_networks // blocks
             parts = []
             for done in range(0, size, at_once):

@@ -68,8 +68,8 @@ class Bar:
         note = f" ({note})" if note else ""
         if not self._stream.isatty():
             if not self._told:
-                whole = "" if share is None else f", {self._expected(passed, share, planned)}"
-                print(f"torch_eft: {self._what}{whole}{note}", file=self._stream, flush=True)
+                whole = "" if share is None else self._expected(passed, share, planned)
+                print(f"torch_eft: {self._what}{', ' * bool(whole)}{whole}{note}", file=self._stream, flush=True)
                 self._told = True
             return
         if self._bar is not None and passed - self._latest < _EACH and (share or 0.0) < 1:
@@ -80,7 +80,7 @@ class Bar:
             line = f"torch_eft: {self._what}, {passed:.0f} s so far{detail}{note}"
         else:
             whole = self._expected(passed, share, planned)
-            line = f"torch_eft: {self._what} [{{bar:20}}] {passed:.0f} s of {whole}{detail}{note}"
+            line = f"torch_eft: {self._what} [{{bar:20}}] {passed:.0f} s{' of ' * bool(whole)}{whole}{detail}{note}"
         if self._bar is None:
             from tqdm import tqdm
 
@@ -98,10 +98,12 @@ class Bar:
         self._bar.n, self._bar.bar_format = share or 0.0, line
         self._bar.refresh()
 
-    def _expected(self, passed: float, share: float, planned: float) -> str:
+    @staticmethod
+    def _expected(passed: float, share: float, planned: float) -> str:
         """The whole time: what was counted, until what has passed says how fast this machine is."""
-        whole = passed / share if share > 0.1 and passed > SILENT else planned
-        return f"~{max(whole, passed):.0f} s"
+        known = share > 0 if planned == 0 else share > 0.1 and passed > SILENT
+        whole = passed / share if known else planned
+        return f"~{max(whole, passed):.0f} s" if whole else ""
 
 
 def counted(what: str, each: Iterable[T], count: int) -> Iterator[T]:

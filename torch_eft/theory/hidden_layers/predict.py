@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.results.choices import check_choice
+from torch_eft.results.progress.bar import counted
 from torch_eft.results.training import Training, as_training
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
@@ -118,7 +119,7 @@ def predict_representation(
     read_out = _ReadOut(ensemble.widths[-1], observable, ntk and not divergent(ensemble, kinks), moments, times)
     rows = inputs.probe.split(_tile(inputs, memory))
     tiles: list[dict[tuple[int, str], tuple[Tensor, float]]] = []
-    for part in rows:
+    for part in counted("predicting hidden layers", rows, len(rows)):
         # A whole set is passed as itself: labels that share one tensor object share moments.
         label_sets = inputs.label_sets(inputs.probe if len(rows) == 1 else part, inputs.probe)
         replicas = vertex_replicas(ensemble, K, Theta, pairs, label_sets, num_samples, num_replicas, seed, kinks)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from torch_eft.results.choices import check_choice
+from torch_eft.results.progress.bar import working
 from torch_eft.results.training import Training, as_training
 from torch_eft.results.trajectory import Trajectory
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.training.corrections.correction import CORRECTIONS, provenance
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
+from torch_eft.theory.training.corrections.work import corrections_work
 from torch_eft.theory.training.infinite_width import FrozenTraining
 from torch_eft.theory.training.sampled.predict import SampledForecast
 
@@ -108,7 +110,22 @@ def predict_training(
     if order == 0:
         return infinite_width_trajectory(frozen, training, times)
     finite = FiniteWidthTraining(frozen, num_samples=num_samples, num_replicas=num_replicas, seed=seed, memory=memory)
-    return finite.trajectory(infinite_width_trajectory(frozen, training, times), training, corrections)
+    with working("predicting the training", _seconds(frozen, training, times, corrections)):
+        return finite.trajectory(infinite_width_trajectory(frozen, training, times), training, corrections)
+
+
+def _seconds(frozen: FrozenTraining, training: Training, times: Tensor, corrections: Collection[str]) -> float:
+    """The work of the corrections, counted in seconds of one core."""
+    work = corrections_work(
+        len(frozen.x_train),
+        frozen.probes,
+        frozen.outputs,
+        frozen.ensemble.depth,
+        times=len(times),
+        steps=int(times.max()),
+        momentum=bool(training.momentum),
+    )
+    return sum(work[name] for name in corrections)
 
 
 def infinite_width_trajectory(frozen: FrozenTraining, training: Training, steps: Tensor) -> Trajectory:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_eft.results.progress.bar import working
 from torch_eft.results.training import Training, as_training
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
@@ -118,7 +119,8 @@ def predict_drift(
     times = training.times(at_steps, frozen.x.device)
     vertices = VertexTiles(ensemble, frozen.layers, num_samples, num_replicas, seed)
     reader = FormReader(vertices, frozen, hidden_ntk, memory)
-    replicas = reader.replicas()
+    with working("predicting the drift"):
+        replicas = reader.replicas()
     forms = mean_forms(replicas)
     joint = _Joint(reader, forms, frozen, times, memory, joint_points)
     return _Forecast(frozen, training, times, joint).over_seeds(forms, _errors(replicas, frozen, times))

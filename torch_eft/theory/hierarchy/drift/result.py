@@ -12,6 +12,7 @@ from torch_eft.results.presentation.figures import label_steps, new_figure
 from torch_eft.results.presentation.files import load_result
 from torch_eft.results.presentation.result import Result
 from torch_eft.results.presentation.tables import data_frame
+from torch_eft.results.progress.bar import working
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.hierarchy.drift.joint import NetworkDraws
 
@@ -255,7 +256,8 @@ class DriftForecast(Result):
             >>> networks.ntk_drift(step=4).shape, networks.hidden_change(layer=1, step=2).shape
             (torch.Size([100]), torch.Size([100]))
         """
-        return self._joint.draws(num_draws, seed, self._z)
+        with working("drawing networks from the law of the drift"):
+            return self._joint.draws(num_draws, seed, self._z)
 
     def quantiles(self, q: Tensor, *, num_draws: int = 2048, seed: int = 0) -> DriftQuantiles:
         """Quantiles over initializations of relative changes and of the mean diagonal, by ``draws``.

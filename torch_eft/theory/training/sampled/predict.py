@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from torch_eft.results.progress.bar import counted
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Trajectory, Validity
 from torch_eft.theory.ensemble import MLPEnsemble
@@ -157,7 +158,7 @@ class SampledForecast:
         single = 8 * (2 * points * C if fluctuations is None else 4 * points * C * N * C + 12 * N**2 * points * C)
         rows = max(1, _CHUNK // single)
         moments = []
-        for number in range(BATCHES):
+        for number in counted("predicting the training by draws", range(BATCHES), BATCHES):
             generator = self._generator(number)
             total: list[Tensor] | None = None
             for z in draw_outputs(self.K, C, self._size, generator).split(rows):
