@@ -4,6 +4,8 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from examples import (
     bare_pytorch,
     depth_to_width,
@@ -26,6 +28,7 @@ def test_attaching_to_an_ordinary_training(tmp_path, monkeypatch):
     assert not monitor.skipped
 
 
+@pytest.mark.slow
 def test_a_bare_loop_beside_its_theory(tmp_path, monkeypatch):
     monkeypatch.setattr(bare_pytorch, "Observer", partial(bare_pytorch.Observer, forecast_seconds=0.5))
     observer = bare_pytorch.main(steps=30, logdir=str(tmp_path))
@@ -64,6 +67,7 @@ def test_the_drift_falls_with_the_width_inside_its_band(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_depth_over_width_is_predicted_from_the_architecture(tmp_path):
     """Measured within four standard errors of the prediction, order 1/n being good to a tenth at these r."""
     shapes = ((2, 300), (3, 60), (6, 12))
@@ -75,6 +79,7 @@ def test_depth_over_width_is_predicted_from_the_architecture(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_network_that_is_too_deep_is_repaired(tmp_path):
     results = too_deep.main(steps=60, seeds=1, depth=8, figure=str(tmp_path / "figure.png"))
     codes = [{finding.code for finding in diagnosis.warnings} for diagnosis, _ in results.values()]

@@ -243,7 +243,7 @@ def medians(width, seeds, **options):
     return {order: torch.tensor([row[order] for row in found]).median(0).values for order in found[0]}
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_trained_networks_are_closer_to_order_1(momentum):
     """The bar at n = 512 is four times closer than order 0, so twice at n = 256."""
     found = medians(256, range(8), momentum=momentum)
@@ -272,6 +272,7 @@ def test_errors_fall_as_the_orders_say(momentum):
         assert slopes["dNTK alone"][k] > -1.6, part
 
 
+@pytest.mark.slow
 def test_trained_classifiers_are_closer_to_order_1():
     """Cross-entropy with minibatches, heavy ball and a schedule, three outputs: order 1 twice closer, as at n = 256."""
     found = []

@@ -43,8 +43,20 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("action", [stop, kill], ids=["exception", "SIGKILL"])
-@pytest.mark.parametrize("case", CASES)
+KILLED = ("mid-epoch", "end of an epoch, measured every step")
+"""Cases that the fast suite ends by SIGKILL too: a process of its own each."""
+
+
+@pytest.mark.parametrize(
+    ("case", "action"),
+    [
+        pytest.param(
+            case, action, id=f"{case}-{name}", marks=[pytest.mark.slow] * (name == "SIGKILL" and case not in KILLED)
+        )
+        for case in CASES
+        for name, action in (("exception", stop), ("SIGKILL", kill))
+    ],
+)
 def test_no_point_is_lost_and_none_is_doubled(tmp_path, case, action):
     every, checkpoint, stop_at, goes_on_from = CASES[case]
     whole = light(every=every)

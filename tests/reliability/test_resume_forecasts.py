@@ -55,6 +55,7 @@ def test_its_values_are_those_of_the_training_that_was_not_stopped(momentum):
     assert [event.text for event in resumed.observer.events] == [event.text for event in whole.observer.events]
 
 
+@pytest.mark.slow
 def test_cross_entropy_and_a_measurement_that_falls_on_the_resume():
     """The checkpoint lies between two measurements: its step is measured before the forecast is brought back."""
     options = dict(loss=F.cross_entropy, every=3)
@@ -179,6 +180,7 @@ def test_another_training_after_the_resume_ends_it(name):
     assert list(resumed.history) == list(range(STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_momentum_that_was_not_restored_ends_it():
     _, saved = half(0.5)
     resumed = Run(seed=1, momentum=0.5).resume(saved, optimizer=False).train(HALF + 1, STEPS)
@@ -309,6 +311,7 @@ def test_a_forecast_for_another_probe_is_dropped_with_its_theta_0():
 # ---- instruments that look back to the last measurement
 
 
+@pytest.mark.slow
 def test_the_first_interval_after_a_resume_is_measured(tmp_path):
     whole, resumed = compared(tmp_path, batch_size=8)
     for step in (7, 8, 12):

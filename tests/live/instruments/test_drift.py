@@ -95,6 +95,7 @@ def test_dntk_is_predicted_along_the_interval_that_was_measured_and_along_the_gr
     assert [tag(name, BAND_90[0]) in history[6] for name in ("dntk", "ddntk")] == [True, False]
 
 
+@pytest.mark.slow
 def test_steps_that_a_scaler_leaves_out_are_none_of_the_lines(trained):
     """The same training with two steps that are counted and not taken, measured where the other is."""
     model, counted = mlp(WIDTH), []

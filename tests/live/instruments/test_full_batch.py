@@ -65,6 +65,7 @@ def test_both_forecasts_beside_one_training():
     assert instruments[1].facts().claim.validity.flag in ("valid", "caution")
 
 
+@pytest.mark.slow
 def test_hidden_kernels_beside_their_expectation():
     x, y, x_probe = data(3, 2, 1)
     model = mlp(96, 1)

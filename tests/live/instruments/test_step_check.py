@@ -241,7 +241,7 @@ def skipping(instruments, model, optimizer, steps, how, counted=True, resume_at=
     return observer, taken
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 @pytest.mark.parametrize("how", ["no gradients", "scaler"])
 @pytest.mark.parametrize(("counted", "resume_at"), [(True, None), (True, 4), (False, None)])
 def test_steps_that_are_skipped_are_none_of_the_forecasts(how, counted, resume_at, momentum):

@@ -96,9 +96,9 @@ def z_scores(values, expected):
         ("relu", (6,), (0.0,) * 4, X[:1]),
         pytest.param("relu", (7, 5), (0.0,) * 4, X[:1], marks=pytest.mark.slow),
         ("relu", (6, 8, 7), (0.2, 0.1, 0.3, 0.1), X[:1]),
-        ("leaky_relu(0.3)", (5, 7), (0.0,) * 4, X[:1]),
+        pytest.param("leaky_relu(0.3)", (5, 7), (0.0,) * 4, X[:1], marks=pytest.mark.slow),
         pytest.param("abs", (4, 6), (0.0, 0.1, 0.0, 0.0), X[:1], marks=pytest.mark.slow),
-        ("linear", (3, 5, 4), (0.0,) * 4, X),
+        pytest.param("linear", (3, 5, 4), (0.0,) * 4, X, marks=pytest.mark.slow),
         ("linear", (4, 3), (0.2, 0.1, 0.3, 0.1), X),
     ],
 )
@@ -213,6 +213,7 @@ def test_moments_of_G_by_other_ways(power):
         assert exact_output_moment_ratio(ensemble, power) == pytest.approx(double_factorial * expected, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("C_b", [0.0, (0.4, 0.2, 0.6)])
 def test_third_moment_of_G_in_drawn_networks(C_b):
     """With biases, too: G = C_b + C_W |s|^2 / n of the output, in networks that are only run forward."""

@@ -152,7 +152,7 @@ def ensemble_of(activation):
     [
         pytest.param("relu", mollified_relu, ("V", "P", "Q"), marks=pytest.mark.slow),
         pytest.param("elu", mollified_elu, ("P", "Q", "R", "T"), marks=pytest.mark.slow),
-        ("elu", mollified_elu, ("S", "U")),
+        pytest.param("elu", mollified_elu, ("S", "U"), marks=pytest.mark.slow),
     ],
 )
 def test_distributional_statistics_are_the_limit_of_smooth_ones(kinked, smooth, names):
@@ -176,6 +176,7 @@ def test_distributional_statistics_are_the_limit_of_smooth_ones(kinked, smooth, 
         assert float((quadratic - expected).abs().max()) < error, name
 
 
+@pytest.mark.slow
 def test_autograd_and_distributional_differ_for_the_differentials_alone():
     x = inputs()
     autograd, limit = (

@@ -98,7 +98,7 @@ SCHEDULED = Training(schedule=lambda step: RATE * (1 + step) / (2 + step**2), mo
     params=[
         pytest.param((exact_case, PLAIN), id="plain"),
         pytest.param((random_case, HEAVY_BALL), id="heavy ball", marks=pytest.mark.slow),
-        pytest.param((random_case, SCHEDULED), id="Nesterov with a schedule"),
+        pytest.param((random_case, SCHEDULED), id="Nesterov with a schedule", marks=pytest.mark.slow),
     ],
 )
 def case(request):
