@@ -37,7 +37,15 @@ from torch_eft.theory.hidden_layers.result import HiddenLayerForecast, Represent
 from torch_eft.theory.hidden_layers.statistics import RepresentationStatistics, representation_statistics
 from torch_eft.theory.hierarchy.drift.joint import NetworkDraws
 from torch_eft.theory.hierarchy.drift.predict import predict_drift
-from torch_eft.theory.hierarchy.drift.result import ContractedSize, DriftForecast, DriftQuantiles, KernelDrift, NTKDrift
+from torch_eft.theory.hierarchy.drift.result import (
+    ContractedSize,
+    DrawnNetworks,
+    DriftForecast,
+    DriftQuantiles,
+    KernelDrift,
+    NTKDrift,
+)
+from torch_eft.theory.hierarchy.drift.sampled import PathDraws
 from torch_eft.theory.hierarchy.evolution import Hierarchy, train_hierarchy
 from torch_eft.theory.initialization.statistics import (
     STATISTICS,
@@ -70,6 +78,7 @@ __all__ = [
     "AspectRatio",
     "ContractedSize",
     "CriticalPoint",
+    "DrawnNetworks",
     "DriftForecast",
     "DriftQuantiles",
     "ExpectedDrift",
@@ -85,6 +94,7 @@ __all__ = [
     "MLPEnsemble",
     "NTKDrift",
     "NetworkDraws",
+    "PathDraws",
     "QuadratureError",
     "RepresentationForecast",
     "RepresentationStatistics",

@@ -78,7 +78,7 @@ def covariances(last):
 
 
 @cache
-def trained_field():
+def trained_field(loss="mse"):
     """z (S, a, i) and n D_ij;xy (S, i, j, x, y) after a few steps of the hierarchy of dNTK and ddNTK at order 1/n.
 
     And at the end n times dNTK and ddNTK along the gradient, likewise, and J v (S, i, x).
@@ -97,16 +97,23 @@ def trained_field():
     curved = ddI + ddI.permute(1, 0, 2, 3, 5, 4, 6, 7) + 2 * ddII
     slope = ddI + ddII + ddII.permute(0, 2, 1, 3, 4, 6, 5, 7)
     drift = torch.zeros(DRAWS, 2, 2, 2, 2, dtype=torch.float64)
-    error = z - Y.T  # (S, i, a)
+    at = z  # (S, i, a)
     for _ in range(STEPS):
+        error = error_of(loss, at)
         linear = e("sijkabc,skc->sijab", dH, error)
         drift = drift - RATE * (linear + linear.permute(0, 2, 1, 4, 3))
         drift = drift + RATE**2 / 2 * e("ijklabcd,skc,sld->sijab", curved, error, error)
         dH = dH - RATE * e("ijklabcd,sld->sijkabc", slope, error)
-        error = error - RATE * error @ last.Theta
+        at = at - RATE * error @ last.Theta
+    error = error_of(loss, at)
     linear = e("sijkabc,skc->sijab", dH, error)
     along = linear + linear.permute(0, 2, 1, 4, 3), e("ijklabcd,skc,sld->sijab", curved, error, error)
     return z.mT, drift, *along, error @ last.Theta
+
+
+def error_of(loss, z):
+    """dLoss/dz of summed losses, (S, i, a); classes are those of the larger target."""
+    return z - Y.T if loss == "mse" else z.softmax(1) - torch.nn.functional.one_hot(Y.argmax(1)).T
 
 
 @cache
@@ -388,8 +395,6 @@ def test_nothing_moves_without_hidden_layers_and_training_ends():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss": "cross_entropy"}, "training: .* squared error on full batches"),
-        ({"batches": [[0], [1]]}, "training: .* squared error on full batches"),
         ({"num_replicas": 1}, "num_replicas: 1 given; at least 2"),
         ({"joint_points": 0}, "joint_points: 0 given; at least 1"),
         ({"memory": 100}, "x_train: 2 points and 2 probe points need about .* GiB"),

@@ -27,6 +27,7 @@ class Networks:
         self.weights = [w.clone() for w, _ in layers]
         self.biases = [b.clone() for _, b in layers]
         self.sigma, self.lambda_b, self.lambda_W = sigma, lambda_b, lambda_W
+        self.velocities = {}
 
     def forward(self, x):
         signals, slopes = [x.expand(len(self.weights[0]), -1, -1)], []
@@ -36,14 +37,24 @@ class Networks:
             slopes.append(self.sigma(z, 1))
         return torch.baddbmm(self.biases[-1][:, None, :], signals[-1], self.weights[-1].mT), signals, slopes
 
-    def step(self, x, y, rate):
+    def step(self, x, y, rate, error=torch.sub, momentum=0.0):
+        """One step along gradients of a loss with dLoss/dz = error(z, y), of ``torch.optim.SGD`` with momentum."""
         z, signals, slopes = self.forward(x)
-        backward = z - y
+        backward = error(z, y)
         for layer in reversed(range(len(self.weights))):
             before = None if layer == 0 else (backward @ self.weights[layer]) * slopes[layer - 1]
-            n = self.weights[layer].shape[-1]
-            self.weights[layer].baddbmm_(backward.mT, signals[layer], alpha=-rate * self.lambda_W / n)
-            self.biases[layer] -= rate * self.lambda_b * backward.sum(1)
+            weight, n = self.weights[layer], self.weights[layer].shape[-1]
+            if momentum:
+                velocity, push = self.velocities.setdefault(
+                    layer, (torch.zeros_like(weight), torch.zeros_like(self.biases[layer]))
+                )
+                velocity.mul_(momentum).baddbmm_(backward.mT, signals[layer], alpha=self.lambda_W / n)
+                push.mul_(momentum).add_(backward.sum(1), alpha=self.lambda_b)
+                weight.sub_(velocity, alpha=rate)
+                self.biases[layer].sub_(push, alpha=rate)
+            else:
+                weight.baddbmm_(backward.mT, signals[layer], alpha=-rate * self.lambda_W / n)
+                self.biases[layer] -= rate * self.lambda_b * backward.sum(1)
             backward = before
 
     def ntk(self, x):

@@ -82,6 +82,11 @@ class DriftComparison:
         *,
         seconds: float = 10.0,
     ) -> None:
+        if training.loss != "mse" or not training.is_full_batch:
+            raise ValueError(
+                f"training: {training} given; beside a training the law of the drift is drawn for the squared error on "
+                "full batches, where it is closed: theory.predict_drift takes others, before training"
+            )
         points = joint_points(ensemble, len(x_train), len(x_probe), seconds)
         self._last = float(training.steps) if training.momentum else math.inf
         if training.momentum and training.steps > _SUMMED_AT_MOST:
@@ -103,8 +108,9 @@ class DriftComparison:
         self._reference = law.ntk.reference
         self._outputs = y_train.shape[1]
         self._hidden = [drift.reference for _, drift in sorted(law.hidden.items())]
-        self._seeds: NetworkDraws = law.draws(NUM_DRAWS)
-        self._given: NetworkDraws = law.given(z).draws(NUM_GIVEN)
+        seeds, given = law.draws(NUM_DRAWS), law.given(z).draws(NUM_GIVEN)
+        assert isinstance(seeds, NetworkDraws) and isinstance(given, NetworkDraws)
+        self._seeds, self._given = seeds, given
         self._spread = seed_spread(ensemble, x_probe).ntk
         self.validity: Validity = law.validity
         some = "" if points >= len(x_probe) else f", correlated as between {points} of the {len(x_probe)} probe inputs"

@@ -20,10 +20,34 @@ _MATRICES = 8
 """Float64 matrices over all points that are alive at once, at the peak of the recursion."""
 
 
-class InfiniteWidthPath:
-    """Modes of training under given kernels, and the Gaussian moments of the initial error in them.
+class FrozenModes:
+    """Modes of training under given kernels, whatever the loss.
 
     Null modes are left out, at order 0 and in every correction, by one rule: see ``moving_modes``.
+
+    Args:
+        K: Kernel on all points, probe before train, (N_all, N_all).
+        Theta: NTK at infinite width, likewise.
+        points: Number N of training points.
+        outputs: n_L.
+    """
+
+    def __init__(self, K: Tensor, Theta: Tensor, points: int, outputs: int) -> None:
+        train = slice(len(K) - points, None)
+        self.probes, self.outputs = len(K) - points, outputs
+        self.eigenvalues, self.U = moving_modes(Theta[train, train])
+        self.K, self.Theta = K, Theta
+        self.coupling = Theta[:, train] @ self.U  # (N_all, modes)
+        self.K_modes = self.U.T @ K[train, train] @ self.U
+
+    @property
+    def train(self) -> Tensor:
+        """Index of the training points among all points."""
+        return torch.arange(self.probes, len(self.K), device=self.K.device)
+
+
+class InfiniteWidthPath(FrozenModes):
+    """The path of the squared error, and the Gaussian moments of the initial error in its modes.
 
     Args:
         K: Kernel on all points, probe before train, (N_all, N_all).
@@ -33,24 +57,14 @@ class InfiniteWidthPath:
     """
 
     def __init__(self, K: Tensor, Theta: Tensor, y: Tensor, training: Training) -> None:
-        train = slice(len(K) - len(y), None)
-        self.probes, self.outputs = len(K) - len(y), y.shape[1]
-        self.eigenvalues, self.U = moving_modes(Theta[train, train])
+        super().__init__(K, Theta, *y.shape)
         self.training = training.summed(y.numel())
         """In terms of L = (1/2) sum (z - y)^2."""
         self.propagator = ModePropagator(self.eigenvalues, self.training)
-        self.K, self.Theta = K, Theta
-        self.coupling = Theta[:, train] @ self.U  # (N_all, modes)
         self.y = self.U.T @ y.to(K)  # (modes, n_L)
-        self.K_modes = self.U.T @ K[train, train] @ self.U
         self.target_gram = self.y @ self.y.T
         self.error_gram = self.outputs * self.K_modes + self.target_gram
         """E sum_k e_k e_k^T at initialization, (modes, modes)."""
-
-    @property
-    def train(self) -> Tensor:
-        """Index of the training points among all points."""
-        return torch.arange(self.probes, len(self.K), device=self.K.device)
 
     def single(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Decay g and phi, (T, modes)."""

@@ -112,6 +112,24 @@ def checked_targets(y: Tensor, loss: str | LossFunction, count: int, outputs: in
     return y.double() if isinstance(loss, str) or y.is_floating_point() else y
 
 
+def loss_of(training: Training, y: Tensor, count: int, outputs: int) -> Loss:
+    """Return the loss of a training on checked targets; classes as probabilities.
+
+    Args:
+        training: The training.
+        y: The targets.
+        count: Number N of training samples.
+        outputs: Number C of outputs.
+
+    Raises:
+        ValueError: If the targets do not fit.
+    """
+    y = checked_targets(y, training.loss, count, outputs)
+    if training.loss == "cross_entropy" and not y.is_floating_point():
+        y = functional.one_hot(y.long(), outputs).double()  # gathering by class index is slower under vmap
+    return Loss(training.loss, y, training.reduction)
+
+
 def sharpness(loss: Loss, z: Tensor, H: Tensor, batch: Tensor | None = None) -> float:
     """Return the largest eigenvalue of the loss's Hessian in parameter space, of its part J^T (d^2 Loss/dz^2) J.
 

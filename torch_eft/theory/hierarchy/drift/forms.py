@@ -18,7 +18,7 @@ from torch_eft.theory.hidden_layers.statistics import HiddenStatistics, Observab
 from torch_eft.theory.hierarchy.drift.law import DriftForms, FullKernelForms
 from torch_eft.theory.initialization.evaluator import LabelSets, Vertices
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
-from torch_eft.theory.training.infinite_width import InfiniteWidthPath
+from torch_eft.theory.training.infinite_width import FrozenModes
 
 Pairing = tuple[tuple[int, int], ...]
 Key = tuple[str, int, str]
@@ -212,12 +212,12 @@ class FormReader:
 
     Args:
         vertices: The vertices over all points.
-        path: The path at infinite width.
+        path: The modes of the frozen NTK.
         hidden_ntk: True for the NTKs of hidden layers.
         memory: Bytes allowed for arrays over x, y, g, d.
     """
 
-    def __init__(self, vertices: VertexTiles, path: InfiniteWidthPath, hidden_ntk: bool, memory: int) -> None:
+    def __init__(self, vertices: VertexTiles, path: FrozenModes, hidden_ntk: bool, memory: int) -> None:
         self._vertices, self._path, self._hidden_ntk = vertices, path, hidden_ntk
         self._few = len(path.K) <= MOST_QUADRATURE_LABELS
         self._entries = entries = max(1, memory // (4 * _ARRAYS))

@@ -22,7 +22,7 @@ from torch_eft.theory.hierarchy.drift.law import (
     interval,
     times,
 )
-from torch_eft.theory.training.infinite_width import InfiniteWidthPath
+from torch_eft.theory.training.infinite_width import FrozenModes, InfiniteWidthPath
 from torch_eft.theory.training.time_sums import ModePropagator
 
 
@@ -51,11 +51,11 @@ class JointForms:
         forms, at = self.forms, self.pairs
         return DriftForms(forms.scale, forms.C[at], forms.A[at], forms.B[at], forms.X[at])
 
-    def given_z(self, path: InfiniteWidthPath) -> tuple[Tensor, Tensor]:
+    def given_z(self, path: FrozenModes) -> tuple[Tensor, Tensor]:
         """The law of eta of the pairs drawn together, given z: a root of its covariance, and its mean as a map of z.
 
         Args:
-            path: The path at infinite width.
+            path: The modes of the frozen NTK.
 
         Returns:
             (some modes, some modes), the same for all z and computed once, and (some modes, modes).
@@ -81,15 +81,18 @@ class JointForms:
         Returns:
             (T,) each.
         """
-        forms, means, variances = self.some, [], []
+        means, variances = [], []
         for step, direction in zip(steps, directions, strict=True):
-            w = self.weights[self.pairs] * direction
-            C, A, B = (torch.tensordot(w, part, 1)[None] for part in (forms.C, forms.A, forms.B))
-            X = torch.tensordot(w, torch.tensordot(w, self.X, 1), 1)[None]
-            mean, variance = DriftForms(forms.scale, C, A, B, X).moments(path, step.reshape(1))
+            mean, variance = self.contracted(direction).moments(path, step.reshape(1))
             means.append(mean[0, 0])
             variances.append(variance[0, 0])
         return torch.stack(means), torch.stack(variances)
+
+    def contracted(self, direction: Tensor) -> DriftForms:
+        """The form of the component along a symmetric matrix, its entries (pairs,), of all pairs drawn together."""
+        forms, w = self.some, self.weights[self.pairs] * direction
+        C, A, B = (torch.tensordot(w, part, 1)[None] for part in (forms.C, forms.A, forms.B))
+        return DriftForms(forms.scale, C, A, B, torch.tensordot(w, torch.tensordot(w, self.X, 1), 1)[None])
 
 
 class _Drawn:

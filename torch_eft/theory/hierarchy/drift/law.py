@@ -183,6 +183,13 @@ class FullKernelForms:
         M1 = pp * self.Cpp + psi * self.Cqq
         return (M1 + M1.mT) / 2, pp * self.Cij + psi * self.Sij + (psi * self.Sji).mT
 
+    def left_by_outputs(self, inverse: Tensor, weights: Tensor, outputs: int) -> Tensor:
+        """Covariance of eta given z, summed over outputs and pairs, (modes, modes)."""
+        al, be, ga = self.alpha, self.beta, self.gamma
+        known = outputs * sum(part @ inverse @ part.mT for part in (al, be, ga))
+        known = known + 2 * (ga @ inverse @ (al + be).mT + al @ inverse @ be.mT)
+        return torch.tensordot(weights, self.X - known, 1)
+
     def conditional_mean_squares(self, path: InfiniteWidthPath, factors: Factors, z: Tensor, weights: Tensor) -> Tensor:
         """E sum_ij D_ij^2 of networks with given training outputs at initialization, summed over pairs.
 
@@ -199,27 +206,24 @@ class FullKernelForms:
         M1, M2 = self._quadratic(pp, psi)
         inverse = torch.linalg.pinv(path.K_modes, hermitian=True)
         al, be, ga = self.alpha, self.beta, self.gamma
-        # E[eta_ijk|z] = delta_ij ga s_k + delta_jk al s_i + delta_ik be s_j with s = K^-1 z, and what it explains of X
+        # E[eta_ijk|z] = delta_ij ga s_k + delta_jk al s_i + delta_ik be s_j with s = K^-1 z
         s, a, n = inverse @ z, z - path.y, path.outputs
         v = phi[:, None] * a
-        known = n * sum(part @ inverse @ part.mT for part in (al, be, ga))
-        known = known + 2 * (ga @ inverse @ (al + be).mT + al @ inverse @ be.mT)
-        left = torch.tensordot(weights, self.X - known, 1)
-        total = torch.einsum("mn,dmk,dnk->d", left, v, v)
+        total = torch.einsum("mn,dmk,dnk->d", self.left_by_outputs(inverse, weights, n), v, v)
         common = (a @ a.mT).flatten(1) @ M1.flatten(1).T - (v @ s.mT).flatten(1) @ ga.flatten(1).T  # (draws, pairs)
         # Single precision, 1e-6 of a sum of squares, and all pairs at once: this is most of the work of a visit.
         a, s, v = a.float(), s.float(), v.float()
         size = max(1, _CHUNK // (4 * a.numel()))
         for some in torch.arange(len(weights), device=a.device).split(size):
-            bent = _applied(M2[some], a) - phi.float()[:, None, None] * _applied(be[some], s)
+            bent = applied_to(M2[some], a) - phi.float()[:, None, None] * applied_to(be[some], s)
             D = (a.mT @ bent.flatten(2)).unflatten(2, (len(some), n))  # (draws, i, pairs, j)
-            D = D - (v.mT @ _applied(al[some], s).flatten(2)).unflatten(2, (len(some), n)).transpose(1, 3)
+            D = D - (v.mT @ applied_to(al[some], s).flatten(2)).unflatten(2, (len(some), n)).transpose(1, 3)
             D = D.permute(0, 2, 1, 3) + common[:, some, None, None].float() * torch.eye(n, device=a.device)
             total = total + D.square().sum((2, 3)).to(total) @ weights[some]
         return self.scale**2 * total.clamp_min(0.0)
 
 
-def _applied(matrices: Tensor, vectors: Tensor) -> Tensor:
+def applied_to(matrices: Tensor, vectors: Tensor) -> Tensor:
     """(pairs, modes, modes) applied to (draws, modes, n), in single precision: (draws, modes, pairs, n)."""
     pairs, modes, _ = matrices.shape
     draws, _, n = vectors.shape

@@ -14,7 +14,6 @@ from torch_eft.results.presentation.result import Result
 from torch_eft.results.presentation.tables import data_frame
 from torch_eft.results.progress.bar import working
 from torch_eft.results.trajectory import Validity
-from torch_eft.theory.hierarchy.drift.joint import NetworkDraws
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,10 +144,38 @@ _FROM_FILE = (
 )
 
 
+class DrawnNetworks(Protocol):
+    """Networks drawn from the law: ``NetworkDraws`` at any step, ``PathDraws`` at those of the forecast.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> x, y = torch.eye(2, 3), torch.ones(2, 1)
+        >>> ensemble = theory.MLPEnsemble([3, 64, 64, 1], "linear")
+        >>> networks = theory.predict_drift(ensemble, x, y, x, learning_rate=0.1, steps=4).draws(100)
+        >>> networks.diagonal_drift(step=4).shape
+        torch.Size([100])
+    """
+
+    layers: list[int]
+
+    def ntk_drift(self, step: float, *, full: bool = False) -> Tensor:
+        """|H(t) - H(0)| / |H| with H at infinite width, (draws,); averaged over outputs, or ``full``."""
+        ...
+
+    def diagonal_drift(self, step: float) -> Tensor:
+        """Drift of the mean of the NTK's diagonal, (draws,)."""
+        ...
+
+    def hidden_change(self, layer: int, step: float, *, ntk: bool = False) -> Tensor:
+        """Relative change of the kernel of a hidden layer, or of its NTK, (draws,)."""
+        ...
+
+
 class JointLaw(Protocol):
     """What knows the joint law over pairs of probe points, computed when first asked for."""
 
-    def draws(self, num_draws: int, seed: int, z: Tensor | None) -> NetworkDraws:
+    def draws(self, num_draws: int, seed: int, z: Tensor | None) -> DrawnNetworks:
         """Draw networks, those with training outputs ``z`` or all."""
         ...
 
@@ -169,7 +196,7 @@ class DriftForecast(Result):
         dntk: Size of the dNTK along the gradient at every step; None in a conditional forecast.
         ddntk: Likewise of the ddNTK.
         error: ``{"ntk": .., "hidden 1": ..}``: relative standard error of the largest ``relative_rms`` over time from
-            sampled moments; empty where they are integrated.
+            sampled moments, and from draws of z(0) where the law is not closed; empty where nothing is sampled.
         provenance: Which theory, for which ensemble and training.
         validity: Where it holds.
 
@@ -229,7 +256,7 @@ class DriftForecast(Result):
             raise ValueError("z: this forecast is conditional on outputs already; call given() of predict_drift's")
         return self._given(z)
 
-    def draws(self, num_draws: int = 2048, *, seed: int = 0) -> NetworkDraws:
+    def draws(self, num_draws: int = 2048, *, seed: int = 0) -> DrawnNetworks:
         """Draw networks from the law, of all initializations or of those that ``given`` asks for.
 
         The joint law over pairs of probe points takes the dNTK's covariance at four of ``joint_points`` points, N^2
@@ -241,7 +268,7 @@ class DriftForecast(Result):
             seed: Seed; the global random state is left alone.
 
         Returns:
-            The networks: what any of them does at any step.
+            The networks: what any of them does at any step; at any of the forecast's, where it has draws of z(0).
 
         Raises:
             ValueError: If the joint law does not fit into memory.

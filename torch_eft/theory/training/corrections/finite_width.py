@@ -139,7 +139,8 @@ class FiniteWidthTraining:
             steps: (T,).
         """
         moved = neuron_movement(self.ensemble, self.vertices.layers, self.path, steps)
-        return training_validity(self.ensemble, self.x, self.path, term_sizes, float(moved.max()))
+        error = self.path.error_gram.trace()
+        return training_validity(self.ensemble, self.x, self.path, term_sizes, float(moved.max()), error)
 
     def trajectory(self, infinite_width: Trajectory, training: Training, names: Iterable[str]) -> Trajectory:
         """Return the trajectory with some corrections.

@@ -9,7 +9,7 @@ from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.initialization.infinite_width import InfiniteWidthLayers
 from torch_eft.theory.signal_propagation.regimes import first_order_validity
-from torch_eft.theory.training.infinite_width import InfiniteWidthPath
+from torch_eft.theory.training.infinite_width import FrozenModes, InfiniteWidthPath
 
 CAUTION, INVALID = 0.2, 1.0
 """Tolerances chosen here for terms of order 1/n over those of order 0."""
@@ -37,17 +37,28 @@ def neuron_movement(
         u(t), (T,), of order 1/n; 0 without a hidden layer.
     """
     _, phi = path.single(steps)
+    return neuron_movement_by(ensemble, layers, path, phi[:, :, None] * path.error_gram * phi[:, None, :])
+
+
+def neuron_movement_by(
+    ensemble: MLPEnsemble, layers: InfiniteWidthLayers, modes: FrozenModes, squares: Tensor
+) -> Tensor:
+    """The same for E sum_k p_k p_k^T in the modes of the frozen NTK, (T, modes, modes)."""
     if ensemble.depth == 1:
-        return torch.zeros_like(phi[:, 0])
-    K, Theta, pairs, train = layers[0][-2], layers[1][-2], layers[2][-1], path.train
-    weights = path.U @ (phi[:, :, None] * path.error_gram * phi[:, None, :]) @ path.U.T
-    weights = weights * pairs.explicit((1,), (1,))[train][:, train]
+        return torch.zeros_like(squares[:, 0, 0])
+    K, Theta, pairs, train = layers[0][-2], layers[1][-2], layers[2][-1], modes.train
+    weights = modes.U @ squares @ modes.U.T * pairs.explicit((1,), (1,))[train][:, train]
     seen = Theta[:, train]
     return ensemble.C_W[-1] / ensemble.widths[-2] * (seen @ weights * seen).sum((1, 2)) / K.trace()
 
 
 def training_validity(
-    ensemble: MLPEnsemble, x: Tensor, path: InfiniteWidthPath, sizes: Mapping[str, float], moved: float
+    ensemble: MLPEnsemble,
+    x: Tensor,
+    path: FrozenModes,
+    sizes: Mapping[str, float],
+    moved: float,
+    error: Tensor | None = None,
 ) -> Validity:
     """Return where order 1/n holds, by how far neurons move (u its square), by r and epsilon and by its own size.
 
@@ -61,30 +72,33 @@ def training_validity(
     Args:
         ensemble: The ensemble.
         x: All inputs, (N_all, n_0).
-        path: The path at infinite width.
+        path: The modes of the frozen NTK.
         sizes: ``{"|z1| / |z0|": largest ratio over time, ..}``.
         moved: The largest u over time, see ``neuron_movement``.
+        error: E |e|^2 at initialization for the squared error, in the modes that move.
     """
     start = first_order_validity(ensemble, x)
     name = max(sizes, key=lambda key: sizes[key])
     largest_term, n = sizes[name], ensemble.widths[-2]
     smallest, largest = float(path.eigenvalues[0]), float(path.eigenvalues[-1])
-    error = float(path.error_gram.trace()) / smallest / n
     neglected = NEGLECTED * moved + ensemble.aspect_ratio
     terms = ", ".join(f"{key} = {value:.3g}" for key, value in sizes.items())
     detail = (
         f"neurons of the last hidden layer move by {100 * moved**0.5:.2g} % of their size: what is neglected is up to "
         f"about {100 * min(neglected, 9.99):.2g} % of the terms of order 1/n, which over those of order 0 are {terms}; "
-        f"|e|^2 / (n lambda_min) = {error:.3g} (condition {largest / smallest:.3g})"
     )
     numbers = {
         **start.numbers,
         **sizes,
         "neuron movement": moved**0.5,
         "neglected": neglected,
-        "|e|^2 / (n lambda_min)": error,
         "condition": largest / smallest,
     }
+    if error is None:
+        detail += f"condition {largest / smallest:.3g}"
+    else:
+        numbers["|e|^2 / (n lambda_min)"] = float(error) / smallest / n
+        detail += f"|e|^2 / (n lambda_min) = {float(error) / smallest / n:.3g} (condition {largest / smallest:.3g})"
     advice = "Wider layers, smaller targets, fewer near-duplicate inputs or shorter training make it smaller"
     if neglected >= 1 or largest_term >= INVALID:
         too_large = f"{name} = {largest_term:.3g} is not small"

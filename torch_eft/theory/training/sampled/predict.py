@@ -21,7 +21,7 @@ from torch_eft.theory.training.corrections.correction import (
 )
 from torch_eft.theory.training.corrections.finite_width import check_distinct, check_smooth
 from torch_eft.theory.training.corrections.validity import CAUTION, INVALID
-from torch_eft.theory.training.optimizer import Loss, checked_targets, sharpness
+from torch_eft.theory.training.optimizer import loss_of, sharpness
 from torch_eft.theory.training.sampled.dynamics import Moments, SampledTraining
 from torch_eft.theory.training.sampled.initial_distribution import Fluctuations, all_vertices, draw_outputs
 
@@ -68,11 +68,7 @@ class SampledForecast:
         x_probe = check_inputs("x_probe", x_probe, ensemble).to(x_train.device)
         training.check_batches(len(x_train))
         self.ensemble, self._outputs, self._training = ensemble, ensemble.widths[-1], training
-        y = checked_targets(y_train.to(x_train.device), training.loss, len(x_train), self._outputs)
-        if training.loss == "cross_entropy" and not y.is_floating_point():
-            # As probabilities: gathering by class index is slower under vmap.
-            y = torch.nn.functional.one_hot(y.long(), self._outputs).double()
-        self.loss = Loss(training.loss, y, training.reduction)
+        self.loss = loss_of(training, y_train.to(x_train.device), len(x_train), self._outputs)
         self._x_train, self._probes = x_train, len(x_probe)
         kept, self._place = _distinct(x_probe, x_train)
         self.x = torch.cat([x_probe[kept], x_train])
