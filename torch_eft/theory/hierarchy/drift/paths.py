@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from torch_eft.results.progress.work import worked
 from torch_eft.results.training import Training
-from torch_eft.results.work import worked
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.hierarchy.drift.law import DriftForms, FullKernelForms, applied_to
 from torch_eft.theory.initialization.infinite_width import check_inputs, infinite_width

@@ -131,7 +131,7 @@ class DriftQuantiles(Result):
 class _Unknown:
     """The joint law of a forecast that was read from a file, where only moments are."""
 
-    def draws(self, num_draws: int, seed: int, z: Tensor | None) -> NetworkDraws:
+    def draws(self, num_draws: int, seed: int, z: Tensor | None) -> DrawnNetworks:
         raise ValueError(_FROM_FILE)
 
     def along_mean(self, mean: Tensor) -> tuple[Tensor, Tensor]:
