@@ -128,22 +128,6 @@ class DriftQuantiles(Result):
     hidden_ntk: Mapping[int, Tensor]
 
 
-class _Unknown:
-    """The joint law of a forecast that was read from a file, where only moments are."""
-
-    def draws(self, num_draws: int, seed: int, z: Tensor | None) -> DrawnNetworks:
-        raise ValueError(_FROM_FILE)
-
-    def along_mean(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        raise ValueError(_FROM_FILE)
-
-
-_FROM_FILE = (
-    "forecast: read from a file, which holds means and variances but not the law that networks are drawn from; predict "
-    "it again for draws, quantiles, along_mean and given"
-)
-
-
 class DrawnNetworks(Protocol):
     """Networks drawn from the law: ``NetworkDraws`` at any step, ``PathDraws`` at those of the forecast.
 
@@ -170,6 +154,22 @@ class DrawnNetworks(Protocol):
     def hidden_change(self, layer: int, step: float, *, ntk: bool = False) -> Tensor:
         """Relative change of the kernel of a hidden layer, or of its NTK, (draws,)."""
         ...
+
+
+class _Unknown:
+    """The joint law of a forecast that was read from a file, where only moments are."""
+
+    def draws(self, num_draws: int, seed: int, z: Tensor | None) -> DrawnNetworks:
+        raise ValueError(_FROM_FILE)
+
+    def along_mean(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        raise ValueError(_FROM_FILE)
+
+
+_FROM_FILE = (
+    "forecast: read from a file, which holds means and variances but not the law that networks are drawn from; predict "
+    "it again for draws, quantiles, along_mean and given"
+)
 
 
 class JointLaw(Protocol):
