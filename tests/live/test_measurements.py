@@ -12,6 +12,7 @@ from torch_eft.live import Instrument, MeasurementWarning, Observer, Reading
 from torch_eft.live import budget as budget_module
 from torch_eft.live.budget import SNAPSHOT
 from torch_eft.live.run import measured_network
+from torch_eft.live.run.measurements import joined
 from torch_eft.tensorboard import tag
 
 DRIFT, LATE = tag("ntk_drift"), tag("dntk")
@@ -20,6 +21,14 @@ DRIFT, LATE = tag("ntk_drift"), tag("dntk")
 def observed(*extra, model=None, **options):
     options = dict(preset="light", every=1, budget=None) | options
     return Observer(simple_mlp() if model is None else model, PROBE, extra=extra, **options)
+
+
+def test_a_median_is_not_drawn_beside_another_forecasts_band():
+    band = {tag("ntk_drift", "order_1"): 1.9, tag("ntk_drift", "band_90_low"): 1.7}
+    other = {tag("ntk_drift", "order_1"): 5.9, tag("ntk_drift", "truncation"): 3.0, tag("ntk_drift", "taylor_2"): 2.0}
+    both = band | {tag("ntk_drift", "taylor_2"): 2.0}  # an expansion is a line of its own
+    assert joined(band, other) == joined(other, band) == both
+    assert joined(other, {DRIFT: 1.0}) == other | {DRIFT: 1.0}
 
 
 class _EveryStep(Instrument):

@@ -62,23 +62,32 @@ def test_a_lazy_run_on_theory():
     assert found["regime"]["name"] == "lazy" and found["theory"]["name"] == "to 1/n"
     assert found["drift"] == {"measured": 0.05, "predicted": 0.05, "low": 0.03, "high": 0.07}
     assert found["compared"]["words"] == "inside the 90 % band"
-    assert found["compared"]["rows"] == [["NTK drift", "+0.3 σ"], ["features", "\N{MINUS SIGN}0.8 σ"]]
+    inside = "inside the 90 % band"
+    assert found["compared"]["rows"] == [
+        ["NTK drift", "+0.3 σ", inside],
+        ["features", "\N{MINUS SIGN}0.8 σ", inside],
+    ]
     assert found["compared"]["left"] == "outside at 0 of 4 measurements; one in ten is by chance"
     # r = 0.023: a quarter of the width is still below the edge.
     assert found["advice"] == [
         "Nothing is wrong.",
-        "To be lazier: hidden widths x2 -> drift about 2.5 %.",
-        "To learn features: hidden widths / 4 -> drift about 20 %.",
+        "To be lazier: hidden widths x2 → drift about 2.5 %.",
+        "To learn features: hidden widths / 4 → drift about 20 %.",
     ]
 
 
 def test_a_moving_run_off_theory():
     found = of(ntk_drift=forecast(0.5, 0.1, 0.3, 1.0))
     assert found["regime"]["name"] == "moving"
-    assert found["compared"]["words"] == "NTK drift above the 90 % band since step 10"
-    assert found["compared"]["rows"] == [["NTK drift", "above 3 σ"]]
-    assert found["advice"][0].startswith("Train other seeds")
-    assert found["advice"][1] == "To be lazy: hidden widths x8 -> drift about 6.2 %."
+    assert found["compared"]["words"] == "NTK drift outside the 90 % band"
+    assert found["compared"]["rows"] == [["NTK drift", "above 3 σ", "above the 90 % band since step 10"]]
+    assert "2 of 2 measurements: train other seeds" in found["advice"][0]
+    assert found["advice"][1] == "To be lazy: hidden widths x8 → drift about 6.2 %."
+
+
+def test_one_of_several_outside_is_named():
+    found = of(ntk_drift=forecast(0.05, 0.03, 0.07), dntk=forecast(0.5, 0.1, 0.3, 1.0))
+    assert found["compared"]["words"] == "inside the 90 % band; dNTK outside"
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from werkzeug.test import Client
 
 from tests.tensorboard.eft_runs import STEPS, run_info, write_run
 from torch_eft.results.quantities import HEADLINES
+from torch_eft.tensorboard.answers import bounds
 from torch_eft.tensorboard.plugin import STATIC, EFTPlugin
 from torch_eft.tensorboard.run_info import run_info_summary, write_run_info
 
-NOTHING = {"runs": [], "headlines": [list(names) for names in HEADLINES], "others": 0}
+NOTHING = {"runs": [], "headlines": [list(names) for names in HEADLINES], "bounds": bounds(), "others": 0}
 
 
 def serve(logdir):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
-from torch_eft.results.regime import DECIDING, LAZY, Badge, amount, regime, theory
+from torch_eft.results.regime import DECIDING, LAZY, REGIMES, Badge, amount, regime, theory
 from torch_eft.results.tags import MEASURED
 from torch_eft.tensorboard.verdicts import Verdict, verdict_of
 
@@ -31,8 +31,17 @@ _LABELS = {
 NEEDED = (*_LABELS, *DECIDING)
 """The quantities that a summary reads."""
 
+BY_CHANCE = 0.1
+"""Share of networks outside the band of 90 %."""
+
 _NOT_FINITE = 1e6
 """Relative changes beyond this are those of a training that diverges, on the way to overflow."""
+
+
+def bounds() -> dict[str, Any]:
+    """Return ``{"regimes": [[name, upper bound or None]], "edges": [r at the edge, r of too deep]}``, for drawing."""
+    regimes = [[name, bound if math.isfinite(bound) else None] for name, bound in REGIMES]
+    return {"regimes": regimes, "edges": [EDGE, TOO_DEEP]}
 
 
 def summary(info: Mapping[str, Any] | None, series: Mapping[str, Mapping[str, Points]]) -> dict[str, Any]:
@@ -45,8 +54,8 @@ def summary(info: Mapping[str, Any] | None, series: Mapping[str, Mapping[str, Po
 
     Returns:
         ``{"ending": {"state", "words", "diverged"}, "regime": badge, "theory": badge, "drift": {"measured",
-        "predicted", "low", "high"}, "features", "distance", "compared": {"state", "words", "rows": [[name, value]],
-        "left"}, "advice": [sentence], "size": {"larger", "edge"}, "alike": key}``.
+        "predicted", "low", "high"}, "features", "distance", "compared": {"state", "words", "rows": [[name, value,
+        words]], "left"}, "advice": [sentence], "size": {"larger", "edge", "too_deep"}, "alike": key}``.
     """
     known = {
         quantity: {name: {int(step): v for step, v in points if v is not None} for name, points in lines.items()}
@@ -59,7 +68,7 @@ def summary(info: Mapping[str, Any] | None, series: Mapping[str, Mapping[str, Po
     moved = {name: value for name, value in last.items() if max(known[name][MEASURED]) > 0}
     optimizer = str((info or {}).get("optimizer") or "")
     badges = {
-        "regime": regime(moved, optimizer),
+        "regime": regime(moved, optimizer) if ended["diverged"] is None else _diverged(moved),
         "theory": _UNKNOWN if info is None else theory(info, predicted, ended["diverged"]),
     }
     drift = verdicts.get("ntk_drift")
@@ -78,8 +87,23 @@ def summary(info: Mapping[str, Any] | None, series: Mapping[str, Mapping[str, Po
         "compared": _compared(verdicts, known, badges["theory"]),
         "advice": advice(info or {}, last.get("ntk_drift"), badges, verdicts),
         "size": _larger(info or {}),
-        "alike": "; ".join(str((info or {}).get(name) or "") for name in ("network", "optimizer", "parameters")),
+        "alike": _alike(info or {}),
     }
+
+
+def _alike(info: Mapping[str, Any]) -> str:
+    """The same for runs of one network, optimizer and length, as other seeds are."""
+    planned = (info.get("progress") or {}).get("planned")
+    return "; ".join(str(entry) for entry in (*(info.get(name) for name in _SAME), planned))
+
+
+_SAME = ("network", "depth", "width", "r", "parameters", "optimizer")
+
+
+def _diverged(moved: Mapping[str, float]) -> Badge:
+    drift = moved.get("ntk_drift")
+    before = "" if drift is None else f"; at the last finite measurement the NTK had moved {amount(drift)}"
+    return Badge("not known", "none", f"the training diverged{before}")
 
 
 _UNKNOWN = Badge("not known", "none", "this run's description is missing or cannot be read")
@@ -136,13 +160,14 @@ def _sigmas(verdict: Verdict, lines: Mapping[str, Mapping[int, float]]) -> str:
     if z is not None:
         return f"{'above' if z > 0 else 'below'} 3 σ" if abs(z) > 3 else f"{z:+.1f} σ".replace("-", "\N{MINUS SIGN}")
     if verdict.predicted:
-        return f"{100 * (verdict.measured / verdict.predicted - 1):+.0f} %".replace("-", "\N{MINUS SIGN}")
+        percent = round(100 * (verdict.measured / verdict.predicted - 1))
+        return f"{percent:+d} %".replace("-", "\N{MINUS SIGN}") if percent else "0 %"
     return "no band"
 
 
 def _compared(verdicts: Mapping[str, Verdict], known: Mapping[str, Any], reach: Badge) -> dict[str, Any]:
     """The answer to "how far from theory?"."""
-    rows = [[_LABELS[name], _sigmas(found, known[name])] for name, found in verdicts.items()]
+    rows = [[_LABELS[name], _sigmas(found, known[name]), found.words] for name, found in verdicts.items()]
     banded = {name: found for name, found in verdicts.items() if found.low is not None}
     outside = {name: found for name, found in banded.items() if found.state != "inside"}
     left, compared = (sum(getattr(found, name) for found in banded.values()) for name in ("outside", "compared"))
@@ -154,7 +179,9 @@ def _compared(verdicts: Mapping[str, Verdict], known: Mapping[str, Any], reach: 
     elif reach.name == "measured only" and reach.tone == "caution":
         state, words = "doubtful", reach.reason
     elif outside:
-        state, words = "outside", "; ".join(f"{_LABELS[name]} {found.words}" for name, found in outside.items())
+        inside = "inside the 90 % band; " if len(outside) < len(banded) else ""
+        state, words = "outside", f"{inside}{', '.join(_LABELS[name] for name in outside)} outside"
+        words += "" if inside else " the 90 % band"
     elif banded:
         state, words = "inside", "inside the 90 % band"
     elif all(found.expansion for found in verdicts.values()):
@@ -195,16 +222,20 @@ def advice(
     larger = 0.0 if size is None else size["larger"]
     if larger >= EDGE:
         found.append(_shallower(info, larger))
-    outside = [name for name, each in verdicts.items() if each.state in ("above", "below")]
+    left, compared = (sum(getattr(each, name) for each in verdicts.values()) for name in ("outside", "compared"))
+    outside = left > BY_CHANCE * compared
     if badges["theory"].name == "measured only" and badges["theory"].tone == "caution":
         found.append("Do not read the bands: what the theory neglects here is not smaller than what it predicts.")
     elif outside:
-        found.append("Train other seeds before you conclude: one network in ten leaves the band by chance.")
+        found.append(
+            f"Outside the bands at {left} of {compared} measurements: train other seeds before you conclude, as one "
+            "network in ten leaves a band by chance."
+        )
     if drift and badges["regime"].tone == "plain":
         found += _wider(info, drift, larger)
     if not found:
         return ["Nothing is measured yet."] if drift is None and badges["regime"].tone == "none" else []
-    if found and larger < EDGE and not outside and badges["theory"].tone == "good":
+    if larger < EDGE and not outside and badges["theory"].name in ("to 1/n", "order 0"):
         found.insert(0, "Nothing is wrong.")
     return found
 
@@ -232,9 +263,9 @@ def _wider(info: Mapping[str, Any], drift: float, larger: float) -> list[str]:
         return ["The 1/n law is of gradient descent: with this optimizer, train at twice the width and compare."]
     if drift >= LAZY:
         factor = 2 ** math.ceil(math.log2(drift / LAZY) + 1e-9)
-        return [f"To be lazy: hidden widths x{factor} -> drift about {amount(drift / factor)}."]
-    lazier = f"To be lazier: hidden widths x2 -> drift about {amount(drift / 2)}."
+        return [f"To be lazy: hidden widths x{factor} → drift about {amount(drift / factor)}."]
+    lazier = f"To be lazier: hidden widths x2 → drift about {amount(drift / 2)}."
     factor = min(4, math.floor(EDGE / larger)) if larger else 1
     if factor < 2:
         return [lazier]
-    return [lazier, f"To learn features: hidden widths / {factor} -> drift about {amount(drift * factor)}."]
+    return [lazier, f"To learn features: hidden widths / {factor} → drift about {amount(drift * factor)}."]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_eft.results.quantities import HEADLINES
-from torch_eft.tensorboard.answers import summary
+from torch_eft.tensorboard.answers import bounds, summary
 from torch_eft.tensorboard.run_info import Records, find_jsonl, read_jsonl, readings, unpredicted_sentences, verdicts
 
 STATIC = Path(__file__).parent / "plugin" / "static"
@@ -81,6 +81,7 @@ def report_data(records: Sequence[Records], note: str = "") -> dict[str, Any]:
     return {
         "runs": runs,
         "headlines": HEADLINES,
+        "bounds": bounds(),
         "series": series,
         "verdicts": judged,
         "readings": read,

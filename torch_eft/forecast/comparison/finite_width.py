@@ -231,7 +231,8 @@ def finite_width(problem: Problem, steps: int, direction: Tensor, allowance: All
     levels = ("valid", "caution", "invalid")
     validity = max(verdicts, key=lambda value: levels.index(value.flag), default=None)
     if validity is not None and validity.flag != "invalid" and spread is not None and spread.validity.flag != "valid":
-        reasons = [*validity.reasons, f"the band is rough: {spread.validity.reason}"]
+        rough = f"the band is rough: {spread.validity.reason}"
+        reasons = [rough, *validity.reasons] if validity.flag == "valid" else [*validity.reasons, rough]
         validity = Validity("caution", reasons, {**spread.validity.numbers, **validity.numbers})
     return FiniteWidth(grid, Corrections(**values), initial_ntk, kernels, validity, parts.notes)
 

@@ -68,9 +68,7 @@ class ExpansionInstrument(Instrument):
         if kinked:
             more = f" and {len(kinked) - 1} more" if len(kinked) > 1 else ""
             self._refusal = (
-                f"kinks ({kinked[0]}{more}): derivatives are those of the pieces, and miss what the units that change "
-                "their side add to the change of H, which is most of it; smooth activations (GELU, SiLU, tanh) have a "
-                "line"
+                f"at kinks ({kinked[0]}{more}) derivatives miss most of the change; GELU, SiLU or tanh have a line"
             )
         return self._told(Reading())
 

@@ -15,7 +15,7 @@ from torch_eft.live.run.reference import Reference
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Snapshot
-from torch_eft.results.tags import tag
+from torch_eft.results.tags import BAND_90, quantity_of, tag
 
 UNKNOWN = 6.0
 """Snapshots that an instrument's first comparison is assumed to last (dNTK along the path of a CNN: measured 6)."""
@@ -237,7 +237,8 @@ class Measurements:
         for reading in readings:
             with self.recorder.guard():
                 self.recorder.take(reading)
-                scalars |= {name: value for name, value in reading.scalars.items() if math.isfinite(value)}
+                new = {name: value for name, value in reading.scalars.items() if math.isfinite(value)}
+                scalars = joined(scalars, new)
         return scalars
 
     def _affords(self, instrument: Instrument, first: bool, last: bool) -> bool:
@@ -267,3 +268,26 @@ def _reading(instrument: Instrument, method: str, answer: Any) -> Reading:
     if not isinstance(answer, Reading):
         raise TypeError(f"instrument {instrument.name!r}: {method} returned {type(answer).__name__}, not a Reading")
     return answer
+
+
+def joined(scalars: dict[str, float], more: dict[str, float]) -> dict[str, float]:
+    """Join the numbers of two instruments: of a quantity that both predict, the one with a band does so alone.
+
+    Otherwise the median of one forecast would be drawn beside the band of another.
+
+    Args:
+        scalars: ``{tag: value}``.
+        more: The same of another instrument; what both have is taken from here.
+
+    Returns:
+        Both.
+    """
+    return _beside(scalars, more) | _beside(more, scalars)
+
+
+def _beside(scalars: dict[str, float], others: dict[str, float]) -> dict[str, float]:
+    """Leave out the orders of quantities that only ``others`` have a band of."""
+    banded = {quantity for name in others if (quantity := quantity_of(name)) and name == tag(quantity, BAND_90[0])}
+    banded = {quantity for quantity in banded if tag(quantity, BAND_90[0]) not in scalars}
+    left_out = {tag(quantity, series) for quantity in banded for series in ("order_1", "truncation")}
+    return {name: value for name, value in scalars.items() if name not in left_out}

@@ -9,7 +9,7 @@ from tensorboard.plugins.scalar import metadata as scalar_metadata
 
 from torch_eft.results.quantities import HEADLINES
 from torch_eft.results.tags import split_tag
-from torch_eft.tensorboard.answers import NEEDED, summary
+from torch_eft.tensorboard.answers import NEEDED, bounds, summary
 from torch_eft.tensorboard.run_info import (
     PLUGIN_NAME,
     RUN_INFO_TAG,
@@ -42,12 +42,12 @@ class Reader:
 
         Returns:
             ``{"runs": [{"name", "info", "problem", "unpredicted": {quantity: sentence}, "quantities": {quantity:
-            [series]}, "summary": as in ``torch_eft.tensorboard.answers``}], "headlines": [[quantity]], "others":
-            count}``; info is None, and problem says why, where a run has none that can be read; others counts runs
-            without our data.
+            [series]}, "summary": as in ``torch_eft.tensorboard.answers``}], "headlines": [[quantity]], "bounds":
+            as there, "others": count}``; info is None, and problem says why, where a run has none that can be read;
+            others counts runs without our data.
         """
         if self._data is None:
-            return {"runs": [], "headlines": HEADLINES, "others": 0}
+            return {"runs": [], "headlines": HEADLINES, "bounds": bounds(), "others": 0}
         tags = self._tags(ctx, experiment)
         texts = self._info_texts(ctx, experiment)
         known = self._data.list_runs(ctx, experiment_id=experiment)
@@ -59,7 +59,7 @@ class Reader:
         runs = [_run(name, tags.get(name, {}), texts.get(name), read.get(name, {})) for name in {*tags, *texts}]
         runs.sort(key=lambda run: (started.get(run["name"]) or math.inf, run["name"]))
         others = len(started.keys() - {run["name"] for run in runs})
-        return {"runs": runs, "headlines": HEADLINES, "others": others}
+        return {"runs": runs, "headlines": HEADLINES, "bounds": bounds(), "others": others}
 
     def series(self, ctx: Any, experiment: str, run: str, quantities: list[str] | None = None) -> dict[str, Any]:
         """Return the numbers of a run, and what they say.

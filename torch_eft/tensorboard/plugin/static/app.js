@@ -1,26 +1,29 @@
 // The tab: which runs and quantities are on the screen, and when to look for new measurements.
 
 import { h } from "./charts/dom.js";
-import { download, fileName, pngBlob, sheet, svgText } from "./charts/export.js";
-import { stepRange } from "./charts/figure.js";
 import { currentTheme, onThemeChange, runStyle } from "./charts/theme.js";
-import { hasTheory, readQuantity, toCsv } from "./data/model.js";
+import { hasTheory, readQuantity } from "./data/model.js";
 import { loadSettings, saveSettings } from "./data/settings.js";
+import { FirstScreen } from "./first/screen.js";
 import { Detail, openDialog } from "./page/detail.js";
+import { exportsOf } from "./page/exports.js";
 import { Cards, isOpen } from "./page/groups.js";
 import { makePanel } from "./page/panel.js";
-import { runDetails, runList } from "./page/runs.js";
+import { runDetails } from "./page/runs.js";
 import { legendOf, toolbar } from "./page/toolbar.js";
 
 const REFRESH_MS = 5000;
 const FIRST_CHOICE = 5;
+// What no theory bounds can grow without limit; this says the same within 0 and 2.
+const BOUNDED = { ntk_drift: "ntk_kernel_distance" };
 const EMPTY =
   "No run here has data of torch_eft yet. Attach EFTMonitor(probe=x_probe) to a training that logs to TensorBoard; " +
   "its runs appear here by themselves.";
 
-const LINES =
-  "solid: measured; dotted: order 0 (infinite width); dashed: order 1 (finite width); shaded: ± σ over initializations, " +
-  "or 68 and 90 % of networks around the median";
+/** The quantity that one stands for. */
+function unbounded(name) {
+  return Object.keys(BOUNDED).find((other) => BOUNDED[other] === name) ?? name;
+}
 
 export class App {
   /**
@@ -38,6 +41,12 @@ export class App {
     this.verdicts = {};
     this.readings = {};
     this.page = null;
+    this.first = new FirstScreen({
+      toggle: (names, on) => this.toggle(names, on),
+      only: (name) => this.chooseOnly(name),
+      details: (run) => openDialog(runDetails(run, this.listing.pages?.[run.name])),
+      change: (name, value) => this.change(name, value),
+    });
     this.cards = new Cards({ enlarge: (name) => this.enlarge(name), toggled: (title, open) => this.fold(title, open) });
     this.detail = null;
     this.problem = "";
@@ -91,9 +100,10 @@ export class App {
     return (this.listing?.runs ?? []).filter(({ name }) => this.chosen.has(name));
   }
 
-  toggleRun(name) {
+  /** Show some runs, or not. */
+  toggle(names, on) {
     this.touched = true;
-    if (!this.chosen.delete(name)) this.chosen.add(name);
+    for (const name of names) this.chosen[on ? "add" : "delete"](name);
     this.refresh();
   }
 
@@ -125,11 +135,12 @@ export class App {
     return ordered.filter((name) => Object.values(this.data).some((series) => series[name] && hasTheory(readQuantity(series[name]))));
   }
 
-  /** Of each headline's quantities, the first one that is predicted; else the first one there is. */
+  /** Of each headline's quantities, the first one that is predicted; else the first one there is, or what bounds it. */
   headlines(names) {
     const judged = (name) => Object.values(this.verdicts).some((verdicts) => verdicts[name]);
     const present = (this.listing.headlines ?? []).map((choice) => choice.filter((name) => names.includes(name)));
-    return present.filter((choice) => choice.length).map((choice) => choice.find(judged) ?? choice[0]);
+    const bounded = (name) => (names.includes(BOUNDED[name]) ? BOUNDED[name] : name);
+    return present.filter((choice) => choice.length).map((choice) => choice.find(judged) ?? bounded(choice[0]));
   }
 
   /** Title, formula, unit, source of a quantity; its name where no run explains it. */
@@ -147,8 +158,9 @@ export class App {
         events: run.info?.events,
         verdict: this.verdicts[run.name]?.[name],
         reading: this.readings[run.name]?.[name],
-        unpredicted: run.unpredicted?.[name],
-        validity: run.info?.validity,
+        unpredicted: run.unpredicted?.[unbounded(name)],
+        theory: run.summary.theory,
+        diverged: run.summary.ending.state === "diverged",
       }))
       .filter(({ raw }) => raw);
     const single = this.shownRuns().length === 1;
@@ -159,31 +171,9 @@ export class App {
     return { steps: this.settings.steps, values: this.settings.values, theme: currentTheme() };
   }
 
-  // ---- export
-
   exports(names, label) {
     const runs = this.shownRuns().map((run) => run.name);
-    const columns = names.length === 1 ? 1 : Math.min(4, Math.ceil(Math.sqrt(names.length)));
-    const size = names.length === 1 ? { width: 760, main: 330, residual: 130 } : { width: 360, main: 170, residual: 60 };
-    const drawn = () => {
-      const theme = currentTheme();
-      const several = runs.length > 1;
-      const header = runs.map((text, i) => ({ text, color: several ? runStyle(theme, i).color : theme.ink }));
-      header.push({ text: LINES, color: theme.soft });
-      const panels = names.map((name) => this.panel(name));
-      const look = { ...this.look(), ...size, range: stepRange(panels), font: 12, stepLabel: names.length === 1 };
-      return sheet(panels, columns, look, header);
-    };
-    const file = fileName("eft", label, ...(runs.length === 1 ? runs : []));
-    const picked = (series) => Object.fromEntries(Object.entries(series).filter(([name]) => names.includes(name)));
-    return {
-      csv: () => {
-        const data = Object.fromEntries(Object.entries(this.data).map(([run, series]) => [run, picked(series)]));
-        download(`${file}.csv`, toCsv(data), "text/csv");
-      },
-      svg: () => download(`${file}.svg`, svgText(drawn()), "image/svg+xml"),
-      png: async () => download(`${file}.png`, await pngBlob(drawn()), "image/png"),
-    };
+    return exportsOf(names, label, { runs, data: this.data, panel: (name) => this.panel(name), look: this.look() });
   }
 
   // ---- drawing
@@ -207,7 +197,7 @@ export class App {
     const first = large.map((name) => drawn(name, { headline: true }));
     const others = names.filter((name) => !large.includes(name)).map((name) => drawn(name));
     const unfolded = others.filter(({ about }) => isOpen(about, this.settings.open, first.length));
-    this.page.runs.replaceChildren(runList(this.listing.runs, styles, this.runActions()));
+    this.first.draw(this.listing, styles, this.settings, theme);
     this.page.legend.replaceChildren(legendOf([...first, ...unfolded].map(({ panel }) => panel), single, theme));
     this.page.nothing.textContent = names.length ? "" : this.nothing(shown);
     this.cards.show(first, others, { single, look: this.look(), open: this.settings.open });
@@ -218,20 +208,12 @@ export class App {
   makePage() {
     const change = (name, value) => this.change(name, value);
     return {
-      runs: h("div", {}),
+      first: this.first.element,
       toolbar: toolbar(this.settings, this.source.live, change, () => this.exports(this.quantities(), "all")),
       legend: h("div", {}),
       nothing: h("p", { class: "empty" }),
       cards: this.cards.element,
       status: h("p", { class: "status", role: "status" }),
-    };
-  }
-
-  runActions() {
-    return {
-      toggle: (name) => this.toggleRun(name),
-      only: (name) => this.chooseOnly(name),
-      details: (run) => openDialog(runDetails(run, this.listing.pages?.[run.name])),
     };
   }
 

@@ -7,6 +7,7 @@ import { TensorBoardSource } from "./data/source.js";
 /** Called by TensorBoard once this module is loaded. */
 export async function render() {
   document.title = "EFT";
+  document.documentElement.lang = "en";
   const style = h("link", { rel: "stylesheet", href: "static/style.css" });
   const styled = new Promise((resolve) => {
     style.addEventListener("load", resolve);

@@ -107,5 +107,7 @@ def training_validity(
     if start.flag == "invalid":
         return Validity("invalid", (*start.reasons, detail), numbers)
     cautious = start.flag == "caution" or neglected >= HALF or largest_term >= CAUTION
-    reasons = (*start.reasons, f"in training, {detail}" + f". {advice}" * cautious)
+    training = f"in training, {detail}" + f". {advice}" * cautious
+    decides = cautious and start.flag == "valid"  # what decides is said first
+    reasons = (training, *start.reasons) if decides else (*start.reasons, training)
     return Validity("caution" if cautious else "valid", reasons, numbers)

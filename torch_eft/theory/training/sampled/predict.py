@@ -232,7 +232,9 @@ class SampledForecast:
             return Validity("invalid", (f"order 1/n: {reasons[0]}", *reasons[1:], *start.reasons), numbers)
         cautious = start.flag == "caution" or largest >= CAUTION or noise[noisy] > _NOISY
         reasons[0] = f"in training, {reasons[0]}"
-        return Validity("caution" if cautious else "valid", (*start.reasons, *reasons), numbers)
+        decides = cautious and start.flag == "valid"  # what decides is said first
+        ordered = (*reasons, *start.reasons) if decides else (*start.reasons, *reasons)
+        return Validity("caution" if cautious else "valid", ordered, numbers)
 
 
 def _distinct(x_probe: Tensor, x_train: Tensor) -> tuple[list[int], Tensor]:

@@ -14,10 +14,11 @@ export class Chart {
     this.onStep = onStep;
     this.current = null;
     this.steps = [];
-    this.tooltip = h("div", { class: "tooltip", hidden: true });
+    this.tooltip = h("div", { class: "tooltip", role: "status", hidden: true });
     this.element = h("div", {
       class: "chart",
       tabindex: 0,
+      role: "group",
       "aria-label": `${label}: arrow keys read values`,
       pointermove: (event) => this.#point(event.clientX),
       pointerleave: () => this.#read(null),

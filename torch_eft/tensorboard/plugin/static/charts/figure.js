@@ -1,6 +1,6 @@
 // One panel as an SVG that stands alone: all colors and sizes are attributes, so that an export looks the same.
 
-import { number, shortName } from "../data/format.js";
+import { isRelative, number, shortName } from "../data/format.js";
 import { svg } from "./dom.js";
 import { extent, limitsOf, makeScale } from "../data/scale.js";
 
@@ -11,14 +11,33 @@ const BLOW_UP = 10;
 /** Limits of the values: all that was measured, and the theory as far as it is of comparable size. */
 function valueLimits(panel, kind) {
   const finite = (points) => points.flatMap(([, ...values]) => values).filter((v) => v !== null);
-  const measured = panel.lines.filter((line) => line.series === "measured").flatMap((line) => finite(line.points));
-  const theory = panel.lines.filter((line) => line.series !== "measured").flatMap((line) => finite(line.points));
+  const counted = withoutOutlying(panel.lines);
+  const measured = counted.filter((line) => line.series === "measured").flatMap((line) => finite(line.points));
+  const theory = counted.filter((line) => line.series !== "measured").flatMap((line) => finite(line.points));
   const largest = extent([0, ...measured.map(Math.abs)])[1];
   const near = (factor) => (v) => largest === 0 || Math.abs(v) <= factor * largest;
-  const band = panel.bands.flatMap(({ points }) => finite(points)).filter(near(BLOW_UP / 2));
+  const band = withoutOutlying(panel.bands).flatMap(({ points }) => finite(points)).filter(near(BLOW_UP / 2));
   const floor = kind === "log" ? extent(measured.filter((v) => v > 0))[0] / 100 : -Infinity;
   const values = [...measured, ...theory.filter(near(BLOW_UP)), ...band].filter((v) => v >= floor);
   return limitsOf(values, kind) ?? (kind === "log" ? [0.1, 10] : [-1, 1]);
+}
+
+/** Lines or bands of the runs that set the axes: one that diverged does so only where it is alone. */
+function withoutOutlying(members) {
+  const counted = members.filter(({ outlying }) => !outlying);
+  return counted.some(({ points }) => points.length) ? counted : members;
+}
+
+/** The kind of the value axis: where runs, or one run's own values, differ by decades, a log axis. */
+export function valuesKind(panel, wanted) {
+  if (wanted !== "auto") return wanted;
+  const measured = withoutOutlying(panel.lines).filter(({ series }) => series === "measured");
+  const ends = measured.map(({ points }) => extent(points.map(([, value]) => value).filter((v) => v !== null)));
+  const [least, most] = extent(ends.map(([, high]) => high).filter(Number.isFinite));
+  const lowest = extent(ends.map(([low]) => low).filter(Number.isFinite))[0];
+  if (!(lowest >= 0) || !(least > 0)) return "linear";
+  const middle = measured.flatMap(({ points }) => points.map(([, value]) => value)).filter((v) => v > 0).sort((a, b) => a - b);
+  return most > 6 * least || most > 1e3 * middle[Math.floor((middle.length - 1) / 2)] ? "log" : "linear";
 }
 
 /** A path through points, broken where a value is missing or cannot be drawn. */
@@ -88,14 +107,16 @@ function text(content, attributes) {
 }
 
 /** Frame, grid and ticks of one box; x labels only where asked for. */
-function axes(box, x, y, counts, look, withSteps) {
+function axes(box, x, y, counts, look, withSteps, percent) {
   const { theme, font } = look;
+  const inPercent = (tick) => (y.high >= 10 ? `${number(tick, 4)}×` : `${number(100 * tick, 4)} %`);
+  const value = (tick) => (percent ? inPercent(tick) : number(tick, 6));
   const parts = [];
   for (const tick of y.ticks(counts.y)) {
     const at = y.to(tick);
     parts.push(
       svg("line", { x1: box.left, x2: box.right, y1: at, y2: at, stroke: theme.grid }),
-      text(number(tick, 6), { x: box.left - 4, y: at + font * 0.35, "text-anchor": "end", fill: theme.soft }),
+      text(value(tick), { x: box.left - 4, y: at + font * 0.35, "text-anchor": "end", fill: theme.soft }),
     );
   }
   let free = -Infinity;
@@ -173,7 +194,7 @@ function missing(panel, y) {
 
 /** First and last step of some panels. */
 export function stepRange(panels) {
-  const steps = panels.flatMap(({ lines }) => lines.flatMap(({ points }) => points.map(([step]) => step)));
+  const steps = panels.flatMap(({ lines }) => withoutOutlying(lines).flatMap(({ points }) => points.map(([step]) => step)));
   const [first, last] = extent(steps);
   return [Math.min(first, Math.max(1, last) - 1), Math.max(1, last)];
 }
@@ -184,7 +205,7 @@ let clips = 0;
  * Draw a panel.
  * @param {object} panel from makePanel
  * @param {{width, main, residual, font, steps, values, theme, range, title, stepLabel}} look sizes in pixels; steps
- *   and values are "linear" or "log"; range, of the steps; residual 0 leaves that box out; a title (for exports) takes two more lines.
+ *   are "linear" or "log", values may be "auto" too; range, of the steps; residual 0 leaves that box out; a title (for exports) takes two more lines.
  * @returns {{element, x, box, cursor}} the SVG, its step scale, the main box, and the cursor's line
  */
 export function drawFigure(panel, look) {
@@ -199,8 +220,9 @@ export function drawFigure(panel, look) {
 
   const [first, last] = look.range ?? stepRange([panel]);
   const x = makeScale(look.steps === "log" ? "steps" : "linear", [Math.max(0, first), last], [box.left, box.right]);
-  const y = makeScale(look.values, valueLimits(panel, look.values), [box.bottom, box.top]);
-  y.log = look.values === "log";
+  const kind = valuesKind(panel, look.values);
+  const y = makeScale(kind, valueLimits(panel, kind), [box.bottom, box.top]);
+  y.log = kind === "log";
   const counts = { x: Math.max(2, Math.floor(width / 90)), y: Math.max(2, Math.min(9, Math.floor(look.main / 28))) };
 
   clips += 1;
@@ -257,7 +279,7 @@ export function drawFigure(panel, look) {
       // A letter is about 0.62 of its size wide.
       "font-size": Math.min(font * 1.1, (width - 12) / (0.62 * look.title.length)).toFixed(1),
     }),
-    axes(box, x, y, counts, look, !lower),
+    axes(box, x, y, counts, look, !lower, isRelative(panel.name)),
     svg(
       "g",
       { "clip-path": `url(#${ids[0]})` },

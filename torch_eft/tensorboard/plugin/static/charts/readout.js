@@ -1,6 +1,6 @@
 // The values at a step, as the tooltip shows them.
 
-import { number, seriesName, signed } from "../data/format.js";
+import { number, seriesName, signed, valueText } from "../data/format.js";
 import { residual, valuesAt } from "../data/model.js";
 import { h } from "./dom.js";
 
@@ -10,9 +10,9 @@ function residualAt(panel, quantity, step) {
 }
 
 /** The value of an order; with its spread where the band is around it. */
-function orderText(series, { orders, sigma }, best) {
-  const spread = series === best && sigma !== null ? ` ± ${number(sigma, 2)}` : "";
-  return number(orders[series]) + spread;
+function orderText(name, series, { orders, sigma }, best) {
+  const spread = series === best && sigma !== null ? ` ± ${valueText(name, sigma, 2)}` : "";
+  return valueText(name, orders[series]) + spread;
 }
 
 /** One run: a row a series. */
@@ -22,13 +22,13 @@ function column(panel, step) {
   const layers = panel.lines.some(({ series }) => series.startsWith("layer/")) ? values.layers : {};
   const at = residualAt(panel, quantity, step);
   const rows = [
-    ["measured", number(values.measured)],
-    ...Object.keys(values.orders).map((series) => [seriesName(series), orderText(series, values, quantity.best)]),
-    ...Object.entries({ ...values.others, ...layers }).map(([series, value]) => [seriesName(series), number(value)]),
+    ["measured", valueText(panel.name, values.measured)],
+    ...Object.keys(values.orders).map((series) => [seriesName(series), orderText(panel.name, series, values, quantity.best)]),
+    ...Object.entries({ ...values.others, ...layers }).map(([series, value]) => [seriesName(series), valueText(panel.name, value)]),
   ];
-  for (const [name, [low, high]] of Object.entries(values.ranges)) rows.push([name, `${number(low)} .. ${number(high)}`]);
+  for (const [name, [low, high]] of Object.entries(values.ranges)) rows.push([name, `${valueText(panel.name, low)} .. ${valueText(panel.name, high)}`]);
   if (values.quantile !== null && panel.residual?.kind !== "quantile") rows.push(["share of networks below", number(values.quantile, 2)]);
-  if (values.truncation !== null) rows.push(["next order, estimated", number(values.truncation, 2)]);
+  if (values.truncation !== null) rows.push(["next order, estimated", valueText(panel.name, values.truncation, 2)]);
   if (at !== null) rows.push([panel.residual.label, panel.residual.kind === "quantile" ? number(at, 2) : signed(at)]);
   return h("table", {}, rows.map(([name, value]) => h("tr", {}, h("th", {}, name), h("td", {}, value))));
 }
@@ -44,9 +44,9 @@ function grid(panel, step) {
     return h(
       "tr",
       {},
-      h("th", { style: `color: ${color}` }, name),
-      cell(number(values.measured)),
-      series.map((order) => cell(orderText(order, values, quantity.best))),
+      h("th", {}, h("span", { class: "dot", style: `background: ${color}`, "aria-hidden": "true" }), name),
+      cell(valueText(panel.name, values.measured)),
+      series.map((order) => cell(orderText(panel.name, order, values, quantity.best))),
       panel.residual && cell(at === null ? "–" : panel.residual.kind === "quantile" ? number(at, 2) : signed(at)),
     );
   };

@@ -22,9 +22,31 @@ export function number(value, digits = 4) {
   return (exponent ? `${trimmed}e${Number(exponent)}` : trimmed).replaceAll("-", "−");
 }
 
+/** A relative change in words, as torch_eft.results.regime.amount says it: "5.0 %", or from 1 on "7.7 times". */
+export function amount(value) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  if (value === 0) return "0 %";
+  if (Math.abs(value) < 1) return `${twoDigits(100 * value)} %`;
+  return `${Math.abs(value) < 10 ? value.toPrecision(2) : number(value, 3)} times`;
+}
+
+function twoDigits(value) {
+  return (Math.abs(value) < 1e-3 ? value.toExponential(1) : value.toPrecision(2)).replaceAll("-", "−");
+}
+
 /** The same, always with its sign. */
 export function signed(value, digits = 3) {
   return value > 0 ? `+${number(value, digits)}` : number(value, digits);
+}
+
+/** Quantities that are changes relative to the start, shown in percent. */
+export function isRelative(name) {
+  return name === "ntk_drift" || name === "representation_change";
+}
+
+/** A value of a quantity as its reader wants it. */
+export function valueText(name, value, digits = 4) {
+  return isRelative(name) ? amount(value) : number(value, digits);
 }
 
 /** A series' name for readers. */

@@ -4,7 +4,7 @@ const KEY = "torch_eft.settings";
 
 const DEFAULTS = {
   steps: "log",
-  values: "linear",
+  values: "auto",
   residual: "auto",
   order_0: true,
   order_1: true,
@@ -13,6 +13,9 @@ const DEFAULTS = {
   events: true,
   only: "all",
   open: {},
+  sort: "",
+  descending: false,
+  grouped: true,
   live: true,
 };
 

@@ -1,9 +1,9 @@
 // Where the data comes from: TensorBoard's server, or a report's own page.
 //
 // Both give `runs()`: {runs: [{name, info, problem, unpredicted: {quantity: sentence}, quantities: {quantity:
-// [series]}}], headlines: [[quantity]], others, note} and `series(run)`: {quantities: {quantity: {series: [[step,
-// value], ...]}}, verdicts: {quantity: verdict}, readings: {quantity: sentence}}. Both throw Errors whose
-// message is a sentence.
+// [series]}, summary}], headlines: [[quantity]], bounds: {regimes, edges}, others, note} and `series(run)`:
+// {quantities: {quantity: {series: [[step, value], ...]}}, verdicts: {quantity: verdict}, readings: {quantity:
+// sentence}}. Both throw Errors whose message is a sentence. summary and bounds are as in answers.py.
 
 /** Our plugin's routes; paths are relative to the page's base address. */
 export class TensorBoardSource {

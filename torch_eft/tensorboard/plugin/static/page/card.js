@@ -41,10 +41,9 @@ export class Card {
 
   /** The words; single: one run is chosen. */
   describe(panel, about, single) {
-    this.title.setAttribute("title", `${about.title}: enlarge`);
+    this.title.setAttribute("title", `${about.formula ?? about.title}: enlarge`);
     this.title.replaceChildren(h("span", {}, about.title));
-    const left = single ? latest(panel) : h("span", { class: "formula", title: about.formula }, about.formula);
-    this.sub.replaceChildren(...[left, limit(about)].filter(Boolean));
+    this.sub.replaceChildren(...[single && latest(panel), limit(about)].filter(Boolean));
   }
 
   /** The chart, `height` high without its steps. */

@@ -2,23 +2,24 @@
 
 import { Chart } from "../charts/chart.js";
 import { h } from "../charts/dom.js";
-import { number } from "../data/format.js";
-import { flagBadge } from "./runs.js";
+import { valueText } from "../data/format.js";
+import { badge } from "../first/badges.js";
 
 const STATES = { inside: "inside", above: "outside", below: "outside" };
 const WAITING = "no prediction of this quantity is known";
 
 /** The last measured value; an en dash for none. */
-function value({ quantity }) {
-  return number(quantity.measured.at(-1)?.[1], 3);
+function value(name, { quantity }) {
+  return valueText(name, quantity.measured.at(-1)?.[1], 3);
 }
 
 /** What was predicted at the last step that has both, in numbers: phrases. */
-function predicted({ step, measured, predicted: median, low, high, given_low: below, given_high: above, expansion, ends }) {
-  const between = (a, b) => `${number(a, 3)} .. ${number(b, 3)}`;
+function predictedWords(name, { step, measured, predicted: median, low, high, given_low: below, given_high: above, expansion, ends }) {
+  const text = (number) => valueText(name, number, 3);
+  const between = (a, b) => `${text(a)} .. ${text(b)}`;
   return [
-    ends && `at step ${step}: measured ${number(measured, 3)}`,
-    median !== null && `predicted ${number(median, 3)}`,
+    ends && `at step ${step}: measured ${text(measured)}`,
+    median !== null && `predicted ${text(median)}`,
     low !== null && `90 % of networks ${between(low, high)}`,
     below !== null && above !== null && `given its start ${between(below, above)}`,
     expansion && "no band: it follows the path that this network takes",
@@ -26,35 +27,33 @@ function predicted({ step, measured, predicted: median, low, high, given_low: be
 }
 
 /** Words, numbers and how they are shown, for one run: its verdict, or why there is none. */
-function judged(run, marks) {
+function judged(name, run, marks) {
   const { verdict, unpredicted } = run;
   if (!verdict) return { state: "none", words: unpredicted ?? WAITING, numbers: [] };
   const ended = verdict.expansion && marks.at(-1)?.text;
-  return { state: STATES[verdict.state] ?? "plain", words: ended || verdict.words, numbers: predicted(verdict) };
+  return { state: STATES[verdict.state] ?? "plain", words: ended || verdict.words, numbers: predictedWords(name, verdict) };
 }
 
-function single(run, marks) {
-  const { state, words, numbers } = judged(run, marks);
+function single(name, run, marks) {
+  const { state, words, numbers } = judged(name, run, marks);
   // What lies in a band that does not hold is no success.
-  const doubtful = numbers.length && !run.verdict.expansion && ["caution", "invalid"].includes(run.validity?.flag);
-  const doubt = doubtful ? [" ", flagBadge({ validity: run.validity })] : [];
+  const doubtful = numbers.length && !run.verdict.expansion && ["caution", "none"].includes(run.theory?.tone);
+  const doubt = doubtful ? [" ", badge({ ...run.theory, name: run.theory.name === "measured only" ? "does not hold" : "with caution" })] : [];
   const spans = numbers.map((phrase) => [h("span", {}, phrase), " "]);
   const lines = [h("p", { class: `verdict ${state}`, title: words }, words, doubt), h("p", { class: "numbers" }, spans)];
-  if (!run.reading) return lines;
-  // Where nothing is predicted, it is what the card has to say.
-  const reading = h("p", { class: "reading" }, run.reading);
-  return state === "none" ? [reading, ...lines] : [...lines, reading];
+  // Where nothing is predicted, what the value means by itself is what the card has to say.
+  return state === "none" && run.reading ? [h("p", { class: "reading" }, run.reading), ...lines] : lines;
 }
 
 /** A row a run. */
-function several(runs) {
+function several(quantity, runs) {
   const row = (run) => {
-    const { state, words } = judged(run, []);
+    const { state, words } = judged(quantity, run, []);
     const short = state === "none" ? "no prediction" : run.verdict.short;
-    const name = h("th", { style: `color: ${run.color}`, title: run.name }, run.name);
-    return h("tr", { title: words }, name, h("td", {}, value(run)), h("td", { class: `verdict ${state}` }, short));
+    const name = h("th", { scope: "row", title: run.name }, h("span", { class: "dot", style: `background: ${run.color}`, "aria-hidden": "true" }), run.name);
+    return h("tr", { title: words }, name, h("td", {}, value(quantity, run)), h("td", { class: `verdict ${state}` }, short));
   };
-  return [h("table", { class: "verdicts" }, runs.map(row))];
+  return [h("table", { class: "verdicts" }, h("tbody", {}, runs.map(row)))];
 }
 
 export class Headline {
@@ -73,8 +72,8 @@ export class Headline {
   describe(panel, about, alone) {
     this.title.setAttribute("title", `${about.formula ?? about.title}: enlarge`);
     this.title.replaceChildren(h("span", {}, about.title));
-    this.value.textContent = alone ? value(panel.runs[0]) : "";
-    this.words.replaceChildren(...(alone ? single(panel.runs[0], panel.marks) : several(panel.runs)));
+    this.value.textContent = alone ? value(panel.name, panel.runs[0]) : "";
+    this.words.replaceChildren(...(alone ? single(panel.name, panel.runs[0], panel.marks) : several(panel.name, panel.runs)));
   }
 
   /** The height of all but the chart. */

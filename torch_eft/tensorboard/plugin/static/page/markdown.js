@@ -38,7 +38,7 @@ export function markdown(text) {
   }
   const make = {
     blank: () => [],
-    heading: ([line]) => h("h4", {}, inline(line.replace(/^#+ /, ""))),
+    heading: ([line]) => h("h3", {}, inline(line.replace(/^#+ /, ""))),
     list: (lines) => h("ul", {}, lines.map((line) => h("li", {}, inline(line.replace(/^\s*[-*] /, ""))))),
     table: (lines) => (lines.length > 2 ? table(lines) : h("p", {}, lines.join(" "))),
     paragraph: (lines) => h("p", {}, inline(lines.join(" "))),

@@ -22,9 +22,9 @@ function toggle(label, name, settings, changed, title) {
 export function toolbar(settings, live, changed, exports) {
   return h(
     "div",
-    { class: "toolbar", role: "toolbar", "aria-label": "Display" },
+    { class: "toolbar", role: "group", "aria-label": "display" },
     choice("Steps", "steps", { log: "log", linear: "linear" }, settings, changed),
-    choice("Values", "values", { linear: "linear", log: "log" }, settings, changed),
+    choice("Values", "values", { auto: "automatic", linear: "linear", log: "log" }, settings, changed),
     choice(
       "Residuals",
       "residual",

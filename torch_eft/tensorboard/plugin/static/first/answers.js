@@ -1,0 +1,82 @@
+// Of one run, the four questions that a reader comes with, answered.
+
+import { h } from "../charts/dom.js";
+import { amount, number } from "../data/format.js";
+import { depthWidthMap } from "./depth_width.js";
+import { kernelScale, scaleKey } from "./kernel_scale.js";
+
+const MAP_HEIGHT = 168;
+
+function card(title, key, ...children) {
+  return h("article", { class: "answer", "data-answer": key }, h("h2", {}, title), children);
+}
+
+/** How far from the kernel regime? */
+function kernel({ summary }, regimes, width, theme) {
+  const { drift, features, distance, regime } = summary;
+  const changes = { drift: drift.measured, features };
+  const predicted = drift.low !== null && `predicted ${amount(drift.low)} .. ${amount(drift.high)}`;
+  const big = drift.measured !== null ? `NTK moved ${amount(drift.measured)}` : features !== null ? `features moved ${amount(features)}` : "not measured";
+  const beside = [
+    drift.measured !== null && features !== null && `features moved ${amount(features)}`,
+    predicted,
+    distance !== null && !predicted && `1 − cos(H, H₀) = ${number(distance, 2)}`,
+  ];
+  const scale = kernelScale(width, changes, drift, regimes, theme);
+  return card(
+    "How far from the kernel regime?",
+    "kernel",
+    h("p", { class: "big" }, big),
+    scale,
+    scale && scaleKey(theme, changes),
+    h("p", {}, beside.filter(Boolean).join("; ")),
+    h("p", { class: "soft" }, `${regime.name}: ${regime.reason}`),
+  );
+}
+
+/** How far from theory? */
+function theory({ summary }) {
+  const { compared, theory: reach } = summary;
+  const rows = compared.rows.map(([name, value, words]) => h("tr", { title: words }, h("th", { scope: "row" }, name), h("td", {}, value)));
+  return card(
+    "How far from theory?",
+    "theory",
+    h("p", { class: `big state-${compared.state}` }, compared.words),
+    rows.length > 0 && h("table", { class: "distances" }, h("tbody", {}, rows)),
+    compared.left && h("p", {}, compared.left),
+    compared.words !== reach.reason && h("p", { class: "soft" }, `theory ${reach.name}: ${reach.reason}`),
+  );
+}
+
+/** Depth or width? */
+function shape(run, runs, edges, width, theme) {
+  const { info, summary } = run;
+  const map = depthWidthMap(width, MAP_HEIGHT, runs, new Map([[run.name, { color: theme.measured }]]), edges, theme);
+  const words = () => {
+    const epsilon = info.epsilon > info.r ? `, ε = ${number(info.epsilon, 2)}` : "";
+    return `r = ${number(info.r, 2)}${epsilon}; edge at r = ${number(summary.size.edge, 2)}, too deep from ${number(summary.size.too_deep, 2)} on`;
+  };
+  return card(
+    "Depth or width?",
+    "shape",
+    map ?? h("p", { class: "big" }, "not known"),
+    h("p", { class: map ? "" : "soft" }, summary.size ? words() : "r = L/n is defined for multilayer perceptrons; this network has no one depth and width."),
+  );
+}
+
+/** What to do? */
+function todo({ summary, info }) {
+  const lines = summary.advice.length ? summary.advice : ["Nothing is wrong."];
+  const left = typeof info?.left_out === "string" ? info.left_out : "";
+  return card("What to do?", "advice", h("ul", {}, lines.map((line) => h("li", {}, line))), left && h("p", { class: "soft" }, left));
+}
+
+/**
+ * @param {{name, info, summary}} run
+ * @param {object[]} runs all of them, for the map
+ * @param {{regimes, edges}} bounds
+ * @param {number} width of one card's inside, in pixels
+ */
+export function answers(run, runs, bounds, width, theme) {
+  return [kernel(run, bounds.regimes, width, theme), theory(run), shape(run, runs, bounds.edges, width, theme), todo(run)];
+}

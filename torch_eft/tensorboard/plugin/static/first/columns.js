@@ -1,0 +1,83 @@
+// The columns of the table of runs: what they show, and by what they sort.
+
+import { h } from "../charts/dom.js";
+import { amount, number } from "../data/format.js";
+import { badge, ending } from "./badges.js";
+
+const REGIME_ORDER = ["lazy", "weakly moving", "moving", "rich"];
+
+function middle(values) {
+  const sorted = values.filter((value) => Number.isFinite(value)).sort((a, b) => a - b);
+  return sorted.length ? sorted[Math.floor((sorted.length - 1) / 2)] : null;
+}
+
+/** "5.0 % (4.8 % .. 5.6 %)" of several. */
+function spread(values, text) {
+  const known = values.filter((value) => Number.isFinite(value));
+  if (!known.length) return "–";
+  const [low, high] = [Math.min(...known), Math.max(...known)];
+  return low === high ? text(low) : h("span", { title: `${text(low)} .. ${text(high)}` }, `${text(middle(known))} ±`);
+}
+
+/** The same words of all, or how many there are. */
+function common(runs, words) {
+  const different = [...new Set(runs.map(words))];
+  return different.length === 1 ? different[0] : `${different.length} kinds`;
+}
+
+const numeric = (key, label, title, value, text) => ({
+  key,
+  label,
+  title,
+  numeric: true,
+  sort: (runs) => middle(runs.map(value)),
+  cell: (runs) => (runs.length === 1 ? text(value(runs[0])) : spread(runs.map(value), text)),
+});
+const band = ({ summary: { drift } }) => (drift.low === null ? "–" : `${amount(drift.low)} .. ${amount(drift.high)}`);
+const badges = (key, rank) => ({
+  key,
+  label: key,
+  title: key === "regime" ? "how far from the kernel regime" : "how far the theory reaches",
+  sort: (runs) => middle(runs.map(rank)),
+  cell: (runs) => {
+    const words = common(runs, ({ summary }) => summary[key].name);
+    return runs.every(({ summary }) => summary[key].name === words) ? badge(runs[0].summary[key]) : words;
+  },
+});
+
+/** cell and sort take the runs of a row: one, or those alike. */
+export const COLUMNS = [
+  numeric("depth", "L", "depth", ({ info }) => info?.depth ?? null, (v) => number(v)),
+  numeric("width", "n", "width", ({ info }) => info?.width ?? null, (v) => number(v)),
+  numeric("r", "r", "r = L/n, depth over width", ({ info }) => info?.r ?? null, (v) => number(v, 3)),
+  {
+    key: "optimizer",
+    label: "optimizer",
+    title: "optimizer",
+    sort: (runs) => runs[0].info?.optimizer ?? "",
+    cell: (runs) => {
+      const text = common(runs, ({ info }) => info?.optimizer ?? "–");
+      return h("span", { class: "cut", title: text }, text);
+    },
+  },
+  numeric("measured", "drift", "last measured NTK drift", ({ summary }) => summary.drift.measured, amount),
+  numeric("predicted", "predicted", "the theory's median of the NTK drift", ({ summary }) => summary.drift.predicted, amount),
+  {
+    key: "band",
+    label: "90 % band",
+    title: "90 % of networks with other seeds drift between these",
+    numeric: true,
+    sort: (runs) => middle(runs.map(({ summary }) => summary.drift.high)),
+    cell: (runs) => common(runs, band),
+  },
+  numeric("features", "features", "representation change: of the hidden kernels", ({ summary }) => summary.features, amount),
+  badges("regime", ({ summary }) => REGIME_ORDER.indexOf(summary.regime.name)),
+  badges("theory", ({ summary }) => ["to 1/n", "order 0", "measured only", "diverged"].indexOf(summary.theory.name)),
+  {
+    key: "ending",
+    label: "ended",
+    title: "how far the training came",
+    sort: (runs) => runs[0].summary.ending.words,
+    cell: (runs) => (runs.length === 1 ? ending(runs[0].summary.ending) : common(runs, ({ summary }) => summary.ending.words)),
+  },
+];
