@@ -367,6 +367,23 @@ def test_samples_and_tiles_agree_with_integration(monkeypatch):
     assert float((whole.ntk.relative_rms / tiled.ntk.relative_rms - 1).abs()) < 0.01
 
 
+def test_over_three_points_samples_agree_with_integration_within_their_error():
+    """By default moments over three points and more are sampled: integrated, over four they take minutes."""
+    single = theory.MLPEnsemble([3, 64, 1], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
+    x, y = normal(3, 3, seed=11), normal(2, 1, seed=12)
+    training = Training(learning_rate=0.05, steps=10, reduction="sum")
+    law = theory.predict_drift(single, x[1:], y, x[:1], training, at_steps=[10], num_samples=20_000)
+    path, at = theory.FrozenTraining(single, x[1:], y, x[:1], training), torch.tensor([10])
+    (exact,) = FormReader(VertexTiles(single, path.layers, 1, 1, 0), path, False, 2**31).replicas()
+    for found, form in ((law.ntk, exact.ntk), (law.hidden[1], exact.hidden[1])):
+        mean, variance = form.moments(path, at)
+        ratio = float(found.relative_rms[0] * found.reference.norm() / (mean.square() + variance).sum().sqrt())
+        assert abs(ratio - 1) < 8 * law.error["ntk"] < 0.1  # of two replicas: an error known to a factor of 2
+    assert 0 < law.error["ntk"] < 0.01
+    four = theory.predict_drift(single, x[1:], y, torch.cat([x[:1], X[:1]]), training, at_steps=[10])
+    assert float(four.ntk.relative_rms[0]) > 0
+
+
 def test_one_output_has_one_kernel():
     single = theory.MLPEnsemble([3, 40, 1], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
     law = theory.predict_drift(single, X, Y[:, :1], X[:1], learning_rate=0.1, steps=5, reduction="sum")

@@ -41,9 +41,6 @@ _SUMMED_AT_MOST = 4000
 """Steps with momentum, whose sums over time are made step by step at every measurement."""
 
 LAW = "the law of the drift"
-_INTEGRATED = {3: 2.0, 4: 60.0}
-"""Seconds for every layer over three and four points in all, whose moments are integrated instead of sampled."""
-
 _SENSITIVE = 0.25
 """Relative difference between one network's displacement and the ensemble's beyond which dNTK has no line: up to there
 the 90 % band covered 82 % or more of trained networks (tanh, n = 256), 69 % at 0.35 (measured)."""
@@ -236,7 +233,6 @@ def _work(ensemble: MLPEnsemble, train: int, probe: int, points: int) -> float:
     """Labels of every layer, entries of the law of single pairs, those of the joint law, and its eigenvectors."""
     layers, modes = ensemble.depth - 1, points * (points + 1) // 2 * train
     single = 0.44 + 0.22 * layers + 1.6e-3 * probe * train + 2.9e-6 * (probe * train) ** 2
-    single += _INTEGRATED.get(train + probe, 0.0)
     return layers * (single + 4.5e-6 * points**4 * train**2) + 3e-10 * (1 + layers) * modes**3
 
 

@@ -17,7 +17,13 @@ from torch_eft.results.progress.work import worked
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.four_point_moments import Factor, exact_mean, products
-from torch_eft.theory.gaussian.points import MOST_QUADRATURE_LABELS, Points, quadrature_spacings, sample_points
+from torch_eft.theory.gaussian.points import (
+    MOST_QUADRATURE_LABELS,
+    Points,
+    quadrature_spacings,
+    sample_points,
+    square_root,
+)
 from torch_eft.theory.gaussian.scale_invariant import Orders
 from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
 from torch_eft.theory.initialization.estimators import RECURSIONS, ReplicaKind, Replicas, vertex_replicas
@@ -36,6 +42,10 @@ class VertexTiles:
         seed: Seed of the samples.
         kinks: The meaning of explicit derivatives at a kink.
         x: The points; equal ones (a probe point that is also a training point) count once. None: all count.
+        integrated: Linearly independent points over which moments are integrated at most; over more they are sampled.
+
+    Attributes:
+        sampled: Whether they are.
     """
 
     def __init__(
@@ -47,6 +57,7 @@ class VertexTiles:
         seed: int,
         kinks: Kinks = "autograd",
         x: Tensor | None = None,
+        integrated: int = MOST_QUADRATURE_LABELS,
     ) -> None:
         self.ensemble, self.depth = ensemble, ensemble.depth
         self._kinks, self._seed, self._num_replicas = kinks, seed, num_replicas
@@ -60,6 +71,7 @@ class VertexTiles:
         activation = ensemble.activation
         self.sampled = activation.slopes is None and not (
             len(K[0]) <= MOST_QUADRATURE_LABELS
+            and square_root(K[0])[1].shape[1] <= integrated
             and (activation.kinked or all(quadrature_spacings(activation, k) is not None for k in K[:-1]))
         )
         self.kind: ReplicaKind = "independent" if self.sampled else "refined"

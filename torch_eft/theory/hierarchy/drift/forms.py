@@ -219,7 +219,7 @@ class FormReader:
 
     def __init__(self, vertices: VertexTiles, path: FrozenModes, hidden_ntk: bool, memory: int) -> None:
         self._vertices, self._path, self._hidden_ntk = vertices, path, hidden_ntk
-        self._few = len(path.K) <= MOST_QUADRATURE_LABELS
+        self._few = len(path.K) <= MOST_QUADRATURE_LABELS and not vertices.sampled
         self._entries = entries = max(1, memory // (4 * _ARRAYS))
         self._tile = min(256, max(1, math.isqrt(entries)))  # training labels on each side
         self._rows = max(1, math.isqrt(entries // min(self._tile, len(path.train)) ** 2))

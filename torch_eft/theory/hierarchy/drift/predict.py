@@ -26,6 +26,10 @@ from torch_eft.theory.initialization.evaluator import FLUCTUATIONS
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
 from torch_eft.theory.training.infinite_width import FrozenTraining
 
+_INTEGRATED = 2
+"""Independent points over which moments are integrated: those with six labels take seconds over three, minutes over
+four, and less than one second from samples."""
+
 _STORED = 20
 """Float64 matrices over modes for every pair of probe points, beside those of hidden layers."""
 
@@ -67,7 +71,7 @@ def predict_drift(
         steps: Number T of optimizer steps.
         at_steps: The steps to return; None means 0, 1, .. T.
         hidden_ntk: True for the NTKs of hidden layers, too.
-        num_samples: Sample size in all, for more than four inputs; its error falls as 1/sqrt(num_samples).
+        num_samples: Sample size in all, for more than two inputs; its error falls as 1/sqrt(num_samples).
         num_replicas: Independent samples it is shared by, at least 2, to estimate the error.
         joint_points: Probe points whose pairs are drawn together by ``quantiles`` and ``draws``, spread evenly over the
             probe; the cost grows as their number to the power 4. Norms over more points are those over these, scaled
@@ -114,7 +118,7 @@ def predict_drift(
     check_statistics(ensemble, frozen.x, FLUCTUATIONS, "autograd", check_validity=True)
     _check_memory(frozen, memory, hidden_ntk, num_replicas)
     times = training.times(at_steps, frozen.x.device)
-    vertices = VertexTiles(ensemble, frozen.layers, num_samples, num_replicas, seed)
+    vertices = VertexTiles(ensemble, frozen.layers, num_samples, num_replicas, seed, integrated=_INTEGRATED)
     reader = FormReader(vertices, frozen, hidden_ntk, memory)
     with working("predicting the drift"):
         replicas = reader.replicas()
