@@ -83,6 +83,7 @@ def test_divergence_outdoes_all():
         "name": "diverged",
         "tone": "bad",
         "reason": "the numbers are not finite at step 13: nothing holds from there on",
+        "meaning": "",
     }
 
 

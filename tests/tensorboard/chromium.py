@@ -45,13 +45,17 @@ class Browser:
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self._send(f"{domain}.enable")
-        self._send(
-            "Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=False
-        )
+        self.resize(*size)
         if dark:
-            feature = {"name": "prefers-color-scheme", "value": "dark"}
-            self._send("Emulation.setEmulatedMedia", features=[feature])
+            self.darken()
         self._send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads), browser=True)
+
+    def resize(self, width, height):
+        self._send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def darken(self):
+        feature = {"name": "prefers-color-scheme", "value": "dark"}
+        self._send("Emulation.setEmulatedMedia", features=[feature])
 
     def _send(self, method, browser=False, **parameters):
         self._number += 1

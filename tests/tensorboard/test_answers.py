@@ -127,7 +127,7 @@ def test_a_band_of_a_forecast_that_does_not_hold_is_no_success():
     found = of({"claims": [wrong]}, ntk_drift=forecast(0.05))
     assert found["compared"]["state"] == "doubtful"
     assert found["compared"]["words"] == "the forecast does not hold: what is neglected is not smaller"
-    assert "Do not read the bands" in found["advice"][0]
+    assert "Do not rely on the bands" in found["advice"][0]
 
 
 def test_a_run_without_description_is_summarized_from_its_numbers():

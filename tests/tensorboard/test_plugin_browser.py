@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -383,3 +384,134 @@ def test_numbers_of_the_modules(tensorboard, browser):
     assert found["many"] == [0, 499999]  # more than a call takes as arguments
     minus, none = "\N{MINUS SIGN}", "\N{EN DASH}"
     assert found["numbers"] == ["0", "1235", f"{minus}1.236e{minus}4", "1e9", none, none]
+
+
+AXE = next((Path(place) for place in [os.environ.get("AXE_CORE", "")] if place and Path(place).is_file()), None)
+"""``axe.min.js`` of the npm package axe-core, which checks accessibility."""
+
+
+def faults(browser):
+    """Serious faults of accessibility that axe-core finds on the page; none where it is not there."""
+    if AXE is None:
+        return []
+    browser.run(f"(() => {{ {AXE.read_text('utf-8')} }})()")
+    return browser.run(
+        "axe.run(document, {resultTypes: ['violations']}).then((result) => result.violations"
+        ".filter(({impact}) => ['serious', 'critical'].includes(impact))"
+        ".map(({id, nodes}) => [id, ...nodes.map(({html}) => html)]))"
+    )
+
+
+def many_runs(place):
+    """Five widths, two of them with a second seed; a CNN; a damaged, a diverged and an interrupted run."""
+    known = documented(["ntk_drift", "dntk", "representation_change"])
+    for width, seed in [(16, 0), (32, 0), (64, 0), (64, 1), (128, 0), (128, 1)]:
+        drift = (1.6 if seed else 1.5) / width
+
+        def scalars(step, drift=drift, width=width):
+            band = {"order_1": 1.5, "band_90_low": 1.2, "band_90_high": 1.9}
+            found = {tag("ntk_drift"): drift * step, tag("representation_change"): drift * step / 2}
+            return found | {tag("ntk_drift", name): value * step / width for name, value in band.items()}
+
+        network = f"MLP 64-{width}-{width}-10, tanh"
+        info = run_info(network=network, width=float(width), r=3 / width, epsilon=1 / width, quantities=known)
+        progress = {"state": "ended", "step": 4, "planned": 4, "diverged": None}
+        write_scalars(place / f"tanh-{width}-{seed}", scalars, info | {"events": [], "progress": progress})
+    none = {"level": "measurements only", "validity": {"flag": "invalid", "reason": "not an MLP: Conv2d"}}
+    shapeless = dict.fromkeys(("depth", "width", "r", "epsilon")) | {"network": "CNN", "optimizer": "Adam, lr 0.001"}
+    direction = {tag("ntk_kernel_distance"): 0.1}
+    write_scalars(place / "cnn", lambda step: {tag("ntk_drift"): 3.0 * step} | direction, run_info(**none, **shapeless))
+    diverged = {"progress": {"state": "ended", "step": 9, "planned": 9, "diverged": 5}}
+    write_scalars(place / "diverged", lambda step: {tag("ntk_drift"): 10.0 ** (3 * step)}, run_info(**diverged))
+    early = {"progress": {"state": "interrupted", "step": 4, "planned": 300, "diverged": None}}
+    write_scalars(place / "early", lambda step: {tag("ntk_drift"): 0.01 * step}, run_info(**early))
+    write_scalars(place / "damaged", lambda step: {tag("ntk_drift"): 0.01 * step}, {"events": 3})
+
+
+@pytest.mark.slow
+def test_a_table_of_runs_is_sorted_grouped_searched_and_charted(tmp_path, browser):
+    (tmp_path / "logs").mkdir()
+    many_runs(tmp_path / "logs")
+    write_report([tmp_path / "logs"], tmp_path / "report.html")
+    page = "document"
+    browser.go((tmp_path / "report.html").as_uri())
+    browser.until("document.querySelectorAll('.headline svg').length > 0")
+
+    def rows():
+        return browser.run("[...document.querySelectorAll('.runs tbody th')].map((e) => e.textContent.trim())")
+
+    def cells(name):
+        row = f"document.querySelector('[data-run=\"logs/{name}\"]')"
+        return browser.run(f"[...{row}.querySelectorAll('td')].map((e) => e.innerText.trim())")
+
+    # Seeds are one row; a damaged run says so and harms no other.
+    assert "▸ MLP 64-64-64-10, tanh 2 runs" in rows() and len(rows()) == 8
+    assert "logs/damaged damaged" in rows()
+    assert cells("diverged")[-2] == "diverged at 5" and cells("early")[-2] == "4 of 300"
+    assert cells("tanh-32-0")[:8] == ["3", "32", "0.0938", "SGD", "19 %", "19 %", "15 % .. 24 %", "9.4 %"]
+    assert cells("cnn")[8:10] == ["◆ rich", "○ measured only"]
+    press(browser, ".runs tr.alike .fold", page)
+    assert "logs/tanh-64-1" in rows() and len(rows()) == 10
+
+    # Sorting by the keyboard: upwards, downwards, what is not known last; the focus stays.
+    browser.run("document.querySelector('[data-sort=r]').focus()")
+    browser.run("document.activeElement.click()")
+    assert browser.run("document.activeElement.closest('th').ariaSort") == "ascending"
+    upwards = rows()
+    assert "▸ MLP 64-128-128-10, tanh 2 runs" in upwards[:3]  # with two of the same r
+    assert upwards[-2:] == ["logs/cnn", "logs/damaged damaged"]
+    browser.run("document.activeElement.click()")
+    assert rows()[0] == "logs/tanh-16-0" and rows()[-2:] == ["logs/cnn", "logs/damaged damaged"]
+
+    # Searching leaves what is chosen alone.
+    chosen = browser.run("document.querySelectorAll('.runs .chosen').length")
+    browser.run(
+        "(() => { const s = document.querySelector('input[type=search]'); s.value = 'cnn adam';"
+        "s.dispatchEvent(new Event('input')); })()"
+    )
+    assert rows() == ["logs/cnn"] and browser.run(text(".find [role=status]", page)) == "1 of 10 runs"
+    browser.run(
+        "(() => { const s = document.querySelector('input[type=search]'); s.value = '';"
+        "s.dispatchEvent(new Event('input')); })()"
+    )
+    assert browser.run("document.querySelectorAll('.runs .chosen').length") == chosen
+
+    # The law of the width, of the runs that are charted; one that diverged sets no axis.
+    browser.run("document.querySelectorAll('.runs tbody input:not(:checked)').forEach((e) => e.click())")
+    law = browser.until("document.querySelector('[data-answer=law] svg')?.getAttribute('aria-label')")
+    assert "6 runs" in law and "NTK moved 19 %" in law
+    assert "drift ∝ r^" in browser.run(text("[data-answer=law] p", page))
+    assert browser.run("document.querySelectorAll('[data-answer=law] [data-mark=theory]').length") == 1
+    ticks = browser.run(f"[...document.querySelectorAll('{card('ntk_drift')} svg text')].map((e) => e.textContent)")
+    assert "off the chart: measured" in ticks and not any("e1" in tick for tick in ticks)
+    assert not faults(browser)
+
+    # One run alone: four answers, and its place on the map among the others.
+    press(browser, "[data-run='logs/tanh-32-0'] [data-action=only]", page)
+    browser.until("document.querySelectorAll('.answer').length == 4")
+    answers = browser.run("[...document.querySelectorAll('.answer')].map((e) => e.innerText)")
+    assert "NTK moved 19 %" in answers[0] and "predicted 15 % .. 24 %" in answers[0]
+    assert "inside the 90 % band" in answers[1]
+    assert "edge at r = 0.2" in answers[2] and "To be lazy: hidden widths x2 → drift about 9.4 %" in answers[3]
+    assert browser.run("document.querySelectorAll('[data-answer=shape] [data-mark=star]').length") == 1
+    assert browser.run("document.querySelectorAll('[data-answer=shape] circle').length") == 7
+
+    # At other widths nothing runs out of the page, in the dark neither, and the folded groups open.
+    for width in (900, 1440, 1920):
+        browser.resize(width, 900)
+        browser.until(f"innerWidth == {width}")
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        columns = browser.run(
+            "getComputedStyle(document.querySelector('.answers')).gridTemplateColumns.split(' ').length"
+        )
+        assert columns == (2 if width < 1000 else 4)
+        assert not faults(browser)
+    browser.darken()
+    browser.until("document.documentElement.dataset.theme == 'dark'")
+    assert not faults(browser)
+
+    # A CNN without a theory: the bounded distance first, and a grey sentence.
+    press(browser, "[data-run='logs/cnn'] [data-action=only]", page)
+    browser.until("document.querySelector('.headline').dataset.quantity == 'ntk_kernel_distance'")
+    assert "not an MLP: Conv2d" in browser.run(text(".headline .verdict.none", page))
+    assert browser.console == []

@@ -21,7 +21,11 @@ def test_the_report_holds_the_runs(tmp_path, capsys):
     out = tmp_path / "new" / "report.html"
     assert main(["report", str(tmp_path / "logs"), "--out", str(out)]) == 0
     assert capsys.readouterr().out.strip() == f"{out}: 2 runs"
-    data = embedded(out.read_text("utf-8"))
+    page = out.read_text("utf-8")
+    assert "<title>logs/a, logs/b - torch_eft</title>" in page
+    head = re.search(r"<header.*?</header>", page, re.S).group()
+    assert "logs/a, logs/b" in head and re.search(r"<time>\d{4}-\d\d-\d\d \d\d:\d\d</time>", head)
+    data = embedded(page)
     assert [run["name"] for run in data["runs"]] == ["logs/a", "logs/b"]
     first, second = data["runs"]
     assert first["info"]["r"] == 0.0234375 and first["problem"] == ""

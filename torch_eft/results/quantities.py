@@ -62,7 +62,7 @@ QUANTITIES: dict[str, Quantity] = {
         among_the_first=True,
     ),
     "output_chi_squared": Quantity(
-        "Output: squared deviation from theory / variance",
+        "Outputs: squared deviation in units of the variance",
         "mean over probe and outputs of (z - E z)^2 / Var z",
         "1",
         "derived here, from PDLT 10.2",
@@ -71,7 +71,7 @@ QUANTITIES: dict[str, Quantity] = {
         among_the_first=True,
     ),
     "ntk_trace": Quantity(
-        "NTK: mean diagonal, (1/NC) sum H",
+        "NTK: mean diagonal",
         "(1 / N C) sum_{a,i} H_{ii;aa}",
         "(unit of the output)^2 / unit of the loss's rate",
         "PDLT 8.0; its mean 9.1",
@@ -106,7 +106,7 @@ QUANTITIES: dict[str, Quantity] = {
         KERNELS,
     ),
     "ntk_kernel_distance": Quantity(
-        "NTK: 1 - cos(H, H_0)",
+        "NTK: change of direction",
         "1 - <H, H_0> / (||H|| ||H_0||)",
         "1",
         "Fort et al. 2020 (arXiv:2010.15110)",
@@ -124,7 +124,7 @@ QUANTITIES: dict[str, Quantity] = {
         among_the_first=True,
     ),
     "ntk_spectrum": Quantity(
-        "NTK: log10 of its eigenvalues",
+        "NTK: eigenvalues in decades",
         "log10 of the eigenvalues of H as an (N C, N C) matrix, those below rounding left out",
         "log10 of that of H",
         "PDLT 10.1 (training's rates in the kernel regime)",
@@ -132,7 +132,7 @@ QUANTITIES: dict[str, Quantity] = {
         KERNELS,
     ),
     "representation_cka_distance": Quantity(
-        "Hidden kernels: 1 - CKA(K, K_0), mean over layers",
+        "Hidden kernels: change of similarities (CKA)",
         "mean over hidden layers of 1 - linear CKA(K, K_0)",
         "1",
         "Kornblith et al. 2019 (arXiv:1905.00414)",

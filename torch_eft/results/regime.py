@@ -40,6 +40,7 @@ class Badge:
         tone: How to color it: ``"good"``, ``"plain"`` (neither good nor bad), ``"caution"``, ``"bad"``, or ``"none"``
             (not known).
         reason: One sentence on why.
+        meaning: Its end, without the numbers.
 
     Example:
         >>> from torch_eft.results.regime import regime
@@ -50,6 +51,7 @@ class Badge:
     name: str
     tone: Tone
     reason: str
+    meaning: str = ""
 
     def to_dict(self) -> dict[str, str]:
         """All of it as plain types."""
@@ -139,13 +141,12 @@ def regime(last: Mapping[str, float], optimizer: str = "") -> Badge:
     meaning = _MEANINGS[name]
     if grown and turned is not None:
         meaning = f"it grew and hardly turned ({amount(turned)} once its size is fitted)"
-    reason = f"{', '.join(moved)}: {meaning}"
     share = last.get("ntk_batch_norm_share")
     if share is not None and share >= 0.5:
-        reason += "; most of it through BatchNorm's statistics"
+        meaning += "; most of it through BatchNorm's statistics"
     if (rule := optimizer.partition(",")[0].strip()) and rule not in ("SGD", "not given"):
-        reason += f"; {rule} does not follow this NTK as gradient descent does"
-    return Badge(name, "plain", reason)
+        meaning += f"; {rule} does not follow this NTK as gradient descent does"
+    return Badge(name, "plain", f"{', '.join(moved)}: {meaning}", meaning)
 
 
 _MEANINGS = {

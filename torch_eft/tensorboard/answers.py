@@ -53,7 +53,7 @@ def summary(info: Mapping[str, Any] | None, series: Mapping[str, Mapping[str, Po
             not finite.
 
     Returns:
-        ``{"ending": {"state", "words", "diverged"}, "regime": badge, "theory": badge, "drift": {"measured",
+        ``{"ending": {"state", "words", "short", "diverged"}, "regime": badge, "theory": badge, "drift": {"measured",
         "predicted", "low", "high"}, "features", "distance", "compared": {"state", "words", "rows": [[name, value,
         words]], "left"}, "advice": [sentence], "size": {"larger", "edge", "too_deep"}, "alike": key}``.
     """
@@ -124,17 +124,18 @@ def _ending(
         step = charted
     if diverged is not None:
         words = f"diverged at step {diverged}" + (f"; charts end at {charted}" if charted is not None else "")
-        return {"state": "diverged", "words": words, "diverged": diverged}
+        return {"state": "diverged", "words": words, "short": f"diverged at {diverged}", "diverged": diverged}
     if step is None:
-        return {"state": "empty", "words": "nothing measured yet", "diverged": None}
+        return {"state": "empty", "words": "nothing measured yet", "short": "\N{EN DASH}", "diverged": None}
     of = f" of {planned}" if planned is not None and planned > step else ""
-    if state == "ended":
-        words = f"ended early at step {step}{of}" if of else f"ended at step {step}"
-        return {"state": "early" if of else "ended", "words": words, "diverged": None}
-    if state == "interrupted":
-        return {"state": "early", "words": f"ended early at step {step}{of}", "diverged": None}
-    words = f"at step {step}{of}" if state == "running" else f"last measured at step {step}"
-    return {"state": "running", "words": words, "diverged": None}
+    early = state == "interrupted" or (state == "ended" and of)
+    if early:
+        words, kind = f"ended early at step {step}{of}", "early"
+    elif state == "ended":
+        words, kind = f"ended at step {step}", "ended"
+    else:
+        words, kind = f"at step {step}{of}" if state == "running" else f"last measured at step {step}", "running"
+    return {"state": kind, "words": words, "short": f"{step}{of}", "diverged": None}
 
 
 def _first_not_finite(series: Mapping[str, Mapping[str, Points]]) -> int | None:
@@ -225,7 +226,8 @@ def advice(
     left, compared = (sum(getattr(each, name) for each in verdicts.values()) for name in ("outside", "compared"))
     outside = left > BY_CHANCE * compared
     if badges["theory"].name == "measured only" and badges["theory"].tone == "caution":
-        found.append("Do not read the bands: what the theory neglects here is not smaller than what it predicts.")
+        lines = "the bands" if compared else "the forecast"
+        found.append(f"Do not rely on {lines}: what the theory neglects here is not smaller than what it predicts.")
     elif outside:
         found.append(
             f"Outside the bands at {left} of {compared} measurements: train other seeds before you conclude, as one "

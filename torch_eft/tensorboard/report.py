@@ -5,10 +5,13 @@ The file holds the tab's own modules, style and data, and asks nothing of the ne
 
 import base64
 import hashlib
+import html
 import json
 import posixpath
 import re
+import time
 from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +102,32 @@ def report_page(data: dict[str, Any]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:"
     style = (STATIC / "style.css").read_text("utf-8")
+    title = html.escape(_title([run["name"] for run in data["runs"]]))
+    made = time.strftime("%Y-%m-%d %H:%M")
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<meta name="viewport" content="width=device-width">\n<title>torch_eft report</title>\n'
+        f'<meta name="viewport" content="width=device-width">\n<title>{title} - torch_eft</title>\n'
         f"<style>\n{style}</style>\n"
-        f"</head>\n<body>\n<main></main>\n<noscript>This report draws its charts with JavaScript.</noscript>\n"
+        f'</head>\n<body>\n<header class="report"><strong>torch_eft report</strong> <span>{title}</span> '
+        f"<time>{made}</time> <span>torch_eft {_version()}</span></header>\n"
+        f"<main></main>\n<noscript>This report draws its charts with JavaScript.</noscript>\n"
         f'<script type="application/json" id="eft-data">{content}</script>\n'
         f'<script type="module">{script}</script>\n</body>\n</html>\n'
     )
+
+
+def _title(names: Sequence[str]) -> str:
+    """The runs' names, the first three of many."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
+
+
+def _version() -> str:
+    try:
+        return version("torch_eft")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "(not installed)"
 
 
 def bundle(entry: str) -> str:

@@ -160,7 +160,7 @@ export class App {
         reading: this.readings[run.name]?.[name],
         unpredicted: run.unpredicted?.[unbounded(name)],
         theory: run.summary.theory,
-        diverged: run.summary.ending.state === "diverged",
+        outlying: ["diverged", "early"].includes(run.summary.ending.state),
       }))
       .filter(({ raw }) => raw);
     const single = this.shownRuns().length === 1;

@@ -22,7 +22,7 @@ function valueLimits(panel, kind) {
   return limitsOf(values, kind) ?? (kind === "log" ? [0.1, 10] : [-1, 1]);
 }
 
-/** Lines or bands of the runs that set the axes: one that diverged does so only where it is alone. */
+/** Lines or bands of the runs that set the axes: one that did not end as planned does so only where it is alone. */
 function withoutOutlying(members) {
   const counted = members.filter(({ outlying }) => !outlying);
   return counted.some(({ points }) => points.length) ? counted : members;
@@ -189,7 +189,9 @@ function missing(panel, y) {
   if (y.log && measured.length && measured.every((value) => value <= 0)) return "nothing above 0 for a log axis";
   const off = panel.lines.filter((line) => values(line).some((v) => (v < y.low || v > y.high) && !(y.log && v <= 0)));
   if (off.length) return `off the chart: ${[...new Set(off.map(({ series }) => shortName(series)))].join(", ")}`;
-  return y.log && panel.lines.some((line) => values(line).some((value) => value <= 0)) ? "values ≤ 0 left out" : "";
+  // A change that begins at 0 is no news.
+  const later = ({ points }) => points.filter(([step]) => step > 0).map(([, value]) => value);
+  return y.log && panel.lines.some((line) => line.series === "measured" && later(line).some((value) => value !== null && value <= 0)) ? "values ≤ 0 left out" : "";
 }
 
 /** First and last step of some panels. */

@@ -9,7 +9,7 @@ import { makeScale } from "../data/scale.js";
  * @returns {{box, x, y, axes, frame(label, children)}} scales in pixels, the axes' elements, and the SVG around all
  */
 export function logPlane({ width, height, xs, ys, xLabel, yLabel, percent }, theme) {
-  const box = { left: percent ? 46 : 34, right: width - 8, top: 8, bottom: height - 34 };
+  const box = { left: percent ? 66 : 38, right: width - 8, top: 8, bottom: height - 34 };
   const x = makeScale("log", xs, [box.left, box.right]);
   const y = makeScale("log", ys, [box.bottom, box.top]);
   const soft = { fill: theme.soft };
@@ -17,7 +17,7 @@ export function logPlane({ width, height, xs, ys, xLabel, yLabel, percent }, the
   const axes = [
     ticksOf(xs, width / 70).map((value) => [
       svg("line", { x1: x.to(value), x2: x.to(value), y1: box.bottom, y2: box.bottom + 4, stroke: theme.zero }),
-      svg("text", { x: x.to(value), y: box.bottom + 15, "text-anchor": "middle", ...soft }, number(value, 3)),
+      svg("text", { x: Math.min(x.to(value), width - 4 - 3.2 * number(value).length), y: box.bottom + 15, "text-anchor": "middle", ...soft }, number(value)),
     ]),
     ticksOf(ys, height / 32).map((value) => [
       svg("line", { x1: box.left - 4, x2: box.left, y1: y.to(value), y2: y.to(value), stroke: theme.zero }),

@@ -30,7 +30,7 @@ function kernel({ summary }, regimes, width, theme) {
     scale,
     scale && scaleKey(theme, changes),
     h("p", {}, beside.filter(Boolean).join("; ")),
-    h("p", { class: "soft" }, `${regime.name}: ${regime.reason}`),
+    h("p", { class: "soft" }, `${regime.name}: ${regime.meaning || regime.reason}`),
   );
 }
 

@@ -10,7 +10,7 @@ export function badge(found, label = "") {
   return h("span", { class: `badge tone-${found.tone}`, title: found.reason }, h("span", { "aria-hidden": "true" }, `${SHAPES[found.tone]} `), name);
 }
 
-/** "ended at step 300", and in color what did not end as planned. */
-export function ending({ state, words }) {
-  return h("span", { class: `ending ending-${state}` }, words);
+/** "ended at step 300", or in a table "300"; in color what did not end as planned. */
+export function ending({ state, words, short }, inTable = false) {
+  return h("span", { class: `ending ending-${state}`, title: words }, inTable ? short : words);
 }

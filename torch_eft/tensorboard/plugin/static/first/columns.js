@@ -75,9 +75,10 @@ export const COLUMNS = [
   badges("theory", ({ summary }) => ["to 1/n", "order 0", "measured only", "diverged"].indexOf(summary.theory.name)),
   {
     key: "ending",
-    label: "ended",
+    label: "steps",
     title: "how far the training came",
-    sort: (runs) => runs[0].summary.ending.words,
-    cell: (runs) => (runs.length === 1 ? ending(runs[0].summary.ending) : common(runs, ({ summary }) => summary.ending.words)),
+    numeric: true,
+    sort: (runs) => parseInt(runs[0].summary.ending.short.match(/\d+/)?.[0] ?? "0", 10),
+    cell: (runs) => (runs.length === 1 ? ending(runs[0].summary.ending, true) : common(runs, ({ summary }) => summary.ending.short)),
   },
 ];

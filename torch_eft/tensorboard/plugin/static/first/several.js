@@ -4,7 +4,7 @@ import { h } from "../charts/dom.js";
 import { depthWidthMap } from "./depth_width.js";
 import { lawWords, lawful, widthLaw } from "./width_law.js";
 
-const PAIR_HEIGHT = 240;
+const PAIR_HEIGHT = 196;
 
 /** Two charts, as far as these runs have what they show. */
 export function severalAnswers(runs, styles, bounds, width, theme) {

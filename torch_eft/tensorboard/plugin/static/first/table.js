@@ -43,7 +43,8 @@ export class RunTable {
     this.body = h("tbody", {});
     this.table = h("table", { class: "runs" }, h("thead", {}, this.head), this.body);
     this.scroll = h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "runs" }, this.table);
-    this.element = h("section", { class: "run-table" }, h("div", { class: "find" }, this.input, this.groupedLabel, this.count), this.scroll);
+    const title = h("h1", { class: "hidden" }, "Runs of torch_eft");
+    this.element = h("section", { class: "run-table" }, title, h("div", { class: "find" }, this.input, this.groupedLabel, this.count), this.scroll);
   }
 
   #find() {

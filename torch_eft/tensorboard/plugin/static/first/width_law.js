@@ -11,9 +11,9 @@ function around(values, room) {
   return [low / room, high * room];
 }
 
-/** Runs with a finite drift and r, by r; those that diverged have none. */
+/** Runs with a drift and r, by r; those that diverged or were interrupted have no final one. */
 export function lawful(runs) {
-  const there = ({ info, summary }) => info?.r > 0 && summary.drift.measured > 0 && summary.ending.state !== "diverged";
+  const there = ({ info, summary }) => info?.r > 0 && summary.drift.measured > 0 && !["diverged", "early"].includes(summary.ending.state);
   return runs.filter(there).sort((a, b) => a.info.r - b.info.r);
 }
 
@@ -55,8 +55,24 @@ function guide(runs, x, y, box, theme) {
   return svg("polyline", { points: ends.join(" "), fill: "none", stroke: theme.soft, "stroke-dasharray": "2 3", "data-mark": "guide" });
 }
 
-/** What the lines are. */
+/** The exponent p of drift ~ r^p, by least squares; null where r differs by less than a factor of two. */
+function exponent(runs) {
+  const points = runs.map(({ info, summary }) => [Math.log(info.r), Math.log(summary.drift.measured)]);
+  const [low, high] = extent(points.map(([a]) => a));
+  if (points.length < 3 || high - low < Math.log(2) - 1e-9) return null;
+  const mean = (i) => points.reduce((sum, point) => sum + point[i], 0) / points.length;
+  const [a, b] = [mean(0), mean(1)];
+  return points.reduce((sum, [p, q]) => sum + (p - a) * (q - b), 0) / points.reduce((sum, [p]) => sum + (p - a) ** 2, 0);
+}
+
+/** What was found, and what the lines are. */
 export function lawWords(runs) {
+  const power = exponent(runs);
+  const found = power === null ? "" : `Over these runs drift ∝ r^${number(power, 2)}; order 1/n says r^1. `;
+  return found + lineWords(runs);
+}
+
+function lineWords(runs) {
   const predicted = runs.filter(({ summary }) => summary.drift.predicted > 0);
   if (predicted.length > 1) return "dots: measured; dashed: the theory's median, shaded: 90 % of networks";
   return "dots: measured; dotted: proportional to L/n, as a guide (no theory for two of these runs)";

@@ -44,7 +44,7 @@ function endMark(name, { series, points, color }, measured, events) {
 
 /**
  * @param {string} name the quantity
- * @param {{name, index, raw, events, diverged}[]} runs those that have it; raw as in model.js; one that diverged sets no axis
+ * @param {{name, index, raw, events, outlying}[]} runs those that have it; raw as in model.js; outlying ones set no axis
  * @param {{single, order_0, order_1, band, truncation, events, layers, residual, headline}} options what is switched
  *   on; single: one run is chosen; headline: a dot a measurement, and where there are quantiles nothing but them
  */
@@ -57,7 +57,7 @@ export function makePanel(name, runs, options, theme) {
   const kind = residualKind(read.map(({ quantity }) => quantity), options.residual);
   const panel = { name, runs: read, lines: [], bands: [], marks: [], events: [], residual: null };
   const residualLines = [];
-  for (const { name: run, color, marker, quantity, events, diverged } of read) {
+  for (const { name: run, color, marker, quantity, events, outlying } of read) {
     const line = (series, points, width) => ({
       series,
       points,
@@ -65,9 +65,9 @@ export function makePanel(name, runs, options, theme) {
       color: color ?? seriesColor(theme, series),
       dash: dashOf(series),
       marker: series === "measured" ? marker : null,
-      outlying: diverged,
+      outlying,
     });
-    const bands = bandsOf(quantity, color, theme, runs.length).map((band) => ({ ...band, outlying: diverged }));
+    const bands = bandsOf(quantity, color, theme, runs.length).map((band) => ({ ...band, outlying }));
     if (options.band) panel.bands.push(...bands);
     const plain = options.headline && quantity.band90.length > 0;
     const shown = quantity.orders.filter(({ series }) => options[series] ?? true);
