@@ -1,9 +1,9 @@
 """A network that is too deep, diagnosed before training and repaired as the diagnosis says.
 
 Twenty layers of sixteen tanh neurons, torch's default initialization, on scikit-learn's digits: it does not train. Its
-diagnosis names two causes, in this order: gradients vanish, as the weights are too small; and L / n > 1, so that
-networks of different seeds differ by order one. Each remedy is applied in turn, and every network is trained from a few
-seeds at half the step size that the diagnosis gives.
+diagnosis says why: gradients vanish, as the weights are too small. With critical weights it trains, and the diagnosis
+finds that networks of different seeds differ by order one, as L / n > 1. Each remedy is applied in turn, and every
+network is trained from a few seeds at half the step size that the diagnosis gives.
 
 Run: python examples/too_deep.py [--steps 400] [--seeds 5] [--figure too_deep.png]
 """

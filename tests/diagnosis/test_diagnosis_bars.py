@@ -72,15 +72,16 @@ def test_a_depth_sweep_at_fixed_width(name, seeds):
 
 
 @pytest.mark.parametrize(("name", "width"), [("relu", 40), pytest.param("tanh", 6, marks=pytest.mark.slow)])
-def test_every_run_with_epsilon_beyond_one_is_too_deep(name, width):
-    """Down to networks that are fine: none with epsilon > 1 is missed, none with r and epsilon < 0.2 is flagged."""
+def test_the_words_are_those_of_the_spread(name, width):
+    """Down to networks that are fine: none whose seeds differ by order one is missed, none below 0.2 is flagged."""
     seen = set()
     for depth in (2, 4, 9, 12):
         n = width if depth > 2 else 200
         diagnosis = eft.diagnose(MLPEnsemble([8, *[n] * (depth - 1), 2], name, C_W=CRITICAL[name][1]))
-        ratio, codes = diagnosis.aspect_ratio, {finding.code for finding in diagnosis.warnings}
-        largest = max(ratio.r, ratio.epsilon, ratio.epsilon_all_orders)
-        assert ("too deep" in codes) == (largest >= 1)
+        codes = {finding.code for finding in diagnosis.warnings}
+        own = diagnosis.variants[0]
+        largest = max(own.output_spread, own.ntk_spread) ** 2
+        assert ("spread" in codes) == (100 > largest >= 1)
         assert ("edge" in codes) == (0.2 <= largest < 1)
         seen.add(largest >= 1)
     assert seen == {False, True}
@@ -129,7 +130,7 @@ def phase_of(ratio):
 
 def test_the_measured_diagnosis_of_an_mlp_agrees_with_the_derived_one():
     """What is measured of any module, on one that theory covers: chi, shares, step size and the NTK's spread."""
-    from torch_eft.diagnosis.measured import measured_diagnosis
+    from torch_eft.diagnosis.measured.diagnose import measured_diagnosis
 
     torch.manual_seed(0)
     widths = [8, 100, 100, 100, 4]

@@ -60,21 +60,53 @@ def test_the_result_is_json_and_the_model_untouched():
     assert report["kind"] == "measured"
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert str(found).count("measured") > 5
+    assert found.details.count("measured") > 5
+
+
+def biased(module, gain):
+    for layer in module:
+        if hasattr(layer, "weight"):
+            draw(layer, gain)
+            nn.init.normal_(layer.bias, std=0.3)
 
 
 @pytest.mark.parametrize(
-    ("gain", "code"), [(0.4, "gradients vanish"), (8.0, "gradients explode")]
+    ("depth", "gain", "code"), [(10, 0.4, "gradients vanish"), (4, 0.4, ""), (6, 8.0, "gradients explode")]
 )  # ReLU is critical at 2
-def test_vanishing_and_exploding_gradients_are_found(gain, code):
+def test_vanishing_and_exploding_gradients_are_found(depth, gain, code):
+    """Small gradients alone are no fault: the shallow network trains."""
     torch.manual_seed(0)
-    model = narrow(6, gain)
-    found = eft.diagnose(
-        model, images(), num_networks=6, initialize=lambda m: [draw(p, gain) for p in m if hasattr(p, "weight")]
-    )
-    assert code in {finding.code for finding in found.warnings}
-    assert found.status == 1
+    model = narrow(depth, gain)
+    biased(model, gain)
+    found = eft.diagnose(model, images(), num_networks=6, initialize=lambda m: biased(m, gain))
+    assert {"gradients vanish", "gradients explode"} & {finding.code for finding in found.warnings} == {code} - {""}
     assert (found.gradient_growth < 0.1) == (gain < 2)
+    if code:
+        assert found.status == 1
+        assert "residual connections" in found.advice[0] and "a normalization" in found.advice[0]
+
+
+def test_what_the_network_has_is_not_advised_and_silent_branches_are_no_fault():
+    class Block(nn.Module):
+        def __init__(self, gain):
+            super().__init__()
+            self.norm, self.inner, self.outer = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+            draw(self.outer, gain)
+            draw(self.inner, 2.0)
+
+        def forward(self, x):
+            return x + self.outer(self.inner(self.norm(x)).relu())
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    model = nn.Sequential(nn.Linear(8, 16), *[Block(60.0) for _ in range(4)], nn.Linear(16, 2))
+    found = eft.diagnose(model, x, num_networks=0)
+    assert "gradients explode" in {finding.code for finding in found.warnings}
+    assert not any("normalization" in sentence or "residual" in sentence for sentence in found.advice)
+    model = nn.Sequential(nn.Linear(8, 16), *[Block(0.0) for _ in range(4)], nn.Linear(16, 2))
+    found = eft.diagnose(model, x, num_networks=0)
+    assert "frozen layer" not in {finding.code for finding in found.warnings}
+    assert any("no gradient at the start reaches" in remark for remark in found.remarks)
 
 
 def pooled(size, gain, depth=6, width=16):
@@ -99,7 +131,7 @@ def test_pixels_that_are_averaged_are_not_taken_for_depth(size):
     torch.manual_seed(0)
     model, x = pooled(size, 2.0)
     found = eft.diagnose(model, x, num_networks=4, initialize=initialize)
-    assert "neither vanish nor explode" in found.verdict
+    assert "neither vanish nor explode" in found.gradients
     # Six layers of width 16: each ratio of a network scatters by about sqrt(5 / 16), here over 4 networks.
     assert abs(torch.tensor(found.gradient_growth).log()) < 3 * (6 * 5 / 16 / 4) ** 0.5
     assert all(abs(block.chi - 1) < 0.5 for block in found.blocks[:-1])
@@ -113,7 +145,7 @@ def test_depth_shows_behind_an_average_all_the_same():
     model, x = pooled(4, 0.7)
     found = eft.diagnose(model, x, num_networks=3, initialize=lambda module: initialize(module, 0.7))
     assert found.gradient_growth == pytest.approx((0.7 / 2) ** 6, rel=1.0)  # 0.7 / 2 for each layer from the second
-    assert "gradients vanish" in found.verdict
+    assert "gradients vanish" in found.gradients
 
 
 def test_a_mean_over_tokens_is_an_average_and_one_token_is_none():
@@ -148,7 +180,7 @@ def test_deep_and_narrow_networks_have_a_large_effective_epsilon():
     shallow = eft.diagnose(narrow(1, 2.0), images(), num_networks=24, initialize=initialize)
     # A sample variance of 24 logarithms is good to sqrt(2 / 23) = 0.29.
     assert deep.ntk_log_variance * (1 - 2 * 0.29) > shallow.ntk_log_variance * (1 + 2 * 0.29)
-    assert {"edge", "too deep"} & {finding.code for finding in deep.warnings}
+    assert {"edge", "spread", "too deep"} & {finding.code for finding in deep.warnings}
 
 
 def test_dead_networks_are_counted():
@@ -158,7 +190,8 @@ def test_dead_networks_are_counted():
         model[0].bias.fill_(-100.0)
     found = eft.diagnose(model, images(), num_networks=0)
     assert found.gradient_growth == 0
-    assert "in 1 of 1 networks no gradient reaches the first place" in str(found)
+    assert "in 1 of 1 networks no gradient reaches the first place" in found.details
+    assert found.verdict == "dead: no gradient reaches the first layers"
 
 
 def test_a_frozen_layer_is_found():
@@ -168,7 +201,7 @@ def test_a_frozen_layer_is_found():
         model[3].weight.mul_(1e-3)
     found = eft.diagnose(model, images(), num_networks=0)
     assert "frozen layer" in {finding.code for finding in found.warnings}
-    assert "'0' makes" in str(found)
+    assert "'0' makes" in found.details
 
 
 def test_remarks_say_what_limits_the_measurement():
@@ -184,7 +217,7 @@ def test_remarks_say_what_limits_the_measurement():
             return self.head((self.embedding(x) + self.position).mean(1))
 
     found = eft.diagnose(Positions(), torch.randint(0, 5, (4, 3)))
-    assert "no other seeds were drawn" in str(found)
+    assert "no other seeds were drawn" in found.details
     assert found.epsilon_ntk is None
     normed = eft.diagnose(ConvNet(), images(), num_networks=0)
     assert any("BatchNorm in evaluation mode" in remark for remark in normed.remarks)

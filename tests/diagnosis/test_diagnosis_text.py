@@ -1,4 +1,4 @@
-"""Golden files of the diagnosis text. ``EFT_UPDATE_GOLDEN=1 pytest tests/test_diagnosis_text.py`` writes them anew."""
+"""Golden files of both texts. ``EFT_UPDATE_GOLDEN=1 pytest tests/diagnosis/test_diagnosis_text.py`` writes them."""
 
 import os
 import re
@@ -24,8 +24,8 @@ DERIVED = {
 }
 
 
-def compare(name: str, text: str) -> None:
-    path = GOLDEN / f"diagnosis_{name}.md"
+def compare(name: str, text: str, ending: str = "md") -> None:
+    path = GOLDEN / f"diagnosis_{name}.{ending}"
     if os.environ.get("EFT_UPDATE_GOLDEN"):
         path.write_text(text + "\n")
     assert path.read_text() == text + "\n"
@@ -33,7 +33,9 @@ def compare(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("name", DERIVED)
 def test_text_of_an_ensemble(name):
-    compare(name, str(eft.diagnose(DERIVED[name])))
+    diagnosis = eft.diagnose(DERIVED[name])
+    compare(name, diagnosis.details)
+    compare(name, str(diagnosis), "txt")
 
 
 def test_text_of_a_measured_network():
@@ -42,5 +44,10 @@ def test_text_of_a_measured_network():
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2)
     )
-    text = str(eft.diagnose(model, torch.randn(5, 1, 8, 8), num_networks=8))
-    compare("measured_cnn", re.sub(r"(?<![\w/])[+-]?\d[\d,.]*(e[+-]\d+)?\b", "#", text))
+    diagnosis = eft.diagnose(model, torch.randn(5, 1, 8, 8), num_networks=8)
+    compare("measured_cnn", blanked(diagnosis.details))
+    compare("measured_cnn", blanked(" ".join(str(diagnosis).split())), "txt")
+
+
+def blanked(text: str) -> str:
+    return re.sub(r"(?<![\w/])[+-]?\d[\d,.]*(e[+-]\d+)?\b", "#", text)

@@ -9,18 +9,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_eft.diagnosis import Diagnosis, MeasuredDiagnosis, diagnose
-from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
+from torch_eft.diagnosis.text import plain
+from torch_eft.measure.ensembles.read import NotAnMLPError
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import available_activations
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -114,6 +112,16 @@ def _add_diagnose(commands: Any) -> None:
     check.add_argument(
         "--num-networks", type=int, default=16, help="networks to draw where it is measured (default 16)"
     )
+    check.add_argument(
+        "--lr", type=float, help="learning rate of SGD to judge; without it the largest stable one is told"
+    )
+    check.add_argument("--momentum", type=float, default=0.0, help="of SGD (default 0)")
+    check.add_argument(
+        "--reduction", choices=("mean", "sum"), default="mean", help="of nn.MSELoss, for learning rates (default mean)"
+    )
+    check.add_argument(
+        "--verbose", "-v", action="store_true", help="print everything, not the verdict and five numbers"
+    )
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument("--picture", metavar="FILE", help="draw where the network stands: .png, .svg or .pdf")
     check.set_defaults(run=_diagnose)
@@ -132,13 +140,34 @@ def _diagnose(options: argparse.Namespace) -> int:
         if options.input_shape is not None:
             x = _inputs(options.input_shape)
     try:
-        diagnosis = diagnose(subject, x, num_networks=options.num_networks)
+        diagnosis = diagnose(
+            subject,
+            x,
+            optimizer=_optimizer(options, subject),
+            reduction=options.reduction,
+            num_networks=options.num_networks,
+        )
     except NotAnMLPError as error:
         raise ValueError(f"--model {options.model}: {error} (--input-shape, or a pair (module, inputs))") from error
     if options.picture is not None:
-        _save(options.picture, diagnosis, subject, x)
-    print(json.dumps(diagnosis.to_dict(), indent=2) if options.json else diagnosis)
+        _save(options.picture, diagnosis)
+    if options.json:
+        print(json.dumps(diagnosis.to_dict(), indent=2))
+    elif options.verbose:
+        print(plain(diagnosis.details))
+    else:
+        print(str(diagnosis).replace("print(diagnosis.details), diagnosis.plot()", "--verbose, --picture FILE"))
     return diagnosis.status
+
+
+def _optimizer(options: argparse.Namespace, subject: nn.Module | MLPEnsemble) -> torch.optim.Optimizer | None:
+    """SGD as asked for; None if nothing was asked."""
+    if options.lr is None and not options.momentum:
+        return None
+    if options.lr is None:
+        raise ValueError("--momentum: give --lr, too")
+    parameters = subject.parameters() if isinstance(subject, nn.Module) else [nn.Parameter(torch.zeros(1))]
+    return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum)
 
 
 def _ensemble(options: argparse.Namespace) -> MLPEnsemble:
@@ -201,28 +230,15 @@ def _model(reference: str) -> tuple[nn.Module, Any]:
     return model, x
 
 
-def _save(path: str, diagnosis: Diagnosis | MeasuredDiagnosis, subject: nn.Module | MLPEnsemble, x: Any) -> None:
+def _save(path: str, diagnosis: Diagnosis | MeasuredDiagnosis) -> None:
     try:
-        drawing = _drawn(diagnosis, subject, x)
-    except ModuleNotFoundError as error:
+        drawing = diagnosis.plot()
+    except ImportError as error:
         raise ImportError("--picture needs matplotlib: pip install 'torch-eft[demo]'") from error
     try:
         drawing.savefig(path, dpi=100)
     except (ValueError, OSError) as error:
         raise ValueError(f"--picture {path}: {error}") from error
-
-
-def _drawn(diagnosis: Diagnosis | MeasuredDiagnosis, subject: nn.Module | MLPEnsemble, x: Any) -> "Figure":
-    from torch_eft.diagnosis.planes import depth_width_plane, phase_plane
-    from torch_eft.tensorboard.diagnosis_figures import measured_figure, planes_figure
-
-    if isinstance(diagnosis, MeasuredDiagnosis):
-        return measured_figure(diagnosis)
-    ensemble = subject if isinstance(subject, MLPEnsemble) else read_ensemble(subject, x)
-    inputs = x.detach().flatten(1).double() if isinstance(x, Tensor) else None
-    size = 1.0 if inputs is None else float(inputs.square().mean())
-    ratio = diagnosis.aspect_ratio
-    return planes_figure(phase_plane(ensemble, ratio, size), depth_width_plane(ensemble, ratio, size))
 
 
 # ---- report

@@ -1,6 +1,6 @@
-"""The diagnosis of a network before training: critical or not, how deep for its width, how random, how trainable.
+"""The diagnosis of a network before training: does it train, how much do seeds differ, how deep is it for its width.
 
-For an MLP it is derived from the architecture (``mlp``); any other module is measured
+For an MLP it is derived from the architecture (``derived``); any other module is measured
 (``measured``). Both print as one kind of report.
 """
 
@@ -8,15 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from torch_eft.diagnosis.derived_report import Diagnosis, LayerDiagnosis
+from torch_eft.diagnosis.derived.diagnose import derived_diagnosis
+from torch_eft.diagnosis.derived.rates import Reduction, read_step
+from torch_eft.diagnosis.derived.report import Diagnosis, LayerDiagnosis
+from torch_eft.diagnosis.derived.variants import Variant
 from torch_eft.diagnosis.findings import Finding
-from torch_eft.diagnosis.measured import measured_diagnosis
-from torch_eft.diagnosis.measured_report import MeasuredDiagnosis
-from torch_eft.diagnosis.mlp import derived_diagnosis
-from torch_eft.diagnosis.variants import Variant
+from torch_eft.diagnosis.measured.diagnose import measured_diagnosis
+from torch_eft.diagnosis.measured.report import MeasuredDiagnosis
 from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
 from torch_eft.measure.forward.probe import OutputFn, Probe
+from torch_eft.results.choices import check_choice
 from torch_eft.theory.ensemble import MLPEnsemble
 
 __all__ = ["Diagnosis", "Finding", "LayerDiagnosis", "MeasuredDiagnosis", "Variant", "diagnose"]
@@ -26,6 +29,8 @@ def diagnose(
     model_or_ensemble: nn.Module | MLPEnsemble,
     x: Any = None,
     *,
+    optimizer: Optimizer | None = None,
+    reduction: Reduction = "mean",
     output_fn: OutputFn | None = None,
     num_networks: int = 16,
     initialize: Callable[[nn.Module], Any] | None = None,
@@ -34,17 +39,22 @@ def diagnose(
 
     Args:
         model_or_ensemble: An ``MLPEnsemble`` (``measure.read_ensemble`` returns one), or a freshly initialized module.
-            An MLP has its C_b and C_W estimated from its weights; any other module is measured.
+            An MLP has its C_b and C_W and the laws of its weights and biases read off; any other module is measured.
         x: Inputs, (N, ...) or whatever the module takes; without them, one input with |x|^2 = n_0. A module that is
             no MLP needs some.
+        optimizer: Gives the learning rates, relative ones of its parameter groups included, and momentum; None is plain
+            SGD with one learning rate.
+        reduction: Of the squared error for which learning rates are given, ``"mean"`` or ``"sum"`` as ``nn.MSELoss``
+            has them.
         output_fn: Turns what the module returns into (N, C).
         num_networks: Networks to draw where it is measured; 0 measures this one alone, and so does a network that
             was drawn in another way than its ``reset_parameters`` or ``_init_weights`` do.
         initialize: Draws the parameters of a module in place, as ``measure.statistics_over_seeds`` takes it.
 
     Returns:
-        A ``Diagnosis`` for an MLP, else a ``MeasuredDiagnosis``: ``str()`` prints, ``to_dict()`` is ready for JSON,
-        ``.warnings`` are what to change, ``.status`` is 0 without and 1 with warnings.
+        A ``Diagnosis`` for an MLP, else a ``MeasuredDiagnosis``: ``print`` shows the verdict, warnings with advice and
+        five numbers, ``.details`` is all of it as Markdown, ``.plot()`` a picture, ``to_dict()`` ready for JSON,
+        ``.warnings`` what to change, ``.status`` 0 without and 1 with warnings.
 
     Raises:
         NotAnMLPError: If the module is no MLP and there is no ``x`` to measure it on, with the reason.
@@ -55,16 +65,20 @@ def diagnose(
         >>> report = eft.diagnose(eft.theory.MLPEnsemble([10, 100, 100, 1], "relu", C_W=2.0))
         >>> report.phase, round(report.aspect_ratio.r, 3)
         ('critical', 0.03)
+        >>> print(report.verdict)
+        trains: near criticality, seeds differ little (32 %)
     """
+    check_choice("reduction", reduction, ("mean", "sum"))
+    step = read_step(optimizer, reduction)
     inputs = x.inputs if isinstance(x, Probe) else x
     if isinstance(model_or_ensemble, nn.Module):
         try:
-            read = read_ensemble(model_or_ensemble, x=x, output_fn=output_fn)
+            read = read_ensemble(model_or_ensemble, x=x, optimizer=optimizer, output_fn=output_fn)
         except NotAnMLPError as error:
             if x is None:
                 raise NotAnMLPError(f"{error}. It can be measured instead: give inputs x") from error
-            return measured_diagnosis(model_or_ensemble, x, str(error), output_fn, num_networks, initialize)
-        return derived_diagnosis(read, inputs)
+            return measured_diagnosis(model_or_ensemble, x, str(error), output_fn, num_networks, initialize, step)
+        return derived_diagnosis(read, inputs, step)
     if inputs is not None and not isinstance(inputs, Tensor):
         raise ValueError(f"x: {type(inputs).__name__} given; an MLP takes one tensor, (N, n_0)")
-    return derived_diagnosis(model_or_ensemble, inputs)
+    return derived_diagnosis(model_or_ensemble, inputs, step)

@@ -6,8 +6,10 @@ C_W = 1 / <s'^2>_K, C_b = K - C_W <s^2>_K.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +17,12 @@ from torch import Tensor
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.aspect_ratio import AspectRatio
 from torch_eft.theory.gaussian.activations import Activation
+from torch_eft.theory.gaussian.laws import Law
 from torch_eft.theory.signal_propagation.critical_point import CriticalPoint
-from torch_eft.theory.signal_propagation.susceptibility import mean_power, power_mean, slope_of_variance, slope_squared
+from torch_eft.theory.signal_propagation.preactivations import first_preactivations, next_preactivations
+from torch_eft.theory.signal_propagation.susceptibility import mean_power, power_mean, slope_squared
+
+T = TypeVar("T")
 
 _CELLS = 41
 _LARGEST_K = 1e2
@@ -50,11 +56,11 @@ class PhasePlane:
 
 @dataclass(frozen=True)
 class DepthWidthPlane:
-    """The size of max(r, epsilon) for every depth and width, at the initialization of this network.
+    """The size of epsilon for every depth and width, at the initialization of this network.
 
     Args:
         depths: 2, 3, ...
-        size: n max(r, epsilon) at those depths: divided by the width it is the number that separates the regimes.
+        size: n epsilon at those depths: divided by the width it is the number that separates the regimes.
         depth: L of this network.
         width: n of this network.
         r: Its L / n.
@@ -108,19 +114,36 @@ def depth_width_plane(ensemble: MLPEnsemble, ratio: AspectRatio, mean_square: fl
     """
     if ratio.width is None:
         raise ValueError("ensemble: without a hidden layer there is no width to draw; give at least three widths")
-    activation, C_b, C_W = ensemble.activation, ensemble.C_b[-1], ensemble.C_W[-1]
-    K = torch.tensor([ensemble.C_b[0] + ensemble.C_W[0] * mean_square], dtype=torch.float64, device="cpu")
-    V, found = torch.zeros_like(K), []
     depths = range(2, min(256, max(64, 4 * ensemble.depth)) + 1)
+    tower = _like_the_last_layer(ensemble, depths[-1])
+    size = torch.tensor([mean_square], dtype=torch.float64, device="cpu")
+    z = first_preactivations(tower, size, size**2 / ensemble.widths[0])
+    V, found = torch.zeros_like(size), []
     for depth in depths:
-        if not 0 < float(K) < 1e100:
+        if not 0 < float(z.K) < 1e100:
             break
-        mean, response = power_mean(activation, K, 2), slope_of_variance(activation, K)
-        V = C_W**2 * (power_mean(activation, K, 4) - mean**2 + response**2 * V)
-        K = C_b + C_W * mean
-        found.append(max(float(depth), float(V / K**2)))
+        V = tower.C_W[-1] ** 2 * (z.fourth_power() - z.variance**2 + z.response() ** 2 * V)
+        z = next_preactivations(tower, z, depth)
+        found.append(float(V / z.K**2))
     used = tuple(depths)[: len(found)]
     return DepthWidthPlane(used, tuple(found), ensemble.depth, ratio.width, ratio.r, ratio.epsilon)
+
+
+def _like_the_last_layer(ensemble: MLPEnsemble, depth: int) -> MLPEnsemble:
+    """Layers of one width with the first and the last initialization of an ensemble; orthogonal weights as Gaussian."""
+
+    def repeated(values: Sequence[T]) -> list[T]:
+        return [values[0], *[values[-1]] * (depth - 1)]
+
+    weight_law: list[Law] = ["gaussian" if law == "orthogonal" else law for law in repeated(ensemble.weight_law)]
+    return MLPEnsemble(
+        [ensemble.widths[0], *[1] * depth],
+        ensemble.activation,
+        C_b=repeated(ensemble.C_b),
+        C_W=repeated(ensemble.C_W),
+        weight_law=weight_law,
+        bias_law=repeated(ensemble.bias_law),
+    )
 
 
 def _short(ensemble: MLPEnsemble) -> str:

@@ -110,7 +110,7 @@ class TheoryInstrument(ForecastInstrument):
             self._ensemble = read if given is None else _with_lambda_of(given, read)
             diagnosis = diagnose(given or read, inputs)
             self._diagnosis = diagnosis if isinstance(diagnosis, Diagnosis) else None
-            pages["diagnosis"] = str(diagnosis)
+            pages["diagnosis"] = diagnosis.details
         except (NotAnMLPError, QuadratureError) as error:
             pages["diagnosis"] = f"No diagnosis: {error}."
             return Reading(pages=pages | self._stop(str(error)))
@@ -305,7 +305,7 @@ class TheoryInstrument(ForecastInstrument):
             r=ratio.r,
             epsilon=ratio.epsilon,
             regime=ratio.regime,
-            criticality=self._diagnosis.verdict,
+            criticality=self._diagnosis.criticality,
         )
 
 

@@ -1,13 +1,15 @@
 """The diagnosis of an MLP, derived from its architecture."""
 
 import math
-from typing import Literal
+from dataclasses import replace
 
 from torch import Tensor
 
-from torch_eft.diagnosis.derived_report import Diagnosis, LayerDiagnosis, Phase
-from torch_eft.diagnosis.findings import DEAD, FROZEN, SIGNAL, Finding, advice, depth_finding
-from torch_eft.diagnosis.variants import Variant, few, variant
+from torch_eft.diagnosis.derived.judgement import Facts, derived_findings, derived_verdict
+from torch_eft.diagnosis.derived.rates import Step, in_units, learning_rate_finding, stability
+from torch_eft.diagnosis.derived.report import Diagnosis, LayerDiagnosis, Phase
+from torch_eft.diagnosis.derived.variants import Variant, few, variant
+from torch_eft.diagnosis.findings import advice
 from torch_eft.theory.ensemble import MLPEnsemble, twice_as_deep, twice_as_wide
 from torch_eft.theory.estimates.aspect_ratio import AspectRatio, aspect_ratio
 from torch_eft.theory.estimates.exact import dead_probability
@@ -20,21 +22,27 @@ from torch_eft.theory.estimates.learning_rates import (
     layer_gains,
     layer_shares,
 )
+from torch_eft.theory.estimates.plateau import plateau_ratio
 from torch_eft.theory.estimates.seed_spread import seed_spread
 from torch_eft.theory.gaussian.quadrature import QuadratureError
-from torch_eft.theory.signal_propagation.regimes import EDGE, first_order_validity, infinite_width_validity
-from torch_eft.theory.signal_propagation.susceptibility import slope_of_variance, slope_squared
+from torch_eft.theory.signal_propagation.preactivations import (
+    first_preactivations,
+    input_moments,
+    next_preactivations,
+)
+from torch_eft.theory.signal_propagation.regimes import first_order_validity, infinite_width_validity
 
 _COMPARED = 64
 """Inputs on which this network and the doubled ones are compared: Theta takes the square of their number."""
 
 
-def derived_diagnosis(ensemble: MLPEnsemble, x: Tensor | None = None) -> Diagnosis:
+def derived_diagnosis(ensemble: MLPEnsemble, x: Tensor | None = None, step: Step = Step()) -> Diagnosis:  # noqa: B008
     """Diagnose an ensemble, given or read off a network.
 
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, ...), flattened here; without them, one input with |x|^2 = n_0.
+        step: The optimizer and the loss.
 
     Returns:
         The diagnosis, with its text.
@@ -51,15 +59,29 @@ def derived_diagnosis(ensemble: MLPEnsemble, x: Tensor | None = None) -> Diagnos
     drift = expected_drift(ensemble, None if inputs is None else inputs[:1])
     some = None if inputs is None else inputs[:_COMPARED]
     own = variant("this network", ensemble, some, ratio, spread, drift)
-    eta = largest_learning_rate(ensemble, inputs, reduction="mean")
+    bound = largest_learning_rate(ensemble, inputs, reduction="mean")
+    count = (1 if inputs is None else len(inputs)) * ensemble.widths[-1]
+    eta = in_units(bound, step, count) if math.isfinite(bound) else None
     phase = _phase(ratio, own.gradient_growth)
-    dead = 0.0 if ensemble.activation.slopes in (None, (0.0, 0.0)) else dead_probability(ensemble)
-    findings = _findings(ensemble, ratio, own, phase, rows, dead)
+    facts = Facts(
+        ensemble=ensemble,
+        ratio=ratio,
+        own=own,
+        phase=phase,
+        layers=rows,
+        dead=0.0 if ensemble.activation.slopes in (None, (0.0, 0.0)) else dead_probability(ensemble),
+        plateau=plateau_ratio(ensemble, some),
+        plateau_critical=_critical_plateau(ensemble, some, ratio),
+    )
+    findings = derived_findings(facts)
+    if (fast := learning_rate_finding(eta, step)) is not None:
+        findings = (fast, *findings)
     point = ratio.critical
     return Diagnosis(
         network=str(ensemble),
         phase=phase,
-        verdict=_verdict(ratio, phase, own.gradient_growth),
+        verdict=derived_verdict(facts, findings),
+        criticality=_criticality(ratio, phase, own.gradient_growth),
         warnings=findings,
         advice=advice(findings),
         recommended=None if point is None or point.C_b is None or point.C_W is None else (point.C_b, point.C_W),
@@ -68,15 +90,34 @@ def derived_diagnosis(ensemble: MLPEnsemble, x: Tensor | None = None) -> Diagnos
         aspect_ratio=ratio,
         spread=spread,
         drift=drift,
-        dead=dead,
-        variants=_variants(ensemble, some, own),
+        dead=facts.dead,
+        variants=_variants(ensemble, some, own, step, count),
         layers=rows,
         remarks=ensemble.remarks,
         inputs=None if inputs is None else len(inputs),
-        largest_learning_rate=eta if math.isfinite(eta) else None,
+        largest_learning_rate=eta,
+        stability=stability(eta, step, None if inputs is None else len(inputs)),
+        plateau=facts.plateau,
         validity=infinite_width_validity(ensemble, inputs),
         first_order=first_order_validity(ensemble, inputs),
+        ensemble=ensemble,
+        mean_square=1.0 if inputs is None else float(inputs.square().mean()),
     )
+
+
+def _critical_plateau(ensemble: MLPEnsemble, x: Tensor | None, ratio: AspectRatio) -> float | None:
+    point = ratio.critical
+    if point is None or point.C_b is None or point.C_W is None or not ensemble.hidden_widths:
+        return None
+    critical = MLPEnsemble(
+        ensemble.widths,
+        ensemble.activation,
+        C_b=point.C_b,
+        C_W=point.C_W,
+        lambda_b=ensemble.lambda_b,
+        lambda_W=ensemble.lambda_W,
+    )
+    return plateau_ratio(critical, x)
 
 
 def _gains(ensemble: MLPEnsemble, x: Tensor | None) -> LayerGains:
@@ -99,7 +140,7 @@ def _gains(ensemble: MLPEnsemble, x: Tensor | None) -> LayerGains:
     return gains
 
 
-def _variants(ensemble: MLPEnsemble, x: Tensor | None, own: Variant) -> tuple[Variant, ...]:
+def _variants(ensemble: MLPEnsemble, x: Tensor | None, own: Variant, step: Step, count: int) -> tuple[Variant, ...]:
     if not ensemble.hidden_widths:
         return ()
     found = [own]
@@ -108,17 +149,19 @@ def _variants(ensemble: MLPEnsemble, x: Tensor | None, own: Variant) -> tuple[Va
             found.append(variant(name, changed, x))
         except (ValueError, OverflowError):  # a chaotic network twice as deep may leave float64
             continue
-    return tuple(found)
+    return tuple(
+        one
+        if one.largest_learning_rate is None
+        else replace(one, largest_learning_rate=in_units(one.largest_learning_rate, step, count))
+        for one in found
+    )
 
 
 def _layers(ensemble: MLPEnsemble, gains: LayerGains, x: Tensor | None) -> tuple[LayerDiagnosis, ...]:
     biases, weights = layer_shares(ensemble, x)
     Theta = float((biases + weights).sum())
     equal = _equal_shares(ensemble, x, float(biases.sum()), float(weights.sum()))
-    C_W = gains.K.new_tensor(ensemble.C_W[1:])[:, None]
-    before = gains.K[:-1]
-    chi_par = (C_W * slope_of_variance(ensemble.activation, before)).mean(1).tolist()
-    chi_perp = (C_W * slope_squared(ensemble.activation, before)).mean(1).tolist()
+    chi_par, chi_perp = _susceptibilities(ensemble, x)
     errors = ensemble.errors or {}
     return tuple(
         LayerDiagnosis(
@@ -138,6 +181,18 @@ def _layers(ensemble: MLPEnsemble, gains: LayerGains, x: Tensor | None) -> tuple
     )
 
 
+def _susceptibilities(ensemble: MLPEnsemble, x: Tensor | None) -> tuple[list[float], list[float]]:
+    """chi_par and chi_perp of layers 2 .. L, means over the inputs."""
+    chi_par, chi_perp = [], []
+    z = first_preactivations(ensemble, *input_moments(ensemble, x))
+    for layer in range(2, ensemble.depth + 1):
+        C_W = ensemble.C_W[layer - 1]
+        chi_par.append(C_W * float(z.response().mean()))
+        chi_perp.append(C_W * float(z.slope_power(2).mean()))
+        z = next_preactivations(ensemble, z, layer)
+    return chi_par, chi_perp
+
+
 def _equal_shares(ensemble: MLPEnsemble, x: Tensor | None, total_b: float, total_W: float) -> LearningRateShares | None:
     if total_b + total_W == 0:
         return None
@@ -152,90 +207,14 @@ def _phase(ratio: AspectRatio, growth: float) -> Phase:
     return "ordered" if gain < 0.5 else "chaotic" if gain > 2 else "critical"
 
 
-def _verdict(ratio: AspectRatio, phase: Phase, growth: float) -> str:
+def _criticality(ratio: AspectRatio, phase: Phase, growth: float) -> str:
     point, gain = ratio.critical, ratio.gradient_gain
     if point is None or gain is None:
         return f"{ratio.criticality_reason}; squared gradients at layer 1 are {growth:.3g} times those at layer L"
     size = (
         f"squared gradients at layer 1 are {gain:.3g} times the critical ones (C_b = {point.C_b:.4g}, "
-        f"C_W = {point.C_W:.4g})"
+        f"C_W = {point.C_W:.4g}, {point.universality_class})"
     )
     if phase == "critical":
         return f"critical within a factor of 2: {size}"
-    kind = (
-        "subcritical (ordered), gradients vanish"
-        if phase == "ordered"
-        else "supercritical (chaotic), gradients explode"
-    )
-    return f"{kind} with depth: {size}"
-
-
-def _findings(
-    ensemble: MLPEnsemble,
-    ratio: AspectRatio,
-    own: Variant,
-    phase: Phase,
-    rows: tuple[LayerDiagnosis, ...],
-    dead: float,
-) -> tuple[Finding, ...]:
-    found: list[Finding] = []
-    point = ratio.critical
-    remedy = ""
-    if point is not None:
-        remedy = f"initialize weights with variance {point.C_W:.4g} / n_in and biases with {point.C_b:.4g}"
-    if point is None and ensemble.hidden_widths:
-        found.append(Finding("no criticality", ratio.criticality_reason, "use an activation with a critical point"))
-    if phase != "critical":
-        name: Literal["gradients vanish", "gradients explode"]
-        name = "gradients vanish" if phase == "ordered" else "gradients explode"
-        gain = own.gradient_growth if ratio.gradient_gain is None else ratio.gradient_gain
-        against = "those at layer L" if ratio.gradient_gain is None else "those at criticality"
-        found.append(Finding(name, f"{name}: at layer 1 their squares are {gain:.3g} times {against}", remedy))
-    if not 1 / SIGNAL <= own.kernel_growth <= SIGNAL:
-        found.append(
-            Finding(
-                "signal",
-                f"the signal changes its size: K^(L) / K^(1) = {own.kernel_growth:.3g}, outside 1/{SIGNAL:g} .. "
-                f"{SIGNAL:g}",
-                remedy,
-            )
-        )
-    epsilon = max(ratio.epsilon, ratio.epsilon_all_orders)
-    name_of = f"epsilon = {epsilon:.3g}" if epsilon >= ratio.r else f"r = L/n = {ratio.r:.3g}"
-    deep = depth_finding(max(epsilon, ratio.r), name_of, _narrower(ratio))
-    if deep is not None:
-        found.append(deep)
-    if dead >= DEAD:
-        found.append(
-            Finding(
-                "dead network",
-                f"a hidden layer is silent, its gradient zero, with probability {dead:.2g} for a given input",
-                "use wider layers, or a leaky activation",
-            )
-        )
-    shares = [row.share for row in rows if row.share is not None]
-    if not shares:
-        found.append(Finding("nothing trains", "no parameter has a learning rate", "give learning rates"))
-    elif min(shares) < FROZEN / len(shares):
-        layer = 1 + shares.index(min(shares))
-        found.append(
-            Finding(
-                "frozen layer",
-                f"layer {layer} makes {100 * min(shares):.2g} % of the NTK, an equal part would be "
-                f"{100 / len(shares):.2g} %: it practically does not train",
-                remedy if phase != "critical" else "use the table's learning rates",
-            )
-        )
-    return tuple(found)
-
-
-def _narrower(ratio: AspectRatio) -> str:
-    """Return advice on width and depth.
-
-    At order 1/n both r and epsilon fall as 1/n when all hidden widths grow together, and about linearly with depth.
-    epsilon = 0.18 at order 1/n is at most e^0.18 - 1 = 0.197 at all orders.
-    """
-    factor = math.ceil(max(ratio.r / EDGE, ratio.epsilon / 0.18) * 10 + 1e-9) / 10
-    shorter = int(ratio.depth / factor)
-    depth = f"; so does a depth of about L = {shorter}" if shorter >= 2 else ""
-    return f"too deep for its width: hidden widths times {factor:.3g} bring r and epsilon below {EDGE:g}{depth}"
+    return f"{'subcritical (ordered)' if phase == 'ordered' else 'supercritical (chaotic)'}: {size}"

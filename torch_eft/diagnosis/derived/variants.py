@@ -1,5 +1,6 @@
 """The theory evaluated for twice the depth and for twice the width."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,6 +22,8 @@ class Variant:
         r: L / n.
         epsilon: Var G / E[G]^2 to order 1/n.
         epsilon_all_orders: Estimated beyond order 1/n (exact for two slopes without biases).
+        output_spread: Relative standard deviation of the output's variance from seed to seed; beyond order 1/n where
+            that is estimated.
         ntk_spread: Relative standard deviation of H_ii from seed to seed.
         kernel_growth: K^(L) / K^(1).
         gradient_growth: E|dz/dz^(1)|^2 of an output, squared gradients at layer 1 over those at layer L.
@@ -39,6 +42,7 @@ class Variant:
     r: float
     epsilon: float
     epsilon_all_orders: float
+    output_spread: float
     ntk_spread: float
     kernel_growth: float
     gradient_growth: float
@@ -76,6 +80,7 @@ def variant(
         r=ratio.r,
         epsilon=ratio.epsilon,
         epsilon_all_orders=ratio.epsilon_all_orders,
+        output_spread=spread.output_variance if spread.exact else math.sqrt(max(ratio.epsilon_all_orders, 0.0)),
         ntk_spread=spread.ntk,
         kernel_growth=float(gains.K[-1].mean() / first) if float(first) > 0 else 1.0,
         gradient_growth=float(gains.J[0].mean()),

@@ -1,11 +1,14 @@
-"""The diagnosis of a measured network and its text: Markdown that reads as plain text, too."""
+"""The diagnosis of a measured network and its texts: short for a terminal, and its details as Markdown."""
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch_eft.diagnosis.findings import Finding
-from torch_eft.diagnosis.text import bullets, table, with_error
+from torch_eft.diagnosis.text import aligned, bullets, code, labeled, percent, table, with_error
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,18 @@ class Block:
     chi_error: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MeasuredDiagnosis:
-    """Measurements of a network at initialization; ``str()`` prints them. Nothing here is derived.
+    """Measurements of a network at initialization. Nothing here is derived.
+
+    ``print`` shows the verdict, warnings with advice, and five numbers; ``.details`` is all of it, as Markdown;
+    ``.plot()`` draws signals and gradients along the depth.
 
     Args:
         network: Its class and size.
         reason: Why the theory does not cover it.
-        verdict: A sentence: gradients vanish, explode or neither.
+        verdict: One line: whether it trains, and how much seeds differ.
+        gradients: A sentence: gradients vanish, explode or neither, with the numbers.
         warnings: Problems, each with its remedy.
         advice: The remedies.
         blocks: The bottlenecks in order; empty if none were found.
@@ -56,7 +63,10 @@ class MeasuredDiagnosis:
         shares: The part of the NTK's trace that each layer's parameters make, 0 .. 1, by name.
         lambda_max: Largest eigenvalue of this network's NTK on all inputs.
         largest_learning_rate: N C / lambda_max: below it full-batch gradient descent on ``MSELoss`` with these inputs
-            decreases the loss monotonically in the linearized network.
+            decreases the loss monotonically in the linearized network; in the unit of the optimizer and the loss.
+        stability: What it is the largest learning rate of.
+        plateau: kappa, the NTK's largest eigenvalue over that which tells inputs apart, on a few inputs; None where
+            it was not measured.
         remarks: What limits the measurement.
         inputs: N.
         kind: ``"measured"``.
@@ -72,6 +82,7 @@ class MeasuredDiagnosis:
     network: str
     reason: str
     verdict: str
+    gradients: str
     warnings: tuple[Finding, ...]
     advice: tuple[str, ...]
     blocks: tuple[Block, ...]
@@ -87,6 +98,8 @@ class MeasuredDiagnosis:
     shares: dict[str, float]
     lambda_max: float | None
     largest_learning_rate: float | None
+    stability: str
+    plateau: float | None
     remarks: tuple[str, ...]
     inputs: int
     kind: Literal["measured"] = "measured"
@@ -100,16 +113,70 @@ class MeasuredDiagnosis:
         """Plain numbers, strings, lists and dicts, ready for JSON."""
         return asdict(self)
 
+    @property
+    def details(self) -> str:
+        """Everything, as Markdown."""
+        return _details(self)
+
+    def plot(self) -> "Figure":
+        """Draw signals and squared gradients along the depth, and the layers' parts of the NTK.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from torch_eft.diagnosis.figures import measured_figure
+
+        names = [block.name for block in self.blocks]
+        lines = [block.gradient for block in self.blocks], [block.variance for block in self.blocks]
+        return measured_figure(f"{self.network}: measured, not derived", names, *lines, self.shares)
+
+    def __repr__(self) -> str:
+        return f"MeasuredDiagnosis({self.network}: {self.verdict})"
+
     def __str__(self) -> str:
-        """Return the report as Markdown, readable as plain text too."""
-        return _text(self)
+        """Return the short report, for a terminal."""
+        return _summary(self)
 
 
-def _text(diagnosis: MeasuredDiagnosis) -> str:
-    """Return the report on any other module."""
+def _summary(diagnosis: MeasuredDiagnosis) -> str:
+    """Return verdict, warnings, advice and five numbers."""
+    lines = [diagnosis.network, "", *labeled("verdict", diagnosis.verdict)]
+    for finding in diagnosis.warnings:
+        lines += labeled("warning", finding.message)
+        if finding.remedy:
+            lines += [*labeled("  advice", finding.remedy), *code(finding.line)]
+    lines += ["", *aligned(_numbers(diagnosis)), ""]
+    seeds = f"{diagnosis.num_networks} networks drawn anew" if diagnosis.num_networks else "this network alone"
+    lines += labeled("measured", f"on {seeds}, as no theory covers it: {diagnosis.reason}")
+    lines += labeled("rates", diagnosis.stability) if diagnosis.stability else []
+    return "\n".join([*lines, *labeled("more", "print(diagnosis.details), diagnosis.plot()")])
+
+
+def _numbers(diagnosis: MeasuredDiagnosis) -> list[list[str]]:
+    def root(value: float | None) -> str:
+        return percent(None if value is None else math.sqrt(value))
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3g}"
+
+    return [
+        ["squared gradients, first place over last", number(diagnosis.gradient_growth)],
+        ["outputs, root mean square", number(diagnosis.output_scale)],
+        ["output variance, seed to seed", root(diagnosis.epsilon_features)],
+        ["NTK, seed to seed", root(diagnosis.epsilon_ntk)],
+        ["largest stable learning rate", number(diagnosis.largest_learning_rate)],
+    ]
+
+
+def _details(diagnosis: MeasuredDiagnosis) -> str:
+    """Return the whole report on any other module."""
     sentences = [
         f"measured, not derived: {diagnosis.reason}",
         diagnosis.verdict,
+        diagnosis.gradients,
         *_measured(diagnosis),
     ]
     lines = [f"### {diagnosis.network}", "", *bullets(sentences), *bullets(diagnosis.remarks, "remark: ")]
@@ -155,7 +222,12 @@ def _measured(diagnosis: MeasuredDiagnosis) -> list[str]:
     if diagnosis.largest_learning_rate is not None:
         found.append(
             f"measured: lambda_max = {diagnosis.lambda_max:.4g} on these {diagnosis.inputs} inputs; full-batch "
-            f"gradient descent on MSELoss is stable below eta = {diagnosis.largest_learning_rate:.3g} (linearized "
-            "network, one learning rate for all parameters)"
+            f"gradient descent on squared error is stable below eta = {diagnosis.largest_learning_rate:.3g} "
+            f"(linearized network, one learning rate for all parameters; {diagnosis.stability})"
+        )
+    if diagnosis.plateau is not None:
+        found.append(
+            f"measured: the NTK's largest eigenvalue is {diagnosis.plateau:.3g} times the largest that tells inputs "
+            "apart"
         )
     return found

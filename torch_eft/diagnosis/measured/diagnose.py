@@ -3,14 +3,26 @@
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from torch_eft.diagnosis.findings import FROZEN, Finding, advice, depth_finding
-from torch_eft.diagnosis.measured_report import Block, MeasuredDiagnosis
+from torch_eft.diagnosis.derived.rates import Step, in_units, learning_rate_finding, stability
+from torch_eft.diagnosis.findings import (
+    FROZEN,
+    LARGE,
+    ORDER_ONE,
+    PLATEAU,
+    Finding,
+    advice,
+    plateau_words,
+    spread_finding,
+)
+from torch_eft.diagnosis.measured.report import Block, MeasuredDiagnosis
+from torch_eft.diagnosis.text import percent
 from torch_eft.measure.ensembles.reinitialized_networks import (
     OneNetwork,
     ReinitializedNetworks,
@@ -23,9 +35,13 @@ from torch_eft.measure.kernels.ntk import ntk
 from torch_eft.measure.kernels.products import ntk_eigenpairs
 from torch_eft.measure.network.batch_norm import batch_norms, with_batch_statistics
 from torch_eft.measure.representations.bottlenecks import Bottleneck
+from torch_eft.theory.estimates.plateau import kernel_plateau, plateau_steps
 
 GROWTH = 10.0
 """Growth or decay of squared gradients over the bottlenecks that is worth a warning: a tolerance of ours."""
+
+STEEP = 0.02
+"""Squared gradients across one block below which that block stands out, instead of the depth as a whole."""
 
 _INPUTS = 4
 """On as many inputs everything but the step size is measured."""
@@ -38,6 +54,7 @@ def measured_diagnosis(
     output_fn: OutputFn | None = None,
     num_networks: int = 16,
     initialize: Callable[[nn.Module], Any] | None = None,
+    step: Step = Step(),  # noqa: B008
 ) -> MeasuredDiagnosis:
     """Measure a network, in evaluation mode, and ``num_networks`` others of its kind.
 
@@ -49,6 +66,7 @@ def measured_diagnosis(
         num_networks: Networks to draw anew; 0 measures this one alone.
         initialize: Draws the parameters of the module it is given, in place; None uses ``reset_parameters`` or an
             ``_init_weights`` of the module, if the network given could be one of its draws.
+        step: The optimizer and the loss.
 
     Returns:
         The measurements, with their text.
@@ -59,7 +77,7 @@ def measured_diagnosis(
     probe = as_probe(x)
     few = tree_map_only(Tensor, lambda tensor: tensor[:_INPUTS], probe.inputs)
     shares: dict[str, float] = {}
-    largest, eta = None, None
+    largest, eta, plateau = None, None, None
     norms, unsettled = batch_norms(model, unused=True), ""
     with isolated(model, output_fn) as network:
         normed = with_batch_statistics(network, probe, norms)
@@ -74,12 +92,14 @@ def measured_diagnosis(
         found = reinitialized_networks(network, few, statistics_of=probe if norms else None, **options)
         if found.ntk_refusal is None:
             kernels = ntk(normed, few, trace=True, per="layer")
+            plateau = kernel_plateau(torch.stack([H.double() for H in kernels.values()]).sum(0))
             parts = {name: float(H.diagonal().mean()) for name, H in kernels.items()}
             total = sum(parts.values())
             shares = {name: part / total for name, part in parts.items()} if total > 0 else {}
     if float(pairs.values[0]) > 0:
         largest = float(pairs.values[0])
-        eta = probe.size * found.own.outputs.shape[1] / largest
+        numbers = probe.size * found.own.outputs.shape[1]
+        eta = in_units(numbers / largest, step, numbers)
     networks = found.drawn or [found.own]
     blocks = _blocks(networks)
     growth, signal, dead = _growth(networks)
@@ -87,11 +107,15 @@ def measured_diagnosis(
     log_ntk, log_ntk_error = log_variance(traces)
     epsilon_ntk = math.expm1(log_ntk) if math.isfinite(log_ntk) else None
     epsilon_features = _features(found.drawn)
-    findings = _findings(growth, (dead, len(networks)), epsilon_ntk, epsilon_features, shares)
+    facts = _Facts(model, blocks, growth, plateau, (dead, len(networks)), epsilon_ntk, epsilon_features, shares)
+    findings = _findings(facts)
+    if (fast := learning_rate_finding(eta, step)) is not None:
+        findings = (fast, *findings)
     return MeasuredDiagnosis(
         network=f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
         reason=reason,
-        verdict=_verdict(growth, len(blocks), len(found.drawn)),
+        verdict=_verdict(facts, findings),
+        gradients=_gradients(growth, len(blocks), len(found.drawn)),
         warnings=findings,
         advice=advice(findings),
         blocks=blocks,
@@ -107,7 +131,12 @@ def measured_diagnosis(
         shares=shares,
         lambda_max=largest,
         largest_learning_rate=eta,
-        remarks=_remarks(model, found, num_networks, probe.size if norms else 0, unsettled),
+        stability=stability(eta, step, probe.size),
+        plateau=plateau,
+        remarks=(
+            *_remarks(model, found, num_networks, probe.size if norms else 0, unsettled),
+            *_silent_branches(shares, dead),
+        ),
         inputs=probe.size,
     )
 
@@ -169,7 +198,7 @@ def _output_spread(networks: list[OneNetwork]) -> float | None:
     return float(torch.stack([one.outputs for one in networks]).var(0).mean().sqrt())
 
 
-def _verdict(growth: float | None, places: int, seeds: int) -> str:
+def _gradients(growth: float | None, places: int, seeds: int) -> str:
     if growth is None:
         return "measured: no chain of layers that everything passes was found; growth over depth is unknown"
     kind = "neither vanish nor explode" if 1 / GROWTH <= growth <= GROWTH else "vanish" if growth < 1 else "explode"
@@ -181,45 +210,134 @@ def _verdict(growth: float | None, places: int, seeds: int) -> str:
     )
 
 
-def _findings(
-    growth: float | None,
-    dead: tuple[int, int],
-    epsilon_ntk: float | None,
-    epsilon_features: float | None,
-    shares: dict[str, float],
-) -> tuple[Finding, ...]:
-    found: list[Finding] = []
-    if growth is not None and not 1 / GROWTH <= growth <= GROWTH:
-        small = growth < 1
-        found.append(
-            Finding(
-                "gradients vanish" if small else "gradients explode",
-                f"measured: squared gradients change {growth:.3g}-fold from the last place to the first, outside "
-                f"1/{GROWTH:g} .. {GROWTH:g}",
-                f"{'larger' if small else 'smaller'} initial weights in the blocks whose chi is "
-                f"{'below' if small else 'above'} 1, or normalization with residual connections",
-            )
-        )
-    if dead[0]:
-        message = f"measured: in {dead[0]} of {dead[1]} networks no gradient reaches the first place"
-        found.append(Finding("dead network", message, "use wider layers, or a leaky activation"))
-    known = [value for value in (epsilon_ntk, epsilon_features) if value is not None]
+@dataclass(frozen=True)
+class _Facts:
+    model: nn.Module
+    blocks: tuple[Block, ...]
+    growth: float | None
+    plateau: float | None
+    dead: tuple[int, int]
+    epsilon_ntk: float | None
+    epsilon_features: float | None
+    shares: dict[str, float]
+
+    @property
+    def spread(self) -> float | None:
+        known = [value for value in (self.epsilon_ntk, self.epsilon_features) if value is not None]
+        return max(known, default=None)
+
+    @property
+    def normalized(self) -> bool:
+        """Whether it has a normalization."""
+        return any("Norm" in type(part).__name__ for part in self.model.modules())
+
+    @property
+    def residual(self) -> bool:
+        """Whether a block that everything passes holds layers that not everything passes: a way around them."""
+        names = {block.name for block in self.blocks}
+        for block in self.blocks:
+            part = self.model.get_submodule(block.name.partition(":")[0])
+            inner = [name for name, module in part.named_modules() if name and not list(module.children())]
+            weighted = [name for name in inner if any(True for _ in part.get_submodule(name).parameters())]
+            if len(weighted) > 1 and any(f"{block.name}.{name}" not in names for name in weighted):
+                return True
+        return False
+
+
+def _verdict(facts: _Facts, findings: tuple[Finding, ...]) -> str:
+    codes = {finding.code for finding in findings}
+    if "dead network" in codes and facts.growth == 0:
+        return "dead: no gradient reaches the first layers"
+    if "gradients vanish" in codes:
+        slow = facts.plateau is not None and plateau_steps(facts.plateau) > PLATEAU
+        return f"gradients vanish{': ' + plateau_words(facts.plateau) if slow and facts.plateau else ' with depth'}"
+    if "gradients explode" in codes:
+        return "gradients explode with depth"
+    seeds = ""
+    if facts.spread is not None:
+        size = facts.spread
+        how = "by order one" if size >= ORDER_ONE else "much" if size >= LARGE else "little"
+        seeds = f", seeds differ {how} ({percent(math.sqrt(size))})"
+    if "too deep" in codes:
+        return f"too deep for its width{seeds}"
+    unknown = " (depth unknown: no chain of layers was found)" if facts.growth is None else ""
+    trains = "trains, with warnings" if codes - {"edge", "spread"} else "trains"
+    return f"{trains}: gradients pass its depth{seeds}" if not unknown else f"{trains}{seeds}{unknown}"
+
+
+def _findings(facts: _Facts) -> tuple[Finding, ...]:
+    found = [_plateau(facts), _explosion(facts), _dead(facts), _spread(facts), _frozen(facts)]
+    return tuple(finding for finding in found if finding is not None)
+
+
+def _plateau(facts: _Facts) -> Finding | None:
+    if facts.plateau is None or plateau_steps(facts.plateau) <= PLATEAU or facts.dead[0] == facts.dead[1]:
+        return None
+    message = f"gradients vanish: {plateau_words(facts.plateau)} at a quarter of the largest stable rate (from the NTK)"
+    return Finding("gradients vanish", message, _blockwise(facts, small=True))
+
+
+def _explosion(facts: _Facts) -> Finding | None:
+    if facts.growth is None or facts.growth <= GROWTH:
+        return None
+    message = f"gradients explode: their squares grow {facts.growth:.3g}-fold from the last place to the first"
+    return Finding("gradients explode", message, _blockwise(facts, small=False))
+
+
+def _blockwise(facts: _Facts, small: bool) -> str:
+    """Which blocks to initialize anew, and what the network does not have yet."""
+    known = [block for block in facts.blocks if block.chi is not None]
+    words = f"{'larger' if small else 'smaller'} initial weights"
     if known:
-        size = max(known)
-        deep = depth_finding(size, f"measured effective epsilon {size:.3g}", "fewer or wider blocks")
-        if deep is not None:
-            found.append(deep)
-    if shares and min(shares.values()) < FROZEN / len(shares):
-        name = min(shares, key=lambda key: shares[key])
-        found.append(
-            Finding(
-                "frozen layer",
-                f"measured: {name!r} makes {100 * shares[name]:.2g} % of the NTK, an equal part would be "
-                f"{100 / len(shares):.2g} %: it practically does not train",
-                f"give {name!r} a larger learning rate, or larger initial weights after it",
-            )
-        )
-    return tuple(found)
+        index = (min if small else max)(range(len(known)), key=lambda i: known[i].chi or 0.0)
+        after = facts.blocks[index + 1]
+        words += f", most of all in {after.name!r} (chi = {known[index].chi:.2g} from {known[index].name!r} to it)"
+    missing = ["a normalization"] * (not facts.normalized) + ["residual connections"] * (not facts.residual)
+    return ", or ".join([words, *missing])
+
+
+def _dead(facts: _Facts) -> Finding | None:
+    if not facts.dead[0]:
+        return None
+    message = f"in {facts.dead[0]} of {facts.dead[1]} networks no gradient reaches the first place"
+    return Finding("dead network", message, "use wider layers, or a leaky activation", "nn.LeakyReLU(0.1)")
+
+
+def _spread(facts: _Facts) -> Finding | None:
+    if facts.spread is None:
+        return None
+    parts = [("NTK", facts.epsilon_ntk), ("output variance", facts.epsilon_features)]
+    name = ", ".join(f"{part} by {percent(math.sqrt(value))}" for part, value in parts if value is not None)
+    factor = max(1.1, math.log1p(facts.spread) / 0.18)
+    remedy = f"about {factor:.2g} times the width, or fewer blocks"
+    if facts.blocks:
+        narrow = min(facts.blocks[:-1] or facts.blocks, key=lambda block: block.features)
+        remedy += f"; the narrowest place is {narrow.name!r} ({narrow.features:g} features)"
+    return spread_finding(facts.spread, name, remedy)
+
+
+def _frozen(facts: _Facts) -> Finding | None:
+    """A layer that hardly trains; one that gets no gradient at all at the start is a remark, not a fault."""
+    alive = {name: share for name, share in facts.shares.items() if share > 0}
+    if not alive or min(alive.values()) >= FROZEN / len(facts.shares):
+        return None
+    if facts.growth is not None and STEEP ** max(1, len(facts.blocks) - 1) < facts.growth < 1 / GROWTH:
+        return None  # all of them shrink with depth, and train as long as no plateau is found
+    name = min(alive, key=lambda key: alive[key])
+    return Finding(
+        "frozen layer",
+        f"{name!r} makes {100 * alive[name]:.2g} % of the NTK, an equal part would be "
+        f"{100 / len(facts.shares):.2g} %: it practically does not train",
+        f"give {name!r} a larger learning rate, or larger initial weights after it",
+    )
+
+
+def _silent_branches(shares: dict[str, float], dead: int) -> tuple[str, ...]:
+    silent = [name for name, share in shares.items() if share == 0]
+    if not silent or dead or len(silent) == len(shares):
+        return ()
+    names = ", ".join(map(repr, silent[:3])) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
+    return (f"no gradient at the start reaches {names}: what follows is zero, as in LoRA or zero-initialized branches",)
 
 
 def _remarks(

@@ -1,16 +1,21 @@
-"""The diagnosis of an MLP and its text: Markdown that reads as plain text, too."""
+"""The diagnosis of an MLP and its texts: short for a terminal, and its details as Markdown."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
+from torch_eft.diagnosis.derived.variants import Variant
 from torch_eft.diagnosis.findings import Finding
-from torch_eft.diagnosis.text import bullets, or_dash, table, with_error
-from torch_eft.diagnosis.variants import Variant
+from torch_eft.diagnosis.text import aligned, bullets, code, labeled, or_dash, percent, table, with_error
 from torch_eft.results.trajectory import Validity
+from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.aspect_ratio import AspectRatio
 from torch_eft.theory.estimates.expected_drift import ExpectedDrift
+from torch_eft.theory.estimates.plateau import plateau_steps
 from torch_eft.theory.estimates.seed_spread import SeedSpread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Phase = Literal["ordered", "critical", "chaotic"]
 
@@ -54,15 +59,19 @@ class LayerDiagnosis:
     lr_W: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """The theory's statements about a network at initialization; ``str()`` prints them.
+    """The theory's statements about a network at initialization.
+
+    ``print`` shows the verdict, warnings with advice, and five numbers beside those of a network twice as deep and one
+    twice as wide; ``.details`` is all of it, as Markdown; ``.plot()`` draws where the network stands.
 
     Args:
         network: Description of the ensemble.
         phase: ``"ordered"``, ``"critical"`` or ``"chaotic"``: squared gradients over this depth below half, within a
             factor of 2 of, or above twice those at criticality (those at layer L where there is no criticality).
-        verdict: The phase as a sentence, with the size.
+        verdict: One line: whether it trains, and how much seeds differ.
+        criticality: The phase as a sentence, with the size.
         warnings: Problems, each with its remedy.
         advice: The remedies; empty if nothing is to be changed.
         recommended: (C_b, C_W) at criticality; None where the activation has none.
@@ -79,8 +88,13 @@ class Diagnosis:
         inputs: N, the number of inputs it was made for; None for one with |x|^2 = n_0.
         largest_learning_rate: Below it gradient descent on ``MSELoss`` decreases the loss monotonically, at infinite
             width, with these inputs as training set; None where no parameter has a learning rate.
+        stability: The same in the unit of the optimizer and the loss, as a sentence.
+        plateau: kappa, the NTK's largest eigenvalue over that which tells inputs apart: full-batch gradient descent
+            takes about 2.5 sqrt(kappa) steps to half of the loss; None where nothing trains.
         validity: Of the infinite-width theory.
         first_order: Validity of order 1/n.
+        ensemble: The ensemble.
+        mean_square: Mean of |x|^2 / n_0 over the inputs.
         kind: ``"derived"``.
 
     Example:
@@ -93,6 +107,7 @@ class Diagnosis:
     network: str
     phase: Phase
     verdict: str
+    criticality: str
     warnings: tuple[Finding, ...]
     advice: tuple[str, ...]
     recommended: tuple[float, float] | None
@@ -107,8 +122,12 @@ class Diagnosis:
     remarks: tuple[str, ...]
     inputs: int | None
     largest_learning_rate: float | None
+    stability: str
+    plateau: float | None
     validity: Validity
     first_order: Validity
+    ensemble: MLPEnsemble = field(compare=False)
+    mean_square: float
     kind: Literal["derived"] = "derived"
 
     @property
@@ -118,30 +137,101 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, ready for JSON."""
-        return asdict(self)
+        kept = [entry.name for entry in fields(self) if entry.name != "ensemble"]
+        return {name: _plain(getattr(self, name)) for name in kept}
+
+    @property
+    def details(self) -> str:
+        """Everything, as Markdown."""
+        return _details(self)
+
+    def plot(self) -> "Figure":
+        """Draw where the network stands: the phase plane (C_b, C_W) and the depth-width map.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: Without a hidden layer.
+        """
+        from torch_eft.diagnosis.figures import planes_figure
+        from torch_eft.diagnosis.planes import depth_width_plane, phase_plane
+
+        place = self.ensemble, self.aspect_ratio, self.mean_square
+        return planes_figure(phase_plane(*place), depth_width_plane(*place))
+
+    def __repr__(self) -> str:
+        return f"Diagnosis({self.network}: {self.verdict})"
 
     def __str__(self) -> str:
-        """Return the report as Markdown, readable as plain text too."""
-        return _text(self)
+        """Return the short report, for a terminal."""
+        return _summary(self)
 
 
-def _text(diagnosis: Diagnosis) -> str:
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _summary(diagnosis: Diagnosis) -> str:
+    """Return verdict, warnings, advice and five numbers."""
+    lines = [diagnosis.network, "", *labeled("verdict", diagnosis.verdict)]
+    for finding in diagnosis.warnings:
+        lines += labeled("warning", finding.message)
+        if finding.remedy:
+            lines += [*labeled("  advice", finding.remedy), *code(finding.line)]
+    if diagnosis.variants:
+        lines += ["", *aligned(_compared(diagnosis.variants)), ""]
+    else:
+        lines.append("")
+    return "\n".join([*lines, *_notes(diagnosis), *labeled("more", "print(diagnosis.details), diagnosis.plot()")])
+
+
+def _compared(variants: Sequence[Variant]) -> list[list[str]]:
+    return [
+        ["", *(one.name for one in variants)],
+        ["r = L / n", *(f"{one.r:.3g}" for one in variants)],
+        ["output variance, seed to seed", *(percent(one.output_spread) for one in variants)],
+        ["NTK, seed to seed", *(percent(one.ntk_spread) for one in variants)],
+        ["NTK drift in training, about", *(percent(one.drift) for one in variants)],
+        ["largest stable learning rate", *(or_dash(one.largest_learning_rate, ".3g") for one in variants)],
+    ]
+
+
+def _notes(diagnosis: Diagnosis) -> list[str]:
+    """Return how far the numbers hold, and their units."""
+    spread = diagnosis.spread
+    words = {"valid": "to order 1/n", "caution": "rough, mostly too low", "invalid": "of the right order at best"}
+    holds = "exact at these widths" if spread.exact else words[spread.validity.flag]
+    drift = "" if diagnosis.drift.size is None else "; the drift is an order of magnitude for targets of size 1"
+    notes = labeled("numbers", f"seed to seed: {holds}{drift}")
+    if diagnosis.stability:
+        notes += labeled("rates", diagnosis.stability)
+    return notes
+
+
+def _details(diagnosis: Diagnosis) -> str:
     """Return the report on an MLP."""
     ratio = diagnosis.aspect_ratio
     sentences = [
         diagnosis.verdict,
+        diagnosis.criticality,
         f"over the depth, at infinite width: kernel K^(L) / K^(1) = {diagnosis.kernel_growth:.3g}, squared gradients "
         f"at layer 1 over those at layer L {diagnosis.gradient_growth:.3g}",
         *ratio.lines(),
         *_epsilon(diagnosis),
         *_spread(diagnosis),
         *_drift(diagnosis),
+        *_plateau(diagnosis),
         *_learning_rates(diagnosis),
         f"infinite width (order 0) as a description: {diagnosis.validity.flag}",
         f"validity of order 1/n: {diagnosis.first_order}",
     ]
     lines = [f"### {diagnosis.network}", "", *bullets(sentences), *bullets(diagnosis.remarks, "weights: ")]
     lines += [*bullets(map(str, diagnosis.warnings), "WARNING: "), *bullets(diagnosis.advice, "advice: ")]
+    lines += [f"- as code: `{one}`" for found in diagnosis.warnings for one in found.line.splitlines()]
     lines += ["", *_layers(diagnosis)]
     if diagnosis.variants:
         lines += ["", *_variants(diagnosis.variants)]
@@ -187,6 +277,17 @@ def _drift(diagnosis: Diagnosis) -> list[str]:
     ]
 
 
+def _plateau(diagnosis: Diagnosis) -> list[str]:
+    if diagnosis.plateau is None:
+        return []
+    kappa = diagnosis.plateau
+    return [
+        f"the NTK's largest eigenvalue is {kappa:.3g} times the largest that tells inputs apart: full-batch gradient "
+        f"descent at a quarter of the largest stable rate takes about {plateau_steps(kappa):.2g} steps to half of the "
+        "loss, where that is more than the task itself takes (measured for depth 3 to 14 within a factor of 2.6)"
+    ]
+
+
 def _learning_rates(diagnosis: Diagnosis) -> list[str]:
     if diagnosis.largest_learning_rate is None:
         return []
@@ -226,7 +327,7 @@ def _layers(diagnosis: Diagnosis) -> list[str]:
     ]
     if (point := diagnosis.aspect_ratio.critical) is not None:
         place = "any K" if point.K_star is None else f"K* = {point.K_star:.4g}"
-        cells = [f"critical ({point.universality_class})", f"{point.C_b:.4g}", f"{point.C_W:.4g}", place, "1", "1"]
+        cells = ["critical", f"{point.C_b:.4g}", f"{point.C_W:.4g}", place, "1", "1"]
         rows.append([*cells, f"{100 / len(diagnosis.layers):.3g} %", "-", "-"])
     return table(["layer", "C_b", "C_W", "K", "chi_par", "chi_perp", "NTK share", "lr bias", "lr weight"], rows)
 

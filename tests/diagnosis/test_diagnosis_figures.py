@@ -6,8 +6,8 @@ from matplotlib import colormaps
 
 import torch_eft as eft
 from tests.oracles.models import ConvNet
+from torch_eft.diagnosis.figures import _REGIMES, planes_figure
 from torch_eft.diagnosis.planes import depth_width_plane, phase_plane
-from torch_eft.tensorboard.diagnosis_figures import _REGIMES, measured_figure, planes_figure
 from torch_eft.theory import MLPEnsemble, aspect_ratio, susceptibilities
 from torch_eft.theory.estimates.learning_rates import layer_gains
 
@@ -45,7 +45,7 @@ def test_the_depth_width_plane_is_the_theory(name, C_W):
     for depth, width in ((3, 20), (8, 100), (30, 1000)):
         ratio = aspect_ratio(MLPEnsemble([8, *[width] * (depth - 1), 2], name, C_W=C_W))
         size = plane.size[plane.depths.index(depth)] / width
-        assert size == pytest.approx(max(ratio.r, ratio.epsilon), rel=1e-6)
+        assert size == pytest.approx(ratio.epsilon, rel=1e-6)
 
 
 def luminance(color):
@@ -71,14 +71,14 @@ def test_the_pictures_name_what_they_show():
     legend = [text.get_text() for text in left.get_legend().get_texts()]
     assert legend == ["χ⊥ = 1", "critical point", "this network"]
     assert {text.get_text().split(":")[0] for text in left.texts} == {"chaos", "order"}
-    assert any("too deep" in text.get_text() for text in right.texts)
+    assert any("seeds" in text.get_text() for text in right.texts)
     assert right.lines[-1].get_xydata().tolist() == [[30.0, 6.0]]
     assert min(label.get_fontsize() for label in [*left.texts, *right.texts]) >= 12
 
 
 def test_a_picture_of_measurements_says_so():
     found = eft.diagnose(ConvNet(), torch.randn(3, 1, 8, 8), num_networks=0)
-    drawing = measured_figure(found)
+    drawing = found.plot()
     assert "measured, not derived" in drawing.get_suptitle()
     assert [label.get_text() for label in drawing.axes[0].get_xticklabels()] == ["conv", "head"]
-    assert "there is no spread" in str(found)
+    assert "there is no spread" in found.details

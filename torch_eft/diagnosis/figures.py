@@ -4,9 +4,9 @@ The diverging map (RdBu) and cividis can be distinguished by color-blind readers
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch_eft.diagnosis.measured_report import MeasuredDiagnosis
 from torch_eft.diagnosis.planes import DepthWidthPlane, PhasePlane
 from torch_eft.results.presentation.figures import MEASURED, THEORY, new_figure
 
@@ -18,10 +18,10 @@ _HERE: dict[str, Any] = dict(marker="*", ms=22, mfc="#F0E442", mec="black", mew=
 _DECADES = 4.0
 """Growth beyond which the color saturates."""
 _REGIMES = (
-    (0.01, "r → 0\ninfinitely wide", "#C8D6E5"),
-    (0.2, "0 < r ≪ 1\neffectively deep", "#7FA8C9"),
-    (1.0, "edge", "#E6A95C"),
-    (float("inf"), "r ≳ 1\ntoo deep", "#A8481B"),
+    (0.01, "seeds alike", "#C8D6E5"),
+    (0.2, "seeds differ\nlittle", "#7FA8C9"),
+    (1.0, "much", "#E6A95C"),
+    (float("inf"), "seeds differ\nby order one", "#A8481B"),
 )
 
 
@@ -73,7 +73,7 @@ def draw_phase_plane(axes: "Axes", plane: PhasePlane) -> None:
 
 
 def draw_depth_width(axes: "Axes", plane: DepthWidthPlane) -> None:
-    """The regimes by the larger of r and epsilon, and this network."""
+    """How much seeds differ, by epsilon, and this network."""
     depths = [float(depth) for depth in plane.depths]
     low = min(8.0, plane.width / 3)
     high = max(4096.0, 3 * plane.width)
@@ -96,7 +96,7 @@ def draw_depth_width(axes: "Axes", plane: DepthWidthPlane) -> None:
     axes.set_ylim(depths[0], depths[-1])
     axes.set_xlabel("hidden width n", fontsize=14)
     axes.set_ylabel("depth L", fontsize=14)
-    axes.set_title(f"larger of r = L/n and ε: here {plane.r:.2g}, {plane.epsilon:.2g}", fontsize=14)
+    axes.set_title(f"output variance, seed to seed: ε = {plane.epsilon:.2g}, r = {plane.r:.2g}", fontsize=14)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, position: f"{value:g}")
     axes.tick_params(labelsize=12)
@@ -119,28 +119,39 @@ def _name_regime(
               weight="bold")  # fmt: skip
 
 
-def measured_figure(diagnosis: MeasuredDiagnosis) -> "Figure":
-    """Signals and squared gradients at the bottlenecks, and the NTK's shares by layer."""
+def measured_figure(
+    title: str,
+    places: Sequence[str],
+    gradients: Sequence[float],
+    variances: Sequence[float],
+    shares: Mapping[str, float],
+) -> "Figure":
+    """Signals and squared gradients at the bottlenecks, and the NTK's shares by layer.
+
+    Args:
+        title: Of the figure.
+        places: Names of the bottlenecks.
+        gradients: Squared gradients there.
+        variances: Mean squares of the features there.
+        shares: Parts of the NTK's trace, by layer.
+
+    Returns:
+        The figure.
+    """
     drawing, (left, right) = new_figure(columns=2)
     drawing.set_size_inches(12.4, 5.2)
-    names = [block.name for block in diagnosis.blocks]
-    places = range(len(names))
-    left.semilogy(
-        places, [b.gradient for b in diagnosis.blocks], "o-", color=MEASURED, lw=2, label="squared gradient J"
-    )
-    left.semilogy(
-        places, [b.variance for b in diagnosis.blocks], "s--", color=THEORY, lw=2, label="mean square of features"
-    )
-    left.set_xticks(list(places), names, rotation=60, ha="right", fontsize=11)
+    x = range(len(places))
+    left.semilogy(x, gradients, "o-", color=MEASURED, lw=2, label="squared gradient J")
+    left.semilogy(x, variances, "s--", color=THEORY, lw=2, label="mean square of features")
+    left.set_xticks(list(x), list(places), rotation=60, ha="right", fontsize=11)
     left.set_title("measured along the depth", fontsize=14)
     left.legend(fontsize=12, frameon=False)
     left.grid(alpha=0.3)
-    shares = list(diagnosis.shares.items())
-    right.barh([name or "(top)" for name, _ in shares], [100 * share for _, share in shares], color=THEORY)
+    right.barh([name or "(top)" for name in shares], [100 * share for share in shares.values()], color=THEORY)
     right.invert_yaxis()
     right.set_xlabel("% of the NTK's trace", fontsize=13)
     right.set_title("measured NTK share by layer", fontsize=14)
     for axes in (left, right):
         axes.tick_params(labelsize=11)
-    drawing.suptitle(f"{diagnosis.network}: measured, not derived", fontsize=15)
+    drawing.suptitle(title, fontsize=15)
     return drawing

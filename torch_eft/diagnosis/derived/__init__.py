@@ -1,0 +1,1 @@
+"""The diagnosis of an MLP, derived from its architecture."""

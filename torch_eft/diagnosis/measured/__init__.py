@@ -1,0 +1,1 @@
+"""The diagnosis of any other network, measured."""
