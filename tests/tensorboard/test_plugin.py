@@ -73,7 +73,7 @@ def test_series_of_a_run_all_or_chosen(two_runs):
         "ntk_drift": "predicted, without quantiles"
     }
     assert found["readings"] == {
-        "ntk_drift": "the NTK has changed by 2.5 times the size at the start: far outside the kernel regime"
+        "ntk_drift": "the NTK moved 2.5 times: rich"
     }
     one = get(two_runs, "series?run=narrow&quantity=ntk_top_eigenvalue")
     assert one["quantities"] == {"ntk_top_eigenvalue": {"measured": [[step, 300.0 + step] for step in STEPS]}}

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from torch_eft.results.regime import amount, regime
 from torch_eft.results.tags import BAND_90, EXPANSIONS, GIVEN_START_BAND, MEASURED, QUANTILE, SERIES, tag
 
 Series = Mapping[int, float]
@@ -11,20 +12,8 @@ Series = Mapping[int, float]
 _LINES = ("order_1", *reversed(EXPANSIONS))
 """What is predicted at finite width, the best first."""
 
-_LARGE = 0.1
-"""From this relative change on, a description by frozen kernels is off by more than ten percent."""
-
-_READINGS = {
-    "ntk_drift": (
-        "the NTK has changed by {}",
-        ("close to the kernel regime", "outside the kernel regime", "far outside the kernel regime"),
-    ),
-    "representation_change": (
-        "the hidden kernels have changed by {}",
-        ("little representation learning", "representation learning", "strong representation learning"),
-    ),
-}
-"""What has changed, and what that means below ``_LARGE``, above it, and from its own size on."""
+_READINGS = {"ntk_drift": "the NTK moved {}", "representation_change": "the features moved {}"}
+"""What a relative change is of."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +120,8 @@ def verdict(history: Mapping[int, Mapping[str, float]], quantity: str) -> Verdic
 def reading(history: Mapping[int, Mapping[str, float]], quantity: str) -> str | None:
     """Say what the last measured value means by itself: for any training, whether anything is predicted or not.
 
-    Changes of less than 10 % are called close to the kernel regime, those of 100 % and more far outside it.
+    The words are those of ``torch_eft.results.regime``: lazy below 10 %, weakly moving below 30 %, moving below 100 %,
+    rich beyond.
 
     Args:
         history: ``{step: {tag: value}}``, as an observer or a monitor keeps it.
@@ -146,7 +136,7 @@ def reading(history: Mapping[int, Mapping[str, float]], quantity: str) -> str | 
     Example:
         >>> from torch_eft.tensorboard import reading, tag
         >>> reading({0: {tag("ntk_drift"): 0.0}, 90: {tag("ntk_drift"): 7.7}}, "ntk_drift")
-        'the NTK has changed by 7.7 times the size at the start: far outside the kernel regime'
+        'the NTK moved 7.7 times: rich'
     """
     name = tag(quantity)
     return reading_of(quantity, {step: scalars[name] for step, scalars in history.items() if name in scalars})
@@ -157,9 +147,7 @@ def reading_of(quantity: str, measured: Series) -> str | None:
     if quantity not in _READINGS or not measured or not measured[max(measured)]:
         return None
     value = measured[max(measured)]
-    sentence, meanings = _READINGS[quantity]
-    amount = f"{value:.3g} times the size at the start" if value >= 1 else f"{100 * value:.3g} %"
-    return f"{sentence.format(amount)}: {meanings[(value >= _LARGE) + (value >= 1)]}"
+    return f"{_READINGS[quantity].format(amount(value))}: {regime({quantity: value}).name}"
 
 
 def verdict_of(series: Mapping[str, Series]) -> Verdict | None:
