@@ -1,18 +1,26 @@
 """Mistakes that people make are answered at once: what was given, what is allowed, the nearest name."""
 
+import lightning.pytorch as pl
+import numpy
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import torch_eft as eft
 from torch_eft import live, measure, theory
-from torch_eft.tensorboard import trajectory_figure
+from torch_eft.callbacks import EFTMonitor
+from torch_eft.cli.main import main
+from torch_eft.tensorboard import tag, trajectory_figure, verdict
 
 MODEL = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 ENSEMBLE = theory.MLPEnsemble([3, 8, 2], "tanh")
 X, Y = torch.eye(3).double(), torch.ones(3, 2).double()
 THETA = dict(MODEL.named_parameters())
 DATA = (X, Y, X[:1])
+IMAGES = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+TOKENS = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2))
+FRESH = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 SGD = {"learning_rate": 0.01, "steps": 2}
 
 MISTAKES = {
@@ -83,6 +91,154 @@ MISTAKES = {
     "one name for a list": (lambda: live.Observer(MODEL, X, extra="taylor"), ValueError, r"such as \['taylor'\]"),
     "percent": (lambda: live.Observer(MODEL, X, budget="5%"), ValueError, "budget: '5%' given; give the share"),
     "a trajectory without a label": (lambda: trajectory_figure(X), ValueError, "give {label: trajectory}"),
+    # ---- the probe
+    "a batch for a probe": (
+        lambda: measure.ntk(MODEL, (X, Y)),
+        ValueError,
+        r"looks like a batch \(inputs, targets\): give its inputs alone, batch\[0\]",
+    ),
+    "a batch with labels": (
+        lambda: measure.ntk(MODEL, {"x": X, "labels": Y}),
+        ValueError,
+        r"a batch with its targets: give its inputs alone, batch\['x'\]",
+    ),
+    "a batch whose labels the forward does not know": (
+        lambda: measure.ntk(MODEL, {"input": X, "labels": Y}),
+        ValueError,
+        "a batch with its targets: leave out 'labels'",
+    ),
+    "one sample": (
+        lambda: measure.ntk(MODEL, X[0]),
+        ValueError,
+        r"one sample without its batch axis; give x\[None\], or better a few samples, x\[:16\]",
+    ),
+    "one image": (
+        lambda: measure.ntk(IMAGES, torch.ones(1, 4, 4)),
+        ValueError,
+        r"looks like one sample without its batch axis: give x\[None\]",
+    ),
+    "images without a channel": (
+        lambda: measure.ntk(IMAGES, torch.ones(3, 4, 4)),
+        ValueError,
+        r"takes a channel axis: give x\[:, None\]",
+    ),
+    "images for rows": (lambda: measure.ntk(FRESH, torch.ones(4, 1, 3, 1)), ValueError, r"give x\.flatten\(1\)"),
+    "bytes for numbers": (lambda: measure.ntk(FRESH, torch.ones(4, 3).byte()), ValueError, r"kind: x\.float\(\)"),
+    "numbers for indices": (lambda: measure.ntk(TOKENS, torch.ones(4, 2)), ValueError, r"indices: x\.long\(\)"),
+    "a network for a probe": (
+        lambda: EFTMonitor(MODEL),
+        TypeError,
+        r"that is a network; give inputs of it, .*x\[:16\]",
+    ),
+    "a loader for a probe": (lambda: EFTMonitor(DataLoader([X])), TypeError, "DataLoader given; give 'first_batch:16'"),
+    "a data set for a probe": (
+        lambda: live.Observer(MODEL, TensorDataset(X)),
+        TypeError,
+        "TensorDataset given; give 'first_batch:16'",
+    ),
+    "texts for a probe": (lambda: measure.ntk(MODEL, ["a", "b"]), ValueError, "of texts by their tokenizer"),
+    "an array of objects": (
+        lambda: measure.ntk(MODEL, numpy.array([{}, {}])),
+        TypeError,
+        "an array of object given; give numbers",
+    ),
+    "a first batch without a number": (
+        lambda: EFTMonitor("first batch"),
+        ValueError,
+        "'first batch' given; say of how many samples, 'first_batch:16'",
+    ),
+    "thousands of samples": (
+        lambda: live.Observer(FRESH, torch.ones(3000, 3)).check(),
+        ValueError,
+        r"probe: 3000 samples given; .* about 270 s before the first step, .*: give fewer, such as x\[:64\]",
+    ),
+    "the name of an output": (
+        lambda: measure.ntk(MODEL, X, output_fn="logits"),
+        TypeError,
+        r"output_fn: 'logits' given; give a function .* lambda out: out\['logits'\]",
+    ),
+    # ---- monitors and observers
+    "two monitors of one name": (
+        lambda: pl.Trainer(callbacks=[EFTMonitor(X), EFTMonitor(X)], logger=False, accelerator="cpu"),
+        ValueError,
+        r"two EFTMonitor named '' given; give each a name of its own, EFTMonitor\(probe, name='first'\) and",
+    ),
+    "a misspelled preset of a monitor": (
+        lambda: EFTMonitor(X, preset="standart"),
+        ValueError,
+        "did you mean 'standard'",
+    ),
+    "a misspelled activation of a monitor": (
+        lambda: EFTMonitor(X, activation="Tahn"),
+        ValueError,
+        "did you mean 'tanh'",
+    ),
+    "percent as a number": (
+        lambda: EFTMonitor(X, budget=5),
+        ValueError,
+        "budget: 5 given, 500 % of the training's time; 5 % is 0.05, and None is no limit",
+    ),
+    "epochs": (lambda: EFTMonitor(X, every="epochs"), ValueError, r"'epochs' given \(did you mean 'epoch'\?\)"),
+    "seconds in words": (
+        lambda: EFTMonitor(X, forecast_seconds="10"),
+        ValueError,
+        "forecast_seconds: '10' given; give a positive number of seconds",
+    ),
+    "the class of a network": (
+        lambda: live.Observer(nn.Linear, X),
+        TypeError,
+        r"the class Linear given; give a network, Linear\(\.\.\.\)",
+    ),
+    "the observer's arguments swapped": (
+        lambda: live.Observer(X, MODEL),
+        TypeError,
+        r"model: Tensor given; .*Observer\(model, x\)",
+    ),
+    "the class of an optimizer": (
+        lambda: live.Observer(MODEL, X, torch.optim.SGD),
+        TypeError,
+        r"the class SGD given; give the training's own, SGD\(model\.parameters\(\), \.\.\.\)",
+    ),
+    "parameters for an optimizer": (
+        lambda: live.Observer(MODEL, X, list(MODEL.parameters())),
+        TypeError,
+        r"optimizer: Parameter given; give a torch\.optim\.Optimizer",
+    ),
+    # ---- the rest
+    "widths for a network": (
+        lambda: eft.diagnose([3, 8, 2]),
+        TypeError,
+        r"model_or_ensemble: list given; .*a torch\.nn\.Module or a theory\.MLPEnsemble",
+    ),
+    "the diagnosis's arguments swapped": (lambda: eft.diagnose(X, MODEL), TypeError, r"diagnose\(model, x\)"),
+    "the ensemble's arguments swapped": (
+        lambda: theory.MLPEnsemble("tanh", [3, 8, 2]),
+        ValueError,
+        r"widths: 'tanh' given; give a list n_0, \.\.\., n_L and then the activation",
+    ),
+    "one width": (lambda: theory.MLPEnsemble(8, "tanh"), ValueError, "widths: 8 given; give a list"),
+    "classes for the ensemble's targets": (
+        lambda: theory.predict_training(ENSEMBLE, X, torch.tensor([0, 1, 1]), X, **SGD),
+        ValueError,
+        r"for classes use one-hot targets, F\.one_hot\(y\)\.double\(\), or loss='cross_entropy'",
+    ),
+    "tensors for trajectories": (
+        lambda: eft.average_trajectories([X, X], "runs"),
+        TypeError,
+        "trajectories: Tensor given; give Trajectory objects",
+    ),
+    "a state_dict for parameters": (
+        lambda: measure.taylor_terms(nn.BatchNorm1d(3), X, nn.BatchNorm1d(3).state_dict(), nn.BatchNorm1d(3)),
+        ValueError,
+        r"'running_mean' is not a trainable parameter of the model; give those of named_parameters\(\)",
+    ),
+    "a misspelled quantity": (lambda: verdict({}, "ntk drift"), ValueError, "did you mean 'ntk_drift'"),
+    "a misspelled quantity of a history": (
+        lambda: live.RunHistory({0: {tag("ntk_drift"): 0.0}}).plot("ntk-drift"),
+        ValueError,
+        "did you mean 'ntk_drift'",
+    ),
+    "a run that is not there": (lambda: eft.load_run("runs/no"), FileNotFoundError, "give a run's log directory"),
 }
 
 
@@ -91,3 +247,35 @@ def test_a_mistake_is_answered(mistake):
     call, error, message = MISTAKES[mistake]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_an_activation_has_its_name_in_any_case_and_arrays_are_inputs():
+    EFTMonitor(X, activation="ReLU")
+    torch.testing.assert_close(measure.ntk(MODEL, X.numpy()), measure.ntk(MODEL, X))
+    assert EFTMonitor(X.numpy()).observer.probe.size == 3
+    assert eft.diagnose(FRESH, X.float().numpy()).inputs == 3
+
+
+def test_two_monitors_with_names_are_kept_apart():
+    first, second = EFTMonitor(X, name="first"), EFTMonitor(X, name="second")
+    pl.Trainer(callbacks=[first, second], logger=False, accelerator="cpu")
+    assert first.state_key != second.state_key
+    assert {str(first.state_key): 1}[EFTMonitor(X, name="first").state_key] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["diagnos"], "invalid choice: 'diagnos'"),
+        (["diagnose", "--model", "mlp.py"], "--model mlp.py: give package.module:factory"),
+        (["diagnose", "--widths", "64"], "widths: (64,) given; give at least two positive integers"),
+        (["diagnose", "--widths", "3", "8", "1", "--activation", "tahn"], "did you mean 'tanh'"),
+        (["report", "no/such/run"], "no such file or directory; give a run's log directory or its eft.jsonl"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_answered(words, answer, capsys):
+    try:
+        status = main(words)
+    except SystemExit as error:
+        status = error.code
+    assert status == 2 and answer in capsys.readouterr().err

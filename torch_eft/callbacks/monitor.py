@@ -35,6 +35,7 @@ from torch_eft.live.run.reference import KeepTheta
 from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.measure.network.ranks import Ranks
+from torch_eft.results.choices import nearest
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import ActivationLike
@@ -157,6 +158,7 @@ class EFTMonitor(Callback):
         self._first, self._output_fn = first_count(probe), output_fn
         self._timeout: float | None = None
         self._error: Exception | None = None
+        self._attached = False
         self._counter, self._workers = StepCounter(), WorkerResults()
 
     @property
@@ -204,6 +206,7 @@ class EFTMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the model can be measured on the probe; a ``ValueError`` here stops before training."""
+        self._attached = True
         if stage != "fit":
             return
         self._error = None
@@ -237,7 +240,8 @@ class EFTMonitor(Callback):
             return pl_module.get_submodule(self.module)
         except AttributeError:
             names = ", ".join(name for name, _ in pl_module.named_children())
-            raise ValueError(f"module: {self.module!r} is no submodule; the top level has {names}") from None
+            hint = nearest(self.module, [name for name, _ in pl_module.named_modules()])
+            raise ValueError(f"module: {self.module!r} is no submodule{hint}; the top level has {names}") from None
 
     # ---- training
 
@@ -385,7 +389,8 @@ class EFTMonitor(Callback):
     @property
     def state_key(self) -> str:
         """The key in checkpoints, which ``name`` makes different for monitors of one class."""
-        return self._generate_state_key(name=self.name)
+        key = self._generate_state_key(name=self.name)
+        return key if self._attached else _Key(key, self)
 
     def state_dict(self) -> dict[str, Any]:
         """History, theta_0's measurements and where they were taken: plain types and tensors."""
@@ -395,6 +400,30 @@ class EFTMonitor(Callback):
         """Go on from a checkpoint's theta_0 and history."""
         self.observer.load_state_dict(state_dict)
         self._counter.uncounted = int(state_dict.get("uncounted", 0))
+
+
+class _Key(str):
+    """A key that says what to do where a Trainer finds it twice, which it looks for before anything else."""
+
+    owner: "EFTMonitor"
+
+    def __new__(cls, key: str, owner: "EFTMonitor") -> "_Key":
+        made = super().__new__(cls, key)
+        made.owner = owner
+        return made
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Key) or other.owner is self.owner:
+            return str.__eq__(self, other)
+        if not str.__eq__(self, other):
+            return False
+        kind, name = type(self.owner).__name__, self.owner.name
+        raise ValueError(
+            f"callbacks: two {kind} named {name!r} given; give each a name of its own, {kind}(probe, name='first') and "
+            f"{kind}(probe, name='second')"
+        )
 
 
 def _planned_steps(trainer: Trainer) -> int | None:

@@ -7,6 +7,8 @@ For an MLP it is derived from the architecture (``derived``); any other module i
 from collections.abc import Callable
 from typing import Any
 
+import numpy
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -58,6 +60,7 @@ def diagnose(
 
     Raises:
         NotAnMLPError: If the module is no MLP and there is no ``x`` to measure it on, with the reason.
+        TypeError: If the first argument is neither.
         ValueError: If ``x`` does not fit or the signal leaves float64.
 
     Example:
@@ -68,6 +71,12 @@ def diagnose(
         >>> print(report.verdict)
         trains: near criticality, seeds differ little (32 %)
     """
+    if not isinstance(model_or_ensemble, nn.Module | MLPEnsemble):
+        raise TypeError(
+            f"model_or_ensemble: {type(model_or_ensemble).__name__} given; give the network first, a torch.nn.Module "
+            "or a theory.MLPEnsemble, then its inputs: diagnose(model, x)"
+        )
+    x = torch.tensor(x) if isinstance(x, numpy.ndarray) else x
     check_choice("reduction", reduction, ("mean", "sum"))
     step = read_step(optimizer, reduction)
     inputs = x.inputs if isinstance(x, Probe) else x

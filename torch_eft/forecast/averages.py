@@ -55,6 +55,7 @@ def average_trajectories(trajectories: Iterable[Trajectory], provenance: str) ->
         "caution". Its reasons give the share.
 
     Raises:
+        TypeError: If one is no ``Trajectory``.
         ValueError: If there are fewer than two, or they differ in steps or shapes.
 
     Example:
@@ -89,8 +90,14 @@ class Averages:
         """Take in one network.
 
         Raises:
+            TypeError: If it is no trajectory.
             ValueError: If it differs in steps or shapes from the first.
         """
+        if not isinstance(trajectory, Trajectory):
+            raise TypeError(
+                f"trajectories: {type(trajectory).__name__} given; give Trajectory objects, which forecasts and "
+                "trajectory_from_records return"
+            )
         if self._count == 0:
             self._steps = trajectory.steps
         elif not torch.equal(self._steps, trajectory.steps):

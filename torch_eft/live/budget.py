@@ -51,7 +51,7 @@ class Budget:
         accounts: By name.
 
     Raises:
-        ValueError: If ``limit`` is not positive.
+        ValueError: If ``limit`` is not positive, or above 1.
     """
 
     def __init__(self, limit: float | None, clock: Callable[[], float] | None = None) -> None:
@@ -60,6 +60,10 @@ class Budget:
             raise ValueError(
                 f"budget: {limit!r} given; give the share of the training's time that measuring may take, such as "
                 "0.05, or None for no limit"
+            )
+        if limit is not None and limit > 1:
+            raise ValueError(
+                f"budget: {limit:g} given, {100 * limit:g} % of the training's time; 5 % is 0.05, and None is no limit"
             )
         self.limit = limit
         self.clock = clock or time.perf_counter

@@ -101,6 +101,7 @@ class Observer:
 
     Raises:
         ValueError: If an argument is not usable. A model that is not is warned of in ``begin``.
+        TypeError: If the model is no module, or an optimizer none.
 
     Example:
         >>> import torch
@@ -147,7 +148,8 @@ class Observer:
     ) -> None:
         check_choice("distributed", distributed, ("rank_zero", "sharded"))
         check_choice("keep_theta_0", keep_theta_0, ("checkpoint", "file", "none"))
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+        _check_network(model)
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else _optimizers(optimizer)
         given = Given(model, probe_from(probe), optimizers, output_fn, memory, distributed, unsharded_model)
         self.instruments = chosen_instruments(
             preset, instruments, extra, Options(ensemble, activation, forecast_seconds, seeds)
@@ -430,3 +432,23 @@ def _tensorboard(logdir: Path) -> Sink:
     from torch.utils.tensorboard import SummaryWriter
 
     return TensorBoardSink(SummaryWriter(str(logdir)))
+
+
+def _check_network(model: Any) -> None:
+    if isinstance(model, type):
+        raise TypeError(f"model: the class {model.__name__} given; give a network, {model.__name__}(...)")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: {type(model).__name__} given; give the network first, then its inputs: Observer(model, x)"
+        )
+
+
+def _optimizers(given: Any) -> list[Optimizer]:
+    if isinstance(given, type):
+        name = given.__name__
+        raise TypeError(f"optimizer: the class {name} given; give the training's own, {name}(model.parameters(), ...)")
+    each = list(given or ()) if isinstance(given, Sequence) or given is None else [given]
+    wrong = next((one for one in each if not isinstance(one, Optimizer)), None)
+    if wrong is not None:
+        raise TypeError(f"optimizer: {type(wrong).__name__} given; give a torch.optim.Optimizer, several as a list")
+    return each

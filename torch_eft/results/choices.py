@@ -9,9 +9,9 @@ def nearest(value: Any, allowed: Iterable[str]) -> str:
     """Return `` (did you mean ...?)`` with the nearest allowed name, or nothing if none is near."""
     if not isinstance(value, str):
         return ""
-    names = list(allowed)
-    near = [name for name in names if name.lower() == value.lower()] or get_close_matches(value, names, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    names = {name.lower(): name for name in allowed}
+    near = get_close_matches(value.lower(), names, n=1)
+    return f" (did you mean {names[near[0]]!r}?)" if near else ""
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[str], instead: str = "") -> None:

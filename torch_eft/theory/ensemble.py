@@ -75,6 +75,11 @@ class MLPEnsemble:
         errors: Mapping[str, Sequence[float]] | None = None,
         remarks: Sequence[str] = (),
     ) -> None:
+        if not isinstance(widths, Sequence) or isinstance(widths, str):
+            raise ValueError(
+                f"widths: {widths!r} given; give a list n_0, ..., n_L and then the activation, such as [784, 128, 10], "
+                "'tanh'"
+            )
         widths = tuple(widths)
         if len(widths) < 2 or any(not isinstance(n, int) or n < 1 for n in widths):
             raise ValueError(f"widths: {widths} given; give at least two positive integers n_0, ..., n_L")

@@ -55,10 +55,7 @@ def test_without_matplotlib_or_pandas_the_remedy_is_said(monkeypatch):
     for result in (RUN, HISTORY):
         with pytest.raises(ImportError, match="to_pandas needs pandas: pip install pandas"):
             result.to_pandas()
-    from torch_eft.results.presentation import figures
-
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    figures._figure_class.cache_clear()
     with pytest.raises(ImportError, match=r"drawing needs matplotlib: pip install 'torch-eft\[demo\]'"):
         RUN.plot()
 

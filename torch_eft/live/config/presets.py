@@ -22,7 +22,7 @@ from torch_eft.live.instruments.trained_beside.seeds import SeedsInstrument
 from torch_eft.live.instruments.trained_beside.shadow import ShadowInstrument
 from torch_eft.results.choices import check_choice
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.gaussian.activations import ActivationLike
+from torch_eft.theory.gaussian.activations import ActivationLike, get_activation
 
 Preset: TypeAlias = Literal["light", "standard", "full"]
 PRESETS: tuple[Preset, ...] = ("light", "standard", "full")
@@ -88,8 +88,11 @@ def chosen_instruments(
             positive.
     """
     check_choice("preset", preset, PRESETS)
-    if not options.forecast_seconds > 0:
-        raise ValueError(f"forecast_seconds: {options.forecast_seconds} given; give a positive number of seconds")
+    seconds = options.forecast_seconds
+    if not isinstance(seconds, int | float) or not seconds > 0:
+        raise ValueError(f"forecast_seconds: {seconds!r} given; give a positive number of seconds")
+    if options.activation is not None:
+        get_activation(options.activation)  # a misspelled name is answered here
     for argument, asked in (("instruments", instruments or ()), ("extra", extra)):
         if isinstance(asked, str | Instrument):
             raise ValueError(f"{argument}: {asked!r} given; give a list, such as [{asked!r}]")

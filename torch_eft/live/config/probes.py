@@ -33,6 +33,8 @@ def probe_from(given: ProbeLike | None) -> Probe | None:
     if not isinstance(given, str | Path):
         return copied_probe(given)
     hint = "give a file of torch.save with a tensor (N, ...) in it, or 'first_batch:16'"
+    if re.match(r"first.?batch", str(given)):
+        raise ValueError(f"probe: {str(given)!r} given; say of how many samples, 'first_batch:16'")
     try:
         stored = torch.load(given, weights_only=True, map_location="cpu")
     except OSError as error:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from torch_eft.results.choices import nearest
+
 Every: TypeAlias = int | str | Callable[[int], bool]
 
 _ALLOWED = (
@@ -84,7 +86,7 @@ def checked_every(every: Every) -> Every:
         makers: dict[str, Callable[[int], Callable[[int], bool]]] = {"": linear, "linear": linear, "log": logarithmic}
         if kind in makers and number.isdecimal() and int(number) > 0:
             return makers[kind](int(number))
-    raise ValueError(f"every: {every!r} given; {_ALLOWED}")
+    raise ValueError(f"every: {every!r} given{nearest(every, ['epoch'])}; {_ALLOWED}")
 
 
 def due(every: Every, step: int, since: int | None = None) -> bool:

@@ -1,5 +1,6 @@
 """The network's output on the probe, and the checks that make a network measurable."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,15 +55,16 @@ def checked_output(network: IsolatedModel, probe: Probe, params: dict[str, Tenso
     inputs = tree_map_only(Tensor, torch.clone, network.place(probe))
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     versions = [tensor._version for tensor in tensors]
+    params = network.params if params is None else params
     try:
-        result = network(network.params if params is None else params, inputs)
+        result = network(params, inputs)
     except RefusedForwardError:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"probe: {probe.description} given, which the forward of {type(network.shadow).__name__} (or output_fn) "
-            f"rejects: {reason}. Give inputs as the forward takes them, or name the submodule to measure"
+            f"rejects: {reason}. {_tried(network, params, inputs) or _AS_IT_TAKES_THEM}"
         ) from error
     if [tensor._version for tensor in tensors] != versions:
         raise ValueError(
@@ -71,6 +73,8 @@ def checked_output(network: IsolatedModel, probe: Probe, params: dict[str, Tenso
         )
     if not isinstance(result, Tensor) or result.ndim != 2 or len(result) != probe.size or result.shape[1] == 0:
         given = f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        if isinstance(inputs, Tensor) and inputs.ndim in (1, 3) and _fits(network, params, inputs[None], 1):
+            raise ValueError(f"probe: {probe.description} given, one sample without its batch axis; {_ONE_SAMPLE}")
         raise ValueError(
             f"output_fn: the output for {probe.size} samples is {given}, not a tensor ({probe.size}, C) with C >= 1; "
             f"{_remedy(result, probe.size)}"
@@ -82,6 +86,54 @@ def checked_output(network: IsolatedModel, probe: Probe, params: dict[str, Tenso
             f"output_fn: the output is {kind}, and the measurements are for real outputs; give an output_fn {remedy}"
         )
     return result
+
+
+_AS_IT_TAKES_THEM = "Give inputs as the forward takes them, or name the submodule to measure"
+_ONE_SAMPLE = "give x[None], or better a few samples, x[:16]"
+_TARGETS = ("labels", "label", "label_ids", "targets", "target", "y")
+"""Names under which batches hold what is no input."""
+
+
+def _tried(network: IsolatedModel, params: Mapping[str, Tensor], inputs: Any) -> str:
+    """What to give instead of inputs that the forward rejects, found by trying; empty if nothing was."""
+    for instead, sentence in _alternatives(inputs, next(iter(params.values())).dtype):
+        if _fits(network, params, instead):
+            return sentence
+    return ""
+
+
+def _alternatives(inputs: Any, dtype: torch.dtype) -> Iterator[tuple[Any, str]]:
+    if isinstance(inputs, tuple | list) and len(inputs) > 1:
+        yield inputs[0], "This looks like a batch (inputs, targets): give its inputs alone, batch[0]"
+    if isinstance(inputs, dict):
+        targets = [name for name in inputs if name in _TARGETS]
+        rest = {name: value for name, value in inputs.items() if name not in targets}
+        if targets and rest:
+            yield rest, f"This looks like a batch with its targets: leave out {', '.join(map(repr, targets))}"
+            if len(rest) == 1:
+                ((name, x),) = rest.items()
+                yield x, f"This looks like a batch with its targets: give its inputs alone, batch[{name!r}]"
+    if isinstance(inputs, Tensor):
+        yield inputs[None], f"This looks like one sample without its batch axis: {_ONE_SAMPLE}"
+        if not inputs.is_floating_point():
+            yield (
+                inputs.to(dtype),
+                "Integers are given where the forward takes numbers of its parameters' kind: x.float()",
+            )
+        else:
+            yield inputs.long(), "Numbers are given where the forward takes indices: x.long()"
+        if inputs.ndim > 2:
+            yield inputs.flatten(1), "The forward takes rows: give x.flatten(1), or begin the network with nn.Flatten()"
+        yield inputs[:, None], "The forward takes a channel axis: give x[:, None]"
+
+
+def _fits(network: IsolatedModel, params: Mapping[str, Tensor], inputs: Any, samples: int | None = None) -> bool:
+    """Whether the forward takes these inputs, and returns a row for each of ``samples``, if that is asked."""
+    try:
+        result = network(dict(params), tree_map_only(Tensor, torch.clone, inputs))
+    except Exception:  # the forward's own errors are of many kinds
+        return False
+    return samples is None or (isinstance(result, Tensor) and result.ndim == 2 and len(result) == samples)
 
 
 def _remedy(result: Any, samples: int) -> str:

@@ -25,28 +25,26 @@ def new_figure(columns: int = 1, rows: int = 1) -> "tuple[Figure, list[Axes]]":
     Raises:
         ImportError: If matplotlib is missing.
     """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'torch-eft[demo]'") from error
     # matplotlib's own layout takes twice as long as the drawing itself: one panel does without.
     several = rows * columns > 1
-    drawing = _figure_class()(figsize=(5.6 * columns, 4.2 * rows), layout="constrained" if several else None)
+    drawing = _shown_by_notebooks(Figure)(
+        figsize=(5.6 * columns, 4.2 * rows), layout="constrained" if several else None
+    )
+    FigureCanvasAgg(drawing)
     if not several:
         drawing.subplots_adjust(left=0.17, right=0.96, bottom=0.16, top=0.87)
     return drawing, [drawing.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
 
 
 @functools.cache
-def _figure_class() -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'torch-eft[demo]'") from error
-
-    class Drawing(Figure):
+def _shown_by_notebooks(base: Any) -> Any:
+    class Drawing(base):
         """A figure that notebooks show, though pyplot does not know of it."""
-
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            FigureCanvasAgg(self)
 
         def _repr_png_(self) -> bytes:
             buffer = io.BytesIO()

@@ -139,7 +139,9 @@ class FrozenTraining(InfiniteWidthPath):
         x_probe = check_inputs("x_probe", x_probe, ensemble).to(x_train.device)
         shape = (len(x_train), ensemble.widths[-1])
         if tuple(y_train.shape) != shape:
-            raise ValueError(f"y_train: shape {tuple(y_train.shape)} given; x_train and widths ask for {shape}")
+            classes = y_train.ndim == 1 and not y_train.is_floating_point()
+            hint = "; for classes use one-hot targets, F.one_hot(y).double(), or loss='cross_entropy'" * classes
+            raise ValueError(f"y_train: shape {tuple(y_train.shape)} given; x_train and widths ask for {shape}{hint}")
         y_train = y_train.to(x_train)
         if not bool(torch.isfinite(y_train).all()):
             raise ValueError("y_train: contains NaN or infinite values; targets must be finite")

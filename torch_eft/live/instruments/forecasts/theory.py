@@ -1,7 +1,7 @@
 """Forecast of the ensemble, order 0 and order 1/n, beside the running training."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,8 +26,9 @@ from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import ActivationLike
 from torch_eft.theory.gaussian.quadrature import QuadratureError
 
-if TYPE_CHECKING:
-    pass
+_MOST_SAMPLES = 1024
+_PER_PAIR = 3e-5
+"""Seconds of one core that kernels at infinite width, their checks and a diagnosis take for a pair of probe inputs."""
 
 
 class TheoryInstrument(ForecastInstrument):
@@ -82,7 +83,14 @@ class TheoryInstrument(ForecastInstrument):
         return Plan(ntk=True)
 
     def check(self, network: Network) -> None:
-        """Check that a given ensemble has the network's widths."""
+        """Check that the probe is not too large for forecasts, and that a given ensemble has the network's widths."""
+        samples = network.probe.size
+        if samples > _MOST_SAMPLES:
+            raise ValueError(
+                f"probe: {samples} samples given; forecasts on so many take about {_PER_PAIR * samples**2:.0f} s "
+                f"before the first step, {_MOST_SAMPLES} are the most: give fewer, such as x[:64], or preset='light' "
+                "for measurements alone"
+            )
         if self.given is None:
             return
         activation = self.activation or self.given.activation

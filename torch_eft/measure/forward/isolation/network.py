@@ -253,7 +253,10 @@ class IsolatedModel:
         for name, value in values.items():
             if name not in self.params:
                 hint = nearest(name, self.params)
-                raise ValueError(f"{argument}: {name!r} is not a trainable parameter of the model{hint}")
+                raise ValueError(
+                    f"{argument}: {name!r} is not a trainable parameter of the model{hint}; give those of "
+                    "named_parameters()"
+                )
             if value.shape != self.params[name].shape:
                 own = tuple(self.params[name].shape)
                 raise ValueError(f"{argument}: {name!r} has shape {tuple(value.shape)}, the parameter {own}")
@@ -334,7 +337,7 @@ def isolated(
         The network as a pure function.
 
     Raises:
-        TypeError: If it is not a module.
+        TypeError: If it is not a module, or ``output_fn`` no function.
         RuntimeError: If it is already isolated, and the ``with`` that isolated it has ended.
     """
     if isinstance(model, IsolatedModel):
@@ -348,6 +351,11 @@ def isolated(
         return
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__} given; give the module first, then its inputs: (model, x, ...)")
+    if output_fn is not None and not callable(output_fn):
+        raise TypeError(
+            f"output_fn: {output_fn!r} given; give a function of what the forward returns, such as "
+            "lambda out: out['logits']"
+        )
     check_structure(model)
     with process_state(model.parameters()), differentiable(), elementary_operations(), own_forwards():
         network = _shadow_of(model, output_fn, dtype)
