@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from torch_eft.live import TensorBoardSink
 from torch_eft.tensorboard.run_info import JSONL_NAME, dump_json, write_run_info
 
 STEPS = (0, 1, 2, 5, 10, 20)
@@ -64,8 +65,7 @@ def write_run(directory: Path, scale: float = 0.1, info: dict | None = None, ste
             lines.write(dump_json({"kind": "run", "schema": 1, **info}) + "\n")
         for step in steps:
             scalars = drift(step, scale)
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
+            TensorBoardSink(writer).scalars(step, scalars)
             lines.write(
                 dump_json({"kind": "measurement", "step": step, "epoch": 0, "time": 0.0, "scalars": scalars}) + "\n"
             )

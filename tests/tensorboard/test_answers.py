@@ -137,6 +137,12 @@ def test_a_run_without_description_is_summarized_from_its_numbers():
     assert json.dumps(summary(None, {}), allow_nan=False)
 
 
+def test_absurd_numbers_of_a_damaged_file_are_no_error():
+    for absurd in ({"r": 10**400, "epsilon": 0.1}, {"r": -1.0}, {"r": 1e-320, "depth": 10**400}):
+        found = of(absurd, ntk_drift={"measured": line(0.0, 0.1, 1e308)})
+        assert json.dumps(found, allow_nan=False)
+
+
 def test_damaged_claims_and_progress_are_no_run_info():
     for damaged in ({"claims": {}}, {"claims": [3]}, {"progress": [1]}, {"progress": {"step": "x"}}):
         assert parse_run_info(json.dumps(damaged)) is None, damaged

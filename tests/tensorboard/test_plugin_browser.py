@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tests.tensorboard.chromium import EXECUTABLE, NAMES, Browser
 from tests.tensorboard.eft_runs import drift, run_info, write_run, write_scalars
+from torch_eft.live import TensorBoardSink
 from torch_eft.results.quantities import documented
 from torch_eft.results.tags import BAND_90
 from torch_eft.tensorboard import QUANTITIES, layer_tag, layer_theory_tag, tag
@@ -146,8 +147,7 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
     ]
 
     # New measurements appear by themselves.
-    for name, value in drift(40, 0.1).items():
-        writer.add_scalar(name, value, 40)
+    TensorBoardSink(writer).scalars(40, drift(40, 0.1))
     writer.close()
     browser.until(f"{text(card('ntk_drift') + ' .value')} == '4.5 times'")
     assert "step 20" in browser.run(

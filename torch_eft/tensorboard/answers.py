@@ -57,6 +57,13 @@ def summary(info: Mapping[str, Any] | None, series: Mapping[str, Mapping[str, Po
         "predicted", "low", "high"}, "features", "distance", "compared": {"state", "words", "rows": [[name, value,
         words]], "left"}, "advice": [sentence], "size": {"larger", "edge", "too_deep"}, "alike": key}``.
     """
+    try:
+        return _summary(info, series)
+    except (ArithmeticError, ValueError):  # numbers of a damaged file: the other runs are shown all the same
+        return _summary(None, {})
+
+
+def _summary(info: Mapping[str, Any] | None, series: Mapping[str, Mapping[str, Points]]) -> dict[str, Any]:
     known = {
         quantity: {name: {int(step): v for step, v in points if v is not None} for name, points in lines.items()}
         for quantity, lines in series.items()
@@ -195,7 +202,7 @@ def _compared(verdicts: Mapping[str, Verdict], known: Mapping[str, Any], reach: 
 def _larger(info: Mapping[str, Any]) -> dict[str, float] | None:
     """The larger of r and epsilon, and the r at which it reaches the edge."""
     r, epsilon = info.get("r"), info.get("epsilon")
-    if not r:
+    if not r or r <= 0:
         return None
     larger = max(r, epsilon or 0.0)
     return {"larger": larger, "edge": EDGE * r / larger, "too_deep": TOO_DEEP * r / larger}

@@ -1,4 +1,4 @@
-// Where a network lies by depth and width: below the edge corrections of order 1/n are small, above it is too deep.
+// Where a network lies by depth and width: below the edge r = L/n and epsilon are small, above it is too deep.
 
 import { svg } from "../charts/dom.js";
 import { number } from "../data/format.js";
@@ -45,7 +45,7 @@ export function depthWidthMap(width, height, runs, styles, edges, theme) {
     ),
     axes,
     label("too deep", box.left + 6, deep, -30, "start"),
-    label("1/n corrections small", box.right - 5, edge, 60, "end"),
+    label("r and ε small", box.right - 5, edge, 60, "end"),
     others.map(({ name, info }) =>
       dot(x.to(info.width), y.to(info.depth), styles.get(name)?.color ?? theme.soft, `${name}: L = ${info.depth}, n = ${number(info.width)}`, theme),
     ),
