@@ -10,14 +10,16 @@ from importlib.metadata import entry_points
 import pytest
 from tensorboard.backend import application
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+from tensorboard.context import RequestContext
 from tensorboard.plugins import base_plugin
 from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
 
-from tests.tensorboard.eft_runs import STEPS, run_info, write_run
+from tests.tensorboard.eft_runs import STEPS, drift, run_info, write_run
+from torch_eft.live import TensorBoardSink
 from torch_eft.results.quantities import HEADLINES
 from torch_eft.tensorboard.answers import bounds
-from torch_eft.tensorboard.plugin import STATIC, EFTPlugin
+from torch_eft.tensorboard.plugin import STATIC, EFTPlugin, reader
 from torch_eft.tensorboard.run_info import run_info_summary, write_run_info
 
 NOTHING = {"runs": [], "headlines": [list(names) for names in HEADLINES], "bounds": bounds(), "others": 0}
@@ -61,6 +63,28 @@ def test_runs_and_their_info(two_runs):
     quantities = listing["runs"][0]["quantities"]
     assert set(quantities) == {"ntk_drift", "ntk_top_eigenvalue", "interval_ntk_error", "taylor_terms"}
     assert set(quantities["ntk_drift"]) == {"measured", "order_0", "order_1", "minus_sigma", "plus_sigma"}
+
+
+def test_a_run_is_read_again_where_it_goes_on(tmp_path, monkeypatch):
+    summarized = []
+    monkeypatch.setattr(reader, "summary", lambda info, series: summarized.append(series) or len(summarized))
+    first, second = (write_run(tmp_path / name, info=run_info()) for name in "ab")
+    multiplexer = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    read = reader.Reader(data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path)))
+
+    def numbers():
+        return {run["name"]: run["summary"] for run in read.runs(RequestContext(), "")["runs"]}
+
+    before = numbers()
+    assert sorted(before.values()) == [1, 2] and numbers() == before
+    assert set(summarized[0]) == {"ntk_drift"}
+    TensorBoardSink(second).scalars(40, drift(40, 0.1))
+    first.close()
+    second.close()
+    multiplexer.Reload()
+    assert numbers() == before | {"b": 3}
+    assert summarized[2]["ntk_drift"]["measured"][-1][0] == 40
 
 
 def test_series_of_a_run_all_or_chosen(two_runs):

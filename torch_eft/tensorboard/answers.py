@@ -9,7 +9,7 @@ from statistics import NormalDist
 from typing import Any
 
 from torch_eft.results.regime import DECIDING, LAZY, REGIMES, Badge, amount, regime, theory
-from torch_eft.results.tags import MEASURED
+from torch_eft.results.tags import BAND_90, EXPANSIONS, MEASURED, ORDERS, QUANTILE
 from torch_eft.tensorboard.verdicts import Verdict, verdict_of
 
 Points = Iterable[Sequence[Any]]
@@ -33,6 +33,9 @@ NEEDED = (*_LABELS, *DECIDING)
 
 BY_CHANCE = 0.1
 """Share of networks outside the band of 90 %."""
+
+READ = (MEASURED, *ORDERS, *EXPANSIONS, *BAND_90, QUANTILE, "z_score")
+"""The series of them that it reads."""
 
 _NOT_FINITE = 1e6
 """Relative changes beyond this are those of a training that diverges, on the way to overflow."""

@@ -1,7 +1,7 @@
 """Reads the tab's data through TensorBoard's data provider."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensorboard import errors
 from tensorboard.data import provider
@@ -9,7 +9,7 @@ from tensorboard.plugins.scalar import metadata as scalar_metadata
 
 from torch_eft.results.quantities import HEADLINES
 from torch_eft.results.tags import split_tag
-from torch_eft.tensorboard.answers import NEEDED, bounds, summary
+from torch_eft.tensorboard.answers import NEEDED, READ, bounds, summary
 from torch_eft.tensorboard.run_info import (
     PLUGIN_NAME,
     RUN_INFO_TAG,
@@ -20,6 +20,17 @@ from torch_eft.tensorboard.run_info import (
 )
 
 Series = dict[str, dict[str, list[list[float | None]]]]
+
+
+class Line(NamedTuple):
+    """A tag of ours: what it is of, and its last point's step and time, which tell whether there is anything new."""
+
+    quantity: str
+    series: str
+    end: tuple[int, float]
+
+
+Lines = dict[str, dict[str, Line]]
 
 _PLUGINS = (scalar_metadata.PLUGIN_NAME, PLUGIN_NAME)
 """Whose scalars are read: those that the Scalars tab shows too, and those of this tab alone."""
@@ -36,6 +47,7 @@ class Reader:
     def __init__(self, data: Any, samples: int = 1000) -> None:
         self._data = data
         self._samples = samples
+        self._described: dict[str, tuple[Any, dict[str, Any]]] = {}  # runs as they were, by all that may change them
 
     def runs(self, ctx: Any, experiment: str) -> dict[str, Any]:
         """The runs with our data, oldest first.
@@ -52,14 +64,27 @@ class Reader:
         texts = self._info_texts(ctx, experiment)
         known = self._data.list_runs(ctx, experiment_id=experiment)
         started = {run.run_name: run.start_time for run in known}
-        needed = {
-            run: {name: split for name, split in known.items() if split[0] in NEEDED} for run, known in tags.items()
-        }
-        read = self._read(ctx, experiment, needed)
-        runs = [_run(name, tags.get(name, {}), texts.get(name), read.get(name, {})) for name in {*tags, *texts}]
+        runs = self._describe(
+            ctx, experiment, {name: (tags.get(name, {}), texts.get(name)) for name in {*tags, *texts}}
+        )
         runs.sort(key=lambda run: (started.get(run["name"]) or math.inf, run["name"]))
         others = len(started.keys() - {run["name"] for run in runs})
         return {"runs": runs, "headlines": HEADLINES, "bounds": bounds(), "others": others}
+
+    def _describe(
+        self, ctx: Any, experiment: str, given: dict[str, tuple[dict[str, Line], bytes | None]]
+    ) -> list[dict[str, Any]]:
+        """The runs as they are now; those that are as before are not read again."""
+        keys = {name: f"{experiment}/{name}" for name in given}
+        new = [name for name in given if self._described.get(keys[name], (None,))[0] != given[name]]
+        needed = {
+            name: {tag: line for tag, line in given[name][0].items() if line.quantity in NEEDED and line.series in READ}
+            for name in new
+        }
+        read = self._read(ctx, experiment, needed) if new else {}
+        for name in new:
+            self._described[keys[name]] = given[name], _run(name, *given[name], read.get(name, {}))
+        return [self._described[keys[name]][1] for name in given]
 
     def series(self, ctx: Any, experiment: str, run: str, quantities: list[str] | None = None) -> dict[str, Any]:
         """Return the numbers of a run, and what they say.
@@ -79,10 +104,10 @@ class Reader:
         tags = self._tags(ctx, experiment).get(run) if self._data is not None else None
         if tags is None:
             raise errors.NotFoundError(f"run {run!r} has no scalars of torch_eft")
-        unknown = set(quantities or ()) - {quantity for quantity, _ in tags.values()}
+        unknown = set(quantities or ()) - {line.quantity for line in tags.values()}
         if unknown:
             raise errors.NotFoundError(f"run {run!r} has no quantity {', '.join(sorted(unknown))}")
-        wanted = [name for name, (quantity, _) in tags.items() if quantities is None or quantity in quantities]
+        wanted = [name for name, line in tags.items() if quantities is None or line.quantity in quantities]
         found = self._read(ctx, experiment, {run: {name: tags[name] for name in wanted}})[run]
         return {"run": run, "quantities": found, "verdicts": verdicts(found), "readings": readings(found)}
 
@@ -97,17 +122,19 @@ class Reader:
                 return {"run": run, "events": (found["info"] or {}).get("events") or []}
         raise errors.NotFoundError(f"run {run!r} has no data of torch_eft")
 
-    def _tags(self, ctx: Any, experiment: str) -> dict[str, dict[str, tuple[str, str]]]:
-        """``{run: {tag: (quantity, series)}}`` of the runs that have any."""
-        found: dict[str, dict[str, tuple[str, str]]] = {}
+    def _tags(self, ctx: Any, experiment: str) -> Lines:
+        """``{run: {tag: line}}`` of the runs that have any."""
+        found: Lines = {}
         for plugin in _PLUGINS:
             listed = self._data.list_scalars(ctx, experiment_id=experiment, plugin_name=plugin)
             for run, tags in listed.items():
-                found.setdefault(run, {}).update({name: split for name in tags if (split := split_tag(name))})
+                ours = {name: split for name in tags if (split := split_tag(name)) is not None}
+                ends = {name: (tags[name].max_step, tags[name].max_wall_time) for name in ours}
+                found.setdefault(run, {}).update({name: Line(*split, ends[name]) for name, split in ours.items()})
         return {run: tags for run, tags in found.items() if tags}
 
-    def _read(self, ctx: Any, experiment: str, wanted: dict[str, dict[str, tuple[str, str]]]) -> dict[str, Series]:
-        """``{run: {quantity: {series: [[step, value], ...]}}}`` of ``{run: {tag: (quantity, series)}}``."""
+    def _read(self, ctx: Any, experiment: str, wanted: Lines) -> dict[str, Series]:
+        """``{run: {quantity: {series: [[step, value], ...]}}}`` of ``{run: {tag: line}}``."""
         found: dict[str, Series] = {run: {} for run in wanted}
         chosen = provider.RunTagFilter(
             runs=list(wanted), tags=list({name for tags in wanted.values() for name in tags})
@@ -118,7 +145,7 @@ class Reader:
             )
             for run, lines in read.items():
                 for name in lines.keys() & wanted[run].keys():
-                    quantity, series = wanted[run][name]
+                    quantity, series, _ = wanted[run][name]
                     # A resumed run repeats steps: the last value written holds.
                     values = {int(point.step): float(point.value) for point in lines[name]}
                     found[run].setdefault(quantity, {})[series] = [
@@ -139,7 +166,7 @@ class Reader:
         return {run: value.item() if value.size == 1 else b"" for run, value in found.items()}
 
 
-def _run(name: str, tags: dict[str, tuple[str, str]], text: bytes | None, read: Series) -> dict[str, Any]:
+def _run(name: str, tags: dict[str, Line], text: bytes | None, read: Series) -> dict[str, Any]:
     info = parse_run_info(text) if text is not None else None
     problem = ""
     if text is None:
@@ -147,7 +174,7 @@ def _run(name: str, tags: dict[str, tuple[str, str]], text: bytes | None, read: 
     elif info is None:
         problem = "This run's description cannot be read: it is damaged, or of another version of torch_eft."
     quantities: dict[str, list[str]] = {}
-    for quantity, series in tags.values():
+    for quantity, series, _ in tags.values():
         quantities.setdefault(quantity, []).append(series)
     return {
         "name": name,
