@@ -20,6 +20,12 @@ from torch_eft.measure.kernels.metrics import (
     top_eigenvalue,
 )
 from torch_eft.measure.kernels.ntk import Coverage, coverage, ntk, ntk_estimate
+from torch_eft.measure.kernels.preconditioner import (
+    OptimizerStep,
+    optimizer_step,
+    preconditioner,
+    stability_bound,
+)
 from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
@@ -62,6 +68,7 @@ __all__ = [
     "NoJetRuleError",
     "NotAnMLPError",
     "NotFiniteError",
+    "OptimizerStep",
     "PerturbativeTaylorModel",
     "Plan",
     "Probe",
@@ -101,7 +108,9 @@ __all__ = [
     "ntk_trace",
     "ntk_vector_product",
     "ntk_vjp",
+    "optimizer_step",
     "output",
+    "preconditioner",
     "read_ensemble",
     "read_learning_rates",
     "recognize_loss",
@@ -110,6 +119,7 @@ __all__ = [
     "relative_dntk",
     "representation",
     "representation_change",
+    "stability_bound",
     "statistics_over_seeds",
     "take_snapshot",
     "target_alignment",

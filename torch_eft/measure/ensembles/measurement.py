@@ -14,7 +14,9 @@ from torch_eft.measure.kernels.reverse_mode import Differentials, differentials
 class Measurement:
     """The output and those of H, dH, ddI, ddII that are needed, for a stack of networks."""
 
-    def __init__(self, network: IsolatedModel, probe: Probe, lambdas: dict[str, float], needed: list[str]) -> None:
+    def __init__(
+        self, network: IsolatedModel, probe: Probe, lambdas: dict[str, float | Tensor], needed: list[str]
+    ) -> None:
         self.network = replace(network, constants={})
         self.model = type(network.shadow).__name__
         self.inputs = network.place(probe)

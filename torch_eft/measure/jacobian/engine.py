@@ -25,9 +25,11 @@ from torch_eft.measure.jacobian.blocks import Estimate, GramBlocks, readable, su
 from torch_eft.measure.jacobian.factors import jacobian_factors
 from torch_eft.measure.jacobian.fallback import reverse_factors
 from torch_eft.measure.jacobian.gram import Factor, Orders
+from torch_eft.measure.jacobian.layers import weighted
 from torch_eft.measure.jacobian.plan import (
     ChangedUseError,
     JacobianPlan,
+    Lambdas,
     checked_lambdas,
     make_plan,
     sample_count,
@@ -80,7 +82,7 @@ class JacobianGram:
 
     Attributes:
         samples: N.
-        lambdas: ``{parameter: lambda}``, those above 0.
+        lambdas: ``{parameter: lambda}``, those above 0: one number, or one for every number of the parameter.
         trainable: Their names.
         plan: How each parameter's Jacobian is computed.
 
@@ -92,7 +94,7 @@ class JacobianGram:
         self,
         network: IsolatedModel,
         probe: Probe,
-        lambdas: Mapping[str, float] | float | None = None,
+        lambdas: Lambdas = None,
         memory: int = DEFAULT_MEMORY,
     ) -> None:
         if isinstance(memory, str) or not hasattr(memory, "__index__"):
@@ -376,7 +378,8 @@ class JacobianGram:
         C = 1 if trace else self.outputs
         shape = (C, self.samples, C, self.samples if other is None else other.samples)
         labels = {name: "" if part_of is None else part_of(name) for name in self.trainable}
-        return GramBlocks(self._like, shape, pairs, self.lambdas, labels, other is None)
+        numbers = {name: 1.0 if isinstance(value, Tensor) else value for name, value in self.lambdas.items()}
+        return GramBlocks(self._like, shape, pairs, numbers, labels, other is None)  # the rest is in the factors
 
     def _computed(
         self,
@@ -470,8 +473,14 @@ class JacobianGram:
             rows = slice(begin, begin + sample_count(inputs))
             if verification is not None:
                 verification.add(rows, factors)
+            factors = self._weighted(factors, self.plan if method == JETS else JacobianPlan(outputs=self.outputs))
             yield rows, factors
             del factors
+
+    def _weighted(self, factors: list[Factor], plan: JacobianPlan) -> list[Factor]:
+        """Put lambdas that differ from number to number of a parameter into its factors."""
+        elementwise = {name: value for name, value in self.lambdas.items() if isinstance(value, Tensor)}
+        return weighted(factors, elementwise, plan.in_order) if elementwise else factors
 
     def factors(self, inputs: Any, direction: Mapping[str, Tensor] | None = None, order: int = 0) -> list[Factor]:
         """Return the factors of J_0 .. J_order on some inputs, where the network is."""

@@ -45,12 +45,16 @@ class OuterProductFactor:
         inputs: a_q, (N, T, D) each, None for zero.
         gradients: g_p, for every output (N, T, E).
         bias: A parameter with J_m = sum_t g_m, or None.
+        weights: (E, D), lambda of every number of the weight; None: it is one number, and left out.
+        bias_weights: (E,), likewise of the bias.
     """
 
     weight: str
     inputs: tuple[Tensor | None, ...]
     gradients: tuple[PerOutput, ...]
     bias: str | None = None
+    weights: Tensor | None = None
+    bias_weights: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,7 +92,11 @@ class OuterProductFactor:
         """Return factors of one output whose Gram matrices add up to the sum over i = j."""
         C, _, T, _ = self.size
         if T == 1:
-            return [replace(self, gradients=tuple((torch.cat(g, 2),) for g in self.gradients))]
+            weights, biases = (
+                None if own is None else torch.cat([own] * C) for own in (self.weights, self.bias_weights)
+            )
+            joined = tuple((torch.cat(g, 2),) for g in self.gradients)
+            return [replace(self, gradients=joined, weights=weights, bias_weights=biases)]
         return [replace(self, gradients=tuple((g[i],) for g in self.gradients)) for i in range(C)]
 
     def formed(self, orders: Sequence[int]) -> list[Tensor]:
@@ -101,7 +109,13 @@ class OuterProductFactor:
     def of_bias(self) -> "DenseFactor":
         """Return the factor of the bias alone."""
         assert self.bias is not None
-        return DenseFactor(self.bias, tuple(torch.stack([part.sum(1) for part in g]) for g in self.gradients))
+        summed = tuple(torch.stack([part.sum(1) for part in g]) for g in self.gradients)
+        return DenseFactor(self.bias, summed, self.bias_weights)
+
+    def weighted(self, weights: Tensor | None, biases: Tensor | None) -> "OuterProductFactor":
+        """Return the same factor with lambda of every number, flat, in the order in which it has them."""
+        own = None if weights is None else weights.view(self.size[3], _depth(self))
+        return replace(self, weights=own, bias_weights=biases)
 
     def vjp(self, u: Tensor, order: int) -> dict[str, Tensor]:
         """Return u . J_order for u (C, N), in some shape, by parameter."""
@@ -140,7 +154,8 @@ class OuterProductFactor:
                 computed, as ``mirror`` expects.
         """
         assert isinstance(columns, OuterProductFactor)
-        if self._one_place and self.size[2] == columns.size[2] == 1:
+        elementwise = self.weights is not None or self.bias_weights is not None
+        if self._one_place and self.size[2] == columns.size[2] == 1 and not elementwise:
             _add_one_place(out, self, columns, lambdas, symmetric)
             return
         if self.bias is not None:
@@ -148,10 +163,11 @@ class OuterProductFactor:
         scale = lambdas.get(self.weight, 0.0)
         if scale == 0:
             return
-        if self._explicit_is_cheaper(columns, out):
+        if self.weights is not None or self._explicit_is_cheaper(columns, out):
             orders = sorted({order for pair in out for order in pair})
-            for J_rows, J_columns in _explicit(self, columns, orders):
-                _add_products(out, J_rows, J_columns, scale, symmetric)
+            for J_rows, J_columns, block in _explicit(self, columns, orders):
+                weights = None if self.weights is None else self.weights[block].flatten()
+                _add_products(out, J_rows, J_columns, scale, symmetric, weights)
         else:
             for pair, value in out.items():
                 _add_mixed(value, self, columns, pair, scale, symmetric and pair[0] == pair[1])
@@ -177,6 +193,15 @@ class EmbeddingFactor(OuterProductFactor):
     def _explicit_is_cheaper(self, columns: OuterProductFactor, pairs: Collection[Orders]) -> bool:
         return False
 
+    def weighted(self, weights: Tensor | None, biases: Tensor | None) -> OuterProductFactor:
+        """Return the same factor with lambda of every number: sqrt(lambda) of a token's row goes to its gradients."""
+        if weights is None:
+            return self
+        tokens = self.inputs[0]
+        assert tokens is not None
+        roots = weights.sqrt().view(self.rows_of_table, -1)[tokens.clamp_min(0)]  # (N, T, E)
+        return replace(self, gradients=tuple(tuple(part * roots for part in g) for g in self.gradients))
+
     def _pulled_back(self, weighted: Tensor, a: Tensor) -> Tensor:
         rows = weighted.new_zeros(self.rows_of_table, weighted.shape[2])
         return rows.index_add(0, a.flatten().clamp_min(0), (weighted * (a >= 0)[..., None]).flatten(0, 1))
@@ -193,10 +218,12 @@ class DenseFactor:
     Args:
         weight: The parameter.
         jacobians: J_m, (C, N, P) each.
+        weights: (P,), lambda of every number; None: it is one number, and left out.
     """
 
     weight: str
     jacobians: tuple[Tensor, ...]
+    weights: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -227,7 +254,13 @@ class DenseFactor:
 
     def summed_over_outputs(self) -> "list[Factor]":
         """Return the factor with outputs as further columns, so that the Gram matrix is the sum over i = j."""
-        return [replace(self, jacobians=tuple(J.transpose(0, 1).flatten(1)[None] for J in self.jacobians))]
+        flat = tuple(J.transpose(0, 1).flatten(1)[None] for J in self.jacobians)
+        weights = None if self.weights is None else self.weights.repeat(self.size[0])
+        return [replace(self, jacobians=flat, weights=weights)]
+
+    def weighted(self, weights: Tensor | None, biases: Tensor | None) -> "DenseFactor":
+        """Return the same factor with lambda of every number, flat."""
+        return replace(self, weights=weights)
 
     def vjp(self, u: Tensor, order: int) -> dict[str, Tensor]:
         """Return u . J_order for u (C, N)."""
@@ -238,7 +271,8 @@ class DenseFactor:
     ) -> None:
         """Add J_m lambda J_n^T to ``out[m, n]``; see ``OuterProductFactor.add_gram``."""
         assert isinstance(columns, DenseFactor)
-        _add_products(out, self.jacobians, columns.jacobians, lambdas.get(self.weight, 0.0), symmetric)
+        scale = lambdas.get(self.weight, 0.0)
+        _add_products(out, self.jacobians, columns.jacobians, scale, symmetric, self.weights)
 
 
 Factor = OuterProductFactor | DenseFactor
@@ -266,13 +300,20 @@ def _lower_blocks(size: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _add_products(
-    out: Mapping[Orders, Tensor], rows: Jacobians, columns: Jacobians, scale: float, symmetric: bool
+    out: Mapping[Orders, Tensor],
+    rows: Jacobians,
+    columns: Jacobians,
+    scale: float,
+    symmetric: bool,
+    weights: Tensor | None = None,
 ) -> None:
-    """Add matrix products of (C, N, P) Jacobians."""
+    """Add matrix products of (C, N, P) Jacobians, with lambda of every number (P,) between them."""
     if scale == 0:
         return
     for (m, n), value in out.items():
         first, second = rows[m].flatten(0, 1), columns[n].flatten(0, 1).T
+        if weights is not None:
+            first = first * weights
         matrix = value.flatten(2).flatten(0, 1)
         if symmetric and m == n:
             for block, before in _lower_blocks(len(matrix)):
@@ -361,8 +402,8 @@ def _depth(factor: OuterProductFactor) -> int:
 
 def _explicit(
     rows: OuterProductFactor, columns: OuterProductFactor, orders: Sequence[int]
-) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
-    """J_m of rows and of columns, (C, N, E_block D) each, for some columns of the layer at a time."""
+) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor], slice]]:
+    """J_m of rows and of columns, (C, N, E_block D) each, for some of the layer's outputs at a time, and which."""
     sides = (rows,) if columns is rows else (rows, columns)
     D, E = _depth(rows), rows.size[3]
     widest = max(side.size[0] * side.size[1] for side in sides)
@@ -374,7 +415,7 @@ def _explicit(
     for start in range(0, E, step):
         block = slice(start, min(start + step, E))
         formed = [_formed(side, buffer, block) for side, buffer in zip(sides, buffers, strict=True)]
-        yield formed[0], formed[-1]
+        yield formed[0], formed[-1], block
 
 
 def _formed(factor: OuterProductFactor, buffers: Mapping[int, Tensor], block: slice) -> dict[int, Tensor]:

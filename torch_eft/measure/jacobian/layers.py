@@ -1,6 +1,7 @@
 """Turns recorded calls and gradients into the factors of the Jacobian, kind by kind."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -161,6 +162,28 @@ def in_order_of_factors(gradient: Tensor, kind: str, transposed: bool, groups: i
     if kind == "transposed convolution":
         gradient = torch.cat([part.permute(2, 1, 0) for part in gradient.flatten(2).chunk(groups)])
     return (gradient.mT if transposed and gradient.ndim == 2 else gradient).flatten()
+
+
+def weighted(
+    factors: Sequence[Factor], lambdas: Mapping[str, Tensor], in_order: Callable[[Tensor, str, int], Tensor]
+) -> list[Factor]:
+    """Return factors with lambda of every number of some parameters.
+
+    Args:
+        factors: All factors of some samples.
+        lambdas: ``{parameter: tensor of its shape}``.
+        in_order: Brings a tensor of a parameter, by its name and its number of factors, into the order of factors.
+    """
+    counts = Counter(name for factor in factors for name in factor.names)
+    parts: dict[str, Iterator[Tensor]] = {}
+    for name, value in lambdas.items():
+        if counts[name]:
+            parts[name] = iter(in_order(value, name, counts[name]).chunk(counts[name]))
+    result: list[Factor] = []
+    for factor in factors:
+        own = [next(parts[name]) if name in parts else None for name in factor.names]
+        result.append(factor.weighted(own[0], own[1] if len(own) > 1 else None))
+    return result
 
 
 class Formed:

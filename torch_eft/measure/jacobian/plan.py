@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.jacobian.capture import Capture, LayerCall, unrecognized
 from torch_eft.measure.jacobian.gram import FORMED
-from torch_eft.measure.jacobian.layers import Axis
+from torch_eft.measure.jacobian.layers import Axis, in_order_of_factors
 from torch_eft.results.choices import nearest
+
+Lambdas: TypeAlias = Mapping[str, float | Tensor] | float | None
+"""One number, ``{parameter: a number, or one for every number of it}``, or None for 1."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,18 @@ class JacobianPlan:
     outputs: int = 0
     transposed: frozenset[str] = frozenset()
     looped: bool = False
+
+    def in_order(self, value: Tensor, name: str, groups: int) -> Tensor:
+        """Return a tensor of a parameter's shape with its numbers in the order in which its factors have them, (P,).
+
+        Args:
+            value: The tensor.
+            name: The parameter.
+            groups: The number of its factors.
+        """
+        if name in self.fallback:
+            return value.flatten()
+        return in_order_of_factors(value, self.kinds.get(name, ""), name in self.transposed, groups)
 
     def check(self, calls: Sequence[LayerCall], left: set[str], samples: int) -> None:
         """Compare what was recorded with the plan.
@@ -240,8 +255,8 @@ def _sample_bytes(network: IsolatedModel, recorded: _Recording, few: int) -> int
     return (numbers // few + buffer) * recorded.outputs.element_size()
 
 
-def checked_lambdas(network: IsolatedModel, lambdas: Mapping[str, float] | float | None) -> dict[str, float]:
-    """Return lambda of every trainable parameter with lambda > 0.
+def checked_lambdas(network: IsolatedModel, lambdas: Lambdas) -> dict[str, float | Tensor]:
+    """Return lambda of every trainable parameter with lambda > 0: a number, or a tensor of the parameter's shape.
 
     Args:
         network: The network.
@@ -257,13 +272,28 @@ def checked_lambdas(network: IsolatedModel, lambdas: Mapping[str, float] | float
     if isinstance(lambdas, Mapping):
         if set(lambdas) != names:
             raise ValueError(f"lambdas: {wrong_name(lambdas, names)}; name every trainable parameter once")
-        values = {name: _number(value, f" for {name!r}") for name, value in lambdas.items()}
+        values = {name: _lambda(value, name, network.params[name]) for name, value in lambdas.items()}
     else:
         values = dict.fromkeys(network.params, 1.0 if lambdas is None else _number(lambdas))
     for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"lambdas: {value:g} given for {name!r}; it must be finite and >= 0")
-    return {name: values[name] for name in network.params if values[name] > 0}
+        least, largest = torch.stack(list(value.aminmax())).tolist() if isinstance(value, Tensor) else (value, value)
+        if not (math.isfinite(largest) and least >= 0):
+            wrong = least if not least >= 0 else largest
+            raise ValueError(f"lambdas: {wrong:g} given for {name!r}; it must be finite and >= 0")
+    held = {name for name, value in values.items() if not isinstance(value, Tensor) and value == 0}
+    return {name: values[name] for name in network.params if name not in held}
+
+
+def _lambda(value: Any, name: str, parameter: Tensor) -> float | Tensor:
+    """Return a lambda as a number or, of the parameter's shape and where it is, as a tensor."""
+    if not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != parameter.shape):
+        return _number(value, f" for {name!r}")
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"lambdas: a tensor {tuple(value.shape)} given for {name!r}; give a number, or a tensor of the shape of "
+            f"the parameter, {tuple(parameter.shape)}"
+        )
+    return value.detach().to(parameter)
 
 
 def wrong_name(given: Iterable[str], names: Iterable[str]) -> str:

@@ -23,7 +23,6 @@ from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.reverse_mode import gradients_along, ordinary_gradients
 from torch_eft.measure.jacobian.gram import Factor
-from torch_eft.measure.jacobian.layers import in_order_of_factors
 from torch_eft.measure.jacobian.plan import JacobianPlan, sample_count
 
 DIGITS = 0.4
@@ -81,7 +80,7 @@ class Verification:
         self._sums[0] = {name: gradient.flatten() for name, gradient in gradients.items()}
 
     def mismatches(
-        self, block: int, kernels: Sequence[Tensor] = (), lambdas: Mapping[str, float] | None = None
+        self, block: int, kernels: Sequence[Tensor] = (), lambdas: Mapping[str, float | Tensor] | None = None
     ) -> tuple[dict[str, str], bool, Tensor]:
         """Compare u . J_0 with ordinary passes, and u . H u with the sum of lambda |u . J_0|^2.
 
@@ -145,7 +144,7 @@ class Verification:
         gradients: Mapping[str, Tensor],
         order: int,
         kernels: Sequence[Tensor] = (),
-        lambdas: Mapping[str, float] | None = None,
+        lambdas: Mapping[str, float | Tensor] | None = None,
     ) -> tuple[dict[str, str], bool]:
         """Return what differs by more than ``DIGITS`` of its size and a thousand roundings of the largest one's.
 
@@ -159,8 +158,15 @@ class Verification:
         wrong = ~(off <= eps**DIGITS * sizes + 1e3 * eps * sizes.max())
         contradict = wrong.new_zeros(())
         if kernels and lambdas:
-            weights = torch.tensor([lambdas[name] for name in self.trainable], dtype=sizes.dtype, device="cpu")
-            contradict = self._contradict(kernels, sizes.square() @ weights.to(sizes.device, non_blocking=True))
+            given = [lambdas[name] for name in self.trainable]
+            numbers = [0.0 if isinstance(value, Tensor) else value for value in given]
+            weights = torch.tensor(numbers, dtype=sizes.dtype, device="cpu").to(sizes.device, non_blocking=True)
+            total = sizes.square() @ weights
+            for name, gradient in gradients.items():
+                scale = lambdas.get(name)
+                if isinstance(scale, Tensor):
+                    total = total + (gradient.detach().square() * scale.to(gradient)).sum()
+            contradict = self._contradict(kernels, total)
         *flags, other = torch.cat([wrong, contradict[None]]).tolist()  # the one host sync
         return {
             name: f"differs by {float(off[index]):.3g} from the {float(sizes[index]):.3g} of ordinary backward passes"
@@ -169,7 +175,4 @@ class Verification:
         }, other
 
     def _in_order(self, gradient: Tensor, name: str) -> Tensor:
-        if name in self.plan.fallback:
-            return gradient.flatten()
-        kind, transposed = self.plan.kinds.get(name, ""), name in self.plan.transposed
-        return in_order_of_factors(gradient, kind, transposed, self._groups[name])
+        return self.plan.in_order(gradient, name, self._groups[name])

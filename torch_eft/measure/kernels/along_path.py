@@ -97,7 +97,9 @@ def along_path(
 class _Curvature:
     """v_c and lambda u_cd, by reverse mode on the training points."""
 
-    def __init__(self, network: IsolatedModel, train: Probe, basis: Tensor, lambdas: Mapping[str, float]) -> None:
+    def __init__(
+        self, network: IsolatedModel, train: Probe, basis: Tensor, lambdas: Mapping[str, float | Tensor]
+    ) -> None:
         self.basis, self.scales = basis, list(lambdas.values())
         self.leaves = [network.params[name].detach().requires_grad_() for name in lambdas]
         params = {**network.params, **dict(zip(lambdas, self.leaves, strict=True))}

@@ -8,17 +8,19 @@ recognized have their Jacobian formed sample by sample. ``coverage`` says which 
 checked at first use (``verification.py``).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from torch_eft.measure.forward.checks import MemoryLimitError, check_finite
 from torch_eft.measure.forward.isolation import Model, isolated
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.jacobian.blocks import Estimate
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram
+from torch_eft.measure.jacobian.plan import Lambdas
+from torch_eft.measure.kernels.preconditioner import lambdas_of
 from torch_eft.results.choices import check_choice
 
 Per = Literal["parameter", "layer"]
@@ -29,12 +31,13 @@ def ntk(
     model: Model,
     x: Any,
     *,
-    lambdas: Mapping[str, float] | float | None = ...,
+    lambdas: Lambdas = ...,
     trace: bool = ...,
     output_fn: OutputFn | None = ...,
     memory: int = ...,
     per: None = ...,
     other: Any = ...,
+    preconditioner: Optimizer | None = ...,
 ) -> Tensor: ...
 
 
@@ -43,12 +46,13 @@ def ntk(
     model: Model,
     x: Any,
     *,
-    lambdas: Mapping[str, float] | float | None = ...,
+    lambdas: Lambdas = ...,
     trace: bool = ...,
     output_fn: OutputFn | None = ...,
     memory: int = ...,
     per: Per,
     other: Any = ...,
+    preconditioner: Optimizer | None = ...,
 ) -> dict[str, Tensor]: ...
 
 
@@ -56,12 +60,13 @@ def ntk(
     model: Model,
     x: Any,
     *,
-    lambdas: Mapping[str, float] | float | None = None,
+    lambdas: Lambdas = None,
     trace: bool = False,
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
     per: Per | None = None,
     other: Any = None,
+    preconditioner: Optimizer | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Compute the NTK of ``model`` on ``x``, in evaluation mode.
 
@@ -72,14 +77,16 @@ def ntk(
     Args:
         model: Any module. Frozen parameters do not contribute; tied ones count once.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
-        lambdas: The learning-rate tensor: one number, or ``{parameter name: lambda}`` for every
-            trainable parameter; None means 1.
+        lambdas: The learning-rate tensor: one number, or ``{parameter name: lambda}`` for every trainable parameter,
+            a number or a tensor of its shape; None means 1.
         trace: Average over outputs, (1/C) sum_i H_{ii;ab}.
         output_fn: Turns what the model returns into (N, C).
         memory: Bytes allowed for kernels, factors and graph; less means more recomputation. See ``ntk_estimate``.
         per: ``"parameter"`` or ``"layer"`` (the module that holds the parameter): the parts of the NTK, by name, which
             sum up to it.
         other: Other inputs, like ``x``: the cross kernel H(x, other).
+        preconditioner: An optimizer of the model, in place of ``lambdas``: the kernel H_P = J lambda P J^T by which its
+            latest step moved the outputs, per unit of eta; see ``preconditioner``.
 
     Returns:
         ``[a, b, i, j] = H_{ij;ab}``, (N, N, C, C), or (N, N) with ``trace``; (N, N', ...) with ``other``; in the dtype
@@ -99,6 +106,7 @@ def ntk(
         check_choice("per", per, ("parameter", "layer"), "None for the whole kernel")
     part_of = None if per is None else (str if per == "parameter" else layer_of)
     with isolated(model, output_fn) as network:
+        lambdas = lambdas_of(network.origin, lambdas, preconditioner)
         rows = JacobianGram(network, as_probe(x), lambdas, memory)
         columns = None if other is None else JacobianGram(network, as_probe(other), lambdas, memory)
         parts = rows.ntk_parts(part_of, trace=trace, other=columns)
@@ -115,7 +123,7 @@ def ntk_estimate(
     model: Model,
     x: Any,
     *,
-    lambdas: Mapping[str, float] | float | None = None,
+    lambdas: Lambdas = None,
     trace: bool = False,
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
@@ -187,7 +195,7 @@ def coverage(
     model: Model,
     x: Any,
     *,
-    lambdas: Mapping[str, float] | float | None = None,
+    lambdas: Lambdas = None,
     output_fn: OutputFn | None = None,
 ) -> Coverage:
     """Return how ``ntk`` computes the Jacobian of each trainable parameter; arguments and errors as there.

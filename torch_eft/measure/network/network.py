@@ -5,14 +5,17 @@ from contextlib import AbstractContextManager
 from typing import Any, overload
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, Parameters, isolated
 from torch_eft.measure.forward.output import output
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.jacobian.blocks import Estimate
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
+from torch_eft.measure.jacobian.plan import Lambdas
 from torch_eft.measure.kernels.dntk import DDNTK, Direction, NTKDerivatives, ddntk, dntk, ntk_derivatives
 from torch_eft.measure.kernels.ntk import Coverage, Per, coverage, ntk, ntk_estimate
+from torch_eft.measure.kernels.preconditioner import lambdas_of
 from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
 from torch_eft.measure.network.expansion import SnapshotExpansion, expand_snapshot
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
@@ -35,6 +38,7 @@ class Network:
         lambdas: See ``ntk``.
         output_fn: Turns what the model returns into (N, C).
         memory: Bytes allowed, see ``ntk``; None for the default of 1 GiB.
+        preconditioner: An optimizer in place of ``lambdas``, see ``ntk``; read at every measurement.
         prepare: Done to the isolated network at other parameters before it is measured there, as to this one before it
             was given: taking the statistics of BatchNorm.
 
@@ -57,13 +61,14 @@ class Network:
         model: Model,
         x: Any,
         *,
-        lambdas: Mapping[str, float] | float | None = None,
+        lambdas: Lambdas = None,
         output_fn: OutputFn | None = None,
         memory: int | None = None,
+        preconditioner: Optimizer | None = None,
         prepare: Callable[[IsolatedModel], IsolatedModel] | None = None,
     ) -> None:
         self.model, self.probe = model, as_probe(x)
-        self.lambdas, self.output_fn = lambdas, output_fn
+        self._lambdas, self.preconditioner, self.output_fn = lambdas, preconditioner, output_fn
         self.memory = DEFAULT_MEMORY if memory is None else memory
         self.prepare = prepare
         self._open: IsolatedModel | None = None
@@ -96,11 +101,18 @@ class Network:
         return f"Network({type(module).__name__} on {self.probe.description}, {state})"
 
     @property
+    def lambdas(self) -> Lambdas:
+        """The learning-rate tensor; of an optimizer's preconditioner that of now."""
+        current = self.current
+        module = current.origin if isinstance(current, IsolatedModel) else current
+        return lambdas_of(module, self._lambdas, self.preconditioner)
+
+    @property
     def current(self) -> Model:
         """The isolated network inside ``with``, else the module: what any function of ``measure`` takes."""
         return self.model if self._open is None else self._open
 
-    def on(self, x: Any, *, lambdas: Mapping[str, float] | float | None = None) -> "Network":
+    def on(self, x: Any, *, lambdas: Lambdas = None) -> "Network":
         """Return the same network on other inputs; inside ``with`` it shares the isolated copy.
 
         Made inside, it measures inside only: later its methods raise a ``RuntimeError``.
@@ -112,9 +124,10 @@ class Network:
         Returns:
             The network on these inputs.
         """
-        kept = self.lambdas if lambdas is None else lambdas
+        kept: dict[str, Any] = {"lambdas": self._lambdas, "preconditioner": self.preconditioner}
+        kept = kept if lambdas is None else {"lambdas": lambdas}
         options: dict[str, Any] = {"output_fn": self.output_fn, "memory": self.memory, "prepare": self.prepare}
-        return Network(self.current, x, lambdas=kept, **options)
+        return Network(self.current, x, **kept, **options)
 
     def at(self, theta: Parameters) -> "Network":
         """Return the same network at other parameters, inside ``with`` only.

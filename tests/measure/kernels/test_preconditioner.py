@@ -1,0 +1,228 @@
+"""Preconditioned kernels: the parts of a step add up to the step that is taken, and H_P is J lambda P J^T."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RMSprop
+
+from torch_eft import measure
+
+
+class Lion(torch.optim.Optimizer):
+    """Chen et al. 2023, algorithm 2."""
+
+    def __init__(self, params, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                b1, b2 = group["betas"]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_((b1 * m + (1 - b1) * p.grad).sign(), alpha=-group["lr"])
+                m.mul_(b2).add_(p.grad, alpha=1 - b2)
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: SGD(p, lr=0.1, weight_decay=0.1),
+    "heavy ball": lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1),
+    "Nesterov": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "maximizing": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, maximize=True),
+    "RMSprop": lambda p: RMSprop(p, lr=0.01, weight_decay=0.1),
+    "RMSprop, centered, momentum": lambda p: RMSprop(p, lr=0.01, momentum=0.8, centered=True),
+    "Adagrad": lambda p: Adagrad(p, lr=0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.2),
+    "Adam": lambda p: Adam(p, lr=0.01, weight_decay=0.1),
+    "Adam, amsgrad, maximizing": lambda p: Adam(p, lr=0.01, amsgrad=True, maximize=True),
+    "Adam, single tensors": lambda p: Adam(p, lr=torch.tensor(0.01, dtype=torch.float64), foreach=False),
+    "Adam, fused": lambda p: Adam(p, lr=0.01, fused=True),
+    "AdamW": lambda p: AdamW(p, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95)),
+    "AdamW, amsgrad": lambda p: AdamW(p, lr=0.01, amsgrad=True),
+    "NAdam": lambda p: NAdam(p, lr=0.01, weight_decay=0.1),
+    "NAdam, decoupled": lambda p: NAdam(p, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
+    "Adamax": lambda p: Adamax(p, lr=0.01, weight_decay=0.1),
+    "Lion": lambda p: Lion(p, weight_decay=0.1),
+    "two groups": lambda p: AdamW([{"params": p[:1], "lr": 0.003}, {"params": p[1:], "betas": (0.5, 0.9)}], lr=0.01),
+}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+
+
+def steps(name, count=4):
+    """(model, optimizer, gradients) before every step, which is taken if another one follows."""
+    model = network()
+    optimizer = OPTIMIZERS[name](list(model.parameters()))
+    for step in range(count):
+        if step:
+            optimizer.step()
+        x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(x).square().mean() + model(x).sum()).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        yield model, optimizer, gradients
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_parts_add_up_to_the_step(name):
+    for model, optimizer, gradients in steps(name):
+        state = copy.deepcopy(optimizer.state_dict())
+        before = {parameter: p.detach().clone() for parameter, p in model.named_parameters()}
+        step = measure.optimizer_step(model, optimizer, gradients)
+        assert str(optimizer.state_dict()) == str(state)  # read, not written
+        twin = copy.deepcopy((model, optimizer))
+        for p, g in zip(twin[0].parameters(), gradients.values(), strict=True):
+            p.grad = g.clone()
+        twin[1].step()
+        for parameter, p in twin[0].named_parameters():
+            rounding = 1e-6 if name.startswith("NAdam") else 1e-9  # torch keeps NAdam's mu_product in single precision
+            taken = p.detach() - before[parameter]
+            torch.testing.assert_close(step.total[parameter], taken, rtol=rounding, atol=1e-12)
+            P = step.preconditioner[parameter]
+            fresh = step.learning_rate * step.share[parameter] * P * gradients[parameter]
+            assert torch.allclose(fresh.abs(), step.fresh[parameter].abs(), rtol=1e-12)
+        if name != "Lion":  # after the step its state alone tells P
+            ahead = measure.preconditioner(twin[0], twin[1])
+            for parameter, P in step.preconditioner.items():
+                torch.testing.assert_close(torch.as_tensor(ahead[parameter]), torch.as_tensor(P), rtol=1e-12, atol=0.0)
+
+
+def jacobian(model, x):
+    z = model(x)
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()), retain_graph=True)])
+        for value in z.flatten()
+    ]
+    return torch.stack(rows), z.shape
+
+
+def by_hand(model, x, lambdas):
+    J, (N, C) = jacobian(model, x)
+    scale = torch.cat([torch.as_tensor(lambdas[name]).expand_as(p).flatten() for name, p in model.named_parameters()])
+    return ((J * scale) @ J.T).view(N, C, N, C).permute(0, 2, 1, 3)
+
+
+def test_the_kernel_is_that_of_the_jacobian():
+    model, optimizer, _ = list(steps("two groups"))[-1]
+    x = torch.randn(4, 3, dtype=torch.float64)
+    H_P = measure.ntk(model, x, preconditioner=optimizer)
+    expected = by_hand(model, x, measure.preconditioner(model, optimizer))
+    torch.testing.assert_close(H_P, expected, rtol=1e-12, atol=1e-12)
+    trace = measure.ntk(model, x, preconditioner=optimizer, trace=True)
+    torch.testing.assert_close(trace, expected.diagonal(dim1=2, dim2=3).mean(-1), rtol=1e-12, atol=1e-12)
+    network_of = measure.Network(model, x, preconditioner=optimizer)
+    assert torch.equal(network_of.ntk(), H_P)
+    parts = measure.ntk(model, x, preconditioner=optimizer, per="parameter")
+    torch.testing.assert_close(sum(parts.values()), H_P, rtol=1e-12, atol=1e-12)
+
+
+class Grouped(nn.Module):
+    """Grouped and transposed convolutions, a table, and a weight used at several places."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.grouped = nn.Conv1d(4, 6, 3, groups=2, padding=1)
+        self.up = nn.ConvTranspose1d(6, 4, 2, stride=2, groups=2)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, tokens):
+        h = torch.tanh(self.grouped(self.table(tokens).mT))
+        h = self.norm(self.up(h).mT)
+        return self.head(torch.tanh(h)).mean(1)
+
+
+def test_every_kind_of_factor_takes_a_number_for_every_number():
+    torch.manual_seed(1)
+    model, tokens = Grouped().double(), torch.randint(0, 7, (3, 5))
+    lambdas = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    lambdas["head.bias"] = 0.5
+    assert not measure.coverage(model, tokens).fallback
+    expected = by_hand(model, tokens, lambdas)
+    for options in ({}, {"memory": 2**15}):  # all at once, and block by block
+        torch.testing.assert_close(
+            measure.ntk(model, tokens, lambdas=lambdas, **options), expected, rtol=1e-11, atol=1e-12
+        )
+    e = torch.randn(3, 2, dtype=torch.float64)
+    product = measure.ntk_vector_product(model, tokens, e, lambdas=lambdas)
+    torch.testing.assert_close(product, torch.einsum("abij,bj->ai", expected, e), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Nesterov", "Lion", "RMSprop, centered, momentum"])
+def test_one_step_of_the_outputs_is_the_sum_of_the_parts_to_second_order(name):
+    """Bookkeeping of a step: its error is that of linearizing, which falls as the square of the step."""
+    model, optimizer, gradients = list(steps(name))[-1]
+    x = torch.randn(4, 3, dtype=torch.float64)
+    step = measure.optimizer_step(model, optimizer, gradients)
+    J, shape = jacobian(model, x)
+    before = model(x).detach()
+
+    def vector(parts):
+        return torch.cat([parts[name].flatten() for name, _ in model.named_parameters()])
+
+    linear = (J @ (vector(step.fresh) + vector(step.momentum) + vector(step.decay))).view(shape)
+    errors = []
+    for scale in (1.0, 0.5):
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter, p in moved.named_parameters():
+                p += scale * step.total[parameter]
+        errors.append(float((moved(x).detach() - before - scale * linear).norm()))
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.3)
+    if name == "AdamW":  # the fresh part by the kernel: -eta c H_P e
+        xs = torch.cat([x, torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))])
+        z = model(xs[4:]).detach().requires_grad_()
+        (z.square().mean() + z.sum()).backward()
+        H_P = measure.ntk(model, x, other=xs[4:], lambdas=step.preconditioner)
+        c = step.share["0.weight"]
+        fresh = -step.learning_rate * c * torch.einsum("abij,bj->ai", H_P, z.grad)
+        torch.testing.assert_close(fresh, (J @ vector(step.fresh)).view(shape), rtol=1e-10, atol=1e-12)
+
+
+def test_heavy_ball_is_stable_below_its_bound_and_not_above():
+    """On a quadratic with P frozen, by iterating."""
+    for make, b1 in ((lambda p, lr: SGD(p, lr=lr, momentum=0.9), None), (lambda p, lr: Adam(p, lr=lr), 0.9)):
+        optimizer = make([torch.zeros(1, requires_grad=True)], 0.1)
+        bound = measure.stability_bound(optimizer)
+        for factor, stable in ((0.98, True), (1.02, False)):
+            z, m = 1.0, 0.0
+            for _ in range(3000):
+                g = factor * bound * z
+                m = 0.9 * m + (g if b1 is None else (1 - b1) * g)
+                z -= 0.1 * m
+                if abs(z) > 1e6:
+                    break
+            assert (abs(z) < 1) is stable
+
+
+def test_what_is_not_known_is_refused_in_words():
+    model, x = network(), torch.randn(2, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="Adam has taken no step, so that its P is not known yet; give gradients="):
+        measure.ntk(model, x, preconditioner=Adam(model.parameters()))
+    with pytest.raises(ValueError, match="depends on the coming gradient; give gradients="):
+        measure.preconditioner(model, Lion(model.parameters()))
+    with pytest.raises(ValueError, match=r"preconditioner of torch\.optim.lbfgs\.LBFGS is not known"):
+        measure.preconditioner(model, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ValueError, match="holds none of the trainable parameters"):
+        measure.preconditioner(network(), Adam(model.parameters()))
+    with pytest.raises(ValueError, match="give one of the two"):
+        measure.ntk(model, x, preconditioner=SGD(model.parameters(), lr=0.1), lambdas=2.0)
+    with pytest.raises(ValueError, match="a tensor of the shape of the parameter, \\(5, 3\\)"):
+        measure.ntk(model, x, lambdas={name: torch.ones(5) for name, _ in model.named_parameters()})
+    with pytest.raises(ValueError, match="it must be finite and >= 0"):
+        measure.ntk(model, x, lambdas={name: -torch.ones_like(p) for name, p in model.named_parameters()})
+    with pytest.raises(ValueError, match="no stability bound"):
+        measure.stability_bound(NAdam(model.parameters()))
+
+    class Own(Adam):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    with pytest.raises(ValueError, match=r"preconditioner of .*Own is not known"):
+        measure.preconditioner(model, Own(model.parameters()))
