@@ -61,7 +61,7 @@ def test_the_worst_forecast_counts():
     none = {"level": "measurements only", "flag": "invalid", "reason": "not an MLP"}
     assert of(VALID) == Badge("to 1/n", "good", "r = 0.01")
     assert of(VALID, rough) == Badge("to 1/n", "caution", "with caution: order 1 is a rough correction")
-    assert of(rough, wrong, VALID).name == "measured only"
+    assert of(rough, wrong, VALID).name == "beyond 1/n"
     assert of(VALID, none).tone == "good"  # what forecasts nothing judges nothing
     assert of(none, validity={"flag": "invalid", "reason": "not an MLP; no"}).reason == "no forecast: not an MLP"
     assert theory({}).name == "measured only"

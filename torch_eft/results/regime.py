@@ -23,6 +23,9 @@ nothing that expands about the start converges, since the change exceeds what wa
 REGIMES = (("lazy", LAZY), ("weakly moving", WEAK), ("moving", RICH), ("rich", math.inf))
 """The regimes with their upper bounds."""
 
+BEYOND = "beyond 1/n"
+"""The badge of a run whose forecast does not hold: of a training that moves too far, or a network too deep."""
+
 MEASUREMENTS_ONLY = "measurements only"
 """The level of a run without a forecast."""
 
@@ -187,7 +190,7 @@ def theory(info: Mapping[str, Any], predicted: Collection[str] | None = None, di
         diverged: The step at which the numbers were not finite any more; None: never.
 
     Returns:
-        The badge: to 1/n, order 0, measured only, or diverged.
+        The badge: to 1/n, order 0, beyond 1/n (a forecast was made, and does not hold), measured only, or diverged.
 
     Example:
         >>> from torch_eft.results.regime import theory
@@ -205,7 +208,7 @@ def theory(info: Mapping[str, Any], predicted: Collection[str] | None = None, di
     worst = max(made, key=lambda claim: _FLAGS.index(claim["flag"]))
     reason = first_sentence(worst["reason"])
     if worst["flag"] == "invalid":
-        return Badge("measured only", "caution", f"the forecast does not hold: {reason}")
+        return Badge(BEYOND, "caution", f"the forecast does not hold: {reason}")
     tone: Tone = "good" if worst["flag"] == "valid" else "caution"
     if not any(claim["level"].endswith("order 1") for claim in made):
         return Badge("order 0", "caution", f"infinite width alone, where NTK and features stand still: {reason}")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
-from torch_eft.results.regime import DECIDING, LAZY, REGIMES, Badge, amount, regime, theory
+from torch_eft.results.regime import BEYOND, DECIDING, LAZY, REGIMES, Badge, amount, regime, theory
 from torch_eft.results.tags import BAND_90, EXPANSIONS, MEASURED, ORDERS, QUANTILE
 from torch_eft.tensorboard.verdicts import Verdict, verdict_of
 
@@ -187,7 +187,7 @@ def _compared(verdicts: Mapping[str, Verdict], known: Mapping[str, Any], reach: 
         state, words = "none", "the training diverged: there is nothing to compare"
     elif not verdicts:
         state, words = "none", reach.reason
-    elif reach.name == "measured only" and reach.tone == "caution":
+    elif reach.name == BEYOND:
         state, words = "doubtful", reach.reason
     elif outside:
         inside = "inside the 90 % band; " if len(outside) < len(banded) else ""
@@ -235,7 +235,7 @@ def advice(
         found.append(_shallower(info, larger))
     left, compared = (sum(getattr(each, name) for each in verdicts.values()) for name in ("outside", "compared"))
     outside = left > BY_CHANCE * compared
-    if badges["theory"].name == "measured only" and badges["theory"].tone == "caution":
+    if badges["theory"].name == BEYOND:
         lines = "the bands" if compared else "the forecast"
         found.append(f"Do not rely on {lines}: what the theory neglects here is not smaller than what it predicts.")
     elif outside:

@@ -72,7 +72,7 @@ export const COLUMNS = [
   },
   numeric("features", "features", "representation change: of the hidden kernels", ({ summary }) => summary.features, amount),
   badges("regime", ({ summary }) => REGIME_ORDER.indexOf(summary.regime.name)),
-  badges("theory", ({ summary }) => ["to 1/n", "order 0", "measured only", "diverged"].indexOf(summary.theory.name)),
+  badges("theory", ({ summary }) => ["to 1/n", "order 0", "beyond 1/n", "measured only", "diverged"].indexOf(summary.theory.name)),
   {
     key: "ending",
     label: "steps",

@@ -38,7 +38,7 @@ function single(name, run, marks) {
   const { state, words, numbers } = judged(name, run, marks);
   // What lies in a band that does not hold is no success.
   const doubtful = numbers.length && !run.verdict.expansion && ["caution", "none"].includes(run.theory?.tone);
-  const doubt = doubtful ? [" ", badge({ ...run.theory, name: run.theory.name === "measured only" ? "does not hold" : "with caution" })] : [];
+  const doubt = doubtful ? [" ", badge({ ...run.theory, name: run.theory.name === "beyond 1/n" ? "does not hold" : "with caution" })] : [];
   const spans = numbers.map((phrase) => [h("span", {}, phrase), " "]);
   const lines = [h("p", { class: `verdict ${state}`, title: words }, words, doubt), h("p", { class: "numbers" }, spans)];
   // Where nothing is predicted, what the value means by itself is what the card has to say.
