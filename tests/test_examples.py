@@ -51,6 +51,15 @@ def test_a_configuration_file_attaches_it(tmp_path):
     assert not monitor.skipped
 
 
+def test_a_tiny_gpt2_is_measured_under_transformers(tmp_path):
+    pytest.importorskip("transformers", reason="transformers is optional: pip install 'torch-eft[hf]'")
+    from examples import hugging_face
+
+    callback = hugging_face.main(steps=6, output_dir=str(tmp_path), disable_tqdm=True)
+    assert {0, 6} <= set(callback.history) and not callback.skipped
+    assert callback.history[6]["eft/ntk_drift/measured"] > 0.01
+
+
 def test_the_forecast_with_finite_width_comes_closer(tmp_path):
     """Medians of three networks a width: the error of order 1 falls faster with it than that of order 0."""
     slopes = finite_width_forecast.main(networks=3, steps=60, widths=(64, 256), figure=str(tmp_path / "figure.png"))

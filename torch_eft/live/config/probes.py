@@ -80,6 +80,7 @@ def first_samples(
     collate: Callable[[list[Any]], Any],
     transfer: Callable[[Any], Any] = lambda batch: batch,
     reached: Iterable[Any] = (),
+    inputs_of: Callable[[Any], Any] | None = None,
 ) -> Probe:
     """The inputs of the first samples of a data set, read by index, leaving its own and the random state as they are.
 
@@ -89,6 +90,7 @@ def first_samples(
         collate: Makes a batch of a list of samples.
         transfer: Makes of the batch what the network is fed.
         reached: What else keeps a state of its own that this may change.
+        inputs_of: Takes the inputs out of a batch; None: its first part, or all of it.
 
     Returns:
         The probe.
@@ -115,6 +117,8 @@ def first_samples(
         own_state.restore()
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
+    if inputs_of is not None:
+        return copied_probe(inputs_of(batch))
     inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(inputs, Tensor):
         raise ValueError(
