@@ -1,5 +1,6 @@
 """The observer in a bare PyTorch loop."""
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -127,6 +128,29 @@ def test_files_hold_the_history(tmp_path):
     tags = EventAccumulator(str(tmp_path)).Reload().Tags()
     assert set(observer.history[6]) == {name for name in tags["scalars"] + tags["tensors"] if quantity_of(name)}
     assert "eft/ntk_spectrum/log10_eigenvalues" in tags["histograms"]
+
+
+def run_on_disk(folder, stop=None, spoil=None):
+    """The last run info of a training of five steps: flushed after step ``stop``, infinite from step ``spoil`` on."""
+    net = simple_mlp()
+    observer = Observer(net, PROBE, preset="light", every=1, budget=None, logdir=folder)
+    observer.begin(total_steps=5)
+    with pytest.warns(MeasurementWarning) if spoil else contextlib.nullcontext():
+        for step in range(1, (stop or 5) + 1):
+            with torch.no_grad():
+                net[0].weight.add_(torch.inf if step == spoil else 0.01)
+            observer.measure(step)
+    if stop is None:
+        observer.finish()
+    else:
+        observer.flush()
+    return read_jsonl(folder / "eft.jsonl").info["progress"]
+
+
+def test_a_run_says_how_it_ended(tmp_path):
+    assert run_on_disk(tmp_path / "a") == {"state": "ended", "step": 5, "planned": 5, "diverged": None}
+    assert run_on_disk(tmp_path / "b", stop=3) == {"state": "interrupted", "step": 3, "planned": 5, "diverged": None}
+    assert run_on_disk(tmp_path / "c", spoil=4) == {"state": "ended", "step": 5, "planned": 5, "diverged": 4}
 
 
 def test_state_goes_on_where_it_stopped():

@@ -450,6 +450,8 @@ def test_a_table_of_runs_is_sorted_grouped_searched_and_charted(tmp_path, browse
     assert cells("diverged")[-2] == "diverged at 5" and cells("early")[-2] == "4 of 300"
     assert cells("tanh-32-0")[:8] == ["3", "32", "0.0938", "SGD", "19 %", "19 %", "15 % .. 24 %", "9.4 %"]
     assert cells("cnn")[8:10] == ["◆ rich", "○ measured only"]
+    group = browser.run("[...document.querySelectorAll('.runs tr.alike')][0].innerText.replaceAll('\\t', '|')")
+    assert "|64|0.0469|SGD|9.4 % .. 10 %|9.4 %|7.5 % .. 12 %|4.7 % .. 5.0 %|" in group
     press(browser, ".runs tr.alike .fold", page)
     assert "logs/tanh-64-1" in rows() and len(rows()) == 10
 

@@ -85,7 +85,7 @@ def training_validity(
     terms = ", ".join(f"{key} = {value:.3g}" for key, value in sizes.items())
     detail = (
         f"neurons of the last hidden layer move by {100 * moved**0.5:.2g} % of their size: what is neglected is up to "
-        f"about {100 * min(neglected, 9.99):.2g} % of the terms of order 1/n, which over those of order 0 are {terms}; "
+        f"about {100 * min(neglected, 9.99):.2g} % of the terms of order 1/n; these over those of order 0: {terms}; "
     )
     numbers = {
         **start.numbers,
