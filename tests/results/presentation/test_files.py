@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields
 import numpy
 import pytest
 import torch
+from torch import nn
 
+import torch_eft as eft
 from torch_eft import Trajectory, Validity, theory
 from torch_eft.live import RunHistory
 from torch_eft.results.presentation.files import VERSION, load_result, save_result
@@ -59,6 +61,24 @@ def test_a_history_comes_back(tmp_path):
     assert again == found and list(again) == [0, 7, 3, 9] and math.copysign(1, again[7]["b"]) == -1
     RunHistory().save(tmp_path / "none.npz")
     assert RunHistory.load(tmp_path / "none.npz") == {}
+
+
+def test_diagnoses_come_back(tmp_path):
+    derived = eft.diagnose(theory.MLPEnsemble([3, 16, 1], "relu", C_W=2.0), X)
+    derived.save(tmp_path / "derived.npz")
+    again = eft.Diagnosis.load(tmp_path / "derived.npz")
+    assert same(derived, again) and str(again) == str(derived) and again.ensemble == derived.ensemble
+    assert "<pre>" in derived._repr_html_() and derived.verdict in derived._repr_html_()
+    network = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 1))
+    measured = eft.diagnose(network, torch.ones(2, 1, 4), num_networks=3)
+    measured.save(tmp_path / "measured.npz")
+    again = eft.diagnosis.MeasuredDiagnosis.load(tmp_path / "measured.npz")
+    assert same(measured, again) and str(again) == str(measured)
+    with pytest.raises(ValueError, match=r"holds a MeasuredDiagnosis; read it by MeasuredDiagnosis\.load"):
+        eft.Diagnosis.load(tmp_path / "measured.npz")
+    own = theory.MLPEnsemble([3, 16, 1], lambda z: z / (1 + z**2))
+    with pytest.raises(TypeError, match="is a function, which files do not hold; register_activation it"):
+        save_result(own, tmp_path / "own.npz")
 
 
 @dataclass

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch_eft.diagnosis.derived.variants import Variant
 from torch_eft.diagnosis.findings import Finding
 from torch_eft.diagnosis.text import aligned, bullets, code, labeled, or_dash, percent, table, with_error
+from torch_eft.results.presentation.html import text_html
+from torch_eft.results.presentation.result import Result
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.aspect_ratio import AspectRatio
@@ -60,7 +62,7 @@ class LayerDiagnosis:
 
 
 @dataclass(frozen=True, repr=False)
-class Diagnosis:
+class Diagnosis(Result):
     """The theory's statements about a network at initialization.
 
     ``print`` shows the verdict, warnings with advice, and five numbers beside those of a network twice as deep and one
@@ -167,6 +169,9 @@ class Diagnosis:
     def __str__(self) -> str:
         """Return the short report, for a terminal."""
         return _summary(self)
+
+    def _repr_html_(self) -> str:
+        return text_html(str(self))
 
 
 def _plain(value: Any) -> Any:

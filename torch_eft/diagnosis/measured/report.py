@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch_eft.diagnosis.findings import Finding
 from torch_eft.diagnosis.text import aligned, bullets, code, labeled, percent, table, with_error
+from torch_eft.results.presentation.html import text_html
+from torch_eft.results.presentation.result import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +38,7 @@ class Block:
 
 
 @dataclass(frozen=True, repr=False)
-class MeasuredDiagnosis:
+class MeasuredDiagnosis(Result):
     """Measurements of a network at initialization. Nothing here is derived.
 
     ``print`` shows the verdict, warnings with advice, and five numbers; ``.details`` is all of it, as Markdown;
@@ -139,6 +141,9 @@ class MeasuredDiagnosis:
     def __str__(self) -> str:
         """Return the short report, for a terminal."""
         return _summary(self)
+
+    def _repr_html_(self) -> str:
+        return text_html(str(self))
 
 
 def _summary(diagnosis: MeasuredDiagnosis) -> str:

@@ -113,6 +113,8 @@ def _plain(value: Any, place: str, arrays: dict[str, Any]) -> Any:
         name = f"t{len(arrays)}"
         arrays[name] = _array(value)
         return {"tensor": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+    if hasattr(value, "stored_as"):  # by a name, where fields hold what a file cannot
+        return {"is": type(value).__name__, "stored": value.stored_as()}
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
         fields = {name: _plain(getattr(value, name), f"{place}.{name}", arrays) for name in names}
@@ -146,6 +148,8 @@ def _value(node: Any, arrays: Mapping[str, Any], kinds: Mapping[str, type], devi
         stored = torch.from_numpy(arrays[node["tensor"]])
         dtype = getattr(torch, node["dtype"])
         return (stored if stored.dtype == dtype else stored.view(dtype)).to(device).expand(node["shape"])
+    if "stored" in node:
+        return kinds[node["is"]].from_stored(node["stored"])  # type: ignore[attr-defined]
     if "is" in node:
         fields = {name: _value(each, arrays, kinds, device) for name, each in node["fields"].items()}
         return kinds[node["is"]](**fields)

@@ -29,6 +29,11 @@ def table_html(title: str, rows: dict[str, str], flag: str = "") -> str:
     return f"<div><b>{escape(title)}</b>{badge}<table>{cells}</table></div>"
 
 
+def text_html(text: str) -> str:
+    """Return a text whose columns are aligned as they are."""
+    return f"<pre>{escape(text)}</pre>"
+
+
 def result_html(result: Any, rows: dict[str, str]) -> str:
     """Return the table of a result, with the flag of its validity if it has one."""
     flag = getattr(getattr(result, "validity", None), "flag", "")

@@ -51,6 +51,21 @@ class Activation:
         kinks = f", kinks={self.kinks}" if self.kinks else ""
         return f"Activation({self.name!r}{kinks})"
 
+    def stored_as(self) -> str:
+        """Return what stands for it in a file: its name, by which it is registered.
+
+        Raises:
+            TypeError: If it is not.
+        """
+        if _REGISTRY.get(self.name) is not self:
+            raise TypeError(f"activation: {self.name!r} is a function, which files do not hold; register_activation it")
+        return self.name
+
+    @classmethod
+    def from_stored(cls, name: str) -> "Activation":
+        """Return the activation that a file names."""
+        return get_activation(name)
+
     @property
     def kinked(self) -> bool:
         """True if sigma or a derivative of it is known to jump somewhere."""
