@@ -246,6 +246,44 @@ def _pairs(theta: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> tupl
     return [theta[name] for name in direction], list(direction.values())
 
 
+_trusting = False
+
+
+@contextmanager
+def trusting_derivatives(trusted: bool = True) -> Iterator[None]:
+    """Compare higher derivatives with differences only at their first use, for every network and kind of inputs.
+
+    A comparison takes five times as long as the derivatives themselves. The Jacobian is compared with ordinary passes
+    at every use in any case.
+
+    Args:
+        trusted: False: compare at every use, as without this.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> from torch_eft.measure.forward.checks import trusting_derivatives
+        >>> net, x = torch.nn.Linear(3, 2), torch.eye(3)
+        >>> with trusting_derivatives():
+        ...     measure.dntk(net, x, torch.ones(3, 2)).norm()
+        tensor(0.)
+    """
+    global _trusting
+    before, _trusting = _trusting, trusted
+    try:
+        yield
+    finally:
+        _trusting = before
+
+
+def derivatives_are_trusted() -> bool:
+    """Return whether ``trusting_derivatives`` is in force."""
+    return _trusting
+
+
 @contextmanager
 def derivatives_of_order(order: int, module: nn.Module) -> Iterator[None]:
     """Turn torch's error about a missing derivative into one that names the network and a remedy.

@@ -15,7 +15,9 @@ from torch_eft.measure.forward.checks import (
     MemoryLimitError,
     check_batch_independence,
     check_measurable,
+    derivatives_are_trusted,
     derivatives_of_order,
+    reach_of,
 )
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.kinks import bounded_norms, cut_operations, kink_sides
@@ -43,7 +45,18 @@ DEFAULT_MEMORY = 2**30
 
 _log = logging.getLogger("torch_eft")
 
-_plans: "WeakKeyDictionary[nn.Module, dict[Any, tuple[JacobianPlan, Any]]]" = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Known:
+    """What is remembered of a network: plan, function of the output, and the derivatives that were compared."""
+
+    plan: JacobianPlan
+    output_fn: Any  # kept alive: its id is part of the key
+    order: int = 0
+    cut: tuple[str, ...] = ()
+
+
+_plans: "WeakKeyDictionary[nn.Module, dict[Any, _Known]]" = WeakKeyDictionary()
 """Plans by module and kind of probe, to begin with: every computation finds out whether they still hold."""
 
 _REMEMBERED = 16  # plans of one module
@@ -109,6 +122,8 @@ class JacobianGram:
         self._cut: tuple[str, ...] = ()
         self._kinked = True
         self._checked = -1  # the order up to which the plan at hand was compared with ordinary passes
+        self._proven = 0  # the order up to which derivatives were compared with differences along some direction
+        self._known = _plans.get(network.origin, {}).get(self._key())
         self.plan = self._planned(probe)
         self._like = network.params[self.trainable[0]] if self.trainable else next(iter(network.params.values()))
 
@@ -126,10 +141,9 @@ class JacobianGram:
         return str((shapes, inputs, self.trainable, self.samples == 1, id(self.network.output_fn)))
 
     def _planned(self, probe: Probe) -> JacobianPlan:
-        known = _plans.get(self.network.origin, {}).get(self._key())
-        self._independent = known is None  # whether samples have been found not to see each other
-        if known is not None:
-            return known[0]
+        self._independent = self._known is None  # whether samples have been found not to see each other
+        if self._known is not None:
+            return self._known.plan
         check_measurable(self.network)
         with torch.no_grad():
             outputs = checked_output(self.network, probe)
@@ -141,7 +155,11 @@ class JacobianGram:
         key = self._key()
         if key not in plans and len(plans) >= _REMEMBERED:
             del plans[next(iter(plans))]
-        plans[key] = self.plan, self.network.output_fn  # the function is kept alive: its id is part of the key
+        known = plans.get(key)
+        order, cut = self._proven, self._cut
+        if known is not None and known.plan is self.plan:
+            order, cut = max(order, known.order), cut or known.cut
+        plans[key] = _Known(self.plan, self.network.output_fn, order, cut)
 
     def _plan_anew(self, reasons: Mapping[str, str]) -> None:
         """Plan on all samples what was planned before; leave what even then does not hold to the fallback."""
@@ -203,6 +221,9 @@ class JacobianGram:
 
     def _verification(self, order: int, method: str = JETS) -> Verification | None:
         """Return what factors are to be compared with; None if that has been done, or there are no values."""
+        known = self._known
+        if derivatives_are_trusted() and known is not None and known.plan is self.plan and known.order >= order > 0:
+            order, self._cut = 0, self._cut or known.cut
         if self._checked >= order or not self.trainable or self._like.device.type == "meta":
             return None
         plan = self.plan if method == JETS else JacobianPlan(outputs=self.outputs)
@@ -255,6 +276,9 @@ class JacobianGram:
             if verdict:
                 self._cut = self._cut or self._cut_parts(m)
         self._checked = max(self._checked, verification.order)
+        moves = direction is not None and verification.order > 0 and reach_of(self.network.params, direction) < math.inf
+        if moves:  # else nothing was compared
+            self._proven = max(self._proven, verification.order)
 
     def _executes_kinks(self, inputs: Any) -> bool:
         try:

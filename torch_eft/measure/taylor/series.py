@@ -15,14 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torch_eft.measure.forward.checks import (
     NotFiniteError,
     check_differentiable_function,
+    derivatives_are_trusted,
     differs_from_differences,
     reach_of,
 )
@@ -38,6 +40,8 @@ JETS = "jets"
 REVERSE = "reverse-over-reverse"
 
 _log = logging.getLogger("torch_eft")
+_compared: "WeakKeyDictionary[nn.Module, dict[Any, tuple[str, ...]]]" = WeakKeyDictionary()
+"""What the forwards of modules leave out of their gradients, by order and kind of inputs, once that was compared."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -244,7 +248,7 @@ def taylor_series(
         (terms, method, kinked, remarks), spent = _timed(end, lambda: _terms(start, direction, probe, taylor_order))
         terms = terms.detach()
         _check_finite(terms, value)
-        cut = _checked(start, direction, probe, terms, bool(kinked)) if check else ()
+        cut = _checked_once(start, direction, probe, terms, bool(kinked)) if check else ()
         if cut:
             remarks = (no_derivatives_of_output(cut), *remarks)
     return TaylorSeries(
@@ -304,6 +308,20 @@ def _by_jets(base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe,
     value, *higher = coefficients_of(output, order)
     assert value is not None
     return torch.stack([value, *[torch.zeros_like(value) if part is None else part for part in higher]])
+
+
+def _checked_once(
+    base: IsolatedModel, direction: Mapping[str, Tensor], probe: Probe, terms: Tensor, kinked: bool
+) -> tuple[str, ...]:
+    """As ``_checked``, which is not done again where derivatives are trusted."""
+    known = _compared.setdefault(base.origin, {})
+    key = len(terms), kinked, probe.description
+    if derivatives_are_trusted() and key in known:
+        return known[key]
+    cut = _checked(base, direction, probe, terms, kinked)
+    if reach_of(base.params, direction) < math.inf:  # else nothing has moved, and nothing was compared
+        known[key] = cut
+    return cut
 
 
 def _checked(
