@@ -10,7 +10,7 @@ from torch_eft.tensorboard.run_info import find_jsonl, read_jsonl
 
 
 def light(**options):
-    return EFTMonitor(PROBE, preset="light", budget=None, on_error="raise", **options)
+    return EFTMonitor(PROBE, preset="light", every="epoch", budget=None, on_error="raise", **options)
 
 
 @pytest.mark.parametrize("make", [CSVLogger, TensorBoardLogger])
@@ -54,7 +54,7 @@ def test_an_unwritable_directory_is_one_sentence_and_the_training_is_the_same(tm
 
     (tmp_path / "blocked").write_text("a file, not a directory")
     reference = digest(*run())
-    monitor = EFTMonitor(PROBE, preset="light", budget=None)
+    monitor = EFTMonitor(PROBE, preset="light", every="epoch", budget=None)
     sentence = r"eft.jsonl cannot be written \(.*\); training and the other"
     with pytest.warns(MeasurementWarning, match=sentence) as caught:
         assert digest(*run([monitor], logger=Elsewhere())) == reference
@@ -95,10 +95,10 @@ def test_pages_and_validity_of_a_compared_run(tmp_path):
     assert "title" in records.info["quantities"]["ntk_trace"]
 
 
-def test_a_short_training_keeps_first_and_last_and_says_what_was_left_out(tmp_path):
+def test_a_short_training_has_a_curve_and_says_what_was_left_out(tmp_path):
     monitor = EFTMonitor(PROBE, every=1)
-    run([monitor], logger=CSVLogger(tmp_path))
-    assert {0, 9} <= set(monitor.history)
-    assert "left out to stay within 5 %" in monitor.overhead()
+    run([monitor], epochs=6, logger=CSVLogger(tmp_path))
+    assert len(monitor.history) == 13 and {0, 1, 18} <= set(monitor.history)
+    assert "; left out: " in monitor.overhead() and "budget=None brings them" in monitor.overhead()
     page = read_jsonl(find_jsonl(tmp_path)[0]).pages["overhead"]
     assert "Due measurements were left out to stay within the budget." in page

@@ -1,7 +1,6 @@
 """Monitors: their records, their schedules, and their reaction to failures."""
 
 import csv
-import logging
 import math
 import pickle
 import sys
@@ -85,7 +84,10 @@ def test_values_are_those_of_the_weights_at_that_step():
 
 
 def test_schedules():
-    by_epoch, by_steps = NTKMonitor(PROBE, budget=None), NTKMonitor(PROBE, budget=None, every=2, name="steps")
+    by_epoch, by_steps = (
+        NTKMonitor(PROBE, budget=None, every="epoch"),
+        NTKMonitor(PROBE, budget=None, every=2, name="steps"),
+    )
     by_function = NTKMonitor(PROBE, budget=None, every=lambda step: step in (1, 5), name="function")
     run([by_epoch, by_steps, by_function])
     assert list(by_epoch.history) == [0, 3, 6, 9]
@@ -128,17 +130,12 @@ def test_large_kernels_are_averaged_over_outputs():
     assert not NTKInstrument("full").plan(outputs=1000, samples=16).ntk_trace
 
 
-def test_cost_is_counted_logged_and_printed(caplog):
-    monitor = EFTMonitor(PROBE, budget=None)
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    with caplog.at_level(logging.INFO, logger=logger.name):
-        logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
-        logging.getLogger("lightning.pytorch").propagate = True
-        run([monitor])
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    assert monitor.seconds > 0
-    assert f"4 measurements took {monitor.seconds:.2f} s" in caplog.text
-    assert "% on top of the training's own time" in caplog.text
+def test_cost_is_counted_logged_and_printed(capsys):
+    monitor = EFTMonitor(PROBE, every="epoch", budget=None)
+    run([monitor])
+    budget, said = monitor.observer.budget, capsys.readouterr().err
+    assert monitor.seconds == budget.seconds > budget.start > 0
+    assert f"4 measurements, {budget.percent:.1f} % of training time (besides {budget.start:.2f} s at the start" in said
     assert monitor.history[9]["eft/overhead_percent/measured"] > 0
 
 
@@ -219,7 +216,7 @@ def test_a_float64_probe_is_simply_converted():
     ("arguments", "message"),
     [
         (dict(probe=torch.ones(0, 5)), r"probe: 0 samples given"),
-        (dict(every=0), r"every: 0 given; give .epoch., a positive number"),
+        (dict(every=0), r"every: 0 given; give 'auto', 'epoch', a positive number"),
         (dict(every="step"), r"every: 'step' given"),
         (dict(on_error="ignore"), r"on_error: 'ignore' given; give one of 'warn', 'raise'"),
     ],
@@ -263,7 +260,7 @@ def test_a_model_built_late_is_checked_and_measured():
 
     from tests.callbacks import trainings
 
-    monitor = NTKMonitor(PROBE, budget=None)
+    monitor = NTKMonitor(PROBE, budget=None, every="epoch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = pl.Trainer(
@@ -302,7 +299,7 @@ def test_state_loads_as_plain_types_and_resumes_from_theta_0(tmp_path):
 
 
 def test_a_callback_used_again_starts_afresh():
-    monitor = NTKMonitor(PROBE, budget=None)
+    monitor = NTKMonitor(PROBE, budget=None, every="epoch")
     run([monitor], epochs=2)
     run([monitor], net=simple_mlp, epochs=1)
     assert list(monitor.history) == [0, 3]
@@ -310,7 +307,7 @@ def test_a_callback_used_again_starts_afresh():
 
 
 def test_a_second_fit_of_the_same_trainer_goes_on():
-    monitor = NTKMonitor(PROBE, budget=None)
+    monitor = NTKMonitor(PROBE, budget=None, every="epoch")
     trainer, module = run([monitor], epochs=2)
     trainer.fit_loop.max_epochs = 3
     with warnings.catch_warnings():
@@ -331,7 +328,7 @@ def test_layers_unfrozen_during_training_join_the_kernel():
             if trainer.current_epoch == 1:
                 module.net[0].requires_grad_(True)
 
-    monitor = NTKMonitor(PROBE, budget=None)
+    monitor = NTKMonitor(PROBE, budget=None, every="epoch")
     run([Unfreeze(), monitor], net=simple_mlp, epochs=2)
     assert not monitor.skipped
     assert list(monitor.history) == [0, 3, 6]
@@ -371,12 +368,12 @@ def test_other_loggers_get_the_scalars(tmp_path):
     from lightning.pytorch.loggers import CSVLogger
 
     logger = CSVLogger(tmp_path)
-    run([NTKMonitor(PROBE, budget=None, on_error="raise")], logger=logger)
+    run([NTKMonitor(PROBE, budget=None, every="epoch", on_error="raise")], logger=logger)
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     drift, trace = "eft/ntk_drift/measured", "eft/ntk_trace/measured"
     measured = {int(row["step"]): float(row[drift]) for row in rows if row[drift]}
-    assert [int(row["step"]) for row in rows if row[trace]] == [0, 0, 3, 0, 6, 9]  # theta_0 with more and more batches
+    assert [int(row["step"]) for row in rows if row[trace]] == [0, 3, 0, 6, 9]  # theta_0 anew, with all batches
     assert list(measured) == [0, 3, 6, 9]
     assert measured[0] == 0 < measured[9]
 

@@ -155,8 +155,7 @@ def test_a_batch_with_other_samples_ends_the_comparison():
     monitor = beside(every=1, on_error="raise")
     run([monitor], **FULL | {"batch_size": 8, "limit_train_batches": 1})
     assert "other samples than the first" in monitor.validity.reason
-    with_theory = [step for step, scalars in monitor.history.items() if "eft-theory/ntk_trace/order_0" in scalars]
-    assert with_theory == [0, 1]
+    assert not any("eft-theory/ntk_trace/order_0" in scalars for scalars in monitor.history.values())  # never begun
 
 
 def test_shuffling_the_full_batch_is_still_full_batch():

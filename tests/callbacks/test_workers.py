@@ -21,6 +21,6 @@ def test_the_caller_has_what_rank_0_measured(strategy, tmp_path, monkeypatch):
         for name, value in scalars.items():
             if "overhead" not in name:
                 assert there.history[step][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (step, name)
-    assert there.overhead().startswith("torch_eft: 3 measurements took") and there.seconds > 0
+    assert there.overhead().startswith("torch_eft: 3 measurements, ") and there.seconds > 0
     assert there.origin == "initialization" and not there.skipped
     assert not list(Path(tmp_path).glob("torch_eft-*"))  # read once, and taken away

@@ -63,7 +63,7 @@ def train(budget, clock, steps, costs, step_seconds=1.0, total=None, first=None)
 
     budget.restart()
     visit(0, forced=True)
-    budget.settle()
+    budget.started()
     for step in range(1, steps + 1):
         clock.now += step_seconds
         visit(step, forced=step == steps)
@@ -92,34 +92,53 @@ def test_the_total_stays_within_the_limit(clock, known, cost):
     visited = train(budget, clock, 1000, {"snapshot": cost}, total=1000 if known else None)["snapshot"]
     assert visited[0] == 0
     assert visited[-1] == 1000
-    # All of the 50 s are used, up to the cost of one measurement.
-    assert 50 - cost - 1e-9 <= budget.seconds <= 50 + 1e-9
+    # All of the 50 s are used, up to the cost of one measurement; the start is apart.
+    assert 50 - cost - 1e-9 <= budget.limited <= 50 + 1e-9
+    assert (budget.start, budget.seconds) == (pytest.approx(cost), pytest.approx(budget.limited + cost))
     assert len(visited) == budget.accounts["snapshot"].made
     assert budget.accounts["snapshot"].left_out == 1001 - len(visited)
     gaps = [later - earlier for earlier, later in zip(visited[2:-2], visited[3:-1], strict=True)]
     assert max(gaps) - min(gaps) <= 2  # evenly spread
 
 
-def test_what_falls_once_is_spread_over_the_planned_steps(clock):
-    """A start of 20 s: at 5 % of 1000 s it leaves 10 s; without the plan nothing could be measured before step 400."""
+def test_what_is_made_at_any_budget_is_spread_over_the_planned_steps(clock):
+    """Figures of 20 s: at 5 % of 1000 s they leave 30 s; without the plan nothing could be measured before step 400."""
     first = {}
     for known in (True, False):
         budget = Budget(0.05)
         budget.restart()
-        with budget.counting():
-            clock.now += 19
-            with budget.account("snapshot", forced=True):
-                clock.now += 1
-        budget.settle()
+        with budget.counting(), budget.account("snapshot", forced=True):
+            clock.now += 1
+        budget.started()
+        with budget.counting(), budget.once():
+            clock.now += 20
         for step in range(1, 1000):
             clock.now += 1
             if budget.affordable("snapshot", step / 1000 if known else None):
                 with budget.counting(), budget.account("snapshot", forced=False):
                     clock.now += 1
                 first.setdefault(known, step)
-        assert budget.seconds <= 50
+        assert budget.limited <= 50
     assert first[True] < 50
     assert 400 < first[False] < 450
+
+
+def test_measurements_that_are_owed_are_saved_for(clock):
+    """Ten of 2 s to come, of 50 s in all: they leave room for ten fewer besides."""
+    made = {}
+    for owed in (0, 10):
+        budget = Budget(0.05)
+        budget.restart()
+        with budget.counting(), budget.account("snapshot", forced=True):
+            clock.now += 2
+        budget.started()
+        for step in range(1, 1000):
+            clock.now += 1
+            if budget.affordable("snapshot", step / 1000, owed):
+                with budget.counting(), budget.account("snapshot", forced=False):
+                    clock.now += 2
+        made[owed] = budget.accounts["snapshot"].made - 1
+    assert made[0] in (23, 24) and made[10] == made[0] - 10
 
 
 def test_forecasts_are_told_but_thin_nothing(clock):
@@ -127,12 +146,12 @@ def test_forecasts_are_told_but_thin_nothing(clock):
     budget.restart()
     with budget.forecasting(), budget.counting():
         clock.now += 30
-    budget.settle()
+    budget.started()
     clock.now += 100
     assert budget.affordable("snapshot", None)
     assert budget.room(4.9)
     assert not budget.room(5.1)
-    assert (budget.forecasts, budget.once, budget.percent) == (30, 0, 30)
+    assert (budget.forecasts, budget.start, budget.percent) == (30, 0, 0)
 
 
 def test_a_dear_part_thins_itself_and_not_the_cheap_one(clock):

@@ -13,6 +13,8 @@ from tests.callbacks.trainings import PROBE, dataset, normed_net, plain_sgd, run
 from torch_eft.callbacks import EFTMonitor
 from torch_eft.live import Instrument, MeasurementWarning, Observer, Reading, Sink
 from torch_eft.live import budget as budget_module
+from torch_eft.live.config.schedule import Curve
+from torch_eft.live.instruments.forecasts import theory
 from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.ntk import NTKInstrument
 from torch_eft.live.instruments.representation import RepresentationInstrument
@@ -200,19 +202,22 @@ def test_the_schedule_is_thinned_to_the_budget_and_says_so(monkeypatch):
     clock, said = _Clock(), []
     monkeypatch.setattr(budget_module, "time", clock)
     instrument = _Costly(clock)
-    observer = Observer(simple_mlp(), PROBE, every=1, budget=0.05, instruments=[instrument], say=said.append)
+    observer = Observer(simple_mlp(), PROBE, every=1, budget=0.5, instruments=[instrument], say=said.append)
     observer.begin(total_steps=100)
     for step in range(1, 101):
         clock.now += 1.0
         observer.measure(step)
     observer.finish()
+    steps = [step for step, _ in instrument.visits]
     assert instrument.visits[0] == (0, False)
     assert instrument.visits[-1] == (100, True)
-    # Of 100 s at 5 % start and end take 2 s; the third of the other 3 s is earned at the very end.
-    assert [step for step, _ in instrument.visits] == [0, 34, 67, 100]
+    assert set(Curve(0, 100).points(100)) <= set(steps)
+    # Of 100 s at 50 % the points of the curve take 11 s after the start, which is apart; the rest is spread.
+    assert observer.budget.limited == pytest.approx(50, abs=1.01) and len(steps) in (51, 52)
+    assert sum(step <= 50 for step in steps) in range(24, 33)
     assert len(observer.history) == 101  # the snapshot itself takes no time on this clock
-    assert observer.budget.percent == pytest.approx(4.0, abs=0.01)  # the check before it takes real time
-    assert "left out to stay within 5 %: costly at 97 (budget=None makes them all)" in said[-1]
+    assert observer.budget.start >= 2.0
+    assert f"left out: costly at {101 - len(steps)} others; budget=None brings them" in said[-1]
 
 
 def test_a_measurement_too_dear_is_left_out_whole(monkeypatch):
@@ -233,13 +238,9 @@ def test_a_measurement_too_dear_is_left_out_whole(monkeypatch):
         clock.now += 1.0
         observer.measure(step)
     observer.finish()
-    # Where the number of steps is not known, start and end are paid for before the first measurement between them.
-    first, second, third, last = observer.history
-    assert (first, last) == (0, 100)
-    assert 60 <= second <= 62  # 1 s and the 2 s of start and end, at 5 %
-    assert 80 <= third <= 82
-    assert sum("due ones are left out where they would take more than 5 %" in sentence for sentence in said) == 1
-    assert "97 due measurements" in said[-1]
+    # The points of a curve take more than the budget has: there is nothing beyond them.
+    assert list(observer.history) == [0, *Curve(0, None).points(99), 100]
+    assert "87 due measurements; budget=None brings them" in said[-1]
 
 
 class _Broken(Sink):
@@ -284,15 +285,19 @@ def test_a_part_that_fails_is_skipped_and_the_others_go_on():
     assert observer.skipped == [(1, "RuntimeError: not today")]
 
 
-def test_a_prediction_that_ends_is_an_event():
+def test_a_training_on_minibatches_pays_for_no_forecast(monkeypatch):
+    def no_forecast(*arguments, **options):
+        raise AssertionError("a forecast was begun")
+
+    monkeypatch.setattr(theory, "EnsembleComparison", no_forecast)
+
     def observe(net, optimizer):
-        return Observer(net, PROBE, optimizer, every=1, budget=None, instruments=[TheoryInstrument(order=0)])
+        instruments = [TheoryInstrument(order=0)]
+        return Observer(net, PROBE, optimizer, every=1, budget=None, instruments=instruments, on_error="raise")
 
     *_, observer = train(batch=8, observe=observe)
-    assert observer.validity.flag == "invalid"
-    (event,) = [event for event in observer.events if event.text.startswith("Forecast of the ensemble")]
-    assert (event.step, event.quantity) == (2, "validity")  # one step was taken: the next batch is another
-    assert "other samples" in event.text
+    assert observer.validity.flag == "invalid" and "other samples" in observer.validity.reason
+    assert not observer.events
 
 
 @pytest.mark.parametrize(
@@ -368,10 +373,8 @@ def test_an_own_instrument_has_its_scalar_drawn_with_a_title(tmp_path):
         del QUANTITIES["weight_norm"]
 
 
-def test_a_loop_too_fast_for_the_budget_is_told_why_nothing_is_measured(caplog):
-    observer = Observer(simple_mlp(), PROBE, every=1)
+def test_a_loop_too_fast_for_the_budget_has_a_curve_all_the_same():
+    observer = Observer(simple_mlp(), PROBE)
     observer.begin()
-    with caplog.at_level("WARNING", logger="torch_eft"):
-        assert [observer.measure(step) for step in range(1, 4)] == [{}] * 3
-    (said,) = caplog.messages
-    assert "from step 1 on due ones are left out where they would take more than 5 % of the training's time" in said
+    assert all(observer.measure(step) for step in range(1, 5))
+    assert not observer.measure(5)

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from torch_eft.live import Event, Instrument, JSONLSink, Observer, Obstacle, RunHistory, Sink, TensorBoardSink
 from torch_eft.live.config.presets import Preset
 from torch_eft.live.config.probes import ProbeLike, first_count, first_samples
-from torch_eft.live.config.schedule import Every
+from torch_eft.live.config.schedule import AUTO, Every
 from torch_eft.live.record.sinks import local_path
 from torch_eft.live.run.reference import KeepTheta
 from torch_eft.measure.forward.probe import OutputFn
@@ -92,7 +92,7 @@ class EFTCallback(TrainerCallback):
         probe: Fixed inputs: what the tokenizer returns, a dict of tensors (targets are left out) or one tensor, without
             padding at the end; or ``"first_batch:8"``, the first 8 samples of the training data set.
         preset: As for ``EFTMonitor``.
-        every: As for ``torch_eft.live.Observer``, or ``"epoch"``.
+        every: As for ``EFTMonitor``.
         budget: As for ``EFTMonitor``.
         logdir: Where TensorBoard files and ``eft.jsonl`` go; None: the folder ``eft`` in the Trainer's ``output_dir``.
         instruments: As for ``EFTMonitor``.
@@ -116,7 +116,7 @@ class EFTCallback(TrainerCallback):
         probe: ProbeLike,
         *,
         preset: Preset = "standard",
-        every: Every = "log:10",
+        every: Every = AUTO,
         budget: float | None = 0.05,
         logdir: str | Path | None = None,
         instruments: Sequence[str | Instrument] | None = None,
@@ -217,7 +217,7 @@ class EFTCallback(TrainerCallback):
         self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **given: Any
     ) -> None:
         """Measure if the schedule is by epochs."""
-        if state.is_world_process_zero and self.observer.every == "epoch":
+        if state.is_world_process_zero and self.observer.every in (AUTO, "epoch"):
             self.observer.measure(state.global_step, due_now=True, epoch=_epoch(state))
 
     def on_save(

@@ -15,18 +15,17 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.callbacks.loggers import log_directory, logger_sinks
 from torch_eft.callbacks.steps import StepCounter
-from torch_eft.callbacks.training_data import first_inputs
+from torch_eft.callbacks.training_data import first_inputs, full_batch
 from torch_eft.callbacks.workers import WorkerResults
 from torch_eft.live.config.presets import Preset
 from torch_eft.live.config.probes import ProbeLike, first_count, same_probe
-from torch_eft.live.config.schedule import Every
+from torch_eft.live.config.schedule import AUTO, Every
 from torch_eft.live.instrument import Event, Instrument, MeasurementWarning, Obstacle
 from torch_eft.live.observer import Observer
 from torch_eft.live.record.history import RunHistory
@@ -53,11 +52,13 @@ class EFTMonitor(Callback):
             path of a file that holds one (``torch.save``); or ``"first_batch:N"``, the first N samples of the training
             data set.
         preset: ``"light"``: NTK and hidden kernels; ``"standard"``: the theory beside them; ``"full"``: everything.
-        every: When to measure besides the first and the last weights: ``"epoch"``, a number of optimizer steps,
-            ``"log:10"`` (10 per decade of steps), or a function of the step. A Trainer announces epochs, so that the
-            default here is ``"epoch"``; that of ``torch_eft.live.Observer``, to which nobody announces them, is not.
+        every: When to measure besides the first and the last weights: ``"auto"``: at twelve or more steps 1, 2, 4, 8,
+            ... whatever the budget, and beyond them, as it allows, after every epoch and at ten steps a decade;
+            ``"epoch"``, a number of optimizer steps, ``"log:10"`` (10 per decade of steps), or a function of the step.
         budget: Time that measuring may take, as a share of the training's own. The schedule is thinned to stay within,
-            and the end says how much was left out. None: no limit.
+            but for twelve or more of the measurements, with even distances on a logarithmic axis; and the end says how
+            much was left out. The start (theta_0 and the first measurement after it) and forecasts are not in it, and
+            shown apart. None: no limit.
         instruments: The instruments in place of the preset's: names, or ``torch_eft.live.Instrument`` of your own.
         extra: Instruments beyond the preset's, likewise.
         ensemble: C_b and C_W, if known (lambda is the optimizer's in any case); None estimates them.
@@ -113,7 +114,7 @@ class EFTMonitor(Callback):
         probe: ProbeLike,
         *,
         preset: Preset = "standard",
-        every: Every = "epoch",
+        every: Every = AUTO,
         budget: float | None = 0.05,
         instruments: Sequence[str | Instrument] | None = None,
         extra: Sequence[str | Instrument] = (),
@@ -150,7 +151,6 @@ class EFTMonitor(Callback):
             keep_theta_0=keep_theta_0,
             on_error=on_error,
             name=type(self).__name__,
-            say=rank_zero_info,
         )
         self.module = module
         self.jsonl = jsonl
@@ -275,6 +275,7 @@ class EFTMonitor(Callback):
                     step,
                     obstacle=obstacle(trainer, pl_module),
                     total_steps=_planned_steps(trainer),
+                    full_batch=full_batch(trainer, pl_module),
                     model=network,
                     optimizers=trainer.optimizers,
                     place=(trainer.global_rank, trainer.world_size),
@@ -283,7 +284,7 @@ class EFTMonitor(Callback):
                 )
 
     def _takes_part(self, trainer: Trainer) -> bool:
-        return trainer.is_global_zero or self.observer.collective
+        return trainer.is_global_zero or self._observer.collective
 
     @contextmanager
     def _waited_for(self) -> Iterator[None]:
@@ -332,17 +333,17 @@ class EFTMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Show the batch to the instruments."""
         if trainer.is_global_zero:
-            self.observer.observe_batch(batch)
+            self._observer.observe_batch(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Show the loss to the instruments."""
         if trainer.is_global_zero:
-            self.observer.observe_loss(loss)
+            self._observer.observe_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Show the gradient, and the learning rates in force, to the instruments."""
         if trainer.is_global_zero:
-            self.observer.before_step(optimizer)
+            self._observer.before_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -350,16 +351,16 @@ class EFTMonitor(Callback):
         """Measure if an optimizer step was made and the schedule says so."""
         if self._takes_part(trainer):
             with self._waited_for():
-                self.observer.measure(self._steps(trainer, pl_module), epoch=trainer.current_epoch)
+                self._observer.measure(self._steps(trainer, pl_module), epoch=trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if the schedule is by epochs, and the final weights before anything averages or restores others."""
         if self._takes_part(trainer):
-            by_epoch = self.observer.every == "epoch"
+            by_epoch = self._observer.every in (AUTO, "epoch")
             ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
             with self._waited_for():
                 step = self._steps(trainer, pl_module)
-                self.observer.measure(step, due_now=by_epoch, last=ends, epoch=trainer.current_epoch)
+                self._observer.measure(step, due_now=by_epoch, last=ends, epoch=trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights if that was not done, draw, and say what it cost."""
@@ -373,7 +374,7 @@ class EFTMonitor(Callback):
         """Optimizer steps so far; a sentence when the first one comes that Lightning does not count."""
         before, steps = self._counter.uncounted, self._counter.steps(trainer, self._network(pl_module))
         if self._counter.uncounted > before == 0 and trainer.is_global_zero:
-            self.observer.recorder.announce(
+            self._observer.recorder.announce(
                 f"{type(self).__name__}: weights move without a step that Lightning counts (a raw optimizer, or one "
                 "inside another); every batch after which they have moved is taken for one step"
             )

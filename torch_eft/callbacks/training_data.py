@@ -1,9 +1,17 @@
-"""The first samples of the training data, as the network is fed them."""
+"""What a Trainer's data set tells before training: its first samples as the network is fed them, and full batches."""
 
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from torch_eft.live.config.probes import first_samples
 from torch_eft.measure.forward.isolation import isolated
@@ -56,3 +64,31 @@ def _fed(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
             hook = getattr(copied if owner is module else data, name)
             batch = hook(batch, *device, 0)
     return batch
+
+
+def full_batch(trainer: Trainer, module: LightningModule) -> bool:
+    """Return whether every step is sure to take the same batch, all of the data: tensors, in one batch, as they are.
+
+    What another data set returns may be random; two batches show whether it is.
+
+    Args:
+        trainer: The Trainer, training.
+        module: Its module.
+
+    Returns:
+        Whether it is sure.
+    """
+    loader = trainer.train_dataloader
+    if trainer.num_training_batches != 1 or type(loader) is not DataLoader or loader.collate_fn is not default_collate:
+        return False
+    owners = [each for each in (trainer.datamodule, module) if each is not None]  # type: ignore[attr-defined]
+    if any(is_overridden(name, owner) for owner in owners for name in HOOKS):
+        return False
+    data: Any = loader.dataset
+    sampler: Any = loader.sampler
+    size = loader.batch_size
+    source = data
+    while type(source) is Subset:
+        source = source.dataset
+    whole = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement)
+    return type(source) is TensorDataset and whole and size is not None and len(sampler) == len(data) <= size

@@ -1,13 +1,14 @@
 """The cost of measuring, by the observer's own clock, and which due measurements the budget leaves out.
 
 Everything that runs inside the observer is on its account; everything else since the start is the training's own time
-(validation, loading and logging included). ``limit`` is the ratio of the two that may be reached.
+(validation, loading and logging included). ``limit`` is the ratio of the two that may be reached. Not within it are the
+start (checks, theta_0 and the first measurement after it, which plan and verify) and forecasts, which set their own
+limits: both fall once, and are shown apart.
 
-One-off costs (start, first and last measurement, figures) are spread over the planned steps, where their number is
-known; the last measurement is assumed to cost what the latest one did. Forecasts, made once before the first step, are
-counted and reported, but thin nothing: they set their own limits, and without measurements beside them they would be in
-vain. The rest of the allowance is shared among the accounts (the snapshot, and each instrument): equal shares, and what
-one does not need goes to the others, so that an expensive instrument thins itself before it starves a cheap one.
+What is made at any budget (the measurements that draw the curves, the last one, figures) is spread over the planned
+steps, where their number is known; measurements to come are assumed to cost what the latest one did. The rest of the
+allowance is shared among the accounts (the snapshot, and each instrument): equal shares, and what one does not need
+goes to the others, so that an expensive instrument thins itself before it starves a cheap one.
 """
 
 import math
@@ -25,16 +26,22 @@ class Account:
     """The cost of one kind of work.
 
     Args:
-        spent: Seconds, on measurements between the first and the last.
+        spent: Seconds, on measurements that the budget allowed.
         latest: Seconds, of the latest measurement: the estimate for the next.
+        thorough: Seconds, of the longest one.
         made: Measurements.
         left_out: Due measurements that were left out.
+        shortened: Measurements of which a part was left out.
+        part: That part, in words.
     """
 
     spent: float = 0.0
     latest: float = 0.0
+    thorough: float = 0.0
     made: int = 0
     left_out: int = 0
+    shortened: int = 0
+    part: str = ""
 
 
 class Budget:
@@ -45,8 +52,9 @@ class Budget:
         clock: Seconds; None for the wall clock.
 
     Attributes:
-        once: Seconds of one-off costs.
-        forecasts: Seconds spent on forecasts before the first step.
+        start: Seconds at the start, up to the first measurement after theta_0.
+        forecasts: Seconds spent on forecasts.
+        fixed: Seconds since then on what is made at any budget.
         reserve: Seconds kept for the end besides the last measurement, at most a quarter of the allowance.
         accounts: By name.
 
@@ -76,13 +84,14 @@ class Budget:
         self._spent = spent
         self._depth = 0
         self._begun = 0.0
-        self.reserve = self.forecasts = 0.0
-        self.once = 0.0
+        self.reserve = self.forecasts = self.start = self.fixed = 0.0
         self.accounts: dict[str, Account] = {}
 
     @property
     def seconds(self) -> float:
-        """Time spent measuring."""
+        """Time spent measuring, until the clock is stopped."""
+        if self._stopped is not None:
+            return self._spent
         return self._spent + (self.clock() - self._begun if self._depth else 0.0)
 
     @property
@@ -92,9 +101,14 @@ class Budget:
         return max(until - self._started - self.seconds, 1e-9)
 
     @property
+    def limited(self) -> float:
+        """Time spent measuring that is within the limit: all but the start and forecasts."""
+        return self.seconds - self.start - self.forecasts
+
+    @property
     def percent(self) -> float:
-        """Time spent measuring, in % of the training's own."""
-        return 100 * self.seconds / self.training_seconds
+        """Time spent measuring that is within the limit, in % of the training's own."""
+        return 100 * max(0.0, self.limited) / self.training_seconds
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -106,20 +120,23 @@ class Budget:
             yield
         finally:
             self._depth -= 1
-            if self._depth == 0:
+            if self._depth == 0 and self._stopped is None:
                 self._spent += self.clock() - self._begun
 
     @contextmanager
     def account(self, name: str, forced: bool) -> Iterator[None]:
-        """Book a measurement on an account; ``forced``: the first or last one, a one-off cost."""
+        """Book a measurement on an account; ``forced``: one that is made at any budget."""
         account = self.accounts.setdefault(name, Account())
         begun = self.clock()
         try:
             yield
         finally:
             account.latest = self.clock() - begun
+            account.thorough = max(account.thorough, account.latest)
             account.made += 1
-            if not forced:
+            if forced:
+                self.fixed += account.latest
+            else:
                 account.spent += account.latest
 
     @contextmanager
@@ -131,36 +148,48 @@ class Budget:
         finally:
             self.forecasts += self.seconds - before
 
-    def settle(self) -> None:
-        """Book everything spent so far, except intermediate measurements, as one-off cost."""
-        self.once = self.seconds - self.forecasts - sum(account.spent for account in self.accounts.values())
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Count the time spent inside as made at any budget."""
+        before = self.seconds
+        try:
+            yield
+        finally:
+            self.fixed += self.seconds - before
+
+    def started(self) -> None:
+        """Book everything spent so far, except forecasts, as the start."""
+        self.start, self.fixed = self.seconds - self.forecasts, 0.0
+        for account in self.accounts.values():
+            account.spent = 0.0
 
     def room(self, seconds: float) -> bool:
         """Return whether ``seconds`` more stay within the limit now."""
-        return self.limit is None or self.seconds - self.forecasts + seconds <= self.limit * self.training_seconds
+        return self.limit is None or self.limited + seconds <= self.limit * self.training_seconds
 
     def stop(self) -> None:
-        """Stop the training's clock."""
-        self._stopped = self.clock()
+        """Stop all clocks: the training is over."""
+        self._spent, self._stopped = self.seconds, self.clock()
 
-    def affordable(self, name: str, progress: float | None) -> bool:
+    def affordable(self, name: str, progress: float | None, owed: int = 0) -> bool:
         """Return whether a due measurement on an account stays within the budget; if not, count it as left out.
 
         Args:
             name: The account.
             progress: The share of the planned steps already taken; None if their number is not known.
+            owed: Measurements that are yet to be made at any budget, besides the last one.
         """
         if self.limit is None:
             return True
         account = self.accounts.setdefault(name, Account())
         intermediate = sum(each.spent for each in self.accounts.values())
-        hooks = self.seconds - self.forecasts - self.once - intermediate
+        hooks = self.limited - self.fixed - intermediate
         allowance = self.limit * self.training_seconds
         passed = 1.0 if progress is None else min(1.0, progress)
-        once = passed * (self.once + sum(each.latest for each in self.accounts.values()))
-        once += min(passed * self.reserve, allowance / 4)
+        fixed = passed * (self.fixed + (1 + owed) * sum(each.latest for each in self.accounts.values()))
+        fixed += min(passed * self.reserve, allowance / 4)
         demands = [each.spent + each.latest * (1 + each.left_out) for each in self.accounts.values()]
-        level = equal_level(demands, allowance - hooks - once)
+        level = equal_level(demands, allowance - hooks - fixed)
         if account.spent + account.latest <= level:
             return True
         account.left_out += 1
@@ -178,43 +207,55 @@ def equal_level(demands: Iterable[float], amount: float) -> float:
     return math.inf
 
 
-def cost_sentence(budget: Budget, measurements: int, skipped: int, undrawn: int) -> str:
-    """One sentence on the cost of measuring and on what was left out."""
+def cost_sentence(budget: Budget, measurements: int, skipped: int) -> str:
+    """One sentence on the cost of measuring: within the limit, and what falls once.
+
+    Args:
+        budget: The account.
+        measurements: Measurements made.
+        skipped: Those that failed.
+
+    Returns:
+        The sentence.
+    """
     failed = f", {skipped} skipped" if skipped else ""
-    text = (
-        f"torch_eft: {measurements} measurements{failed} took {budget.seconds:.2f} s, {budget.percent:.1f} % on top of "
-        "the training's own time"
-    )
-    if budget.forecasts > 0.1 * budget.seconds:
-        text += f" ({budget.forecasts:.2f} s of it forecasts before the first step, outside the budget)"
-    left = {name: account.left_out for name, account in budget.accounts.items() if account.left_out}
-    if budget.limit is None or not (left or undrawn):
-        return text
-    whole = left.pop(SNAPSHOT, 0)
-    items = [f"{whole} due measurements"] * bool(whole) + [f"{name} at {count}" for name, count in left.items()]
+    once = [f"{budget.start:.2f} s at the start"]
+    once += [f"{budget.forecasts:.2f} s of forecasts"] if budget.forecasts > 0.01 else []
+    return f"{measurements} measurements{failed}, {budget.percent:.1f} % of training time (besides {', '.join(once)})"
+
+
+def left_out(budget: Budget, undrawn: int) -> str:
+    """Return what the budget left out, and the argument that brings it; empty if that is nothing.
+
+    Args:
+        budget: The account.
+        undrawn: Figures that were left out.
+
+    Returns:
+        A phrase.
+    """
+    if budget.limit is None:
+        return ""
+    whole = budget.accounts[SNAPSHOT].left_out if SNAPSHOT in budget.accounts else 0
+    items = [f"{whole} due measurements"] * bool(whole)
+    for name, account in budget.accounts.items():
+        if name != SNAPSHOT and account.left_out > whole:
+            items.append(f"{name} at {account.left_out - whole} others")
+        if account.shortened:
+            items.append(f"{account.part} at {account.shortened}")
     items += [f"{undrawn} figures"] * bool(undrawn)
-    return f"{text}; left out to stay within {100 * budget.limit:g} %: {', '.join(items)} (budget=None makes them all)"
-
-
-def thinning_sentence(budget: Budget, step: int) -> str:
-    """One sentence saying that due measurements are left out from now on, and why."""
-    latest = sum(account.latest for account in budget.accounts.values())
-    return (
-        f"torch_eft: the latest measurement took {1000 * latest:.0f} ms; from step {step} on due ones are left out "
-        f"where they would take more than {100 * (budget.limit or 0):g} % of the training's time "
-        "(budget=None makes them all)"
-    )
+    return f"{', '.join(items)}; budget=None brings them" if items else ""
 
 
 def cost_page(budget: Budget, measurements: int) -> str:
     """The cost of measuring, account by account, and what was left out, as Markdown."""
     limit = "no limit" if budget.limit is None else f"limit {100 * budget.limit:g} %"
     lines = [
-        f"{measurements} measurements took {budget.seconds:.2f} s, {budget.percent:.1f} % on top of the training's own "
-        f"time of {budget.training_seconds:.2f} s ({limit}). {budget.once:.2f} s of it was spent at the start, "
-        f"{budget.forecasts:.2f} s on forecasts before the first step, which the budget does not limit.",
+        f"{measurements} measurements. {budget.start:.2f} s were spent at the start, on checks, theta_0 and the first "
+        f"measurement after it, and {budget.forecasts:.2f} s on forecasts; since then {max(0.0, budget.limited):.2f} "
+        f"s, {budget.percent:.1f} % of the training's own {budget.training_seconds:.2f} s ({limit}).",
         "",
-        "| account | measurements | left out | seconds between first and last | ms of the latest |",
+        "| account | measurements | left out | seconds as the budget allowed | ms of the latest |",
         "|---|---|---|---|---|",
     ]
     for name, account in budget.accounts.items():

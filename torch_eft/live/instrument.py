@@ -88,6 +88,7 @@ class TrainingStart:
             clipping, several processes ...); None if it is, as far as the loop knows. What the optimizer and the data
             show is not included.
         total_steps: Optimizer steps of the whole training, where the loop knows them.
+        full_batch: Whether the loop knows that every step takes the same batch, all of the data; else batches show it.
 
     Example:
         >>> import torch
@@ -106,6 +107,7 @@ class TrainingStart:
     fresh: bool
     obstacle: Obstacle | None
     total_steps: int | None = None
+    full_batch: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class Measurement:
         statistics: ``{buffer: value}`` with which BatchNorm normalizes at the reference; empty where there is none that
             training updates.
         plan: What the snapshot holds: ``network.at(theta).snapshot(plan)`` is the same at other parameters.
+        thorough: Whether the budget has room for what an instrument might leave out: terms of second order, say.
         contractions: Sizes of dNTK and ddNTK found at this measurement, for the forecasts that are asked after.
 
     Example:
@@ -168,6 +171,7 @@ class Measurement:
     theta_0: dict[str, Tensor] | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)
+    thorough: bool = True
     contractions: list[Contraction] = field(default_factory=list)
 
 
@@ -226,6 +230,8 @@ class RunFacts:
         criticality: One sentence on the critical point.
         unpredicted: ``{quantity: sentence}``: why a quantity has no prediction at finite width. The tab shows it in
             the quantity's card; without one, the reason of a claim that does not hold.
+        expected: The band of 90 % of networks in which the NTK's drift ends.
+        left_out: What a forecast leaves out, and the argument that brings it.
     """
 
     claim: Claim | None = None
@@ -237,6 +243,8 @@ class RunFacts:
     regime: str | None = None
     criticality: str | None = None
     unpredicted: Mapping[str, str] | None = None
+    expected: tuple[float, float] | None = None
+    left_out: str | None = None
 
 
 class Instrument:
@@ -250,6 +258,9 @@ class Instrument:
             about the others.
         of_snapshots: Whether it compares two snapshots and reads nothing else, so that it can be asked again about
             theta_0, where that is measured anew.
+        left_out: What it leaves out of a measurement that is not ``thorough``, in words; empty: nothing but checks.
+        draws_curves: Whether it runs wherever measurements are made at any budget (``torch_eft.live.config.schedule``),
+            as light ones do; others then ask the budget, too.
 
     Example:
         >>> import torch
@@ -269,6 +280,8 @@ class Instrument:
     needs_theta_0: bool = False
     looks_back: bool = False
     of_snapshots: bool = False
+    draws_curves: bool = False
+    left_out: str = ""
 
     def plan(self, outputs: int, samples: int) -> Plan:
         """The parts of each snapshot that it needs, for ``outputs`` = C and ``samples`` = N."""
@@ -289,6 +302,14 @@ class Instrument:
         """A measurement was made. The budget may leave out those between the first and the last."""
         return Reading()
 
+    def idle(self) -> bool:
+        """Return whether there is nothing for it to measure, so that no budget need be asked."""
+        return False
+
+    def listens(self) -> bool:
+        """Return whether what follows, up to ``after_step``, still does something: else it is not called."""
+        return True
+
     def observe_batch(self, batch: Any) -> None:
         """A training batch arrived, on the network's device."""
 
@@ -303,11 +324,8 @@ class Instrument:
         """A step was taken, ``step`` in all. Called after every step: it must be cheap, or mostly do nothing."""
         return Reading()
 
-    def wants_first_step(self) -> bool:
-        """Return whether it must observe the network after the first step though no measurement is due.
-
-        Its scalars of then are not recorded, which belong to measurements; pages, events and late numbers are.
-        """
+    def undecided(self) -> bool:
+        """Return whether its next ``before_step`` may make a forecast: work that is booked apart."""
         return False
 
     def forget(self) -> None:

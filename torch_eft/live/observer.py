@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.live.budget import Budget, cost_page, cost_sentence
+from torch_eft.live.budget import Budget, cost_page, cost_sentence, left_out
 from torch_eft.live.config.presets import Options, Preset, chosen_instruments
 from torch_eft.live.config.probes import ProbeLike, probe_from
-from torch_eft.live.config.schedule import Every, checked_every, due
+from torch_eft.live.config.schedule import AUTO, Every, checked_every, due
 from torch_eft.live.instrument import Event, Instrument, MeasurementWarning, Obstacle
 from torch_eft.live.progress import Progress
 from torch_eft.live.record.history import RunHistory
@@ -62,10 +62,12 @@ class Observer:
             the path of a file that holds one (``torch.save``).
         optimizer: The optimizer of the training, or several; gives the learning-rate tensor lambda. None: lambda = 1.
         preset: ``"light"``, ``"standard"`` or ``"full"``: which instruments (``torch_eft.live.config.presets``).
-        every: When to measure besides the first and the last time (``torch_eft.live.config.schedule``). A bare loop
-            does not announce epochs, so that the default here is ``"log:10"``.
-        budget: Time that measuring may take, as a share of the training's own; the schedule is thinned to stay within.
-            None: no limit.
+        every: When to measure besides the first and the last time (``torch_eft.live.config.schedule``). ``"auto"``:
+            at twelve or more steps 1, 2, 4, 8, ... whatever the budget; beyond them, as it allows, at ten steps a
+            decade, and when an epoch is announced.
+        budget: Time that measuring may take, as a share of the training's own; the schedule is thinned to stay within,
+            but for twelve or more of the measurements, with even distances on a logarithmic axis. The start (theta_0
+            and the first measurement after it) and forecasts are not in it, and shown apart. None: no limit.
         logdir: Where TensorBoard files and ``eft.jsonl`` go; None: nowhere, results are in ``history``.
         instruments: The instruments in place of the preset's, by name or your own.
         extra: Instruments beyond the preset's, by name or your own.
@@ -127,7 +129,7 @@ class Observer:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         *,
         preset: Preset = "standard",
-        every: Every = "log:10",
+        every: Every = AUTO,
         budget: float | None = 0.05,
         logdir: str | Path | None = None,
         instruments: Sequence[str | Instrument] | None = None,
@@ -246,6 +248,7 @@ class Observer:
         *,
         obstacle: Obstacle | None = None,
         total_steps: int | None = None,
+        full_batch: bool = False,
         model: nn.Module | None = None,
         optimizers: Sequence[Optimizer] | None = None,
         place: tuple[int, int] | None = None,
@@ -262,6 +265,8 @@ class Observer:
             obstacle: Why the loop is not plain full-batch training on one device, if that is known.
             total_steps: Optimizer steps of the whole training, if that is known: one-off costs are spread over them,
                 and the last of them is always measured.
+            full_batch: Whether every step is known to take the same batch: then forecasts are made before the first
+                step. Else they wait until the second batch has been seen to be the first one again.
             model: The model.
             optimizers: The optimizers of the training.
             place: (rank, number of ranks) of this process; None: in torch's default process group.
@@ -273,7 +278,7 @@ class Observer:
                 ``on_error="raise"``, or where other ranks would wait for this one.
         """
         to = [*self.sinks, *sinks]
-        self._beginning.begin(Loop(step, obstacle, total_steps, model, optimizers, place, to, theta_file))
+        self._beginning.begin(Loop(step, obstacle, total_steps, full_batch, model, optimizers, place, to, theta_file))
 
     # ---- training
 
@@ -312,16 +317,12 @@ class Observer:
         run = self._run
         if run.refused or not (run.begun or self._begins(step)) or run.network is None:
             return {}
-        since, first = self.progress.step, self.progress.at_start and step != self.progress.step
+        since = self.progress.step
         if step != self.progress.step:
             self._hooks.after_step(step)
         planned = self.progress.total_steps
         last = last or (planned is not None and min(since, step - 1) < planned <= step)
         if not last and not (self._due(step, since) if due_now is None else due_now):
-            if first and run.ranks.leads and not self.collective:
-                with self.recorder.guard():
-                    run.measurements.look_at_first_step(run.network)
-                self.budget.settle()
             return {}
         if not run.ranks.leads:
             with self.recorder.guard():
@@ -336,9 +337,12 @@ class Observer:
             with self.recorder.guard():
                 scalars = run.measurements.measure(run.network, last=last, epoch=epoch)
         if scalars:
+            if run.starting and not self.progress.at_start:
+                run.starting = False
+                self.budget.started()
             with self.recorder.guard():
                 run.summarize()
-            self.flush()
+            self.recorder.flush()
             if not last:
                 with self.recorder.guard():
                     run.draw_first()
@@ -354,7 +358,7 @@ class Observer:
 
     def _due(self, step: int, since: int) -> bool:
         try:
-            return due(self.every, step, since)
+            return due(self.every, step, since, self.progress.curve)
         except Exception as error:  # a function of the user's
             self.recorder.failed(error)
             return False
@@ -377,20 +381,23 @@ class Observer:
             self._finish()
         self.budget.stop()
         self.recorder.close()
-        self.recorder.say(self.overhead())
+        with self.recorder.guard():
+            self.recorder.say_last()
 
     def _finish(self) -> None:
         run = self._run
         reference, last = run.reference.snapshot, run.measurements.latest
+        run.measurements.record_anew()
         run.draw_first()
         if reference is not None and last is not None:
-            self.recorder.draw(self.instruments, lambda each: each.last_figures(self.history, reference, last))
+            with self.budget.once():
+                self.recorder.draw(self.instruments, lambda each: each.last_figures(self.history, reference, last))
         pages = {"overhead": cost_page(self.budget, len(self.recorder.measured))}
         if self.skipped:
             pages["skipped"] = skipped_page(self.skipped)
         self.recorder.pages(pages)
         run.summarize()
-        self.flush()
+        self.recorder.flush()
 
     def flush(self) -> None:
         """Bring everything to disk, as after an exception; a run that does not go on from here was interrupted."""
@@ -401,12 +408,15 @@ class Observer:
 
     def overhead(self) -> str:
         """One sentence on what measuring has cost, and on what was left out."""
-        return cost_sentence(self.budget, len(self.recorder.measured), len(self.skipped), len(self.recorder.undrawn))
+        cost = cost_sentence(self.budget, len(self.recorder.measured), len(self.skipped))
+        left = left_out(self.budget, len(self.recorder.undrawn))
+        return f"torch_eft: {cost}" + (f"; left out: {left}" if left else "")
 
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """History, theta_0's measurements and where they were taken, and the instruments' own states: plain types."""
+        self._run.measurements.record_anew()
         place = self.keep_theta_0, self.theta_file, self._run.ranks.leads
         return checkpoint.save(self.recorder, self.reference, self.instruments, *place)
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch_eft.live.config.schedule import Curve
+
 
 @dataclass
 class Progress:
@@ -9,13 +11,17 @@ class Progress:
 
     Args:
         step: Steps taken so far.
-        first_step: Where this training started.
+        first_step: Where this training started, or went on.
+        origin: Steps taken at theta_0.
         total_steps: Steps of the whole training, if their number is known.
+        full_batch: Whether every step is known to take the same batch.
     """
 
     step: int = 0
     first_step: int = 0
+    origin: int = 0
     total_steps: int | None = None
+    full_batch: bool = False
 
     @property
     def at_start(self) -> bool:
@@ -28,3 +34,8 @@ class Progress:
         if self.total_steps is None or self.total_steps <= self.first_step:
             return None
         return (self.step - self.first_step) / (self.total_steps - self.first_step)
+
+    @property
+    def curve(self) -> Curve:
+        """The steps at which measurements draw a curve, at any budget."""
+        return Curve(self.origin, self.total_steps)

@@ -212,7 +212,7 @@ def test_forecasts_take_one_thread_and_give_the_trainings_threads_back(monkeypat
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        _, pages = run(mlp(WIDTH), steps=1)
+        _, pages = run(mlp(WIDTH), steps=2)  # the second batch shows that it is the whole one
         assert during == [1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

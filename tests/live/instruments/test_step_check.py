@@ -90,7 +90,8 @@ def test_another_training_ends_the_forecast_in_words(change, reason, momentum):
 
     observer, _ = fit(model, [InstanceInstrument(seconds=60.0)], 12, optimizer, x, y, x_probe, every=2, on_step=on_step)
     assert observer.validity.flag == "invalid" and reason in observer.validity.reason
-    assert [event.step <= 12 for event in observer.events if reason in event.text] == [True]
+    seen = [event.step <= 12 for event in observer.events if reason in event.text]
+    assert seen == ([] if change in (clipped, decayed, slower) else [True])  # the first step: no forecast was begun
     assert "eft-theory/ntk_drift/order_1" not in observer.history[12]
 
 

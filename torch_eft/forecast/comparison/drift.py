@@ -152,6 +152,20 @@ class DriftComparison:
         found["representation_change"] = replace(found["representation_change"], given_90=None)
         return found, [replace(layer, given_90=None) for layer in layers]
 
+    def expected_drift(self, step: int, ntk_0: Tensor) -> tuple[float, float] | None:
+        """Return the band of 90 % of networks in which the NTK's drift will be at a step, or None beyond the last one.
+
+        Args:
+            step: Optimizer steps since theta_0.
+            ntk_0: The measured NTK at theta_0, (N_p, N_p, n_L, n_L) or (N_p, N_p).
+        """
+        if step > self._last:
+            return None
+        full, scale = self._scale(ntk_0)
+        drawn = self._seeds.ntk_drift(step, full=full) * scale
+        low, *_, high = torch.quantile(drawn, torch.tensor(_QUANTILES, dtype=drawn.dtype, device=drawn.device)).tolist()
+        return low, high
+
     def displacement(self, start: int, end: int, ntk: Tensor, dntk: float, ddntk: float | None) -> dict[str, Banded]:
         """Compare dNTK and ddNTK along the displacement from one step to another.
 

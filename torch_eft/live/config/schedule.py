@@ -1,21 +1,28 @@
 """Schedules: when to measure besides the first and the last weights, which always are.
 
-A schedule is ``"epoch"``, a number of optimizer steps, ``linear(k)``, ``logarithmic(per_decade)`` or any function of
-the step; in a configuration file also ``"100"``, ``"linear:100"`` and ``"log:10"``.
+A schedule is ``"auto"``, ``"epoch"``, a number of optimizer steps, ``linear(k)``, ``logarithmic(per_decade)`` or any
+function of the step; in a configuration file also ``"100"``, ``"linear:100"`` and ``"log:10"``. ``"auto"`` is due at
+the points of a ``Curve``, at ten steps a decade, and when an epoch is announced.
+
+Of what is due, a budget leaves out whatever it must but for what a ``Curve`` takes.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 from torch_eft.results.choices import nearest
 
 Every: TypeAlias = int | str | Callable[[int], bool]
 
+AUTO = "auto"
+
 _ALLOWED = (
-    "give 'epoch', a positive number of optimizer steps, 'log:10' (10 measurements per decade of steps), 'linear:100', "
-    "or a function of the step"
+    "give 'auto', 'epoch', a positive number of optimizer steps, 'log:10' (10 measurements per decade of steps), "
+    "'linear:100', or a function of the step"
 )
 
 
@@ -68,6 +75,60 @@ class logarithmic:
         return any(round(10 ** (j / self.per_decade)) == step for j in (nearest - 1, nearest, nearest + 1))
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Steps with even distances on a logarithmic axis: as many as make a curve of any training.
+
+    With theta_0 they are at least ``POINTS``, if there are as many steps: 1, 2, 4, 8, ... and the last one; denser
+    where the training is shorter, and at first where its length is not known.
+
+    Args:
+        origin: Optimizer steps at theta_0.
+        total: Those at the end; None: not known.
+
+    Example:
+        >>> from torch_eft.live.config.schedule import Curve
+        >>> Curve(0, 2000).points(2000)
+        [1, 2, 4, 8, 16, 32, 63, 126, 252, 502, 1002, 2000]
+        >>> Curve(0, 300).points(300)
+        [1, 2, 3, 5, 8, 13, 22, 38, 63, 106, 179, 300]
+        >>> Curve(0, None).points(300)
+        [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 128, 256]
+    """
+
+    origin: int = 0
+    total: int | None = None
+
+    def points(self, until: int) -> list[int]:
+        """The steps up to ``until``, without that of theta_0."""
+        steps = _distances(None if self.total is None else self.total - self.origin)
+        return [self.origin + step for step in steps[: bisect_right(steps, until - self.origin)]]
+
+    def passed(self, since: int, step: int) -> bool:
+        """Return whether a point is after ``since``, and not after ``step``."""
+        steps = _distances(None if self.total is None else self.total - self.origin)
+        return bisect_right(steps, since - self.origin) < bisect_right(steps, step - self.origin)
+
+    def left(self, step: int) -> int:
+        """Return how many points are to come between ``step`` and the last one; 0 if their number is not known."""
+        return 0 if self.total is None else sum(step < point < self.total for point in self.points(self.total))
+
+
+@lru_cache(maxsize=16)
+def _distances(length: int | None) -> tuple[int, ...]:
+    """The points of a curve of so many steps, or of an unknown number, by their distance from theta_0."""
+    if length is None:
+        return tuple(sorted({1, *(round(2 ** (j / 2)) for j in range(2, POINTS)), *(2**k for k in range(6, 48))}))
+    if length >= 2 ** (POINTS - 2):  # then these are as many
+        return (*(2**k for k in range(length.bit_length()) if 2**k < length), length)
+    steps = [round(max(1, length) ** (j / (POINTS - 2))) for j in range(POINTS - 1)]
+    return tuple(min(length, max(step, place)) for place, step in enumerate(steps, 1) if place <= length)
+
+
+POINTS = 13
+"""Measurements, that of theta_0 among them, that draw curves of 12 points: some are of what lies between two."""
+
+
 def checked_every(every: Every) -> Every:
     """Check a schedule.
 
@@ -77,7 +138,7 @@ def checked_every(every: Every) -> Every:
     Raises:
         ValueError: If it is not one of those allowed.
     """
-    if every == "epoch" or (callable(every) and not isinstance(every, str)):
+    if every in (AUTO, "epoch") or (callable(every) and not isinstance(every, str)):
         return every
     if isinstance(every, int) and not isinstance(every, bool) and every > 0:
         return every
@@ -89,22 +150,25 @@ def checked_every(every: Every) -> Every:
     raise ValueError(f"every: {every!r} given{nearest(every, ['epoch'])}; {_ALLOWED}")
 
 
-def due(every: Every, step: int, since: int | None = None) -> bool:
+def due(every: Every, step: int, since: int | None = None, curve: Curve | None = None) -> bool:
     """Return whether a measurement fell due at one of the steps after ``since``, up to ``step``.
 
     A loop need not look after every step: with several optimizers a batch takes several.
 
     Args:
-        every: The schedule; ``"epoch"`` is never due here, epochs are announced.
+        every: The schedule; epochs are never due here, they are announced.
         step: Optimizer steps taken.
         since: Those taken when the loop looked last; None, or one that is not earlier, for ``step`` alone.
+        curve: The curve of ``"auto"``; None: that of a training from step 0 on.
 
     Returns:
         Whether one is due.
     """
+    first = step if since is None else min(since + 1, step)
+    if every == AUTO:
+        return (curve or Curve()).passed(first - 1, step) or due(logarithmic(), step, since)
     if isinstance(every, str):
         return False
-    first = step if since is None else min(since + 1, step)
     if callable(every):
         return any(every(each) for each in range(first, step + 1))
     return step // every > (first - 1) // every

@@ -27,8 +27,9 @@ SERIES = ("taylor_1", "taylor_2")
 class ExpansionInstrument(Instrument):
     """Changes of NTK and hidden kernels since theta_0 by the dNTK, and by dNTK and ddNTK, beside the real ones.
 
-    Before that two numbers, along the optimizer's first step: the radius m*, the rms motion of the probe's outputs at
-    which the gauge reaches ``LIMIT``; and the response r_0, the relative change of H per unit of that motion.
+    Before that two numbers, along the displacement to the first measurement, which is the optimizer's first step unless
+    the schedule is another: the radius m*, the rms motion of the probe's outputs at which the gauge reaches ``LIMIT``;
+    and the response r_0, the relative change of H per unit of that motion.
 
     Args:
         largest: Trainable parameters up to which theta_0 is kept.
@@ -72,9 +73,9 @@ class ExpansionInstrument(Instrument):
             )
         return self._told(Reading())
 
-    def wants_first_step(self) -> bool:
-        """Radius and response are those of the first step, and the first measurement may come much later."""
-        return self._refusal is None and self._ended is None and not self._numbers
+    def idle(self) -> bool:
+        """Return whether there is no line, or it has ended."""
+        return self._refusal is not None or self._ended is not None
 
     def observe(self, measurement: Measurement) -> Reading:
         """Compare, unless the line has ended; at infinite width nothing changes, which costs nothing to say."""
@@ -151,8 +152,8 @@ class ExpansionInstrument(Instrument):
         known = self._numbers
         if not known:
             return (
-                "How far the expansion in 1/n about theta_0 reaches is known after the first step. Its line goes along "
-                "the training's own displacement and takes two NTKs a measurement until it ends."
+                "How far the expansion in 1/n about theta_0 reaches is known after the first steps. Its line goes "
+                "along the training's own displacement and takes two NTKs a measurement until it ends."
             )
         steps = "first step" if known["steps"] == 1 else f"first {known['steps']:.0f} steps"
         return "\n\n".join(

@@ -15,6 +15,9 @@ from torch_eft.live.instruments.common import LARGEST, compared_scalars, copied,
 from torch_eft.measure.network.snapshot import Plan, Snapshot
 from torch_eft.measure.taylor.displacement import DisplacementTerms
 
+OF_ALL_ORDERS = ("ntk_rate", "interval_ntk_error")
+"""Quantities that compare with the sum of the NTK's terms."""
+
 
 @dataclass
 class _Earlier:
@@ -38,7 +41,8 @@ class IntervalInstrument(Instrument):
 
     name = "interval"
     cost = "standard"
-    looks_back = True
+    looks_back = draws_curves = True
+    left_out = "ddNTK"
 
     def __init__(self, *, derivatives: int = 2, largest: int = LARGEST) -> None:
         if derivatives not in (1, 2):
@@ -90,16 +94,22 @@ class IntervalInstrument(Instrument):
         H, H_now = earlier.ntk, measurement.snapshot.ntk
         same = earlier.lambdas == measurement.lambdas and earlier.reference is measurement.reference
         kernels = (H, H_now) if same and H is not None and H_now is not None else None
-        displacement = measurement.network.displacement_terms(
+        derivatives = self.derivatives if measurement.thorough else 1
+        network = measurement.network
+        if measurement.statistics:  # constants for derivatives: those of the parameters at which these are taken
+            network = network.at(earlier.theta)
+        displacement = network.displacement_terms(
             earlier.theta,
             current(measurement.model),
-            derivatives=self.derivatives,
+            derivatives=derivatives,
             kernels=kernels,
             ntk=kernels is not None,
         )
         reading = Reading()
         if not displacement.cut:  # else the terms are no derivatives
             compared = interval_compared(displacement, measurement.step - earlier.step)
+            if derivatives < self.derivatives:  # these would be of another order than at other measurements
+                compared = {name: value for name, value in compared.items() if name not in OF_ALL_ORDERS}
             reading = Reading(compared_scalars(compared))
             sizes = [compared[name].measured if name in compared else None for name in ("dntk", "ddntk")]
             if sizes[0] is not None:

@@ -27,8 +27,16 @@ class BatchNormInstrument(Instrument):
     name = "batch_norm"
     cost = "standard"
 
+    def __init__(self) -> None:
+        self._idle = False
+
+    def idle(self) -> bool:
+        """Return whether there are no such layers."""
+        return self._idle
+
     def observe(self, measurement: Measurement) -> Reading:
         """How far the NTK is from that with the statistics of theta_0, beside how far it is from that of theta_0."""
+        self._idle = not measurement.statistics
         H, H_0, network = measurement.snapshot.ntk, measurement.reference.ntk, measurement.network.current
         if H is None or H_0 is None or not measurement.statistics or not isinstance(network, IsolatedModel):
             return Reading()

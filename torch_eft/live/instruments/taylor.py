@@ -19,7 +19,7 @@ class TaylorInstrument(Instrument):
 
     name = "taylor"
     cost = "standard"
-    needs_theta_0 = True
+    needs_theta_0 = draws_curves = True
 
     def __init__(self, *, largest: int = LARGEST) -> None:
         self.largest = largest
@@ -47,7 +47,10 @@ class TaylorInstrument(Instrument):
         """The sizes of the terms and of the remainder."""
         if self._refusal is not None or measurement.theta_0 is None:
             return Reading()
-        series = measurement.network.taylor(measurement.theta_0, current(measurement.model))
+        network = measurement.network
+        if measurement.statistics:  # constants for derivatives: those of the parameters at which these are taken
+            network = network.at(measurement.theta_0)
+        series = network.taylor(measurement.theta_0, current(measurement.model))
         sizes = series.sizes()
         if sizes is None:
             return Reading()

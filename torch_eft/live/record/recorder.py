@@ -1,6 +1,5 @@
 """The memory of a run (history, events, pages, failures) and its way to the sinks."""
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,21 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from torch_eft.live.budget import Budget
+from torch_eft.live.budget import Budget, cost_sentence, left_out
 from torch_eft.live.instrument import Event, History, Instrument, MeasurementWarning, Reading
 from torch_eft.live.progress import Progress
 from torch_eft.live.record.events import BandWatch, deviations, events_page
 from torch_eft.live.record.history import RunHistory
-from torch_eft.live.record.run_summary import run_summary, shown_claim
+from torch_eft.live.record.run_summary import run_summary
 from torch_eft.live.record.sinks import Sink
+from torch_eft.live.record.terminal import first_lines, last_lines, place_of, terminal
 from torch_eft.measure.forward.checks import NotFiniteError
 from torch_eft.results.choices import check_choice
-from torch_eft.results.trajectory import Validity
+from torch_eft.results.regime import first_sentence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_log = logging.getLogger("torch_eft")
 
 RunState = Literal["running", "ended", "interrupted"]
 
@@ -70,8 +68,8 @@ class Recorder:
         self.budget, self.progress = budget, progress
         self.on_error = on_error
         self.name = name
-        self.say = say or _log.info
-        self.announce = say or _log.warning
+        self.say = say or terminal.info
+        self.announce = say or terminal.warning
         self.sinks: list[Sink] = []
         self.forget()
 
@@ -86,7 +84,7 @@ class Recorder:
         self.drawing = LOADING
         self._pages: dict[str, str] = {}
         self._watch = BandWatch()
-        self._said: Validity | None = None
+        self._summary: dict[str, Any] = {}
 
     def load(self, history: History, events: list[Event], measured: set[int]) -> None:
         """Restore history from a checkpoint; quantities already outside their band are not reported again."""
@@ -97,7 +95,8 @@ class Recorder:
     def open(self, sinks: Sequence[Sink]) -> None:
         """Start a training with these sinks."""
         self.sinks = list(sinks)
-        self._summary: dict[str, Any] = {}
+        self._summary = {}
+        self._told: bool | None = None  # whether there is no forecast, as was said
 
     # ---- failures
 
@@ -192,19 +191,45 @@ class Recorder:
     ) -> None:
         """Hand the sinks what is known of the run, where anything is new."""
         facts = [instrument.facts() for instrument in instruments]
-        claim = shown_claim(facts)
-        validity = None if claim is None else claim.validity
-        if validity is not None and validity != self._said:
-            self.say(f"torch_eft: {_spoken(validity)}")
-        self._said = validity
         diagnosis = self._pages.get("diagnosis", "")
         known = self.history, self.events, self.skipped
-        summary = run_summary(facts, model, optimizers, probe, diagnosis, *known, self._progress(state))
+        left = left_out(self.budget, len(self.undrawn)) if state != "running" else ""
+        summary = run_summary(
+            facts, model, optimizers, probe, diagnosis, *known, self._progress(state), [left] * bool(left)
+        )
         if summary != self._summary:
             self._summary = summary
             for sink in self.sinks:
                 with self.guard():
                     sink.run_info(summary)
+
+    # ---- the terminal
+
+    def say_first(self, decided: bool) -> None:
+        """Say once what is expected of the training, and later that it is not any more.
+
+        Args:
+            decided: Whether the forecasts are made, or there are none.
+        """
+        claim = self._summary.get("validity", {})
+        invalid = claim.get("flag") == "invalid"
+        if self._told is None and decided:
+            expected = self._summary.get("expected_drift")
+            band = None if expected is None else (expected[0], expected[1])
+            self._say(first_lines(self._summary, band, self._summary.get("left_out", ()), place_of(self.sinks)))
+        elif self._told is False and invalid and not self.progress.at_start:
+            self._say([f"step {self.progress.step}: no forecast from here on, {first_sentence(claim['reason'])}"])
+        if decided:
+            self._told = invalid
+
+    def say_last(self) -> None:
+        """Say what came of the training, what it cost, and what was left out."""
+        cost = cost_sentence(self.budget, len(self.measured), len(self.skipped))
+        self._say(last_lines(self._summary, self.history, cost, left_out(self.budget, len(self.undrawn))))
+
+    def _say(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.say(f"torch_eft  {line}")
 
     def _progress(self, state: RunState) -> dict[str, Any]:
         """How far the training came; while it runs, the measurements themselves show it."""
@@ -240,7 +265,7 @@ class Recorder:
             try:
                 figures = figures_of(instrument)
             except ImportError:
-                self.say("torch_eft: no figures, matplotlib is not installed (pip install 'torch-eft[demo]')")
+                self._without_matplotlib()
                 return
             except Exception as error:
                 self.failed(error)
@@ -252,8 +277,15 @@ class Recorder:
                 begun = self.budget.clock()
                 for sink in self.sinks:
                     with self.guard():
-                        sink.figure(name, figure, self.progress.step)
+                        try:
+                            sink.figure(name, figure, self.progress.step)
+                        except ImportError:
+                            self._without_matplotlib()
+                            return
                 self.drawing = self.budget.clock() - begun
+
+    def _without_matplotlib(self) -> None:
+        self.say("torch_eft  no figures: matplotlib is not installed (pip install 'torch-eft[demo]')")
 
     def flush(self) -> None:
         """Bring everything to disk."""
@@ -266,9 +298,3 @@ class Recorder:
         for sink in self.sinks:
             with self.guard():
                 sink.close()
-
-
-def _spoken(validity: Validity) -> str:
-    if validity.flag == "invalid":
-        return f"no prediction for this run, measurements only: {validity.reason}"
-    return f"predicted before training, {validity}"

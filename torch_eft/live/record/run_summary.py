@@ -33,6 +33,7 @@ def run_summary(
     events: Sequence[Event],
     skipped: Sequence[tuple[int, str]],
     progress: Mapping[str, Any],
+    left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The run info (``torch_eft.tensorboard.run_info``): plain types.
 
@@ -46,6 +47,7 @@ def run_summary(
         events: All events so far.
         skipped: ``[(step, what went wrong)]``.
         progress: ``{"state", "step", "planned", "diverged"}``, as in ``torch_eft.tensorboard.run_info``.
+        left_out: What the budget left out, and the argument that brings it, besides what forecasts did.
 
     Returns:
         A dictionary that JSON can hold.
@@ -75,6 +77,8 @@ def run_summary(
             if (each := known.claim) is not None and each.validity is not None
         ],
         "progress": dict(progress),
+        "expected_drift": next((list(known.expected) for known in facts if known.expected is not None), None),
+        "left_out": [*(known.left_out for known in facts if known.left_out), *left_out],
         "unpredicted": unpredicted,
         "quantities": documented(list(quantities)),
         "events": [asdict(event) for event in events],

@@ -31,6 +31,7 @@ class Loop:
         step: Optimizer steps taken so far.
         obstacle: Why it is not plain full-batch training on one device.
         total_steps: Optimizer steps of the whole training.
+        full_batch: Whether every step is known to take the same batch.
         model: The network that is trained.
         optimizers: Those of the training.
         place: (rank, number of ranks) of this process.
@@ -41,6 +42,7 @@ class Loop:
     step: int = 0
     obstacle: Obstacle | None = None
     total_steps: int | None = None
+    full_batch: bool = False
     model: nn.Module | None = None
     optimizers: Sequence[Optimizer] | None = None
     place: tuple[int, int] | None = None
@@ -135,9 +137,11 @@ class Beginning:
         )
         run.theta_file = loop.theta_file or run.own_theta_file
         run.budget.restart(self._checking)
-        self._checking, run.begun = 0.0, True
+        self._checking, run.begun, run.starting = 0.0, True, True
         run.progress.step = run.progress.first_step = loop.step
-        run.progress.total_steps = loop.total_steps
+        # All ranks must agree on it, of whom only the first one knows a checkpoint's history.
+        run.progress.origin = 0 if given.collective else loop.step
+        run.progress.total_steps, run.progress.full_batch = loop.total_steps, loop.full_batch
         if not run.ranks.leads:
             with run.recorder.guard():
                 network.follow()
@@ -146,7 +150,7 @@ class Beginning:
         run.recorder.open(loop.sinks)
         with run.ranks.awaited(), run.recorder.guard():
             self._begin(network, loop.obstacle)
-        run.budget.settle()
+        run.budget.started()
 
     # ---- networks without shapes
 
@@ -200,6 +204,8 @@ class Beginning:
             reference.calibration.refuse("all ranks measure together, which see different batches")
         if goes_on:
             self._warn_without_theta_0(network)
+            if not run.given.collective:
+                run.progress.origin = min(run.recorder.measured, default=step)
         if step > 0 and (restored or not goes_on):
             run.recorder.resume(step)
         if network.unsharded_model is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
+from torch_eft.live.instruments.common import too_many
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.network.batch_norm import statistics_of, with_batch_statistics
@@ -89,7 +90,8 @@ class Calibration:
         """Refuse batches that are not what training feeds the network: transformed, or inputs of another module.
 
         The first batch's mean and variance at theta_0 are compared with what the running statistics took in: roughly,
-        as dropout, reduced precision or the next batch may have a part in it.
+        as dropout or reduced precision may have a part in it. Of several forwards, as in gradient accumulation, all
+        may have been of other samples, whose means and variances differ by their own fluctuations.
         """
         before, after, self._running = *self._running, []
         self._checked = True  # once: later batches are others, at other parameters
@@ -107,9 +109,12 @@ class Calibration:
         took_mean = (mean_1.to(mean) - (1 - share) * mean_0.to(mean)) / share
         took_variance = (variance_1.to(mean) - (1 - share) * variance_0.to(mean)) / share
         eps = torch.finfo(mean.dtype).eps
+        rows = next(len(leaf) for leaf in tree_leaves(self.kept[0]) if isinstance(leaf, Tensor))
+        noise = 0.0 if forwards == 1 else 2 * (forwards / rows) ** 0.5
         off = float(((took_mean - mean).square() / (variance + eps)).mean().sqrt())
         ratio = float((took_variance.mean() + eps) / (variance.mean() + eps))
-        if off > 0.5 or not 0.5 < ratio < 2:
+        allowed = 2 * (1 + noise)
+        if off > 0.5 + noise or not 1 / allowed < ratio < allowed:
             self.refuse(
                 "the batches that the loop shows are not what training feeds the network: the running mean and "
                 f"variance of {name!r} took in others ({off:.2g} standard deviations, {ratio:.2g} times)"
@@ -153,8 +158,10 @@ class Calibration:
         if not self.norms:
             return
         self.statistics, self.step = statistics_of(network, self.norms), step
+        copied = theta_0 is None
+        if self.refusal is None and copied and (reason := too_many(network.module)) is not None:
+            self.refuse(reason)
         if self.refusal is None:
-            copied = theta_0 is None
             self._theta_0 = {name: p.clone() for name, p in network.params.items()} if copied else dict(theta_0 or {})
             own = {name: network.constants[name].clone() for name in network.isolation.buffers}
             self._buffers = {name: value for name, value in own.items() if name not in self.statistics}

@@ -30,7 +30,7 @@ class Hooks:
         if hook not in self._listening:
             default = getattr(Instrument, hook)
             self._listening[hook] = [each for each in run.instruments if getattr(type(each), hook) is not default]
-        return self._listening[hook]
+        return [each for each in self._listening[hook] if each.listens()]
 
     def _calibrates(self) -> bool:
         return self._run.begun and self._run.ranks.leads and self._run.reference.calibration.wanted
@@ -62,22 +62,20 @@ class Hooks:
             optimizer = next(iter(run.network.optimizers), None)
         if optimizer is None or not listeners:
             return
-        first = run.progress.at_start
-        with run.budget.forecasting() if first else nullcontext():
+        undecided = [instrument for instrument in listeners if instrument.undecided()]
+        with run.budget.forecasting() if undecided else nullcontext():
             for instrument in listeners:
                 with run.recorder.guard():
                     run.recorder.take(instrument.before_step(run.progress.step, optimizer))
-        if first:
+        if undecided or run.progress.at_start:
             with run.recorder.guard():
                 run.summarize()
 
     def after_step(self, step: int) -> None:
         """Steps were taken, ``step`` in all."""
         run = self._run
-        first, run.progress.step = run.progress.at_start, step
+        run.progress.step = step
         for instrument in self._listeners("after_step"):
             assert run.network is not None
             with run.recorder.guard():
                 run.recorder.take(instrument.after_step(step, run.network.network))
-        if first:  # the theory has seen what it needs before the first step
-            run.budget.settle()

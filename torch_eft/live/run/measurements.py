@@ -1,21 +1,25 @@
 """Measurements of one training: a snapshot, what every instrument makes of it, and what the budget leaves out."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch_eft.live.budget import SNAPSHOT, Account, thinning_sentence
+from torch_eft.live.budget import SNAPSHOT, Account
 from torch_eft.live.instrument import Instrument, Measurement, Obstacle, Reading, TrainingStart
 from torch_eft.live.record.recorder import Recorder
 from torch_eft.live.run.measured_network import MeasuredNetwork
 from torch_eft.live.run.reference import Reference
+from torch_eft.measure.forward.checks import trusting_derivatives
 from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Snapshot
 from torch_eft.results.tags import BAND_90, quantity_of, tag
+
+ROOM = 10
+"""Measurements of an instrument, with all checks, for which the budget must have room that one is made."""
 
 UNKNOWN = 6.0
 """Snapshots that an instrument's first comparison is assumed to last (dNTK along the path of a CNN: measured 6)."""
@@ -72,7 +76,13 @@ class Measurements:
         asked = [instrument for instrument in self.instruments if new or (resumed and instrument.looks_back)]
         measures = new or bool(asked)
         self._attempted = step  # even if it fails: one attempt per step
-        self._started = partial(TrainingStart, fresh=fresh, obstacle=obstacle, total_steps=self.progress.total_steps)
+        self._started = partial(
+            TrainingStart,
+            fresh=fresh,
+            obstacle=obstacle,
+            total_steps=self.progress.total_steps,
+            full_batch=self.progress.full_batch,
+        )
         self.begun = False
         isolated: Network | None = None
         measurement: Measurement | None = None
@@ -101,23 +111,25 @@ class Measurements:
             ``{tag: value}``; empty if the budget left it out.
         """
         step, first = self.progress.step, self.reference.snapshot is None
-        forced = first or last
-        if not forced and not self.budget.affordable(SNAPSHOT, self.progress.fraction):
-            if self.budget.accounts[SNAPSHOT].left_out == 1:
-                self.recorder.announce(thinning_sentence(self.budget, step))
+        owed = first or last or self._owed(step)
+        if not owed and (step == self._left_out or not self._affordable(SNAPSHOT)):
             self._left_out = step
             return {}
         if step == self._left_out:  # left out first, then found to be the last
             self.budget.accounts[SNAPSHOT].left_out -= 1
         self._attempted = step
+        thorough = {each.name: self._thorough(each) for each in self.instruments}
         with ExitStack() as stack:
-            with self.budget.account(SNAPSHOT, forced):
+            with self.budget.account(SNAPSHOT, owed):
                 lambdas = self._lambdas(network)
                 isolated, shared = stack.enter_context(network.isolated(lambdas, collective=True))
                 measurement = self._taken(network, isolated, shared, lambdas, last)
             begun = [] if self.begun else self._begin(network, isolated)
             readings = self._observed(
-                measurement, self.instruments, forced, lambda instrument: self._affords(instrument, first, last)
+                measurement,
+                [each for each in self.instruments if self._affords(each, first, owed, last)],
+                owed,
+                thorough,
             )
         self._take(begun)
         scalars = self._take(readings)
@@ -126,19 +138,19 @@ class Measurements:
         self._record(step, scalars, epoch)
         return dict(self.recorder.history.get(step, {}))
 
-    def look_at_first_step(self, network: MeasuredNetwork) -> None:
-        """Let the instruments that want it observe the network after the first step, though no measurement is due.
+    def _owed(self, step: int) -> bool:
+        """Whether it is the first measurement since a step at which one is made at any budget."""
+        return self.progress.curve.passed(max(self.recorder.measured, default=self.progress.origin), step)
 
-        Args:
-            network: What is measured.
-        """
-        wanting = [instrument for instrument in self.instruments if instrument.wants_first_step()]
-        if not wanting or not self.begun or self.reference.snapshot is None:
-            return
-        lambdas = self._lambdas(network)
-        with network.isolated(lambdas, collective=False) as (isolated, _):
-            readings = self._observed(self._taken(network, isolated, None, lambdas), wanting, forced=True)
-        self._take(readings)
+    def _affordable(self, name: str) -> bool:
+        return self.budget.affordable(name, self.progress.fraction, self.progress.curve.left(self.progress.step))
+
+    def _thorough(self, instrument: Instrument) -> bool:
+        """Whether the budget has room for an instrument with all its checks, ten times; or it compares first."""
+        account = self.budget.accounts.get(instrument.name)
+        if account is None or account.made < 1 + instrument.looks_back or self.budget.limit is None:
+            return True
+        return self.budget.room(ROOM * account.thorough)
 
     def _begin(self, network: MeasuredNetwork, isolated: Network) -> list[Reading]:
         """Begin with every instrument: when training begins, or at the first measurement after that failed."""
@@ -205,10 +217,9 @@ class Measurements:
         self._anew = {name: value for name, value in scalars.items() if name not in same}
 
     def _record(self, step: int, scalars: dict[str, float], epoch: int | None = None) -> None:
-        """Record a measurement, and what was measured anew of theta_0."""
-        if self._anew:
-            self.recorder.record(self.reference.calibration.step, self._anew)
-            self._anew = {}
+        """Record a measurement, and what was measured anew of theta_0 when all batches have come."""
+        if not self.reference.calibration.wanted:
+            self.record_anew()
         self.recorder.record(step, scalars, epoch)
         if self.reference.calibration.norms:
             page = self.reference.calibration.sentence(len(self.latest.output) if self.latest else 0)
@@ -216,19 +227,29 @@ class Measurements:
                 self._explained = page
                 self.recorder.pages({"batch_norm": page})
 
+    def record_anew(self) -> None:
+        """Record what was measured anew of theta_0: once, when all batches have come or no more will."""
+        anew, self._anew = self._anew, {}
+        if anew:
+            self.recorder.record(self.reference.calibration.step, anew)
+
     def _observed(
         self,
         measurement: Measurement,
         instruments: Sequence[Instrument],
         forced: bool,
-        affords: Callable[[Instrument], bool] = lambda instrument: True,
+        thorough: Mapping[str, bool] | None = None,
     ) -> list[Reading]:
         """The readings; sinks get them after the isolation, whose random and backend state is not theirs."""
         readings = []
         for instrument in instruments:
-            if affords(instrument):
-                with self.budget.account(instrument.name, forced), self.recorder.guard():
-                    readings.append(_reading(instrument, "observe", instrument.observe(measurement)))
+            whole = thorough is None or thorough[instrument.name]
+            seen = measurement if whole else replace(measurement, thorough=False)
+            with self.budget.account(instrument.name, forced), self.recorder.guard(), trusting_derivatives(not whole):
+                readings.append(_reading(instrument, "observe", instrument.observe(seen)))
+            if instrument.left_out and not whole:
+                account = self.budget.accounts[instrument.name]
+                account.shortened, account.part = account.shortened + 1, instrument.left_out
         return readings
 
     def _take(self, readings: Sequence[Reading]) -> dict[str, float]:
@@ -241,17 +262,17 @@ class Measurements:
                 scalars = joined(scalars, new)
         return scalars
 
-    def _affords(self, instrument: Instrument, first: bool, last: bool) -> bool:
-        """Every instrument runs at theta_0. At the last step light ones always run; others only if there is room."""
-        if first or (last and instrument.cost == "light"):
+    def _affords(self, instrument: Instrument, first: bool, owed: bool, last: bool) -> bool:
+        """All run at theta_0; those that draw the curves at all of their points; others if there is room."""
+        if first or instrument.idle() or (owed and (instrument.cost == "light" or instrument.draws_curves)):
             return True
         if not last:
-            return self.budget.affordable(instrument.name, self.progress.fraction)
+            return self._affordable(instrument.name)
         account = self.budget.accounts.setdefault(instrument.name, Account())
         seconds = account.latest
         if instrument.looks_back and account.made < 2:
             seconds = UNKNOWN * self.budget.accounts[SNAPSHOT].latest
-        if seconds < 1e-3 or self.budget.room(seconds):
+        if self.budget.room(seconds):
             return True
         account.left_out += 1
         return False

@@ -28,6 +28,7 @@ class Run:
         ranks: The ranks of the training.
         network: The measured network; None before it is checked.
         begun: Whether theta_0 is taken, and training goes on.
+        starting: Whether no measurement has been made since theta_0.
         refused: Whether the training cannot be measured.
         theta_file: Where the parameters of theta_0 are kept, if in a file.
         drawn: Whether the figures of theta_0 have been drawn.
@@ -42,7 +43,7 @@ class Run:
         self.measurements = Measurements(self.instruments, self.reference, recorder)
         self.ranks = RankProtocol(given.collective)
         self.network: MeasuredNetwork | None = None
-        self.begun = self.refused = False
+        self.begun = self.refused = self.starting = False
         self.own_theta_file = None if folder is None else folder / "eft-theta_0.pt"
         self.theta_file = self.own_theta_file
         self.drawn = False
@@ -63,6 +64,8 @@ class Run:
         assert network is not None
         state = state or ("running" if self.begun else "ended")
         self.recorder.summarize(self.instruments, network.network, network.optimizers, network.shape, state)
+        if state == "running":
+            self.recorder.say_first(not any(instrument.undecided() for instrument in self.instruments))
 
     def draw_first(self) -> None:
         """Draw the figures of theta_0 as soon as the budget has room for them."""
@@ -70,5 +73,5 @@ class Run:
         if self.drawn or reference is None or not self.budget.room(self.recorder.drawing):
             return
         self.drawn = True
-        self.recorder.draw(self.instruments, lambda instrument: instrument.first_figures(reference))
-        self.budget.settle()
+        with self.recorder.guard(), self.budget.once():
+            self.recorder.draw(self.instruments, lambda instrument: instrument.first_figures(reference))

@@ -1,4 +1,8 @@
-"""Base of instruments that forecast a whole training, at theta_0 before the first step: how they begin, go on and end.
+"""Base of instruments that forecast a whole training from theta_0: how they begin, go on and end.
+
+A forecast takes time, and only one of full-batch training comes true. Where the loop knows that its training is, it is
+made before the first step. Else loss and optimizer are recognized there, and the forecast is made, from the same
+theta_0, when the second batch has been seen to be the first one again.
 
 After a checkpoint a forecast goes on if learning rates, optimizer, loss and data are those it was made for: they are
 compared, by their numbers, at the first step after the resume. Otherwise it ends there, and its page says why.
@@ -14,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_eft.live.instrument import Claim, Event, Instrument, Measurement, Reading, RunFacts, TrainingStart
-from torch_eft.live.instruments.forecasts.full_batch import UNSHOWN, FullBatch, ValidityWatch, sgd_options
+from torch_eft.live.instruments.forecasts.full_batch import ENDED, UNSHOWN, FullBatch, ValidityWatch, sgd_options
 from torch_eft.live.instruments.forecasts.step_check import StepCheck, versions, without_gradients
 from torch_eft.measure.training_loss import loss_gradient
 from torch_eft.results.trajectory import Validity
@@ -35,7 +39,9 @@ class Comparison(Protocol):
 
 
 class ForecastInstrument(Instrument, ABC):
-    """Common part of all forecasts of full-batch gradient descent; subclasses add ``_forecast`` and ``_compared``.
+    """Common part of all forecasts of full-batch gradient descent.
+
+    Subclasses add ``_recognize``, ``_forecast`` and ``_compared``.
 
     Attributes:
         validity: Where it holds, or why there is none; None before that is known.
@@ -45,6 +51,7 @@ class ForecastInstrument(Instrument, ABC):
 
     what = "Forecast"
     page = "forecast"
+    draws_curves = True
 
     def __init__(self) -> None:
         self.forget()
@@ -57,18 +64,27 @@ class ForecastInstrument(Instrument, ABC):
         self._steps: StepCheck | None = None
         self._loss: Callable[[Tensor, Any], Tensor] | None = None
         self._measured = False
-        self._waiting: list[Measurement] = []
+        self._waiting: list[tuple[Measurement, int | None]] = []  # with the steps taken, once that is known
         self._taken: dict[int, int] = {}  # steps taken, by those counted at measurements
         self._idle: int | None = None
         self._watch = ValidityWatch(self.what)
+        self._problem: Any = None  # what was recognized, until it is forecast
         self._kept: dict[str, Any] = {}
         self._terms: dict[str, Any] = {}
 
     # ---- its own
 
     @abstractmethod
-    def _forecast(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> dict[str, str]:
-        """Make the forecast, or restore the one that ``_kept`` holds; returns its pages. ``_same_loss`` is called.
+    def _recognize(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> None:
+        """Recognize the training, and keep what the forecast takes of theta_0; ``_same_loss`` is called.
+
+        Raises:
+            ValueError: If this training has none; the message says why.
+        """
+
+    @abstractmethod
+    def _forecast(self) -> dict[str, str]:
+        """Make the forecast, or restore the one that ``_kept`` holds; returns its pages. The network may have moved.
 
         Raises:
             ValueError: If this training has none; the message says why.
@@ -108,6 +124,10 @@ class ForecastInstrument(Instrument, ABC):
             self._seen = seen
         return reason
 
+    def listens(self) -> bool:
+        """Return whether there is a forecast, or may be one."""
+        return self._seen is not None
+
     def observe_batch(self, batch: Any) -> None:
         """Keep the first batch; compare the others with it."""
         if self._seen is not None:
@@ -115,18 +135,25 @@ class ForecastInstrument(Instrument, ABC):
 
     def observe_loss(self, loss: Tensor) -> None:
         """Keep the first loss."""
-        if self._seen is not None and self._comparison is None:
+        if self._seen is not None and self._steps is None:
             self._seen.loss = loss
 
+    def undecided(self) -> bool:
+        """Return whether the coming step may bring the forecast."""
+        return self._seen is not None and self._comparison is None
+
     def before_step(self, step: int, optimizer: Optimizer) -> Reading:
-        """Before the first step, decide whether there is a forecast; later, check that learning rates stay."""
+        """Before the first steps, decide whether there is a forecast; later, check that learning rates stay."""
         if self._seen is None:
             return Reading()
-        if self._comparison is not None:
+        if self._steps is not None:
             reason = self._seen.end(step, optimizer)
-            if reason is None and self._steps is not None:
-                self._steps.before_step(step, optimizer, self._seen.batch, self._measured)
-                self._seen.batch, self._measured = None, False
+            if reason is None:
+                shown, self._seen.batch = self._seen.batch, None
+                self._steps.before_step(step, optimizer, shown, self._measured)
+                self._measured = False
+                if self._comparison is None:
+                    return self._shown(step, shown is not None)
             return Reading() if reason is None else self._ended(step, reason)
         model, before = self._seen.start.model, self._idle
         self._idle = versions(model)
@@ -134,8 +161,13 @@ class ForecastInstrument(Instrument, ABC):
             return Reading(pages=self._stop("the parameters moved before a step with finite gradients"))
         if without_gradients(model):
             return Reading()
+        seen = self._seen
+        return self._tried(step, lambda: self._decide(step, seen, optimizer))
+
+    def _tried(self, step: int, work: Callable[[], dict[str, str]]) -> Reading:
+        """Decide; if there is a forecast now, compare it with what was measured so far."""
         try:
-            pages = self._decide(step, self._seen, optimizer)
+            pages = work()
         except ValueError as error:  # unrecognized, unstable, too slow, conflicting points, no derivatives
             return self._ended(step, str(error)) if self._kept else Reading(pages=self._stop(str(error)))
         except Exception as error:
@@ -144,12 +176,15 @@ class ForecastInstrument(Instrument, ABC):
                 return self._ended(step, f"what the checkpoint holds of it cannot be read ({reason})")
             self._stop(reason)
             raise
+        if self._comparison is None:
+            return Reading(pages=pages)
         self._kept = {}
-        late: History = {each.step: self._compared_in_time(each, at_start=True).scalars for each in self._waiting}
+        late: History = {each.step: self._compared_in_time(each, taken).scalars for each, taken in self._waiting}
         self._waiting = []
         return Reading(late=late, pages=pages)
 
     def _decide(self, step: int, seen: FullBatch, optimizer: Optimizer) -> dict[str, str]:
+        """Recognize the training at its first step; forecast, if it is known to be full-batch."""
         if seen.batch is None or seen.loss is None:
             raise ValueError("the batch is not a pair (inputs, targets) of tensors")
         kept = self._kept
@@ -164,16 +199,21 @@ class ForecastInstrument(Instrument, ABC):
                 raise ValueError(reason)
         self._terms = {"options": options}
         batch = seen.batch
-        pages = self._forecast(*batch, optimizer, options)
+        self._recognize(*batch, optimizer, options)
         seen.begin(optimizer)
-        self._steps = self._step_check(seen.start, int(kept.get("skipped", 0)) + step - seen.start.step)
-        self._steps.before_step(step, optimizer, batch, measured=False)
-        if kept:
-            self._watch.level = int(kept["told"])
-            pages = {
-                name: f"{text}\n\nIt goes on after a resume at step {seen.start.step}." for name, text in pages.items()
-            }
-        return pages
+        self._steps = steps = self._step_check(seen.start, int(kept.get("skipped", 0)) + step - seen.start.step)
+        steps.before_step(step, optimizer, batch, measured=False)
+        self._waiting = [(each, steps.begun - steps.skipped) for each, _ in self._waiting]
+        if not kept:
+            return self._forecast() if seen.start.full_batch else {}
+        self._watch.level = int(kept["told"])
+        pages = self._forecast()
+        return {name: f"{text}\n\nIt goes on after a resume at step {seen.start.step}." for name, text in pages.items()}
+
+    def _shown(self, step: int, batch: bool) -> Reading:
+        """The second batch is there: if it is the first one again, forecast."""
+        reason = self._unlike() if batch else f"{UNSHOWN}; so whether it is full-batch training is not known, either"
+        return self._tried(step, self._forecast) if reason is None else Reading(pages=self._stop(reason))
 
     def _step_check(self, start: TrainingStart, skipped: int) -> StepCheck:
         function = self._loss
@@ -196,23 +236,23 @@ class ForecastInstrument(Instrument, ABC):
         """Compare forecast and measurement, where there is a forecast."""
         if self._seen is None:
             return Reading()
-        if self._comparison is None:
+        if self._steps is None:
             if measurement.step > self._seen.start.step and self._idle != versions(measurement.model):
                 return Reading(pages=self._stop(UNSHOWN))
-            self._waiting.append(measurement)
+            self._waiting.append((measurement, None))
             return Reading()
         self._measured = True
-        if self._steps is not None:
-            self._steps.look(measurement.step)
+        self._steps.look(measurement.step)
+        taken = measurement.step - self._steps.skipped
+        if self._comparison is None:
+            self._waiting.append((measurement, taken))
+            return Reading(pages=self._stop(ENDED)) if measurement.last else Reading()
         reason = self._unlike()
-        return self._compared_in_time(measurement) if reason is None else self._ended(measurement.step, reason)
+        return self._compared_in_time(measurement, taken) if reason is None else self._ended(measurement.step, reason)
 
-    def _compared_in_time(self, measurement: Measurement, at_start: bool = False) -> Reading:
+    def _compared_in_time(self, measurement: Measurement, taken: int | None) -> Reading:
         """Compare with the forecast of as many steps as were taken: fewer than counted, if some were skipped."""
-        skipped = 0 if self._steps is None else self._steps.skipped
-        taken = measurement.step - skipped
-        if at_start and self._steps is not None:
-            taken = self._steps.begun - skipped
+        taken = measurement.step if taken is None else taken
         self._taken[measurement.step] = taken
         contractions = [
             replace(each, start=self._taken[each.start], end=None if each.end is None else self._taken[each.end])
@@ -231,7 +271,7 @@ class ForecastInstrument(Instrument, ABC):
     def _stop(self, reason: str) -> dict[str, str]:
         """Go on with measurements only; returns the page that says why."""
         self.validity = Validity("invalid", reason)
-        self._comparison = self._seen = self._steps = self._loss = None
+        self._comparison = self._seen = self._steps = self._loss = self._problem = None
         self._waiting, self._kept = [], {}
         return {self.page: self._none(reason)}
 

@@ -27,6 +27,10 @@ class DriftLines:
         self._comparison, self._layers = comparison, list(layers)
         self.validity = comparison.validity
 
+    def expected(self, step: int, H_0: Tensor) -> tuple[float, float] | None:
+        """The band of 90 % of networks in which the NTK's drift will be at a step; None where it is not known."""
+        return self._comparison.expected_drift(step, H_0)
+
     def scalars(self, measurement: Measurement) -> tuple[dict[str, float], History]:
         """``{tag: value}`` of this step, and ``{step: {tag: value}}`` of earlier ones whose dNTK was measured now."""
         H, H_0 = measurement.snapshot.ntk, measurement.reference.ntk

@@ -15,6 +15,8 @@ CAUTION, INVALID = 0.2, 1.0
 
 UNSHOWN = "the loop does not show its batches and losses before its steps, so that its loss is not known"
 
+ENDED = "the training ended before a second batch could show that it is full-batch training"
+
 SURE = 16
 """The first 16 later batches are all compared; after that every 16th."""
 

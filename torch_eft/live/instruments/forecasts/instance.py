@@ -1,24 +1,38 @@
 """The forecast of this network, from its own NTK, dNTK and ddNTK at theta_0, beside its running training."""
 
+import copy
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.forecast.comparison.instance import FIRST_HORIZON, InstanceComparison
 from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.live.instrument import Measurement, Reading, RunFacts, TrainingStart
-from torch_eft.live.instruments.common import compared_scalars, one_thread
+from torch_eft.live.instruments.common import compared_scalars, one_thread, too_many
 from torch_eft.live.instruments.forecasts.bar import ForecastBar
 from torch_eft.live.instruments.forecasts.base import ForecastInstrument
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
+from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.network.snapshot import Plan
 from torch_eft.measure.training_loss import recognize_loss
 from torch_eft.results.training import LossFunction, Training
 
 _SMALL = 1_000_000
 """Parameters of a network whose operations are too small for several threads."""
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A training that was recognized: the network at theta_0, inputs, targets as the loss takes them, its name."""
+
+    theta_0: nn.Module
+    x: Any
+    y: Tensor
+    training: Training
+    loss: str
 
 
 class InstanceInstrument(ForecastInstrument):
@@ -55,6 +69,7 @@ class InstanceInstrument(ForecastInstrument):
         super().forget()
         self._comparison: InstanceComparison | None = None
         self._lambdas: dict[str, float] = {}
+        self._left_out = ""
 
     def plan(self, outputs: int, samples: int) -> Plan:
         """The NTK, besides the outputs."""
@@ -88,7 +103,7 @@ class InstanceInstrument(ForecastInstrument):
         events = self._watch.events(measurement.step, self._comparison.expansion_parameter(measurement.step))
         return Reading(compared_scalars(compared), pages, events)
 
-    def _forecast(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> dict[str, str]:
+    def _recognize(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> None:
         assert self._seen is not None and self._seen.loss is not None
         start, kept = self._seen.start, self._kept
         if kept and kept.get("theta_0") is None:
@@ -116,22 +131,37 @@ class InstanceInstrument(ForecastInstrument):
             steps=start.total_steps or FIRST_HORIZON,
             **options,
         )
+        theta_0 = network
+        if not (kept or start.full_batch):  # it is to be forecast when it has moved
+            refusal = too_many(network)
+            if refusal is not None:
+                raise ValueError(refusal)
+            with isolated(network) as own:
+                theta_0 = copy.deepcopy(own.shadow)
+        self._problem = _Problem(theta_0, x, loss.targets, training, loss.name)
+
+    def _forecast(self) -> dict[str, str]:
+        assert self._seen is not None
+        problem: _Problem = self._problem
+        self._problem = None
+        start, kept = self._seen.start, self._kept
         allowance = Allowance(self.seconds)
-        small = sum(p.numel() for p in network.parameters()) < _SMALL
+        small = sum(p.numel() for p in problem.theta_0.parameters()) < _SMALL
         with ForecastBar(allowance), one_thread() if small else nullcontext():
             self._comparison = InstanceComparison(
-                network,
-                x,
-                loss.targets,
+                problem.theta_0,
+                problem.x,
+                problem.y,
                 start.network.probe,
-                training,
-                lambdas=rates.lambdas,
+                problem.training,
+                lambdas=self._lambdas,
                 output_fn=start.network.output_fn,
                 allowance=allowance,
                 largest=self.largest,
                 earlier=kept["comparison"] | {"theta_0": kept["theta_0"]} if kept else None,
             )
-        return self._page(f"Loss: {loss.name}. ")
+        self._left_out = allowance.left_out
+        return self._page(f"Loss: {problem.loss}. ")
 
     def _page(self, before: str = "") -> dict[str, str]:
         assert self._comparison is not None
@@ -154,4 +184,7 @@ class InstanceInstrument(ForecastInstrument):
 
     def facts(self) -> RunFacts:
         """Level and validity, once they are known."""
-        return RunFacts() if self.validity is None else super().facts()
+        if self.validity is None:
+            return RunFacts()
+        left = self._left_out if self._comparison is not None else ""
+        return replace(super().facts(), left_out=left or None)

@@ -1,6 +1,6 @@
 """Forecast of the ensemble, order 0 and order 1/n, beside the running training."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,6 +77,8 @@ class TheoryInstrument(ForecastInstrument):
         self._drift: DriftLines | None = None
         self._start: Tensor | None = None
         self._unpredicted: dict[str, str] = {}
+        self._expected: tuple[float, float] | None = None
+        self._left_out = ""
 
     def plan(self, outputs: int, samples: int) -> Plan:
         """The NTK, besides the outputs."""
@@ -146,9 +148,9 @@ class TheoryInstrument(ForecastInstrument):
             }
             return None
 
-    def _forecast(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> dict[str, str]:
-        assert self._seen is not None and self._seen.loss is not None and self._ensemble is not None
-        network, start, kept = self._seen.start.model, self._seen.start, self._kept
+    def _recognize(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> None:
+        assert self._seen is not None and self._seen.loss is not None
+        network, start = self._seen.start.model, self._seen.start
         if not isinstance(x, Tensor):
             raise ValueError("not an MLP: its forward takes several inputs")
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -161,7 +163,21 @@ class TheoryInstrument(ForecastInstrument):
             steps=start.total_steps or FIRST_HORIZON,
             **options,
         )
-        probe = start.network.probe.inputs.flatten(1).to(x.device)
+        z = None  # outputs at theta_0
+        if self.order == 1:
+            kept = self._kept
+            z = kept["start"].to(y) if kept else Network(network, x, output_fn=start.network.output_fn).output()
+        self._start = z
+        momentum = f", momentum {options['momentum']:g}" if options["momentum"] else ""
+        words = f"Full-batch gradient descent on squared error ({loss.name}), learning rate {rate:g}{momentum}."
+        self._problem = _Problem(x, loss.targets, training, words)
+
+    def _forecast(self) -> dict[str, str]:
+        assert self._seen is not None and self._ensemble is not None
+        problem: _Problem = self._problem
+        self._problem = None
+        x, y, training, kept = problem.x, problem.y, problem.training, self._kept
+        probe = self._seen.start.network.probe.inputs.flatten(1).to(x.device)
         allowance = Allowance(self.seconds)
         if self.order == 1:
             allowance.plan({LAW: law_work(self._ensemble, len(x), len(probe), self.seconds)})
@@ -169,34 +185,29 @@ class TheoryInstrument(ForecastInstrument):
             self._comparison = EnsembleComparison(
                 self._ensemble,
                 x.flatten(1),
-                loss.targets,
+                y,
                 probe,
                 training,
                 order=self.order,
                 allowance=allowance,
                 earlier=kept["comparison"] if kept else None,
             )
-            drift = self._drift_law(x, loss.targets, probe, training, allowance)
+            drift = self._drift_law(x, y, probe, training, allowance)
+        self._left_out = allowance.left_out
+        H_0 = next((each.reference.ntk for each, _ in self._waiting), None)
+        if self._drift is not None and H_0 is not None and self._seen.start.total_steps:
+            self._expected = self._drift.expected(self._seen.start.total_steps, H_0)
         known = [self._comparison.validity] + ([] if self._drift is None else [self._drift.validity])
         self.validity = max(known, key=lambda each: ("valid", "caution", "invalid").index(each.flag))  # of all lines
-        momentum = f", momentum {options['momentum']:g}" if options["momentum"] else ""
-        text = (
-            f"Full-batch gradient descent on squared error ({loss.name}), learning rate {rate:g}{momentum}. "
-            f"{self.validity}"
-        )
         what = f"{self._comparison.description}; {drift}"
-        return {"validity": f"{text}\n\nPredicted for the {self._ensemble} ensemble: {what}."}
+        page = f"{problem.words} {self.validity}\n\nPredicted for the {self._ensemble} ensemble: {what}."
+        return {"validity": page}
 
     def _drift_law(self, x: Tensor, y: Tensor, probe: Tensor, training: Training, allowance: Allowance) -> str:
         """Make the law of this network's drift; returns what is drawn of it, or why nothing is."""
-        assert self._seen is not None and self._ensemble is not None
-        start, kept = self._seen.start, self._kept
-        if self.order == 0:
+        assert self._ensemble is not None
+        if self._start is None:
             return "the drift at order 0"
-        if kept:
-            self._start = kept["start"].to(y)
-        else:
-            self._start = Network(start.model, x, output_fn=start.network.output_fn).output()
         if not allowance.covers(LAW):
             return self._without(f"{LAW} takes {allowance.refusal(LAW)}")
         try:
@@ -302,6 +313,8 @@ class TheoryInstrument(ForecastInstrument):
     def facts(self) -> RunFacts:
         """Network, r, epsilon and criticality as diagnosed; level and validity of the comparison."""
         facts = replace(super().facts(), unpredicted=self._unpredicted)
+        if self._comparison is not None:
+            facts = replace(facts, expected=self._expected, left_out=self._left_out or None)
         if self._diagnosis is None:
             return facts
         ratio = self._diagnosis.aspect_ratio
@@ -315,6 +328,16 @@ class TheoryInstrument(ForecastInstrument):
             regime=ratio.regime,
             criticality=self._diagnosis.criticality,
         )
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A training that was recognized: inputs, targets as the squared error takes them, and in words."""
+
+    x: Tensor
+    y: Tensor
+    training: Training
+    words: str
 
 
 def _held(start: TrainingStart) -> bool:
