@@ -185,14 +185,11 @@ def test_work_is_counted_and_says_what_would_bring_the_line():
     ensemble = theory.MLPEnsemble([3, 64, 64, 1], "tanh")
     assert joint_points(ensemble, 16, 8, 100.0) == 8
     assert joint_points(ensemble, 16, 1, 100.0) == 1
-    with pytest.raises(
-        ValueError, match=r"2 training and 2 probe inputs takes about .* s of one core, 10 s are allowed"
-    ):
-        joint_points(ensemble, 2, 2, 10.0)  # integrated over four labels
+    assert joint_points(ensemble, 2, 2, 5.0) == 2
     few = joint_points(ensemble, 16, 16, 3.0)
     assert 2 <= few < 8 and joint_points(ensemble, 16, 16, 30.0) > few
     with pytest.raises(
-        ValueError, match=r"64 training and 16 probe inputs takes about .* forecast_seconds=\d+"
+        ValueError, match=r"64 training and 16 probe inputs takes about .* s of one core, .* forecast_seconds=\d+"
     ) as error:
         joint_points(ensemble, 64, 16, 3.0)
     assert joint_points(ensemble, 64, 16, float(str(error.value).rsplit("=", 1)[1])) >= 2

@@ -39,7 +39,7 @@ class JointReader:
         self._reader, self._forms, self._frozen, self._memory = reader, forms, frozen, memory
         probes, device = frozen.probes, frozen.K.device
         rows, columns = torch.triu_indices(probes, probes, device=device)
-        self.weights = torch.where(rows == columns, 1.0, 2.0).to(frozen.K)
+        self.weights = pair_weights(frozen)
         # Evenly spread, as data are often sorted.
         self.points = torch.linspace(0, probes - 1, min(points, probes), device=device).round().long()
         chosen = torch.isin(rows, self.points) & torch.isin(columns, self.points)
@@ -93,6 +93,12 @@ class JointReader:
         at = torch.zeros_like(self._pairs[:1])
         found["diagonal", frozen.ensemble.depth] = JointForms(single, one, at, single.X[None], one[0])
         return found
+
+
+def pair_weights(frozen: Frozen) -> Tensor:
+    """1 for pairs of a probe point with itself, 2 for others, which stand for two entries; (pairs,)."""
+    rows, columns = torch.triu_indices(frozen.probes, frozen.probes, device=frozen.K.device)
+    return torch.where(rows == columns, 1.0, 2.0).to(frozen.K)
 
 
 def square(pairs: Tensor, probes: int) -> Tensor:

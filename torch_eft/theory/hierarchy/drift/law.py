@@ -70,6 +70,11 @@ class DriftForms:
     B: Tensor
     X: Tensor
 
+    def __add__(self, other: "DriftForms") -> "DriftForms":
+        """The forms of the sums, of parts of one covariance X."""
+        parts = (getattr(self, name) + getattr(other, name) for name in ("C", "A", "B", "X"))
+        return DriftForms(self.scale, *parts)
+
     def moments(self, path: InfiniteWidthPath, steps: Tensor, motion: Motion = drift) -> tuple[Tensor, Tensor]:
         """Mean and variance over initializations, (T, forms) each."""
         return self.moments_of(path, times(path, steps, motion))

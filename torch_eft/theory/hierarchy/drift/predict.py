@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch_eft.results.progress.bar import working
 from torch_eft.results.training import Training, as_training
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.hierarchy.drift.assembly import Frozen, JointReader
-from torch_eft.theory.hierarchy.drift.closed import ClosedLaw
+from torch_eft.theory.hierarchy.drift.assembly import Frozen, JointReader, pair_weights
+from torch_eft.theory.hierarchy.drift.closed import ClosedLaw, ClosedMoments, MomentsOnly, closed_forecast
 from torch_eft.theory.hierarchy.drift.forms import FormReader, mean_forms
 from torch_eft.theory.hierarchy.drift.paths import DrawnTraining
 from torch_eft.theory.hierarchy.drift.result import DriftForecast
@@ -79,7 +80,8 @@ def predict_drift(
         num_draws: Draws of z(0), where the law is not closed: the error falls as 1/sqrt(num_draws).
         seed: Seed; the global random state is left alone.
         memory: Bytes allowed for arrays over two probe and two training inputs, which are tiled to fit, and for the
-            result's matrices of N^2 entries for every pair of probe inputs.
+            matrices of N^2 entries for every pair of probe inputs: where they do not fit, moments are computed some
+            pairs at a time, and nothing can be drawn.
         **keywords: Further fields of a ``torch_eft.Training``.
 
     Returns:
@@ -116,26 +118,51 @@ def predict_drift(
     make = FrozenTraining if closed else DrawnTraining
     frozen = make(ensemble, x_train, y_train, x_probe, training)
     check_statistics(ensemble, frozen.x, FLUCTUATIONS, "autograd", check_validity=True)
-    _check_memory(frozen, memory, hidden_ntk, num_replicas)
     times = training.times(at_steps, frozen.x.device)
     vertices = VertexTiles(ensemble, frozen.layers, num_samples, num_replicas, seed, integrated=_INTEGRATED)
     reader = FormReader(vertices, frozen, hidden_ntk, memory)
+    pairs = _pairs_at_once(frozen, memory, hidden_ntk, num_replicas)
     with working("predicting the drift"):
+        if pairs is not None:
+            return _in_blocks(reader, pairs, frozen, training, times)
         replicas = reader.replicas()
-    forms = mean_forms(replicas)
-    joint = JointReader(reader, forms, frozen, memory, joint_points)
-    if isinstance(frozen, FrozenTraining):
-        return ClosedLaw(forms, replicas, joint, frozen, training, times).forecast()
-    return SampledLaw(forms, replicas, joint, frozen, times, num_draws, seed).forecast()
+        forms = mean_forms(replicas)
+        joint = JointReader(reader, forms, frozen, memory, joint_points)
+        if isinstance(frozen, DrawnTraining):
+            return SampledLaw(forms, replicas, joint, frozen, times, num_draws, seed).forecast()
+        moments = ClosedMoments(frozen, times, joint.weights)
+        moments.add(torch.arange(len(joint.weights), device=times.device), forms, replicas)
+        return closed_forecast(moments, frozen, training, times, ClosedLaw(forms, joint, frozen, training, times))
 
 
-def _check_memory(frozen: Frozen, memory: int, hidden_ntk: bool, num_replicas: int) -> None:
-    """Refuse what does not fit: matrices over modes for every pair of probe points."""
+def _in_blocks(reader: FormReader, pairs: int, frozen: Frozen, training: Training, times: Tensor) -> DriftForecast:
+    """Means and variances, so many pairs of probe points at a time."""
+    needed = f"{len(frozen.x_train)} training points and {frozen.probes} probe points"
+    if isinstance(frozen, DrawnTraining):
+        raise ValueError(
+            f"x_train: {needed} do not fit into memory all at once, as draws of z(0) need them; give fewer points or "
+            "more memory, or the squared error on full batches, whose moments are computed in blocks"
+        )
+    moments = ClosedMoments(frozen, times, pair_weights(frozen))
+    for places, runs in reader.blocks(pairs):
+        moments.add(places, mean_forms(runs), runs)
+    reason = (
+        f"memory: the law of {needed} was computed {pairs} pairs of probe points at a time, means and variances only; "
+        "draws, quantiles and given take all pairs at once: give fewer points, or more memory to predict_drift"
+    )
+    return closed_forecast(moments, frozen, training, times, MomentsOnly(reason))
+
+
+def _pairs_at_once(frozen: Frozen, memory: int, hidden_ntk: bool, num_replicas: int) -> int | None:
+    """How many pairs of probe points fit, None for all; refuses where not even one does."""
     layers = (frozen.ensemble.depth - 1) * (8 if hidden_ntk else 4)
     pairs = frozen.probes * (frozen.probes + 1) // 2
-    needed = 8 * (_STORED + layers) * (1 + num_replicas) * pairs * len(frozen.x_train) ** 2
-    if needed > memory:
+    single = 8 * (_STORED + layers) * (1 + num_replicas) * len(frozen.x_train) ** 2
+    if pairs * single <= memory:
+        return None
+    if single > memory:
         raise ValueError(
-            f"x_train: {len(frozen.x_train)} points and {frozen.probes} probe points need about "
-            f"{needed / 2**30:.1f} GiB, memory allows {memory / 2**30:.1f} GiB; give fewer points or more memory"
+            f"x_train: {len(frozen.x_train)} points need about {single / 2**30:.1f} GiB for every two probe points, "
+            f"memory allows {memory / 2**30:.1f} GiB; give fewer points or more memory"
         )
+    return memory // single
