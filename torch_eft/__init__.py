@@ -8,6 +8,27 @@ its tab, and has no use for torch.)
 
 Source of the theory: Roberts, Yaida, Hanin, *The Principles of Deep Learning Theory*
 (arXiv:2106.10165), called PDLT throughout.
+
+Symbols, the same in code, charts and reports:
+
+========  =============================================================================================
+n, L      width of the hidden layers; depth, the number of weight matrices
+r         L / n, the ratio that orders all corrections (PDLT 3.4); n the harmonic mean of hidden widths
+epsilon   Var G / (E G)^2 of the mean squared output G over initializations: r with its coefficient
+C_W, C_b  variance of a weight times its fan-in; variance of a bias
+K         kernel at infinite width, <z z> or <s s> of a layer: the measured one is its *hidden kernel*
+chi       C_W <s'^2> (perp) and C_W d<s^2>/dK (par): growth of small differences, and of K, per layer
+H, Theta  neural tangent kernel (NTK) sum lambda dz/dtheta dz/dtheta: of one network, and its mean at
+          infinite width
+lambda    learning-rate tensor: the relative learning rate of every parameter; eta the common one
+dNTK, dH  first derivative of the NTK along training; its second are ddNTK, ddI and ddII
+V         four-point vertex, the connected covariance of z z: how much networks differ in their kernel
+A B D F   the same of the NTK, and of NTK with kernel; P Q of the dNTK, R S T U of the ddNTK
+z, f      outputs of one network; the mean over networks
+order 0   infinite width: the NTK is frozen, hidden kernels never change
+order 1   the first correction, proportional to 1/n
+drift     ||H - H_0|| / ||H_0||, how far the NTK has moved; *change*: the difference itself
+========  =============================================================================================
 """
 
 from importlib import import_module

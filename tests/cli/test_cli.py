@@ -1,11 +1,13 @@
 """The command line: what it prints, what it writes, how it refuses."""
 
 import json
+import shlex
 import sys
 
 import pytest
 
-from torch_eft.cli.main import main
+import torch_eft
+from torch_eft.cli.main import _parser, main
 
 
 def test_diagnose_prints_the_report(capsys):
@@ -179,6 +181,26 @@ def test_unusable_arguments_are_one_sentence_and_status_2(arguments, message, ca
     assert message in error
     assert "Traceback" not in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_examples_of_the_help_are_commands(capsys):
+    """Each is understood as it stands, and every command has some."""
+    seen = set()
+    for words in ([], ["demo"], ["diagnose"], ["report"]):
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        _, _, examples = capsys.readouterr().out.partition("examples:\n")
+        lines = [line.strip() for line in examples.splitlines()]
+        assert lines and all(line.startswith("torch-eft ") for line in lines)
+        for line in lines:
+            seen.add(_parser().parse_args(shlex.split(line)[1:]).command)
+    assert seen == {"demo", "diagnose", "report"}
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and f"torch-eft {torch_eft.__version__}, torch 2." in capsys.readouterr().out
 
 
 def test_help_names_every_command(capsys):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_eft import __version__
 from torch_eft.diagnosis import Diagnosis, MeasuredDiagnosis, diagnose
 from torch_eft.diagnosis.text import plain
 from torch_eft.measure.ensembles.read import NotAnMLPError
@@ -44,8 +45,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Help(argparse.HelpFormatter):
+    """Wraps descriptions, and leaves lines of examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "".join(indent + line for line in text.splitlines(keepends=True))
+        return super()._fill_text(text, width, indent)
+
+
+def _examples(*lines: str) -> dict[str, Any]:
+    """The arguments of a parser that shows examples."""
+    return {"epilog": "\n".join(["examples:", *(f"  {line}" for line in lines)]), "formatter_class": _Help}
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="torch-eft", description="The effective theory of deep learning at work.")
+    parser = argparse.ArgumentParser(
+        prog="torch-eft",
+        description="The effective theory of deep learning next to a real training run. 'python -m torch_eft' is the "
+        "same command; --help after a command has its arguments and examples.",
+        **_examples(
+            "torch-eft demo",
+            "torch-eft diagnose --widths 784 512 512 10 --activation relu --C_W 2",
+            "torch-eft report lightning_logs",
+        ),
+    )
+    parser.add_argument("--version", action="version", version=f"torch-eft {__version__}, torch {torch.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (_add_demo, _add_diagnose, _add_report):
         add(commands)
@@ -61,7 +86,13 @@ def _activation(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    demo = commands.add_parser("demo", help="train an MLP on digits, measured against the theory")
+    demo = commands.add_parser(
+        "demo",
+        help="train an MLP on digits, measured against the theory",
+        description="Train a critical MLP on 16 of scikit-learn's digits, with what the theory predicted before the "
+        "first step beside it: a table, a picture and TensorBoard's files.",
+        **_examples("torch-eft demo", "torch-eft demo --width 64 --depth 6 --steps 300 --logdir runs"),
+    )
     demo.add_argument("--width", type=int, default=256, help="hidden width n (default %(default)s)")
     demo.add_argument("--depth", type=int, default=3, help="L, number of weight matrices (default %(default)s)")
     _activation(demo)
@@ -95,6 +126,12 @@ def _add_diagnose(commands: Any) -> None:
         description="Diagnose a network trained by torch.optim.SGD with one learning rate eta for all parameters: an "
         "MLP by theory, from --widths or --model; any other --model by measurement. Exit status 0: fine, 1: warnings, "
         "2: unusable.",
+        **_examples(
+            "torch-eft diagnose --widths 784 512 512 10 --activation relu --C_W 2",
+            "torch-eft diagnose --widths 64 128 128 10 --lr 0.1 --momentum 0.9 --verbose",
+            "torch-eft diagnose --model torchvision.models:resnet18 --input-shape 3 64 64 --num-networks 0",
+            "torch-eft diagnose --widths 64 128 128 10 --picture where.png",
+        ),
     )
     source = check.add_mutually_exclusive_group(required=True)
     source.add_argument("--widths", type=int, nargs="+", help="n_0 n_1 ... n_L of an MLP")
@@ -245,7 +282,12 @@ def _save(path: str, diagnosis: Diagnosis | MeasuredDiagnosis) -> None:
 
 
 def _add_report(commands: Any) -> None:
-    report = commands.add_parser("report", help="one HTML file of measured against theory, from the runs' eft.jsonl")
+    report = commands.add_parser(
+        "report",
+        help="one HTML file of measured against theory, from the runs' eft.jsonl",
+        description="Write the tab EFT of one or more runs as one HTML file, which asks nothing of the network.",
+        **_examples("torch-eft report lightning_logs", "torch-eft report runs/narrow runs/wide --out widths.html"),
+    )
     report.add_argument(
         "runs", nargs="+", metavar="RUN", help="a log directory, searched for eft.jsonl, or such a file"
     )
