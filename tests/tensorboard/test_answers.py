@@ -93,9 +93,9 @@ def test_one_of_several_outside_is_named():
 @pytest.mark.parametrize(
     ("r", "depth", "words"),
     [
-        (0.5, 8, "Deep for its width: hidden widths x2.5 bring r and ε to 0.2 or below; so does L = 3."),
-        (1.25, 30, "Too deep for its width: hidden widths x6.3 bring r and ε to 0.2 or below; so does L = 4."),
-        (2.0, 4, "Too deep for its width: hidden widths x10 bring r and ε to 0.2 or below."),
+        (0.5, 8, "Deep for order 1/n: hidden widths x2.5 bring r and ε to 0.2 or below; so does L = 3."),
+        (1.25, 30, "Too deep for order 1/n: hidden widths x6.3 bring r and ε to 0.2 or below; so does L = 4."),
+        (2.0, 4, "Too deep for order 1/n: hidden widths x10 bring r and ε to 0.2 or below."),
     ],
 )
 def test_too_deep_is_said_first_with_both_remedies(r, depth, words):

@@ -113,7 +113,7 @@ _SAME = ("network", "depth", "width", "r", "parameters", "optimizer")
 def _diverged(moved: Mapping[str, float]) -> Badge:
     drift = moved.get("ntk_drift")
     before = "" if drift is None else f"; at the last finite measurement the NTK had moved {amount(drift)}"
-    return Badge("not known", "none", f"the training diverged{before}")
+    return Badge("regime not known", "none", f"the training diverged{before}")
 
 
 _UNKNOWN = Badge("not known", "none", "this run's description is missing or cannot be read")
@@ -255,7 +255,7 @@ def advice(
 def _shallower(info: Mapping[str, Any], larger: float) -> str:
     depth = int(info.get("depth") or 0)
     shallow = math.floor(depth * EDGE / larger)
-    what = "Too deep for its width" if larger >= TOO_DEEP else "Deep for its width"
+    what = "Too deep for order 1/n" if larger >= TOO_DEEP else "Deep for order 1/n"
     names = "r and ε" if (info.get("epsilon") or 0.0) > 0 else "r"
     sentence = f"{what}: hidden widths x{_factor(larger / EDGE)} bring {names} to {EDGE:g} or below"
     return sentence + (f"; so does L = {shallow}." if 1 <= shallow < depth else ".")

@@ -24,10 +24,7 @@ export function depthWidthMap(width, height, runs, styles, edges, theme) {
   const [edge, deep] = size ? [size.edge, size.too_deep] : edges;
   const below = (r) => `${x.to(xs[0])},${y.to(r * xs[0])} ${x.to(xs[1])},${y.to(r * xs[1])} ${x.to(xs[1])},${y.to(ys[0])} ${x.to(xs[0])},${y.to(ys[0])}`;
   const clip = `map-${Math.round(x.to(xs[1]))}-${height}`;
-  const label = (words, at, r, dy, anchor) => {
-    const height = Math.max(box.top + 12, Math.min(box.bottom - 5, y.to(r * x.from(at)) + dy));
-    return svg("text", { x: at, y: height, fill: theme.ink, "text-anchor": anchor }, words);
-  };
+  const safe = Math.max(box.top + 13, Math.min(box.bottom - 5, y.to(edge * x.from(box.right)) + 60));
   const others = placed.filter((run) => !(single && run === chosen[0]));
   const words = single
     ? `Depth against width: this network has depth ${chosen[0].info.depth} and width ${number(chosen[0].info.width)}, ` +
@@ -44,8 +41,8 @@ export function depthWidthMap(width, height, runs, styles, edges, theme) {
       svg("polygon", { points: below(edge), fill: theme.safe }),
     ),
     axes,
-    label("too deep", box.left + 6, deep, -30, "start"),
-    label("r and ε small", box.right - 5, edge, 60, "end"),
+    svg("text", { x: box.left + 6, y: box.top + 13, fill: theme.ink }, "too deep for 1/n"),
+    svg("text", { x: box.right - 5, y: safe, fill: theme.ink, "text-anchor": "end" }, "r and ε small"),
     others.map(({ name, info }) =>
       dot(x.to(info.width), y.to(info.depth), styles.get(name)?.color ?? theme.soft, `${name}: L = ${info.depth}, n = ${number(info.width)}`, theme),
     ),

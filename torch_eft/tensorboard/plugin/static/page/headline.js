@@ -42,7 +42,7 @@ function single(name, run, marks) {
   const spans = numbers.map((phrase) => [h("span", {}, phrase), " "]);
   const lines = [h("p", { class: `verdict ${state}`, title: words }, words, doubt), h("p", { class: "numbers" }, spans)];
   // Where nothing is predicted, what the value means by itself is what the card has to say.
-  return state === "none" && run.reading ? [h("p", { class: "reading" }, run.reading), ...lines] : lines;
+  return state === "none" && run.reading && run.theory?.name !== "diverged" ? [h("p", { class: "reading" }, run.reading), ...lines] : lines;
 }
 
 /** A row a run. */
