@@ -4,7 +4,7 @@ An instrument knows no trainer and no logger. Every method has a default that do
 skipped at that measurement (warned of once, counted); the others go on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -148,6 +148,7 @@ class Measurement:
         plan: What the snapshot holds: ``network.at(theta).snapshot(plan)`` is the same at other parameters.
         thorough: Whether the budget has room for what an instrument might leave out: terms of second order, say.
         contractions: Sizes of dNTK and ddNTK found at this measurement, for the forecasts that are asked after.
+        room: Whether the budget has room for so many seconds more; None: no limit is known.
 
     Example:
         >>> import torch
@@ -173,6 +174,7 @@ class Measurement:
     plan: Plan = field(default_factory=Plan)
     thorough: bool = True
     contractions: list[Contraction] = field(default_factory=list)
+    room: Callable[[float], bool] | None = None
 
 
 @dataclass

@@ -198,6 +198,41 @@ QUANTITIES: dict[str, Quantity] = {
         "undefined: nothing changes",
         INTERVALS,
     ),
+    "replay_output": Quantity(
+        "Outputs: their change over a few steps, and Taylor models trained for the same steps",
+        "||z' - z|| / sqrt(N C) over T steps; order k: of the Taylor model of order k about the start, trained by a "
+        "copy of the optimizer on the same batches (1: frozen NTK; 2: with dNTK; 3: with dNTK and ddNTK); band: "
+        "order 3 +- ||order 3 - order 2||",
+        "unit of the output",
+        "derived here, from PDLT chapter infinity",
+        "order 1: the linear model is the network",
+        INTERVALS,
+    ),
+    "replay_output_error": Quantity(
+        "Outputs: error of the Taylor models' change over a few steps",
+        "||(z_k' - z) - (z' - z)|| / ||z' - z||, z_k' of the Taylor model of order k; 1: as bad as nothing predicted",
+        "1",
+        "derived here, from PDLT chapter infinity",
+        "0 at order 1",
+        INTERVALS,
+    ),
+    "replay_ntk": Quantity(
+        "NTK: its change over a few steps, and by dNTK and ddNTK at the forecast displacement",
+        "||H' - H|| / ||H|| over T steps; order 1: 0; order 2: by dNTK, order 3: by dNTK and ddNTK, at the "
+        "displacement of the Taylor model of order 3; band: order 3 +- ||order 3 - order 2||",
+        "1",
+        "derived here, from PDLT chapter infinity",
+        "0",
+        INTERVALS,
+    ),
+    "replay_ntk_error": Quantity(
+        "NTK: error of its predicted change over a few steps",
+        "||predicted - (H' - H)|| / ||H' - H||; order 1 predicts no change: 1",
+        "1",
+        "derived here, from PDLT chapter infinity",
+        "1 at order 1",
+        INTERVALS,
+    ),
     "interval_output": Quantity(
         "Output: what the frozen Jacobian leaves of its change over the last interval",
         "<z' - z - J d, c> / (||c|| ||J d||), c the Taylor terms of order 2 and 3 in the real displacement d; order 1: "

@@ -34,6 +34,10 @@ EXPANSIONS = {
 SERIES = {
     **ORDERS,
     **EXPANSIONS,
+    "order_2": "Taylor model of order 2 about the interval's start, with dNTK",
+    "order_3": "Taylor model of order 3 about the interval's start, with dNTK and ddNTK",
+    "truncation_low": "order 3 minus its distance from order 2, an estimate of what it leaves out",
+    "truncation_high": "order 3 plus its distance from order 2, an estimate of what it leaves out",
     "band_68_low": "16 % of networks, drawn with other seeds, lie below this",
     "band_68_high": "16 % of networks, drawn with other seeds, lie above this",
     "band_90_low": "5 % of networks, drawn with other seeds, lie below this",
@@ -51,6 +55,7 @@ SERIES = {
     "z_score": "(measured - theory) / sigma",
     "ratio": "measured / theory, where there is no sigma",
 }
+TRUNCATION = ("truncation_low", "truncation_high")
 SPECTRUM = "eft/ntk_spectrum/log10_eigenvalues"
 
 

@@ -18,6 +18,7 @@ from torch_eft.live.instruments.interval import IntervalInstrument
 from torch_eft.live.instruments.ntk import BatchNormInstrument, NTKInstrument
 from torch_eft.live.instruments.representation import RepresentationInstrument
 from torch_eft.live.instruments.taylor import TaylorInstrument
+from torch_eft.live.instruments.trained_beside.replay import ReplayInstrument
 from torch_eft.live.instruments.trained_beside.seeds import SeedsInstrument
 from torch_eft.live.instruments.trained_beside.shadow import ShadowInstrument
 from torch_eft.results.choices import check_choice
@@ -58,11 +59,12 @@ MAKERS: dict[str, Callable[[Options], Instrument]] = {
     "theory": lambda options: TheoryInstrument(options.ensemble, options.activation, seconds=options.forecast_seconds),
     "instance": lambda options: InstanceInstrument(seconds=options.forecast_seconds),
     "shadow": lambda options: ShadowInstrument(),
+    "replay": lambda options: ReplayInstrument(),
     "seeds": lambda options: SeedsInstrument(options.seeds or 4),
 }
 """Every instrument by name; ``Instrument.cost`` is the smallest preset that includes it."""
 
-OPT_IN: frozenset[str] = frozenset({"shadow", "seeds"})
+OPT_IN: frozenset[str] = frozenset({"shadow", "replay", "seeds"})
 """Instruments that no preset includes; ``extra=`` asks for them."""
 
 

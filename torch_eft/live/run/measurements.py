@@ -196,6 +196,7 @@ class Measurements:
             self.reference.theta_0,
             self.reference.calibration.statistics,
             network.plan,
+            room=self.budget.room,
         )
 
     def _calibrate(self, network: MeasuredNetwork, isolated: Network, lambdas: dict[str, float]) -> None:

@@ -6,7 +6,7 @@ With d = theta - theta_0, the Taylor model of order k computes
 
 and is trained in theta by the real run's optimizer, batches and loss. k = 1 is the network at infinite width (its NTK
 frozen at theta_0); the terms of order 2 and 3 are both O(1/n), so that k = 3, whose error is O(1/n^2), is the next
-consistent order, and k = 2 is not consistent.
+consistent order. k = 2 is not consistent by itself: beside k = 3 it tells how far that one can be trusted.
 
 Jets give f_k, and reverse mode through their higher coefficients its gradient. Activations of order 0 belong to the
 constant theta_0 and enter no graph: a linear layer takes 2 k + 1 products forward and 3 k - 1 backward.
@@ -43,7 +43,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class TaylorModel(nn.Module):
-    """The Taylor model of order 1 or 3 of a network about its present parameters, ready to be trained.
+    """The Taylor model of order 1, 2 or 3 of a network about its present parameters, ready to be trained.
 
     It is called as the network is and returns f_k; its ``parameters()`` are the leaves theta, at first theta_0, for any
     optimizer of torch. The network is copied: nothing is ever written into it.
@@ -54,12 +54,12 @@ class TaylorModel(nn.Module):
 
     Args:
         model: Any module, in the mode in which it is trained. Half precision is widened to float32.
-        taylor_order: k, 1 or 3.
+        taylor_order: k, 1 or 3; or 2, for comparison with 3.
         output_fn: Turns what the model returns into (N, C): the Taylor model is then that of these outputs.
 
     Raises:
-        ValueError: If the order is not 1 or 3, or the model has no trainable parameter, cannot be measured, drops out
-            or takes batch statistics.
+        ValueError: If the order is none of these, or the model has no trainable parameter, cannot be measured, drops
+            out or takes batch statistics.
 
     Example:
         >>> import torch
@@ -192,7 +192,14 @@ class TaylorModel(nn.Module):
         Returns:
             "invalid" with kinks (ReLU ...), where a large part of theta_0 is gone (weight decay), where higher terms
             are not small, and where the training has diverged; "caution" in between. ``numbers`` are the sizes.
+            Order 2 is "invalid" by itself.
         """
+        if self.taylor_order == 2:
+            return Validity(
+                "invalid",
+                "order 2 is not consistent by itself: the terms of order 2 and 3 are both O(1/n), and 2 alone can be "
+                "worse than 1; the difference of 3 and 2 is a measure of what 3 leaves out",
+            )
         try:
             series = self.taylor_series(inputs)
         except NotFiniteError as error:  # the Taylor model has diverged
@@ -277,12 +284,8 @@ def _without_dots(name: str) -> str:
 
 
 def _check_order(order: int) -> None:
-    if order == 2 and not isinstance(order, bool):
+    if isinstance(order, bool) or order not in (1, 2, 3):
         raise ValueError(
-            "taylor_order: 2 given, which is not a consistent order: the terms of order 2 and 3 are both O(1/n), and 2 "
-            "alone can be worse than 1; use 3, or 1 for infinite width"
-        )
-    if isinstance(order, bool) or order not in (1, 3):
-        raise ValueError(
-            f"taylor_order: {order!r} given; it must be 1 (infinite width) or 3 (the first correction in 1/n)"
+            f"taylor_order: {order!r} given; it must be 1 (infinite width) or 3 (the first correction in 1/n), or 2 to "
+            "compare 3 with"
         )

@@ -195,7 +195,7 @@ class ShadowInstrument(Instrument):
             unshown = self._start is not None and measurement.step > self._start.step and not idle
             return self._stopped(measurement.step, UNSHOWN) if unshown else Reading()
         z, start = measurement.snapshot.output, self._outputs_0
-        outputs = {order: _output(shadow, measurement.network) for order, (shadow, _) in self._shadows.items()}
+        outputs = {order: output_of(shadow, measurement.network) for order, (shadow, _) in self._shadows.items()}
         reading = Reading()
         for order, value in outputs.items():
             if order not in self._diverged and not bool(torch.isfinite(value).all()):
@@ -263,7 +263,7 @@ class ShadowInstrument(Instrument):
         return Reading(pages={"shadow": f"No shadows for this run: {reason}."}, events=events)
 
 
-def _output(shadow: TaylorModel, network: Network) -> Tensor:
+def output_of(shadow: TaylorModel, network: Network) -> Tensor:
     """The shadow's output on the probe, (N, C)."""
     with isolated(network.current) as place, torch.no_grad():
         args, kwargs = as_call(place.place(network.probe))

@@ -1,0 +1,148 @@
+"""Steps taken again by Taylor models: by hand, better with every order, inside their band, and refused in words."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.live.instruments.loop import data, fit, mlp
+from torch_eft import measure
+from torch_eft.live import Obstacle
+from torch_eft.live.instruments.ntk import NTKInstrument
+from torch_eft.live.instruments.trained_beside.replay import LIMIT, ReplayInstrument
+from torch_eft.results.tags import tag
+
+MINIBATCHES = Obstacle("mini-batches", minibatches=True)
+ERRORS = [tag("replay_output_error", f"order_{order}") for order in (1, 2, 3)]
+OF_NTK = [tag("replay_ntk_error", f"order_{order}") for order in (1, 2, 3)]
+
+
+def watched(model, steps=12, lr=3e-3, make=torch.optim.AdamW, every=6, instrument=None, **options):
+    x, y, x_probe = data(24)
+    optimizer = make(model.parameters(), lr=lr)
+    torch.manual_seed(5)
+    instruments = [NTKInstrument(), instrument or ReplayInstrument(steps=4)]
+    options = {"batch": 8, "obstacle": MINIBATCHES, **options}
+    return fit(model, instruments, steps, optimizer, x, y, x_probe, every=every, **options)
+
+
+def test_order_1_is_the_network_linearized_and_trained_alike():
+    """By hand: the gradient of the loss at z + J (theta - theta_s), for AdamW's second interval."""
+    x, y, x_probe = data(24)
+    start = mlp(24)
+    observer, pages = watched(start)
+    model = mlp(24)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    torch.manual_seed(5)
+    batches = [torch.randperm(24)[:8] for _ in range(12)]
+    for samples in batches[:6]:
+        optimizer.zero_grad()
+        F.mse_loss(model(x[samples]), y[samples]).backward()
+        optimizer.step()
+    names = [name for name, _ in model.named_parameters()]
+    theta = [p.detach().clone() for p in model.parameters()]
+    moving = [p.clone().requires_grad_() for p in theta]
+    own = torch.optim.AdamW(moving, lr=3e-3)
+    own.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    def linear(inputs):
+        def f(*values):
+            return torch.func.functional_call(model, dict(zip(names, values, strict=True)), inputs)
+
+        d = tuple(p - p_s for p, p_s in zip(moving, theta, strict=True))
+        value, change = torch.func.jvp(f, tuple(theta), d)
+        return value + change
+
+    for samples in batches[6:10]:
+        own.zero_grad()
+        F.mse_loss(linear(x[samples]), y[samples]).backward()
+        own.step()
+    z = model(x_probe).detach()
+    for samples in batches[6:10]:
+        optimizer.zero_grad()
+        F.mse_loss(model(x[samples]), y[samples]).backward()
+        optimizer.step()
+    change = model(x_probe).detach() - z
+    logged = observer.history[6]
+    assert logged[tag("replay_output")] == pytest.approx(float(change.square().mean().sqrt()), rel=1e-4)
+    predicted = linear(x_probe).detach() - z
+    assert logged[tag("replay_output", "order_1")] == pytest.approx(float(predicted.square().mean().sqrt()), rel=1e-4)
+    error = float((predicted - change).norm() / change.norm())
+    assert logged[ERRORS[0]] == pytest.approx(error, rel=1e-2)
+    assert "order 1 is infinite width" in pages["replay"][-1][1]
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr=3 * lr, momentum=0.9)])
+def test_every_order_comes_closer_and_the_band_holds(make):
+    observer, _ = watched(mlp(32), steps=30, make=make)
+    for step in (0, 6, 12, 18, 24):
+        logged = observer.history[step]
+        one, two, three = (logged[name] for name in ERRORS)
+        assert three < two < one
+        low, high = (logged[tag("replay_output", f"truncation_{end}")] for end in ("low", "high"))
+        assert low < logged[tag("replay_output")] < high
+        if OF_NTK[2] in logged:
+            assert logged[OF_NTK[0]] == pytest.approx(1) and 1 > logged[OF_NTK[1]] > logged[OF_NTK[2]]
+            assert logged[tag("replay_ntk", "order_1")] == 0
+    assert sum(OF_NTK[2] in scalars for scalars in observer.history.values()) >= 3
+    assert tag("replay_output") not in observer.history[30]
+
+
+def test_where_the_gauge_is_large_nothing_is_drawn():
+    observer, pages = watched(mlp(8), lr=0.2)
+    drawn = [scalars for scalars in observer.history.values() if tag("replay_output") in scalars]
+    assert any(ERRORS[2] not in scalars for scalars in drawn)
+    assert f"beyond {LIMIT:g} it has been seen to say nothing" in " ".join(text for _, text in pages["replay"])
+
+
+def test_kinks_have_order_1_only():
+    observer, pages = watched(mlp(32, activation=nn.ReLU))
+    assert ERRORS[0] in observer.history[6] and ERRORS[1] not in observer.history[6]
+    assert "kinks (" in pages["replay"][0][1] and "order 1 only" in pages["replay"][0][1]
+
+
+def test_a_clipped_step_ends_it_in_words():
+    def clipping(p, lr):
+        def clip(optimizer, *arguments):
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1e-3)
+
+        optimizer = torch.optim.SGD(p, lr=lr)
+        optimizer.register_step_pre_hook(clip)
+        return optimizer
+
+    observer, pages = watched(mlp(16), make=clipping)
+    assert "of it away from the optimizer's own" in pages["replay"][-1][1]
+    assert not any(tag("replay_output") in scalars for scalars in observer.history.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)), "batch"),
+        (lambda: nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Tanh(), nn.Linear(8, 2)), "drops out"),
+    ],
+    ids=["BatchNorm", "dropout"],
+)
+def test_what_is_not_one_function_is_refused(model, reason):
+    _, pages = watched(model())
+    assert pages["replay"][-1][1].startswith("No steps are taken again") and reason in pages["replay"][-1][1]
+
+
+def test_training_ends_in_the_same_bits():
+    ends = []
+    for instrument in (ReplayInstrument(steps=2), NTKInstrument(outputs="trace")):
+        model = mlp(16)
+        x, y, x_probe = data(24)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        torch.manual_seed(5)
+        fit(model, [instrument], 6, optimizer, x, y, x_probe, batch=8, obstacle=MINIBATCHES, every=2)
+        ends.append([*(p.detach() for p in model.parameters()), torch.get_rng_state()])
+    assert all(map(torch.equal, *ends))
+
+
+def test_the_number_of_steps_is_checked():
+    with pytest.raises(ValueError, match="give the number of steps that are taken again, such as 5"):
+        ReplayInstrument(steps=0)
+    assert measure.TaylorModel(mlp(8), taylor_order=2).taylor_order == 2
