@@ -1,4 +1,4 @@
-"""Every Python block of the README runs as pasted, in order, with only what the text says is there."""
+"""Every Python block of the README and of the tour runs as pasted, in order, with only what the text says is there."""
 
 import re
 import warnings
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "examples/README.md")
+BLOCKS = {page: re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S) for page in PAGES}
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +34,22 @@ def names():
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) >= 5
+    assert [len(blocks) for blocks in BLOCKS.values()] == [2, 5]
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_a_block_runs_as_pasted(number, names, capsys):
+@pytest.mark.parametrize(("page", "number"), [(page, number) for page in PAGES for number in range(len(BLOCKS[page]))])
+def test_a_block_runs_as_pasted(page, number, names, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), names)
+        exec(compile(BLOCKS[page][number], f"{page}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_are_there(page):
+    text = (ROOT / page).read_text("utf-8")
+    places = [place for place in re.findall(r"\]\(([^)]+)\)", text) if "://" not in place]
+    assert places and all(((ROOT / page).parent / place).exists() for place in places), places
+
+
+def test_the_readme_is_a_screen_and_a_half():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 90
