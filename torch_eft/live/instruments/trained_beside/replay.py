@@ -66,6 +66,9 @@ class ReplayInstrument(Instrument):
         loss_function: The loss of outputs (N, C) and targets, if it is neither squared error nor cross-entropy.
         largest: Trainable parameters up to which it is done: it takes some ten copies of them for T steps.
 
+    Attributes:
+        latest_seconds: What the latest replay took; NaN before the first.
+
     Raises:
         ValueError: If ``steps`` is not a positive integer.
     """
@@ -92,7 +95,7 @@ class ReplayInstrument(Instrument):
         self._last_loss: Tensor | None = None
         self._page = ""
         self._gauge: float | None = None
-        self._latest = math.nan  # seconds that a whole one took
+        self.latest_seconds = math.nan  # seconds that a whole one took
         self._step_time = math.inf  # the shortest time between two steps
         self._before: float | None = None
 
@@ -117,7 +120,7 @@ class ReplayInstrument(Instrument):
         """Take the next steps again, if a replay is not under way and the budget has room for one."""
         if self._refusal is not None or self._replay is not None or measurement.last:
             return Reading()
-        cost = self._latest if math.isfinite(self._latest) else COST * self._step_time
+        cost = self.latest_seconds if math.isfinite(self.latest_seconds) else COST * self._step_time
         if measurement.room is not None and math.isfinite(cost) and not measurement.room(cost):
             return Reading()
         self._replay = _Replay(measurement)
@@ -191,7 +194,7 @@ class ReplayInstrument(Instrument):
             return Reading()
         self._replay = None
         scalars = self._compared(replay)
-        self._latest = replay.seconds + time.perf_counter() - begun
+        self.latest_seconds = replay.seconds + time.perf_counter() - begun
         finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
         return self._told(Reading(late={replay.start.step: finite}))
 
