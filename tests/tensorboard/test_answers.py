@@ -106,6 +106,7 @@ def test_too_deep_is_said_first_with_both_remedies(r, depth, words):
 
 def test_the_edge_follows_the_larger_of_r_and_epsilon():
     size = of({"r": 0.1, "epsilon": 0.4})["size"]
+    assert size.pop("remedy").startswith("Deep for order 1/n: hidden widths x2 ")
     assert size == pytest.approx({"larger": 0.4, "edge": 0.05, "too_deep": 0.25})
     assert (EDGE, TOO_DEEP) == (regimes.EDGE, regimes.TOO_DEEP)
 
@@ -144,6 +145,13 @@ def test_absurd_numbers_of_a_damaged_file_are_no_error():
 
 
 def test_damaged_claims_and_progress_are_no_run_info():
-    for damaged in ({"claims": {}}, {"claims": [3]}, {"progress": [1]}, {"progress": {"step": "x"}}):
+    for damaged in (
+        {"left_out": 3},
+        {"left_out": [3]},
+        {"claims": {}},
+        {"claims": [3]},
+        {"progress": [1]},
+        {"progress": {"step": "x"}},
+    ):
         assert parse_run_info(json.dumps(damaged)) is None, damaged
     assert theory(parse_run_info(json.dumps({"claims": [{}], "progress": {"state": None}}))).name == "measured only"

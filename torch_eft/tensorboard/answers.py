@@ -58,7 +58,8 @@ def summary(info: Mapping[str, Any] | None, series: Mapping[str, Mapping[str, Po
     Returns:
         ``{"ending": {"state", "words", "short", "diverged"}, "regime": badge, "theory": badge, "drift": {"measured",
         "predicted", "low", "high"}, "features", "distance", "compared": {"state", "words", "rows": [[name, value,
-        words]], "left"}, "advice": [sentence], "size": {"larger", "edge", "too_deep"}, "alike": key}``.
+        words]], "left"}, "advice": [sentence], "size": {"larger", "edge", "too_deep",
+        "remedy"}, "alike": key}``.
     """
     try:
         return _summary(info, series)
@@ -202,13 +203,14 @@ def _compared(verdicts: Mapping[str, Verdict], known: Mapping[str, Any], reach: 
     return {"state": state, "words": words, "rows": rows, "left": counted}
 
 
-def _larger(info: Mapping[str, Any]) -> dict[str, float] | None:
-    """The larger of r and epsilon, and the r at which it reaches the edge."""
+def _larger(info: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The larger of r and epsilon; the r at the edge and at too deep; beyond the edge, the remedy."""
     r, epsilon = info.get("r"), info.get("epsilon")
     if not r or r <= 0:
         return None
     larger = max(r, epsilon or 0.0)
-    return {"larger": larger, "edge": EDGE * r / larger, "too_deep": TOO_DEEP * r / larger}
+    remedy = _shallower(info, larger) if larger >= EDGE else ""
+    return {"larger": larger, "edge": EDGE * r / larger, "too_deep": TOO_DEEP * r / larger, "remedy": remedy}
 
 
 def advice(
@@ -231,8 +233,8 @@ def advice(
         ]
     found, size = [], _larger(info)
     larger = 0.0 if size is None else size["larger"]
-    if larger >= EDGE:
-        found.append(_shallower(info, larger))
+    if size is not None and size["remedy"]:
+        found.append(size["remedy"])
     left, compared = (sum(getattr(each, name) for each in verdicts.values()) for name in ("outside", "compared"))
     outside = left > BY_CHANCE * compared
     if badges["theory"].name == BEYOND:

@@ -89,6 +89,7 @@ def _sound(info: dict[str, Any]) -> bool:
     validity, quantities, probe = info.get("validity"), info.get("quantities"), info.get("probe")
     unpredicted, claims, progress = (info.get(key) for key in ("unpredicted", "claims", "progress"))
     lists = [info.get(key) or [] for key in ("events", "skipped")]
+    left_out = info.get("left_out") or []
     return (
         all(isinstance(info.get(key), str | None) for key in words)
         and all(isinstance(info.get(key), int | float | None) for key in numbers)
@@ -96,6 +97,8 @@ def _sound(info: dict[str, Any]) -> bool:
         and (unpredicted is None or _strings(unpredicted))
         and (claims is None or (isinstance(claims, list) and all(map(_strings, claims))))
         and (progress is None or _progress(progress))
+        and isinstance(left_out, list)
+        and all(isinstance(sentence, str) for sentence in left_out)
         and (probe is None or (isinstance(probe, list) and len(probe) == 2))
         and (quantities is None or (isinstance(quantities, dict) and all(map(_strings, quantities.values()))))
         and all(isinstance(entries, list) and all(_marked(entry) for entry in entries) for entries in lists)

@@ -16,7 +16,7 @@ from typing import Any
 from torch_eft.live.instrument import History
 from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink
 from torch_eft.results.regime import amount, first_sentence, theory
-from torch_eft.tensorboard.answers import EDGE, summary
+from torch_eft.tensorboard.answers import summary
 from torch_eft.tensorboard.run_info import Records
 
 terminal = logging.getLogger("torch_eft.terminal")
@@ -130,10 +130,7 @@ def _verdict(found: Mapping[str, Any]) -> str:
     badge, size = found["regime"], found["size"]
     meaning = badge["reason"].partition(": ")[2] or badge["reason"]
     words = f"{badge['name']}: {first_sentence(meaning)}"
-    if size is not None and size["larger"] >= EDGE:
-        deep = next((each for each in found["advice"] if "eep for its width" in each), "")
-        words = f"{deep.rstrip('.')}; {words}" if deep else words
-    return words
+    return words if size is None or not size["remedy"] else f"{size['remedy'].rstrip('.')}; {words}"
 
 
 def _range(low: float, high: float) -> str:

@@ -67,8 +67,13 @@ function shape(run, runs, edges, width, theme) {
 /** What to do? */
 function todo({ summary, info }) {
   const lines = summary.advice.length ? summary.advice : ["Nothing is wrong."];
-  const left = typeof info?.left_out === "string" ? info.left_out : "";
-  return card("What to do?", "advice", h("ul", {}, lines.map((line) => h("li", {}, line))), left && h("p", { class: "soft" }, left));
+  const left = info?.left_out ?? [];
+  return card(
+    "What to do?",
+    "advice",
+    h("ul", {}, lines.map((line) => h("li", {}, line))),
+    left.length > 0 && h("p", { class: "soft" }, `left out: ${left.join("; ")}`),
+  );
 }
 
 /**

@@ -81,7 +81,7 @@ export class RunTable {
       this.actions.change("descending", sorted && !descending);
     };
     const arrow = h("span", { "aria-hidden": "true" }, sorted ? (descending ? " ↓" : " ↑") : "");
-    return h("th", { scope: "col", "aria-sort": state, class: numeric ? "numeric" : "" }, h("button", { title, click: press, "data-sort": key, "data-focus": `sort ${key}` }, label, arrow));
+    return h("th", { scope: "col", "aria-sort": state, class: numeric ? "numeric" : "" }, h("button", { title, "aria-label": label === title ? label : `${label}: ${title}`, click: press, "data-sort": key, "data-focus": `sort ${key}` }, label, arrow));
   }
 
   #rows(row, styles) {
