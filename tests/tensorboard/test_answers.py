@@ -148,6 +148,8 @@ def test_damaged_claims_and_progress_are_no_run_info():
     for damaged in (
         {"left_out": 3},
         {"left_out": [3]},
+        {"expected_drift": [0.1, "x"]},
+        {"expected_drift": [0.1]},
         {"claims": {}},
         {"claims": [3]},
         {"progress": [1]},

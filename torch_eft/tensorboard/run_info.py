@@ -89,7 +89,7 @@ def _sound(info: dict[str, Any]) -> bool:
     validity, quantities, probe = info.get("validity"), info.get("quantities"), info.get("probe")
     unpredicted, claims, progress = (info.get(key) for key in ("unpredicted", "claims", "progress"))
     lists = [info.get(key) or [] for key in ("events", "skipped")]
-    left_out = info.get("left_out") or []
+    left_out, expected = info.get("left_out") or [], info.get("expected_drift") or [0, 0]
     return (
         all(isinstance(info.get(key), str | None) for key in words)
         and all(isinstance(info.get(key), int | float | None) for key in numbers)
@@ -97,6 +97,7 @@ def _sound(info: dict[str, Any]) -> bool:
         and (unpredicted is None or _strings(unpredicted))
         and (claims is None or (isinstance(claims, list) and all(map(_strings, claims))))
         and (progress is None or _progress(progress))
+        and (isinstance(expected, list) and [isinstance(edge, int | float) for edge in expected] == [True, True])
         and isinstance(left_out, list)
         and all(isinstance(sentence, str) for sentence in left_out)
         and (probe is None or (isinstance(probe, list) and len(probe) == 2))

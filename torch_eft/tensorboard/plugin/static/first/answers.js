@@ -12,10 +12,12 @@ function card(title, key, ...children) {
 }
 
 /** How far from the kernel regime? */
-function kernel({ summary }, regimes, width, theme) {
+function kernel({ summary, info }, regimes, width, theme) {
   const { drift, features, distance, regime } = summary;
   const changes = { drift: drift.measured, features };
-  const predicted = drift.low !== null && `predicted ${amount(drift.low)} .. ${amount(drift.high)}`;
+  const range = ([low, high]) => `${amount(low)} .. ${amount(high)}`;
+  const expected = summary.ending.state === "running" && info?.expected_drift;
+  const predicted = (expected && `expected at the end ${range(expected)}`) || (drift.low !== null && `predicted ${range([drift.low, drift.high])}`);
   const big = drift.measured !== null ? `NTK moved ${amount(drift.measured)}` : features !== null ? `features moved ${amount(features)}` : "not measured";
   const beside = [
     drift.measured !== null && features !== null && `features moved ${amount(features)}`,
