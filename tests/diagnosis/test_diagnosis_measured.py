@@ -131,7 +131,7 @@ def test_pixels_that_are_averaged_are_not_taken_for_depth(size):
     torch.manual_seed(0)
     model, x = pooled(size, 2.0)
     found = eft.diagnose(model, x, num_networks=4, initialize=initialize)
-    assert "neither vanish nor explode" in found.gradients
+    assert "keep their size" in found.gradients
     # Six layers of width 16: each ratio of a network scatters by about sqrt(5 / 16), here over 4 networks.
     assert abs(torch.tensor(found.gradient_growth).log()) < 3 * (6 * 5 / 16 / 4) ** 0.5
     assert all(abs(block.chi - 1) < 0.5 for block in found.blocks[:-1])
@@ -145,7 +145,7 @@ def test_depth_shows_behind_an_average_all_the_same():
     model, x = pooled(4, 0.7)
     found = eft.diagnose(model, x, num_networks=3, initialize=lambda module: initialize(module, 0.7))
     assert found.gradient_growth == pytest.approx((0.7 / 2) ** 6, rel=1.0)  # 0.7 / 2 for each layer from the second
-    assert "gradients vanish" in found.gradients
+    assert "gradients shrink" in found.gradients
 
 
 def test_a_mean_over_tokens_is_an_average_and_one_token_is_none():
@@ -221,6 +221,27 @@ def test_remarks_say_what_limits_the_measurement():
     assert found.epsilon_ntk is None
     normed = eft.diagnose(ConvNet(), images(), num_networks=0)
     assert any("BatchNorm in evaluation mode" in remark for remark in normed.remarks)
+
+
+def test_the_page_of_a_monitored_network_is_measured_and_leaves_it_alone():
+    from torch_eft.live import TrainingStart
+    from torch_eft.live.instruments.forecasts.theory import _measured_page
+    from torch_eft.measure import Network
+
+    torch.manual_seed(0)
+    model, random = ConvNet().train(), torch.get_rng_state()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    start = TrainingStart(model, Network(model, images()), [], 0, fresh=True, obstacle=None)
+    page = _measured_page(start, "not an MLP: for the test")
+    assert page.startswith("### ConvNet, ") and "measured, not derived: not an MLP" in page
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    large = nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 20_000))
+    start = TrainingStart(large, Network(large, images()), [], 0, fresh=True, obstacle=None)
+    assert _measured_page(start, "a reason").startswith(
+        "No diagnosis: a reason. `torch_eft.diagnose(model, x)` measures"
+    )
 
 
 def test_output_fn_and_bad_inputs():

@@ -201,12 +201,12 @@ def _output_spread(networks: list[OneNetwork]) -> float | None:
 def _gradients(growth: float | None, places: int, seeds: int) -> str:
     if growth is None:
         return "measured: no chain of layers that everything passes was found; growth over depth is unknown"
-    kind = "neither vanish nor explode" if 1 / GROWTH <= growth <= GROWTH else "vanish" if growth < 1 else "explode"
+    kind = "keep their size" if 1 / GROWTH <= growth <= GROWTH else "shrink" if growth < 1 else "grow"
     per = growth ** (1 / (places - 1))
     of = f"over {seeds} seeds" if seeds else "in this network alone"
     return (
-        f"measured {of}: gradients {kind} with depth: their squares at the first place are {growth:.3g} times those at "
-        f"the last, {per:.3g} a block, {places} places"
+        f"measured {of}: gradients {kind} over the depth: their squares at the first place are {growth:.3g} times those "
+        f"at the last, {per:.3g} a block, {places} places"
     )
 
 

@@ -48,7 +48,7 @@ class MeasuredDiagnosis(Result):
         network: Its class and size.
         reason: Why the theory does not cover it.
         verdict: One line: whether it trains, and how much seeds differ.
-        gradients: A sentence: gradients vanish, explode or neither, with the numbers.
+        gradients: A sentence: how gradients change over the depth, with the numbers.
         warnings: Problems, each with its remedy.
         advice: The remedies.
         blocks: The bottlenecks in order; empty if none were found.

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from torch_eft.diagnosis import Diagnosis, diagnose
 from torch_eft.forecast.comparison.drift import LAW, DriftComparison, law_work
@@ -29,6 +30,10 @@ from torch_eft.theory.gaussian.quadrature import QuadratureError
 _MOST_SAMPLES = 1024
 _PER_PAIR = 3e-5
 """Seconds of one core that kernels at infinite width, their checks and a diagnosis take for a pair of probe inputs."""
+
+
+_FEW, _MEASURED = 4, 1_000_000
+"""On how many inputs, and up to how many parameters, a network without theory is diagnosed when training begins."""
 
 
 class TheoryInstrument(ForecastInstrument):
@@ -122,7 +127,7 @@ class TheoryInstrument(ForecastInstrument):
             self._diagnosis = diagnosis if isinstance(diagnosis, Diagnosis) else None
             pages["diagnosis"] = diagnosis.details
         except (NotAnMLPError, QuadratureError) as error:
-            pages["diagnosis"] = f"No diagnosis: {error}."
+            pages["diagnosis"] = _measured_page(start, str(error))
             return Reading(pages=pages | self._stop(str(error)))
         except Exception as error:
             self._stop(f"{type(error).__name__}: {error}")
@@ -338,6 +343,18 @@ class _Problem:
     y: Tensor
     training: Training
     words: str
+
+
+def _measured_page(start: TrainingStart, reason: str) -> str:
+    """The diagnosis of a network that no theory covers, measured on a few inputs; of a large one how to ask for it."""
+    size = sum(p.numel() for p in start.model.parameters())
+    if size > _MEASURED:
+        return f"No diagnosis: {reason}. `torch_eft.diagnose(model, x)` measures it; {size:,} parameters take a while."
+    few = tree_map_only(Tensor, lambda values: values[:_FEW], start.network.probe.inputs)
+    try:
+        return diagnose(start.model, few, output_fn=start.network.output_fn, num_networks=0).details
+    except Exception as error:  # whatever a network may raise, the training goes on
+        return f"No diagnosis: {reason}. It could not be measured either: {type(error).__name__}: {error}"
 
 
 def _held(start: TrainingStart) -> bool:
