@@ -2,12 +2,12 @@
 
 Depth 2 .. 40, width 8 .. 256, tanh, ReLU and GELU, torch's default and critical initialization, 16 inputs.
 
-``numbers``: spread, kurtosis and size of the outputs, spread of the NTK, from 400 networks each, beside those printed: none
-is off by more than 25 % and three standard errors where it is called valid. ``training``: 500 steps of full-batch
-gradient descent on 32 inputs with three learning rates, ten seeds each (four from width 256 on): a network trains as well
-as its counterpart with one hidden layer if its mean final loss (1 at most, the variance of the targets) is at most 0.05
-higher at the best rate, and does not train if it is above one half. "gradients vanish" or "too deep" is wrong of the
-former, and missing if it is not said of the latter.
+``numbers``: spread, kurtosis and size of the outputs, spread of the NTK, from 400 networks each, beside those printed:
+none is off by more than 25 % and three standard errors where it is called valid. ``training``: 500 steps of full-batch
+gradient descent on 32 inputs with three learning rates, ten seeds each (four from width 256 on): a network trains as
+well as its counterpart with one hidden layer if its mean final loss (1 at most, the variance of the targets) is at most
+0.05 higher at the best rate, and does not train if it is above one half. "gradients vanish" or "too deep" is wrong of
+the former, and missing if it is not said of the latter.
 """
 
 import itertools
@@ -64,16 +64,14 @@ def drawn_numbers(ensemble, x, seeds):
         value, error = found
         return math.sqrt(max(value, 0.0)), error / (2 * math.sqrt(max(value, 1e-300)))
 
+    outputs, (mean, error) = ensemble.widths[-1], mean_and_error(diagonal.mean(1))
     return {
         "output": root(mean_and_error(z.square().mean(1))),
         "kurtosis": excess_kurtosis(z),
         "G": root(relative_variance(G)),
         "NTK": root(relative_variance(diagonal[:, 0])),
         "NTK, mean": root(relative_variance(diagonal.mean(1))),
-        "lr": (
-            3 / mean_and_error(diagonal.mean(1))[0],
-            3 / float(diagonal.mean()) ** 2 * mean_and_error(diagonal.mean(1))[1],
-        ),
+        "lr": (outputs / mean, outputs / mean**2 * error),
     }
 
 
@@ -133,10 +131,8 @@ def draws(name, initialization, depth, width, seeds):
     ensemble = ensemble_of(name, initialization, depth, width, 1)
     parameters = []
     for index, (n_in, n_out) in enumerate(itertools.pairwise(ensemble.widths)):
-        for shape, size in (
-            ((seeds, n_out, n_in), ensemble.C_W[index] / n_in),
-            ((seeds, 1, n_out), ensemble.C_b[index]),
-        ):
+        weight, bias = ensemble.C_W[index] / n_in, ensemble.C_b[index]
+        for shape, size in (((seeds, n_out, n_in), weight), ((seeds, 1, n_out), bias)):
             if initialization == "default":
                 values = (2 * torch.rand(shape, generator=generator) - 1) * math.sqrt(3 * size)
             else:
@@ -207,10 +203,9 @@ def compare_training(shapes=SHAPES, activations=tuple(ACTIVATIONS), show=print, 
                 wrong.append((f"{name} {initialization} {depth} x {width}", codes, loss, shallow[key]))
             found.append(", ".join(sorted(codes)) or "-")
         words = "as well" if as_well else "does not train" if fails else "worse"
-        show(
-            f"{name:5} {initialization:8} L {depth:2} n {width:3} loss {loss:.2g} ({shallow[key]:.2g}) {words:15} kappa "
-            f"{diagnosis.plateau:.2g} said: {found[0]} | with the data: {found[1]} ({time.perf_counter() - begun:.0f} s)"
-        )
+        case = f"{name:5} {initialization:8} L {depth:2} n {width:3}"
+        said = f"said: {found[0]} | with the data: {found[1]} ({time.perf_counter() - begun:.0f} s)"
+        show(f"{case} loss {loss:.2g} ({shallow[key]:.2g}) {words:15} kappa {diagnosis.plateau:.2g} {said}")
     return wrong
 
 

@@ -174,7 +174,8 @@ def test_texts_are_short_and_fit_a_terminal():
         assert all(len(line) <= 80 for line in lines if not line.startswith("            "))  # code is not wrapped
         assert "|" not in str(diagnosis).replace("|x|^2", "")
         assert len(diagnosis.verdict) <= 70
-        assert repr(diagnosis) == f"Diagnosis({ensemble}: {diagnosis.verdict})"
+        assert repr(diagnosis).startswith("Diagnosis(MLP ") and repr(diagnosis).endswith(f": {diagnosis.verdict})")
+        assert len(repr(diagnosis)) < 120
         assert diagnosis.verdict in diagnosis.details
         assert all(len(line) <= 100 for line in plain(diagnosis.details).splitlines())
         assert "|--" not in plain(diagnosis.details)

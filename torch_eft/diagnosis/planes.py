@@ -98,7 +98,7 @@ def phase_plane(ensemble: MLPEnsemble, ratio: AspectRatio, mean_square: float = 
     C_W = torch.linspace(low, high, _CELLS, dtype=torch.float64, device="cpu")
     growth = _log_growth(ensemble.activation, C_b[None, :], C_W[:, None], ensemble.depth, mean_square)
     line = _line(ensemble.activation, float(C_b[-1]))
-    return PhasePlane(C_b, C_W, growth, line, point, at, ensemble.depth, _short(ensemble))
+    return PhasePlane(C_b, C_W, growth, line, point, at, ensemble.depth, short_name(ensemble))
 
 
 def depth_width_plane(ensemble: MLPEnsemble, ratio: AspectRatio, mean_square: float = 1.0) -> DepthWidthPlane:
@@ -146,8 +146,15 @@ def _like_the_last_layer(ensemble: MLPEnsemble, depth: int) -> MLPEnsemble:
     )
 
 
-def _short(ensemble: MLPEnsemble) -> str:
-    """Its name, with runs of equal widths counted."""
+def short_name(ensemble: MLPEnsemble) -> str:
+    """Its name, with runs of equal widths counted.
+
+    Args:
+        ensemble: The ensemble.
+
+    Returns:
+        Such as ``MLP 8-(30) x 5-2, tanh``.
+    """
     runs = [(n, len(list(same))) for n, same in groupby(ensemble.widths)]
     widths = "-".join(str(n) if count == 1 else f"({n}) x {count}" for n, count in runs)
     return f"MLP {widths}, {ensemble.activation.name}"

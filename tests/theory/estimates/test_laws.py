@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from tests.oracles.drawn_networks import drawn, excess_kurtosis, mean_and_error, networks, relative_variance
-from torch_eft.theory import MLPEnsemble, exact_statistics, expected_drift, output_fluctuation, seed_spread
+from torch_eft.theory import (
+    MLPEnsemble,
+    exact_statistics,
+    expected_drift,
+    initial_statistics,
+    output_fluctuation,
+    seed_spread,
+)
 from torch_eft.theory.estimates.exact import exact_single_input
 from torch_eft.theory.estimates.seed_spread import single_input_statistics
 from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS, LAWS, bias_nodes, draw
@@ -70,6 +77,14 @@ def test_laws_are_checked_and_kept():
         MLPEnsemble([3, 8, 1], "tanh", bias_law="orthogonal")
     with pytest.raises(ValueError, match="3 laws given for 2 layers"):
         MLPEnsemble([3, 8, 1], "tanh", weight_law=["uniform"] * 3)
+
+
+def test_statistics_of_several_inputs_say_that_they_are_gaussian():
+    x = torch.eye(2, dtype=torch.float64)
+    for law, said in (("uniform", True), ("gaussian", False)):
+        ensemble = MLPEnsemble([2, 30, 1], "relu", C_b=0.1, bias_law=law)
+        reason = initial_statistics(ensemble, x, statistics=("V",))[-1].validity.reason
+        assert ("take all weights and biases as Gaussian, here some are uniform" in reason) == said
 
 
 @pytest.mark.parametrize("name", ["tanh", "gelu", "elu", "hardswish"])
@@ -212,3 +227,37 @@ def test_expected_drift_counts_uniform_output_weights():
     found = _single_neuron(ensemble, x[None])[0]
     assert abs(found - -1.2 / 9 * Theta**2 * moment) < 0.03 * abs(found) + 4 * 1.2 / 9 * Theta**2 * error
     assert expected_drift(ensemble).at_rest != expected_drift(default([2, n, 1], "tanh", "gaussian")).at_rest
+
+
+@pytest.mark.slow
+def test_expected_drift_of_trained_default_networks():
+    """One hidden layer of 64 tanh neurons, one input, y = 0: 1e5 networks trained by gradient descent.
+
+    The drift of unlearning the initial output; with Gaussian laws it would be -2.7e-4 per n, 6 % more.
+    """
+    n, count, x = 64, 100_000, torch.ones(2, dtype=torch.float64)
+    ensemble = default([2, n, 1], "tanh")
+    generator = torch.Generator().manual_seed(0)
+    parameters = [
+        drawn("uniform", 1 / 6, (count, n, 2), generator),
+        drawn("uniform", 1 / 6, (count, n), generator),
+        drawn("uniform", 1 / (3 * n), (count, n), generator),
+        drawn("uniform", 1 / (3 * n), (count,), generator),
+    ]
+
+    def evaluate(W, b, v, c):
+        s = torch.tanh(W @ x + b)
+        slope = v * (1 - s**2)
+        return (v * s).sum(1) + c, s, slope, 1 + (s**2).sum(1) + (1 + x @ x) * (slope**2).sum(1)
+
+    H_start = evaluate(*parameters)[-1]
+    rate = 0.05 / float(H_start.mean())
+    for _ in range(140):
+        z, s, slope, _ = evaluate(*parameters)
+        W, b, v, c = parameters
+        step = (rate * z)[:, None]
+        parameters = [W - (step * slope)[:, :, None] * x, b - step * slope, v - step * s, c - rate * z]
+    change, error = mean_and_error((evaluate(*parameters)[-1] - H_start) / H_start.mean())
+    expected = expected_drift(ensemble, x[None]).at_rest
+    assert abs(change - expected) < 4 * error + 0.1 * abs(expected)
+    assert error < 0.1 * abs(expected)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch_eft.diagnosis.derived.variants import Variant
 from torch_eft.diagnosis.findings import Finding
+from torch_eft.diagnosis.planes import depth_width_plane, phase_plane, short_name
 from torch_eft.diagnosis.text import aligned, bullets, code, labeled, or_dash, percent, table, with_error
 from torch_eft.results.presentation.html import text_html
 from torch_eft.results.presentation.result import Result
@@ -137,6 +138,11 @@ class Diagnosis(Result):
         """0 without warnings, 1 with."""
         return int(bool(self.warnings))
 
+    @property
+    def name(self) -> str:
+        """The network's name in a line: runs of equal widths are counted where it is long."""
+        return self.network if len(self.network) <= 60 else short_name(self.ensemble)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, ready for JSON."""
         kept = [entry.name for entry in fields(self) if entry.name != "ensemble"]
@@ -158,13 +164,12 @@ class Diagnosis(Result):
             ValueError: Without a hidden layer.
         """
         from torch_eft.diagnosis.figures import planes_figure
-        from torch_eft.diagnosis.planes import depth_width_plane, phase_plane
 
         place = self.ensemble, self.aspect_ratio, self.mean_square
         return planes_figure(phase_plane(*place), depth_width_plane(*place))
 
     def __repr__(self) -> str:
-        return f"Diagnosis({self.network}: {self.verdict})"
+        return f"Diagnosis({self.name}: {self.verdict})"
 
     def __str__(self) -> str:
         """Return the short report, for a terminal."""
@@ -182,7 +187,7 @@ def _plain(value: Any) -> Any:
 
 def _summary(diagnosis: Diagnosis) -> str:
     """Return verdict, warnings, advice and five numbers."""
-    lines = [diagnosis.network, "", *labeled("verdict", diagnosis.verdict)]
+    lines = [diagnosis.name, "", *labeled("verdict", diagnosis.verdict)]
     for finding in diagnosis.warnings:
         lines += labeled("warning", finding.message)
         if finding.remedy:
@@ -209,7 +214,8 @@ def _notes(diagnosis: Diagnosis) -> list[str]:
     """Return how far the numbers hold, and their units."""
     spread = diagnosis.spread
     words = {"valid": "to order 1/n", "caution": "rough, mostly too low", "invalid": "of the right order at best"}
-    holds = "exact at these widths" if spread.exact else words[spread.validity.flag]
+    heavy = "; a heavy tail, most seeds show less" if spread.validity.flag == "caution" else ""
+    holds = f"exact at these widths{heavy}" if spread.exact else words[spread.validity.flag]
     drift = "" if diagnosis.drift.size is None else "; the drift is an order of magnitude for targets of size 1"
     notes = labeled("numbers", f"seed to seed: {holds}{drift}")
     if diagnosis.stability:

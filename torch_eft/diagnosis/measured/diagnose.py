@@ -205,8 +205,8 @@ def _gradients(growth: float | None, places: int, seeds: int) -> str:
     per = growth ** (1 / (places - 1))
     of = f"over {seeds} seeds" if seeds else "in this network alone"
     return (
-        f"measured {of}: gradients {kind} over the depth: their squares at the first place are {growth:.3g} times those "
-        f"at the last, {per:.3g} a block, {places} places"
+        f"measured {of}: gradients {kind} over the depth: their squares at the first place are {growth:.3g} times "
+        f"those at the last, {per:.3g} a block, {places} places"
     )
 
 

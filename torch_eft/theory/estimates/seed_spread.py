@@ -80,7 +80,9 @@ class SeedSpread:
     """The difference between networks at initialization, for one input, the mean over the inputs given.
 
     Args:
-        output: Standard deviation of an output over initializations, in the output's units: sqrt(K + G1 / n).
+        output: Standard deviation of an output over initializations, in the output's units: the root of K + G1 / n,
+            or of K e^{G1 / (n K)} where G1 < 0, the same to order 1/n, which stays positive (at K* = 0 it gives
+            1 - r/3 + r^2/18, the truth is r^2/15).
         output_kurtosis: Excess kurtosis of an output: 0 is Gaussian; 3 Var G / E[G]^2 for Gaussian weights and biases.
         output_variance: Relative standard deviation of G, the output's variance given the last hidden layer.
         ntk: Relative standard deviation of H_ii, the NTK of one output.
@@ -172,7 +174,7 @@ def seed_spread(ensemble: MLPEnsemble, x: Tensor | None = None) -> SeedSpread:
     epsilon = float(torch.where(alive, one.G / n / K.square(), 0.0).mean())
     kurtosis = torch.where(alive, ((3 * one.V + one.E_zzzz) / n + one.bias) / K.square(), 0.0)
     return SeedSpread(
-        output=math.sqrt(max(float((one.K + one.G1 / n).mean()), 0.0)),
+        output=math.sqrt(float(torch.where(one.G1 < 0, one.K * (one.G1 / n / K).exp(), one.K + one.G1 / n).mean())),
         output_kurtosis=float(kurtosis.mean()),
         output_variance=math.sqrt(max(epsilon, 0.0)),
         ntk=relative(one.A + H),
@@ -242,11 +244,15 @@ def _validity(ensemble: MLPEnsemble, exact: bool, ntk: float, epsilon: float) ->
     numbers = {"output_variance": epsilon, "ntk": ntk, "aspect_ratio": r}
     if exact:
         reason = "exact at these widths"
-        if max(ntk, epsilon) >= 1:
-            reason += "; but the spread is of order one: the law has a heavy tail, a few seeds will mostly show less"
+        if max(ntk, epsilon) >= TOO_DEEP:
+            reason += (
+                "; but the spread is of order one: the law has a heavy tail, and hundreds of seeds mostly show less"
+            )
+            return Validity("caution", reason, numbers)
         return Validity("valid", reason, numbers)
     size = f"order 1/n; relative variances: G {epsilon:.3g}, NTK {ntk:.3g}, r = {r:.3g}"
-    if max(ntk, epsilon, r) >= TOO_DEEP:
+    # Not by r: where memory of the first layers fades, corrections are of order 1/n at any depth.
+    if max(ntk, epsilon) >= TOO_DEEP:
         return Validity("invalid", f"{size}: not all small, so that these are of the right order at best", numbers)
     if max(ntk, epsilon) >= EDGE:
         return Validity("caution", f"{size}: expect errors of that relative size, mostly too low", numbers)

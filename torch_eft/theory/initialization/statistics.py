@@ -5,7 +5,7 @@ layer l, and the covariance of the dNTK, which multiplies its square (``recursio
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -186,6 +186,12 @@ def initial_statistics(
             read
         )
     validity = first_order_validity(ensemble, x) if wanted else infinite_width_validity(ensemble, x)
+    if not ensemble.gaussian:
+        laws = ", ".join(sorted({*ensemble.weight_law, *ensemble.bias_law} - {"gaussian"}))
+        remark = (
+            f"these take all weights and biases as Gaussian, here some are {laws}: seed_spread counts that, one input"
+        )
+        validity = replace(validity, reasons=(*validity.reasons, remark))
     return [
         LayerStatistics(
             layer,

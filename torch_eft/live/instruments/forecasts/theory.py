@@ -146,7 +146,8 @@ class TheoryInstrument(ForecastInstrument):
             kept = self._kept["ensemble"]
             if kept["activation"] != now.activation.name or list(kept["widths"]) != list(now.widths):
                 raise ValueError(f"it was {kept['activation']} with widths {kept['widths']}, the network is {now}")
-            return MLPEnsemble(now.widths, now.activation, C_b=kept["C_b"], C_W=kept["C_W"])
+            laws = {name: kept.get(name, "gaussian") for name in ("weight_law", "bias_law")}
+            return MLPEnsemble(now.widths, now.activation, C_b=kept["C_b"], C_W=kept["C_W"], **laws)
         except Exception as error:  # a corrupt state is corrupt in many ways
             self._kept = {
                 "ended": f"what the checkpoint says of the ensemble does not fit ({type(error).__name__}: {error})"
@@ -253,6 +254,8 @@ class TheoryInstrument(ForecastInstrument):
                 "activation": ensemble.activation.name,
                 "C_b": list(ensemble.C_b),
                 "C_W": list(ensemble.C_W),
+                "weight_law": list(ensemble.weight_law),
+                "bias_law": list(ensemble.bias_law),
             },
         }
 
