@@ -22,6 +22,7 @@ from torch_eft.diagnosis.measured.report import MeasuredDiagnosis
 from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
 from torch_eft.measure.forward.probe import OutputFn, Probe
 from torch_eft.results.choices import check_choice
+from torch_eft.results.progress.bar import working
 from torch_eft.theory.ensemble import MLPEnsemble
 
 __all__ = ["Diagnosis", "Finding", "LayerDiagnosis", "MeasuredDiagnosis", "Variant", "diagnose"]
@@ -87,7 +88,9 @@ def diagnose(
             if x is None:
                 raise NotAnMLPError(f"{error}. It can be measured instead: give inputs x") from error
             return measured_diagnosis(model_or_ensemble, x, str(error), output_fn, num_networks, initialize, step)
-        return derived_diagnosis(read, inputs, step)
+        with working("diagnosing the network"):
+            return derived_diagnosis(read, inputs, step)
     if inputs is not None and not isinstance(inputs, Tensor):
         raise ValueError(f"x: {type(inputs).__name__} given; an MLP takes one tensor, (N, n_0)")
-    return derived_diagnosis(model_or_ensemble, inputs, step)
+    with working("diagnosing the network"):
+        return derived_diagnosis(model_or_ensemble, inputs, step)

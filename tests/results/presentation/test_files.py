@@ -32,6 +32,8 @@ def same(first, second):
         return type(first) is type(second) and all(same(getattr(first, n), getattr(second, n)) for n in names)
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, tuple):
+        return len(first) == len(second) and all(map(same, first, second))
     return first == second
 
 
@@ -61,6 +63,15 @@ def test_a_history_comes_back(tmp_path):
     assert again == found and list(again) == [0, 7, 3, 9] and math.copysign(1, again[7]["b"]) == -1
     RunHistory().save(tmp_path / "none.npz")
     assert RunHistory.load(tmp_path / "none.npz") == {}
+
+
+def test_hidden_layers_and_seeds_come_back(tmp_path):
+    forecast = theory.predict_representation(ENSEMBLE, X, Y, X, learning_rate=0.1, steps=3)
+    forecast.save(tmp_path / "hidden.npz")
+    assert same(forecast, theory.RepresentationForecast.load(tmp_path / "hidden.npz"))
+    seeds = eft.measure.statistics_over_seeds(nn.Linear(3, 2), torch.ones(1, 3), num_networks=4)
+    seeds.save(tmp_path / "seeds.npz")
+    assert same(seeds, eft.measure.SeedStatistics.load(tmp_path / "seeds.npz"))
 
 
 def test_diagnoses_come_back(tmp_path):

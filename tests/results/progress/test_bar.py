@@ -106,6 +106,7 @@ def test_long_calls_of_the_package_have_bars(shown, monkeypatch):
     data, sgd, few = (x, y, x[:1]), {"learning_rate": 0.01, "steps": 3}, {"num_samples": 64}
     classes = (x, torch.tensor([0, 1, 1, 0, 1]), x[:1])
     calls = {
+        "diagnosing the network": lambda: eft.diagnose(eft.theory.MLPEnsemble([5, 16, 2], "tanh")),
         "predicting the training": lambda: eft.theory.predict_training(ensemble, *data, **sgd, **few),
         "predicting the training by draws": lambda: eft.theory.predict_training(
             ensemble, *classes, **sgd, loss="cross_entropy", order=0, num_draws=256

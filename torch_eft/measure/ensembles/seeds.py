@@ -41,7 +41,7 @@ from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jacobian.plan import checked_lambdas
-from torch_eft.results.presentation.repr import short_repr
+from torch_eft.results.presentation.result import Result
 from torch_eft.results.progress.bar import counted
 from torch_eft.theory.initialization.statistics import LayerStatistics
 
@@ -56,7 +56,7 @@ _NEEDS = {"H": "Theta A B D F", "dH": "P Q", "ddI": "R", "ddII": "S T U"}
 
 
 @dataclass(frozen=True, repr=False)
-class SeedStatistics:
+class SeedStatistics(Result):
     """Statistics measured over initializations, with standard errors.
 
     Args:
@@ -87,9 +87,6 @@ class SeedStatistics:
     outputs: int
     width: float
     width_source: str
-
-    def __repr__(self) -> str:
-        return short_repr(self)
 
     def compare(self, theory: LayerStatistics) -> dict[str, TheoryAgreement]:
         """Compare every measured statistic that the theory has too; K and Theta also give G1 and Theta1.

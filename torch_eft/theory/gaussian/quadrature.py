@@ -13,6 +13,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from torch_eft.results.progress.work import worked
+
 RELATIVE_ERROR = 1e-12
 """Bound on the error of a quadrature moment, relative to sqrt(<f_a^2> <f_b^2>)."""
 
@@ -52,6 +54,7 @@ def expectation(function: Callable[[Tensor], Tensor], K: Tensor, kinks: tuple[fl
     if kinks:
         return _between_kinks(function, deviation, kinks).reshape(K.shape)
     u, weight = resolved_grid([function], deviation, getattr(function, "__name__", "the integrand"))
+    worked(2 * deviation.numel() * u.numel())
     return (function(deviation * u) @ weight).reshape(K.shape)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torch_eft.results.presentation.repr import short_repr
+from torch_eft.results.presentation.result import Result
 from torch_eft.results.trajectory import Validity
 
 Representation = Literal["activations", "preactivations"]
@@ -14,7 +14,7 @@ Representation = Literal["activations", "preactivations"]
 
 
 @dataclass(frozen=True, repr=False)
-class HiddenLayerForecast:
+class HiddenLayerForecast(Result):
     """Hidden layer l on N_p probe points at T+1 times, means over initializations.
 
     Args:
@@ -51,9 +51,6 @@ class HiddenLayerForecast:
     ntk_change: Tensor | None
     error: dict[str, float]
 
-    def __repr__(self) -> str:
-        return short_repr(self)
-
     @property
     def relative_drift(self) -> float:
         """The largest ||kernel_change|| / ||kernel_mean|| over the times."""
@@ -77,7 +74,7 @@ class HiddenLayerForecast:
 
 
 @dataclass(frozen=True, repr=False)
-class RepresentationForecast:
+class RepresentationForecast(Result):
     """The predicted change of all hidden layers.
 
     Args:
@@ -102,6 +99,3 @@ class RepresentationForecast:
     observable: Representation
     provenance: str
     validity: Validity
-
-    def __repr__(self) -> str:
-        return short_repr(self)
