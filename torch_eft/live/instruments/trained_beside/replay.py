@@ -281,10 +281,13 @@ class ReplayInstrument(Instrument):
                 "Smooth activations (GELU, SiLU, tanh) have all orders."
             )
         if self._gauge is not None and not self._gauge <= LIMIT:
+            why = f"order 3 differs from order 2 by {self._gauge:.2g} of the change, and beyond {LIMIT:g} it was seen"
+            if self._gauge == math.inf:
+                why = "what the orders add does not fall by half from each to the next, and then it was seen"
             text += (
-                f" The latest forecast is hidden: order 3 differs from order 2 by {self._gauge:.2g} of the change, and "
-                f"beyond {LIMIT:g} it has been seen to say nothing; fewer steps or a smaller learning rate help."
+                f" The latest forecast is hidden: {why} to say nothing; fewer steps or a smaller learning rate help."
             )
+
         return text
 
     def state(self) -> dict[str, Any]:
@@ -293,10 +296,17 @@ class ReplayInstrument(Instrument):
 
 
 def _gauge(predicted: dict[int, Tensor]) -> float | None:
+    """|order 3 - order 2| / |order 3|; infinite where the orders do not fall by half at least; None without order 3."""
+    # Of orders that fall by a factor q each, what order 3 leaves out is q / (1 - q) times |order 3 - order 2|: inside
+    # the band up to q = 1/2.
     if 3 not in predicted:
         return None
-    size = predicted[3].norm()
-    return float((predicted[3] - predicted[2]).norm() / size) if size > 0 else 0.0
+    size, last, before = (
+        float(each.norm()) for each in (predicted[3], predicted[3] - predicted[2], predicted[2] - predicted[1])
+    )
+    if last == 0:
+        return 0.0
+    return last / size if size > 0 and last <= before / 2 else math.inf
 
 
 def _sizes(quantity: str, change: Tensor, predicted: dict[int, Tensor], scale: float) -> dict[str, float]:
