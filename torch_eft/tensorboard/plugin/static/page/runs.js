@@ -29,9 +29,14 @@ function facts(info) {
     ["parameters", info.parameters?.toLocaleString("en")],
     ["probe", known(info.probe) && `${info.probe[0]} inputs, ${info.probe[1]} outputs`],
     ["optimizer", info.optimizer],
-    ["level of theory", info.level],
   ];
   return rows.filter(([, value]) => value);
+}
+
+/** Where each forecast holds, with all its reasons. */
+function forecasts({ claims, validity, level }) {
+  const known = claims?.length ? claims : validity ? [{ level, ...validity }] : [];
+  return h("ul", { class: "claims" }, known.map((claim) => h("li", {}, `${claim.level}, ${claim.flag}: ${claim.reason}`)));
 }
 
 /** All that a run says about itself. */
@@ -43,7 +48,8 @@ export function runDetails(run, pages = {}) {
     { class: "details" },
     h("h2", {}, run.name),
     h("p", {}, badge(run.summary.regime), " ", run.summary.regime.reason),
-    h("p", {}, badge(run.summary.theory, "theory"), " ", run.problem || info.validity?.reason || run.summary.theory.reason),
+    h("p", {}, badge(run.summary.theory, "theory"), " ", run.problem || run.summary.theory.reason),
+    forecasts(info),
     h("dl", {}, facts(info).map(([name, value]) => [h("dt", {}, name), h("dd", {}, String(value))])),
     eventList(info.events ?? []),
     skipped.length > 0 &&
