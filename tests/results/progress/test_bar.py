@@ -98,37 +98,44 @@ def test_a_bar_ends_with_what_it_shows(shown):
     assert stream.getvalue() == "torch_eft: after, ~16 s\n"
 
 
-def test_long_calls_of_the_package_have_bars(shown, monkeypatch):
-    """Everything that a user calls and that may take more than two seconds."""
-    x, y = torch.eye(5, dtype=torch.float64), torch.ones(5, 2, dtype=torch.float64)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
-    ensemble = eft.theory.MLPEnsemble([5, 16, 2], "tanh")
-    data, sgd, few = (x, y, x[:1]), {"learning_rate": 0.01, "steps": 3}, {"num_samples": 64}
-    classes = (x, torch.tensor([0, 1, 1, 0, 1]), x[:1])
-    calls = {
-        "diagnosing the network": lambda: eft.diagnose(eft.theory.MLPEnsemble([5, 16, 2], "tanh")),
-        "predicting the training": lambda: eft.theory.predict_training(ensemble, *data, **sgd, **few),
-        "predicting the training by draws": lambda: eft.theory.predict_training(
-            ensemble, *classes, **sgd, loss="cross_entropy", order=0, num_draws=256
-        ),
-        "predicting hidden layers": lambda: eft.theory.predict_representation(ensemble, *data, **sgd, **few),
-        "predicting the drift": lambda: eft.theory.predict_drift(ensemble, *data, **sgd, **few),
-        "measuring dNTK and ddNTK along the path": lambda: eft.predict_from_network(model, *data, **sgd),
-        "forecasting networks": lambda: eft.predict_from_networks(
-            lambda: torch.nn.Linear(5, 2).double(), *data, **sgd, num_networks=4
-        ),
-        "measuring networks of other seeds": lambda: eft.measure.statistics_over_seeds(
-            model, x[:1], num_networks=4, statistics=("K",)
-        ),
-    }
+X, Y = torch.eye(5, dtype=torch.float64), torch.ones(5, 2, dtype=torch.float64)
+MODEL = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+CONVOLUTION = torch.nn.Sequential(torch.nn.Conv1d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4, 1))
+ENSEMBLE = eft.theory.MLPEnsemble([5, 16, 2], "tanh")
+DATA, SGD, FEW = (X, Y, X[:1]), {"learning_rate": 0.01, "steps": 3}, {"num_samples": 64}
+CLASSES = (X, torch.tensor([0, 1, 1, 0, 1]), X[:1])
+BY_DRAWS = {"loss": "cross_entropy", "order": 0, "num_draws": 256}
+
+LONG = [
+    ("predicting the training", lambda: eft.theory.predict_training(ENSEMBLE, *DATA, **SGD, **FEW)),
+    ("predicting hidden layers", lambda: eft.theory.predict_representation(ENSEMBLE, *DATA, **SGD, **FEW)),
+    ("predicting the drift", lambda: eft.theory.predict_drift(ENSEMBLE, *DATA, **SGD, **FEW)),
+    ("measuring dNTK and ddNTK along the path", lambda: eft.predict_from_network(MODEL, *DATA, **SGD)),
+    (
+        "forecasting networks",
+        lambda: eft.predict_from_networks(lambda: torch.nn.Linear(5, 2).double(), *DATA, **SGD, num_networks=4),
+    ),
+    (
+        "measuring networks of other seeds",
+        lambda: eft.measure.statistics_over_seeds(MODEL, X[:1], num_networks=4, statistics=("K",)),
+    ),
+    ("measuring networks of other seeds", lambda: eft.diagnose(CONVOLUTION, torch.randn(2, 1, 4), num_networks=3)),
+]
+SLOWER = [
+    ("diagnosing the network", lambda: eft.diagnose(ENSEMBLE)),
+    (
+        "predicting the training by draws",
+        lambda: eft.theory.predict_training(ENSEMBLE, *CLASSES, **SGD, **BY_DRAWS),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), [*LONG, *(pytest.param(*case, marks=pytest.mark.slow, id=case[0]) for case in SLOWER)]
+)
+def test_long_calls_of_the_package_have_bars(name, call, shown, monkeypatch):
+    """What a user calls and what may take more than two seconds says so, in one line outside of a terminal."""
     monkeypatch.setattr(bar, "SILENT", 0.0)
-    for name, call in calls.items():
-        stream = shown(terminal=False)
-        call()
-        assert stream.getvalue().startswith(f"torch_eft: {name}") and stream.getvalue().count("\n") == 1
-    convolution = torch.nn.Sequential(
-        torch.nn.Conv1d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4, 1)
-    )
     stream = shown(terminal=False)
-    eft.diagnose(convolution, torch.randn(2, 1, 4), num_networks=3)
-    assert stream.getvalue().startswith("torch_eft: measuring networks of other seeds")
+    call()
+    assert stream.getvalue().startswith(f"torch_eft: {name}") and stream.getvalue().count("\n") == 1

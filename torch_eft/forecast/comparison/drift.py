@@ -30,7 +30,7 @@ from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.seed_spread import seed_spread
 from torch_eft.theory.hierarchy.drift.joint import NetworkDraws
-from torch_eft.theory.hierarchy.drift.predict import predict_drift
+from torch_eft.theory.hierarchy.drift.predict import predict_drift, single_pairs_work
 
 NUM_DRAWS, NUM_GIVEN = 600, 200
 """Networks drawn of all seeds, and of those with this network's start; 5 % is right to 0.9 %, and to 1.5 %."""
@@ -246,8 +246,8 @@ def law_work(ensemble: MLPEnsemble, train: int, probe: int, seconds: float) -> f
 def _work(ensemble: MLPEnsemble, train: int, probe: int, points: int) -> float:
     """Labels of every layer, entries of the law of single pairs, those of the joint law, and its eigenvectors."""
     layers, modes = ensemble.depth - 1, points * (points + 1) // 2 * train
-    single = 0.44 + 0.22 * layers + 1.6e-3 * probe * train + 2.9e-6 * (probe * train) ** 2
-    return layers * (single + 4.5e-6 * points**4 * train**2) + 3e-10 * (1 + layers) * modes**3
+    joint = layers * 4.5e-6 * points**4 * train**2 + 3e-10 * (1 + layers) * modes**3
+    return single_pairs_work(ensemble, train, probe) + joint
 
 
 def _sizes(
