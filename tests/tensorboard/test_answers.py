@@ -85,6 +85,16 @@ def test_a_moving_run_off_theory():
     assert found["advice"][1] == "To be lazy: hidden widths x8 → drift about 6.2 %."
 
 
+def test_infinite_width_alone_is_no_success():
+    order_0 = {"level": "ensemble, order 0", "flag": "valid", "reason": "r is small"}
+    lines = {"measured": line(0.0, 0.1, 0.2), "order_0": line(0.0, 0.0, 0.0), "taylor_2": line(0.0, 0.1, 0.21)}
+    found = of({"level": "ensemble, order 0", "claims": [order_0]}, ntk_drift=lines)
+    assert found["theory"]["name"] == "order 0"
+    assert found["compared"]["words"] == "infinite width predicts no change of NTK and features"
+    assert found["compared"]["rows"] == [["NTK drift", "\N{MINUS SIGN}5 %", "beside the expansion about theta_0"]]
+    assert found["advice"] == ["To be lazy: hidden widths x4 → drift about 5.0 %."]
+
+
 def test_one_of_several_outside_is_named():
     found = of(ntk_drift=forecast(0.05, 0.03, 0.07), dntk=forecast(0.5, 0.1, 0.3, 1.0))
     assert found["compared"]["words"] == "inside the 90 % band; dNTK outside"

@@ -211,7 +211,7 @@ def theory(info: Mapping[str, Any], predicted: Collection[str] | None = None, di
         return Badge(BEYOND, "caution", f"the forecast does not hold: {reason}")
     tone: Tone = "good" if worst["flag"] == "valid" else "caution"
     if not any(claim["level"].endswith("order 1") for claim in made):
-        return Badge("order 0", "caution", f"infinite width alone, where NTK and features stand still: {reason}")
+        return Badge("order 0", "caution", "infinite width alone, where the NTK and the features stand still")
     missing = [] if predicted is None else [names for names in HEADLINES if not set(names) & set(predicted)]
     if len(missing) == len(HEADLINES):
         return Badge("to 1/n", "caution", f"of the outputs alone, none of the NTK's or the features' change: {reason}")

@@ -190,6 +190,8 @@ def _compared(verdicts: Mapping[str, Verdict], known: Mapping[str, Any], reach: 
         state, words = "none", reach.reason
     elif reach.name == BEYOND:
         state, words = "doubtful", reach.reason
+    elif reach.name == "order 0" and not banded:
+        state, words = "plain", "infinite width predicts no change of NTK and features"
     elif outside:
         inside = "inside the 90 % band; " if len(outside) < len(banded) else ""
         state, words = "outside", f"{inside}{', '.join(_LABELS[name] for name in outside)} outside"
@@ -249,7 +251,7 @@ def advice(
         found += _wider(info, drift, larger)
     if not found:
         return ["Nothing is measured yet."] if drift is None and badges["regime"].tone == "none" else []
-    if larger < EDGE and not outside and badges["theory"].name in ("to 1/n", "order 0"):
+    if larger < EDGE and not outside and badges["theory"].name == "to 1/n":
         found.insert(0, "Nothing is wrong.")
     return found
 
