@@ -100,7 +100,7 @@ OUTSIDE = {
     "another loss": (FULL | {"loss": F.l1_loss}, r"no usual multiple of the squared error"),
     "too large a learning rate": (
         FULL | {"optimizer": lambda p: torch.optim.SGD(p, lr=30.0)},
-        r"beyond the linear stability bound",
+        r"learning_rate: 30 given, beyond the linear stability bound",
     ),
 }
 

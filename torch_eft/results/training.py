@@ -1,7 +1,8 @@
 """One description of a training, taken by every forecast: loss, optimizer, batches, number of steps."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -16,6 +17,54 @@ Dynamics = Literal["gradient_descent", "gradient_flow"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Reduction = Literal["sum", "mean"]
 Schedule = Sequence[float] | Callable[[int], float]
+
+
+class UnstableError(ValueError):
+    """A learning rate beyond the linear stability bound.
+
+    Args:
+        rate: What was given.
+        bound: The bound, in the same unit.
+        found: Where the bound comes from.
+        unit: By which both were multiplied for the loss: the optimizer's are divided by it again.
+
+    Example:
+        >>> from torch_eft.results.training import UnstableError
+        >>> print(UnstableError(4.0, 0.5, "2 / lambda_max", unit=2.0))
+        learning_rate: 2 given, beyond the linear stability bound 0.25 (2 / lambda_max); give a smaller one
+    """
+
+    def __init__(self, rate: float, bound: float, found: str, unit: float = 1.0) -> None:
+        super().__init__(
+            f"learning_rate: {rate / unit:g} given, beyond the linear stability bound {bound / unit:.4g} ({found}); "
+            "give a smaller one"
+        )
+        self.rate, self.bound, self.found = rate, bound, found
+
+
+@contextmanager
+def stability_in_unit(unit: float) -> Iterator[None]:
+    """Say in the optimizer's unit that a learning rate is beyond the stability bound.
+
+    Args:
+        unit: eta of the theory over the optimizer's learning rate, as the loss has it.
+
+    Raises:
+        UnstableError: The same in that unit.
+
+    Example:
+        >>> from torch_eft.results.training import UnstableError, stability_in_unit
+        >>> try:
+        ...     with stability_in_unit(2.0):
+        ...         raise UnstableError(4.0, 0.5, "2 / lambda_max")
+        ... except UnstableError as error:
+        ...     print(error)
+        learning_rate: 2 given, beyond the linear stability bound 0.25 (2 / lambda_max); give a smaller one
+    """
+    try:
+        yield
+    except UnstableError as error:
+        raise UnstableError(error.rate, error.bound, error.found, unit) from None
 
 
 @dataclass(frozen=True, repr=False)
@@ -240,7 +289,7 @@ class Training:
             where: For the message: where the Hessian was taken.
 
         Raises:
-            ValueError: With the bound: 2 / lambda_max, 2 (1 + m) / lambda_max for the heavy ball and
+            UnstableError: With the bound: 2 / lambda_max, 2 (1 + m) / lambda_max for the heavy ball and
                 2 (1 + m) / ((1 + 2 m) lambda_max) for Nesterov's momentum.
         """
         rate = self.learning_rate if self.schedule is None else max(self.learning_rates, default=0.0)
@@ -252,10 +301,9 @@ class Training:
             if self.dampening:
                 formula = f"2 (1 + m) / ((1 - {self.dampening:g}) lambda_max)"
             formula += f", {'Nesterov ' * self.nesterov}momentum m = {m:g}"
-        raise ValueError(
-            f"learning_rate: {rate:g} given, beyond the linear stability bound {self.largest_stable / sharpness:.4g} "
-            f"({formula}, lambda_max = {sharpness:.4g} of the loss's Hessian {where}); give a smaller one"
-        )
+        bound = self.largest_stable / sharpness
+        found = f"{formula}, lambda_max = {sharpness:.4g} of the loss's Hessian {where}"
+        raise UnstableError(rate, bound, found)
 
     def describe(self) -> str:
         """Describe the training in one line."""

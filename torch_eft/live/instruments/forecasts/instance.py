@@ -18,7 +18,7 @@ from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.network.snapshot import Plan
 from torch_eft.measure.training_loss import recognize_loss
-from torch_eft.results.training import LossFunction, Training
+from torch_eft.results.training import LossFunction, Training, stability_in_unit
 
 _SMALL = 1_000_000
 """Parameters of a network whose operations are too small for several threads."""
@@ -26,13 +26,14 @@ _SMALL = 1_000_000
 
 @dataclass(frozen=True)
 class _Problem:
-    """A training that was recognized: the network at theta_0, inputs, targets as the loss takes them, its name."""
+    """A training that was recognized: theta_0, inputs, targets as the loss takes them, the loss, eta over lr."""
 
     theta_0: nn.Module
     x: Any
     y: Tensor
     training: Training
     loss: str
+    unit: float
 
 
 class InstanceInstrument(ForecastInstrument):
@@ -138,7 +139,7 @@ class InstanceInstrument(ForecastInstrument):
                 raise ValueError(refusal)
             with isolated(network) as own:
                 theta_0 = copy.deepcopy(own.shadow)
-        self._problem = _Problem(theta_0, x, loss.targets, training, loss.name)
+        self._problem = _Problem(theta_0, x, loss.targets, training, loss.name, loss.factor)
 
     def _forecast(self) -> dict[str, str]:
         assert self._seen is not None
@@ -147,7 +148,7 @@ class InstanceInstrument(ForecastInstrument):
         start, kept = self._seen.start, self._kept
         allowance = Allowance(self.seconds)
         small = sum(p.numel() for p in problem.theta_0.parameters()) < _SMALL
-        with ForecastBar(allowance), one_thread() if small else nullcontext():
+        with ForecastBar(allowance), one_thread() if small else nullcontext(), stability_in_unit(problem.unit):
             self._comparison = InstanceComparison(
                 problem.theta_0,
                 problem.x,

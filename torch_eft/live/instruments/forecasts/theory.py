@@ -22,7 +22,7 @@ from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Plan
 from torch_eft.measure.training_loss import recognize_squared_error
 from torch_eft.results.tags import tag
-from torch_eft.results.training import Training
+from torch_eft.results.training import Training, stability_in_unit
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import ActivationLike
 from torch_eft.theory.gaussian.quadrature import QuadratureError
@@ -176,7 +176,7 @@ class TheoryInstrument(ForecastInstrument):
         self._start = z
         momentum = f", momentum {options['momentum']:g}" if options["momentum"] else ""
         words = f"Full-batch gradient descent on squared error ({loss.name}), learning rate {rate:g}{momentum}."
-        self._problem = _Problem(x, loss.targets, training, words)
+        self._problem = _Problem(x, loss.targets, training, words, loss.rate_factor)
 
     def _forecast(self) -> dict[str, str]:
         assert self._seen is not None and self._ensemble is not None
@@ -187,7 +187,7 @@ class TheoryInstrument(ForecastInstrument):
         allowance = Allowance(self.seconds)
         if self.order == 1:
             allowance.plan({LAW: law_work(self._ensemble, len(x), len(probe), self.seconds)})
-        with ForecastBar(allowance), one_thread():
+        with ForecastBar(allowance), one_thread(), stability_in_unit(problem.unit):
             self._comparison = EnsembleComparison(
                 self._ensemble,
                 x.flatten(1),
@@ -340,12 +340,13 @@ class TheoryInstrument(ForecastInstrument):
 
 @dataclass(frozen=True)
 class _Problem:
-    """A training that was recognized: inputs, targets as the squared error takes them, and in words."""
+    """A training that was recognized: inputs, targets as the squared error takes them, in words, and eta over lr."""
 
     x: Tensor
     y: Tensor
     training: Training
     words: str
+    unit: float
 
 
 def _measured_page(start: TrainingStart, reason: str) -> str:
