@@ -144,6 +144,7 @@ def recognize_loss(
     output_fn: OutputFn | None = None,
     loss_function: LossFunction | None = None,
     as_trained: bool = False,
+    tolerance: float = LOSS_TOLERANCE,
 ) -> TrainingLoss:
     """Recognize the loss of a training step from its value and its gradient on one batch.
 
@@ -156,6 +157,7 @@ def recognize_loss(
         output_fn: Turns what the model returns into (N, C).
         loss_function: The loss as a function of outputs (N, C) and ``y``, if it is known: it is checked all the same.
         as_trained: Run the network in the modes in which it is (batch statistics); else in evaluation mode.
+        tolerance: Relative difference of value and gradient that is allowed: 0.02, say, for a step under autocast.
 
     Returns:
         The loss as a function.
@@ -173,7 +175,7 @@ def recognize_loss(
         >>> measure.recognize_loss(net, x, y, value.detach(), gradients).name
         'sum over samples and outputs'
     """
-    run = _Run(model, x, output_fn, as_trained)
+    run = _Run(model, x, output_fn, as_trained, tolerance)
     if loss_function is not None:
         _verify(run, y, loss, gradients, loss_function, "the loss that was given")
         return TrainingLoss("given", "the loss that was given", y, 1.0, loss_function)
@@ -226,12 +228,14 @@ class _Run:
         x: The inputs.
         output_fn: Turns what the model returns into (N, C).
         as_trained: Whether it runs in the modes in which the network is.
+        tolerance: Relative difference that is allowed.
     """
 
     model: Model
     x: Any
     output_fn: OutputFn | None
     as_trained: bool = False
+    tolerance: float = LOSS_TOLERANCE
 
     @contextmanager
     def outputs(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -249,8 +253,8 @@ def _squared_error_of(run: _Run, y: Any, loss: Tensor, gradients: Mapping[str, T
     with run.outputs() as (leaves, z):
         targets = _as_targets(y, z)
         total = (z - targets).square().sum()
-        c, name = _matching_constant(total.detach(), loss.detach().to(total), *z.shape)
-        _check_gradients(leaves, c * total, gradients, "squared error")
+        c, name = _matching_constant(total.detach(), loss.detach().to(total), len(z), z.shape[1], run.tolerance)
+        _check_gradients(leaves, c * total, gradients, "squared error", run.tolerance)
     return SquaredError(c, name, targets.detach())
 
 
@@ -263,12 +267,14 @@ def _verify(
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UnrecognizedLossError(f"{name} cannot be computed from these targets: {error}") from None
         own, given = float(value.detach()), float(loss)
-        if not abs(own - given) <= LOSS_TOLERANCE * abs(own):
+        if not abs(own - given) <= run.tolerance * abs(own):
             raise UnrecognizedLossError(f"the step's loss is {given:.6g}, {name} on the batch {own:.6g}")
-        _check_gradients(leaves, value, gradients, name)
+        _check_gradients(leaves, value, gradients, name, run.tolerance)
 
 
-def _check_gradients(leaves: Mapping[str, Tensor], value: Tensor, gradients: Mapping[str, Tensor], name: str) -> None:
+def _check_gradients(
+    leaves: Mapping[str, Tensor], value: Tensor, gradients: Mapping[str, Tensor], name: str, tolerance: float
+) -> None:
     """Compare the gradients of a step with those of the loss ``value``, called ``name``."""
     own = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
     mine = dict(zip(leaves, own, strict=True))
@@ -277,7 +283,7 @@ def _check_gradients(leaves: Mapping[str, Tensor], value: Tensor, gradients: Map
         raise UnrecognizedLossError(f"the step has no gradient for {missing[0]!r}")
     differences = [(gradients[key].to(g) - g).norm() for key, g in mine.items() if key in gradients]
     relative = float(torch.stack(differences).norm() / torch.stack([g.norm() for g in mine.values()]).norm())
-    if not relative <= LOSS_TOLERANCE:
+    if not relative <= tolerance:
         raise UnrecognizedLossError(
             f"the step's gradient differs from that of {name} on the batch by {relative:.2g} (dropout, batch "
             "statistics, augmentation, another loss term or reduced precision)"
@@ -297,7 +303,7 @@ def _as_targets(y: Any, z: Tensor) -> Tensor:
     raise UnrecognizedLossError(f"targets {given} cannot be laid beside outputs of shape {tuple(z.shape)}")
 
 
-def _matching_constant(total: Tensor, loss: Tensor, count: int, channels: int) -> tuple[float, str]:
+def _matching_constant(total: Tensor, loss: Tensor, count: int, channels: int, tolerance: float) -> tuple[float, str]:
     constants = [
         (1 / (count * channels), "mean over samples and outputs (torch's MSELoss)"),
         (1 / 2, "half the sum (PDLT)"),
@@ -308,7 +314,7 @@ def _matching_constant(total: Tensor, loss: Tensor, count: int, channels: int) -
     ]
     value = float(loss)
     for c, name in constants:
-        if abs(value - c * float(total)) <= LOSS_TOLERANCE * c * float(total):
+        if abs(value - c * float(total)) <= tolerance * c * float(total):
             return c, name
     raise UnrecognizedLossError(
         f"the step's loss, {value:.6g}, is no usual multiple of the squared error on the batch, {float(total):.6g}"

@@ -24,6 +24,10 @@ TOLERANCE = 0.1
 """Share of a step by which the network's own may differ from its copy's: reduced precision rounds gradients at 1e-2."""
 
 
+PRECISION = 0.02
+"""Relative rounding of the loss and its gradient that is allowed: under autocast, bfloat16 rounds at 0.004."""
+
+
 class SeedsInstrument(Instrument):
     """Lowest, median and highest of networks drawn anew, for the NTK drift and the representation change.
 
@@ -192,6 +196,7 @@ class SeedsInstrument(Instrument):
             output_fn=output_fn,
             loss_function=self.loss_function,
             as_trained=True,
+            tolerance=PRECISION,
         )
         self._last_loss = None
         self._seeds = TrainedSeeds(
@@ -221,7 +226,7 @@ class SeedsInstrument(Instrument):
             f"its optimizer on the same batches (loss: {self._loss.name}). The charts of NTK drift and representation "
             "change show the lowest, the median and the highest of them; another seed lies between the lowest and the "
             f"highest with probability {M - 1}/{M + 1}, whatever the distribution. They take "
-            f"{memory(self._start.model, 2 * M)}, and their optimizers' states."
+            f"{memory(self._start.model, 2 * M)}, and their optimizers' states; autocast is off in them."
         )
 
     def _stopped(self, step: int, reason: str, *, as_asked: bool = False) -> Reading:
