@@ -60,4 +60,3 @@ if __name__ == "__main__":
     for step, scalars in monitor.history.items():
         drift, change = scalars["eft/ntk_drift/measured"], scalars["eft/representation_change/measured"]
         print(f"step {step:4}: NTK drift {drift:.3f}, representation change {change:.3f}")
-    print(monitor.overhead())

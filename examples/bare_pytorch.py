@@ -46,4 +46,3 @@ if __name__ == "__main__":
         drift, output = scalars["eft/ntk_drift/measured"], scalars["eft/output_projection/measured"]
         theory = scalars["eft-theory/output_projection/order_0"]
         print(f"step {step:4}: NTK drift {drift:.3f}, output {output:.3f}, at infinite width {theory:.3f}")
-    print(observer.overhead())

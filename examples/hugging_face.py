@@ -55,4 +55,3 @@ if __name__ == "__main__":
     for step, scalars in callback.history.items():
         if "eft/ntk_drift/measured" in scalars:
             print(f"step {step:4}: the NTK has changed by {scalars['eft/ntk_drift/measured']:.3f}")
-    print(callback.overhead())

@@ -1,5 +1,7 @@
 """The probe "first_batch:N": what the network is fed, read without a trace."""
 
+import warnings
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from tests.callbacks.trainings import Training, dataset, digest, plain_sgd, simple_mlp
 from torch_eft.callbacks import EFTMonitor
+from torch_eft.callbacks.training_data import full_batch
 from torch_eft.live import MeasurementWarning
 
 X = dataset().tensors[0]
@@ -135,3 +138,55 @@ def test_batches_without_inputs_cost_the_measurements_not_the_training(module, d
     with pytest.warns(MeasurementWarning, match=f"measures nothing of this training.*{reason}"):
         trainer, _ = fit(lambda: module(simple_mlp(), plain_sgd), watching, data())
     assert trainer.global_step == 2 * len(list(data())) and watching.history == {}
+
+
+class Listed(torch.utils.data.Dataset):
+    """May return anything."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        return tuple(tensor[index] for tensor in dataset().tensors)
+
+
+class Scaled(Training):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch
+
+
+@pytest.mark.parametrize(
+    ("loader", "module", "options", "expected"),
+    [
+        (lambda: DataLoader(dataset(), batch_size=24, shuffle=True), Training, {}, True),
+        (lambda: DataLoader(dataset(), batch_size=100), Training, {}, True),
+        (lambda: DataLoader(torch.utils.data.Subset(dataset(), range(9)), batch_size=9), Training, {}, True),
+        (lambda: DataLoader(dataset(), batch_size=8), Training, {}, False),
+        (lambda: DataLoader(dataset(), batch_size=16, drop_last=True), Training, {}, False),
+        (lambda: DataLoader(dataset(), batch_size=8, shuffle=True), Training, {"limit_train_batches": 1}, False),
+        (lambda: DataLoader(dataset(), batch_size=8), Training, {"overfit_batches": 1}, False),
+        (lambda: DataLoader(Listed(), batch_size=24), Training, {}, False),  # two batches show it
+        (lambda: DataLoader(dataset(), batch_size=24), Scaled, {}, False),
+    ],
+)
+def test_full_batches_are_known_from_tensors_in_one_batch(loader, module, options, expected):
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append(full_batch(trainer, pl_module))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            max_epochs=1,
+            callbacks=[Look()],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            accelerator="cpu",
+            **options,
+        )
+        trainer.fit(module(simple_mlp(), plain_sgd), loader())
+    assert seen == [expected]

@@ -190,7 +190,6 @@ def run_demo(width: int, depth: int, activation: str, steps: int, logdir: str | 
 
     print(f"\n{comparison_table(monitor)}\n")
     print(validity_lines(monitor))
-    print(monitor.overhead())
     picture = Path(logger.log_dir) / "measured_against_theory.png"
     title = f"{ensemble}, {len(x_train)} digits, full batch"
     compared = compared_quantities(monitor.history)

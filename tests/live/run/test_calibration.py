@@ -233,3 +233,45 @@ def test_large_batches_are_kept_in_part():
     observer.begin()
     observer.observe_batch((x, x[:, :2]))
     assert torch.equal(observer.reference.calibration.kept[0], x[:32])  # 8 MiB
+
+
+@pytest.mark.parametrize("shift", [0.0, 300.0])
+def test_of_several_forwards_before_a_step_the_others_may_be_of_other_samples(shift):
+    """Gradient accumulation, of which the loop shows the first batch: few samples, each with an offset of its own."""
+    generator = torch.Generator().manual_seed(10)
+    shown = [(x + 4 * torch.randn(4, 1, 1, 1, generator=generator), y) for x, y in batches(4, rows=4)]
+    observer, model = observer_of(), resnet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    observer.begin(model=model, optimizers=[optimizer])
+    observer.observe_batch((shown[0][0] + shift, shown[0][1]))
+    for x, y in shown:
+        (model(x) - y).square().mean().backward()
+    observer.before_step()
+    optimizer.step()
+    observer.measure(1)
+    refusal = observer.reference.calibration.refusal
+    assert "not what training feeds the network" in refusal if shift else refusal is None
+
+
+def test_theta_0_is_logged_again_once():
+    logged, observer = [], observer_of()
+    record = observer.recorder.record
+    observer.recorder.record = lambda step, *rest: logged.append(step) or record(step, *rest)
+    trained(resnet(), batches(6), 6, observer)
+    assert logged == [0, 1, 2, 3, 0, 4, 5, 6]
+    logged.clear()
+    short = observer_of()
+    record = short.recorder.record
+    short.recorder.record = lambda step, *rest: logged.append(step) or record(step, *rest)
+    trained(resnet(), batches(2), 2, short)
+    short.finish()
+    assert logged == [0, 1, 2, 0]
+
+
+def test_a_large_network_is_not_copied_for_a_few_steps(monkeypatch):
+    monkeypatch.setattr("torch_eft.live.run.calibration.too_many", lambda network: "9 million parameters")
+    observer = observer_of()
+    trained(resnet(), batches(2), 2, observer)
+    calibration = observer.reference.calibration
+    assert calibration._theta_0 is None and not calibration.kept
+    assert "inputs of the probe at the parameters of the moment: 9 million parameters" in calibration.sentence(3)
