@@ -48,7 +48,7 @@ def main(epochs: int = 5) -> EFTMonitor:
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     y = torch.tensor(digits.target)
     loader = DataLoader(TensorDataset(x[16:], y[16:]), batch_size=64, shuffle=True)
-    monitor = EFTMonitor(probe=x[:16], budget=None)  # <- the line; no limit on its time, as the training takes seconds
+    monitor = EFTMonitor(probe=x[:16])  # <- the line
     trainer = L.Trainer(max_epochs=epochs, callbacks=[monitor], enable_checkpointing=False, log_every_n_steps=10)
     trainer.fit(Classifier(), loader)
     return monitor

@@ -23,7 +23,7 @@ def test_attaching_to_an_ordinary_training(tmp_path, monkeypatch):
         warnings.filterwarnings("ignore", module="lightning")
         monitor = main(epochs=1)
     assert "not an MLP" in monitor.validity.reason
-    assert list(monitor.history) == [0, 28]
+    assert len(monitor.history) >= 13 and {0, 1, 28} <= set(monitor.history)
     assert monitor.history[28]["eft/ntk_drift/measured"] > 0.01
     assert not monitor.skipped
 

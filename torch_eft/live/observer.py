@@ -91,7 +91,7 @@ class Observer:
         on_error: ``"warn"`` or ``"raise"``.
         sinks: More places where results go.
         name: Name in warnings.
-        say: Prints a sentence (validity, cost); None: the logger ``torch_eft`` does.
+        say: Prints a line of what a terminal shows; None: stderr, above progress bars (logger ``torch_eft.terminal``).
 
     Attributes:
         reference: theta_0.
