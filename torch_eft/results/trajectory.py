@@ -249,7 +249,8 @@ def trajectory_figure(trajectories: Mapping[str, Trajectory], point: int = 0, ou
         output: Index of its output, 0 .. C - 1.
 
     Returns:
-        Two panels: z_{output; point}(t), and ||H(t) - H(0)||_F / ||H(0)||_F of the mean NTK where it is known.
+        Two panels: z_{output; point}(t), and ||H(t) - H(0)||_F / ||H(0)||_F where it is known; of ensembles that of the
+        mean NTK, which moves less than most networks' own.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -287,6 +288,8 @@ def trajectory_figure(trajectories: Mapping[str, Trajectory], point: int = 0, ou
             drift, start = trajectory.ntk_change.flatten(1).double(), trajectory.ntk_mean[0].double()
             drifts.plot(steps, (drift.norm(dim=1) / start.norm()).cpu().numpy(), lw=2.5, color=line.get_color())
     label_steps(outputs, f"output {output} at probe point {point}")
-    label_steps(drifts, "NTK drift")
+    ensembles = [one for one in trajectories.values() if one.output_covariance is not None]
+    of_means = any(bool(one.output_covariance.any()) for one in ensembles)
+    label_steps(drifts, "drift of the mean NTK" if of_means else "NTK drift")
     outputs.legend(fontsize=13, frameon=False)
     return drawing

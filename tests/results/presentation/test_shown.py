@@ -39,10 +39,20 @@ def test_a_history_is_drawn_from_its_first_quantities():
         RunHistory().plot()
 
 
+def test_the_mean_ntk_of_an_ensemble_is_called_so():
+    x, y = torch.eye(2, 3).double(), torch.ones(2, 1).double()
+    ensemble = theory.MLPEnsemble([3, 64, 64, 1], "linear")
+    forecast = theory.predict_training(ensemble, x, y, x, learning_rate=0.1, steps=2, order=0)
+    assert forecast.plot().axes[1].get_title() == "drift of the mean NTK"
+    assert RUN.plot().axes[1].get_title() == "NTK drift"
+
+
 def test_a_forecast_of_the_drift_is_drawn():
     x, y = torch.eye(2, 3), torch.ones(2, 1)
     forecast = theory.predict_drift(theory.MLPEnsemble([3, 64, 64, 1], "linear"), x, y, x, learning_rate=0.1, steps=4)
     (axes,) = forecast.plot().axes
+    text = repr(forecast)
+    assert len(text) < 1200 and f"ntk: {100 * float(forecast.ntk.relative_rms[-1]):.3g} % by the last step" in text
     labels = [line.get_label() for line in axes.lines]
     assert labels == ["NTK", "hidden kernel 1", "hidden kernel 2"]
     assert axes.lines[0].get_ydata() == pytest.approx(forecast.ntk.relative_rms.tolist())

@@ -40,7 +40,7 @@ class Representation:
         >>> Representation({"1": torch.eye(3)}, {"1": 8})
         Representation(
           K: {1: (3, 3) float32}
-          widths: {'1': 8}
+          widths: {1: 8}
         )
     """
 

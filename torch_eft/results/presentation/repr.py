@@ -27,7 +27,7 @@ def _value(value: Any) -> str:
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, Mapping) and value and any(hasattr(part, "shape") for part in value.values()):
+    if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_value(part)}" for key, part in value.items()) + "}"
     if isinstance(value, tuple | list) and value and any(hasattr(part, "shape") for part in value):
         return f"{len(value)} of {_value(value[0])}"

@@ -41,6 +41,9 @@ class KernelDrift(Result):
     mean: Tensor
     variance: Tensor
 
+    def __str__(self) -> str:
+        return f"{100 * float(self.relative_rms[-1]):.3g} % by the last step (rms over networks)"
+
     @property
     def relative_rms(self) -> Tensor:
         """Root mean square of ||g(t) - g(0)||_F over ||g||_F at infinite width, (T+1,)."""
@@ -101,6 +104,9 @@ class ContractedSize(Result):
 
     rms: Tensor
     rms_full: Tensor
+
+    def __str__(self) -> str:
+        return f"up to {float(self.rms.nan_to_num().max()):.3g} (rms over networks)"
 
 
 @dataclass(frozen=True, repr=False)
