@@ -120,6 +120,15 @@ def test_too_deep_and_too_chaotic():
     assert any("hidden widths times" in sentence for sentence in diagnosis.advice)
 
 
+def test_inputs_that_hardly_differ_are_not_laid_to_the_network():
+    x = 1 + 1e-3 * torch.randn(16, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    diagnosis = eft.diagnose(MLPEnsemble([8, 100, 1], "relu", C_W=2.0), x)
+    (finding,) = [each for each in diagnosis.warnings if each.code != "edge"]
+    assert (finding.code, finding.line) == ("inputs", "x = x - x.mean(0)")
+    assert diagnosis.verdict.startswith("inputs hardly differ")
+    assert eft.diagnose(MLPEnsemble([8, 100, 1], "relu", C_W=2.0), torch.ones(3, 8)).warnings == ()
+
+
 def test_advice_on_widths_names_the_narrow_layer_and_holds():
     """The widths that it writes, diagnosed in turn, need no such advice."""
     for ensemble in (

@@ -21,6 +21,7 @@ Code = Literal[
     "frozen layer",
     "signal",
     "learning rate",
+    "inputs",
     "nothing trains",
 ]
 

@@ -79,6 +79,14 @@ def test_laws_are_checked_and_kept():
         MLPEnsemble([3, 8, 1], "tanh", weight_law=["uniform"] * 3)
 
 
+def test_epsilon_over_many_inputs_is_a_mean_over_quantiles():
+    ensemble = default([3, 20, 20, 1], "tanh")
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    each = [output_fluctuation(ensemble, row[None]) for row in x[::10]]
+    spread = float(torch.tensor(each).std()) / len(each) ** 0.5
+    assert abs(output_fluctuation(ensemble, x) - sum(each) / len(each)) < 4 * spread
+
+
 def test_statistics_of_several_inputs_say_that_they_are_gaussian():
     x = torch.eye(2, dtype=torch.float64)
     for law, said in (("uniform", True), ("gaussian", False)):

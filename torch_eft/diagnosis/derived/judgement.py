@@ -88,6 +88,8 @@ def derived_verdict(facts: Facts, findings: tuple[Finding, ...]) -> str:
         return "nothing trains: no parameter has a learning rate"
     if "gradients vanish" in codes and facts.plateau is not None:
         return f"gradients vanish: {plateau_words(facts.plateau)}"
+    if "inputs" in codes and facts.plateau is not None:
+        return f"inputs hardly differ: {plateau_words(facts.plateau)}"
     if "gradients explode" in codes:
         return f"gradients explode with depth; {seeds}"
     if "too deep" in codes:
@@ -120,6 +122,12 @@ def _initialize(facts: Facts) -> tuple[str, str]:
 def _plateau(facts: Facts) -> Finding | None:
     if not facts.suffers or facts.plateau is None:
         return None
+    if facts.plateau_critical is not None and plateau_steps(facts.plateau_critical) > PLATEAU:
+        message = (
+            f"these inputs hardly differ: at critical initialization, too, {plateau_words(facts.plateau_critical)}, at "
+            "a quarter of the largest stable rate"
+        )
+        return Finding("inputs", message, "subtract the mean of the inputs", "x = x - x.mean(0)")
     words, line = _initialize(facts)
     if facts.plateau_critical is not None and line:
         steps = plateau_steps(facts.plateau_critical)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_eft.diagnosis.derived.rates import Step, in_units, learning_rate_finding, stability
 from torch_eft.diagnosis.findings import (
@@ -92,7 +92,8 @@ def measured_diagnosis(
         found = reinitialized_networks(network, few, statistics_of=probe if norms else None, **options)
         if found.ntk_refusal is None:
             kernels = ntk(normed, few, trace=True, per="layer")
-            plateau = kernel_plateau(torch.stack([H.double() for H in kernels.values()]).sum(0))
+            equal = all(bool((leaf == leaf[:1]).all()) for leaf in tree_leaves(few) if isinstance(leaf, Tensor))
+            plateau = None if equal else kernel_plateau(torch.stack([H.double() for H in kernels.values()]).sum(0))
             parts = {name: float(H.diagonal().mean()) for name, H in kernels.items()}
             total = sum(parts.values())
             shares = {name: part / total for name, part in parts.items()} if total > 0 else {}

@@ -39,7 +39,8 @@ def plateau_ratio(ensemble: MLPEnsemble, x: Tensor | None = None) -> float | Non
 
     Args:
         ensemble: The ensemble with its learning-rate tensor.
-        x: Training inputs, (N, n_0), of which the first 64 count; None or a single one takes isotropic inputs.
+        x: Training inputs, (N, n_0), of which the first 64 count; None, a single one or equal ones take isotropic
+            inputs.
 
     Returns:
         1 .. 1e8, at most; None where nothing trains or no quadrature resolves the kernel.
@@ -51,7 +52,7 @@ def plateau_ratio(ensemble: MLPEnsemble, x: Tensor | None = None) -> float | Non
         True
     """
     try:
-        if x is not None and len(x) > 1:
+        if x is not None and len(x) > 1 and not bool((x == x[0]).all()):
             return _of_data(ensemble, x[:_INPUTS].to(torch.float64))
         return _isotropic(ensemble)
     except QuadratureError:

@@ -28,6 +28,9 @@ from torch_eft.theory.signal_propagation.preactivations import (
     next_preactivations,
 )
 
+_QUANTILES = 64
+"""Inputs, by size, over which epsilon is averaged where biases are not Gaussian."""
+
 EDGE, TOO_DEEP = 0.2, 1.0
 """The regimes' borders in max(r, epsilon): where corrections become large, and where the expansion is useless."""
 
@@ -50,6 +53,10 @@ def output_fluctuation(ensemble: MLPEnsemble, x: Tensor | None = None) -> float:
     size, quartic = input_moments(ensemble, x)
     if not EXCESS_KURTOSIS[ensemble.weight_law[0]]:
         size = quartic = size.unique()  # only sizes count
+    if not ensemble.gaussian and len(size) > _QUANTILES:  # every input takes the nodes of the biases
+        middle = (torch.arange(_QUANTILES, device=size.device) * 2 + 1) * len(size) // (2 * _QUANTILES)
+        order = size.argsort()[middle]
+        size, quartic = size[order], quartic[order]
     z = first_preactivations(ensemble, size, quartic)
     V = -2 * haar_share(ensemble, 1) * (ensemble.C_W[0] * size) ** 2
     for layer in range(2, ensemble.depth + 1):
