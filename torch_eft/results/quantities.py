@@ -199,7 +199,7 @@ QUANTITIES: dict[str, Quantity] = {
         INTERVALS,
     ),
     "replay_output": Quantity(
-        "Outputs: their change over a few steps, and Taylor models trained for the same steps",
+        "Outputs: change over the next steps",
         "||z' - z|| / sqrt(N C) over T steps; order k: of the Taylor model of order k about the start, trained by a "
         "copy of the optimizer on the same batches (1: frozen NTK; 2: with dNTK; 3: with dNTK and ddNTK); band: "
         "order 3 +- ||order 3 - order 2||",
@@ -209,7 +209,7 @@ QUANTITIES: dict[str, Quantity] = {
         INTERVALS,
     ),
     "replay_output_error": Quantity(
-        "Outputs: error of the Taylor models' change over a few steps",
+        "Outputs: error of that change, by order",
         "||(z_k' - z) - (z' - z)|| / ||z' - z||, z_k' of the Taylor model of order k; 1: as bad as nothing predicted",
         "1",
         "derived here, from PDLT chapter infinity",
@@ -217,7 +217,7 @@ QUANTITIES: dict[str, Quantity] = {
         INTERVALS,
     ),
     "replay_ntk": Quantity(
-        "NTK: its change over a few steps, and by dNTK and ddNTK at the forecast displacement",
+        "NTK: change over the next steps",
         "||H' - H|| / ||H|| over T steps; order 1: 0; order 2: by dNTK, order 3: by dNTK and ddNTK, at the "
         "displacement of the Taylor model of order 3; band: order 3 +- ||order 3 - order 2||",
         "1",
@@ -226,7 +226,7 @@ QUANTITIES: dict[str, Quantity] = {
         INTERVALS,
     ),
     "replay_ntk_error": Quantity(
-        "NTK: error of its predicted change over a few steps",
+        "NTK: error of that change, by order",
         "||predicted - (H' - H)|| / ||H' - H||; order 1 predicts no change: 1",
         "1",
         "derived here, from PDLT chapter infinity",

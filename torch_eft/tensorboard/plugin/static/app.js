@@ -2,7 +2,7 @@
 
 import { h } from "./charts/dom.js";
 import { currentTheme, onThemeChange, runStyle } from "./charts/theme.js";
-import { hasTheory, readQuantity } from "./data/model.js";
+import { hasTheory, namedSeries, readQuantity } from "./data/model.js";
 import { loadSettings, saveSettings } from "./data/settings.js";
 import { FirstScreen } from "./first/screen.js";
 import { Detail, openDialog } from "./page/detail.js";
@@ -132,7 +132,7 @@ export class App {
     const explained = this.shownRuns().flatMap(({ info }) => Object.keys(info?.quantities ?? {}));
     const ordered = [...new Set([...explained, ...[...present].sort()])].filter((name) => present.has(name));
     if (this.settings.only === "all") return ordered;
-    return ordered.filter((name) => Object.values(this.data).some((series) => series[name] && hasTheory(readQuantity(series[name]))));
+    return ordered.filter((name) => Object.values(this.data).some((series) => series[name] && hasTheory(readQuantity(namedSeries(name, series[name])))));
   }
 
   /** Of each headline's quantities, the first one that is predicted; else the first one there is, or what bounds it. */

@@ -5,7 +5,8 @@
 // "band_68_low" .. "band_90_high", quantiles over initializations around the median, which order_1 then is;
 // "given_start" with its _low and _high, the same for networks that start with this network's outputs; "quantile", the
 // share of networks below the measured value; "taylor_1", "taylor_2", expansions along the realized path, which may end
-// early; "truncation", the estimated size of the next order; "layer/NAME", measured, a part: a layer, or a Taylor term;
+// early; "seeds_low" .. "seeds_high", of networks trained beside this one; "truncation_low", "truncation_high", what
+// Taylor models that were trained for a few steps leave out; "truncation", the estimated size of the next order; "layer/NAME", measured, a part: a layer, or a Taylor term;
 // "layer-theory/NAME/SERIES", what is predicted of it.
 
 import { extent } from "./scale.js";
@@ -13,7 +14,7 @@ import { extent } from "./scale.js";
 // Those that are no curve of their own: they are drawn around others, or follow from them.
 const AROUND = [
   "minus_sigma", "plus_sigma", "truncation", "z_score", "ratio", "quantile", "given_start_low", "given_start_high",
-  "band_68_low", "band_68_high", "band_90_low", "band_90_high",
+  "band_68_low", "band_68_high", "band_90_low", "band_90_high", "seeds_low", "seeds_high", "truncation_low", "truncation_high",
 ];
 const LAYER = "layer/";
 const LAYER_THEORY = "layer-theory/";
@@ -61,6 +62,8 @@ export function readQuantity(raw) {
     band90,
     band68: between(raw.band_68_low, raw.band_68_high),
     given: between(raw.given_start_low, raw.given_start_high),
+    seeds: between(raw.seeds_low, raw.seeds_high),
+    replay: between(raw.truncation_low, raw.truncation_high),
     quantile: (raw.quantile ?? []).filter(([step]) => !flat.has(step)),
     truncation: (best ? raw[best] : [])
       .filter(([step, value]) => value !== null && Number.isFinite(size.get(step)))
@@ -69,13 +72,19 @@ export function readQuantity(raw) {
   };
 }
 
+/** Series of a quantity under names that say what they are: the orders of replays are those of Taylor models. */
+export function namedSeries(quantity, raw) {
+  if (!quantity.startsWith("replay_")) return raw;
+  return Object.fromEntries(Object.entries(raw).map(([series, points]) => [series.replace(/^order_/, "taylor_model_"), points]));
+}
+
 /** An expansion along the realized path. */
 export function isExpansion(series) {
-  return series.startsWith("taylor_");
+  return /^taylor_\d$/.test(series);
 }
 
 export function hasTheory(quantity) {
-  return quantity.orders.length > 0 || quantity.others.some(({ series }) => isExpansion(series));
+  return quantity.orders.length > 0 || quantity.others.some(({ series }) => series.startsWith("taylor_"));
 }
 
 /** All values are 0: what is measured is then the whole deviation, and needs no second chart. */
@@ -95,7 +104,7 @@ export function valuesAt(quantity, step) {
     const found = range(points);
     return found ? (found[1] - found[0]) / 2 : null;
   };
-  const ranges = { "68 % of networks": quantity.band68, "90 % of networks": quantity.band90, "90 %, given its start": quantity.given };
+  const ranges = { "68 % of networks": quantity.band68, "90 % of networks": quantity.band90, "90 %, given its start": quantity.given, "other seeds, measured": quantity.seeds, "order 3 ± what order 2 lacks": quantity.replay };
   return {
     measured: at(quantity.measured),
     orders: named(quantity.orders),

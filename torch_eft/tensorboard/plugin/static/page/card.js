@@ -6,8 +6,8 @@ import { number, shortName, signed } from "../data/format.js";
 
 /** The last value of a single run, and its residual; marked where it is outside two standard deviations, or 90 %. */
 function latest(panel) {
-  const { measured, orders, layers } = panel.runs[0].quantity;
-  const shown = measured.length ? { points: measured } : (orders.at(-1) ?? layers.at(-1));
+  const { measured, orders, layers, others } = panel.runs[0].quantity;
+  const shown = measured.length ? { points: measured } : (orders.at(-1) ?? layers.at(-1) ?? others.at(-1));
   const name = shown.series ? `${shortName(shown.series)}: ` : "";
   const last = panel.residual?.lines.at(-1)?.points.at(-1)?.[1];
   const share = panel.residual?.kind === "quantile";

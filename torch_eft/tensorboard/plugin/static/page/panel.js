@@ -5,9 +5,9 @@
 
 import { runStyle } from "../charts/theme.js";
 import { seriesName } from "../data/format.js";
-import { RESIDUALS, isExpansion, readQuantity, residual, residualKind, vanishes } from "../data/model.js";
+import { RESIDUALS, isExpansion, namedSeries, readQuantity, residual, residualKind, vanishes } from "../data/model.js";
 
-const DASHES = { order_0: "1.5 3", order_1: "6 3", truncation: "1 4", given_start: "4 3", given: "1 3", taylor_1: "2 3", taylor_2: "7 2 2 2" };
+const DASHES = { order_0: "1.5 3", order_1: "6 3", truncation: "1 4", given_start: "4 3", given: "1 3", taylor_1: "2 3", taylor_2: "7 2 2 2", taylor_model_1: "1.5 3", taylor_model_2: "3 2", taylor_model_3: "6 3", seeds_median: "2 2" };
 const PARTS = [null, "7 2", "2 2", "7 2 2 2"];
 
 /** The dash pattern of a series; null is a solid line. */
@@ -18,16 +18,18 @@ function dashOf(series) {
 /** The color of a series where it is the only run. */
 function seriesColor(theme, series) {
   if (isExpansion(series)) return theme.expanded;
-  return { measured: theme.measured, order_0: theme.order0, order_1: theme.order1, truncation: theme.order1 }[series] ?? theme.extra;
+  const own = { measured: theme.measured, order_0: theme.order0, order_1: theme.order1, truncation: theme.order1 };
+  const replay = { taylor_model_1: theme.order0, taylor_model_2: theme.expanded, taylor_model_3: theme.order1 };
+  return { ...own, ...replay }[series] ?? theme.extra;
 }
 
 /** The shaded bands of one run: ± σ or quantiles; of several runs the outer one alone. */
 function bandsOf(quantity, color, theme, count) {
   const opacity = theme.bandOpacity / (count > 2 ? 2 : 1);
-  const kinds = count > 1 ? ["band", "band90"] : ["band", "band90", "band68"];
+  const kinds = count > 1 ? ["band", "band90"] : ["band", "band90", "band68", "seeds", "replay"];
   return kinds
     .filter((kind) => quantity[kind].length)
-    .map((kind) => ({ kind, points: quantity[kind], color: color ?? theme.order1, opacity }));
+    .map((kind) => ({ kind, points: quantity[kind], color: color ?? (kind === "seeds" ? theme.extra : theme.order1), opacity }));
 }
 
 /**
@@ -52,7 +54,7 @@ export function makePanel(name, runs, options, theme) {
   const { single } = options;
   const read = runs.map((run) => {
     const style = single ? { color: null, marker: null } : runStyle(theme, run.index);
-    return { ...run, ...style, quantity: readQuantity(run.raw) };
+    return { ...run, ...style, quantity: readQuantity(namedSeries(name, run.raw)) };
   });
   const kind = residualKind(read.map(({ quantity }) => quantity), options.residual);
   const panel = { name, runs: read, lines: [], bands: [], marks: [], events: [], residual: null };

@@ -54,6 +54,8 @@ const BANDS = {
   band68: "68 % of networks",
   band: "± σ over initializations",
   layer: "90 % of networks, by layer",
+  seeds: "lowest .. highest of other seeds, measured",
+  replay: "order 3 ± its distance from order 2",
 };
 
 /** Which line is which; with several runs the color belongs to the run, so that lines here are of the text's. */
@@ -68,11 +70,11 @@ function legend(lines, bands, single, theme) {
       }),
     );
   const bandColor = single ? theme.order1 : theme.ink;
-  const band = (opacity) =>
+  const band = (opacity, kind) =>
     svg(
       "svg",
       { width: 30, height: 12, "aria-hidden": "true" },
-      svg("rect", { x: 1, y: 1, width: 28, height: 10, fill: bandColor, opacity }),
+      svg("rect", { x: 1, y: 1, width: 28, height: 10, fill: single && kind === "seeds" ? theme.extra : bandColor, opacity }),
     );
   const quantiles = bands.includes("band90");
   const words = (series) => seriesName(series) + (series === "order_1" && quantiles ? "; with quantiles, the median" : "");
@@ -80,7 +82,7 @@ function legend(lines, bands, single, theme) {
     "div",
     { class: "legend" },
     lines.map((line) => h("span", {}, sample(line), " ", words(line.series))),
-    bands.map((kind) => h("span", {}, band(theme.bandOpacity * (kind === "band68" ? 2 : 1)), ` ${BANDS[kind]}`)),
+    bands.map((kind) => h("span", {}, band(theme.bandOpacity * (kind === "band68" ? 2 : 1), kind), ` ${BANDS[kind]}`)),
     !single && h("span", {}, "color and marker: the run"),
   );
 }
