@@ -28,7 +28,7 @@ class Account:
     Args:
         spent: Seconds, on measurements that the budget allowed.
         latest: Seconds, of the latest measurement: the estimate for the next.
-        thorough: Seconds, of the longest one.
+        thorough: Seconds, of the latest one with all its checks; 0: not known.
         made: Measurements.
         left_out: Due measurements that were left out.
         shortened: Measurements of which a part was left out.
@@ -124,15 +124,25 @@ class Budget:
                 self._spent += self.clock() - self._begun
 
     @contextmanager
-    def account(self, name: str, forced: bool) -> Iterator[None]:
-        """Book a measurement on an account; ``forced``: one that is made at any budget."""
+    def account(self, name: str, forced: bool, thorough: bool = False) -> Iterator[None]:
+        """Book a measurement on an account.
+
+        Args:
+            name: The account.
+            forced: Whether it is made at any budget.
+            thorough: Whether nothing of it was left out, not even checks.
+
+        Yields:
+            Nothing.
+        """
         account = self.accounts.setdefault(name, Account())
         begun = self.clock()
         try:
             yield
         finally:
             account.latest = self.clock() - begun
-            account.thorough = max(account.thorough, account.latest)
+            if thorough:
+                account.thorough = account.latest
             account.made += 1
             if forced:
                 self.fixed += account.latest

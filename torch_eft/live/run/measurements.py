@@ -148,9 +148,11 @@ class Measurements:
     def _thorough(self, instrument: Instrument) -> bool:
         """Whether the budget has room for an instrument with all its checks, ten times; or it compares first."""
         account = self.budget.accounts.get(instrument.name)
-        if account is None or account.made < 1 + instrument.looks_back or self.budget.limit is None:
+        compares = instrument.looks_back or instrument.needs_theta_0  # at its second visit for the first time
+        if account is None or account.made < 1 + compares or self.budget.limit is None:
             return True
-        return self.budget.room(ROOM * account.thorough)
+        snapshot = self.budget.accounts.get(SNAPSHOT, account).latest
+        return self.budget.room(ROOM * (account.thorough or UNKNOWN * snapshot))
 
     def _begin(self, network: MeasuredNetwork, isolated: Network) -> list[Reading]:
         """Begin with every instrument: when training begins, or at the first measurement after that failed."""
@@ -246,7 +248,8 @@ class Measurements:
         for instrument in instruments:
             whole = thorough is None or thorough[instrument.name]
             seen = measurement if whole else replace(measurement, thorough=False)
-            with self.budget.account(instrument.name, forced), self.recorder.guard(), trusting_derivatives(not whole):
+            booked = self.budget.account(instrument.name, forced, thorough=whole)
+            with booked, self.recorder.guard(), trusting_derivatives(not whole):
                 readings.append(_reading(instrument, "observe", instrument.observe(seen)))
             if instrument.left_out and not whole:
                 account = self.budget.accounts[instrument.name]
