@@ -164,6 +164,11 @@ class SGDState:
         self._velocities: list[Tensor] | None = None
         self._step = 0
 
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self._step
+
     def update(self, *gradients: Tensor) -> None:
         """Take one step of ``torch.optim.SGD`` with these gradients."""
         training = self._training

@@ -69,6 +69,7 @@ class ModePropagator:
         self.eigenvalues, self._training = eigenvalues, training
         rates = training.learning_rates[:1] if training.schedule is not None else (training.learning_rate,)
         self.rate = float(rates[0] or 0.0) if rates else 0.0
+        self._reached: dict[bool, SGDState] = {}  # sums step by step, with those of pairs and without
 
     def single(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Decay g and phi, (T, modes); steps may be infinite at one rate."""
@@ -117,14 +118,15 @@ class ModePropagator:
 
     def _stepped(self, steps: Tensor, pairs: bool) -> Sums:
         """Coefficients with the gradients g, g_c phi_d and g_c - lambda_m f_mc, up to the last step."""
-        rates, count = self.eigenvalues, torch.round(steps).long()
-        starts = [torch.zeros_like(rates)]
-        if pairs:
-            starts += [rates.new_zeros(len(rates), len(rates)) for _ in range(2)]
-        coefficients = SGDState(self._training, *starts)
-        wanted = count.tolist()
+        rates, wanted = self.eigenvalues, torch.round(steps).long().tolist()
+        coefficients = self._reached.get(pairs)
+        if coefficients is None or coefficients.step > min(wanted):  # else on from where the last call ended
+            starts = [torch.zeros_like(rates)]
+            if pairs:
+                starts += [rates.new_zeros(len(rates), len(rates)) for _ in range(2)]
+            self._reached[pairs] = coefficients = SGDState(self._training, *starts)
         sums: dict[int, list[Tensor]] = {}
-        for step in range(max(wanted) + 1):
+        for step in range(coefficients.step, max(wanted) + 1):
             phi, *others = (-value for value in coefficients.values)
             g = 1 - rates * phi
             if step in wanted:

@@ -7,7 +7,7 @@ a sample; and their contraction at every step.
 
 import math
 
-from torch_eft.theory.training.corrections.mean_output import points_at_once, time_chunk
+from torch_eft.theory.training.corrections.mean_output import points_at_once
 
 
 def corrections_work(
@@ -33,13 +33,12 @@ def corrections_work(
     in_time = steps * triples
     each = 8e-5 if momentum else 3.2e-5
     summed = steps * (4e-5 + 2e-8 * train**2) if momentum else 0.0
-    # With two samples, tile by tile, every chunk of times is summed from the start.
-    passes = 2 * tiles * (1 + steps / (2 * time_chunk(train, points_at_once(points, train))))
+    passes = 2 * tiles  # over all times, with two samples, besides those of order 0 and of the validity
     zeroth = 0.004 + 0.0065 * layers
     ntk = layers * (0.11 + 9.0e-7 * pairs + 2.4e-4 * probe * train) + times * pairs * (1.6e-8 + 1e-9 * outputs)
     hidden = layers * (0.17 + 2e-6 * pairs + 2.8e-4 * train**2) + times * (2e-4 + 4e-7 * train**2)
     mean = layers * (0.15 * tiles + 2.2e-6 * triples) + 7e-9 * in_time + 2.7e-7 * steps * train**2
     between = (1 + outputs**2) * (6e-9 * in_time + steps * (1.35e-8 * points**2 * train + each))
     covariance = mean + layers * (0.05 * tiles + 9e-7 * (points * train) ** 2) + 2.5e-9 * in_time + between
-    ntk, mean, covariance = ntk + summed, mean + passes * summed, covariance + passes * summed
+    ntk, mean, covariance = ntk + 5 * summed, mean + (passes + 6) * summed, covariance + (passes + 14) * summed
     return {"ntk": zeroth + ntk, "hidden": zeroth + hidden, "mean": zeroth + mean, "covariance": zeroth + covariance}
