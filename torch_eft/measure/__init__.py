@@ -27,6 +27,7 @@ from torch_eft.measure.kernels.preconditioner import (
     stability_bound,
 )
 from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
+from torch_eft.measure.kernels.sharpness import Sharpness, sharpness
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.representations.alignment import centered, effective_rank, linear_cka, target_alignment
@@ -76,6 +77,7 @@ __all__ = [
     "Representation",
     "RepresentationChange",
     "SeedStatistics",
+    "Sharpness",
     "Snapshot",
     "SquaredError",
     "TaylorModel",
@@ -119,6 +121,7 @@ __all__ = [
     "relative_dntk",
     "representation",
     "representation_change",
+    "sharpness",
     "stability_bound",
     "statistics_over_seeds",
     "take_snapshot",

@@ -201,6 +201,23 @@ def test_heavy_ball_is_stable_below_its_bound_and_not_above():
             assert (abs(z) < 1) is stable
 
 
+@pytest.mark.parametrize("name", ["AdamW", "heavy ball", "RMSprop"])
+def test_sharpness_is_the_largest_eigenvalue_of_the_preconditioned_curvature(name):
+    """In parameter space, P^1/2 J^T L'' J P^1/2, with L'' of the cross-entropy in closed form."""
+    model, optimizer, _ = list(steps(name))[-1]
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
+    found = measure.sharpness(model, x, lambda z: nn.functional.cross_entropy(z, y), optimizer)
+    J, (N, _) = jacobian(model, x)
+    p = model(x).detach().softmax(1)
+    curvature = torch.block_diag(*(torch.diag(row) - torch.outer(row, row) for row in p)) / N
+    P = measure.preconditioner(model, optimizer)
+    root = torch.cat([torch.as_tensor(P[name]).expand_as(q).flatten() for name, q in model.named_parameters()]).sqrt()
+    matrix = root[:, None] * (J.T @ curvature @ J) * root
+    assert found.eigenvalue == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=1e-9)
+    assert found.bound == measure.stability_bound(optimizer) and found.ratio == found.eigenvalue / found.bound
+    assert "these 4 samples" in found.validity.reason
+
+
 def test_what_is_not_known_is_refused_in_words():
     model, x = network(), torch.randn(2, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="Adam has taken no step, so that its P is not known yet; give gradients="):
