@@ -238,6 +238,55 @@ MISTAKES = {
         ValueError,
         "did you mean 'ntk_drift'",
     ),
+    "a quantity that was not measured": (
+        lambda: live.RunHistory({0: {tag("ntk_drift"): 0.0}}).plot("ntk_trace"),
+        ValueError,
+        "'ntk_trace' was not measured; it has ntk_drift",
+    ),
+    "an ensemble by a word": (
+        lambda: EFTMonitor(X, ensemble="tanh"),
+        TypeError,
+        "ensemble: str given; .*read_ensemble",
+    ),
+    "no instruments": (lambda: EFTMonitor(X, instruments=[]), ValueError, r"none given; name some, such as \['ntk'\]"),
+    "a number for a directory": (lambda: live.Observer(MODEL, X, logdir=5), TypeError, "logdir: 5 given; give a dir"),
+    "a network for the law of the drift": (
+        lambda: theory.predict_drift(MODEL, *DATA, **SGD),
+        TypeError,
+        "ensemble: Sequential given; .*read_ensemble",
+    ),
+    "a network for the aspect ratio": (lambda: theory.aspect_ratio(MODEL), TypeError, "ensemble: Sequential given"),
+    "lr of a training": (lambda: eft.Training(lr=0.1, steps=2), TypeError, "lr: no such argument .*'learning_rate'"),
+    "epochs of a training": (lambda: eft.Training(learning_rate=0.1, epochs=2), TypeError, "did you mean 'steps'"),
+    "a training without keywords": (
+        lambda: eft.Training(0.1, 2),
+        TypeError,
+        r"go by keyword, Training\(learning_rate=0\.1, steps=100\)",
+    ),
+    "an optimizer for a rate": (
+        lambda: eft.Training(learning_rate=torch.optim.SGD(MODEL.parameters(), lr=0.1), steps=2),
+        ValueError,
+        "learning_rate: SGD given, where a number belongs",
+    ),
+    "a network for a function that draws them": (
+        lambda: eft.predict_from_networks(MODEL, *DATA, **SGD),
+        TypeError,
+        r"make_model: Sequential given; .* draws a new network, lambda: Net\(\)",
+    ),
+    "too few draws": (
+        lambda: theory.predict_training(
+            ENSEMBLE, X, torch.tensor([0, 1, 1]), X, **SGD, loss="cross_entropy", order=0, num_draws=16
+        ),
+        ValueError,
+        "num_draws: 16 given; 3 points of 2 outputs ask for 112 at least",
+    ),
+    "an ensemble for its statistics": (
+        lambda: measure.statistics_over_seeds(FRESH, X[:1].float(), num_networks=3, statistics=("K",)).compare(
+            ENSEMBLE
+        ),
+        TypeError,
+        r"theory: MLPEnsemble given; .* theory\.initial_statistics\(ensemble, x\)",
+    ),
     "a run that is not there": (lambda: eft.load_run("runs/no"), FileNotFoundError, "give a run's log directory"),
 }
 

@@ -75,6 +75,7 @@ def predict_from_networks(
         between networks, and a verdict with the share of networks outside the expansion.
 
     Raises:
+        TypeError: If ``make_model`` is no function.
         ValueError: If an argument is out of range, all networks come out alike, or one of them cannot be forecast; the
             message says which.
 
@@ -88,6 +89,10 @@ def predict_from_networks(
         >>> forecast.output_mean.shape, forecast.output_error.shape
         (torch.Size([5, 1, 2]), torch.Size([5, 1, 2]))
     """
+    if isinstance(make_model, nn.Module) or not callable(make_model):
+        raise TypeError(
+            f"make_model: {type(make_model).__name__} given; give a function that draws a new network, lambda: Net()"
+        )
     if num_networks < 2:
         raise ValueError(f"num_networks: {num_networks} given; a mean with its standard error needs at least 2")
     training = as_training(training, learning_rate=learning_rate, steps=steps, **keywords)

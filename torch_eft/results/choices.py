@@ -31,3 +31,9 @@ def check_choice(name: str, value: Any, allowed: Iterable[str], instead: str = "
         return
     also = f", or {instead}" if instead else ""
     raise ValueError(f"{name}: {value!r} given{nearest(value, names)}; give one of {', '.join(map(repr, names))}{also}")
+
+
+def one_line(value: Any) -> str:
+    """Return what was given as a message shows it: its ``repr``, or its kind where that is long."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else type(value).__name__

@@ -1,7 +1,7 @@
 """One description of a training, taken by every forecast: loss, optimizer, batches, number of steps."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import cached_property
@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from torch_eft.results.choices import check_choice, nearest
+from torch_eft.results.choices import check_choice, nearest, one_line
 
 Batches = Sequence[Sequence[int] | Tensor]
 Dynamics = Literal["gradient_descent", "gradient_flow"]
@@ -113,6 +113,13 @@ class Training:
     schedule: Schedule | None = None
     batches: Batches | None = None
     dynamics: Dynamics = "gradient_descent"
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> "Training":
+        """Answer arguments that it does not have, as people write them."""
+        if arguments:
+            raise TypeError("Training: its parts go by keyword, Training(learning_rate=0.1, steps=100)")
+        check_keywords(keywords)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if isinstance(self.loss, type):
@@ -325,6 +332,30 @@ class Training:
     __repr__ = describe
 
 
+def check_keywords(keywords: Iterable[str]) -> None:
+    """Raise unless all are fields of a training.
+
+    Raises:
+        TypeError: With the nearest one, and what to do about optimizers that it does not describe.
+    """
+    known = [field.name for field in fields(Training)]
+    unknown = next((name for name in keywords if name not in known), None)
+    if unknown is not None:
+        hint = _MEANT.get(unknown) or nearest(unknown, known)
+        raise TypeError(
+            f"{unknown}: no such argument{hint}; a training is given by {', '.join(known)}. Adam, weight decay and the "
+            "like are not linear in the gradients: measure.TaylorModel follows one network under them"
+        )
+
+
+_MEANT = {
+    "lr": " (did you mean 'learning_rate'?)",
+    "epochs": " (did you mean 'steps'? A full batch an epoch is one step)",
+    "batch_size": " (did you mean 'batches'? It holds the sample indices of each step)",
+    "optimizer": " (its learning_rate, momentum, ... are given one by one)",
+}
+
+
 def as_training(training: Training | None, **keywords: Any) -> Training:
     """Return the training that a forecast was given, either whole or by keywords.
 
@@ -341,14 +372,7 @@ def as_training(training: Training | None, **keywords: Any) -> Training:
         >>> as_training(None, learning_rate=0.1, steps=3, reduction="sum")
         full-batch gradient descent, learning rate 0.1, 3 steps, summed squared error
     """
-    known = [field.name for field in fields(Training)]
-    unknown = next((name for name in keywords if name not in known), None)
-    if unknown is not None:
-        hint = " (did you mean 'learning_rate'?)" if unknown == "lr" else nearest(unknown, known)
-        raise TypeError(
-            f"{unknown}: no such argument{hint}; a training is given by {', '.join(known)}. Adam, weight decay and the "
-            "like are not linear in the gradients: measure.TaylorModel follows one network under them"
-        )
+    check_keywords(keywords)
     if training is None:
         if keywords.get("steps") is None:
             raise ValueError("steps: none given; give learning_rate= and steps=, or training=Training(...)")
@@ -367,7 +391,7 @@ def as_training(training: Training | None, **keywords: Any) -> Training:
 
 def _check_number(name: str, value: Any, allowed: Callable[[float], bool], expected: str) -> None:
     if isinstance(value, str | bool) or not hasattr(value, "__float__"):
-        raise ValueError(f"{name}: {value!r} given, where a number belongs; {expected}")
+        raise ValueError(f"{name}: {one_line(value)} given, where a number belongs; {expected}")
     if not allowed(float(value)):
         raise ValueError(f"{name}: {value} given; {expected}")
 

@@ -133,6 +133,19 @@ class MLPEnsemble:
         return f"MLP {'-'.join(map(str, self.widths))}, {self.activation.name}"
 
 
+def check_ensemble(given: object) -> None:
+    """Raise unless an ensemble is given.
+
+    Raises:
+        TypeError: With what was given in its place.
+    """
+    if not isinstance(given, MLPEnsemble):
+        raise TypeError(
+            f"ensemble: {type(given).__name__} given; give a theory.MLPEnsemble, first of all arguments. "
+            "measure.read_ensemble(model) reads one off an MLP"
+        )
+
+
 def twice_as_deep(ensemble: MLPEnsemble) -> MLPEnsemble:
     """Repeat every hidden layer; the new weights are drawn and trained like those of the layer after."""
     hidden = [n for n in ensemble.hidden_widths for _ in range(2)]

@@ -240,7 +240,7 @@ def test_cross_entropy_at_infinite_width_is_the_mean_of_frozen_training():
         (dict(loss="mse", batches=[[0]]), r"y_train: shape \(3,\) int64 given; .* ask for \(3, 3\)"),
         (dict(batches=[[0, 3]]), r"batches: \[0, 3\] given; each is a list of sample indices"),
         (dict(learning_rate=50.0), r"learning_rate: 50 given, beyond the linear stability bound"),
-        (dict(num_draws=64), r"num_draws: 8 per batch given; 4 independent inputs of 3 outputs ask for more than 24"),
+        (dict(num_draws=64), r"num_draws: 64 given; 4 points of 3 outputs ask for 208 at least"),
         (dict(loss="hinge"), r"loss: 'hinge' given"),
         (dict(order=1, memory=1000), r"x_train: 4 different points need about 0.0 GiB for vertices over all"),
         (dict(order=1, x_probe=inputs()[:1] * (1 + 1e-6)), r"eigenvalues from .* near-duplicate inputs"),

@@ -22,7 +22,7 @@ from torch_eft.live.instruments.trained_beside.replay import ReplayInstrument
 from torch_eft.live.instruments.trained_beside.seeds import SeedsInstrument
 from torch_eft.live.instruments.trained_beside.shadow import ShadowInstrument
 from torch_eft.results.choices import check_choice
-from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.ensemble import MLPEnsemble, check_ensemble
 from torch_eft.theory.gaussian.activations import ActivationLike, get_activation
 
 Preset: TypeAlias = Literal["light", "standard", "full"]
@@ -93,6 +93,8 @@ def chosen_instruments(
     seconds = options.forecast_seconds
     if not isinstance(seconds, int | float) or not seconds > 0:
         raise ValueError(f"forecast_seconds: {seconds!r} given; give a positive number of seconds")
+    if options.ensemble is not None:
+        check_ensemble(options.ensemble)
     if options.activation is not None:
         get_activation(options.activation)  # a misspelled name is answered here
     for argument, asked in (("instruments", instruments or ()), ("extra", extra)):
@@ -103,6 +105,8 @@ def chosen_instruments(
                 check_choice(argument, each, MAKERS, "a torch_eft.live.Instrument")
     names = {each for each in extra if isinstance(each, str)} | ({"seeds"} if options.seeds else set())
     own = [each for each in extra if isinstance(each, Instrument)]
+    if instruments is not None and not instruments:
+        raise ValueError("instruments: none given; name some, such as ['ntk'], or give None for the preset's")
     if instruments is None:
         rank = PRESETS.index(preset)
         made = {name: make(options) for name, make in MAKERS.items()}

@@ -71,6 +71,9 @@ class RunHistory(dict[int, dict[str, float]]):
             raise ValueError("history: nothing was measured yet; train first")
         found = [next((name for name in names if name in self.quantities), None) for names in HEADLINES]
         shown = [name for name in found if name is not None] or self.quantities
+        for name in quantities:
+            if name in QUANTITIES and name not in self.quantities:
+                raise ValueError(f"history: {name!r} was not measured; it has {', '.join(self.quantities)}")
         return comparison_figure(self, list(quantities) or shown, title)
 
     def to_pandas(self) -> "DataFrame":

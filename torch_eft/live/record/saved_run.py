@@ -140,6 +140,10 @@ def load_run(path: str | Path) -> SavedRun:
         raise ValueError(f"{path}: {len(files)} runs are below it; give one of {shown}")
     (file,) = files
     records = _from_event_files(file) if file.is_dir() else read_jsonl(file)
+    if records.corrupt and not (records.measurements or records.info or records.pages):
+        raise ValueError(
+            f"{file}: not an eft.jsonl; give a run's log directory, or read a saved history by RunHistory.load"
+        )
     if not records.measurements:
         raise ValueError(f"{file}: it holds no measurement; the run ended before its first one")
     return SavedRun(

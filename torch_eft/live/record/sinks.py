@@ -1,5 +1,6 @@
 """Where results go. A sink takes what it can show and ignores the rest."""
 
+import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -81,7 +82,10 @@ def local_path(place: str | Path, what: str) -> Path:
 
     Raises:
         ValueError: If it is an address such as ``s3://...``, of which a path would make local folders.
+        TypeError: If it is no path.
     """
+    if not isinstance(place, str | os.PathLike):
+        raise TypeError(f"{what}: {place!r} given; give a directory, such as 'runs/1'")
     if "://" in str(place):
         raise ValueError(
             f"{what}: {str(place)!r} is an address, and this writes files on this machine only; give a local directory"

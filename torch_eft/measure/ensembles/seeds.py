@@ -98,8 +98,13 @@ class SeedStatistics(Result):
             ``{name: measured and predicted value}``.
 
         Raises:
+            TypeError: If it is no layer's statistics.
             ValueError: If the theory is one of other inputs.
         """
+        if not isinstance(theory, LayerStatistics):
+            raise TypeError(
+                f"theory: {type(theory).__name__} given; give the last layer of theory.initial_statistics(ensemble, x)"
+            )
         measured = len(next(iter(self.mean.values())))
         if len(theory.K) != measured:
             raise ValueError(

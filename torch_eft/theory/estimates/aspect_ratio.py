@@ -25,7 +25,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from torch_eft.results.presentation.repr import short_repr
-from torch_eft.theory.ensemble import MLPEnsemble, twice_as_deep, twice_as_wide
+from torch_eft.theory.ensemble import MLPEnsemble, check_ensemble, twice_as_deep, twice_as_wide
 from torch_eft.theory.estimates.learning_rates import layer_gains
 from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.quadrature import QuadratureError
@@ -140,6 +140,7 @@ def aspect_ratio(ensemble: MLPEnsemble, x: Tensor | None = None, *, doubled: boo
         >>> ratio.r, round(ratio.epsilon, 9), ratio.critical.C_W
         (0.5, 2.0, 2.0)
     """
+    check_ensemble(ensemble)
     epsilon = output_fluctuation(ensemble, x)
     point, reason = _critical_point(ensemble.activation)
     gain = _gradient_gain(ensemble, x, point)

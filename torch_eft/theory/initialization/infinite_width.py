@@ -9,7 +9,7 @@ with M_pq = <sigma^(p)_a sigma^(q)_b> under N(0, K^(l)).
 import torch
 from torch import Tensor
 
-from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.ensemble import MLPEnsemble, check_ensemble
 from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments, two_point_moments
 
 InfiniteWidthLayers = tuple[list[Tensor], list[Tensor], list[TwoPointMoments]]
@@ -41,11 +41,7 @@ def check_inputs(name: str, x: Tensor, ensemble: MLPEnsemble) -> Tensor:
         TypeError: If ``ensemble`` is not an ``MLPEnsemble``.
         ValueError: Naming ``name``, if the shape or the values are not usable.
     """
-    if not isinstance(ensemble, MLPEnsemble):
-        raise TypeError(
-            f"ensemble: {type(ensemble).__name__} given; give a theory.MLPEnsemble, first of all arguments. "
-            "measure.read_ensemble(model) reads one off an MLP"
-        )
+    check_ensemble(ensemble)
     n_0 = ensemble.widths[0]
     if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != n_0 or x.shape[0] == 0:
         given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__

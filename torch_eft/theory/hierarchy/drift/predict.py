@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_eft.results.progress.bar import working
 from torch_eft.results.training import Training, as_training
-from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.ensemble import MLPEnsemble, check_ensemble
 from torch_eft.theory.hierarchy.drift.assembly import Frozen, JointReader, pair_weights
 from torch_eft.theory.hierarchy.drift.closed import ClosedLaw, ClosedMoments, MomentsOnly, closed_forecast
 from torch_eft.theory.hierarchy.drift.forms import FormReader, mean_forms
@@ -119,6 +119,7 @@ def predict_drift(
         >>> forecast.ntk.mean.shape, bool(forecast.ntk.relative_rms[-1] > forecast.ntk.relative_rms[1] > 0)
         (torch.Size([21, 2, 2]), True)
     """
+    check_ensemble(ensemble)
     training = as_training(training, learning_rate=learning_rate, steps=steps, **keywords)
     closed = training.loss == "mse" and training.is_full_batch
     if not closed and math.isinf(training.steps):

@@ -76,6 +76,12 @@ class SampledForecast:
         self._size, self._seed, self._memory = 2 * (num_draws // (2 * BATCHES)), seed, memory
         self._layers = infinite_width(ensemble, self.x)
         self.K, self.Theta = self._layers[0][-1], self._layers[1][-1]
+        needed = 2 * BATCHES * (int(torch.linalg.matrix_rank(self.K)) * self._outputs + 1)
+        if num_draws < needed:
+            raise ValueError(
+                f"num_draws: {num_draws} given; {len(self.x)} points of {self._outputs} outputs ask for {needed} at "
+                "least"
+            )
         if training.steps:
             start = draw_outputs(self.K, self._outputs, self._size, self._generator(0))[:BATCHES, self._train :]
             Theta = self.Theta[self._train :, self._train :]
