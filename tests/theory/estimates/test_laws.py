@@ -239,11 +239,11 @@ def test_expected_drift_counts_uniform_output_weights():
 
 @pytest.mark.slow
 def test_expected_drift_of_trained_default_networks():
-    """One hidden layer of 64 tanh neurons, one input, y = 0: 1e5 networks trained by gradient descent.
+    """One hidden layer of 64 tanh neurons, one input, y = 1: 4e4 networks trained by gradient descent.
 
-    The drift of unlearning the initial output; with Gaussian laws it would be -2.7e-4 per n, 6 % more.
+    Formulas for Gaussian weights and biases are 8 % too high.
     """
-    n, count, x = 64, 100_000, torch.ones(2, dtype=torch.float64)
+    n, count, x = 64, 40_000, torch.ones(2, dtype=torch.float64)
     ensemble = default([2, n, 1], "tanh")
     generator = torch.Generator().manual_seed(0)
     parameters = [
@@ -263,9 +263,10 @@ def test_expected_drift_of_trained_default_networks():
     for _ in range(140):
         z, s, slope, _ = evaluate(*parameters)
         W, b, v, c = parameters
-        step = (rate * z)[:, None]
-        parameters = [W - (step * slope)[:, :, None] * x, b - step * slope, v - step * s, c - rate * z]
+        step = (rate * (z - 1))[:, None]
+        parameters = [W - (step * slope)[:, :, None] * x, b - step * slope, v - step * s, c - rate * (z - 1)]
     change, error = mean_and_error((evaluate(*parameters)[-1] - H_start) / H_start.mean())
-    expected = expected_drift(ensemble, x[None]).at_rest
-    assert abs(change - expected) < 4 * error + 0.1 * abs(expected)
-    assert error < 0.1 * abs(expected)
+    expected = expected_drift(ensemble, x[None]).unit_targets
+    gaussian = expected_drift(default([2, n, 1], "tanh", "gaussian"), x[None]).unit_targets
+    print(f"drawn {change:.5f}({error:.5f}), expected {expected:.5f}, Gaussian {gaussian:.5f}")
+    assert abs(change - expected) < 4 * error + 0.03 * abs(expected)
