@@ -188,4 +188,4 @@ def test_a_deep_narrow_network_is_flagged_before_training():
     monitor = beside(on_error="raise")
     run([monitor], **FULL | {"net": deep})
     assert monitor.validity.flag == "invalid"
-    assert "too deep for its width" in monitor.validity.reason
+    assert "too deep for 1/n" in monitor.validity.reason

@@ -197,6 +197,13 @@ def test_plot_draws_both_planes():
         eft.diagnose(MLPEnsemble([8, 3], "linear")).plot()
 
 
+def test_activations_without_expectations_of_two_inputs():
+    diagnosis = eft.diagnose(MLPEnsemble([10, 40, 40, 1], "hardswish", C_W=2.0))
+    assert diagnosis.plateau is None
+    assert diagnosis.verdict.startswith("trains")
+    assert "2.5 sqrt" not in diagnosis.details
+
+
 def test_activations_without_critical_point():
     diagnosis = eft.diagnose(MLPEnsemble([10, 20, 1], "sigmoid"))
     assert diagnosis.aspect_ratio.critical is None

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.gaussian.quadrature import QuadratureError
 from torch_eft.theory.initialization.infinite_width import infinite_width
 
 LARGEST = 1e8
@@ -43,7 +42,7 @@ def plateau_ratio(ensemble: MLPEnsemble, x: Tensor | None = None) -> float | Non
             inputs.
 
     Returns:
-        1 .. 1e8, at most; None where nothing trains or no quadrature resolves the kernel.
+        1 .. 1e8, at most; None where nothing trains, or the activation has no expectations of two inputs.
 
     Example:
         >>> from torch_eft import theory
@@ -55,7 +54,7 @@ def plateau_ratio(ensemble: MLPEnsemble, x: Tensor | None = None) -> float | Non
         if x is not None and len(x) > 1 and not bool((x == x[0]).all()):
             return _of_data(ensemble, x[:_INPUTS].to(torch.float64))
         return _isotropic(ensemble)
-    except QuadratureError:
+    except ValueError:  # kinks elsewhere than at 0, or too sharp an activation: no expectation of two inputs
         return None
 
 

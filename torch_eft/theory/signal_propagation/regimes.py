@@ -98,7 +98,9 @@ def regime(r: float, epsilon: float) -> str:
         return "0 < r << 1: effectively deep, finite-width corrections small and predictable"
     if size < TOO_DEEP:
         return "edge: finite-width corrections large, order 1/n is rough"
-    return "r >~ 1, chaotic: too deep for its width, networks differ from one another by order one"
+    if epsilon >= TOO_DEEP:
+        return "too deep for 1/n: networks of different seeds differ by order one"
+    return "too deep for 1/n: r >~ 1, corrections in training are of order one"
 
 
 def infinite_width_validity(ensemble: MLPEnsemble, x: Tensor | None = None) -> Validity:
