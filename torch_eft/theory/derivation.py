@@ -46,9 +46,10 @@ consistent order. Every power of them comes with e / lambda, so that the expansi
 For other losses F is not a polynomial in z, the degrees are unbounded, and every vertex contributes to every
 observable of the outputs (``training.sampled``); parity of the cumulants stays.
 
-**What no vertex determines.** E |H(t) - H(0)| of a network is of order 1/n, as is its mean E[H(t) - H(0)], but contains
-cov(dH, dH), which is of order 1/n^2: a statistic with six labels beyond those above. The norm of the mean drift is
-determined here, the mean of the norm is not: measure it (``torch_eft.predict_from_networks``).
+**What none of these determines.** E |H(t) - H(0)| of a network is of order 1/n, as is its mean E[H(t) - H(0)], but
+contains cov(dH, dH), which is of order 1/n^2: statistics with six labels beyond those above
+(``initialization.recursions.fluctuations``). With them the law of one network's drift is closed: along the frozen path
+it is a quadratic form of (z, dH), to leading order one Gaussian field (``hierarchy.drift``).
 """
 
 CONTRIBUTIONS = {

@@ -89,6 +89,15 @@ def test_a_batch_of_all_samples_is_a_full_batch():
     torch.testing.assert_close(one.ntk_full[-1], other.ntk_full[-1], rtol=0.1, atol=0.0)
 
 
+def test_norms_over_two_points_are_those_over_one_scaled_to_the_mean_square():
+    law = forecast(SHALLOW, batches=((0, 1),), at_steps=(STEPS,), joint_points=1)
+    networks = law.draws(20_000)
+    agree(networks.ntk_drift(STEPS).square(), law.ntk.relative_rms[0] ** 2)
+    agree(networks.hidden_change(1, STEPS).square(), law.hidden[1].relative_rms[0] ** 2)
+    with pytest.raises(ValueError, match="joint_points: 1 of 2 probe points"):
+        law.along_mean()
+
+
 def test_a_batch_of_one_sample_is_training_on_it_alone():
     options = {"learning_rate": RATE, "steps": STEPS, "reduction": "sum", "momentum": 0.6, "hidden_ntk": False}
     alone = theory.predict_drift(SHALLOW, X[1:], Y[1:], X, **options)

@@ -104,14 +104,15 @@ class SmoothPairs:
         key = (tuple(sorted(first)), tuple(sorted(second)))
         if key not in self._moments:
             mirror = self._moments.get((key[1], key[0]))
-            self._moments[key] = self._compute(*key) if mirror is None else mirror.T
+            self._moments[key] = self.computed(*key) if mirror is None else mirror.T
         return self._moments[key]
 
     def response(self, p: int, q: int, i: int, j: int) -> Tensor:
         """<d_a^i d_b^j sigma^(p)_a sigma^(q)_b>, (N, N)."""
         return self.explicit((p + i,), (q + j,))
 
-    def _compute(self, first: Orders, second: Orders) -> Tensor:
+    def computed(self, first: Orders, second: Orders) -> Tensor:
+        """As ``explicit``, and not kept."""
         closed_form = _CLOSED_FORMS.get((self.activation.name, first, second))
         if closed_form is not None:
             return closed_form(self.K)

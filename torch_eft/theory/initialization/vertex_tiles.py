@@ -25,7 +25,7 @@ from torch_eft.theory.gaussian.points import (
     square_root,
 )
 from torch_eft.theory.gaussian.scale_invariant import Orders
-from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
+from torch_eft.theory.gaussian.two_point_moments import Kinks, SmoothPairs, TwoPointMoments
 from torch_eft.theory.initialization.estimators import RECURSIONS, ReplicaKind, Replicas, vertex_replicas
 from torch_eft.theory.initialization.evaluator import LabelSets, VertexSource, Vertices, full_tensor
 from torch_eft.theory.initialization.infinite_width import InfiniteWidthLayers, infinite_width
@@ -245,17 +245,28 @@ class _SinglePairs:
 
     def single(self, orders: Orders) -> Tensor:
         """<prod sigma^(p)_a>, (N,)."""
+        if isinstance(self._pairs, SmoothPairs):
+            half = len(orders) // 2
+            return self.explicit(orders[:half], orders[half:]).diagonal()
         return self._pairs.single(orders).float()
 
     def explicit(self, first: Orders, second: Orders) -> Tensor:
         """<prod sigma^(p)_a prod sigma^(q)_b>, (N, N)."""
-        key = ("explicit", first, second)
+        key, mirror = (tuple(sorted(first)), tuple(sorted(second))), (tuple(sorted(second)), tuple(sorted(first)))
         if key not in self._known:
-            self._known[key] = self._pairs.explicit(first, second).float()
+            if mirror in self._known:
+                self._known[key] = self._known[mirror].T
+            elif isinstance(self._pairs, SmoothPairs):
+                # Of a thousand points a matrix takes megabytes, and there are hundreds: no second one is kept.
+                self._known[key] = self._pairs.computed(*key).float()
+            else:
+                self._known[key] = self._pairs.explicit(*key).float()
         return self._known[key]
 
     def response(self, p: int, q: int, i: int, j: int) -> Tensor:
         """<d_a^i d_b^j sigma^(p)_a sigma^(q)_b>, (N, N)."""
+        if isinstance(self._pairs, SmoothPairs):
+            return self.explicit((p + i,), (q + j,))
         key = ("response", p, q, i, j)
         if key not in self._known:
             self._known[key] = self._pairs.response(p, q, i, j).float()

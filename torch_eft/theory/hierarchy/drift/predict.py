@@ -2,8 +2,8 @@
 
 The mean drift is of order 1/n (``training``, ``hidden_layers``), and one network's drift fluctuates by as much: by the
 covariance of its dNTK (``initialization``), which makes the law closed (``law``). Measured against trained ensembles
-(tanh; one to three hidden layers; one, two and ten outputs): mean squares tend to the forecast as 1/n, from 5 to 25 %
-below it at n = 64.
+(tanh and GELU; one to three hidden layers; one to ten outputs; momentum, minibatches, cross-entropy): mean squares tend
+to the forecast as 1/n, from 3 to 30 % below it at n = 64, and 90 % bands cover 87 to 93 % of networks at n = 128.
 """
 
 import math
