@@ -150,7 +150,7 @@ MISTAKES = {
     "thousands of samples": (
         lambda: live.Observer(FRESH, torch.ones(3000, 3)).check(),
         ValueError,
-        r"probe: 3000 samples given; .* about 270 s before the first step, .*: give fewer, such as x\[:64\]",
+        r"probe: 3000 samples given; forecasts on so many take about 144 s, .*: give fewer, such as x\[:64\]",
     ),
     "the name of an output": (
         lambda: measure.ntk(MODEL, X, output_fn="logits"),
@@ -303,6 +303,11 @@ def test_an_activation_has_its_name_in_any_case_and_arrays_are_inputs():
     torch.testing.assert_close(measure.ntk(MODEL, X.numpy()), measure.ntk(MODEL, X))
     assert EFTMonitor(X.numpy()).observer.probe.size == 3
     assert eft.diagnose(FRESH, X.float().numpy()).inputs == 3
+
+
+def test_a_large_probe_is_told_what_it_takes():
+    with pytest.warns(live.MeasurementWarning, match="600 samples given; .* about 6 s of one core; fewer, such as"):
+        live.Observer(FRESH, torch.ones(600, 3)).check()
 
 
 def test_two_monitors_with_names_are_kept_apart():

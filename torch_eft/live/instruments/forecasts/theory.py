@@ -1,5 +1,6 @@
 """Forecast of the ensemble, order 0 and order 1/n, beside the running training."""
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch_eft.diagnosis import Diagnosis, diagnose
 from torch_eft.forecast.comparison.drift import LAW, DriftComparison, law_work
 from torch_eft.forecast.comparison.ensemble import FIRST_HORIZON, EnsembleComparison
 from torch_eft.forecast.comparison.work import Allowance
-from torch_eft.live.instrument import Measurement, Reading, RunFacts, TrainingStart
+from torch_eft.live.instrument import Measurement, MeasurementWarning, Reading, RunFacts, TrainingStart
 from torch_eft.live.instruments.common import compared_scalars, one_thread
 from torch_eft.live.instruments.forecasts.bar import ForecastBar
 from torch_eft.live.instruments.forecasts.base import ForecastInstrument
@@ -27,10 +28,11 @@ from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import ActivationLike
 from torch_eft.theory.gaussian.quadrature import QuadratureError
 
-_MOST_SAMPLES = 1024
-_PER_PAIR = 3e-5
-"""Seconds of one core that kernels at infinite width, their checks and a diagnosis take for a pair of probe inputs."""
+_MANY_SAMPLES, _MOST_SAMPLES = 512, 1024
+"""Samples of a probe from which on it is said what they take, and beyond which they are refused."""
 
+_PER_PAIR = 1.6e-5
+"""Seconds of one core that kernels at infinite width and their checks take for a pair of probe inputs (measured)."""
 
 _FEW, _MEASURED = 4, 1_000_000
 """On how many inputs, and up to how many parameters, a network without theory is diagnosed when training begins."""
@@ -92,12 +94,14 @@ class TheoryInstrument(ForecastInstrument):
     def check(self, network: Network) -> None:
         """Check that the probe is not too large for forecasts, and that a given ensemble has the network's widths."""
         samples = network.probe.size
+        cost = f"probe: {samples} samples given; forecasts on so many take about {_PER_PAIR * samples**2:.0f} s"
         if samples > _MOST_SAMPLES:
             raise ValueError(
-                f"probe: {samples} samples given; forecasts on so many take about {_PER_PAIR * samples**2:.0f} s "
-                f"before the first step, {_MOST_SAMPLES} are the most: give fewer, such as x[:64], or preset='light' "
-                "for measurements alone"
+                f"{cost}, {_MOST_SAMPLES} are the most: give fewer, such as x[:64], or preset='light' for measurements "
+                "alone"
             )
+        if samples > _MANY_SAMPLES:
+            warnings.warn(f"{cost} of one core; fewer, such as x[:64], show the same", MeasurementWarning, stacklevel=2)
         if self.given is None:
             return
         activation = self.activation or self.given.activation
