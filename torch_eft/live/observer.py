@@ -13,8 +13,10 @@
         observer.measure(step)               # measures if due
     observer.finish()
 
-theta_0 is what the network holds at ``begin``. Measuring leaves weights, buffers, gradients, modes and random state as
-they are. A failing measurement warns once and is skipped; training goes on (``on_error="raise"`` to debug).
+theta_0 is what the network holds at ``begin``. A forecast of full-batch training is made when the second batch is seen
+to be the first one again; or before the first step, where ``begin(full_batch=True)`` says that it will be. Measuring
+leaves weights, buffers, gradients, modes and random state as they are. A failing measurement warns once and is skipped;
+training goes on (``on_error="raise"`` to debug).
 
 In a distributed training every rank calls the same; rank 0 decides, records and writes.
 """

@@ -8,7 +8,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+from torch_eft import measure
 from torch_eft.live import Observer
+from torch_eft.live.instruments.interval import interval_compared
+from torch_eft.results.tags import tag
 
 SHARE = "eft-more/ntk_batch_norm_share/measured"
 
@@ -275,3 +278,29 @@ def test_a_large_network_is_not_copied_for_a_few_steps(monkeypatch):
     calibration = observer.reference.calibration
     assert calibration._theta_0 is None and not calibration.kept
     assert "inputs of the probe at the parameters of the moment: 9 million parameters" in calibration.sentence(3)
+
+
+def test_derivatives_have_the_statistics_of_their_own_parameters():
+    """Of the interval's start, by all batches that have come: dNTK by hand, at every step."""
+    shown, model, path = batches(6), resnet(), {}
+    path[0] = state(model)
+    observer = observer_of(instruments=["ntk", "interval", "taylor"])
+
+    def after(step):
+        path[step] = state(model)
+        model[-1].gain.fill_(1)  # as large at every measurement
+
+    trained(model, shown, 5, observer, after=after)
+    for step in range(1, 6):
+        inputs = [x for x, _ in shown[: min(step, 4)]]
+        names = [name for name, _ in model.named_parameters()]
+        start, end = ({name: path[at][name] for name in names} for at in (step - 1, step))
+        there = calibrated(model, path[step - 1] | {"6.gain": path[step]["6.gain"]}, inputs).eval()
+        terms = measure.displacement_terms(there, probe(), start, end)
+        seen, expected = observer.history[step], interval_compared(terms, 1)
+        for name in ("dntk", "ddntk", "interval_output"):
+            assert seen[tag(name)] == pytest.approx(expected[name].measured, rel=1e-6), (step, name)
+        start = {name: path[0][name] for name in names}
+        there = calibrated(model, path[0] | {"6.gain": path[step]["6.gain"]}, inputs).eval()
+        series = measure.taylor_series(there, probe(), start, end)
+        assert seen[tag("taylor_remainder")] == pytest.approx(series.sizes().left[-1], rel=1e-6)

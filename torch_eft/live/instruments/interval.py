@@ -92,12 +92,14 @@ class IntervalInstrument(Instrument):
 
     def _between(self, earlier: _Earlier, measurement: Measurement) -> Reading:
         H, H_now = earlier.ntk, measurement.snapshot.ntk
-        same = earlier.lambdas == measurement.lambdas and earlier.reference is measurement.reference
-        kernels = (H, H_now) if same and H is not None and H_now is not None else None
         derivatives = self.derivatives if measurement.thorough else 1
         network = measurement.network
         if measurement.statistics:  # constants for derivatives: those of the parameters at which these are taken
             network = network.at(earlier.theta)
+            if earlier.reference is not measurement.reference and H_now is not None:  # of more batches than before
+                H = network.ntk(trace=H_now.ndim == 2)
+        same = earlier.lambdas == measurement.lambdas
+        kernels = (H, H_now) if same and H is not None and H_now is not None else None
         displacement = network.displacement_terms(
             earlier.theta,
             current(measurement.model),
