@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from tests.callbacks.trainings import PROBE, simple_mlp
-from torch_eft.live import Instrument, MeasurementWarning, Observer, Reading
+from tests.live.instruments.loop import data, mlp
+from torch_eft.live import Instrument, MeasurementWarning, Observer, Obstacle, Reading
 from torch_eft.live import budget as budget_module
 from torch_eft.live.budget import SNAPSHOT
+from torch_eft.live.config.schedule import Curve
 from torch_eft.live.run import measured_network
 from torch_eft.live.run.measurements import joined
 from torch_eft.tensorboard import tag
@@ -234,3 +236,28 @@ def test_of_another_version_s_checkpoint_history_and_theta_0_are_kept(version):
     assert list(second.history) == [0, 1, 2]
     assert second.history[1] == first.history[1]
     assert second.history[2][DRIFT] == pytest.approx(first.history[1][DRIFT], rel=1e-4)  # from the same theta_0
+
+
+def test_where_the_budget_is_short_curves_have_their_points_without_second_orders():
+    x, y, x_probe = data(24)
+    model = mlp(16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    said = []
+    observer = Observer(model, x_probe, optimizer, budget=1e-9, say=said.append, on_error="raise")
+    observer.begin(total_steps=40, obstacle=Obstacle("mini-batches", minibatches=True))
+    for step in range(1, 41):
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        observer.measure(step)
+    observer.finish()
+    with_points = {
+        quantity: [step for step, scalars in observer.history.items() if tag(quantity) in scalars]
+        for quantity in ("ntk_drift", "representation_change", "dntk", "taylor_remainder", "ddntk", "ntk_rate")
+    }
+    points = Curve(0, 40).points(40)
+    assert with_points["ntk_drift"] == with_points["representation_change"] == [0, *points]
+    assert with_points["dntk"] == with_points["taylor_remainder"] == points and len(points) == 12
+    assert with_points["ddntk"] == with_points["ntk_rate"] == [1]
+    assert tag("expansion_radius") in observer.history[0]  # the first step belongs to the start
+    assert "ddNTK at 11" in said[-1] and "budget=None brings them" in said[-1]

@@ -201,7 +201,7 @@ def test_theta_0_travels_in_the_checkpoint(tmp_path, preset):
 def test_without_theta_0_in_the_checkpoint_the_origin_says_so(tmp_path):
     trainer, _ = fit([], epochs=2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    monitor = light()
+    monitor = light(every="epoch")
     fit([monitor], ckpt_path=tmp_path / "half.ckpt")
     assert monitor.origin == "resumed at step 6 without a recorded theta_0"
     assert sorted(monitor.history) == [6, 9, 12]
@@ -219,7 +219,7 @@ def other_mlp():
 
 @pytest.mark.parametrize("net", [simple_mlp, other_mlp], ids=["the same architecture", "another architecture"])
 def test_a_callback_used_for_another_model_starts_afresh(tmp_path, net):
-    monitor = light()
+    monitor = light(every="epoch")
     fit([monitor], epochs=2)
     fit([monitor], net=net, epochs=1)
     assert sorted(monitor.history) == [0, 3]

@@ -339,8 +339,8 @@ class Observer:
             with self.recorder.guard():
                 scalars = run.measurements.measure(run.network, last=last, epoch=epoch)
         if scalars:
-            if run.starting and not self.progress.at_start:
-                run.starting = False
+            if self.progress.starting and not self.progress.at_start:
+                self.progress.starting = False
                 self.budget.started()
             with self.recorder.guard():
                 run.summarize()

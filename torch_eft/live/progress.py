@@ -15,6 +15,7 @@ class Progress:
         origin: Steps taken at theta_0.
         total_steps: Steps of the whole training, if their number is known.
         full_batch: Whether every step is known to take the same batch.
+        starting: Whether no measurement has been made after the first step yet: the start is not within the budget.
     """
 
     step: int = 0
@@ -22,6 +23,7 @@ class Progress:
     origin: int = 0
     total_steps: int | None = None
     full_batch: bool = False
+    starting: bool = True
 
     @property
     def at_start(self) -> bool:

@@ -137,7 +137,7 @@ class Beginning:
         )
         run.theta_file = loop.theta_file or run.own_theta_file
         run.budget.restart(self._checking)
-        self._checking, run.begun, run.starting = 0.0, True, True
+        self._checking, run.begun, run.progress.starting = 0.0, True, True
         run.progress.step = run.progress.first_step = loop.step
         # All ranks must agree on it, of whom only the first one knows a checkpoint's history.
         run.progress.origin = 0 if given.collective else loop.step

@@ -267,8 +267,10 @@ class Measurements:
         return scalars
 
     def _affords(self, instrument: Instrument, first: bool, owed: bool, last: bool) -> bool:
-        """All run at theta_0; those that draw the curves at all of their points; others if there is room."""
-        if first or instrument.idle() or (owed and (instrument.cost == "light" or instrument.draws_curves)):
+        """All run at the start; those that draw the curves at all of their points; others if there is room."""
+        if first or self.progress.starting or instrument.idle():
+            return True
+        if owed and (instrument.cost == "light" or instrument.draws_curves):
             return True
         if not last:
             return self._affordable(instrument.name)

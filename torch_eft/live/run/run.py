@@ -28,7 +28,6 @@ class Run:
         ranks: The ranks of the training.
         network: The measured network; None before it is checked.
         begun: Whether theta_0 is taken, and training goes on.
-        starting: Whether no measurement has been made since theta_0.
         refused: Whether the training cannot be measured.
         theta_file: Where the parameters of theta_0 are kept, if in a file.
         drawn: Whether the figures of theta_0 have been drawn.
@@ -43,7 +42,7 @@ class Run:
         self.measurements = Measurements(self.instruments, self.reference, recorder)
         self.ranks = RankProtocol(given.collective)
         self.network: MeasuredNetwork | None = None
-        self.begun = self.refused = self.starting = False
+        self.begun = self.refused = False
         self.own_theta_file = None if folder is None else folder / "eft-theta_0.pt"
         self.theta_file = self.own_theta_file
         self.drawn = False
