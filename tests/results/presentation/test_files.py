@@ -47,7 +47,7 @@ def test_a_trajectory_comes_back(tmp_path):
 
 
 def test_a_forecast_of_the_drift_comes_back_with_its_moments(tmp_path):
-    found = theory.predict_drift(ENSEMBLE, X, Y, X, learning_rate=0.1, steps=3)
+    found = theory.predict_drift(theory.MLPEnsemble([3, 16, 16, 1], "linear"), X, Y, X, learning_rate=0.1, steps=3)
     found.save(tmp_path / "drift.npz")
     again = theory.DriftForecast.load(tmp_path / "drift.npz")
     assert same(found, again) and set(again.hidden) == {1, 2}
