@@ -67,7 +67,7 @@ def test_the_end_says_the_numbers_of_the_tab_the_verdict_and_the_cost():
     assert lines[1].endswith("; 40 measurements, 4.1 % of training time")
     assert lines[2] == "left out: 30 due; budget=None brings them"
     deep = last_lines(INFO | {"r": 0.4, "depth": 100}, HISTORY, "", "")
-    assert deep[1].startswith("Deep for its width: hidden widths x2 bring r") and len(deep) == 2
+    assert deep[1].startswith("Deep for order 1/n: hidden widths x2 bring r") and len(deep) == 2
     diverged = INFO | {"progress": {"state": "ended", "step": 13, "planned": 300, "diverged": 13}}
     assert last_lines(diverged, HISTORY, "", "")[0].startswith("diverged at step 13")
 
