@@ -271,6 +271,7 @@ CASES = {
     "spread beyond order 1/n": (MLPEnsemble([8, *[50] * 8, 4], "relu", C_W=2.0), {"spread"}),
     "r of order one alone": (MLPEnsemble([8, *[8] * 9, 4], "tanh"), {"edge"}),
     "too deep": (MLPEnsemble([8, *[16] * 24, 4], "relu", C_W=2.0), {"too deep"}),
+    "too deep where the kernel falls": (MLPEnsemble([8, *[8] * 33, 4], "tanh"), {"too deep"}),
     "dead network": (MLPEnsemble([8, 4, 4, 4], "relu", C_W=2.0), {"spread", "dead network"}),
     "frozen layer": (MLPEnsemble([8, 300, 4], "relu", C_W=2.0, lambda_W=[1e-4, 1.0], lambda_b=0.0), {"frozen layer"}),
     "nothing trains": (MLPEnsemble([8, 300, 4], "relu", C_W=2.0, lambda_W=0.0, lambda_b=0.0), {"nothing trains"}),

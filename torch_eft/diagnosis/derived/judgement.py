@@ -188,7 +188,7 @@ def _frozen(facts: Facts, shares: list[float]) -> Finding | None:
 def _spread(facts: Facts) -> Finding | None:
     own = facts.own
     name = f"output variance by {percent(own.output_spread)}, NTK by {percent(own.ntk_spread)}"
-    return spread_finding(facts.spread, name, *_wider(facts))
+    return spread_finding(facts.spread, name, *_wider(facts), r=facts.ratio.r)
 
 
 def _wider(facts: Facts) -> tuple[str, str]:
