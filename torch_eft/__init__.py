@@ -14,7 +14,8 @@ Symbols, the same in code, charts and reports:
 ========  =============================================================================================
 n, L      width of the hidden layers; depth, the number of weight matrices
 r         L / n, the ratio that orders all corrections (PDLT 3.4); n the harmonic mean of hidden widths
-epsilon   Var G / (E G)^2 of the mean squared output G over initializations: r with its coefficient
+epsilon   Var G / (E G)^2 over initializations, G the variance of the output given the last hidden layer: r
+          with its coefficient
 C_W, C_b  variance of a weight times its fan-in; variance of a bias
 K         kernel at infinite width, <z z> or <s s> of a layer: the measured one is its *hidden kernel*
 chi       C_W <s'^2> (perp) and C_W d<s^2>/dK (par): growth of small differences, and of K, per layer
