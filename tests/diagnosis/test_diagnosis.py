@@ -284,7 +284,7 @@ CASES = {
     [(0.19, 5.0, None), (0.3, 5.0, "edge"), (6.0, 2.0, "spread"), (6.0, 5.0, "too deep"), (120.0, 1.0, "too deep")],
 )
 def test_words_of_the_spread(size, r, code):
-    """r alone is no fault; from three on a spread of order one is: tanh networks of 16 layers of 8 train, of 40 do not."""
+    """r alone is no fault; with a spread of order one it is: tanh networks of 16 layers of 8 train, of 40 do not."""
     found = spread_finding(size, "NTK by so much", "wider", r=r)
     assert (found and found.code) == code
 
