@@ -438,6 +438,7 @@ def test_nothing_moves_without_hidden_layers_and_training_ends():
         ({"num_replicas": 1}, "num_replicas: 1 given; at least 2"),
         ({"joint_points": 0}, "joint_points: 0 given; at least 1"),
         ({"memory": 100}, "x_train: 2 points need about .* GiB for every two probe points"),
+        ({"memory": 400, "loss": "cross_entropy"}, "x_train: 2 points with 2 outputs need .* for one draw of"),
         ({"memory": 4000, "loss": "cross_entropy"}, "x_train: 2 .* 2 probe points do not fit into memory all at once"),
     ],
 )

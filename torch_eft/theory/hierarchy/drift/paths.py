@@ -117,6 +117,16 @@ class DrawnTraining(FrozenModes):
                 max(sharpness(self.loss, z, Theta, batch) for z in starts for batch in batches), "at infinite width"
             )
 
+    def check_memory(self, memory: int) -> None:
+        """Refuse what does not fit: arrays over two training points and two outputs of a single draw."""
+        points = len(self.x_train)
+        needed = 4 * _PAIRS_OF_OUTPUTS * (points * self.outputs) ** 2
+        if needed > memory:
+            raise ValueError(
+                f"x_train: {points} points with {self.outputs} outputs need about {needed / 2**30:.1f} GiB for one "
+                f"draw of z(0), memory allows {memory / 2**30:.1f} GiB; give fewer points or more memory"
+            )
+
     def draw(self, count: int, seed: int) -> Tensor:
         """Draws of z(0) on the training points, in pairs z, -z, (count, N, n_L)."""
         values, vectors = torch.linalg.eigh(self.K[self.train][:, self.train])

@@ -138,6 +138,8 @@ def predict_drift(
     make = FrozenTraining if closed else DrawnTraining
     frozen = make(ensemble, x_train, y_train, x_probe, training)
     check_statistics(ensemble, frozen.x, FLUCTUATIONS, "autograd", check_validity=True)
+    if isinstance(frozen, DrawnTraining):
+        frozen.check_memory(memory)
     times = training.times(at_steps, frozen.x.device)
     vertices = VertexTiles(ensemble, frozen.layers, num_samples, num_replicas, seed, integrated=_INTEGRATED)
     reader = FormReader(vertices, frozen, hidden_ntk, memory)
