@@ -1,6 +1,8 @@
 """Monitors: their records, their schedules, and their reaction to failures."""
 
+import contextlib
 import csv
+import io
 import math
 import pickle
 import sys
@@ -137,6 +139,23 @@ def test_cost_is_counted_logged_and_printed(capsys):
     assert monitor.seconds == budget.seconds > budget.start > 0
     assert f"4 measurements, {budget.percent:.1f} % of training time (besides {budget.start:.2f} s at the start" in said
     assert monitor.history[9]["eft/overhead_percent/measured"] > 0
+
+
+def test_lines_are_their_own_beside_lightnings_bar():
+    """Bar and lines share a terminal: here, one stream."""
+    from tests.callbacks import trainings
+
+    stream, monitor = io.StringIO(), EFTMonitor(PROBE, preset="light")
+    with warnings.catch_warnings(), contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(max_epochs=2, callbacks=[monitor], logger=False, enable_checkpointing=False)
+        loader = torch.utils.data.DataLoader(trainings.dataset(), batch_size=8)
+        trainer.fit(trainings.Training(simple_mlp(), trainings.plain_sgd), loader)
+    shown = stream.getvalue()
+    assert "Epoch 1" in shown and shown.count("torch_eft  ") == 3
+    for line in shown.split("\n"):
+        if "torch_eft  " in line:
+            assert line.rpartition("\r")[2].startswith("torch_eft  ")
 
 
 class _FailingNet(nn.Module):
