@@ -155,6 +155,7 @@ class EFTMonitor(Callback):
         self.module = module
         self.jsonl = jsonl
         self.name = name
+        self._key: tuple[str | None, str] = (None, "")
         self._first, self._output_fn = first_count(probe), output_fn
         self._timeout: float | None = None
         self._error: Exception | None = None
@@ -390,7 +391,10 @@ class EFTMonitor(Callback):
     @property
     def state_key(self) -> str:
         """The key in checkpoints, which ``name`` makes different for monitors of one class."""
-        key = self._generate_state_key(name=self.name)
+        name, key = self._key
+        if name != self.name:  # Lightning asks at every hook of every step
+            key = self._generate_state_key(name=self.name)
+            self._key = self.name, key
         return key if self._attached else _Key(key, self)
 
     def state_dict(self) -> dict[str, Any]:

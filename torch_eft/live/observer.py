@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch_eft.live.budget import Budget, cost_page, cost_sentence, left_out
 from torch_eft.live.config.presets import Options, Preset, chosen_instruments
 from torch_eft.live.config.probes import ProbeLike, probe_from
-from torch_eft.live.config.schedule import AUTO, Every, checked_every, due
+from torch_eft.live.config.schedule import AUTO, Every, checked_every, due, not_before
 from torch_eft.live.instrument import Event, Instrument, MeasurementWarning, Obstacle
 from torch_eft.live.progress import Progress
 from torch_eft.live.record.history import RunHistory
@@ -359,7 +359,10 @@ class Observer:
         return self._run.begun
 
     def _due(self, step: int, since: int) -> bool:
+        if since < step < self.progress.quiet:
+            return False
         try:
+            self.progress.quiet = not_before(self.every, step, self.progress.curve)
             return due(self.every, step, since, self.progress.curve)
         except Exception as error:  # a function of the user's
             self.recorder.failed(error)

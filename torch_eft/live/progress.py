@@ -15,6 +15,7 @@ class Progress:
         origin: Steps taken at theta_0.
         total_steps: Steps of the whole training, if their number is known.
         full_batch: Whether every step is known to take the same batch.
+        quiet: Step before which the schedule asks for nothing.
         starting: Whether no measurement has been made after the first step yet: the start is not within the budget.
     """
 
@@ -23,6 +24,7 @@ class Progress:
     origin: int = 0
     total_steps: int | None = None
     full_batch: bool = False
+    quiet: int = 0
     starting: bool = True
 
     @property

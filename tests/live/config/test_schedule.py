@@ -3,7 +3,7 @@
 import pytest
 
 from torch_eft.live import linear, logarithmic
-from torch_eft.live.config.schedule import Curve, checked_every, due
+from torch_eft.live.config.schedule import Curve, checked_every, due, not_before
 
 
 def steps_of(every, until=1000):
@@ -74,6 +74,16 @@ def test_a_curve_has_thirteen_measurements_of_any_training_that_has_as_many_step
     assert len(unknown) >= 12 or length < 64
     assert max(gaps, default=1) <= 2.001
     assert Curve(origin, total).left(origin) == len(known) - 1
+
+
+@pytest.mark.parametrize("curve", [Curve(0, 300), Curve(5, 4000), Curve(3, None)])
+def test_a_loop_need_not_ask_before_the_next_step_that_is_due(curve):
+    for every in ("auto", 7, "log:3"):
+        every = checked_every(every)
+        for step in range(1, 300):
+            quiet = not_before(every, step, curve)
+            assert quiet > step and not any(due(every, later, None, curve) for later in range(step + 1, quiet))
+            assert every != "auto" or due(every, quiet, None, curve)
 
 
 @pytest.mark.parametrize("curve", [Curve(0, 300), Curve(5, 4000), Curve(3, None)])

@@ -232,7 +232,7 @@ def test_large_batches_are_kept_in_part():
     model = nn.Sequential(nn.Linear(2**15, 2), nn.BatchNorm1d(2)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(40, 2**15, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    observer = Observer(model, x[:2], optimizer, instruments=[], budget=None, on_error="raise")
+    observer = Observer(model, x[:2], optimizer, instruments=["representation"], budget=None, on_error="raise")
     observer.begin()
     observer.observe_batch((x, x[:, :2]))
     assert torch.equal(observer.reference.calibration.kept[0], x[:32])  # 8 MiB

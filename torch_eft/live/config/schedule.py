@@ -7,6 +7,7 @@ the points of a ``Curve``, at ten steps a decade, and when an epoch is announced
 Of what is due, a budget leaves out whatever it must but for what a ``Curve`` takes.
 """
 
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Callable
@@ -74,6 +75,11 @@ class logarithmic:
         nearest = round(self.per_decade * math.log10(step))
         return any(round(10 ** (j / self.per_decade)) == step for j in (nearest - 1, nearest, nearest + 1))
 
+    def following(self, step: int) -> int:
+        """Return the first step after ``step`` at which a measurement is due."""
+        first = math.floor(self.per_decade * math.log10(max(1, step)))
+        return next(later for j in itertools.count(first) if (later := round(10 ** (j / self.per_decade))) > step)
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -108,6 +114,12 @@ class Curve:
         """Return whether a point is after ``since``, and not after ``step``."""
         steps = _distances(None if self.total is None else self.total - self.origin)
         return bisect_right(steps, since - self.origin) < bisect_right(steps, step - self.origin)
+
+    def following(self, step: int) -> int | None:
+        """Return the first point after a step; None if there is none."""
+        steps = _distances(None if self.total is None else self.total - self.origin)
+        place = bisect_right(steps, step - self.origin)
+        return self.origin + steps[place] if place < len(steps) else None
 
     def left(self, step: int) -> int:
         """Return how many points are to come between ``step`` and the last one; 0 if their number is not known."""
@@ -172,6 +184,23 @@ def due(every: Every, step: int, since: int | None = None, curve: Curve | None =
     if callable(every):
         return any(every(each) for each in range(first, step + 1))
     return step // every > (first - 1) // every
+
+
+def not_before(every: Every, step: int, curve: Curve) -> int:
+    """Return a later step before which nothing is due, so that a loop of many steps need not ask at each.
+
+    Args:
+        every: The schedule.
+        step: Optimizer steps taken.
+        curve: The curve of ``"auto"``.
+
+    Returns:
+        The step; the next one where a schedule does not tell.
+    """
+    if every != AUTO:
+        return step + 1
+    decades = logarithmic().following(step)
+    return min(decades, curve.following(step) or decades)
 
 
 def _positive_integer(name: str, value: int) -> None:

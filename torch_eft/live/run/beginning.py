@@ -141,7 +141,7 @@ class Beginning:
         run.progress.step = run.progress.first_step = loop.step
         # All ranks must agree on it, of whom only the first one knows a checkpoint's history.
         run.progress.origin = 0 if given.collective else loop.step
-        run.progress.total_steps, run.progress.full_batch = loop.total_steps, loop.full_batch
+        run.progress.total_steps, run.progress.full_batch, run.progress.quiet = loop.total_steps, loop.full_batch, 0
         if not run.ranks.leads:
             with run.recorder.guard():
                 network.follow()

@@ -23,17 +23,18 @@ class Hooks:
 
     def _listeners(self, hook: str) -> list[Instrument]:
         """The instruments that do something at a hook: most do nothing at most of them, and there are many steps."""
-        run = self._run
-        ready = run.begun and run.reference.snapshot is not None and run.measurements.begun
-        if not ready or not run.ranks.leads or run.given.unsharded_model is not None:
-            return []
-        if hook not in self._listening:
+        run, able = self._run, self._listening.get(hook)
+        if able is None:
             default = getattr(Instrument, hook)
-            self._listening[hook] = [each for each in run.instruments if getattr(type(each), hook) is not default]
-        return [each for each in self._listening[hook] if each.listens()]
+            able = [each for each in run.instruments if getattr(type(each), hook) is not default]
+            self._listening[hook] = able
+        listening = [each for each in able if each.listens()]
+        if not listening or not run.begun or run.given.unsharded_model is not None or not run.ranks.leads:
+            return []
+        return listening if run.reference.snapshot is not None and run.measurements.begun else []
 
     def _calibrates(self) -> bool:
-        return self._run.begun and self._run.ranks.leads and self._run.reference.calibration.wanted
+        return self._run.reference.calibration.wanted and self._run.begun and self._run.ranks.leads
 
     def batch(self, batch: Any) -> None:
         """A training batch arrived; its forward comes."""
