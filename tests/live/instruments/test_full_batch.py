@@ -18,6 +18,7 @@ from torch_eft.live.instruments.forecasts.instance import InstanceInstrument
 from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.representation import RepresentationInstrument
 from torch_eft.live.instruments.trained_beside.shadow import ShadowInstrument
+from torch_eft.results.tags import BAND_90, tag
 
 PARTS = {"ensemble": lambda: TheoryInstrument(order=0), "instance": lambda: InstanceInstrument(seconds=60.0)}
 PAGE = {"ensemble": "validity", "instance": "instance"}
@@ -46,9 +47,8 @@ def test_both_forecasts_beside_one_training():
             ]
             assert set(names) <= set(scalars)
         assert scalars["eft-theory/ntk_drift/order_0"] == 0
-        drifts = scalars["eft-theory/ntk_drift/order_1"], scalars["eft/ntk_drift/measured"]
-        # Two norms differ by less than the norm of the difference.
-        assert abs(drifts[0] - drifts[1]) <= 1.001 * scalars["eft-theory/instance_ntk_error/order_1"]
+        low, median, high = (scalars[tag("ntk_drift", name)] for name in (BAND_90[0], "order_1", BAND_90[1]))
+        assert low < median < high  # the ensemble's, which has a band, is drawn, and not the network's own
         assert scalars["eft-theory/ntk_mean_drift/order_1"] > 0
     ratio = observer.history[30]["eft-theory/instance_output/ratio"]
     error, order_0, order_1 = (
