@@ -243,3 +243,61 @@ def test_what_is_not_known_is_refused_in_words():
 
     with pytest.raises(ValueError, match=r"preconditioner of .*Own is not known"):
         measure.preconditioner(model, Own(model.parameters()))
+
+
+@pytest.mark.parametrize("make", [Adam, RMSprop, torch.optim.Adagrad, torch.optim.Adamax])
+def test_what_never_had_a_gradient_does_not_count(make):
+    model = network()
+    model.register_parameter("unused", nn.Parameter(torch.ones(2, dtype=torch.float64)))
+    optimizer = make(model.parameters())
+    x = torch.randn(2, 3, dtype=torch.float64)
+    model(x).square().mean().backward()
+    optimizer.step()
+    found = measure.preconditioner(model, optimizer)
+    assert found.pop("unused") == 0.0 and all(bool((value > 0).all()) for value in found.values())
+    torch.testing.assert_close(
+        measure.ntk(model, x, preconditioner=optimizer), measure.ntk(model, x, lambdas=found | {"unused": 1.0})
+    )
+
+
+class Inherits(Adam):
+    """The first of its kind writes ``step`` into this class."""
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Every few steps the weights go half of the way back: none of the optimizer inside."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+def test_whose_step_is_that_of_torch():
+    model = network()
+    model(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    own = Inherits(model.parameters())
+    own.step()
+    assert set(measure.preconditioner(model, own)) == {name for name, _ in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"preconditioner of .*Lookahead is not known"):
+        measure.preconditioner(model, Lookahead(own))
+
+
+def test_wrong_arguments_are_answered_in_words():
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for wrong, words in ((None, "NoneType given"), ("adam", "str given"), (Adam, "the class Adam given")):
+        with pytest.raises(TypeError, match=f"optimizer: {words}; give "):
+            measure.preconditioner(model, wrong)
+    with pytest.raises(TypeError, match="gradients: list given; give "):
+        measure.optimizer_step(model, optimizer, [torch.ones(2)])
+    name = next(iter(dict(model.named_parameters())))
+    with pytest.raises(ValueError, match="gradients: 'x' is not a trainable parameter"):
+        measure.optimizer_step(model, optimizer, {"x": torch.ones(2)})
+    still = Adam(model.parameters(), eps=0.0)
+    model(torch.zeros(1, 3, dtype=torch.float64)).sum().backward()  # no gradient in the first weights
+    still.step()
+    with pytest.raises(ValueError, match=f"P of '{name}' is not finite in float64: .* give the optimizer a larger eps"):
+        measure.ntk(model, torch.ones(1, 3, dtype=torch.float64), preconditioner=still)

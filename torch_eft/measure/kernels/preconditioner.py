@@ -26,7 +26,8 @@ from torch.optim.adamax import Adamax
 from torch.optim.adamw import AdamW
 from torch.optim.sgd import SGD
 
-from torch_eft.measure.jacobian.plan import Lambdas
+from torch_eft.measure.jacobian.plan import Lambdas, wrong_name
+from torch_eft.measure.kernels.optimizers import plain_optimizer
 from torch_eft.results.presentation.repr import short_repr
 
 Preconditioner = dict[str, float | Tensor]
@@ -101,7 +102,8 @@ def preconditioner(
             step.
 
     Returns:
-        ``{parameter: a number, or a tensor of its shape}``, 0 for those that it does not hold.
+        ``{parameter: a number, or a tensor of its shape}``, 0 for those that it does not hold or that never had a
+        gradient.
 
     Raises:
         ValueError: If P of this optimizer is not known, or not yet: it has taken no step, or depends on the gradient.
@@ -119,13 +121,17 @@ def preconditioner(
         [1.0, 0.25]
     """
     rates, rule, entries = _entries(model, optimizer)
+    _check_names(model, gradients)
     found: Preconditioner = dict.fromkeys(rates, 0.0)
     eta = _first(rates)
+    states = {name: plain_optimizer(optimizer).state.get(parameter, {}) for name, (_, parameter) in entries.items()}
     for name, (group, parameter) in entries.items():
         g = None if gradients is None else _gradient(gradients, name, parameter)
         if gradients is not None and g is None:
             continue
-        parts = rule(group, optimizer.state.get(parameter, {}), parameter.detach(), g)
+        if g is None and rule is not _sgd and not _moved(states[name]) and any(map(_moved, states.values())):
+            continue  # it never had a gradient
+        parts = rule(group, states[name], parameter.detach(), g)
         scale = parts.rate / eta
         found[name] = scale if parts.P is None else scale * parts.P
     return found
@@ -155,6 +161,7 @@ def optimizer_step(model: nn.Module, optimizer: Optimizer, gradients: Mapping[st
         -0.1
     """
     rates, rule, entries = _entries(model, optimizer)
+    _check_names(model, gradients)
     eta = _first(rates)
     result = OptimizerStep(eta, dict.fromkeys(rates, 0.0), {}, {}, {}, {})
     for name, (group, parameter) in entries.items():
@@ -162,7 +169,7 @@ def optimizer_step(model: nn.Module, optimizer: Optimizer, gradients: Mapping[st
         if g is None:
             continue
         theta = parameter.detach()
-        parts = rule(group, optimizer.state.get(parameter, {}), theta, g)
+        parts = rule(group, plain_optimizer(optimizer).state.get(parameter, {}), theta, g)
         scale, zero = parts.rate / eta, torch.zeros_like(theta)
         result.preconditioner[name] = scale if parts.P is None else scale * parts.P
         result.share[name] = parts.share
@@ -180,7 +187,14 @@ def lambdas_of(model: nn.Module, lambdas: Lambdas, optimizer: Optimizer | None) 
         return lambdas
     if lambdas is not None:
         raise ValueError("preconditioner: lambdas are given too, which it stands for; give one of the two")
-    return preconditioner(model, optimizer)
+    found = preconditioner(model, optimizer)
+    for name, value in found.items():
+        if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+            raise ValueError(
+                f"preconditioner: P of {name!r} is not finite in {str(value.dtype).removeprefix('torch.')}: it is 1 "
+                "over the sizes of gradients, some of which are 0; give the optimizer a larger eps"
+            )
+    return found
 
 
 Rule = Callable[[Mapping[str, Any], Mapping[str, Any], Tensor, Tensor | None], _Parts]
@@ -191,9 +205,11 @@ def _entries(
     model: nn.Module, optimizer: Optimizer
 ) -> tuple[dict[str, float], Rule, dict[str, tuple[Mapping[str, Any], Tensor]]]:
     """Learning rates by parameter, the update rule, and group and parameter by name."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+    optimizer = plain_optimizer(optimizer)
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    entries = {names[id(p)]: (group, p) for group in optimizer.param_groups for p in group["params"] if id(p) in names}
+    entries: dict[str, tuple[Mapping[str, Any], Tensor]] = {
+        names[id(p)]: (group, p) for group in optimizer.param_groups for p in group["params"] if id(p) in names
+    }
     if not entries:
         raise ValueError(
             f"optimizer: it holds none of the trainable parameters of this {type(model).__name__}; give the network "
@@ -220,10 +236,18 @@ def _rule_of(optimizer: Optimizer) -> Rule:
     )
 
 
-def _plain(kind: type, known: type) -> bool:
+def _plain(kind: type[Optimizer], known: type[Optimizer]) -> bool:
     """Whether the step is that of torch: not overridden in a class of the user's."""
-    own = next(base for base in kind.__mro__ if "step" in vars(base))
-    return own.__module__.startswith("torch.optim.") and issubclass(own, known)
+    # Optimizers write a wrapped ``step`` into the class of the first instance, so that it may not be inherited.
+    return kind.step.__module__ == known.step.__module__
+
+
+def _check_names(model: nn.Module, gradients: Mapping[str, Tensor] | None) -> None:
+    if gradients is not None and not isinstance(gradients, Mapping):
+        raise TypeError(f"gradients: {type(gradients).__name__} given; give {{parameter name: gradient}}")
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if unknown := set(gradients or ()) - names:
+        raise ValueError(f"gradients: {wrong_name(unknown, names)}")
 
 
 def _gradient(gradients: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor | None:
@@ -236,6 +260,10 @@ def _gradient(gradients: Mapping[str, Tensor], name: str, parameter: Tensor) -> 
             f"one of the shape of the parameter, {tuple(parameter.shape)}"
         )
     return g.detach().to(parameter)
+
+
+def _moved(state: Mapping[str, Any]) -> bool:
+    return bool(state) and _number(state, "step", 1.0) > 0
 
 
 def _number(state: Mapping[str, Any], key: str, default: float = 0.0) -> float:
@@ -421,7 +449,7 @@ def stability_bound(optimizer: Optimizer) -> float:
         >>> round(measure.stability_bound(torch.optim.Adam([torch.zeros(2, requires_grad=True)], lr=1e-3)))
         38000
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
+    optimizer = plain_optimizer(optimizer)
     rule = _rule_of(optimizer)
     group = next((group for group in optimizer.param_groups if float(group["lr"]) > 0), None)
     if group is None:

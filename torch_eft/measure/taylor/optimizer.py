@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch_eft.measure.kernels.optimizers import plain_optimizer
+
 
 def optimizer_copy(
     optimizer: Optimizer,
@@ -31,7 +33,7 @@ def optimizer_copy(
     Raises:
         ValueError: If it holds trainable parameters of something else, or its state belongs to another moment.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+    optimizer = plain_optimizer(optimizer)
     names = {id(p): name for name, ref in originals if (p := ref()) is not None}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
@@ -43,14 +45,27 @@ def optimizer_copy(
             elif parameter.requires_grad:
                 raise ValueError(
                     f"optimizer: a parameter {tuple(parameter.shape)} in it does not belong to the network of this "
-                    "Taylor model; give the optimizer of that network, which trains nothing else"
+                    "copy, or was frozen when that was made; give the optimizer of that network alone"
                 )
         if own:
             groups.append({**options, "params": own})
     if not groups:
         raise ValueError("optimizer: it holds no trainable parameter of the network of this Taylor model")
-    known = inspect.signature(type(optimizer)).parameters
-    copied = type(optimizer)(groups, **{key: value for key, value in optimizer.defaults.items() if key in known})
+    kind = type(optimizer)
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"optimizer: {kind.__name__} computes gradients itself, by the loop's closure, in which a copy would train "
+            "the network; use one that takes its steps from gradients"
+        )
+    known = inspect.signature(kind).parameters
+    try:
+        copied = kind(groups, **{key: value for key, value in optimizer.defaults.items() if key in known})
+    except TypeError as error:
+        raise ValueError(
+            f"optimizer: {kind.__name__} cannot be made anew from its param_groups and defaults ({error}); keep "
+            "arguments of its constructor in defaults, as torch.optim does"
+        ) from None
     for parameter, state in optimizer.state.items():
         if state and id(parameter) in names:
             name = names[id(parameter)]
@@ -73,7 +88,7 @@ def same_options(own_optimizer: Optimizer, optimizer: Optimizer) -> None:
         own_optimizer: The copy.
         optimizer: The real one.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+    inner = plain_optimizer(optimizer)
     groups = [group for group in inner.param_groups if any(p.requires_grad for p in group["params"])]
     for own, group in zip(own_optimizer.param_groups, groups, strict=False):
         own.update({key: value for key, value in group.items() if key not in ("params", "param_names")})

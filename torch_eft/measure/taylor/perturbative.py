@@ -27,6 +27,7 @@ from torch.optim import SGD, Optimizer
 
 from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.jets.jet import Jet
+from torch_eft.measure.kernels.optimizers import plain_optimizer
 from torch_eft.measure.taylor.model import Curve, TaylorModel, as_call
 from torch_eft.measure.taylor.model_checks import judged_correction
 from torch_eft.measure.taylor.optimizer import optimizer_copy
@@ -173,7 +174,7 @@ def _derivative(value: Tensor, z: Tensor, direction: Tensor | None) -> Tensor:
 
 
 def _check_linear(optimizer: Optimizer) -> None:
-    kind = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+    kind = plain_optimizer(optimizer)
     if not isinstance(kind, SGD):
         raise ValueError(
             f"optimizer: {type(kind).__name__} given; the perturbative correction is derived for updates linear in the "

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from torch_eft.live.instrument import Event, TrainingStart
+from torch_eft.measure.kernels.optimizers import plain_optimizer
 from torch_eft.measure.training_loss import batch_fingerprint, same_batch
 
 CAUTION, INVALID = 0.2, 1.0
@@ -141,7 +142,7 @@ def sgd_options(optimizer: Optimizer, at_rest: bool = True) -> dict[str, Any] | 
     Returns:
         The options, or the reason as a sentence.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+    inner = plain_optimizer(optimizer)
     if type(inner) is not torch.optim.SGD:
         return f"{type(inner).__name__}: forecasts are derived for gradient descent (torch.optim.SGD)"
     for option in ("weight_decay", "maximize"):

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torch_eft.measure.kernels.optimizers import plain_optimizer
+
 TOLERANCE = 1e-4
 """Share of a step, or of a gradient, by which they may differ; float32 agrees to 1e-6."""
 
@@ -149,7 +151,7 @@ def without_gradients(network: nn.Module) -> bool:
 
 def _sgd_steps(optimizer: Optimizer) -> dict[int, Tensor]:
     """``{id(parameter): lr * direction}`` of ``torch.optim.SGD``, from the gradients and momenta before the step."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+    inner = plain_optimizer(optimizer)
     steps = {}
     for group in inner.param_groups:
         for p in group["params"]:

@@ -13,6 +13,7 @@ from torch_eft.live.instruments.common import LARGEST, compared_scalars, memory,
 from torch_eft.live.instruments.forecasts.full_batch import UNSHOWN
 from torch_eft.live.instruments.forecasts.step_check import versions, without_gradients
 from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.kernels.optimizers import plain_optimizer
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.taylor.model import TaylorModel, as_call
 from torch_eft.measure.taylor.optimizer import same_options
@@ -114,7 +115,7 @@ class ShadowInstrument(Instrument):
             self._batch, self._batches = None, 0
             self._versions, self._ahead = versions(model), False
             return Reading()  # the optimizer takes no step either
-        self._optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+        self._optimizer = plain_optimizer(optimizer)
         batch, count = self._batch, self._batches
         self._batch, self._batches = None, 0
         if count != 1:
