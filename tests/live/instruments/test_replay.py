@@ -147,6 +147,56 @@ def test_what_is_not_one_function_is_refused(model, reason):
     assert pages["replay"][-1][1].startswith("No steps are taken again") and reason in pages["replay"][-1][1]
 
 
+class NoRule(torch.autograd.Function):
+    """A smooth activation that Taylor series have no rule for."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+class WithoutRule(nn.Module):
+    def forward(self, x):
+        return NoRule.apply(x)
+
+
+class NeedsClosure(torch.optim.SGD):
+    def step(self, closure):
+        return super().step(closure)
+
+
+def test_every_other_end_is_told_in_words():
+    model = mlp(16, activation=WithoutRule)
+    text = watched(model)[1]["replay"][-1][1]
+    assert text.startswith("No steps are taken again") and "autograd.Function" in text
+    x, y, x_probe = data(24)
+    model = mlp(16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    _, pages = fit(model, [ReplayInstrument(steps=2)], 4, optimizer, x, y, x_probe, obstacle=MINIBATCHES, shown=False)
+    assert "the loop does not show its batches" in pages["replay"][-1][1]
+    with pytest.raises(ValueError, match="NeedsClosure computes gradients itself, by the loop's closure"):
+        measure.TaylorModel(model).optimizer_like(NeedsClosure(model.parameters(), lr=0.1))
+
+
+def test_a_layer_that_thaws_on_the_way_ends_one_replay_and_not_the_next():
+    model = mlp(16)
+    model[0].requires_grad_(False)
+    x, y, x_probe = data(24)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    thaw = lambda step: model[0].requires_grad_(True) if step == 3 else None  # noqa: E731
+    instruments = [NTKInstrument(), ReplayInstrument(steps=2)]
+    observer, _ = fit(
+        model, instruments, 8, optimizer, x, y, x_probe, batch=8, obstacle=MINIBATCHES, every=2, on_step=thaw
+    )
+    shown = [step for step, scalars in observer.history.items() if tag("replay_output") in scalars]
+    assert shown == [0, 4, 6] and not observer.skipped
+
+
 def test_training_ends_in_the_same_bits():
     ends = []
     for instrument in (ReplayInstrument(steps=2), NTKInstrument(outputs="trace")):

@@ -139,6 +139,19 @@ def test_a_step_that_the_copies_do_not_take_ends_the_band():
     assert event.step == 2 and "of it away from what a copy of it takes" in event.text
 
 
+def test_a_step_that_only_some_could_take_ends_the_band():
+    class NoMemory(SeedsInstrument):
+        def before_step(self, step, optimizer):
+            if step == 2:
+                last = self._seeds._networks[-1][1]
+                last.step = lambda: (_ for _ in ()).throw(RuntimeError("out of memory"))
+            return super().before_step(step, optimizer)
+
+    observer, pages = with_seeds(network(), instrument=NoMemory(2, initialize=initialize))
+    assert [step for step, scalars in observer.history.items() if LOW in scalars] == [1, 2]
+    assert "end at step 2: RuntimeError: out of memory" in pages["seeds"][-1][1] and not observer.skipped
+
+
 def test_they_train_as_long_as_asked():
     observer, pages = with_seeds(network(), instrument=SeedsInstrument(2, steps=2))
     assert not observer.events

@@ -71,6 +71,12 @@ def current(network: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
 
 
+def reason_of(error: Exception) -> str:
+    """Why something ends, of a refusal in words or of any other failure."""
+    in_words = isinstance(error, ValueError | NotImplementedError) and str(error)
+    return str(error) if in_words else f"{type(error).__name__}: {error}"
+
+
 def memory(network: nn.Module, copies: int) -> str:
     """A phrase saying how much memory copies take."""
     values = [p for p in network.parameters() if p.requires_grad]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.live.instrument import Instrument, Measurement, Reading, TrainingStart
-from torch_eft.live.instruments.common import LARGEST, copied, too_many
+from torch_eft.live.instruments.common import LARGEST, copied, reason_of, too_many
+from torch_eft.live.instruments.forecasts.full_batch import UNSHOWN
 from torch_eft.live.instruments.trained_beside.shadow import FIRST_STEP, output_of
 from torch_eft.measure.forward.kinks import kinked_operations
 from torch_eft.measure.network.network import Network
@@ -92,6 +93,7 @@ class ReplayInstrument(Instrument):
         self._replay: _Replay | None = None
         self._batch: Any = None
         self._batches = 0
+        self._shown = False
         self._last_loss: Tensor | None = None
         self._page = ""
         self._gauge: float | None = None
@@ -118,7 +120,10 @@ class ReplayInstrument(Instrument):
 
     def observe(self, measurement: Measurement) -> Reading:
         """Take the next steps again, if a replay is not under way and the budget has room for one."""
-        if self._refusal is not None or self._replay is not None or measurement.last:
+        waiting = self._replay
+        if waiting is not None and not waiting.models and measurement.step > waiting.start.step:
+            return self._stopped(UNSHOWN)
+        if self._refusal is not None or waiting is not None or measurement.last:
             return Reading()
         cost = self.latest_seconds if math.isfinite(self.latest_seconds) else COST * self._step_time
         if measurement.room is not None and math.isfinite(cost) and not measurement.room(cost):
@@ -128,6 +133,7 @@ class ReplayInstrument(Instrument):
 
     def observe_batch(self, batch: Any) -> None:
         """Keep it for the coming step."""
+        self._shown = True
         if self._replay is not None:
             self._batch = batch
             self._batches += 1
@@ -148,9 +154,11 @@ class ReplayInstrument(Instrument):
             return reading
         if count == 0 and replay.taken == 0:  # the measurement came after this step's batch had been shown
             self._replay = None
-            return reading
+            return reading if self._shown else self._stopped(UNSHOWN)
         begun = time.perf_counter()
-        if step != replay.start.step + replay.taken or count != 1:
+        if step != replay.start.step + replay.taken:
+            return self._stopped("steps are taken that the loop does not announce")
+        if count != 1:
             return self._stopped(f"{count} batches before one step (1 is expected, without accumulation)")
         if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
             return self._stopped("the batch is not a pair (inputs, targets)")
@@ -163,11 +171,8 @@ class ReplayInstrument(Instrument):
             for model, own in replay.models.values():
                 same_options(own, optimizer)
                 model.step(inputs, lambda z: function(z, targets), own)
-        except (
-            ValueError,
-            TypeError,
-        ) as error:  # dropout, batch statistics, an unknown loss, no Taylor rule
-            return self._stopped(str(error))
+        except Exception as error:  # dropout, batch statistics, an unknown loss, no Taylor rule, no memory
+            return self._stopped(reason_of(error))
         replay.taken += 1
         replay.seconds += time.perf_counter() - begun
         return Reading()
@@ -179,6 +184,9 @@ class ReplayInstrument(Instrument):
     def _look(self, step: int) -> Reading:
         replay = self._replay
         if replay is None or not replay.models or step != replay.start.step + replay.taken:
+            return Reading()
+        if replay.theta.keys() != {name for name, p in replay.start.model.named_parameters() if p.requires_grad}:
+            self._replay = None  # frozen or thawed on the way: another network from here on
             return Reading()
         begun = time.perf_counter()
         if not replay.checked:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.live.instrument import Event, Instrument, Measurement, Reading, TrainingStart
-from torch_eft.live.instruments.common import LARGEST, memory, too_many
+from torch_eft.live.instruments.common import LARGEST, memory, reason_of, too_many
 from torch_eft.measure.ensembles.trained_seeds import TrainedSeeds
 from torch_eft.measure.kernels.metrics import relative_change
 from torch_eft.measure.network.snapshot import Plan, Snapshot
@@ -140,8 +140,8 @@ class SeedsInstrument(Instrument):
             assert self._seeds is not None and self._loss is not None
             function = self._loss.function
             self._seeds.step(inputs, lambda z: function(z, targets), optimizer, controlled=self._controlled)
-        except (ValueError, TypeError) as error:  # an unknown loss, no draw, an optimizer that takes a closure
-            return self._stopped(step, str(error))
+        except Exception as error:  # an unknown loss, no draw, no memory: some may have taken the step, others not
+            return self._stopped(step, reason_of(error))
         self._controlled = False
         return reading
 
