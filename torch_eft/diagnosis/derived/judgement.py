@@ -52,7 +52,11 @@ class Facts:
     @property
     def suffers(self) -> bool:
         """Whether full-batch gradient descent takes long to start."""
-        return self.plateau is not None and plateau_steps(self.plateau) > PLATEAU
+        return self.plateau is not None and plateau_steps(self.plateau, self.ensemble) > PLATEAU
+
+    def slowly(self, kappa: float) -> str:
+        """How long it takes, in words."""
+        return plateau_words(kappa, plateau_steps(kappa, self.ensemble))
 
     @property
     def spread(self) -> float:
@@ -87,9 +91,9 @@ def derived_verdict(facts: Facts, findings: tuple[Finding, ...]) -> str:
     if "nothing trains" in codes:
         return "nothing trains: no parameter has a learning rate"
     if "gradients vanish" in codes and facts.plateau is not None:
-        return f"gradients vanish: {plateau_words(facts.plateau)}"
+        return f"gradients vanish: {facts.slowly(facts.plateau)}"
     if "inputs" in codes and facts.plateau is not None:
-        return f"inputs hardly differ: {plateau_words(facts.plateau)}"
+        return f"inputs hardly differ: {facts.slowly(facts.plateau)}"
     if "gradients explode" in codes:
         return f"gradients explode with depth; {seeds}"
     if "too deep" in codes:
@@ -122,18 +126,18 @@ def _initialize(facts: Facts) -> tuple[str, str]:
 def _plateau(facts: Facts) -> Finding | None:
     if not facts.suffers or facts.plateau is None:
         return None
-    if facts.plateau_critical is not None and plateau_steps(facts.plateau_critical) > PLATEAU:
+    if facts.plateau_critical is not None and plateau_steps(facts.plateau_critical, facts.ensemble) > PLATEAU:
         message = (
-            f"these inputs hardly differ: at critical initialization, too, {plateau_words(facts.plateau_critical)}, at "
+            f"these inputs hardly differ: at critical initialization, too, {facts.slowly(facts.plateau_critical)}, at "
             "a quarter of the largest stable rate"
         )
         return Finding("inputs", message, "subtract the mean of the inputs", "x = x - x.mean(0)")
     words, line = _initialize(facts)
     if facts.plateau_critical is not None and line:
-        steps = plateau_steps(facts.plateau_critical)
+        steps = plateau_steps(facts.plateau_critical, facts.ensemble)
         words += f": {max(10.0, float(f'{steps:.1g}')):g} steps or what the task itself takes"
     message = (
-        f"gradients vanish with depth: {plateau_words(facts.plateau)}, at a quarter of the largest stable rate; what "
+        f"gradients vanish with depth: {facts.slowly(facts.plateau)}, at a quarter of the largest stable rate; what "
         f"tells inputs apart is {1 / facts.plateau:.1g} of the NTK's largest eigenvalue (Adam suffers less)"
     )
     return Finding("gradients vanish", message, words, line)

@@ -223,6 +223,16 @@ class _Facts:
     shares: dict[str, float]
 
     @property
+    def suffers(self) -> bool:
+        """Whether full-batch gradient descent takes long to start."""
+        return self.plateau is not None and plateau_steps(self.plateau) > PLATEAU
+
+    @property
+    def slowly(self) -> str:
+        """How long it takes, in words."""
+        return "" if self.plateau is None else plateau_words(self.plateau, plateau_steps(self.plateau))
+
+    @property
     def spread(self) -> float | None:
         known = [value for value in (self.epsilon_ntk, self.epsilon_features) if value is not None]
         return max(known, default=None)
@@ -250,8 +260,7 @@ def _verdict(facts: _Facts, findings: tuple[Finding, ...]) -> str:
     if "dead network" in codes and facts.growth == 0:
         return "dead: no gradient reaches the first layers"
     if "gradients vanish" in codes:
-        slow = facts.plateau is not None and plateau_steps(facts.plateau) > PLATEAU
-        return f"gradients vanish{': ' + plateau_words(facts.plateau) if slow and facts.plateau else ' with depth'}"
+        return f"gradients vanish: {facts.slowly}"
     if "gradients explode" in codes:
         return "gradients explode with depth"
     seeds = ""
@@ -272,9 +281,9 @@ def _findings(facts: _Facts) -> tuple[Finding, ...]:
 
 
 def _plateau(facts: _Facts) -> Finding | None:
-    if facts.plateau is None or plateau_steps(facts.plateau) <= PLATEAU or facts.dead[0] == facts.dead[1]:
+    if not facts.suffers or facts.dead[0] == facts.dead[1]:
         return None
-    message = f"gradients vanish: {plateau_words(facts.plateau)} at a quarter of the largest stable rate (from the NTK)"
+    message = f"gradients vanish: {facts.slowly} at a quarter of the largest stable rate (from the NTK)"
     return Finding("gradients vanish", message, _blockwise(facts, small=True))
 
 
