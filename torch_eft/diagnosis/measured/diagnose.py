@@ -29,7 +29,7 @@ from torch_eft.measure.ensembles.reinitialized_networks import (
     log_variance,
     reinitialized_networks,
 )
-from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.forward.isolation import Model, isolated
 from torch_eft.measure.forward.probe import OutputFn, as_probe
 from torch_eft.measure.kernels.ntk import ntk
 from torch_eft.measure.kernels.products import ntk_eigenpairs
@@ -48,7 +48,7 @@ _INPUTS = 4
 
 
 def measured_diagnosis(
-    model: nn.Module,
+    model: Model,
     x: Any,
     reason: str,
     output_fn: OutputFn | None = None,
@@ -59,7 +59,7 @@ def measured_diagnosis(
     """Measure a network, in evaluation mode, and ``num_networks`` others of its kind.
 
     Args:
-        model: Any module.
+        model: Any module, or one that is isolated.
         x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
         reason: Why the theory does not cover it.
         output_fn: Turns what the module returns into (N, C).
@@ -78,8 +78,10 @@ def measured_diagnosis(
     few = tree_map_only(Tensor, lambda tensor: tensor[:_INPUTS], probe.inputs)
     shares: dict[str, float] = {}
     largest, eta, plateau = None, None, None
-    norms, unsettled = batch_norms(model, unused=True), ""
+    unsettled = ""
     with isolated(model, output_fn) as network:
+        module = network.origin
+        norms = batch_norms(module, unused=True)
         normed = with_batch_statistics(network, probe, norms)
         try:
             pairs = ntk_eigenpairs(normed, probe, 1, tolerance=1e-3)
@@ -108,12 +110,12 @@ def measured_diagnosis(
     log_ntk, log_ntk_error = log_variance(traces)
     epsilon_ntk = math.expm1(log_ntk) if math.isfinite(log_ntk) else None
     epsilon_features = _features(found.drawn)
-    facts = _Facts(model, blocks, growth, plateau, (dead, len(networks)), epsilon_ntk, epsilon_features, shares)
+    facts = _Facts(module, blocks, growth, plateau, (dead, len(networks)), epsilon_ntk, epsilon_features, shares)
     findings = _findings(facts)
     if (fast := learning_rate_finding(eta, step)) is not None:
         findings = (fast, *findings)
     return MeasuredDiagnosis(
-        network=f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        network=f"{type(module).__name__}, {sum(p.numel() for p in module.parameters()):,} parameters",
         reason=reason,
         verdict=_verdict(facts, findings),
         gradients=_gradients(growth, len(blocks), len(found.drawn)),
@@ -135,7 +137,7 @@ def measured_diagnosis(
         stability=stability(eta, step, probe.size),
         plateau=plateau,
         remarks=(
-            *_remarks(model, found, num_networks, probe.size if norms else 0, unsettled),
+            *_remarks(module, found, num_networks, probe.size if norms else 0, unsettled),
             *_silent_branches(shares, dead),
         ),
         inputs=probe.size,

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from torch_eft.diagnosis import Diagnosis, diagnose
+from torch_eft.diagnosis.measured.diagnose import measured_diagnosis
 from torch_eft.forecast.comparison.drift import LAW, DriftComparison, law_work
 from torch_eft.forecast.comparison.ensemble import FIRST_HORIZON, EnsembleComparison
 from torch_eft.forecast.comparison.work import Allowance
@@ -360,7 +361,7 @@ def _measured_page(start: TrainingStart, reason: str) -> str:
         return f"No diagnosis: {reason}. `torch_eft.diagnose(model, x)` measures it; {size:,} parameters take a while."
     few = tree_map_only(Tensor, lambda values: values[:_FEW], start.network.probe.inputs)
     try:
-        return diagnose(start.model, few, output_fn=start.network.output_fn, num_networks=0).details
+        return measured_diagnosis(start.network.current, few, reason, start.network.output_fn, num_networks=0).details
     except Exception as error:  # whatever a network may raise, the training goes on
         return f"No diagnosis: {reason}. It could not be measured either: {type(error).__name__}: {error}"
 
