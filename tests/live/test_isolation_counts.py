@@ -6,7 +6,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_eft.live import Observer
-from torch_eft.live.instruments.forecasts import theory
 from torch_eft.measure.forward.isolation import network
 
 
@@ -34,7 +33,6 @@ def test_a_visit_isolates_the_network_once(monkeypatch, make, preset):
         return count[0]
 
     monkeypatch.setattr(network, "_shadow_of", counted)
-    monkeypatch.setattr(theory, "_measured_page", lambda *start: "")  # a diagnosis: a measurement of its own
     torch.manual_seed(0)
     model, x = make()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
