@@ -68,6 +68,7 @@ def test_the_forecast_with_finite_width_comes_closer(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_drift_falls_with_the_width_inside_its_band(tmp_path):
     """Of four networks each is inside with a probability of 0.9: fewer than two of them once in 270 runs."""
     found = drift_against_width.main(networks=4, steps=20, widths=(128,), figure=str(tmp_path / "figure.png"))

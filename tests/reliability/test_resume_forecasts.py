@@ -81,6 +81,7 @@ def test_cross_entropy_and_a_measurement_that_falls_on_the_resume():
     assert "squared error" in resumed.instruments()["ensemble"].validity.reason  # it had none, and says why still
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_it_goes_on_after_two_resumes_one_of_them_without_a_step(order):
     def run(seed=0):
@@ -250,6 +251,7 @@ def test_a_state_that_cannot_be_read_ends_it_and_nothing_else(change):
     same(resumed, whole, range(HALF + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keep", ["file", *(pytest.param(keep, marks=pytest.mark.slow) for keep in ("a file that is gone", "none"))]
 )

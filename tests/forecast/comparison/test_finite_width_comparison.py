@@ -31,6 +31,7 @@ def data(points=3, probes=2, outputs=1):
     return x[:points], y, x[points:]
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_theory():
     """On and between the steps of the grid, with and without momentum, against predict_training called by hand."""
     x, y, x_probe = data()

@@ -117,6 +117,7 @@ def test_steps_that_a_scaler_leaves_out_are_none_of_the_lines(trained):
     assert tag("dntk_along_gradient") not in observer.history[0]
 
 
+@pytest.mark.slow
 def test_sizes_of_dntk_have_no_line_where_eigenvalues_vary_too_much():
     """Narrow: the NTK varies by 15 % over networks, and with it what is left to learn at step 5."""
     observer, pages = run(mlp(32), rate=0.15, every=lambda step: step in (1, 5))
@@ -198,6 +199,7 @@ def test_work_is_counted_and_says_what_would_bring_the_line():
         DriftComparison(ensemble, X, Y[:, :1], PROBE, training, torch.zeros(5, 1), seconds=math.inf)
 
 
+@pytest.mark.slow
 def test_forecasts_take_one_thread_and_give_the_trainings_threads_back(monkeypatch):
     during = []
 

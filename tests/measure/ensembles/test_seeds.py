@@ -76,6 +76,7 @@ def test_layer_2_agrees_with_theory_in_every_vertex(name):
     assert found.outputs == 2
 
 
+@pytest.mark.slow
 def test_more_outputs_are_averaged_over_pairs():
     """Three outputs: six ordered pairs."""
     _, two = compared("tanh", (3, 10, 2), 300)

@@ -95,7 +95,7 @@ def z_scores(values, expected):
     [
         ("relu", (6,), (0.0,) * 4, X[:1]),
         pytest.param("relu", (7, 5), (0.0,) * 4, X[:1], marks=pytest.mark.slow),
-        ("relu", (6, 8, 7), (0.2, 0.1, 0.3, 0.1), X[:1]),
+        pytest.param("relu", (6, 8, 7), (0.2, 0.1, 0.3, 0.1), X[:1], marks=pytest.mark.slow),
         pytest.param("leaky_relu(0.3)", (5, 7), (0.0,) * 4, X[:1], marks=pytest.mark.slow),
         pytest.param("abs", (4, 6), (0.0, 0.1, 0.0, 0.0), X[:1], marks=pytest.mark.slow),
         pytest.param("linear", (3, 5, 4), (0.0,) * 4, X, marks=pytest.mark.slow),

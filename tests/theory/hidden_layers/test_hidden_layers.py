@@ -363,6 +363,7 @@ def test_repeated_inputs_are_as_nearly_repeated_ones():
     assert torch.equal(again[:, 0, 0], again[:, 0, 1])
 
 
+@pytest.mark.slow
 def test_sampled_moments_agree_with_integrated_ones_and_tiles_fit():
     """Five inputs, sampled; three of them, integrated; and the same sample tile by tile."""
     x = inputs(5)

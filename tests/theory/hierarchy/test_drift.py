@@ -258,6 +258,7 @@ def test_sensitivity_is_the_change_of_the_displacement_with_the_eigenvalues():
     assert networks.rate_sensitivity(s) == pytest.approx(0.3 * s / g, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_norms_over_more_points_are_those_over_some_scaled_to_the_mean_square():
     x = torch.cat([X, normal(2, 3, seed=31)])
     keywords = {"learning_rate": RATE, "steps": STEPS, "reduction": "sum", "at_steps": (STEPS,), "hidden_ntk": False}
@@ -367,6 +368,7 @@ def test_samples_and_tiles_agree_with_integration(monkeypatch):
     assert float((whole.ntk.relative_rms / tiled.ntk.relative_rms - 1).abs()) < 0.01
 
 
+@pytest.mark.slow
 def test_over_three_points_samples_agree_with_integration_within_their_error():
     """By default moments over three points and more are sampled: integrated, over four they take minutes."""
     single = theory.MLPEnsemble([3, 64, 1], "tanh", C_b=0.1, C_W=1.5, lambda_b=0.3)
@@ -384,6 +386,7 @@ def test_over_three_points_samples_agree_with_integration_within_their_error():
     assert float(four.ntk.relative_rms[0]) > 0
 
 
+@pytest.mark.slow
 def test_moments_some_pairs_at_a_time_are_those_of_all(monkeypatch):
     """As for a thousand images, whose forms do not fit: means and variances only."""
     x, y = normal(5, 3, seed=11), normal(2, 2, seed=12)
