@@ -44,6 +44,7 @@ def test_run_info_of_another_schema_or_damaged_is_none():
     assert parse_run_info("{") is None
     assert parse_run_info("[1]") is None
     assert parse_run_info('{"schema": 99}') is None
+    assert parse_run_info('{"validity": {"flag": "valid"}}') is None
 
 
 def test_cards_say_why_there_is_no_prediction():

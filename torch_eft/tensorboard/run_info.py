@@ -93,7 +93,7 @@ def _sound(info: dict[str, Any]) -> bool:
     return (
         all(isinstance(info.get(key), str | None) for key in words)
         and all(isinstance(info.get(key), int | float | None) for key in numbers)
-        and (validity is None or _strings(validity))
+        and (not validity or _judged(validity))
         and (unpredicted is None or _strings(unpredicted))
         and (claims is None or (isinstance(claims, list) and all(map(_strings, claims))))
         and (progress is None or _progress(progress))
@@ -115,6 +115,10 @@ def _progress(value: Any) -> bool:
 
 def _strings(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(entry, str | None) for entry in value.values())
+
+
+def _judged(value: Any) -> bool:
+    return _strings(value) and all(isinstance(value.get(key), str) for key in ("flag", "reason"))
 
 
 def _marked(entry: Any) -> bool:

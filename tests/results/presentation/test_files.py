@@ -156,6 +156,33 @@ def test_other_files_are_refused_in_words(tmp_path):
         Trajectory.load(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.pop("holds"),
+        lambda header: header.update(version="1"),
+        lambda header: header["content"]["fields"].update(steps=7),
+        lambda header: header["content"]["fields"]["values"].update(shape=[1]),
+        lambda header: header["content"]["fields"]["tags"]["tuple"].append("another"),
+        lambda header: header["content"]["fields"]["tags"]["tuple"].__setitem__(0, []),
+    ],
+)
+def test_a_damaged_header_is_told_in_words(tmp_path, change):
+    path = tmp_path / "x.npz"
+    RunHistory({0: {"eft/ntk_drift/measured": 0.0}, 3: {"eft/ntk_drift/measured": 0.5}}).save(path)
+    edited(path, change)
+    with pytest.raises(ValueError, match=r"x\.npz: damaged.*; make it anew"):
+        RunHistory.load(path)
+
+
+def test_arrays_that_are_none_of_ours_are_told_in_words(tmp_path):
+    path = tmp_path / "x.npz"
+    for header in (numpy.zeros(3), numpy.array([object()])):
+        numpy.savez(path, header=header)
+        with pytest.raises(ValueError, match=r"x\.npz: damaged .*; make it anew"):
+            RunHistory.load(path)
+
+
 def test_a_file_cut_off_is_refused(tmp_path):
     path = tmp_path / "x.npz"
     trajectory().save(path)

@@ -118,6 +118,9 @@ class RunHistory(dict[int, dict[str, float]]):
             ValueError: If the file is none of ours, is damaged, holds another kind of result, or is of a later version.
         """
         table = load_result(_Table, path, name=cls.__name__)
+        shape = len(table.steps), len(table.tags)
+        if table.steps.ndim != 1 or not table.values.shape == table.known.shape == shape:
+            raise ValueError(f"{path}: damaged (its table is not {shape[0]} steps by {shape[1]} tags); make it anew")
         rows = zip(table.steps.tolist(), table.values.tolist(), table.known.tolist(), strict=True)
         return cls({step: _scalars(table.tags, values, known) for step, values, known in rows})
 

@@ -8,9 +8,10 @@ import dataclasses
 import json
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy
 import torch
@@ -71,8 +72,8 @@ def load_result(
     kinds = {each.__name__: each for each in _dataclasses_in(kind)}
     try:
         values = {name: _value(node, arrays, kinds, device) for name, node in content["fields"].items()}
-        return kind(**values, **private)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return _made(kind, values, private)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged, or of another version of torch_eft ({error}); make it anew") from error
 
 
@@ -89,10 +90,14 @@ def _read(path: Path, wanted: str) -> tuple[dict[str, Any], dict[str, Any]]:
                 raise ValueError(foreign)
             header = json.loads(stored[_HEADER].tobytes())
             arrays = {name: stored[name] for name in stored.files}
-    except (zipfile.BadZipFile, KeyError, EOFError, UnicodeDecodeError, OSError) as error:
+    except (zipfile.BadZipFile, KeyError, EOFError, ValueError, OSError) as error:
+        if str(error) == foreign:
+            raise
         raise ValueError(f"{path}: damaged ({error}); make it anew") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(foreign)
+    if not isinstance(header.get("version"), int) or not {"holds", "content"} <= header.keys():
+        raise ValueError(f"{path}: damaged (its header is not complete); make it anew")
     if header["version"] > VERSION:
         raise ValueError(
             f"{path}: written by a later version of torch_eft (layout {header['version']}, this one reads {VERSION}); "
@@ -152,11 +157,39 @@ def _value(node: Any, arrays: Mapping[str, Any], kinds: Mapping[str, type], devi
         return kinds[node["is"]].from_stored(node["stored"])  # type: ignore[attr-defined]
     if "is" in node:
         fields = {name: _value(each, arrays, kinds, device) for name, each in node["fields"].items()}
-        return kinds[node["is"]](**fields)
+        return _made(kinds[node["is"]], fields)
     if "items" in node:
         return {_value(key, arrays, kinds, device): _value(each, arrays, kinds, device) for key, each in node["items"]}
     ((name, values),) = node.items()
     return {"tuple": tuple, "list": list}[name](_value(each, arrays, kinds, device) for each in values)
+
+
+def _made(kind: type[T], fields: Mapping[str, Any], private: Mapping[str, Any] | None = None) -> T:
+    """A dataclass of these fields, if they are of the kinds that it says."""
+    hints = get_type_hints(kind)
+    for name, value in fields.items():
+        if not _is_of(value, hints[name]):
+            raise TypeError(f"{kind.__name__}.{name} is a {type(value).__name__}")
+    return kind(**fields, **private or {})
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation says; of one that is none of those in our results, True."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is_of(value, each) for each in arguments)
+    if origin is Literal:
+        return any(type(value) is type(each) and value == each for each in arguments)
+    if hint is float:
+        return isinstance(value, int | float)
+    if origin is tuple and not (len(arguments) == 2 and arguments[1] is ...):
+        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_is_of, value, arguments))
+    if origin in (dict, Mapping):
+        key, each = arguments
+        return isinstance(value, Mapping) and all(_is_of(k, key) and _is_of(v, each) for k, v in value.items())
+    if origin in (tuple, list, Sequence):
+        return isinstance(value, tuple | list) and all(_is_of(each, arguments[0]) for each in value)
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _dataclasses_in(kind: Any, found: frozenset[Any] = frozenset()) -> frozenset[Any]:
