@@ -120,6 +120,17 @@ def test_outside_the_theory_it_says_so_and_measures_on(name):
         assert not any(tag.startswith("eft-theory") for tag in scalars)
 
 
+@pytest.mark.parametrize(("batches", "reason"), [(1, None), (float("inf"), None), (3, "mini-batches (3 per epoch)")])
+def test_batches_that_nobody_counted_show_themselves_what_they_are(batches, reason):
+    from types import SimpleNamespace
+
+    from torch_eft.callbacks.monitor import obstacle
+
+    one = {"world_size": 1, "accumulate_grad_batches": 1, "gradient_clip_val": None}
+    found = obstacle(SimpleNamespace(num_training_batches=batches, **one), SimpleNamespace(automatic_optimization=True))
+    assert (found and found.reason.partition(":")[0]) == reason
+
+
 def test_a_failing_theory_does_not_cost_theta_0(monkeypatch):
     from torch_eft.live import MeasurementWarning
     from torch_eft.live.instruments.forecasts import theory

@@ -6,6 +6,7 @@ validation hooks, where weights may be averaged ones. Only rank 0 measures, and 
 ``distributed="sharded"`` or ``unsharded_model=`` asks for the other ranks.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -53,7 +54,8 @@ class EFTMonitor(Callback):
             data set.
         preset: ``"light"``: NTK and hidden kernels; ``"standard"``: the theory beside them; ``"full"``: everything.
         every: When to measure besides the first and the last weights: ``"auto"``: at twelve or more steps 1, 2, 4, 8,
-            ... whatever the budget, and beyond them, as it allows, after every epoch and at ten steps a decade;
+            ... whatever the budget (a training of unknown length, of an iterable data set, say, has as many from step
+            64 on), and beyond them, as it allows, after every epoch and at ten steps a decade;
             ``"epoch"``, a number of optimizer steps, ``"log:10"`` (10 per decade of steps), or a function of the step.
         budget: Time that measuring may take, as a share of the training's own. The schedule is thinned to stay within,
             but for twelve or more of the measurements, with even distances on a logarithmic axis; and the end says how
@@ -451,7 +453,7 @@ def obstacle(trainer: Trainer, pl_module: LightningModule) -> Obstacle | None:
         return Obstacle(f"gradient accumulation over {trainer.accumulate_grad_batches} batches")
     if trainer.gradient_clip_val:
         return Obstacle(f"gradient clipping at {trainer.gradient_clip_val}")
-    if trainer.num_training_batches != 1:
+    if trainer.num_training_batches not in (1, math.inf):  # of an iterable's batches the first two show what they are
         reason = f"mini-batches ({trainer.num_training_batches} per epoch): order 0 covers full-batch training"
         return Obstacle(reason, minibatches=True)
     return None

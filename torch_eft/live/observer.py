@@ -65,8 +65,8 @@ class Observer:
         optimizer: The optimizer of the training, or several; gives the learning-rate tensor lambda. None: lambda = 1.
         preset: ``"light"``, ``"standard"`` or ``"full"``: which instruments (``torch_eft.live.config.presets``).
         every: When to measure besides the first and the last time (``torch_eft.live.config.schedule``). ``"auto"``:
-            at twelve or more steps 1, 2, 4, 8, ... whatever the budget; beyond them, as it allows, at ten steps a
-            decade, and when an epoch is announced.
+            at twelve or more steps 1, 2, 4, 8, ... whatever the budget (a training of unknown length has as many from
+            step 64 on); beyond them, as it allows, at ten steps a decade, and when an epoch is announced.
         budget: Time that measuring may take, as a share of the training's own; the schedule is thinned to stay within,
             but for twelve or more of the measurements, with even distances on a logarithmic axis. The start (theta_0
             and the first measurement after it) and forecasts are not in it, and shown apart. None: no limit.

@@ -86,7 +86,7 @@ class Curve:
     """Steps with even distances on a logarithmic axis: as many as make a curve of any training.
 
     With theta_0 they are at least ``POINTS``, if there are as many steps: 1, 2, 4, 8, ... and the last one; denser
-    where the training is shorter, and at first where its length is not known.
+    where the training is shorter, and at first where its length is not known: as many they are from 64 steps on then.
 
     Args:
         origin: Optimizer steps at theta_0.
