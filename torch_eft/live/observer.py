@@ -26,11 +26,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_eft.live.budget import Budget, cost_page, cost_sentence, left_out
+from torch_eft.live.budget import Budget, cost_sentence, left_out
 from torch_eft.live.config.presets import Options, Preset, chosen_instruments
 from torch_eft.live.config.probes import ProbeLike, probe_from
 from torch_eft.live.config.schedule import AUTO, Every, checked_every, due, not_before
@@ -38,7 +37,7 @@ from torch_eft.live.instrument import Event, Instrument, MeasurementWarning, Obs
 from torch_eft.live.progress import Progress
 from torch_eft.live.record.history import RunHistory
 from torch_eft.live.record.recorder import Recorder
-from torch_eft.live.record.run_summary import shown_claim, skipped_page
+from torch_eft.live.record.run_summary import shown_claim
 from torch_eft.live.record.sinks import JSONLSink, Sink, TensorBoardSink, local_path
 from torch_eft.live.run import checkpoint
 from torch_eft.live.run.beginning import Beginning, Loop
@@ -314,7 +313,7 @@ class Observer:
             epoch: Where the training counts them.
 
         Returns:
-            ``{tag: value}``; empty if nothing was measured: it was not due, or the budget left it out (said once).
+            ``{tag: value}``; empty if nothing was measured: it was not due, or the budget left it out.
         """
         run = self._run
         if run.refused or not (run.begun or self._begins(step)) or run.network is None:
@@ -326,29 +325,7 @@ class Observer:
         last = last or (planned is not None and min(since, step - 1) < planned <= step)
         if not last and not (self._due(step, since) if due_now is None else due_now):
             return {}
-        if not run.ranks.leads:
-            with self.recorder.guard():
-                run.network.follow()
-            return {}
-        scalars: dict[str, float] = {}
-        with run.ranks.awaited():
-            if run.measurements.done(step):
-                return {}
-            if torch.cuda.is_initialized():  # the measurement itself waits for the device: its queue is not its cost
-                torch.cuda.synchronize()
-            with self.recorder.guard():
-                scalars = run.measurements.measure(run.network, last=last, epoch=epoch)
-        if scalars:
-            if self.progress.starting and not self.progress.at_start:
-                self.progress.starting = False
-                self.budget.started()
-            with self.recorder.guard():
-                run.summarize()
-            self.recorder.flush()
-            if not last:
-                with self.recorder.guard():
-                    run.draw_first()
-        return scalars
+        return run.visit(last, epoch)
 
     def _begins(self, step: int) -> bool:
         """Begin now, if the loop has not; return whether it worked."""
@@ -379,30 +356,7 @@ class Observer:
         if not run.begun:
             return
         self.measure(self.progress.step if step is None else step, last=True, epoch=epoch)
-        run.begun = False
-        if not run.ranks.leads:
-            return
-        with self.recorder.guard():
-            self._finish()
-        self.budget.stop()
-        self.recorder.close()
-        with self.recorder.guard():
-            self.recorder.say_last()
-
-    def _finish(self) -> None:
-        run = self._run
-        reference, last = run.reference.snapshot, run.measurements.latest
-        run.measurements.record_anew()
-        run.draw_first()
-        if reference is not None and last is not None:
-            with self.budget.once():
-                self.recorder.draw(self.instruments, lambda each: each.last_figures(self.history, reference, last))
-        pages = {"overhead": cost_page(self.budget, len(self.recorder.measured))}
-        if self.skipped:
-            pages["skipped"] = skipped_page(self.skipped)
-        self.recorder.pages(pages)
-        run.summarize()
-        self.recorder.flush()
+        run.end()
 
     def flush(self) -> None:
         """Bring everything to disk, as after an exception; a run that does not go on from here was interrupted."""

@@ -1,10 +1,14 @@
-"""One training under observation: what the parts of its observer share."""
+"""One training under observation: what the parts of its observer share, its visits and its end."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from torch_eft.live.budget import cost_page
 from torch_eft.live.instrument import Instrument
 from torch_eft.live.record.recorder import Recorder, RunState
+from torch_eft.live.record.run_summary import skipped_page
 from torch_eft.live.run.measured_network import Given, MeasuredNetwork
 from torch_eft.live.run.measurements import Measurements
 from torch_eft.live.run.ranks import RankProtocol
@@ -65,6 +69,67 @@ class Run:
         self.recorder.summarize(self.instruments, network.network, network.optimizers, network.shape, state)
         if state == "running":
             self.recorder.say_first(not any(instrument.undecided() for instrument in self.instruments))
+
+    def visit(self, last: bool, epoch: int | None) -> dict[str, float]:
+        """Measure at the step of the moment, unless that was done, and record it; ranks that do not lead take part.
+
+        Args:
+            last: Whether these are the final weights.
+            epoch: Where the training counts them.
+
+        Returns:
+            ``{tag: value}``; empty if nothing was measured.
+        """
+        assert self.network is not None
+        if not self.ranks.leads:
+            with self.recorder.guard():
+                self.network.follow()
+            return {}
+        scalars: dict[str, float] = {}
+        with self.ranks.awaited():
+            if self.measurements.done(self.progress.step):
+                return {}
+            if torch.cuda.is_initialized():  # the measurement itself waits for the device: its queue is not its cost
+                torch.cuda.synchronize()
+            with self.recorder.guard():
+                scalars = self.measurements.measure(self.network, last=last, epoch=epoch)
+        if scalars:
+            if self.progress.starting and not self.progress.at_start:
+                self.progress.starting = False
+                self.budget.started()
+            with self.recorder.guard():
+                self.summarize()
+            self.recorder.flush()
+            if not last:
+                with self.recorder.guard():
+                    self.draw_first()
+        return scalars
+
+    def end(self) -> None:
+        """The final weights are measured: draw, and say what came of the training and what measuring has cost."""
+        self.begun = False
+        if not self.ranks.leads:
+            return
+        with self.recorder.guard():
+            self._end()
+        self.budget.stop()
+        self.recorder.close()
+        with self.recorder.guard():
+            self.recorder.say_last()
+
+    def _end(self) -> None:
+        recorder, reference, last = self.recorder, self.reference.snapshot, self.measurements.latest
+        self.measurements.record_anew()
+        self.draw_first()
+        if reference is not None and last is not None:
+            with self.budget.once():
+                recorder.draw(self.instruments, lambda each: each.last_figures(recorder.history, reference, last))
+        pages = {"overhead": cost_page(self.budget, len(recorder.measured))}
+        if recorder.skipped:
+            pages["skipped"] = skipped_page(recorder.skipped)
+        recorder.pages(pages)
+        self.summarize()
+        recorder.flush()
 
     def draw_first(self) -> None:
         """Draw the figures of theta_0 as soon as the budget has room for them."""
