@@ -96,7 +96,7 @@ def test_series_of_a_run_all_or_chosen(two_runs):
     assert {quantity: verdict["words"] for quantity, verdict in found["verdicts"].items()} == {
         "ntk_drift": "predicted, without quantiles"
     }
-    assert found["readings"] == {"ntk_drift": "the NTK moved 2.5 times: rich"}
+    assert found["readings"] == {"ntk_drift": "the NTK moved 250 %: rich"}
     one = get(two_runs, "series?run=narrow&quantity=ntk_top_eigenvalue")
     assert one["quantities"] == {"ntk_top_eigenvalue": {"measured": [[step, 300.0 + step] for step in STEPS]}}
 

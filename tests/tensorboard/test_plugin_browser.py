@@ -123,15 +123,15 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
     # Two runs in one chart: a row each, and each its z-score.
     hover(browser, f"{card('ntk_drift')} .chart", 0.97)
     shown = browser.until(f"{PAGE}.querySelector('.tooltip:not([hidden])').innerText")
-    assert "step 20" in shown and "4.5" in shown and "2.5" in shown and shown.count("+1") == 2
+    assert "step 20" in shown and "450 %" in shown and "250 %" in shown and shown.count("+1") == 2
 
     # One run: the values of every series, and the last one on the card.
     browser.run(f"{PAGE}.querySelector('.runs input').click()")
     browser.until(text(f"{card('ntk_drift')} .value"))
     press(browser, ".runs [data-action=only]")
-    browser.until(f"{text(card('ntk_drift') + ' .value')} == '4.5 times'")
+    browser.until(f"{text(card('ntk_drift') + ' .value')} == '450 %'")
     press(browser, ".runs tbody tr:nth-child(2) [data-action=only]")
-    browser.until(f"{text(card('ntk_drift') + ' .value')} == '2.5 times'")
+    browser.until(f"{text(card('ntk_drift') + ' .value')} == '250 %'")
     assert browser.run(text(f"{card('ntk_drift')} .verdict")) == "predicted, without quantiles ▲ with caution"
     assert browser.run(text(f"{card('ntk_top_eigenvalue')} .latest")) == "320"
     hover(browser, f"{card('ntk_drift')} .chart", 0.03)
@@ -140,16 +140,16 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
         f"[...{PAGE}.querySelectorAll('.tooltip:not([hidden]) tr')].map((row) => row.innerText.replace('\\t', ': '))"
     )
     assert rows == [
-        "measured: 2.5 times",
+        "measured: 250 %",
         "order 0 (infinite width): 0 %",
-        "order 1 (finite width): 2.0 times ± 50 %",
+        "order 1 (finite width): 200 % ± 50 %",
         "(measured \N{MINUS SIGN} theory) / σ: +1",
     ]
 
     # New measurements appear by themselves.
     TensorBoardSink(writer).scalars(40, drift(40, 0.1))
     writer.close()
-    browser.until(f"{text(card('ntk_drift') + ' .value')} == '4.5 times'")
+    browser.until(f"{text(card('ntk_drift') + ' .value')} == '450 %'")
     assert "step 20" in browser.run(
         f"{PAGE}.querySelector('.tooltip:not([hidden])').innerText"
     )  # it stays where it was
@@ -255,7 +255,7 @@ def test_the_first_quantities_are_judged_in_words(tmp_path, browser):
     browser.until("document.querySelectorAll('.headline svg').length == 3")
     titles = [QUANTITIES[name].title for name in ("ntk_drift", "dntk", "representation_change")]
     assert browser.run(shown.format(".title")) == titles
-    assert browser.run(shown.format(".value")) == ["2.2 times", "1.5", "1.5 times"]
+    assert browser.run(shown.format(".value")) == ["220 %", "1.5", "150 %"]
     assert browser.run(shown.format(".verdict")) == [
         f"left the 90 % band at step 3 (above){doubt}",
         inside + doubt,
@@ -263,7 +263,7 @@ def test_the_first_quantities_are_judged_in_words(tmp_path, browser):
     ]
     numbers = browser.run(shown.format(".numbers"))
     assert numbers[0].startswith(
-        "predicted 1.4 times 90 % of networks 1.0 times .. 2.0 times given its start 1.2 times"
+        "predicted 140 % 90 % of networks 100 % .. 200 % given its start 120 %"
     )
     assert numbers[1] == "predicted 1.4 90 % of networks 1 .. 2 given its start 1.2 .. 1.8"
     # 68 and 90 %, and the line that knows the start; no second chart of what the bands show.
@@ -274,7 +274,7 @@ def test_the_first_quantities_are_judged_in_words(tmp_path, browser):
     legend = browser.run(text(".legend", page))
     assert "median, given this network's outputs at the start" in legend and "68 % of networks" in legend
     hover(browser, f"{card('ntk_drift')} .chart", 0.97, page)
-    assert "90 % of networks\t1.0 times .. 2.0 times" in browser.until(
+    assert "90 % of networks\t100 % .. 200 %" in browser.until(
         "document.querySelector('.tooltip:not([hidden])').innerText"
     )
     # The enlarged view has the rest: expansions, layers.

@@ -65,7 +65,7 @@ def test_verdicts_leave_out_what_is_not_finite():
     found = verdicts({"ntk_drift": points, "ntk_trace": {"measured": [[0, 1.0]]}})
     assert {quantity: verdict["words"] for quantity, verdict in found.items()} == {"ntk_drift": "inside the 90 % band"}
     assert readings({"ntk_drift": points, "dntk": points, "representation_change": {"measured": [[0, None]]}}) == {
-        "ntk_drift": "the NTK moved 1.5 times: rich"
+        "ntk_drift": "the NTK moved 150 %: rich"
     }
 
 

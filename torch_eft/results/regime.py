@@ -62,7 +62,7 @@ class Badge:
 
 
 def amount(value: float) -> str:
-    """Return a relative change in words: ``5.0 %``, or from 1 on ``7.7 times``.
+    """Return a relative change in words: ``5.0 %``, ``770 %``, or from 10 on ``12×``.
 
     Args:
         value: The change, at least 0.
@@ -73,10 +73,12 @@ def amount(value: float) -> str:
     Example:
         >>> from torch_eft.results.regime import amount
         >>> amount(0.05), amount(0.1234), amount(7.68), amount(3027.4)
-        ('5.0 %', '12 %', '7.7 times', '3.03e+03 times')
+        ('5.0 %', '12 %', '770 %', '3.03e+03×')
     """
-    if value >= 1:
-        return f"{value:#.2g} times" if value < 10 else f"{value:.3g} times"
+    if value >= 10:
+        return f"{value:.3g}×"
+    if value >= 0.995:
+        return f"{round(100 * value, -1):.0f} %"
     return f"{100 * value:#.2g} %".replace(". %", " %")
 
 

@@ -136,7 +136,7 @@ def reading(history: Mapping[int, Mapping[str, float]], quantity: str) -> str | 
     Example:
         >>> from torch_eft.tensorboard import reading, tag
         >>> reading({0: {tag("ntk_drift"): 0.0}, 90: {tag("ntk_drift"): 7.7}}, "ntk_drift")
-        'the NTK moved 7.7 times: rich'
+        'the NTK moved 770 %: rich'
     """
     name = tag(quantity)
     return reading_of(quantity, {step: scalars[name] for step, scalars in history.items() if name in scalars})

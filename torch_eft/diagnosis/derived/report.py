@@ -295,7 +295,7 @@ def _plateau(diagnosis: Diagnosis) -> list[str]:
     return [
         f"the NTK's largest eigenvalue is {kappa:.3g} times the largest that tells inputs apart: full-batch gradient "
         f"descent at a quarter of the largest stable rate takes about {steps:.2g} steps to half of the loss, "
-        "where that is more than the task itself takes (measured for depth 6 to 14 within a factor of 1.6)"
+        "where that is more than the task itself takes (fitted to trainings of depth 6 to 14, within a factor of 2)"
     ]
 
 

@@ -26,12 +26,12 @@ export function number(value, digits = 4) {
   return (exponent ? `${trimmed}e${Number(exponent)}` : trimmed).replaceAll("-", "−");
 }
 
-/** A relative change in words, as torch_eft.results.regime.amount says it: "5.0 %", or from 1 on "7.7 times". */
+/** A relative change in words, as torch_eft.results.regime.amount says it: "5.0 %", "770 %", or from 10 on "12×". */
 export function amount(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   if (value === 0) return "0 %";
-  if (Math.abs(value) < 1) return `${twoDigits(100 * value)} %`;
-  return `${Math.abs(value) < 10 ? value.toPrecision(2) : number(value, 3)} times`;
+  if (Math.abs(value) >= 10) return `${number(value, 3)}×`;
+  return Math.abs(value) < 0.995 ? `${twoDigits(100 * value)} %` : `${10 * Math.round(10 * value)} %`;
 }
 
 function twoDigits(value) {
