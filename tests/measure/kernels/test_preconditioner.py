@@ -288,6 +288,17 @@ def test_whose_step_is_that_of_torch():
 def test_wrong_arguments_are_answered_in_words():
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
+    parameters = dict(model.named_parameters())
+    for wrong, words in (
+        (torch.ones(3), r"lambdas: tensor\(.* given; give a number, or {parameter name"),
+        (
+            {key: torch.ones_like(p, dtype=torch.complex128) for key, p in parameters.items()},
+            "a complex tensor given for",
+        ),
+        ({key: torch.ones_like(p).to_sparse() for key, p in parameters.items()}, "a sparse_coo tensor given for"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            measure.ntk(model, torch.ones(1, 3, dtype=torch.float64), lambdas=wrong)
     for wrong, words in ((None, "NoneType given"), ("adam", "str given"), (Adam, "the class Adam given")):
         with pytest.raises(TypeError, match=f"optimizer: {words}; give "):
             measure.preconditioner(model, wrong)

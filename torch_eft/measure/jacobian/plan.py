@@ -293,6 +293,9 @@ def _lambda(value: Any, name: str, parameter: Tensor) -> float | Tensor:
             f"lambdas: a tensor {tuple(value.shape)} given for {name!r}; give a number, or a tensor of the shape of "
             f"the parameter, {tuple(parameter.shape)}"
         )
+    if value.layout != torch.strided or value.is_complex():
+        kind = "complex" if value.is_complex() else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"lambdas: a {kind} tensor given for {name!r}; give a real and dense one")
     return value.detach().to(parameter)
 
 
@@ -306,6 +309,7 @@ def wrong_name(given: Iterable[str], names: Iterable[str]) -> str:
 
 def _number(value: Any, place: str = "") -> float:
     """Return a lambda as a float, refusing strings and tensors of several numbers."""
-    if isinstance(value, str) or not hasattr(value, "__float__"):
+    several = isinstance(value, Tensor) and value.numel() != 1
+    if several or isinstance(value, str | complex) or not hasattr(value, "__float__"):
         raise ValueError(f"lambdas: {value!r} given{place}; give a number, or {{parameter name: number}}")
     return float(value)
