@@ -262,9 +262,7 @@ def test_the_first_quantities_are_judged_in_words(tmp_path, browser):
         inside + doubt,
     ]
     numbers = browser.run(shown.format(".numbers"))
-    assert numbers[0].startswith(
-        "predicted 140 % 90 % of networks 100 % .. 200 % given its start 120 %"
-    )
+    assert numbers[0].startswith("predicted 140 % 90 % of networks 100 % .. 200 % given its start 120 %")
     assert numbers[1] == "predicted 1.4 90 % of networks 1 .. 2 given its start 1.2 .. 1.8"
     # 68 and 90 %, and the line that knows the start; no second chart of what the bands show.
     drift = f"document.querySelector('{card('ntk_drift')} svg')"

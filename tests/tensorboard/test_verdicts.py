@@ -68,7 +68,7 @@ def test_infinite_width_alone_is_no_prediction_of_what_it_sets_to_0():
     [
         ("ntk_drift", 0.0319, "the NTK moved 3.2 %: lazy"),
         ("ntk_drift", 0.1, "the NTK moved 10 %: weakly moving"),
-        ("ntk_drift", 159.2, "the NTK moved 159×: rich"),
+        ("ntk_drift", 159.2, "the NTK moved 159\N{MULTIPLICATION SIGN}: rich"),
         ("representation_change", 0.09, "the features moved 9.0 %: lazy"),
         ("representation_change", 0.471, "the features moved 47 %: moving"),
         ("representation_change", 0.0, None),

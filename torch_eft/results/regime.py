@@ -76,7 +76,7 @@ def amount(value: float) -> str:
         ('5.0 %', '12 %', '770 %', '3.03e+03×')
     """
     if value >= 10:
-        return f"{value:.3g}×"
+        return f"{value:.3g}\N{MULTIPLICATION SIGN}"
     if value >= 0.995:
         return f"{round(100 * value, -1):.0f} %"
     return f"{100 * value:#.2g} %".replace(". %", " %")
