@@ -139,3 +139,17 @@ def test_what_the_numbers_do_not_say():
         displacement_terms(model, x, theta, end, derivatives=3)
     with pytest.raises(ValueError, match=r"theta_0: '0.weight' is missing"):
         displacement_terms(model, x, {}, end)
+
+
+def test_every_number_may_have_its_own_lambda():
+    model, theta, d, x, lambdas = small()
+    end = {name: value + d[name] for name, value in theta.items()}
+    tensors = {name: torch.full_like(theta[name], value) for name, value in lambdas.items()}
+    one, each = (displacement_terms(model, x, theta, end, lambdas=given) for given in (lambdas, tensors))
+    torch.testing.assert_close(each.ntk_terms, one.ntk_terms)
+    assert each.frozen_moved == one.frozen_moved == 0
+    first = next(iter(theta))
+    tensors[first].view(-1)[0] = 0.0
+    share = displacement_terms(model, x, theta, end, lambdas=tensors, ntk=False).frozen_moved
+    whole = torch.cat([value.flatten() for value in d.values()]).norm()
+    assert share == pytest.approx(float(d[first].view(-1)[0].abs() / whole), rel=1e-12)

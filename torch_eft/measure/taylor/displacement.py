@@ -128,7 +128,6 @@ def displacement_terms(
         series = taylor_series(network, probe, theta_0, theta)
         start, end = network.at(theta_0, "theta_0"), network.at(theta, "theta")
         d = {name: end.params[name] - value for name, value in start.params.items()}
-        trainable = {name for name in d if not isinstance(lambdas, Mapping) or lambdas[name] > 0}
         H = change = terms = None
         kinked, cut = series.kinked, series.cut
         if ntk:
@@ -149,9 +148,14 @@ def displacement_terms(
             kinked = tuple(dict.fromkeys((*kinked, *measured.kinked)))
             cut = tuple(dict.fromkeys((*cut, *measured.cut)))
             change, terms = H_end - H, _ntk_terms(measured)
-        squares = torch.stack([value.double().square().sum() for value in d.values()])
-        left = torch.tensor([name not in trainable for name in d], device=squares.device)
-        share = float((squares[left].sum() / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+        squares = {name: value.double().square() for name, value in d.items()}
+        whole = torch.stack([square.sum() for square in squares.values()]).sum()
+        if isinstance(lambdas, Mapping):  # numbers, or tensors with a number for every number
+            held = [square * (torch.as_tensor(lambdas[name]).to(square) == 0) for name, square in squares.items()]
+            left = torch.stack([square.sum() for square in held]).sum()
+        else:
+            left = torch.zeros_like(whole)
+        share = float((left / whole.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
     return DisplacementTerms(
         series.terms[0], series.value - series.terms[0], series.terms[1:], H, change, terms, kinked, share, cut
     )
