@@ -42,6 +42,8 @@ class Compared:
     @property
     def beyond(self) -> float:
         """How far off, in units of what is stated; 1 and more, with three standard errors, is false confidence."""
+        if not math.isfinite(self.measured):  # networks that diverged: an error without bound
+            return math.inf
         return max(0.0, abs(self.measured - self.predicted) - 3 * self.error) / (self.neglected * self.largest)
 
 
