@@ -195,3 +195,18 @@ def test_a_file_cut_off_is_refused(tmp_path):
     path.write_bytes(whole[:200])
     with pytest.raises(ValueError, match="not a result"):
         Trajectory.load(path)
+
+
+def test_an_earlier_file_stays_where_writing_fails(tmp_path, monkeypatch):
+    path = tmp_path / "run.npz"
+    trajectory().save(path)
+    before = path.read_bytes()
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(numpy, "savez", full)
+    with pytest.raises(OSError, match="no space left"):
+        trajectory().save(path)
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["run.npz"]

@@ -7,6 +7,7 @@ width does along time, is stored and restored as that copy.
 import dataclasses
 import json
 import math
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,9 +45,14 @@ def save_result(result: Any, path: str | Path, name: str = "") -> None:
     header = json.dumps({"format": FORMAT, "version": VERSION, "holds": holds, "content": content})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        arrays[_HEADER] = numpy.frombuffer(header.encode(), dtype=numpy.uint8)
-        numpy.savez(file, **arrays)
+    arrays[_HEADER] = numpy.frombuffer(header.encode(), dtype=numpy.uint8)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # an earlier file stays until this one is whole
+    try:
+        with open(beside, "wb") as file:
+            numpy.savez(file, **arrays)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load_result(
