@@ -204,6 +204,23 @@ def test_a_frozen_layer_is_found():
     assert "'0' makes" in found.details
 
 
+def test_smaller_weights_are_no_advice_in_front_of_batch_norm():
+    """The outputs do not depend on their size, and the gradients grow as they shrink."""
+
+    def found(gain):
+        torch.manual_seed(0)
+        normed = [nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Tanh(), nn.Conv2d(6, 6, 3), nn.Tanh()]
+        model = nn.Sequential(*normed, nn.Flatten(), nn.Linear(96, 2))
+        draw(model[0], gain)
+        return eft.diagnose(model, images(), num_networks=0)
+
+    small, large = found(0.01), found(1.0)
+    assert small.gradient_growth > 50 * large.gradient_growth
+    assert small.output_scale == pytest.approx(large.output_scale, rel=0.01)
+    (finding,) = [finding for finding in small.warnings if finding.code == "gradients explode"]
+    assert "not smaller weights" in finding.remedy
+
+
 def test_remarks_say_what_limits_the_measurement():
     torch.manual_seed(0)
 

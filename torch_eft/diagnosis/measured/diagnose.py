@@ -293,7 +293,20 @@ def _explosion(facts: _Facts) -> Finding | None:
     if facts.growth is None or facts.growth <= GROWTH:
         return None
     message = f"gradients explode: their squares grow {facts.growth:.3g}-fold from the last place to the first"
-    return Finding("gradients explode", message, _blockwise(facts, small=False))
+    return Finding("gradients explode", message, _normalized(facts) or _blockwise(facts, small=False))
+
+
+def _normalized(facts: _Facts) -> str:
+    """What to do where BatchNorm undoes smaller weights, which only make the gradients in front of it larger."""
+    if not any("BatchNorm" in type(part).__name__ for part in facts.model.modules()):
+        return ""
+    words = "a warmup of the learning rate" + ", or residual connections" * (not facts.residual)
+    words += "; not smaller weights: right in front of BatchNorm they only make gradients larger"
+    known = [(block.chi, index) for index, block in enumerate(facts.blocks) if block.chi is not None]
+    if not known:
+        return words
+    chi, index = max(known)
+    return f"{words} (chi = {chi:.2g} from {facts.blocks[index].name!r} to {facts.blocks[index + 1].name!r})"
 
 
 def _blockwise(facts: _Facts, small: bool) -> str:
