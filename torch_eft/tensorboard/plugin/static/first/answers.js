@@ -20,8 +20,8 @@ function kernel({ summary, info }, regimes, width, theme) {
   const predicted = (expected && `expected at the end ${range(expected)}`) || (drift.low !== null && `predicted ${range([drift.low, drift.high])}`);
   const big = drift.measured !== null ? `NTK moved ${amount(drift.measured)}` : features !== null ? `features moved ${amount(features)}` : "not measured";
   const beside = [
-    drift.measured !== null && features !== null && `features moved ${amount(features)}`,
     predicted,
+    drift.measured !== null && features !== null && `features moved ${amount(features)}`,
     distance !== null && !predicted && `1 − cos(H, H₀) = ${number(distance, 2)}`,
   ];
   const scale = kernelScale(width, changes, drift, regimes, theme);
