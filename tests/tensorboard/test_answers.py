@@ -91,7 +91,8 @@ def test_infinite_width_alone_is_no_success():
     found = of({"level": "ensemble, order 0", "claims": [order_0]}, ntk_drift=lines)
     assert found["theory"]["name"] == "order 0"
     assert found["compared"]["words"] == "infinite width predicts no change of NTK and features"
-    assert found["compared"]["rows"] == [["NTK drift", "\N{MINUS SIGN}5 %", "beside the expansion about theta_0"]]
+    expanded = ["NTK drift, expansion", "\N{MINUS SIGN}5 % at step 25", "beside the expansion about theta_0"]
+    assert found["compared"]["rows"] == [expanded]
     assert found["advice"] == ["To be lazy: hidden widths x4 → drift about 5.0 %."]
 
 

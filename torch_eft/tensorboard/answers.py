@@ -177,9 +177,16 @@ def _sigmas(verdict: Verdict, lines: Mapping[str, Mapping[int, float]]) -> str:
     return "no band"
 
 
+def _row(name: str, verdict: Verdict, lines: Mapping[str, Mapping[int, float]]) -> tuple[str, str]:
+    """A line of the comparison; the expansion about theta_0 often ends long before the training: it says where."""
+    if verdict.expansion:
+        return f"{_LABELS[name]}, expansion", f"{_sigmas(verdict, lines)} at step {verdict.step}"
+    return _LABELS[name], _sigmas(verdict, lines)
+
+
 def _compared(verdicts: Mapping[str, Verdict], known: Mapping[str, Any], reach: Badge) -> dict[str, Any]:
     """The answer to "how far from theory?"."""
-    rows = [[_LABELS[name], _sigmas(found, known[name]), found.words] for name, found in verdicts.items()]
+    rows = [[*_row(name, found, known[name]), found.words] for name, found in verdicts.items()]
     banded = {name: found for name, found in verdicts.items() if found.low is not None}
     outside = {name: found for name, found in banded.items() if found.state != "inside"}
     left, compared = (sum(getattr(found, name) for found in banded.values()) for name in ("outside", "compared"))
