@@ -244,6 +244,15 @@ class _Facts:
         """Whether it has a normalization."""
         return any("Norm" in type(part).__name__ for part in self.model.modules())
 
+    def is_norm(self, name: str) -> bool:
+        """Whether a layer is a normalization, whose few parameters have a small part of the NTK by right."""
+        return "Norm" in type(dict(self.model.named_modules()).get(name)).__name__
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether BatchNorm undoes the size of weights, so that sizes of gradients in front of it say nothing."""
+        return any("BatchNorm" in type(part).__name__ for part in self.model.modules())
+
     @property
     def residual(self) -> bool:
         """Whether a block that everything passes holds layers that not everything passes: a way around them."""
@@ -273,6 +282,8 @@ def _verdict(facts: _Facts, findings: tuple[Finding, ...]) -> str:
     if "too deep" in codes:
         return f"too deep for its width{seeds}"
     unknown = " (depth unknown: no chain of layers was found)" if facts.growth is None else ""
+    if facts.rescaled:
+        unknown = " (gradients over its depth are not judged: BatchNorm)"
     trains = "trains, with warnings" if codes - {"edge", "spread"} else "trains"
     return f"{trains}: gradients pass its depth{seeds}" if not unknown else f"{trains}{seeds}{unknown}"
 
@@ -290,23 +301,10 @@ def _plateau(facts: _Facts) -> Finding | None:
 
 
 def _explosion(facts: _Facts) -> Finding | None:
-    if facts.growth is None or facts.growth <= GROWTH:
+    if facts.growth is None or facts.growth <= GROWTH or facts.rescaled:
         return None
     message = f"gradients explode: their squares grow {facts.growth:.3g}-fold from the last place to the first"
-    return Finding("gradients explode", message, _normalized(facts) or _blockwise(facts, small=False))
-
-
-def _normalized(facts: _Facts) -> str:
-    """What to do where BatchNorm undoes smaller weights, which only make the gradients in front of it larger."""
-    if not any("BatchNorm" in type(part).__name__ for part in facts.model.modules()):
-        return ""
-    words = "a warmup of the learning rate" + ", or residual connections" * (not facts.residual)
-    words += "; not smaller weights: right in front of BatchNorm they only make gradients larger"
-    known = [(block.chi, index) for index, block in enumerate(facts.blocks) if block.chi is not None]
-    if not known:
-        return words
-    chi, index = max(known)
-    return f"{words} (chi = {chi:.2g} from {facts.blocks[index].name!r} to {facts.blocks[index + 1].name!r})"
+    return Finding("gradients explode", message, _blockwise(facts, small=False))
 
 
 def _blockwise(facts: _Facts, small: bool) -> str:
@@ -343,7 +341,7 @@ def _spread(facts: _Facts) -> Finding | None:
 
 def _frozen(facts: _Facts) -> Finding | None:
     """A layer that hardly trains; one that gets no gradient at all at the start is a remark, not a fault."""
-    alive = {name: share for name, share in facts.shares.items() if share > 0}
+    alive = {name: share for name, share in facts.shares.items() if share > 0 and not facts.is_norm(name)}
     if not alive or min(alive.values()) >= FROZEN / len(facts.shares):
         return None
     if facts.growth is not None and STEEP ** max(1, len(facts.blocks) - 1) < facts.growth < 1 / GROWTH:
@@ -389,6 +387,11 @@ def _remarks(
     elif any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
         why = f", as those of the inputs given cannot be measured with: {unsettled}" if unsettled else ""
         remarks.append(f"BatchNorm in evaluation mode normalizes with its running statistics{why}")
+    if any("BatchNorm" in type(part).__name__ for part in model.modules()):
+        remarks.append(
+            "BatchNorm undoes the size of the weights in front of it, while gradients there grow as these weights "
+            "shrink: growth of gradients over the depth is not judged"
+        )
     if not all(p.requires_grad for p in model.parameters()):
         remarks.append("frozen parameters take no part in the NTK")
     return tuple(remarks)
