@@ -282,7 +282,7 @@ def _verdict(facts: _Facts, findings: tuple[Finding, ...]) -> str:
     if "too deep" in codes:
         return f"too deep for its width{seeds}"
     unknown = " (depth unknown: no chain of layers was found)" if facts.growth is None else ""
-    if facts.rescaled:
+    if facts.rescaled and facts.growth is not None and facts.growth > GROWTH:
         unknown = " (gradients over its depth are not judged: BatchNorm)"
     trains = "trains, with warnings" if codes - {"edge", "spread"} else "trains"
     return f"{trains}: gradients pass its depth{seeds}" if not unknown else f"{trains}{seeds}{unknown}"
