@@ -56,7 +56,7 @@ function shape(run, runs, edges, width, theme) {
   const map = depthWidthMap(width, MAP_HEIGHT, runs, new Map([[run.name, { color: theme.measured }]]), edges, theme);
   const words = () => {
     const epsilon = info.epsilon > info.r ? `, ε = ${number(info.epsilon, 2)}` : "";
-    return `r = ${number(info.r, 2)}${epsilon}; edge at r = ${number(summary.size.edge, 2)}, too deep for 1/n from ${number(summary.size.too_deep, 2)} on`;
+    return `r = ${number(info.r, 2)}${epsilon}; small below ${number(summary.size.edge, 2)}; from ${number(summary.size.too_deep, 2)} on 1/n is no expansion`;
   };
   return card(
     "Depth or width?",
