@@ -492,7 +492,7 @@ def test_a_table_of_runs_is_sorted_grouped_searched_and_charted(tmp_path, browse
     answers = browser.run("[...document.querySelectorAll('.answer')].map((e) => e.innerText)")
     assert "NTK moved 19 %" in answers[0] and "predicted 15 % .. 24 %" in answers[0]
     assert "inside the 90 % band" in answers[1]
-    assert "edge at r = 0.2" in answers[2] and "To be lazy: hidden widths x2 → drift about 9.4 %" in answers[3]
+    assert "small below 0.2" in answers[2] and "To be lazy: hidden widths x2 → drift about 9.4 %" in answers[3]
     assert browser.run("document.querySelectorAll('[data-answer=shape] [data-mark=star]').length") == 1
     assert browser.run("document.querySelectorAll('[data-answer=shape] circle').length") == 7
 
