@@ -65,7 +65,9 @@ def fail(*unused):
     raise ArithmeticError("no such luck")
 
 
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    "hook", [pytest.param(hook, marks=[pytest.mark.slow] * (index % 2 == 1)) for index, hook in enumerate(HOOKS)]
+)
 def test_a_part_that_fails_in_a_hook(tmp_path, hook):
     broken = type("Broken", (Instrument,), {hook: fail, "name": "broken"})()
     monitor = EFTMonitor(PROBE, instruments=[broken, NTKInstrument()], every=1, budget=None)

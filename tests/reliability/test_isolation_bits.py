@@ -22,7 +22,11 @@ def monitors():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CONFIGURATIONS]
+    "name",
+    [  # every second one in the fast suite
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW or index % 2 == 1))
+        for index, name in enumerate(CONFIGURATIONS)
+    ],
 )
 def test_the_training_is_the_same_with_and_without(name):
     options = {"epochs": 2} | CONFIGURATIONS[name]

@@ -102,6 +102,7 @@ class Logging(Training):
         return loss
 
 
+@pytest.mark.slow
 def test_the_trainings_own_points_are_neither_lost_nor_doubled(tmp_path):
     path = interrupted(tmp_path, 1, {"every_n_train_steps": 4}, 6, stop, kind=Logging)[4]
     fit([light(every=1)], loggers(tmp_path), ckpt_path=path, kind=Logging)
@@ -112,6 +113,7 @@ def test_the_trainings_own_points_are_neither_lost_nor_doubled(tmp_path):
     assert {step for step, count in times.items() if count > 1} <= {4}
 
 
+@pytest.mark.slow
 def test_a_purge_step_of_the_users_does_no_harm(tmp_path):
     path = interrupted(tmp_path, 1, {"every_n_train_steps": 4}, 6, stop)[4]
     resumed = light(every=1)
@@ -131,6 +133,7 @@ def test_a_second_fit_doubles_nothing(tmp_path):
     assert read_jsonl(tmp_path / "tb" / "version_0" / "eft.jsonl").measurements == monitor.history
 
 
+@pytest.mark.slow
 def test_a_new_log_directory_holds_the_whole_story(tmp_path):
     path = interrupted(tmp_path / "first", 1, {"every_n_train_steps": 4}, 6, stop)[4]
     resumed = light(every=1)
@@ -161,6 +164,7 @@ def test_values_after_a_resume_are_those_of_the_training_that_was_not_stopped(tm
                 assert resumed.history[step][name] == pytest.approx(value, rel=1e-5, abs=1e-6), (step, name)
 
 
+@pytest.mark.slow
 def test_resumed_twice(tmp_path):
     path = interrupted(tmp_path, 1, {"every_n_train_steps": 4}, 6, stop)[4]
     saver = ModelCheckpoint(tmp_path / "again", filename="{step}", save_top_k=-1, every_n_train_steps=4)
@@ -217,6 +221,7 @@ def other_mlp():
     return mlp((5, 8, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", [simple_mlp, other_mlp], ids=["the same architecture", "another architecture"])
 def test_a_callback_used_for_another_model_starts_afresh(tmp_path, net):
     monitor = light(every="epoch")

@@ -88,6 +88,7 @@ def two():
     return list(zip(*spread(2, everything, seconds=TIMEOUT), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_kernel_is_that_of_one_process(size, request):
     found = request.getfixturevalue("two")[0] if size == 2 else spread(size, cases)

@@ -244,7 +244,10 @@ def skipping(instruments, model, optimizer, steps, how, counted=True, resume_at=
 
 @pytest.mark.parametrize("momentum", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 @pytest.mark.parametrize("how", ["no gradients", "scaler"])
-@pytest.mark.parametrize(("counted", "resume_at"), [(True, None), (True, 4), (False, None)])
+@pytest.mark.parametrize(
+    ("counted", "resume_at"),
+    [(True, None), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 4), (False, None)))],
+)
 def test_steps_that_are_skipped_are_none_of_the_forecasts(how, counted, resume_at, momentum):
     def run(how, **options):
         model = mlp(48, 1)

@@ -166,6 +166,7 @@ def test_flow_off_criticality_is_that_of_empirical_means(a, gamma, C_b, C_W):
         weights[now] = C_W
 
 
+@pytest.mark.slow
 def test_decaying_kernel_of_tanh_with_skip_connection():
     """x' = nu_0 + x (1 - 2/(l + l_0)), l_0 = 1/(|a_1| K_0): as for the plain MLP, with (1 - gamma^2) a_1."""
     gamma, K, layers = 0.7, 2e-3, 400
@@ -212,6 +213,7 @@ def extrapolated(width, **settings):
     return 2 * fine - coarse, math.hypot(2 * fine_error, coarse_error)
 
 
+@pytest.mark.slow
 def test_relu_vertex_of_sampled_networks_and_not_the_quartic_closure():
     gamma, depth = 0.7, 8
     C_W = 2 * (1 - gamma**2)
