@@ -100,7 +100,8 @@ def test_the_band_holds_in_real_trainings():
         found, _ = intervals(make, optimizer, steps, length)
         drawn += [(*errors, band) for _, errors, band in found if band is not None]
     assert len(drawn) >= 15
-    assert sum(three <= band for _, _, three, band in drawn) >= 0.95 * len(drawn)
+    inside = sum(three <= band for _, _, three, band in drawn) / len(drawn)
+    assert inside >= 0.95 - 3 * (0.95 * 0.05 / len(drawn)) ** 0.5  # as far as so few intervals can tell
     assert max(three for _, _, three, _ in drawn) < 0.3
     assert sum(three < one for one, _, three, _ in drawn) >= 0.9 * len(drawn)
 
