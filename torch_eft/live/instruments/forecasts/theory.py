@@ -206,7 +206,10 @@ class TheoryInstrument(ForecastInstrument):
             drift = self._drift_law(x, y, probe, training, allowance)
         self._left_out = allowance.left_out
         H_0 = next((each.reference.ntk for each, _ in self._waiting), None)
-        if self._drift is not None and H_0 is not None and self._seen.start.total_steps:
+        if kept and kept.get("expected"):
+            low, high = kept["expected"]
+            self._expected = float(low), float(high)
+        elif self._drift is not None and H_0 is not None and self._seen.start.total_steps:
             self._expected = self._drift.expected(self._seen.start.total_steps, H_0)
         known = [self._comparison.validity] + ([] if self._drift is None else [self._drift.validity])
         self.validity = max(known, key=lambda each: ("valid", "caution", "invalid").index(each.flag))  # of all lines
@@ -254,6 +257,7 @@ class TheoryInstrument(ForecastInstrument):
             return state  # what a checkpoint kept is complete, until the first step after it
         return state | {
             "start": self._start,
+            "expected": None if self._expected is None else list(self._expected),
             "ensemble": {
                 "widths": list(ensemble.widths),
                 "activation": ensemble.activation.name,
