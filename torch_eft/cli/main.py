@@ -150,7 +150,7 @@ def _add_diagnose(commands: Any) -> None:
         "--num-networks", type=int, default=16, help="networks to draw where it is measured (default 16)"
     )
     check.add_argument(
-        "--lr", type=float, help="learning rate of SGD to judge; without it the largest stable one is told"
+        "--lr", type=float, help="learning rate of SGD to judge; without it the largest stable one is printed"
     )
     check.add_argument("--momentum", type=float, default=0.0, help="of SGD (default 0)")
     check.add_argument(

@@ -130,7 +130,7 @@ def _as_torch_draws(
     """Statistics of weights and biases, where a few numbers drawn by ``nn.Linear`` are taken for what they are.
 
     Its weights and biases are uniform within 1/sqrt(n_in). Of ten biases the mean square is good to 30 %, and the law
-    cannot be told; where another layer's weights show that initialization, and these are within its bound, its
+    is not known; where another layer's weights show that initialization, and these are within its bound, its
     variance 1 / (3 n_in) is known.
 
     Returns:

@@ -275,8 +275,11 @@ def checked_lambdas(network: IsolatedModel, lambdas: Lambdas) -> dict[str, float
         values = {name: _lambda(value, name, network.params[name]) for name, value in lambdas.items()}
     else:
         values = dict.fromkeys(network.params, 1.0 if lambdas is None else _number(lambdas))
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    ends = torch.stack([torch.stack(value.aminmax()) for value in tensors.values()]).tolist() if tensors else []
+    extremes = dict(zip(tensors, ends, strict=True))  # read in one wait for the device
     for name, value in values.items():
-        least, largest = torch.stack(list(value.aminmax())).tolist() if isinstance(value, Tensor) else (value, value)
+        least, largest = extremes.get(name) or (value, value)
         if not (math.isfinite(largest) and least >= 0):
             wrong = least if not least >= 0 else largest
             raise ValueError(f"lambdas: {wrong:g} given for {name!r}; it must be finite and >= 0")

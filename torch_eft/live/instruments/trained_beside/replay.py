@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.live.instrument import Instrument, Measurement, Reading, TrainingStart
-from torch_eft.live.instruments.common import LARGEST, copied, reason_of, too_many
+from torch_eft.live.instruments.common import LARGEST, reason_of, too_many
 from torch_eft.live.instruments.forecasts.full_batch import UNSHOWN
 from torch_eft.live.instruments.trained_beside.shadow import FIRST_STEP, output_of
 from torch_eft.measure.forward.kinks import kinked_operations
@@ -42,7 +42,6 @@ class _Replay:
 
     Args:
         start: The measurement at s.
-        theta: At s.
         models: Taylor models and their optimizers, by order.
         loss: That of the training.
         taken: Steps so far.
@@ -51,7 +50,6 @@ class _Replay:
     """
 
     start: Measurement
-    theta: dict[str, Tensor] = field(default_factory=dict)
     models: dict[int, tuple[TaylorModel, Optimizer]] = field(default_factory=dict)
     loss: TrainingLoss | None = None
     taken: int = 0
@@ -185,7 +183,8 @@ class ReplayInstrument(Instrument):
         replay = self._replay
         if replay is None or not replay.models or step != replay.start.step + replay.taken:
             return Reading()
-        if replay.theta.keys() != {name for name, p in replay.start.model.named_parameters() if p.requires_grad}:
+        trained = {name for name, p in replay.start.model.named_parameters() if p.requires_grad}
+        if replay.models[1][0].theta.keys() != trained:
             self._replay = None  # frozen or thawed on the way: another network from here on
             return Reading()
         begun = time.perf_counter()
@@ -228,7 +227,6 @@ class ReplayInstrument(Instrument):
             loss_function=self.loss_function,
         )
         self._last_loss = None
-        replay.theta = copied(network)
         for order in self._orders:
             model = TaylorModel(network, taylor_order=order, output_fn=output_fn)
             replay.models[order] = model, model.optimizer_like(optimizer)
@@ -254,7 +252,9 @@ class ReplayInstrument(Instrument):
         H, H_now = replay.start.snapshot.ntk, network.ntk(trace=trace)
         assert H is not None
         forecast = {name: value.detach() for name, value in replay.models[3][0].theta.items()}
-        terms = network.displacement_terms(replay.theta, forecast, trace=trace, kernels=(H.to(H_now), H_now))
+        terms = network.displacement_terms(
+            replay.models[3][0].theta_0, forecast, trace=trace, kernels=(H.to(H_now), H_now)
+        )
         if terms.ntk_terms is None or terms.cut:
             return {}
         first, second = terms.ntk_terms.double()
@@ -335,10 +335,11 @@ def _sizes(quantity: str, change: Tensor, predicted: dict[int, Tensor], scale: f
 
 def _deviation(replay: _Replay) -> float:
     """How far the network's first step is from that of its Taylor model, whose gradient is the same there."""
-    model = replay.models[min(replay.models)][0]
+    model = replay.models[1][0]
+    theta_0 = model.theta_0
     now, sizes = dict(replay.start.model.named_parameters()), []
     for name, value in model.theta.items():
-        before, real = replay.theta[name], now[name].detach()
+        before, real = theta_0[name], now[name].detach()
         moved = value.detach() - before.to(value)
         rounding = 4 * torch.finfo(real.dtype).eps * before.norm()
         sizes.append(torch.stack([(value.detach() - real).norm(), moved.norm(), rounding]))

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -240,10 +241,11 @@ class SeedsInstrument(Instrument):
 
 def _changes(start: Snapshot, now: Snapshot) -> dict[str, float]:
     """Relative changes of the NTK and, on average over layers, of the hidden kernels."""
-    found: dict[str, float] = {}
+    found: dict[str, Tensor] = {}
     if start.ntk is not None and now.ntk is not None:
-        found["ntk_drift"] = float(relative_change(now.ntk, start.ntk))
-    layers = [float(relative_change(K, start.hidden[name])) for name, K in now.hidden.items() if name in start.hidden]
+        found["ntk_drift"] = relative_change(now.ntk, start.ntk)
+    layers = [relative_change(K, start.hidden[name]) for name, K in now.hidden.items() if name in start.hidden]
     if layers:
-        found["representation_change"] = sum(layers) / len(layers)
-    return found
+        found["representation_change"] = torch.stack(layers).mean().to(layers[0])
+    values = torch.stack([value.double() for value in found.values()]).tolist() if found else []  # one wait
+    return dict(zip(found, values, strict=True))
