@@ -70,6 +70,15 @@ def some_logits(returned: Any) -> Tensor:
         >>> some_logits({"logits": torch.zeros(4, 7, 50257)}).shape
         torch.Size([4, 16])
     """
+    logits = all_logits(returned)
+    count = logits.shape[-1]
+    if count <= MOST_OUTPUTS:
+        return logits
+    return logits[:, torch.arange(MOST_OUTPUTS, device=logits.device) * count // MOST_OUTPUTS]
+
+
+def all_logits(returned: Any) -> Tensor:
+    """Take the logits that a model returned, of a sequence at its last position; as ``some_logits``, but all."""
     try:
         logits = returned["logits"]
     except (KeyError, TypeError, IndexError):
@@ -77,12 +86,7 @@ def some_logits(returned: Any) -> Tensor:
             f"output_fn: the model returns {type(returned).__name__} without logits; give output_fn= with (N, C) of "
             "it, such as lambda out: out.last_hidden_state[:, 0]"
         ) from None
-    if logits.ndim == 3:
-        logits = logits[:, -1]
-    count = logits.shape[-1]
-    if count <= MOST_OUTPUTS:
-        return logits
-    return logits[:, torch.arange(MOST_OUTPUTS, device=logits.device) * count // MOST_OUTPUTS]
+    return logits[:, -1] if logits.ndim == 3 else logits
 
 
 class EFTCallback(TrainerCallback):
@@ -97,6 +101,7 @@ class EFTCallback(TrainerCallback):
         logdir: Where TensorBoard files and ``eft.jsonl`` go; None: the folder ``eft`` in the Trainer's ``output_dir``.
         instruments: As for ``EFTMonitor``.
         extra: As for ``EFTMonitor``.
+        outputs: As for ``EFTMonitor``; ``"probes:16"`` measures all logits on 16 random directions.
         output_fn: Converts the model's output to (N, C); None: logits, as ``some_logits`` takes them.
         memory: As for ``EFTMonitor``.
         on_error: ``"warn"`` or ``"raise"``.
@@ -121,6 +126,7 @@ class EFTCallback(TrainerCallback):
         logdir: str | Path | None = None,
         instruments: Sequence[str | Instrument] | None = None,
         extra: Sequence[str | Instrument] = (),
+        outputs: str = "auto",
         output_fn: OutputFn | None = None,
         memory: int = DEFAULT_MEMORY,
         on_error: Literal["warn", "raise"] = "warn",
@@ -138,7 +144,8 @@ class EFTCallback(TrainerCallback):
             budget=budget,
             instruments=instruments,
             extra=extra,
-            output_fn=output_fn or some_logits,
+            outputs=outputs,
+            output_fn=output_fn or (all_logits if str(outputs).startswith("probes") else some_logits),
             memory=memory,
             keep_theta_0=keep_theta_0,
             on_error=on_error,

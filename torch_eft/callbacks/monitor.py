@@ -71,6 +71,9 @@ class EFTMonitor(Callback):
         seeds: Networks drawn anew that are trained beside this one on the same batches, to see how much NTK drift and
             representation change differ between initializations: 4, say. Every step and measurement costs as much
             again for each. 0: none.
+        outputs: Which outputs the NTK is measured on: ``"full"``, ``"trace"`` (its average over them), ``"auto"``
+            (full up to 1024 rows), or ``"probes:16"``: 16 fixed random directions of many outputs (1,000 classes, a
+            vocabulary), with error bars, at the cost of 16 outputs.
         output_fn: Converts the model's output to (N, C).
         memory: Bytes allowed for the NTK, as in ``torch_eft.measure.ntk``; one that takes more is left out in words.
         module: Name of the submodule to measure; empty means the LightningModule itself.
@@ -124,6 +127,7 @@ class EFTMonitor(Callback):
         activation: ActivationLike | None = None,
         forecast_seconds: float = 10.0,
         seeds: int = 0,
+        outputs: str = "auto",
         output_fn: OutputFn | None = None,
         memory: int = DEFAULT_MEMORY,
         module: str = "",
@@ -146,6 +150,7 @@ class EFTMonitor(Callback):
             activation=activation,
             forecast_seconds=forecast_seconds,
             seeds=seeds,
+            outputs=outputs,
             output_fn=output_fn,
             memory=memory,
             distributed=distributed,

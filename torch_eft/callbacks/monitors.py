@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch_eft.callbacks.monitor import EFTMonitor
 from torch_eft.live.config.probes import ProbeLike
@@ -13,7 +13,7 @@ from torch_eft.live.instruments.representation import RepresentationInstrument
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import ActivationLike
 
-_OWN = ("preset", "instruments", "ensemble", "activation", "forecast_seconds")
+_OWN = ("preset", "instruments", "ensemble", "activation", "forecast_seconds", "outputs")
 """Arguments of ``EFTMonitor`` that a monitor of one concern does not have, unless it names them."""
 
 Init = TypeVar("Init", bound=Callable[..., None])
@@ -49,7 +49,7 @@ class NTKMonitor(EFTMonitor):
 
     Args:
         probe: As for ``EFTMonitor``.
-        outputs: ``"full"``, ``"trace"`` (average over outputs) or ``"auto"``.
+        outputs: ``"full"``, ``"trace"`` (average over outputs), ``"auto"``, or ``"probes:16"``; as for ``EFTMonitor``.
         **shared: As for ``EFTMonitor``: ``every``, ``budget``, ``extra``, ``output_fn``, ``module``, ``jsonl``,
             ``on_error``, ``name``, ``distributed``, ``unsharded_model``, ``keep_theta_0``.
 
@@ -64,7 +64,7 @@ class NTKMonitor(EFTMonitor):
     """
 
     @_with_shared_arguments
-    def __init__(self, probe: ProbeLike, *, outputs: Literal["auto", "full", "trace"] = "auto", **shared: Any) -> None:
+    def __init__(self, probe: ProbeLike, *, outputs: str = "auto", **shared: Any) -> None:
         super().__init__(probe, instruments=[NTKInstrument(outputs)], **shared)
 
 

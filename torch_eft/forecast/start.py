@@ -15,8 +15,8 @@ from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.jacobian.engine import JacobianGram
 from torch_eft.measure.jets.jet import watch_kinks
-from torch_eft.measure.kernels.along_path import DirectionPair, along_path
 from torch_eft.measure.kernels.metrics import as_matrix
+from torch_eft.measure.network.along_path import DirectionPair, along_path
 from torch_eft.results.progress.bar import counted
 from torch_eft.results.progress.work import worked
 from torch_eft.results.training import Training

@@ -80,6 +80,9 @@ class Observer:
         seeds: Networks drawn anew that are trained beside this one on the same batches, to see how much NTK drift and
             representation change differ between initializations: 4, say. Every step and measurement costs as much
             again for each. 0: none.
+        outputs: Which outputs the NTK is measured on: ``"full"``, ``"trace"`` (its average over them), ``"auto"``
+            (full up to 1024 rows), or ``"probes:16"``: 16 fixed random directions of many outputs (1,000 classes, a
+            vocabulary), with error bars, at the cost of 16 outputs.
         output_fn: Converts the model's output to (N, C).
         memory: Bytes allowed for the NTK, as in ``torch_eft.measure.ntk``; one that takes more is left out in words.
         distributed: In a training by several processes: ``"rank_zero"``, where rank 0 measures and the others do
@@ -139,6 +142,7 @@ class Observer:
         activation: ActivationLike | None = None,
         forecast_seconds: float = 10.0,
         seeds: int = 0,
+        outputs: str = "auto",
         output_fn: OutputFn | None = None,
         memory: int = DEFAULT_MEMORY,
         distributed: Distributed = "rank_zero",
@@ -155,7 +159,7 @@ class Observer:
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else _optimizers(optimizer)
         given = Given(model, probe_from(probe), optimizers, output_fn, memory, distributed, unsharded_model)
         self.instruments = chosen_instruments(
-            preset, instruments, extra, Options(ensemble, activation, forecast_seconds, seeds)
+            preset, instruments, extra, Options(ensemble, activation, forecast_seconds, seeds, outputs)
         )
         self.every = checked_every(every)
         self.budget = Budget(budget)

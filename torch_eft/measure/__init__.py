@@ -6,7 +6,7 @@ from torch_eft.measure.ensembles.seeds import SeedStatistics, statistics_over_se
 from torch_eft.measure.ensembles.statistics import TheoryAgreement
 from torch_eft.measure.forward.checks import MemoryLimitError, NotFiniteError
 from torch_eft.measure.forward.kinks import kinked_operations
-from torch_eft.measure.forward.output import output
+from torch_eft.measure.forward.output import Tokens, last_token, mean_over_tokens, output
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.jacobian.blocks import Estimate
 from torch_eft.measure.jets.jet import NoJetRuleError
@@ -27,6 +27,8 @@ from torch_eft.measure.kernels.preconditioner import (
     stability_bound,
 )
 from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
+from torch_eft.measure.kernels.random_outputs import Estimated, RandomOutputEstimates
+from torch_eft.measure.kernels.random_outputs import estimates as random_output_estimates
 from torch_eft.measure.kernels.sharpness import Sharpness, sharpness
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
@@ -60,6 +62,7 @@ __all__ = [
     "DisplacementTerms",
     "Eigenpairs",
     "Estimate",
+    "Estimated",
     "LayerChange",
     "LearningRates",
     "MemoryLimitError",
@@ -73,6 +76,7 @@ __all__ = [
     "PerturbativeTaylorModel",
     "Plan",
     "Probe",
+    "RandomOutputEstimates",
     "RelativeDNTK",
     "Representation",
     "RepresentationChange",
@@ -84,6 +88,7 @@ __all__ = [
     "TaylorSeries",
     "TaylorSizes",
     "TheoryAgreement",
+    "Tokens",
     "TrainingLoss",
     "UnrecognizedLossError",
     "as_matrix",
@@ -99,7 +104,9 @@ __all__ = [
     "hidden_kernels",
     "kernel_distance",
     "kinked_operations",
+    "last_token",
     "linear_cka",
+    "mean_over_tokens",
     "movement",
     "ntk",
     "ntk_change",
@@ -113,6 +120,7 @@ __all__ = [
     "optimizer_step",
     "output",
     "preconditioner",
+    "random_output_estimates",
     "read_ensemble",
     "read_learning_rates",
     "recognize_loss",

@@ -26,6 +26,7 @@ ORDERS = {"order_0": "order 0 (infinite width)", "order_1": "order 1 (finite wid
 BAND_68, BAND_90 = ("band_68_low", "band_68_high"), ("band_90_low", "band_90_high")
 GIVEN_START, GIVEN_START_BAND = "given_start", ("given_start_low", "given_start_high")
 QUANTILE = "quantile"
+ERROR = ("error_low", "error_high")
 SEEDS, SEEDS_BAND = "seeds_median", ("seeds_low", "seeds_high")
 EXPANSIONS = {
     "taylor_1": "expansion about theta_0 along the realized path, with dNTK",
@@ -53,6 +54,8 @@ SERIES = {
     "plus_sigma": "the highest order there is, plus one standard deviation over initializations",
     "truncation": "estimated size of what the next order would add",
     "z_score": "(measured - theory) / sigma",
+    "error_low": "lower end of the error bar of the measured value, estimated from random directions of the outputs",
+    "error_high": "upper end of the error bar of the measured value, estimated from random directions of the outputs",
     "ratio": "measured / theory, where there is no sigma",
 }
 TRUNCATION = ("truncation_low", "truncation_high")

@@ -15,7 +15,7 @@ from torch_eft.live.instruments.expansion import ExpansionInstrument
 from torch_eft.live.instruments.forecasts.instance import InstanceInstrument
 from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.interval import IntervalInstrument
-from torch_eft.live.instruments.ntk import BatchNormInstrument, NTKInstrument
+from torch_eft.live.instruments.ntk import BatchNormInstrument, NTKInstrument, checked_outputs
 from torch_eft.live.instruments.representation import RepresentationInstrument
 from torch_eft.live.instruments.taylor import TaylorInstrument
 from torch_eft.live.instruments.trained_beside.replay import ReplayInstrument
@@ -38,18 +38,20 @@ class Options:
         activation: The activation, where it is not a registered one.
         forecast_seconds: Work that each forecast may take before the first step, counted in seconds of one core.
         seeds: Networks of other seeds to train beside it; 0: none.
+        outputs: Which outputs of the network the NTK is measured on, see ``NTKInstrument``.
     """
 
     ensemble: MLPEnsemble | None = None
     activation: ActivationLike | None = None
     forecast_seconds: float = 10.0
     seeds: int = 0
+    outputs: str = "auto"
 
 
 MAKERS: dict[str, Callable[[Options], Instrument]] = {
     # In the order in which they are asked: forecasts after what they are compared with. Of several predictions that
     # hold, the first one's level and validity count.
-    "ntk": lambda options: NTKInstrument(),
+    "ntk": lambda options: NTKInstrument(options.outputs),
     "representation": lambda options: RepresentationInstrument(),
     "batch_norm": lambda options: BatchNormInstrument(),
     "interval": lambda options: IntervalInstrument(),
@@ -93,6 +95,7 @@ def chosen_instruments(
     seconds = options.forecast_seconds
     if not isinstance(seconds, int | float) or not seconds > 0:
         raise ValueError(f"forecast_seconds: {seconds!r} given; give a positive number of seconds")
+    checked_outputs(options.outputs)
     if options.ensemble is not None:
         check_ensemble(options.ensemble)
     if options.activation is not None:

@@ -208,6 +208,8 @@ class Beginning:
                 run.progress.origin = min(run.recorder.measured, default=step)
         if step > 0 and (restored or not goes_on):
             run.recorder.resume(step)
+        if network.plan.outputs is not None:  # what is trained beside the network can do with it
+            obstacle = obstacle or Obstacle("the NTK is measured on random directions of the outputs", minibatches=True)
         if network.unsharded_model is not None:
             obstacle = obstacle or Obstacle("its parameters are sharded over the ranks")
         fresh = not goes_on and step == 0

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -120,7 +120,8 @@ class MeasuredNetwork:
             snapshot = self._together(self.plan, lambdas)
         with isolated(self.network, self.output_fn) as own:
             normed = partial(self.calibration.normed, probe=self.probe)
-            with Network(normed(own), self.probe, lambdas=lambdas, memory=self.memory, prepare=normed) as network:
+            options: dict[str, Any] = {"memory": self.memory, "prepare": normed, "outputs": self.plan.outputs}
+            with Network(normed(own), self.probe, lambdas=lambdas, **options) as network:
                 yield network, snapshot
 
     def follow(self) -> None:
@@ -174,8 +175,11 @@ def checked_network(given: Given, instruments: Sequence[Instrument], name: str, 
         for instrument in instruments:
             instrument.check(network)
         plans = [instrument.plan(outputs, samples) for instrument in instruments]
+        outputs_of = next((plan.outputs for plan in plans if plan.outputs is not None), None)
         ntk, trace = any(plan.ntk for plan in plans), any(plan.ntk_trace for plan in plans)
-        refusal = too_large(network.current, network.probe, trace=trace, memory=memory) if ntk else None
+        refusal = (
+            too_large(network.current, network.probe, trace=trace, memory=memory, outputs=outputs_of) if ntk else None
+        )
     if refusal is not None:
         warnings.warn(f"{name} will not measure the NTK: {refusal}", MeasurementWarning, stacklevel=3)
     plan = Plan(
@@ -183,6 +187,7 @@ def checked_network(given: Given, instruments: Sequence[Instrument], name: str, 
         ntk_trace=trace,
         hidden=any(plan.hidden for plan in plans),
         layers=next((plan.layers for plan in plans if plan.layers is not None), None),
+        outputs=outputs_of,
     )
     return MeasuredNetwork(
         model,

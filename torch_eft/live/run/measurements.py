@@ -211,7 +211,9 @@ class Measurements:
             return
         with Network(theta_0, network.probe, lambdas=lambdas, memory=network.memory) as there:
             self.reference.snapshot = snapshot = there.snapshot(network.plan)
-            again = Measurement(calibration.step, network.network, there, snapshot, snapshot, lambdas)
+            again = Measurement(
+                calibration.step, network.network, there, snapshot, snapshot, lambdas, plan=network.plan
+            )
             readings = [each.observe(again) for each in self.instruments if each.of_snapshots]
         known = self.recorder.history.get(calibration.step, {})
         scalars = {name: value for reading in readings for name, value in reading.scalars.items()}

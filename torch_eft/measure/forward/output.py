@@ -1,6 +1,7 @@
 """The network's output on the probe, and the checks that make a network measurable."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,82 @@ def output(model: Model, x: Any, *, output_fn: OutputFn | None = None) -> Tensor
     probe = as_probe(x)
     with isolated(model, output_fn) as network, torch.no_grad():
         return checked_output(network, probe)
+
+
+def last_token(returned: Any) -> Tensor:
+    """Return the outputs at the last position of a sequence: an ``output_fn`` for language models.
+
+    Args:
+        returned: What the model returns: (N, T, C), or an object, a dict or a tuple that holds it as ``logits``, or
+            first. Sequences padded at the end have no token there: cut them to one length, or pad at the start.
+
+    Returns:
+        (N, C).
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> measure.last_token({"logits": torch.zeros(4, 128, 50257)}).shape
+        torch.Size([4, 50257])
+    """
+    return _by_position(returned)[:, -1]
+
+
+def mean_over_tokens(returned: Any) -> Tensor:
+    """Return the outputs averaged over the positions of a sequence, padded ones too; see ``last_token``.
+
+    Args:
+        returned: As for ``last_token``.
+
+    Returns:
+        (N, C).
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> measure.mean_over_tokens(torch.ones(4, 128, 7)).shape
+        torch.Size([4, 7])
+    """
+    return _by_position(returned).mean(1)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The outputs at chosen positions of a sequence, side by side: an ``output_fn``; see ``last_token``.
+
+    Args:
+        positions: Numbers from 0 on, or negative ones from the end on.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> measure.Tokens((0, 63, -1))(torch.zeros(4, 128, 50257)).shape  # H on random directions of them, say
+        torch.Size([4, 150771])
+    """
+
+    positions: tuple[int, ...]
+
+    def __call__(self, returned: Any) -> Tensor:
+        """Return (N, number of positions times C)."""
+        z = _by_position(returned)
+        return torch.cat([z[:, position] for position in self.positions], 1)
+
+
+def _by_position(returned: Any) -> Tensor:
+    """The tensor (N, T, C) in what a model returns."""
+    found = getattr(returned, "logits", None)
+    if found is None and isinstance(returned, Mapping):
+        found = returned.get("logits")
+    if found is None and isinstance(returned, tuple | list) and returned:
+        found = returned[0]
+    found = returned if found is None else found
+    if not isinstance(found, Tensor) or found.ndim != 3:
+        given = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"output_fn: the model returns {given}, not outputs by position, (N, T, C); give an output_fn of your own, "
+            "such as lambda out: out.last_hidden_state[:, -1]"
+        )
+    return found
 
 
 def checked_output(network: IsolatedModel, probe: Probe, params: dict[str, Tensor] | None = None) -> Tensor:

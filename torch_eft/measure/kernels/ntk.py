@@ -21,6 +21,7 @@ from torch_eft.measure.jacobian.blocks import Estimate
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram
 from torch_eft.measure.jacobian.plan import Lambdas
 from torch_eft.measure.kernels.preconditioner import lambdas_of
+from torch_eft.measure.kernels.random_outputs import projected
 from torch_eft.results.choices import check_choice
 
 Per = Literal["parameter", "layer"]
@@ -38,6 +39,7 @@ def ntk(
     per: None = ...,
     other: Any = ...,
     preconditioner: Optimizer | None = ...,
+    outputs: str | None = ...,
 ) -> Tensor: ...
 
 
@@ -53,6 +55,7 @@ def ntk(
     per: Per,
     other: Any = ...,
     preconditioner: Optimizer | None = ...,
+    outputs: str | None = ...,
 ) -> dict[str, Tensor]: ...
 
 
@@ -67,6 +70,7 @@ def ntk(
     per: Per | None = None,
     other: Any = None,
     preconditioner: Optimizer | None = None,
+    outputs: str | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Compute the NTK of ``model`` on ``x``, in evaluation mode.
 
@@ -87,6 +91,9 @@ def ntk(
         other: Other inputs, like ``x``: the cross kernel H(x, other).
         preconditioner: An optimizer of the model, in place of ``lambdas``: the kernel H_P = J lambda P J^T by which its
             latest step moved the outputs, per unit of eta; see ``preconditioner``.
+        outputs: ``"probes:16"``: the kernel on 16 fixed random directions r_k of the outputs, r_k^T H_{ab} r_l, for
+            networks of many outputs; ``as_trace`` and ``ntk_trace`` of it estimate those of the whole kernel, and
+            ``random_output_estimates`` norms and changes too, with error bars. None: all outputs.
 
     Returns:
         ``[a, b, i, j] = H_{ij;ab}``, (N, N, C, C), or (N, N) with ``trace``; (N, N', ...) with ``other``; in the dtype
@@ -107,6 +114,7 @@ def ntk(
     part_of = None if per is None else (str if per == "parameter" else layer_of)
     with isolated(model, output_fn) as network:
         lambdas = lambdas_of(network.origin, lambdas, preconditioner)
+        network = projected(network, outputs)
         rows = JacobianGram(network, as_probe(x), lambdas, memory)
         columns = None if other is None else JacobianGram(network, as_probe(other), lambdas, memory)
         parts = rows.ntk_parts(part_of, trace=trace, other=columns)
@@ -127,6 +135,7 @@ def ntk_estimate(
     trace: bool = False,
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
+    outputs: str | None = None,
 ) -> Estimate:
     """Estimate the memory that ``ntk`` will take, without computing it; arguments and errors as there.
 
@@ -137,6 +146,7 @@ def ntk_estimate(
         trace: See ``ntk``.
         output_fn: See ``ntk``.
         memory: See ``ntk``.
+        outputs: See ``ntk``.
 
     Returns:
         Bytes of the result, of one sample and of all, and the blocks in which it will be computed.
@@ -149,16 +159,22 @@ def ntk_estimate(
         (144, 1)
     """
     with isolated(model, output_fn) as network:
-        engine = JacobianGram(network, as_probe(x), lambdas, memory)
+        engine = JacobianGram(projected(network, outputs), as_probe(x), lambdas, memory)
         return engine.estimate(outputs=1 if trace else None)
 
 
 def too_large(
-    model: Model, x: Any, *, trace: bool = False, output_fn: OutputFn | None = None, memory: int = DEFAULT_MEMORY
+    model: Model,
+    x: Any,
+    *,
+    trace: bool = False,
+    output_fn: OutputFn | None = None,
+    memory: int = DEFAULT_MEMORY,
+    outputs: str | None = None,
 ) -> str | None:
     """Return why the NTK does not fit into ``memory`` bytes, or None if it does; arguments as for ``ntk``."""
     try:
-        ntk_estimate(model, x, lambdas=None, trace=trace, output_fn=output_fn, memory=memory)
+        ntk_estimate(model, x, trace=trace, output_fn=output_fn, memory=memory, outputs=outputs)
     except MemoryLimitError as error:
         return str(error)
     return None

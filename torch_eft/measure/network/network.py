@@ -17,6 +17,7 @@ from torch_eft.measure.kernels.dntk import DDNTK, Direction, NTKDerivatives, ddn
 from torch_eft.measure.kernels.ntk import Coverage, Per, coverage, ntk, ntk_estimate
 from torch_eft.measure.kernels.preconditioner import lambdas_of
 from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
+from torch_eft.measure.kernels.random_outputs import projection, random_outputs
 from torch_eft.measure.network.expansion import SnapshotExpansion, expand_snapshot
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.representations.hidden_kernels import Representation, hidden_kernels, representation
@@ -41,6 +42,8 @@ class Network:
         preconditioner: An optimizer in place of ``lambdas``, see ``ntk``; read at every measurement.
         prepare: Done to the isolated network at other parameters before it is measured there, as to this one before it
             was given: taking the statistics of BatchNorm.
+        outputs: Random directions of the outputs for the NTK and its derivatives, see ``ntk``; ``output`` and all else
+            are of all outputs.
 
     Attributes:
         model: The module.
@@ -66,11 +69,12 @@ class Network:
         memory: int | None = None,
         preconditioner: Optimizer | None = None,
         prepare: Callable[[IsolatedModel], IsolatedModel] | None = None,
+        outputs: str | None = None,
     ) -> None:
         self.model, self.probe = model, as_probe(x)
         self._lambdas, self.preconditioner, self.output_fn = lambdas, preconditioner, output_fn
         self.memory = DEFAULT_MEMORY if memory is None else memory
-        self.prepare = prepare
+        self.prepare, self.outputs, self._directions = prepare, outputs, random_outputs(outputs)
         self._open: IsolatedModel | None = None
         self._context: AbstractContextManager[IsolatedModel] | None = None
         self._depth = 0
@@ -127,7 +131,7 @@ class Network:
         kept: dict[str, Any] = {"lambdas": self._lambdas, "preconditioner": self.preconditioner}
         kept = kept if lambdas is None else {"lambdas": lambdas}
         options: dict[str, Any] = {"output_fn": self.output_fn, "memory": self.memory, "prepare": self.prepare}
-        return Network(self.current, x, **kept, **options)
+        return Network(self.current, x, outputs=self.outputs, **kept, **options)
 
     def at(self, theta: Parameters) -> "Network":
         """Return the same network at other parameters, inside ``with`` only.
@@ -145,7 +149,8 @@ class Network:
             raise RuntimeError("at: the network is not isolated; use it inside `with network:`")
         moved = self._open.at(theta)
         prepared = moved if self.prepare is None else self.prepare(moved)
-        return Network(prepared, self.probe, prepare=self.prepare, **self._within)
+        options = self._options | {"memory": self.memory, "outputs": self.outputs}
+        return Network(prepared, self.probe, prepare=self.prepare, **options)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -153,7 +158,13 @@ class Network:
 
     @property
     def _within(self) -> dict[str, Any]:
-        return self._options | {"memory": self.memory}
+        """Options of what the directions of the outputs concern."""
+        own = self.output_fn
+        if self._directions is not None:
+            if isinstance(self.current, IsolatedModel):
+                own = own or self.current.output_fn
+            own = projection(own, self._directions)
+        return {"lambdas": self.lambdas, "output_fn": own, "memory": self.memory}
 
     def output(self) -> Tensor:
         """Return the outputs, (N, C); see ``measure.output``."""
@@ -297,7 +308,7 @@ class Network:
 
     def coverage(self) -> Coverage:
         """Return how each parameter's Jacobian is computed; see ``measure.coverage``."""
-        return coverage(self.current, self.probe, **self._options)
+        return coverage(self.current, self.probe, lambdas=self.lambdas, output_fn=self._within["output_fn"])
 
     def estimate(self, *, trace: bool = False) -> Estimate:
         """Return the memory that ``ntk`` takes; see ``measure.ntk_estimate``."""
@@ -305,4 +316,4 @@ class Network:
 
     def snapshot(self, plan: Plan) -> Snapshot:
         """Return what a plan asks for; see ``measure.take_snapshot``."""
-        return take_snapshot(self.current, self.probe, plan, **self._within)
+        return take_snapshot(self.current, self.probe, plan, memory=self.memory, **self._options)

@@ -27,6 +27,7 @@ from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jacobian.blocks import summed_over_outputs
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY, JacobianGram
 from torch_eft.measure.jacobian.gram import Factor
+from torch_eft.measure.kernels.random_outputs import projected
 from torch_eft.measure.network.batch_norm import with_batch_statistics
 from torch_eft.measure.network.ranks import Ranks
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
@@ -74,7 +75,9 @@ def sharded_snapshot(
         _equal_buffers(network, ranks)
         network = ranks.together(lambda: with_batch_statistics(network, probe, norms))
         output = _outputs(network, probe, ranks)
-        ntk = _kernel(network, probe, lambdas, plan.ntk_trace, memory, ranks) if plan.ntk else None
+        ntk = None
+        if plan.ntk:
+            ntk = _kernel(projected(network, plan.outputs), probe, lambdas, plan.ntk_trace, memory, ranks)
         hidden = ranks.together(lambda: hidden_kernels(network, probe, layers=plan.layers) if plan.hidden else {})
     return Snapshot(output, ntk, hidden)
 

@@ -25,6 +25,7 @@ class Plan:
         ntk_trace: Its average over outputs only, (N, N).
         hidden: The kernels of hidden layers.
         layers: Their names; None picks them as ``hidden_kernels`` does.
+        outputs: Random directions of the outputs for the NTK, see ``ntk``.
 
     Example:
         >>> from torch_eft import measure
@@ -36,6 +37,7 @@ class Plan:
     ntk_trace: bool = False
     hidden: bool = False
     layers: Sequence[str] | None = None
+    outputs: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,7 +46,7 @@ class Snapshot:
 
     Args:
         output: (N, C).
-        ntk: (N, N, C, C) or (N, N), or None if not asked for.
+        ntk: (N, N, C, C), (N, N, K, K) on K random directions of the outputs, or (N, N); None if not asked for.
         hidden: ``{layer: (N, N)}``; empty if not asked for.
 
     Example:
@@ -97,8 +99,9 @@ def take_snapshot(
     with isolated(model, output_fn) as network:
         with torch.no_grad():
             output = checked_output(network, probe)
+        options: dict[str, Any] = {"trace": plan.ntk_trace, "memory": memory, "outputs": plan.outputs}
         return Snapshot(
             output,
-            ntk(network, probe, lambdas=lambdas, trace=plan.ntk_trace, memory=memory) if plan.ntk else None,
+            ntk(network, probe, lambdas=lambdas, **options) if plan.ntk else None,
             hidden_kernels(network, probe, layers=plan.layers) if plan.hidden else {},
         )

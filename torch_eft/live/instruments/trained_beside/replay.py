@@ -235,6 +235,7 @@ class ReplayInstrument(Instrument):
         """Sizes of realized and predicted changes, their band, and errors."""
         start, given = replay.start, replay.start.network
         options: dict[str, Any] = {"output_fn": given.output_fn, "memory": given.memory, "lambdas": start.lambdas}
+        options["outputs"] = given.outputs
         with Network(start.model, given.probe, **options) as network:
             z = start.snapshot.output.double()
             change = network.output().double() - z

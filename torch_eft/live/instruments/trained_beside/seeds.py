@@ -16,6 +16,7 @@ from torch_eft.live.instrument import Event, Instrument, Measurement, Reading, T
 from torch_eft.live.instruments.common import LARGEST, memory, reason_of, too_many
 from torch_eft.measure.ensembles.trained_seeds import TrainedSeeds
 from torch_eft.measure.kernels.metrics import relative_change
+from torch_eft.measure.kernels.random_outputs import ntk_drift
 from torch_eft.measure.network.snapshot import Plan, Snapshot
 from torch_eft.measure.training_loss import TrainingLoss, UnrecognizedLossError, recognize_loss
 from torch_eft.results.tags import SEEDS, SEEDS_BAND, tag
@@ -161,7 +162,7 @@ class SeedsInstrument(Instrument):
             self._starts = [self._snapshot(measurement, theta) for theta in seeds.theta_0]
         found: dict[str, list[float]] = {}
         for start, theta in zip(self._starts, seeds.theta, strict=True):
-            for quantity, value in _changes(start, self._snapshot(measurement, theta)).items():
+            for quantity, value in _changes(start, self._snapshot(measurement, theta), measurement.plan).items():
                 found.setdefault(quantity, []).append(value)
         for quantity, values in found.items():
             if not all(value < float("inf") for value in values):
@@ -239,11 +240,11 @@ class SeedsInstrument(Instrument):
         return Reading(pages={"seeds": f"{text}."}, events=[] if as_asked else [Event(step, "validity", text)])
 
 
-def _changes(start: Snapshot, now: Snapshot) -> dict[str, float]:
+def _changes(start: Snapshot, now: Snapshot, plan: Plan) -> dict[str, float]:
     """Relative changes of the NTK and, on average over layers, of the hidden kernels."""
     found: dict[str, Tensor] = {}
     if start.ntk is not None and now.ntk is not None:
-        found["ntk_drift"] = relative_change(now.ntk, start.ntk)
+        found["ntk_drift"] = ntk_drift(now.ntk, start.ntk, plan.outputs)
     layers = [relative_change(K, start.hidden[name]) for name, K in now.hidden.items() if name in start.hidden]
     if layers:
         found["representation_change"] = torch.stack(layers).mean().to(layers[0])

@@ -6,7 +6,9 @@
 // "given_start" with its _low and _high, the same for networks that start with this network's outputs; "quantile", the
 // share of networks below the measured value; "taylor_1", "taylor_2", expansions along the realized path, which may end
 // early; "seeds_low" .. "seeds_high", of networks trained beside this one; "truncation_low", "truncation_high", what
-// Taylor models that were trained for a few steps leave out; "truncation", the estimated size of the next order; "layer/NAME", measured, a part: a layer, or a Taylor term;
+// Taylor models that were trained for a few steps leave out; "error_low", "error_high", of what is measured on random
+// directions of the outputs; "truncation", the estimated size of the next order; "layer/NAME", measured, a part: a layer,
+// or a Taylor term;
 // "layer-theory/NAME/SERIES", what is predicted of it.
 
 import { extent } from "./scale.js";
@@ -15,6 +17,7 @@ import { extent } from "./scale.js";
 const AROUND = [
   "minus_sigma", "plus_sigma", "truncation", "z_score", "ratio", "quantile", "given_start_low", "given_start_high",
   "band_68_low", "band_68_high", "band_90_low", "band_90_high", "seeds_low", "seeds_high", "truncation_low", "truncation_high",
+  "error_low", "error_high",
 ];
 const LAYER = "layer/";
 const LAYER_THEORY = "layer-theory/";
@@ -64,6 +67,7 @@ export function readQuantity(raw) {
     given: between(raw.given_start_low, raw.given_start_high),
     seeds: between(raw.seeds_low, raw.seeds_high),
     replay: between(raw.truncation_low, raw.truncation_high),
+    error: between(raw.error_low, raw.error_high),
     quantile: (raw.quantile ?? []).filter(([step]) => !flat.has(step)),
     truncation: (best ? raw[best] : [])
       .filter(([step, value]) => value !== null && Number.isFinite(size.get(step)))
@@ -104,7 +108,7 @@ export function valuesAt(quantity, step) {
     const found = range(points);
     return found ? (found[1] - found[0]) / 2 : null;
   };
-  const ranges = { "68 % of networks": quantity.band68, "90 % of networks": quantity.band90, "90 %, given its start": quantity.given, "other seeds, measured": quantity.seeds, "order 3 ± what order 2 lacks": quantity.replay };
+  const ranges = { "68 % of networks": quantity.band68, "90 % of networks": quantity.band90, "90 %, given its start": quantity.given, "other seeds, measured": quantity.seeds, "order 3 ± what order 2 lacks": quantity.replay, "measured, 68 %": quantity.error };
   return {
     measured: at(quantity.measured),
     orders: named(quantity.orders),

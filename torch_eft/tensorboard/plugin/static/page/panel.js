@@ -26,10 +26,10 @@ function seriesColor(theme, series) {
 /** The shaded bands of one run: ± σ or quantiles; of several runs the outer one alone. */
 function bandsOf(quantity, color, theme, count) {
   const opacity = theme.bandOpacity / (count > 2 ? 2 : 1);
-  const kinds = count > 1 ? ["band", "band90"] : ["band", "band90", "band68", "seeds", "replay"];
+  const kinds = count > 1 ? ["band", "band90"] : ["band", "band90", "band68", "seeds", "replay", "error"];
   return kinds
     .filter((kind) => quantity[kind].length)
-    .map((kind) => ({ kind, points: quantity[kind], color: color ?? (kind === "seeds" ? theme.extra : theme.order1), opacity }));
+    .map((kind) => ({ kind, points: quantity[kind], color: color ?? { seeds: theme.extra, error: theme.measured }[kind] ?? theme.order1, opacity }));
 }
 
 /**

@@ -56,6 +56,7 @@ const BANDS = {
   layer: "90 % of networks, by layer",
   seeds: "lowest .. highest of other seeds, measured",
   replay: "order 3 ± its distance from order 2",
+  error: "measured on random output directions, 68 %",
 };
 
 /** Which line is which; with several runs the color belongs to the run, so that lines here are of the text's. */
@@ -74,7 +75,7 @@ function legend(lines, bands, single, theme) {
     svg(
       "svg",
       { width: 30, height: 12, "aria-hidden": "true" },
-      svg("rect", { x: 1, y: 1, width: 28, height: 10, fill: single && kind === "seeds" ? theme.extra : bandColor, opacity }),
+      svg("rect", { x: 1, y: 1, width: 28, height: 10, fill: (single && { seeds: theme.extra, error: theme.measured }[kind]) || bandColor, opacity }),
     );
   const quantiles = bands.includes("band90");
   const words = (series) => seriesName(series) + (series === "order_1" && quantiles ? "; with quantiles, the median" : "");
