@@ -454,10 +454,10 @@ def obstacle(trainer: Trainer, pl_module: LightningModule) -> Obstacle | None:
         return Obstacle("manual optimization: the steps taken are not known")
     if trainer.world_size > 1:
         return Obstacle(f"{trainer.world_size} processes share the batch; the theory is compared on one")
-    if trainer.accumulate_grad_batches != 1:
-        return Obstacle(f"gradient accumulation over {trainer.accumulate_grad_batches} batches")
     if trainer.gradient_clip_val:
         return Obstacle(f"gradient clipping at {trainer.gradient_clip_val}")
+    if trainer.accumulate_grad_batches != 1:
+        return Obstacle(f"gradient accumulation over {trainer.accumulate_grad_batches} batches", minibatches=True)
     if trainer.num_training_batches not in (1, math.inf):  # of an iterable's batches the first two show what they are
         reason = f"mini-batches ({trainer.num_training_batches} per epoch): order 0 covers full-batch training"
         return Obstacle(reason, minibatches=True)

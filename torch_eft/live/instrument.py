@@ -60,12 +60,13 @@ class Obstacle:
 
     Args:
         reason: A short phrase, e.g. ``"gradient clipping at 0.1"``.
-        minibatches: Whether mini-batches are all that it is: Taylor models trained beside the network follow those.
+        minibatches: Whether mini-batches, one or several a step, are all that it is: networks trained beside this one
+            follow those.
         rates: Whether the learning rates of the network's parameters are not known, so that lambda has no value.
 
     Example:
         >>> from torch_eft.live import Obstacle
-        >>> Obstacle("gradient accumulation over 4 batches").minibatches
+        >>> Obstacle("gradient clipping at 1.0").minibatches
         False
     """
 

@@ -5,7 +5,7 @@ they are compared with those of ``c sum (z - y)^2`` for the usual constants c, a
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,9 @@ from torch_eft.results.training import LossFunction
 
 LOSS_TOLERANCE = 1e-4
 """Relative agreement asked of the loss value and the gradient; float32 sums agree to 1e-6."""
+
+
+_REDUCTIONS = (("mean", "mean over samples (torch's CrossEntropyLoss)"), ("sum", "sum over samples"))
 
 
 @dataclass(frozen=True, repr=False)
@@ -143,8 +146,6 @@ def recognize_loss(
     *,
     output_fn: OutputFn | None = None,
     loss_function: LossFunction | None = None,
-    as_trained: bool = False,
-    tolerance: float = LOSS_TOLERANCE,
 ) -> TrainingLoss:
     """Recognize the loss of a training step from its value and its gradient on one batch.
 
@@ -156,8 +157,6 @@ def recognize_loss(
         gradients: ``{parameter name: gradient}`` of the step.
         output_fn: Turns what the model returns into (N, C).
         loss_function: The loss as a function of outputs (N, C) and ``y``, if it is known: it is checked all the same.
-        as_trained: Run the network in the modes in which it is (batch statistics); else in evaluation mode.
-        tolerance: Relative difference of value and gradient that is allowed: 0.02, say, for a step under autocast.
 
     Returns:
         The loss as a function.
@@ -175,7 +174,7 @@ def recognize_loss(
         >>> measure.recognize_loss(net, x, y, value.detach(), gradients).name
         'sum over samples and outputs'
     """
-    run = _Run(model, x, output_fn, as_trained, tolerance)
+    run = _Run(model, x, output_fn)
     if loss_function is not None:
         _verify(run, y, loss, gradients, loss_function, "the loss that was given")
         return TrainingLoss("given", "the loss that was given", y, 1.0, loss_function)
@@ -186,7 +185,7 @@ def recognize_loss(
     else:
         function = _squared_error(squared.c, squared.targets)
         return TrainingLoss("mse", squared.name, squared.targets, 2 * squared.c, function)
-    for reduction, name in (("mean", "mean over samples (torch's CrossEntropyLoss)"), ("sum", "sum over samples")):
+    for reduction, name in _REDUCTIONS:
         function = _cross_entropy(reduction)
         try:
             _verify(run, y, loss, gradients, function, "the cross-entropy")
@@ -227,15 +226,11 @@ class _Run:
         model: The network.
         x: The inputs.
         output_fn: Turns what the model returns into (N, C).
-        as_trained: Whether it runs in the modes in which the network is.
-        tolerance: Relative difference that is allowed.
     """
 
     model: Model
     x: Any
     output_fn: OutputFn | None
-    as_trained: bool = False
-    tolerance: float = LOSS_TOLERANCE
 
     @contextmanager
     def outputs(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -245,16 +240,15 @@ class _Run:
             leaves = {name: value.clone().requires_grad_() for name, value in network.params.items()}
             with torch.no_grad():
                 checked_output(network, probe)
-            with network.as_trained() if self.as_trained else nullcontext():
-                yield leaves, network(leaves, network.place(probe))
+            yield leaves, network(leaves, network.place(probe))
 
 
 def _squared_error_of(run: _Run, y: Any, loss: Tensor, gradients: Mapping[str, Tensor]) -> SquaredError:
     with run.outputs() as (leaves, z):
         targets = _as_targets(y, z)
         total = (z - targets).square().sum()
-        c, name = _matching_constant(total.detach(), loss.detach().to(total), len(z), z.shape[1], run.tolerance)
-        _check_gradients(leaves, c * total, gradients, "squared error", run.tolerance)
+        c, name = _matching_constant(total.detach(), loss.detach().to(total), len(z), z.shape[1])
+        _check_gradients(leaves, c * total, gradients, "squared error")
     return SquaredError(c, name, targets.detach())
 
 
@@ -267,14 +261,12 @@ def _verify(
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UnrecognizedLossError(f"{name} cannot be computed from these targets: {error}") from None
         own, given = float(value.detach()), float(loss)
-        if not abs(own - given) <= run.tolerance * abs(own):
+        if not abs(own - given) <= LOSS_TOLERANCE * abs(own):
             raise UnrecognizedLossError(f"the step's loss is {given:.6g}, {name} on the batch {own:.6g}")
-        _check_gradients(leaves, value, gradients, name, run.tolerance)
+        _check_gradients(leaves, value, gradients, name)
 
 
-def _check_gradients(
-    leaves: Mapping[str, Tensor], value: Tensor, gradients: Mapping[str, Tensor], name: str, tolerance: float
-) -> None:
+def _check_gradients(leaves: Mapping[str, Tensor], value: Tensor, gradients: Mapping[str, Tensor], name: str) -> None:
     """Compare the gradients of a step with those of the loss ``value``, called ``name``."""
     own = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
     mine = dict(zip(leaves, own, strict=True))
@@ -283,7 +275,7 @@ def _check_gradients(
         raise UnrecognizedLossError(f"the step has no gradient for {missing[0]!r}")
     differences = [(gradients[key].to(g) - g).norm() for key, g in mine.items() if key in gradients]
     relative = float(torch.stack(differences).norm() / torch.stack([g.norm() for g in mine.values()]).norm())
-    if not relative <= tolerance:
+    if not relative <= LOSS_TOLERANCE:
         raise UnrecognizedLossError(
             f"the step's gradient differs from that of {name} on the batch by {relative:.2g} (dropout, batch "
             "statistics, augmentation, another loss term or reduced precision)"
@@ -303,8 +295,8 @@ def _as_targets(y: Any, z: Tensor) -> Tensor:
     raise UnrecognizedLossError(f"targets {given} cannot be laid beside outputs of shape {tuple(z.shape)}")
 
 
-def _matching_constant(total: Tensor, loss: Tensor, count: int, channels: int, tolerance: float) -> tuple[float, str]:
-    constants = [
+def _constants(count: int, channels: int) -> list[tuple[float, str]]:
+    return [
         (1 / (count * channels), "mean over samples and outputs (torch's MSELoss)"),
         (1 / 2, "half the sum (PDLT)"),
         (1.0, "sum over samples and outputs"),
@@ -312,13 +304,39 @@ def _matching_constant(total: Tensor, loss: Tensor, count: int, channels: int, t
         (1 / count, "sum over outputs, mean over samples"),
         (1 / (2 * count * channels), "half the mean over samples and outputs"),
     ]
+
+
+def _matching_constant(total: Tensor, loss: Tensor, count: int, channels: int) -> tuple[float, str]:
     value = float(loss)
-    for c, name in constants:
-        if abs(value - c * float(total)) <= tolerance * c * float(total):
+    for c, name in _constants(count, channels):
+        if abs(value - c * float(total)) <= LOSS_TOLERANCE * c * float(total):
             return c, name
     raise UnrecognizedLossError(
         f"the step's loss, {value:.6g}, is no usual multiple of the squared error on the batch, {float(total):.6g}"
     )
+
+
+def known_losses(z: Tensor, y: Any) -> Iterator[TrainingLoss]:
+    """Yield the losses that may be meant by outputs (N, C) and these targets: squared errors, then cross-entropies.
+
+    Args:
+        z: The outputs.
+        y: The targets.
+
+    Yields:
+        The losses.
+    """
+    try:
+        targets = _as_targets(y, z)
+    except UnrecognizedLossError:
+        pass
+    else:
+        for c, name in _constants(*z.shape):
+            yield TrainingLoss("mse", name, targets, 2 * c, _squared_error(c, targets))
+    if isinstance(y, Tensor):
+        for reduction, name in _REDUCTIONS:
+            factor = 1 / len(y) if reduction == "mean" else 1.0
+            yield TrainingLoss("cross_entropy", f"cross-entropy, {name}", y, factor, _cross_entropy(reduction))
 
 
 def _cross_entropy(reduction: str) -> LossFunction:

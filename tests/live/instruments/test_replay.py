@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.benchmarks.replay import TRAININGS, intervals
-from tests.live.instruments.loop import data, fit, mlp
+from tests.live.instruments.loop import Pages, data, fit, mlp
 from torch_eft import measure
-from torch_eft.live import Obstacle
+from torch_eft.live import Observer, Obstacle
 from torch_eft.live.instruments.ntk import NTKInstrument
 from torch_eft.live.instruments.trained_beside.replay import ReplayInstrument
 from torch_eft.results.tags import tag
@@ -135,17 +135,90 @@ def test_a_clipped_step_ends_it_in_words():
     assert not any(tag("replay_output") in scalars for scalars in observer.history.values())
 
 
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (lambda: nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)), "batch"),
-        (lambda: nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Tanh(), nn.Linear(8, 2)), "drops out"),
-    ],
-    ids=["BatchNorm", "dropout"],
-)
-def test_what_is_not_one_function_is_refused(model, reason):
-    _, pages = watched(model())
-    assert pages["replay"][-1][1].startswith("No steps are taken again") and reason in pages["replay"][-1][1]
+def test_dropout_is_refused():
+    _, pages = watched(nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Tanh(), nn.Linear(8, 2)))
+    assert pages["replay"][-1][1].startswith("No steps are taken again") and "drops out" in pages["replay"][-1][1]
+
+
+def test_batch_statistics_are_a_part_of_what_is_expanded():
+    """By hand: the probe normalized with the statistics of the interval's first batch, before and after."""
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 24), nn.BatchNorm1d(24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), mlp(24)[4])
+
+    model = network()
+    observer, pages = watched(model, steps=16, lr=1e-3, every=4)
+    for step in (4, 8, 12):
+        one, two, three = (observer.history[step][name] for name in ERRORS)
+        assert three < two < one and three < 0.05
+        assert OF_NTK[2] in observer.history[step]
+    assert "BatchNorm's statistics are those of the batch" in pages["replay"][-1][1]
+    x, y, x_probe = data(24)
+    again, found, context = network(), [], None
+    optimizer = torch.optim.AdamW(again.parameters(), lr=1e-3)
+    torch.manual_seed(5)
+    for step in range(9):
+        samples = torch.randperm(24)[:8]
+        if step in (4, 8):
+            context, hidden = samples if context is None else context, again[0](x_probe)
+            variance, mean = torch.var_mean(again[0](x[context]), 0, correction=0)
+            normed = (hidden - mean) / (variance + again[1].eps).sqrt() * again[1].weight + again[1].bias
+            found.append(again[2:](normed).detach())
+        if step < 8:
+            optimizer.zero_grad()
+            F.mse_loss(again(x[samples]), y[samples]).backward()
+            optimizer.step()
+    change = float((found[1] - found[0]).square().mean().sqrt())
+    assert observer.history[4][tag("replay_output")] == pytest.approx(change, rel=1e-4)
+
+
+def looped(model, *, autocast=False, batches=1, divided=True, scale=1.0, steps=12, instruments=None):
+    """A loop with mixed precision, a GradScaler's factor that is taken off after the observer looked, accumulation."""
+    x, y, x_probe = data(48)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+    torch.manual_seed(5)
+    pages = Pages()
+    observer = Observer(
+        model, x_probe, optimizer, every=6, budget=None, sinks=[pages], on_error="raise",
+        instruments=instruments or [NTKInstrument(), ReplayInstrument(steps=4)],
+    )  # fmt: skip
+    observer.begin(obstacle=MINIBATCHES, total_steps=steps)
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        for _ in range(batches):
+            samples = torch.randperm(48)[:8]
+            observer.observe_batch((x[samples], y[samples]))
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                z = model(x[samples])
+            loss = F.mse_loss(z.float(), y[samples]) / (batches if divided else 1)
+            observer.observe_loss(loss.detach())
+            (scale * loss).backward()
+        observer.before_step()
+        for p in model.parameters():
+            p.grad /= scale
+        optimizer.step()
+        observer.measure(step)
+    observer.finish()
+    return observer, pages.pages["replay"][-1][1] if "replay" in pages.pages else ""
+
+
+@pytest.mark.parametrize("options", [dict(batches=3), dict(batches=2, divided=False), dict(scale=2.0**12)], ids=str)
+def test_accumulated_and_scaled_gradients_are_followed(options):
+    observer, page = looped(mlp(32), **options)
+    for step in (0, 6):
+        one, two, three = (observer.history[step][name] for name in ERRORS)
+        assert three < two < one < 1, page
+
+
+def test_in_16_bits_the_band_holds_the_rounding_too():
+    observer, page = looped(mlp(32), autocast=True, steps=30)
+    drawn = [scalars for scalars in observer.history.values() if ERRORS[2] in scalars]
+    assert len(drawn) >= 4 and "computed in 16 bits" in page
+    for scalars in drawn:
+        low, high = (scalars[tag("replay_output", f"truncation_{end}")] for end in ("low", "high"))
+        assert scalars[ERRORS[2]] * scalars[tag("replay_output")] < (high - low) / 2
+        assert scalars[ERRORS[2]] < 0.1
 
 
 class NoRule(torch.autograd.Function):

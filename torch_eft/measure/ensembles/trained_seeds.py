@@ -1,7 +1,7 @@
 """Trains networks of one architecture, drawn anew, by copies of one optimizer on the batches of the real training."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class TrainedSeeds:
         >>> model, x, y = torch.nn.Linear(2, 1), torch.eye(2), torch.ones(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> seeds = TrainedSeeds(model, optimizer, num_networks=3)
-        >>> seeds.step(x, lambda z: F.mse_loss(z, y), optimizer)
+        >>> seeds.step([(x, lambda z: F.mse_loss(z, y))], optimizer)
         >>> len(seeds.theta), bool((seeds.theta[0]["weight"] != seeds.theta_0[0]["weight"]).any())
         (3, True)
     """
@@ -75,12 +75,13 @@ class TrainedSeeds:
         """``{name: value}`` of every network, now; not copied."""
         return [{name: leaf.detach() for name, leaf in leaves.items()} for leaves, _ in self._networks]
 
-    def step(self, inputs: Any, loss_fn: LossOfOutputs, optimizer: Optimizer, *, controlled: bool = False) -> None:
+    def step(
+        self, batches: Sequence[tuple[Any, LossOfOutputs]], optimizer: Optimizer, *, controlled: bool = False
+    ) -> None:
         """Let every network take the step that the real one is about to take.
 
         Args:
-            inputs: A batch of inputs of the network.
-            loss_fn: The loss as a function of outputs (N, C).
+            batches: Inputs and the loss of their outputs (N, C), for every batch whose gradients are added up.
             optimizer: The real one; learning rates and other options are taken over.
             controlled: Let a copy of the real network take it too, for ``deviation``.
 
@@ -95,9 +96,12 @@ class TrainedSeeds:
                 self._before = {name: value.clone() for name, value in own.items()}
                 self._control = self._copy(optimizer, self._before, own)
                 networks.append(self._control)
-            batch = network.place(as_probe(inputs))
+            placed = [(network.place(as_probe(inputs)), loss_fn) for inputs, loss_fn in batches]
             for leaves, own_optimizer in networks:
-                self._step(network, leaves, batch, loss_fn)
+                for leaf in leaves.values():
+                    leaf.grad = None
+                for batch, loss_fn in placed:
+                    self._accumulate(network, leaves, batch, loss_fn)
                 same_options(own_optimizer, optimizer)
                 own_optimizer.step()
 
@@ -126,7 +130,7 @@ class TrainedSeeds:
         return leaves, optimizer_copy(optimizer, {name: [leaf] for name, leaf in leaves.items()}, self._originals, own)
 
     @staticmethod
-    def _step(network: IsolatedModel, leaves: dict[str, Tensor], batch: Any, loss_fn: LossOfOutputs) -> None:
+    def _accumulate(network: IsolatedModel, leaves: dict[str, Tensor], batch: Any, loss_fn: LossOfOutputs) -> None:
         z = network(leaves, tree_map_only(Tensor, torch.clone, batch))
         written = network.isolation.updated(network.constants)
         norms = batch_norms(network.module) if written else ()
@@ -138,4 +142,4 @@ class TrainedSeeds:
             )
         gradients = torch.autograd.grad(loss_fn(z), list(leaves.values()), allow_unused=True)
         for leaf, gradient in zip(leaves.values(), gradients, strict=True):
-            leaf.grad = gradient
+            leaf.grad = gradient if leaf.grad is None else leaf.grad if gradient is None else leaf.grad + gradient

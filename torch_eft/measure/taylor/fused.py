@@ -35,6 +35,51 @@ class Fused(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class BatchStatistics(TorchFunctionMode):
+    """A context in which BatchNorm in training mode normalizes with the statistics of the first rows, and keeps none.
+
+    Args:
+        rows: How many; None: all, as in training.
+    """
+
+    def __init__(self, rows: int | None = None) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Write BatchNorm out, and pass on everything else."""
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.batch_norm:
+            value = _batch_norm(self.rows, *args, **kwargs)
+            return func(*args, **kwargs) if value is None else value
+        return func(*args, **kwargs)
+
+
+def _batch_norm(
+    rows: int | None,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if not training:
+        return None
+    axes, shape = [0, *range(2, input.ndim)], (-1, *[1] * (input.ndim - 2))
+    centered = input - (input if rows is None else input[:rows]).mean(axes, keepdim=True)
+    variance = (centered if rows is None else centered[:rows]).square().mean(axes, keepdim=True)
+    scale = (variance + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.reshape(shape)
+    value = centered * scale
+    return value if bias is None else value + bias.reshape(shape)
+
+
 _SMOOTH = {func: derivatives for names, derivatives in SMOOTH.items() for func in builtins(names)}
 _SMOOTH |= dict.fromkeys(builtins("gelu"), gelu)
 

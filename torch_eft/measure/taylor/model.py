@@ -15,7 +15,7 @@ constant theta_0 and enter no graph: a linear layer takes 2 k + 1 products forwa
 import copy
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from torch_eft.measure.forward.checks import NotFiniteError
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.jets.jet import Jet
 from torch_eft.measure.jets.series import Series, total
-from torch_eft.measure.taylor.fused import Fused
+from torch_eft.measure.taylor.fused import BatchStatistics, Fused
 from torch_eft.measure.taylor.model_checks import check_modules, check_same_function, judged
 from torch_eft.measure.taylor.optimizer import optimizer_copy
 from torch_eft.measure.taylor.series import TaylorSeries, taylor_series
@@ -56,6 +56,8 @@ class TaylorModel(nn.Module):
         model: Any module, in the mode in which it is trained. Half precision is widened to float32.
         taylor_order: k, 1 or 3; or 2, for comparison with 3.
         output_fn: Turns what the model returns into (N, C): the Taylor model is then that of these outputs.
+        as_trained: Expand the network in the modes in which it is: BatchNorm's statistics are those of the batch, and a
+            part of the function. No running ones are taken or kept.
 
     Raises:
         ValueError: If the order is none of these, or the model has no trainable parameter, cannot be measured, drops
@@ -76,27 +78,61 @@ class TaylorModel(nn.Module):
         'valid'
     """
 
-    def __init__(self, model: nn.Module, *, taylor_order: int = 3, output_fn: OutputFn | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, taylor_order: int = 3, output_fn: OutputFn | None = None, as_trained: bool = False
+    ) -> None:
         super().__init__()
         _check_order(taylor_order)
-        check_modules(model)
-        self.taylor_order, self.output_fn = taylor_order, output_fn
+        check_modules(model, as_trained)
+        self.taylor_order, self.output_fn, self.as_trained = taylor_order, output_fn, as_trained
         self._modes: list[bool] | None = [module.training for module in model.modules()]
         self._half = any(p.dtype in _HALF for p in model.parameters())
         with isolated(model) as network:
             self.network = copy.deepcopy(network.shadow)  # that of ``isolated`` shares its parameters with the model
         if self._half:
             self.network.float()
+        if as_trained:
+            modes = {name: module.training for name, module in model.named_modules()}
+            for name, module in self.network.named_modules():
+                module.training = modes.get(name, model.training)
+            self._modes = []  # no other modes to compare with
         self._originals = [(name, weakref.ref(p)) for name, p in model.named_parameters() if p.requires_grad]
         if not self._originals:
             raise ValueError("model: it has no trainable parameter to expand in; set requires_grad on some")
+        self._lead()
+        self.origin = nn.Module()
+        for name, value in self._theta.items():
+            self.origin.register_buffer(_without_dots(name), value.detach().clone())
+
+    def of_order(self, taylor_order: int) -> "TaylorModel":
+        """Return the Taylor model of another order about the same theta_0, which both share; at theta_0 itself.
+
+        Raises ``ValueError`` if the order is not 1, 2 or 3.
+
+        Args:
+            taylor_order: k.
+
+        Returns:
+            The other one, with parameters of its own.
+        """
+        _check_order(taylor_order)
+        other = copy.copy(self)
+        other._modules = dict(self._modules) | {"network": copy.deepcopy(self.network)}
+        other.taylor_order, other._modes = taylor_order, None  # this one looks whether the network is one function
+        other._lead()
+        theta_0 = other.theta_0
+        with torch.no_grad():
+            for name, leaf in other._theta.items():
+                leaf.copy_(theta_0[name])
+                leaf.grad = None
+        return other
+
+    def _lead(self) -> None:
+        """Take the parameters of the copied network as leaves."""
         self._theta: dict[str, Tensor] = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         self._tied = len(list(self.network.parameters())) != len(
             list(self.network.named_parameters(remove_duplicate=False))
         )
-        self.origin = nn.Module()
-        for name, value in self._theta.items():
-            self.origin.register_buffer(_without_dots(name), value.detach().clone())
 
     @property
     def theta(self) -> dict[str, Tensor]:
@@ -141,17 +177,84 @@ class TaylorModel(nn.Module):
         Returns:
             The loss before the step, detached.
         """
+        return self.step_on([(inputs, loss_fn)], optimizer)
+
+    def step_on(self, batches: Sequence[tuple[Any, Callable[[Any], Tensor]]], optimizer: Optimizer) -> Tensor:
+        """Take one step on the sum of the losses of several batches, as a loop that accumulates gradients does.
+
+        Raises ``ValueError`` as ``step``.
+
+        Args:
+            batches: Inputs and the loss of their outputs, for every batch.
+            optimizer: One that holds the parameters of this Taylor model.
+
+        Returns:
+            The sum before the step, detached.
+        """
         self._check_own(optimizer)
-        args, kwargs = as_call(inputs)
+        leaves, losses = self._leaves(), list[Tensor]()
         with self._random_state_kept(), torch.enable_grad():
-            leaves = self._leaves()
             for leaf in leaves:
                 leaf.grad = None  # their memory serves the new ones
-            loss = loss_fn(self(*args, **kwargs))
-            for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
-                leaf.grad = gradient
+            for inputs, loss_fn in batches:
+                args, kwargs = as_call(inputs)
+                loss = loss_fn(self(*args, **kwargs))
+                for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+                    if leaf.grad is None or gradient is None:
+                        leaf.grad = gradient if leaf.grad is None else leaf.grad
+                    else:
+                        leaf.grad += gradient
+                losses.append(loss.detach())
             optimizer.step()
-        return loss.detach()
+        return torch.stack(losses).sum()
+
+    def step_along(self, gradients: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+        """Take a step with given gradients: at theta_0 those of the network itself, whatever the order.
+
+        Raises ``ValueError`` as ``step``.
+
+        Args:
+            gradients: ``{parameter: gradient}``; a parameter without one is left alone.
+            optimizer: One that holds the parameters of this Taylor model.
+        """
+        self._check_own(optimizer)
+        for name, leaf in self._theta.items():
+            given = gradients.get(name)
+            leaf.grad = None if given is None else given.detach().to(leaf, copy=True)
+        with self._random_state_kept():
+            optimizer.step()
+
+    def outputs_beside(self, context: Any, inputs: Any, theta: Mapping[str, Tensor] | None = None) -> Any:
+        """Compute the outputs of inputs where BatchNorm takes the statistics of a batch beside them, and not their own.
+
+        Args:
+            context: The batch.
+            inputs: As the batch.
+            theta: Those of the network itself at these parameters; None: of the Taylor model.
+
+        Returns:
+            The outputs of ``inputs``, (N, C).
+
+        Raises:
+            ValueError: If the inputs cannot be appended to the batch.
+        """
+        rows = next(len(leaf) for leaf in tree_leaves(context) if isinstance(leaf, Tensor))
+        try:
+            joined = tree_map(lambda a, b: torch.cat([a, b.to(a)]) if isinstance(a, Tensor) else a, context, inputs)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"probe: it cannot be appended to a training batch, whose statistics BatchNorm takes ({error}); give "
+                "inputs of the shape of the training's"
+            ) from None
+        args, kwargs = as_call(joined)
+        if theta is None:
+            output = _mapped(Jet, self._combined, self._along(self._curve(), args, kwargs, rows))
+        else:
+            with self._one_function(rows), torch.no_grad():
+                values = {name: theta[name].to(own) for name, own in self.theta_0.items()}
+                output = functional_call(self.network, values, args, kwargs, tie_weights=self._tied)
+                output = output if self.output_fn is None else self.output_fn(output)
+        return output[rows:]
 
     def optimizer_like(self, optimizer: Optimizer) -> Optimizer:
         """Make the real run's optimizer for this Taylor model: the same type, parameter groups and, if any, state.
@@ -225,12 +328,12 @@ class TaylorModel(nn.Module):
         theta_0 = self.theta_0
         return {name: (p - theta_0[name], None, None)[: self.taylor_order] for name, p in self._theta.items()}
 
-    def _along(self, curve: Curve, args: Any, kwargs: Any) -> Any:
+    def _along(self, curve: Curve, args: Any, kwargs: Any, rows: int | None = None) -> Any:
         """The network's Taylor series along a curve through theta_0."""
         graph = torch.is_grad_enabled()
         args = tuple(_mapped(Tensor, self._own, value) for value in args)
         kwargs = {name: _mapped(Tensor, self._own, value) for name, value in kwargs.items()}
-        with self._one_function():
+        with self._one_function(rows):
             if self._modes is not None:
                 check_same_function(self.network, self.theta_0, self._modes, args, kwargs)
                 self._modes = None
@@ -247,9 +350,11 @@ class TaylorModel(nn.Module):
         return tensor.float() if self._half and tensor.dtype in _HALF else tensor.clone()
 
     @contextmanager
-    def _one_function(self) -> Iterator[None]:
+    def _one_function(self, rows: int | None = None) -> Iterator[None]:
         """Switch gradients on, which jets need, and autocast and compilation off."""
         with ExitStack() as stack:
+            if self.as_trained:
+                stack.enter_context(BatchStatistics(rows))
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
             if not torch.is_grad_enabled():

@@ -22,8 +22,12 @@ SHRINKAGE = 0.1
 """The part of theta_0 that weight decay may take away; an expansion about theta_0 does not survive more."""
 
 
-def check_modules(model: nn.Module) -> None:
+def check_modules(model: nn.Module, batch_statistics: bool = False) -> None:
     """Refuse modules of torch that compute something else in training than in evaluation.
+
+    Args:
+        model: The network.
+        batch_statistics: Whether those of BatchNorm are part of the function that is expanded.
 
     Raises:
         ValueError: For dropout and batch statistics in training mode; the message names the module.
@@ -35,6 +39,8 @@ def check_modules(model: nn.Module) -> None:
                 f"model: {place} drops out, so that every step trains another network; a Taylor model stands for one "
                 "function of the parameters. Set p = 0 in the real run, or train it with model.eval()"
             )
+        if batch_statistics and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
             raise ValueError(
                 f"model: {place} normalizes with the statistics of the batch in training and with running ones in "

@@ -1,7 +1,7 @@
 """The NTK's realized change over a step, which in networks with kinks differs from what autodiff's derivative says."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +167,59 @@ def ntk_finite_difference(
             for s in (-distance, distance)
         )
         return _between(start, end, as_probe(x), 2 * distance, lambdas, trace, memory)
+
+
+REACH = 0.04
+"""Relative change of the NTK over the steps of ``ntk_terms_by_differences``: what they leave out is its square."""
+
+
+def ntk_terms_by_differences(
+    network: IsolatedModel,
+    x: Any,
+    theta: Mapping[str, Tensor],
+    d: Mapping[str, Tensor],
+    H: Tensor,
+    *,
+    reach: float,
+    at: Callable[[Parameters], IsolatedModel] | None = None,
+    lambdas: Mapping[str, float] | float | None = None,
+    memory: int = DEFAULT_MEMORY,
+    outputs: str | None = None,
+) -> Tensor:
+    """Compute H' d and H'' d d / 2 of a smooth network by central differences: two NTKs, where derivatives take six.
+
+    The step s is such that the NTK changes by ``REACH`` over s d: what the differences leave out, and their rounding,
+    are some thousandths of the larger term.
+
+    Args:
+        network: Isolated.
+        x: A tensor (N, ...), a tuple of arguments or a dict of keyword arguments.
+        theta: The point.
+        d: The displacement, for the same parameters.
+        H: The NTK at theta, (N, N, C, C) or (N, N).
+        reach: Roughly the relative change of the NTK over d.
+        at: The network at given parameters; None: ``network.at``.
+        lambdas: The learning-rate tensor, see ``measure.ntk``.
+        memory: Bytes allowed, see ``measure.ntk``.
+        outputs: See ``measure.ntk``.
+
+    Returns:
+        Both terms, (2, ...).
+    """
+    s, moved = min(1.0, REACH / reach) if reach > 0 else 1.0, network.at if at is None else at
+    ahead, behind = (
+        ntk(
+            moved({name: value + sign * s * d[name].to(value) for name, value in theta.items()}),
+            as_probe(x),
+            lambdas=lambdas,
+            trace=H.ndim == 2,
+            memory=memory,
+            outputs=outputs,
+        ).double()
+        for sign in (1, -1)
+    )
+    here = H.to(ahead)
+    return torch.stack([(ahead - behind) / (2 * s), (ahead - 2 * here + behind) / (2 * s * s)])
 
 
 def _between(

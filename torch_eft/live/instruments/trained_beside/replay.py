@@ -16,24 +16,33 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.live.instrument import Instrument, Measurement, Reading, TrainingStart
-from torch_eft.live.instruments.common import LARGEST, reason_of, too_many
+from torch_eft.live.instruments.common import LARGEST, reason_of
 from torch_eft.live.instruments.forecasts.full_batch import UNSHOWN
-from torch_eft.live.instruments.trained_beside.shadow import FIRST_STEP, output_of
+from torch_eft.live.instruments.forecasts.step_check import without_gradients
+from torch_eft.live.instruments.trained_beside.coming_step import ComingStep, not_followed, output_fn_of
+from torch_eft.live.instruments.trained_beside.predicted_change import LIMIT, gauge_of, sizes
+from torch_eft.live.instruments.trained_beside.shadow import FIRST_STEP
+from torch_eft.measure.forward.isolation import IsolatedModel, Parameters, isolated
 from torch_eft.measure.forward.kinks import kinked_operations
-from torch_eft.measure.network.network import Network
+from torch_eft.measure.forward.output import checked_output
+from torch_eft.measure.forward.probe import OutputFn
+from torch_eft.measure.kernels.ntk import ntk
+from torch_eft.measure.network.batch_norm import batch_norms
 from torch_eft.measure.network.snapshot import Plan
-from torch_eft.measure.taylor.model import TaylorModel
+from torch_eft.measure.taylor.model import TaylorModel, as_call
 from torch_eft.measure.taylor.model_checks import check_modules
 from torch_eft.measure.taylor.optimizer import same_options
-from torch_eft.measure.training_loss import TrainingLoss, UnrecognizedLossError, recognize_loss
-from torch_eft.results.tags import MEASURED, TRUNCATION, tag
+from torch_eft.measure.taylor.secant import ntk_terms_by_differences
+from torch_eft.measure.taylor.trained_step import TrainedStep
+from torch_eft.measure.training_loss import LOSS_TOLERANCE
+from torch_eft.results.tags import tag
 from torch_eft.results.training import LossFunction
 
-LIMIT = 0.35
-"""|order 3 - order 2| / |order 3| above which nothing is drawn: beyond, order 3 was seen wrong by as much as 1."""
-
-COST = 130.0
+COST = 70.0
 """Training steps that a replay of five steps takes (small CNN, processor time), until the first one is timed."""
+
+SHARE = 2
+"""Replays for which the budget must have room that one is made: the other instruments need theirs."""
 
 
 @dataclass
@@ -43,7 +52,8 @@ class _Replay:
     Args:
         start: The measurement at s.
         models: Taylor models and their optimizers, by order.
-        loss: That of the training.
+        step: What the training minimizes.
+        context: The first batch's inputs, where BatchNorm takes its statistics.
         taken: Steps so far.
         checked: Whether the first of them was seen to be the optimizer's own.
         seconds: Spent on it so far.
@@ -51,10 +61,16 @@ class _Replay:
 
     start: Measurement
     models: dict[int, tuple[TaylorModel, Optimizer]] = field(default_factory=dict)
-    loss: TrainingLoss | None = None
+    step: TrainedStep | None = None
+    context: Any = None
     taken: int = 0
     checked: bool = False
     seconds: float = 0.0
+
+    @property
+    def widest(self) -> TaylorModel:
+        """The model of the highest order."""
+        return self.models[max(self.models)][0]
 
 
 class ReplayInstrument(Instrument):
@@ -64,6 +80,7 @@ class ReplayInstrument(Instrument):
         steps: T.
         loss_function: The loss of outputs (N, C) and targets, if it is neither squared error nor cross-entropy.
         largest: Trainable parameters up to which it is done: it takes some ten copies of them for T steps.
+        always: Whether one follows every measurement; else where the budget has room.
 
     Attributes:
         latest_seconds: What the latest replay took; NaN before the first.
@@ -76,23 +93,28 @@ class ReplayInstrument(Instrument):
     cost = "standard"
 
     def __init__(
-        self, *, steps: int = 5, loss_function: LossFunction | None = None, largest: int = LARGEST // 4
+        self,
+        *,
+        steps: int = 5,
+        loss_function: LossFunction | None = None,
+        largest: int = LARGEST // 4,
+        always: bool = True,
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps: {steps!r} given; give the number of steps that are taken again, such as 5")
-        self.steps, self.loss_function, self.largest = steps, loss_function, largest
+        self.steps, self.loss_function, self.largest, self.always = steps, loss_function, largest, always
         self.forget()
 
     def forget(self) -> None:
         """Drop what belongs to an earlier run."""
         self._refusal: str | None = None
-        self._orders: tuple[int, ...] = (1, 2, 3)
+        self._orders: tuple[int, ...] = (3, 2, 1)
         self._kinked = ""
+        self._normed = False
+        self._output_fn: OutputFn | None = None
         self._replay: _Replay | None = None
-        self._batch: Any = None
-        self._batches = 0
-        self._shown = False
-        self._last_loss: Tensor | None = None
+        self._coming = ComingStep()
+        self._known: TrainedStep | None = None
         self._page = ""
         self._gauge: float | None = None
         self.latest_seconds = math.nan  # seconds that a whole one took
@@ -106,14 +128,13 @@ class ReplayInstrument(Instrument):
     def begin(self, start: TrainingStart) -> Reading:
         """Rule out what the loop already shows to be outside."""
         self.forget()
-        kinked = kinked_operations(start.network.current, start.network.probe, output_fn=start.network.output_fn)
-        if kinked:
-            self._orders, self._kinked = (1,), kinked[0]
-        self._refusal = too_many(start.model, self.largest)
-        if start.obstacle is not None and not start.obstacle.minibatches:
-            self._refusal = start.obstacle.reason
-        elif len(start.optimizers) != 1:
-            self._refusal = f"{len(start.optimizers)} optimizers"
+        self._output_fn = output_fn_of(start.network)
+        self._refusal = not_followed(start, self.largest)
+        if self._refusal is None:
+            kinked = kinked_operations(start.network.current, start.network.probe, output_fn=start.network.output_fn)
+            if kinked:
+                self._orders, self._kinked = (1,), kinked[0]
+            self._normed = bool(batch_norms(start.model))
         return self._told(Reading())
 
     def observe(self, measurement: Measurement) -> Reading:
@@ -123,68 +144,90 @@ class ReplayInstrument(Instrument):
             return self._stopped(UNSHOWN)
         if self._refusal is not None or waiting is not None or measurement.last:
             return Reading()
-        cost = self.latest_seconds if math.isfinite(self.latest_seconds) else COST * self._step_time
-        if measurement.room is not None and math.isfinite(cost) and not measurement.room(cost):
-            return Reading()
+        if not self.always and measurement.room is not None:
+            cost = self.latest_seconds if math.isfinite(self.latest_seconds) else COST * self._step_time
+            if math.isfinite(cost) and not measurement.room(SHARE * cost):
+                return Reading()
         self._replay = _Replay(measurement)
         return Reading()
 
+    def listens(self) -> bool:
+        """Whether there will be a replay."""
+        return self._refusal is None
+
     def observe_batch(self, batch: Any) -> None:
         """Keep it for the coming step."""
-        self._shown = True
-        if self._replay is not None:
-            self._batch = batch
-            self._batches += 1
+        self._coming.see(batch, None if self._replay is None else self._replay.start.model)
 
     def observe_loss(self, loss: Tensor) -> None:
         """Keep it until the loss is recognized."""
-        if self._replay is not None and self._replay.loss is None:
-            self._last_loss = loss
+        if self._replay is not None and self._replay.step is None:
+            self._coming.see_loss(loss)
 
     def before_step(self, step: int, optimizer: Optimizer) -> Reading:
         """Let the Taylor models take the step that the network is about to take."""
         self._time_steps()
         reading = self._look(step)  # where the loop announces not every step
-        replay = self._replay
-        batch, count = self._batch, self._batches
-        self._batch, self._batches = None, 0
+        replay, coming = self._replay, self._coming
         if replay is None or self._refusal is not None:
+            coming.clear()
             return reading
-        if count == 0 and replay.taken == 0:  # the measurement came after this step's batch had been shown
-            self._replay = None
-            return reading if self._shown else self._stopped(UNSHOWN)
         begun = time.perf_counter()
-        if step != replay.start.step + replay.taken:
-            return self._stopped("steps are taken that the loop does not announce")
-        if count != 1:
-            return self._stopped(f"{count} batches before one step (1 is expected, without accumulation)")
-        if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-            return self._stopped("the batch is not a pair (inputs, targets)")
-        inputs, targets = batch
         try:
-            if replay.loss is None:
-                self._make(replay, inputs, targets, optimizer)
-            assert replay.loss is not None
-            function = replay.loss.function
-            for model, own in replay.models.values():
-                same_options(own, optimizer)
-                model.step(inputs, lambda z: function(z, targets), own)
-        except Exception as error:  # dropout, batch statistics, an unknown loss, no Taylor rule, no memory
+            if len(coming.batches) != coming.count or not coming.batches:  # shown before the measurement
+                self._replay = None if replay.taken == 0 else replay
+                if coming.shown and replay.taken == 0:
+                    return reading
+                return self._stopped(UNSHOWN)
+            if step != replay.start.step + replay.taken:
+                return self._stopped("steps are taken that the loop does not announce")
+            if without_gradients(replay.start.model):  # the optimizer takes no step, nor does a GradScaler
+                self._replay = None
+                return reading
+            self._take(replay, optimizer)
+        except Exception as error:  # dropout, an unknown loss, no Taylor rule, no memory
             return self._stopped(reason_of(error))
+        finally:
+            coming.clear()
         replay.taken += 1
         replay.seconds += time.perf_counter() - begun
-        return Reading()
+        return reading
 
     def after_step(self, step: int, network: nn.Module) -> Reading:
         """Compare after the first step, as a check, and after the last one."""
         return self._look(step)
+
+    def _take(self, replay: _Replay, optimizer: Optimizer) -> None:
+        """Let every Taylor model take the coming step: the first one with the network's gradient, which is theirs."""
+        if replay.step is None:
+            network = replay.start.model
+            check_modules(network, self._normed)
+            self._known = replay.step = self._coming.recognized(
+                network, self._output_fn, self.loss_function, self._known
+            )
+            replay.context = self._coming.pairs()[0][0] if self._normed else None
+            widest = TaylorModel(
+                network, taylor_order=self._orders[0], output_fn=self._output_fn, as_trained=self._normed
+            )
+            factor = replay.step.factor
+            gradients = {name: p.grad / factor for name, p in network.named_parameters() if p.grad is not None}
+            for order in self._orders:
+                model = widest if order == self._orders[0] else widest.of_order(order)
+                own = model.optimizer_like(optimizer)
+                replay.models[order] = model, own
+                model.step_along(gradients, own)
+            return
+        batches = replay.step.on(self._coming.pairs())
+        for model, own in replay.models.values():
+            same_options(own, optimizer)
+            model.step_on(batches, own)
 
     def _look(self, step: int) -> Reading:
         replay = self._replay
         if replay is None or not replay.models or step != replay.start.step + replay.taken:
             return Reading()
         trained = {name for name, p in replay.start.model.named_parameters() if p.requires_grad}
-        if replay.models[1][0].theta.keys() != trained:
+        if replay.widest.theta.keys() != trained:
             self._replay = None  # frozen or thawed on the way: another network from here on
             return Reading()
         begun = time.perf_counter()
@@ -211,59 +254,70 @@ class ReplayInstrument(Instrument):
             self._step_time = min(now - self._before, self._step_time)
         self._before = now
 
-    def _make(self, replay: _Replay, inputs: Any, targets: Tensor, optimizer: Optimizer) -> None:
-        network, output_fn = replay.start.model, replay.start.network.output_fn
-        check_modules(network)
-        if self._last_loss is None:
-            raise UnrecognizedLossError("the loop does not show its loss")
-        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-        replay.loss = recognize_loss(
-            network,
-            inputs,
-            targets,
-            self._last_loss,
-            gradients,
-            output_fn=output_fn,
-            loss_function=self.loss_function,
-        )
-        self._last_loss = None
-        for order in self._orders:
-            model = TaylorModel(network, taylor_order=order, output_fn=output_fn)
-            replay.models[order] = model, model.optimizer_like(optimizer)
-
     def _compared(self, replay: _Replay) -> dict[str, float]:
         """Sizes of realized and predicted changes, their band, and errors."""
-        start, given = replay.start, replay.start.network
-        options: dict[str, Any] = {"output_fn": given.output_fn, "memory": given.memory, "lambdas": start.lambdas}
-        options["outputs"] = given.outputs
-        with Network(start.model, given.probe, **options) as network:
-            z = start.snapshot.output.double()
-            change = network.output().double() - z
-            predicted = {k: output_of(model, network).double() - z for k, (model, _) in replay.models.items()}
-            scalars = _sizes("replay_output", change, predicted, z.numel() ** 0.5)
-            self._gauge = _gauge(predicted)
+        start = replay.start
+        assert replay.step is not None
+        with isolated(start.model, self._output_fn) as network:
+            z, change, predicted = self._outputs(replay, network)
+            scalars = sizes("replay_output", change, predicted, z.numel() ** 0.5, self._rounding)
+            self._gauge = gauge_of(predicted)
             if self._gauge is not None and not self._gauge <= LIMIT:
                 return {tag("replay_output"): scalars[tag("replay_output")]}
             if start.snapshot.ntk is not None and 3 in replay.models:
                 scalars |= self._of_ntk(replay, network)
         return scalars
 
-    def _of_ntk(self, replay: _Replay, network: Network) -> dict[str, float]:
-        trace = replay.start.plan.ntk_trace
-        H, H_now = replay.start.snapshot.ntk, network.ntk(trace=trace)
+    @property
+    def _rounding(self) -> float:
+        """Relative rounding of the network's own steps that theirs do not have: of gradients in 16 bits, T times."""
+        rounding = 0.0 if self._known is None else self._known.rounding
+        return rounding * self.steps**0.5 if rounding > LOSS_TOLERANCE else 0.0
+
+    def _outputs(self, replay: _Replay, network: IsolatedModel) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """Outputs at s, their change since, and what every order predicts of it."""
+        start, probe = replay.start, replay.start.network.probe
+        inputs = network.place(probe)
+        if not self._normed:
+            z = start.snapshot.output.double()
+            change = checked_output(network, probe).detach().double() - z
+            args, kwargs = as_call(inputs)
+            with torch.no_grad():
+                return z, change, {k: model(*args, **kwargs).double() - z for k, (model, _) in replay.models.items()}
+        model, context = replay.widest, replay.context
+        z, now = (model.outputs_beside(context, inputs, at).double() for at in (model.theta_0, network.params))
+        with torch.no_grad():
+            predicted = {k: each.outputs_beside(context, inputs).double() - z for k, (each, _) in replay.models.items()}
+        return z, now - z, predicted
+
+    def _of_ntk(self, replay: _Replay, network: IsolatedModel) -> dict[str, float]:
+        start, model = replay.start, replay.models[3][0]
+        prepare = start.network.prepare
+        options: dict[str, Any] = {"lambdas": start.lambdas, "memory": start.network.memory}
+        options["outputs"] = start.network.outputs
+        theta_0, probe = model.theta_0, start.network.probe
+
+        def at(theta: Parameters) -> IsolatedModel:
+            moved = network.at(theta)
+            return moved if prepare is None else prepare(moved)
+
+        H = start.snapshot.ntk
         assert H is not None
-        forecast = {name: value.detach() for name, value in replay.models[3][0].theta.items()}
-        terms = network.displacement_terms(
-            replay.models[3][0].theta_0, forecast, trace=trace, kernels=(H.to(H_now), H_now)
-        )
-        if terms.ntk_terms is None or terms.cut:
+        trace = H.ndim == 2
+        H_now = ntk(at({}), probe, trace=trace, **options)
+        if self._normed:  # the batches whose statistics are taken may have become more since
+            H = ntk(at(theta_0), probe, trace=trace, **options)
+        scale, change = float(H.norm()), (H_now - H.to(H_now)).double()
+        d = {name: value.detach() - theta_0[name] for name, value in model.theta.items()}
+        reach = float(change.norm()) / scale if scale > 0 else 0.0
+        if not math.isfinite(reach):
             return {}
-        first, second = terms.ntk_terms.double()
+        first, second = ntk_terms_by_differences(network, probe, theta_0, d, H, reach=reach, at=at, **options)
         predicted = {1: torch.zeros_like(first), 2: first, 3: first + second}
-        gauge, scale = _gauge(predicted), float(H.norm())
+        gauge = gauge_of(predicted)
         if gauge is None or not gauge <= LIMIT:
-            return {tag("replay_ntk"): float((H_now - H.to(H_now)).norm()) / scale}
-        return _sizes("replay_ntk", (H_now - H.to(H_now)).double(), predicted, scale)
+            return {tag("replay_ntk"): reach}
+        return sizes("replay_ntk", change, predicted, scale, self._rounding)
 
     def _stopped(self, reason: str) -> Reading:
         self._replay, self._refusal = None, reason
@@ -284,6 +338,22 @@ class ReplayInstrument(Instrument):
             "dNTK, order 3 dNTK and ddNTK. The band is order 3 plus and minus its distance from order 2: an estimate "
             "of what order 3 leaves out, not a spread over seeds."
         )
+        if not self.always:
+            text += (
+                f" One costs about {self._cost_in_steps} training steps: it is made where the budget has room. "
+                '`extra=["replay"]` makes one after every measurement.'
+            )
+        if self._normed:
+            text += (
+                " BatchNorm's statistics are those of the batch in training, and a part of what is expanded; the "
+                "probe's outputs take those of the first of these batches, before and after."
+            )
+        if self._rounding > 0:
+            text += (
+                f" The network's gradients are computed in 16 bits, {self._rounding / self.steps**0.5:.1g} of them "
+                f"away from those of the Taylor models: the band is wider by {self._rounding:.1g} of the change, and "
+                "smaller errors say nothing."
+            )
         if self._kinked:
             text += (
                 f" The network has kinks ({self._kinked}), whose crossings no derivative contains: order 1 only. "
@@ -299,44 +369,19 @@ class ReplayInstrument(Instrument):
 
         return text
 
+    @property
+    def _cost_in_steps(self) -> str:
+        steps = self.latest_seconds / self._step_time
+        return f"{steps if math.isfinite(steps) else COST * self.steps / 5:.1g}"
+
     def state(self) -> dict[str, Any]:
         """Nothing: a replay under way is not gone on with."""
         return {}
 
 
-def _gauge(predicted: dict[int, Tensor]) -> float | None:
-    """|order 3 - order 2| / |order 3|; infinite where the orders do not fall by half at least; None without order 3."""
-    # Of orders that fall by a factor q each, what order 3 leaves out is q / (1 - q) times |order 3 - order 2|: inside
-    # the band up to q = 1/2.
-    if 3 not in predicted:
-        return None
-    size, last, before = (
-        float(each.norm()) for each in (predicted[3], predicted[3] - predicted[2], predicted[2] - predicted[1])
-    )
-    if last == 0:
-        return 0.0
-    return last / size if size > 0 and last <= before / 2 else math.inf
-
-
-def _sizes(quantity: str, change: Tensor, predicted: dict[int, Tensor], scale: float) -> dict[str, float]:
-    """Sizes of the real and of the predicted changes and the band, and errors relative to the real one."""
-    scalars: dict[str, float] = {}
-    moved = float(change.norm())
-    scalars[tag(quantity, MEASURED)] = moved / scale
-    for order, value in predicted.items():
-        scalars[tag(quantity, f"order_{order}")] = float(value.norm()) / scale
-        if moved > 0:
-            scalars[tag(f"{quantity}_error", f"order_{order}")] = float((value - change).norm()) / moved
-    if 3 in predicted:
-        size, rest = float(predicted[3].norm()), float((predicted[3] - predicted[2]).norm())
-        band = (size - rest) / scale, (size + rest) / scale
-        scalars |= {tag(quantity, series): value for series, value in zip(TRUNCATION, band, strict=True)}
-    return scalars
-
-
 def _deviation(replay: _Replay) -> float:
-    """How far the network's first step is from that of its Taylor model, whose gradient is the same there."""
-    model = replay.models[1][0]
+    """How far the network's first step is from that of its Taylor models, which took it with the same gradient."""
+    model = replay.widest
     theta_0 = model.theta_0
     now, sizes = dict(replay.start.model.named_parameters()), []
     for name, value in model.theta.items():

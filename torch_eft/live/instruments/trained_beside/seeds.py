@@ -13,21 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.live.instrument import Event, Instrument, Measurement, Reading, TrainingStart
-from torch_eft.live.instruments.common import LARGEST, memory, reason_of, too_many
+from torch_eft.live.instruments.common import LARGEST, memory, reason_of
+from torch_eft.live.instruments.trained_beside.coming_step import ComingStep, not_followed, output_fn_of
 from torch_eft.measure.ensembles.trained_seeds import TrainedSeeds
 from torch_eft.measure.kernels.metrics import relative_change
 from torch_eft.measure.kernels.random_outputs import ntk_drift
 from torch_eft.measure.network.snapshot import Plan, Snapshot
-from torch_eft.measure.training_loss import TrainingLoss, UnrecognizedLossError, recognize_loss
+from torch_eft.measure.taylor.trained_step import TrainedStep
 from torch_eft.results.tags import SEEDS, SEEDS_BAND, tag
 from torch_eft.results.training import LossFunction
 
 TOLERANCE = 0.1
 """Share of a step by which the network's own may differ from its copy's: reduced precision rounds gradients at 1e-2."""
-
-
-PRECISION = 0.02
-"""Relative rounding of the loss and its gradient that is allowed: under autocast, bfloat16 rounds at 0.004."""
 
 
 class SeedsInstrument(Instrument):
@@ -74,10 +71,8 @@ class SeedsInstrument(Instrument):
         """Drop what belongs to an earlier run."""
         self._start: TrainingStart | None = None
         self._seeds: TrainedSeeds | None = None
-        self._loss: TrainingLoss | None = None
-        self._batch: Any = None
-        self._batches = 0
-        self._last_loss: Tensor | None = None
+        self._coming = ComingStep()
+        self._step: TrainedStep | None = None
         self._reference: Snapshot | None = None
         self._starts: list[Snapshot] = []
         self._controlled = True
@@ -94,12 +89,8 @@ class SeedsInstrument(Instrument):
         reason = None
         if not start.fresh:
             reason = f"training goes on at step {start.step}, and checkpoints do not hold them"
-        elif start.obstacle is not None and not start.obstacle.minibatches:
-            reason = start.obstacle.reason
-        elif len(start.optimizers) != 1:
-            reason = f"{len(start.optimizers)} optimizers"
         else:
-            reason = too_many(start.model, self.largest // self.num_seeds)
+            reason = not_followed(start, self.largest // self.num_seeds)
         if reason is not None:
             return self._stopped(start.step, reason)
         self._start = start
@@ -108,42 +99,34 @@ class SeedsInstrument(Instrument):
     def observe_batch(self, batch: Any) -> None:
         """Keep it for the coming step."""
         if self._start is not None:
-            self._batch = batch
-            self._batches += 1
+            self._coming.see(batch, self._start.model)
 
     def observe_loss(self, loss: Tensor) -> None:
         """Keep the first one."""
-        if self._start is not None and self._loss is None:
-            self._last_loss = loss
+        if self._step is None:
+            self._coming.see_loss(loss)
 
     def before_step(self, step: int, optimizer: Optimizer) -> Reading:
         """Let all networks take the step that the real one is about to take."""
         if self._start is None:
             return Reading()
         reason = self._unlike()
-        batch, count = self._batch, self._batches
-        self._batch, self._batches = None, 0
-        if reason is None and count != 1:
-            reason = f"{count} batches before one step (1 is expected, without accumulation)"
-        if reason is None and not (
-            isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)
-        ):
-            reason = "the batch is not a pair (inputs, targets)"
         if reason is None and self.steps is not None and step - self._start.step >= self.steps:
             return self._stopped(step, f"{self.steps} steps were asked for", as_asked=True)
         if reason is not None:
             return self._stopped(step, reason)
         reading = Reading()
-        inputs, targets = batch
         try:
+            batches = self._coming.pairs()
             if self._seeds is None:
-                self._make(inputs, targets, optimizer)
+                self._make(optimizer)
                 reading.pages["seeds"] = self._page()
-            assert self._seeds is not None and self._loss is not None
-            function = self._loss.function
-            self._seeds.step(inputs, lambda z: function(z, targets), optimizer, controlled=self._controlled)
+            assert self._seeds is not None and self._step is not None
+            self._seeds.step(self._step.on(batches), optimizer, controlled=self._controlled)
         except Exception as error:  # an unknown loss, no draw, no memory: some may have taken the step, others not
             return self._stopped(step, reason_of(error))
+        finally:
+            self._coming.clear()
         self._controlled = False
         return reading
 
@@ -176,31 +159,17 @@ class SeedsInstrument(Instrument):
     def _snapshot(measurement: Measurement, theta: Mapping[str, Tensor]) -> Snapshot:
         return measurement.network.at(theta).snapshot(measurement.plan)
 
-    def _make(self, inputs: Any, targets: Tensor, optimizer: Optimizer) -> None:
+    def _make(self, optimizer: Optimizer) -> None:
         assert self._start is not None
         model = self._start.model
-        if self._last_loss is None:
-            raise UnrecognizedLossError("the loop does not show its loss")
         for name, part in model.named_modules():
             if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
                 raise ValueError(
                     f"{name!r} ({type(part).__name__}) drops out, so that no copy can be seen to take the network's "
                     "own step; set p = 0"
                 )
-        output_fn = self._start.network.output_fn
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        self._loss = recognize_loss(
-            model,
-            inputs,
-            targets,
-            self._last_loss,
-            gradients,
-            output_fn=output_fn,
-            loss_function=self.loss_function,
-            as_trained=True,
-            tolerance=PRECISION,
-        )
-        self._last_loss = None
+        output_fn = output_fn_of(self._start.network)
+        self._step = self._coming.recognized(model, output_fn, self.loss_function)
         self._seeds = TrainedSeeds(
             model,
             optimizer,
@@ -221,19 +190,19 @@ class SeedsInstrument(Instrument):
         )
 
     def _page(self) -> str:
-        assert self._start is not None and self._loss is not None
+        assert self._start is not None and self._step is not None
         M = self.num_seeds
         return (
             f"Measured on {M} seeds, not predicted: {M} networks drawn anew are trained beside this one by copies of "
-            f"its optimizer on the same batches (loss: {self._loss.name}). The charts of NTK drift and representation "
-            "change show the lowest, the median and the highest of them; another seed lies between the lowest and the "
-            f"highest with probability {M - 1}/{M + 1}, whatever the distribution. They take "
+            f"its optimizer on the same batches (loss: {self._step.loss.name}). The charts of NTK drift and "
+            "representation change show the lowest, the median and the highest of them; another seed lies between the "
+            f"lowest and the highest with probability {M - 1}/{M + 1}, whatever the distribution. They take "
             f"{memory(self._start.model, 2 * M)}, and their optimizers' states; autocast is off in them."
         )
 
     def _stopped(self, step: int, reason: str, *, as_asked: bool = False) -> Reading:
         had = self._seeds is not None
-        self._seeds, self._start, self._batch, self._starts = None, None, None, []
+        self._seeds, self._start, self._coming, self._starts = None, None, ComingStep(), []
         if not had:
             return Reading(pages={"seeds": f"No networks of other seeds for this run: {reason}."})
         text = f"Networks of other seeds end at step {step}: {reason}"

@@ -9,15 +9,17 @@ from torch.optim import Optimizer
 
 from torch_eft.forecast.comparison.compared import Compared, component
 from torch_eft.live.instrument import Event, Instrument, Measurement, Reading, TrainingStart
-from torch_eft.live.instruments.common import LARGEST, compared_scalars, memory, too_many
+from torch_eft.live.instruments.common import LARGEST, compared_scalars, memory
 from torch_eft.live.instruments.forecasts.full_batch import UNSHOWN
 from torch_eft.live.instruments.forecasts.step_check import versions, without_gradients
+from torch_eft.live.instruments.trained_beside.coming_step import ComingStep, not_followed, output_fn_of
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.kernels.optimizers import plain_optimizer
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.taylor.model import TaylorModel, as_call
+from torch_eft.measure.taylor.model_checks import check_modules
 from torch_eft.measure.taylor.optimizer import same_options
-from torch_eft.measure.training_loss import TrainingLoss, UnrecognizedLossError, recognize_loss
+from torch_eft.measure.taylor.trained_step import TrainedStep
 from torch_eft.results.training import LossFunction
 from torch_eft.results.trajectory import Validity
 
@@ -62,10 +64,8 @@ class ShadowInstrument(Instrument):
         self.validity: Validity | None = None
         self._start: TrainingStart | None = None
         self._shadows: dict[int, tuple[TaylorModel, Optimizer]] = {}
-        self._training_loss: TrainingLoss | None = None
-        self._batch: Any = None
-        self._batches = 0
-        self._last_loss: Tensor | None = None
+        self._coming = ComingStep()
+        self._step: TrainedStep | None = None
         self._outputs_0: Tensor | None = None
         self._moved = 0.0
         self._taken = 0
@@ -81,12 +81,8 @@ class ShadowInstrument(Instrument):
         reason = None
         if not start.fresh:
             reason = f"training starts at step {start.step}, shadows at initialization"
-        elif start.obstacle is not None and not start.obstacle.minibatches:
-            reason = start.obstacle.reason
-        elif len(start.optimizers) != 1:
-            reason = f"{len(start.optimizers)} optimizers"
         else:
-            reason = too_many(start.model, self.largest)
+            reason = not_followed(start, self.largest)
         if reason is not None:
             return self._stopped(start.step, reason)
         self._start = start
@@ -95,13 +91,12 @@ class ShadowInstrument(Instrument):
     def observe_batch(self, batch: Any) -> None:
         """Keep it for the coming step."""
         if self._start is not None:
-            self._batch = batch
-            self._batches += 1
+            self._coming.see(batch, self._start.model)
 
     def observe_loss(self, loss: Tensor) -> None:
         """Keep the first one."""
-        if self._training_loss is None:
-            self._last_loss = loss
+        if self._step is None:
+            self._coming.see_loss(loss)
 
     def before_step(self, step: int, optimizer: Optimizer) -> Reading:
         """Take the step that the network is about to take."""
@@ -112,32 +107,27 @@ class ShadowInstrument(Instrument):
             return self._stopped(step, reason)
         model = self._start.model
         if all(p.grad is None for p in model.parameters()) or (not self._taken and without_gradients(model)):
-            self._batch, self._batches = None, 0
+            self._coming.clear()
             self._versions, self._ahead = versions(model), False
             return Reading()  # the optimizer takes no step either
         self._optimizer = plain_optimizer(optimizer)
-        batch, count = self._batch, self._batches
-        self._batch, self._batches = None, 0
-        if count != 1:
-            return self._stopped(step, f"{count} batches before one step (1 is expected, without accumulation)")
-        if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-            return self._stopped(step, "the batch is not a pair (inputs, targets)")
         reading = Reading()
-        if self._training_loss is None:
-            try:
-                self._make(batch[0], batch[1], optimizer)
-            except ValueError as error:  # unrecognized loss, dropout, batch statistics, no derivatives
-                return self._stopped(step, str(error))
-            copies = memory(self._start.model, 4 * len(self._shadows))
-            reading.pages["shadow"] = (
-                f"Shadows of order {self._named}, loss: {self._loss_name}. They take about {copies}."
-            )
-        inputs, targets = batch
-        assert self._training_loss is not None
-        function = self._training_loss.function
+        try:
+            batches = self._coming.pairs()
+            if self._step is None:
+                self._make(optimizer)
+                copies = memory(self._start.model, 4 * len(self._shadows))
+                reading.pages["shadow"] = (
+                    f"Shadows of order {self._named}, loss: {self._loss_name}. They take about {copies}."
+                )
+        except ValueError as error:  # unrecognized loss, dropout, batch statistics, no derivatives
+            return self._stopped(step, str(error))
+        finally:
+            self._coming.clear()
+        assert self._step is not None
         for shadow, own_optimizer in self._shadows.values():
             same_options(own_optimizer, optimizer)
-            shadow.step(inputs, lambda z: function(z, targets), own_optimizer)
+            shadow.step_on(self._step.on(batches), own_optimizer)
         self._taken += 1
         self._versions, self._ahead = versions(model), True
         return reading
@@ -227,26 +217,15 @@ class ShadowInstrument(Instrument):
             reading.pages["shadow"] = f"Shadows of order {self._named}, loss: {self._loss_name}. {self.validity}"
         return reading
 
-    def _make(self, x: Any, y: Tensor, optimizer: Optimizer) -> None:
+    def _make(self, optimizer: Optimizer) -> None:
         assert self._start is not None
-        network = self._start.model
-        if self._last_loss is None:
-            raise UnrecognizedLossError("the loop does not show its loss")
-        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-        loss = recognize_loss(
-            network,
-            x,
-            y,
-            self._last_loss,
-            gradients,
-            output_fn=self._start.network.output_fn,
-            loss_function=self.loss_function,
-        )
-        shadows = {}
-        for order in self.taylor_orders:
-            shadow = TaylorModel(network, taylor_order=order, output_fn=self._start.network.output_fn)
-            shadows[order] = (shadow, shadow.optimizer_like(optimizer))
-        self._shadows, self._training_loss, self._last_loss = shadows, loss, None
+        network, output_fn = self._start.model, output_fn_of(self._start.network)
+        check_modules(network)
+        step = self._coming.recognized(network, output_fn, self.loss_function)
+        first = TaylorModel(network, taylor_order=self.taylor_orders[0], output_fn=output_fn)
+        models = [first, *(first.of_order(order) for order in self.taylor_orders[1:])]
+        self._shadows = {model.taylor_order: (model, model.optimizer_like(optimizer)) for model in models}
+        self._step = step
 
     @property
     def _named(self) -> str:
@@ -254,11 +233,11 @@ class ShadowInstrument(Instrument):
 
     @property
     def _loss_name(self) -> str:
-        return "" if self._training_loss is None else self._training_loss.name
+        return "" if self._step is None else self._step.loss.name
 
     def _stopped(self, step: int, reason: str) -> Reading:
         had = bool(self._shadows)
-        self._shadows, self._start, self._batch = {}, None, None
+        self._shadows, self._start, self._coming = {}, None, ComingStep()
         self.validity = Validity("invalid", reason)
         events = [Event(step, "validity", f"Shadows: {reason}")] if had else []
         return Reading(pages={"shadow": f"No shadows for this run: {reason}."}, events=events)
