@@ -18,9 +18,8 @@ class MLPEnsemble:
     biases and ``lambda_W / n_{l-1}`` for weights. One torch learning rate for every
     parameter is ``lambda_b = 1``, ``lambda_W = n_{l-1}``.
 
-    The laws of weights and biases enter the estimates of one input: ``seed_spread``, ``output_fluctuation``,
-    ``aspect_ratio``, ``layer_gains`` and ``expected_drift``. The statistics of several inputs and the theory of
-    training take all of them as Gaussian, with these variances.
+    The laws of weights and biases enter kernels, vertices, estimates and the theory of training; each result names what
+    it takes as Gaussian.
 
     Args:
         widths: n_0 (inputs), hidden widths, n_L (outputs); L = len(widths) - 1.

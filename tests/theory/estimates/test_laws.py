@@ -8,7 +8,6 @@ from torch_eft.theory import (
     MLPEnsemble,
     exact_statistics,
     expected_drift,
-    initial_statistics,
     output_fluctuation,
     seed_spread,
 )
@@ -85,14 +84,6 @@ def test_epsilon_over_many_inputs_is_a_mean_over_quantiles():
     each = [output_fluctuation(ensemble, row[None]) for row in x[::10]]
     spread = float(torch.tensor(each).std()) / len(each) ** 0.5
     assert abs(output_fluctuation(ensemble, x) - sum(each) / len(each)) < 4 * spread
-
-
-def test_statistics_of_several_inputs_say_that_they_are_gaussian():
-    x = torch.eye(2, dtype=torch.float64)
-    for law, said in (("uniform", True), ("gaussian", False)):
-        ensemble = MLPEnsemble([2, 30, 1], "relu", C_b=0.1, bias_law=law)
-        reason = initial_statistics(ensemble, x, statistics=("V",))[-1].validity.reason
-        assert ("take all weights and biases as Gaussian, here some are uniform" in reason) == said
 
 
 @pytest.mark.parametrize("name", ["tanh", "gelu", "elu", "hardswish"])

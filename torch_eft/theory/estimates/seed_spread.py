@@ -199,8 +199,7 @@ def _to_first_order(ensemble: MLPEnsemble, size: Tensor, quartic: Tensor) -> Sin
         w_K = lambda_W * response + C_W * Theta * slope_response
         cov = lambda_W * (s4 - s2**2) + C_W * Theta * (both - s2 * d2)
         var = lambda_W**2 * s4 + 2 * lambda_W * C_W * Theta * both + (C_W * Theta) ** 2 * d4 - w**2
-        if index > 1:  # the law of layer 1 is known as a whole
-            G1 = C_W * rho * (response * G1 + (3 * V + E) / 6 * z.curvature())
+        G1 = C_W * rho * (response * G1 + (3 * V + E) / 6 * z.curvature())
         A = var + rho * (w_K**2 * V + 2 * w_K * C_W * d2 * D + (C_W * d2) ** 2 * A)
         D = C_W * (cov + rho * response * (w_K * V + C_W * d2 * D))
         B = C_W**2 * (Theta**2 * d4 + rho * d2**2 * B - zeta * (d2 * Theta) ** 2)

@@ -35,6 +35,8 @@ delta functions of a smooth activation sharpened to the kink."""
 
 _MAX_TERMS = 20000
 _BLOCK = 32
+_AT_ONCE = 2**14
+"""Terms of a series over all pairs that are summed at once; more of them one power after the other."""
 
 
 class TwoPointMoments(Protocol):
@@ -116,11 +118,45 @@ class SmoothPairs:
         closed_form = _CLOSED_FORMS.get((self.activation.name, first, second))
         if closed_form is not None:
             return closed_form(self.K)
-        columns_a, columns_b = self._both(first, second)
+        return self._series(*self._both(first, second))
+
+    def _series(self, first: Tensor, second: Tensor) -> Tensor:
+        """sum_k f_k(a) g_k(b) rho^k from columns (N, terms)."""
+        count, terms = first.shape
+        if count**2 * terms <= _AT_ONCE:
+            powers = self._rho[:, :, None] ** torch.arange(terms, dtype=first.dtype, device=first.device)
+            return torch.einsum("ak,bk,abk->ab", first, second, powers)
         moment = torch.zeros_like(self.K)
-        for a, b in zip(reversed(columns_a.unbind(1)), reversed(columns_b.unbind(1)), strict=True):
+        for a, b in zip(reversed(first.unbind(1)), reversed(second.unbind(1)), strict=True):
             moment = torch.addcmul(torch.outer(a, b), moment, self._rho)
         return moment
+
+    def fourth_order(self, first: Orders, second: Orders, x: Tensor) -> Tensor:
+        """(1/24) sum_k (x_k d)^4 of the moment, (N, N): what a fourth cumulant sum_k x_ak x_bk x_ck x_dk adds.
+
+        Args:
+            first: Derivatives at a.
+            second: Derivatives at b.
+            x: (N, n), one direction per column.
+
+        Returns:
+            (N, N).
+        """
+        columns = self._both(first, second)
+        deviation = self.K.diagonal()[:, None].sqrt()
+        deviation = torch.where(deviation > 0, deviation, torch.inf)
+        total = torch.zeros_like(self.K)
+        for i in range(5):
+            # d^i f has the Hermite coefficients f_{k+i} sqrt((k+i)! / k!) / sqrt(K)^i.
+            sides = []
+            for coefficients, times in zip(columns, (i, 4 - i), strict=True):
+                k = torch.arange(coefficients.shape[1] - 4, dtype=self.K.dtype, device=self.K.device)
+                raised = coefficients[:, times : times + len(k)]
+                for step in range(1, times + 1):
+                    raised = raised * (k + step).sqrt() / deviation
+                sides.append(raised)
+            total = total + math.comb(4, i) / 24 * (x**i @ (x ** (4 - i)).T) * self._series(*sides)
+        return total
 
     def _both(self, first: Orders, second: Orders) -> tuple[Tensor, Tensor]:
         """Coefficients of both functions, to the same number of terms: enough for each."""

@@ -16,20 +16,22 @@ from torch_eft.theory.gaussian.points import (
     GridPoints,
     KinkedPoints,
     Points,
-    quadrature_spacings,
-    sample_points,
 )
 from torch_eft.theory.gaussian.scale_invariant import ScaleInvariantMoments
 from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments, two_point_moments
 from torch_eft.theory.initialization.evaluator import (
     FLUCTUATIONS,
+    SINGLE_NEURON,
     LabelSets,
     Recursion,
     VertexSource,
     Vertices,
     divergent,
 )
-from torch_eft.theory.initialization.recursions import differentials, fluctuations, kernels
+from torch_eft.theory.initialization.neuron.moments import MixedMoments, neuron_spacings, piece_sample
+from torch_eft.theory.initialization.neuron.pairs import MixedPairs, as_gaussian
+from torch_eft.theory.initialization.neuron.remarks import check_kinked_biases
+from torch_eft.theory.initialization.recursions import differentials, fluctuations, kernels, single_neuron
 
 RECURSIONS: dict[str, Recursion] = {
     recursion.__name__: recursion
@@ -37,6 +39,7 @@ RECURSIONS: dict[str, Recursion] = {
         (kernels, ("G1", "V", "Theta1", "A", "B", "D", "F")),
         (differentials, tuple("PQRSTU")),
         (fluctuations, tuple(FLUCTUATIONS)),
+        (single_neuron, tuple(SINGLE_NEURON)),
     )
     for recursion in (getattr(module, name) for name in names)
 }
@@ -151,16 +154,25 @@ def vertex_replicas(
     def vertices(moments: Callable[[int], FourPointMoments]) -> Vertices:
         return Vertices(ensemble, K, Theta, pairs, moments, label_sets, RECURSIONS, kinks)
 
+    pairs = [as_gaussian(pair) for pair in pairs]
     slopes = activation.slopes
-    if slopes is not None:
+    if slopes is not None and not any(isinstance(pair, MixedPairs) for pair in pairs):
         exact = vertices(lambda m: ScaleInvariantMoments(slopes, K[m - 1], distributional))
         return Replicas("refined", iter([exact]))
 
-    def summed(points: Callable[[int], Points | GridPoints], control: bool = False) -> Vertices:
-        def moments(m: int) -> SummedMoments:
+    def summed(points: Callable[[int, Tensor, int], Points | GridPoints], control: bool = False) -> Vertices:
+        def moments(m: int) -> FourPointMoments:
+            pair = pairs[m - 1]
+            if isinstance(pair, MixedPairs):
+                g = pair.g
+                return MixedMoments(
+                    pair,
+                    lambda number: points(m, g, number),
+                    lambda piece, some: SummedMoments(piece.activation, g, some, piece.pairs, control),
+                )
             # Means of the functions almost everywhere; delta functions are added apart.
-            means = pairs[m - 1] if not distributional else two_point_moments(activation, K[m - 1])
-            return SummedMoments(activation, K[m - 1], points(m), means, control, distributional)
+            means = pair if not distributional else two_point_moments(activation, K[m - 1])
+            return SummedMoments(activation, K[m - 1], points(m, K[m - 1], 0), means, control, distributional)
 
         return vertices(moments)
 
@@ -168,21 +180,23 @@ def vertex_replicas(
         if activation.kinked:
 
             def kinked(count: int) -> Vertices:
-                return summed(lambda m: KinkedPoints(K[m - 1], count))
+                return summed(lambda m, covariance, piece: KinkedPoints(covariance, count))
 
             return Replicas("refined", (kinked(count) for count in _KINKED_NODES[len(K[0])]))
-        rules = [quadrature_spacings(activation, K[m]) for m in range(ensemble.depth - 1)]
-        known = [rule for rule in rules if rule is not None]
-        if len(known) == len(rules):
-            return Replicas("refined", iter([summed(lambda m: GridPoints(K[m - 1], known[m - 1]))]))
+        rules = neuron_spacings(activation, K, pairs)
+        if rules is not None:
+            known = rules
+            return Replicas(
+                "refined", iter([summed(lambda m, covariance, piece: GridPoints(covariance, known[m - 1][piece]))])
+            )
     if num_replicas < 2:
         raise ValueError(f"num_replicas: {num_replicas} given; at least 2 are needed to estimate the error")
 
     def sampled(replica: int) -> Vertices:
-        return summed(
-            lambda m: sample_points(K[m - 1], num_samples // num_replicas, seed + 1000 * replica + m),
-            control=not activation.kinked,
-        )
+        def drawn(m: int, covariance: Tensor, piece: int) -> Points:
+            return piece_sample(pairs[m - 1], covariance, num_samples // num_replicas, seed + 1000 * replica + m, piece)
+
+        return summed(drawn, control=not activation.kinked)
 
     return Replicas("independent", (sampled(replica) for replica in range(num_replicas)))
 
@@ -193,8 +207,8 @@ def check_statistics(
     """Refuse what the statistics of order 1/n do not cover, and warn of those that have no value.
 
     Raises:
-        ValueError: If ``kinks`` is unknown, r >= 1, an input vanishes with C_b = 0, or two inputs coincide for a
-            kinked activation.
+        ValueError: If ``kinks`` is unknown, r >= 1, an input vanishes with C_b = 0, or two inputs coincide or hidden
+            biases are far from Gaussian for a kinked activation.
     """
     check_choice("kinks", kinks, ("autograd", "distributional"))
     r = ensemble.aspect_ratio
@@ -207,6 +221,7 @@ def check_statistics(
     if ensemble.C_b[0] == 0 and bool((norms == 0).any()):
         index = int((norms == 0).nonzero()[0])
         raise ValueError(f"x: input {index} has zero norm and C_b = 0, so that its preactivations vanish; drop it")
+    check_kinked_biases(ensemble, x)
     if ensemble.activation.kinked:
         # Piecewise linear: sigma'' is 0 as autograd sees it, and with it the statistics that carry one in every term.
         absent = ensemble.activation.slopes is not None and kinks == "autograd"

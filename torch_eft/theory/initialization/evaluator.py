@@ -16,8 +16,10 @@ from torch import Tensor
 
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.four_point_moments import FourPointMoments
+from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
 from torch_eft.theory.gaussian.scale_invariant import Orders
 from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
+from torch_eft.theory.signal_propagation.preactivations import haar_share
 
 Recursion = Callable[["Vertices", int, str], Tensor]
 
@@ -53,6 +55,18 @@ FLUCTUATIONS: dict[str, tuple[tuple[int, ...], ...]] = {
     "XUP": ((0, 1, 2, 3, 5, 4),),
 }
 """The same for the statistics with six labels, of order 1/n^2: the covariance of the dNTK."""
+
+SINGLE_NEURON: dict[str, tuple[tuple[int, ...], ...]] = {
+    "E_zzzz": ((1, 0, 2, 3), (1, 2, 3, 0)),
+    "E_zzH": ((1, 0, 2, 3), (0, 1, 3, 2)),
+    "E_HH": ((1, 0, 2, 3), (2, 3, 0, 1)),
+    "E_dHz": ((0, 2, 1, 3),),
+    "E_ddI": ((0, 2, 1, 3), (0, 1, 3, 2)),
+    "E_ddII": ((1, 0, 3, 2),),
+}
+"""The same for what weights that are not Gaussian add where all four neurons are one."""
+
+_ALL_SYMMETRIES = SYMMETRIES | FLUCTUATIONS | SINGLE_NEURON
 
 
 class VertexSource(Protocol):
@@ -140,6 +154,14 @@ class Vertices:
         """lambda_W of layer m + 1."""
         return self.ensemble.lambda_W[m]
 
+    def excess_kurtosis(self, m: int) -> float:
+        """<w^4> / <w^2>^2 - 3 of one weight of layer m + 1; 0 for Gaussian and for orthogonal ones."""
+        return EXCESS_KURTOSIS[self.ensemble.weight_law[m]]
+
+    def haar_share(self, m: int) -> float:
+        """Zeta of layer m + 1: n_in / max(n_in, n_out) of orthogonal weights, 0 of independent ones."""
+        return haar_share(self.ensemble, m + 1)
+
     def width_ratio(self, m: int) -> float:
         """R = n_m / n_{m-1}, which turns 1/n_{m-1} of layer m into 1/n_m of layer m + 1."""
         return self.ensemble.widths[m] / self.ensemble.widths[m - 1]
@@ -148,8 +170,8 @@ class Vertices:
 
     def array(self, name: str, layer: int, labels: str) -> Tensor:
         """The vertex ``name`` at ``layer`` for the printed ``labels``; a broadcast array, one axis per label."""
-        if layer == 1:
-            return self.zero()  # layer 1 is exactly Gaussian, its NTK is constant
+        if layer == 1:  # the law of one neuron is known as a whole there, and its NTK is constant
+            return self._first_V(labels) if name == "V" and self.haar_share(0) else self.zero()
         if name in self.divergent:
             return self.zero() + math.nan
         if (name, labels) not in self._reductions:
@@ -159,6 +181,13 @@ class Vertices:
         if key not in self._memo:
             self._memo[key] = self._recursions[name](self, layer, canonical)
         return self._memo[key].permute(axes)
+
+    def _first_V(self, labels: str) -> Tensor:
+        """V of the first layer: neurons of orthogonal weights are Gaussian, but not independent."""
+        a, b, c, d = labels
+        K, C_b = self._K[0], self.ensemble.C_b[0]
+        pairs = [self._placed(K - C_b, i, j) for i, j in ((a, c), (b, d), (a, d), (b, c))]
+        return -self.haar_share(0) * (pairs[0] * pairs[1] + pairs[2] * pairs[3])
 
     def zero(self) -> Tensor:
         """Zero, as a broadcast array."""
@@ -254,7 +283,7 @@ def images(name: str, labels: str) -> frozenset[str]:
     known, new = {labels}, [labels]
     while new:
         word = new.pop()
-        for permutation in (SYMMETRIES | FLUCTUATIONS)[name]:
+        for permutation in _ALL_SYMMETRIES[name]:
             image = "".join(word[slot] for slot in permutation)
             if image not in known:
                 known.add(image)

@@ -16,12 +16,21 @@ from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.two_point_moments import Kinks
 from torch_eft.theory.initialization.estimators import check_statistics, vertex_replicas
-from torch_eft.theory.initialization.evaluator import FLUCTUATIONS, Vertices, full_tensor, printed_labels
+from torch_eft.theory.initialization.evaluator import (
+    FLUCTUATIONS,
+    SINGLE_NEURON,
+    Vertices,
+    full_tensor,
+    printed_labels,
+)
 from torch_eft.theory.initialization.infinite_width import check_inputs, infinite_width
+from torch_eft.theory.initialization.neuron.remarks import counted_laws
 from torch_eft.theory.signal_propagation.regimes import first_order_validity, infinite_width_validity
 
 STATISTICS = ("K", "G1", "V", "Theta", "Theta1", "A", "B", "D", "F", "P", "Q", "R", "S", "T", "U")
 """The names of all fifteen statistics, in the book's order."""
+
+_ALL = (*STATISTICS, *FLUCTUATIONS, *SINGLE_NEURON)
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,6 +62,14 @@ class LayerStatistics:
         XUU: E[z_{a;x} H_{ac;02} z_{b;y} H_{bc;35}] connected: axes x, 0, 2, y, 3, 5.
         XUQ: E[z_{a;x} H_{ac;35} dH_{bbc;012}] connected: axes x, 3, 5, 0, 1, 2.
         XUP: E[z_{a;x} H_{ac;35} dH_{cbb;012}] connected, likewise.
+        E_zzzz: (N,) * 4, as all that follow: what weights that are not Gaussian add to E[z z z z], connected, beside
+            the three pairings, where all four neurons are one. A bias that is not Gaussian adds <b^4> - 3 C_b^2 there,
+            at any width.
+        E_zzH: Likewise to E[z_1 z_2 DH_34].
+        E_HH: To E[DH_12 DH_34].
+        E_dHz: To E[dH_012 z_3].
+        E_ddI: To E[ddI_0123].
+        E_ddII: To E[ddII_1234].
         error: ``{name: standard error}`` of the tensor's entries (rms) where moments were sampled; empty where they
             are exact, or integrated by one rule.
         validity: Where the network's expansion holds: to order 1/n where such statistics were asked for, else order 0.
@@ -93,6 +110,12 @@ class LayerStatistics:
     XUU: Tensor | None = None
     XUQ: Tensor | None = None
     XUP: Tensor | None = None
+    E_zzzz: Tensor | None = None
+    E_zzH: Tensor | None = None
+    E_HH: Tensor | None = None
+    E_dHz: Tensor | None = None
+    E_ddI: Tensor | None = None
+    E_ddII: Tensor | None = None
     error: dict[str, float] = field(default_factory=dict)
     validity: Validity | None = None
 
@@ -114,7 +137,9 @@ def initial_statistics(
 ) -> list[LayerStatistics]:
     """The statistics at every layer, l = 1 .. L.
 
-    The covariance of the dNTK with itself, X3a .. XUP, has six labels and is given on request.
+    The covariance of the dNTK with itself, X3a .. XUP, has six labels and is given on request, and so is what weights
+    that are not Gaussian add to cumulants of single neurons, E_zzzz .. E_ddII. The laws of weights and biases are
+    counted in all of them but the covariance of the dNTK; ``validity`` names what is left out.
 
     Moments with three and more labels are exact for scale-invariant activations (linear, ReLU, leaky ReLU, |z|),
     integrated to about 1e-9 for at most four inputs, and otherwise sampled ``num_replicas`` times independently, with
@@ -130,8 +155,8 @@ def initial_statistics(
     Args:
         ensemble: The ensemble.
         x: Inputs, (N, n_0), any real dtype.
-        statistics: Names out of ``STATISTICS`` and of X3a, X3b, XQQ, XPQ, XPP, XUU, XUQ, XUP. K and Theta are always
-            included; they alone are cheap for large N.
+        statistics: Names out of ``STATISTICS`` and of X3a, X3b, XQQ, XPQ, XPP, XUU, XUQ, XUP, E_zzzz, E_zzH, E_HH,
+            E_dHz, E_ddI, E_ddII. K and Theta are always included; they alone are cheap for large N.
         num_samples: Sample size in all, shared by the replicas.
         num_replicas: Independent samples to estimate the error from, at least 2.
         seed: Seed of the samples; the global random state is left alone.
@@ -145,7 +170,8 @@ def initial_statistics(
     Raises:
         ValueError: If ``x`` does not fit ``ensemble.widths[0]``, is empty or not finite, if a name is unknown, if
             the tensors do not fit into ``memory``; and, where more than K and Theta is asked for, if r >= 1, if an
-            input vanishes with C_b = 0, or if two inputs coincide for a kinked activation; and if XQQ, XUU or XUQ (of
+            input vanishes with C_b = 0, if two inputs coincide for a kinked activation, or if hidden biases of ReLU
+            and its like are far from Gaussian; and if XQQ, XUU or XUQ (of
             ELU or SELU: any with six labels) is asked for at a kink.
 
     Example:
@@ -159,8 +185,8 @@ def initial_statistics(
     x = check_inputs("x", x, ensemble)
     names = {statistics} if isinstance(statistics, str) else set(statistics)
     for name in sorted(names):
-        check_choice("statistics", name, (*STATISTICS, *FLUCTUATIONS))
-    wanted = [name for name in (*STATISTICS, *FLUCTUATIONS) if name in names - {"K", "Theta"}]
+        check_choice("statistics", name, _ALL)
+    wanted = [name for name in _ALL if name in names - {"K", "Theta"}]
     if wanted:
         check_statistics(ensemble, x, wanted, kinks, check_validity)
         needed = statistics_memory(ensemble, len(x), statistics=wanted)
@@ -186,12 +212,7 @@ def initial_statistics(
             read
         )
     validity = first_order_validity(ensemble, x) if wanted else infinite_width_validity(ensemble, x)
-    if not ensemble.gaussian:
-        laws = ", ".join(sorted({*ensemble.weight_law, *ensemble.bias_law} - {"gaussian"}))
-        remark = (
-            f"these take all weights and biases as Gaussian, here some are {laws}: seed_spread counts that, one input"
-        )
-        validity = replace(validity, reasons=(*validity.reasons, remark))
+    validity = replace(validity, reasons=(*validity.reasons, *counted_laws(ensemble, bool(wanted))))
     return [
         LayerStatistics(
             layer,

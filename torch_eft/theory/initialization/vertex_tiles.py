@@ -16,11 +16,10 @@ from torch import Tensor
 from torch_eft.results.progress.work import worked
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import Activation
-from torch_eft.theory.gaussian.four_point_moments import Factor, exact_mean, products
+from torch_eft.theory.gaussian.four_point_moments import Factor, FourPointMoments, exact_mean, products
 from torch_eft.theory.gaussian.points import (
     MOST_QUADRATURE_LABELS,
     Points,
-    quadrature_spacings,
     sample_points,
     square_root,
 )
@@ -29,6 +28,8 @@ from torch_eft.theory.gaussian.two_point_moments import Kinks, SmoothPairs, TwoP
 from torch_eft.theory.initialization.estimators import RECURSIONS, ReplicaKind, Replicas, vertex_replicas
 from torch_eft.theory.initialization.evaluator import LabelSets, VertexSource, Vertices, full_tensor
 from torch_eft.theory.initialization.infinite_width import InfiniteWidthLayers, infinite_width
+from torch_eft.theory.initialization.neuron.moments import AnyPoints, MixedMoments, neuron_spacings, piece_sample
+from torch_eft.theory.initialization.neuron.pairs import MixedPairs, as_gaussian
 
 
 class VertexTiles:
@@ -69,14 +70,16 @@ class VertexTiles:
             layers = infinite_width(ensemble, kept, kinks)
         self._distinct = K, Theta, pairs = layers
         activation = ensemble.activation
-        self.sampled = activation.slopes is None and not (
+        closed = activation.slopes is not None and not any(isinstance(pair, MixedPairs) for pair in pairs)
+        self.sampled = not closed and not (
             len(K[0]) <= MOST_QUADRATURE_LABELS
             and square_root(K[0])[1].shape[1] <= integrated
-            and (activation.kinked or all(quadrature_spacings(activation, k) is not None for k in K[:-1]))
+            and (activation.kinked or neuron_spacings(activation, K, pairs) is not None)
         )
         self.kind: ReplicaKind = "independent" if self.sampled else "refined"
-        self._single = [k.float() for k in K], [k.float() for k in Theta], [_SinglePairs(pair) for pair in pairs]
-        self._moments: dict[tuple[int, int], _PairedMoments] = {}
+        single = [_SinglePairs(as_gaussian(pair)) for pair in pairs]
+        self._single = [k.float() for k in K], [k.float() for k in Theta], single
+        self._moments: dict[tuple[int, int], FourPointMoments] = {}
         self._whole: list[_Whole] = []
 
     def replicas(self, label_sets: LabelSets) -> Replicas[VertexSource]:
@@ -116,11 +119,18 @@ class VertexTiles:
         for whole in self._whole:
             yield _Part(whole, label_sets)
 
-    def _sampled_moments(self, replica: int, m: int) -> "_PairedMoments":
+    def _sampled_moments(self, replica: int, m: int) -> FourPointMoments:
         if (replica, m) not in self._moments:
-            K = self._distinct[0]
-            points = sample_points(K[m - 1], self._size, self._seed + 1000 * replica + m)
-            self._moments[replica, m] = _PairedMoments(self.ensemble.activation, points, self._single[2][m - 1])
+            pairs, seed = self._distinct[2][m - 1], self._seed + 1000 * replica + m
+            if isinstance(pairs, MixedPairs):
+                self._moments[replica, m] = MixedMoments(
+                    pairs,
+                    functools.partial(piece_sample, pairs, pairs.g, self._size, seed),
+                    lambda piece, points: _PairedMoments(piece.activation, points, _SinglePairs(piece.pairs)),
+                )
+            else:
+                points = sample_points(self._distinct[0][m - 1], self._size, seed)
+                self._moments[replica, m] = _PairedMoments(self.ensemble.activation, points, self._single[2][m - 1])
         return self._moments[replica, m]
 
 
@@ -176,7 +186,8 @@ class _PairedMoments:
         pairs: The exact two-label moments.
     """
 
-    def __init__(self, activation: Activation, points: Points, pairs: TwoPointMoments) -> None:
+    def __init__(self, activation: Activation, points: AnyPoints, pairs: TwoPointMoments) -> None:
+        assert isinstance(points, Points)
         self._activation, self._z, self._pairs = activation, points.z, pairs
         self._functions: dict[Orders, Tensor] = {}
 
@@ -245,7 +256,7 @@ class _SinglePairs:
 
     def single(self, orders: Orders) -> Tensor:
         """<prod sigma^(p)_a>, (N,)."""
-        if isinstance(self._pairs, SmoothPairs):
+        if isinstance(self._pairs, SmoothPairs | MixedPairs):
             half = len(orders) // 2
             return self.explicit(orders[:half], orders[half:]).diagonal()
         return self._pairs.single(orders).float()
@@ -256,7 +267,7 @@ class _SinglePairs:
         if key not in self._known:
             if mirror in self._known:
                 self._known[key] = self._known[mirror].T
-            elif isinstance(self._pairs, SmoothPairs):
+            elif isinstance(self._pairs, SmoothPairs | MixedPairs):
                 # Of a thousand points a matrix takes megabytes, and there are hundreds: no second one is kept.
                 self._known[key] = self._pairs.computed(*key).float()
             else:
@@ -265,7 +276,7 @@ class _SinglePairs:
 
     def response(self, p: int, q: int, i: int, j: int) -> Tensor:
         """<d_a^i d_b^j sigma^(p)_a sigma^(q)_b>, (N, N)."""
-        if isinstance(self._pairs, SmoothPairs):
+        if isinstance(self._pairs, SmoothPairs | MixedPairs):
             return self.explicit((p + i,), (q + j,))
         key = ("response", p, q, i, j)
         if key not in self._known:

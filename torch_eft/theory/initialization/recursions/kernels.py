@@ -5,6 +5,9 @@ belong to layer l + 1 and multiply 1/n_l, unprimed ones to layer l and multiply 
 
     E[DH_{i1 i2;12} DH_{i3 i4;34}] = (1/n) [ d_12 d_34 A_(12)(34) + d_13 d_24 B_1324 + d_14 d_23 B_1423 ]
     E[z_{i1;1} z_{i2;2} DH_{i3 i4;34}] = (1/n) [ d_12 d_34 D_1234 + d_13 d_24 F_1324 + d_14 d_23 F_1423 ].
+
+Of orthogonal weights (Haar), with zeta = n_in / max(n_in, n_out), fourth moments lack -zeta times products of two-label
+ones in V, F and B; in the other vertices such terms are of order 1/n^2.
 """
 
 from torch import Tensor
@@ -28,6 +31,9 @@ def V(v: Vertices, layer: int, labels: str) -> Tensor:
     def first(i: str, j: str) -> Tensor:
         return response(v, m, 0, 0, c, d, lambda k, n: v.array("V", m, i + j + k + n))
 
+    if v.haar_share(m):
+        crossed = v.M(m, 0, 0, a, c) * v.M(m, 0, 0, b, d) + v.M(m, 0, 0, a, d) * v.M(m, 0, 0, b, c)
+        joint = joint - v.haar_share(m) * crossed
     return v.C_W(m) ** 2 * (joint + v.width_ratio(m) * response(v, m, 0, 0, a, b, first))
 
 
@@ -68,6 +74,9 @@ def F(v: Vertices, layer: int, labels: str) -> Tensor:
     one, three, two, four = labels
     m = layer - 1
     joint = v.moment(m, (0, 0, 1, 1), one + two + three + four) * v.Theta(m, three, four)
+    if v.haar_share(m):
+        crossed = v.M(m, 0, 0, one, two) * v.M(m, 1, 1, three, four) * v.Theta(m, three, four)
+        joint = joint - v.haar_share(m) * crossed
     return v.C_W(m) ** 2 * (joint + v.width_ratio(m) * f_response(v, m, 1, 1, three, one, four, two))
 
 
@@ -101,7 +110,10 @@ def B(v: Vertices, layer: int, labels: str) -> Tensor:
     """B_1324, labels in the order 1, 3, 2, 4."""
     one, three, two, four = labels
     m = layer - 1
-    joint = v.moment(m, (1, 1, 1, 1), labels) * v.Theta(m, one, two) * v.Theta(m, three, four)
+    joint = v.moment(m, (1, 1, 1, 1), labels)
+    if v.haar_share(m):
+        joint = joint - v.haar_share(m) * v.M(m, 1, 1, one, two) * v.M(m, 1, 1, three, four)
+    joint = joint * v.Theta(m, one, two) * v.Theta(m, three, four)
     propagated = v.M(m, 1, 1, one, three) * v.M(m, 1, 1, two, four) * v.array("B", m, labels)
     return v.C_W(m) ** 2 * (joint + v.width_ratio(m) * propagated)
 
@@ -112,7 +124,8 @@ def Theta1(v: Vertices, layer: int, labels: str) -> Tensor:
     m, C_W = layer - 1, v.C_W(layer - 1)
 
     def joint(i: str, j: str) -> Tensor:
-        return v.array("D", m, i + j + a + b) + v.array("F", m, i + a + j + b) + v.array("F", m, j + a + i + b)
+        pairings = v.array("D", m, i + j + a + b) + v.array("F", m, i + a + j + b) + v.array("F", m, j + a + i + b)
+        return pairings + v.array("E_zzH", m, i + j + a + b) if v.excess_kurtosis(m - 1) else pairings
 
     slope = (
         v.M(m, 1, 1, a, b) * v.array("Theta1", m, labels)

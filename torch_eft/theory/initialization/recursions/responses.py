@@ -10,6 +10,7 @@ inverted; derived by d<f>/dK_bb' = (1/2) <d_b d_b' f> summed over the two labels
     CF[f, g]       = two neurons, functions of (z_h, z_x) and (z_h', z_x'), joined by F
 """
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -38,18 +39,23 @@ def ntk_source(v: Vertices, m: int, a: str, b: str) -> Tensor:
 
 
 def quartic_response(v: Vertices, m: int, p: int, q: int, a: str, b: str) -> Tensor:
-    """Qrt_pq[V](ab)."""
+    """Qrt_pq[V](ab), and the same of E_zzzz where weights are not Gaussian."""
 
     def V(*labels: str) -> Tensor:
         return v.array("V", m, "".join(labels))
 
-    return (
+    value = (
         v.response(m, p, q, 4, 0, a, b) * V(a, a, a, a)
         + 4 * v.response(m, p, q, 3, 1, a, b) * V(a, a, a, b)
         + v.response(m, p, q, 2, 2, a, b) * (2 * V(a, a, b, b) + 4 * V(a, b, a, b))
         + 4 * v.response(m, p, q, 1, 3, a, b) * V(b, b, a, b)
         + v.response(m, p, q, 0, 4, a, b) * V(b, b, b, b)
     ) / 8
+    if m > 1 and v.excess_kurtosis(m - 1):
+        for i in range(5):
+            E = v.array("E_zzzz", m, a * i + b * (4 - i))
+            value = value + math.comb(4, i) / 24 * v.response(m, p, q, i, 4 - i, a, b) * E
+    return value
 
 
 def f_response(v: Vertices, m: int, f: int, g: int, h: str, x: str, h2: str, x2: str) -> Tensor:
