@@ -1,5 +1,6 @@
 """Every kind of layer by its factors, at orders one to three, against reverse mode of reverse mode."""
 
+import copy
 import itertools
 
 import pytest
@@ -75,7 +76,7 @@ def test_the_explicit_and_the_mixed_form_agree(name, monkeypatch):
         v = directions(network, engine.trainable)
         kernels = []
         for weight in (0.0, 1e9):  # mixed where it is possible; explicit where it is possible
-            monkeypatch.setattr(gram, "_MIXED", weight)
+            monkeypatch.setattr(gram.outer, "_MIXED", weight)
             kernels.append(engine.gram(PAIRS, v))
     for pair in PAIRS:
         atol = 1e-13 * float(kernels[0][pair].abs().max())
@@ -92,9 +93,9 @@ def test_blocks_and_crossings_of_every_order(name, monkeypatch):
         whole = engine.gram(PAIRS, v)
         few = JacobianGram(network, as_probe(x[:1]))
         crossed = few.gram(PAIRS, v, other=engine)
-        monkeypatch.setattr(gram, "_ROWS", 1)
-        monkeypatch.setattr(gram, "FORMED", 1)
-        monkeypatch.setattr(gram, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(gram.products, "ROWS", 1)
+        monkeypatch.setattr(gram.forms, "FORMED", 1)
+        monkeypatch.setattr(gram.forms, "BLOCK_BYTES", 1)
         engine.memory = engine.estimate(3, 4).kernels + 2 * engine.estimate(3, 4).sample
         assert engine.estimate(3, 4).block == 1
         blocks = engine.gram(PAIRS, v)
@@ -102,6 +103,30 @@ def test_blocks_and_crossings_of_every_order(name, monkeypatch):
         atol = 1e-13 * float(whole[pair].abs().max())
         torch.testing.assert_close(blocks[pair], whole[pair], rtol=0, atol=atol)
         torch.testing.assert_close(crossed[pair], whole[pair][:1], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3, stride=2), nn.AdaptiveAvgPool2d(2)],
+        [nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.Tanh(), nn.Conv2d(6, 6, 5, 2, 1, groups=6), nn.MaxPool2d(4)],
+        [nn.Conv2d(3, 16, 8, 8), nn.Tanh(), nn.Conv2d(16, 16, 3, padding=2, dilation=2, groups=4)],
+    ],
+    ids=["narrow", "depthwise", "grouped"],
+)
+def test_single_precision_takes_other_ways_to_the_same_kernel(layers, onednn, monkeypatch):
+    """Outputs side by side, groups in one product or one convolution, products by oneDNN where it is asked for."""
+    monkeypatch.setattr(gram.products, "onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(gram.products, "_LEAST", 1)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*copy.deepcopy(layers), nn.Flatten(), nn.LazyLinear(3)), torch.randn(2, 3, 24, 24)
+    model(x)
+    found = measure.ntk(model, x), measure.dntk(model, x, direction=torch.ones(2, 3))
+    model, x = model.double(), x.double()
+    expected = measure.ntk(model, x), measure.dntk(model, x, direction=x.new_ones(2, 3))
+    for value, exact in zip(found, expected, strict=True):
+        assert float((value - exact).norm() / exact.norm()) < 2e-6
 
 
 def test_crossed_derivatives_of_a_network_that_takes_reverse_mode():

@@ -53,6 +53,12 @@ class LayerCall:
         """The parameters' names."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
+    @property
+    def given(self) -> Tensor:
+        """The zeroth coefficient of the input, which is never left out."""
+        assert self.inputs[0] is not None
+        return self.inputs[0]
+
 
 class Capture(TorchFunctionMode):
     """Context in which the recognized uses of ``params`` are recorded.

@@ -84,7 +84,7 @@ def _factors(
         if parts is not None:
             return factors(calls, _by_call(parts, order), axes, samples)
     formed = {
-        index: Formed(call, axis, samples)
+        index: Formed(call, axis, samples, channels)
         for index, (call, axis) in enumerate(zip(calls, axes, strict=True))
         if worth_forming(call, calls, samples)
     }
