@@ -1,5 +1,6 @@
 """Jacobians of a network sample by sample: as factors where its layers are recognized, as such elsewhere."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.jacobian.capture import Capture, LayerCall, unrecognized
 from torch_eft.measure.jacobian.fallback import along, fallback_factors
 from torch_eft.measure.jacobian.gram import Factor, PerOutput
-from torch_eft.measure.jacobian.layers import Axis, Formed, factors, worth_forming
+from torch_eft.measure.jacobian.layers import Axis, factors, formed_as_it_comes
 from torch_eft.measure.jacobian.plan import ChangedUseError, JacobianPlan, sample_count
 from torch_eft.measure.jets.jet import coefficients_of
 
@@ -83,11 +84,13 @@ def _factors(
         parts = _all_at_once(last, edges, shapes)
         if parts is not None:
             return factors(calls, _by_call(parts, order), axes, samples)
-    formed = {
-        index: Formed(call, axis, samples, channels)
-        for index, (call, axis) in enumerate(zip(calls, axes, strict=True))
-        if worth_forming(call, calls, samples)
-    }
+    uses = Counter(name for call in calls for name in call.names)
+    formed = {}
+    for index, (call, axis) in enumerate(zip(calls, axes, strict=True)):
+        if all(uses[name] == 1 for name in call.names):
+            layer = formed_as_it_comes(call, axis, samples, channels)
+            if layer is not None:
+                formed[index] = layer
     kept = [index for index in range(len(calls)) if index not in formed]
     rows: list[list[Tensor]] = []
     for i in range(channels):

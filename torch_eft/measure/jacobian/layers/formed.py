@@ -75,6 +75,49 @@ class Formed:
         return result
 
 
+class FormedScale:
+    """The Jacobian of what a layer's output is multiplied with and added to it, one number for many places.
+
+    Args:
+        call: The call.
+        axis: The samples' axis.
+        samples: N.
+    """
+
+    def __init__(self, call: LayerCall, axis: Axis, samples: int) -> None:
+        self.call, self.axis, self.samples = call, axis, samples
+        shape = [*[1] * (len(call.shape) - len(call.options["shape"])), *call.options["shape"]]
+        del shape[axis.index]
+        self._stretched = [1, *(index + 2 for index, size in enumerate(shape) if size == 1)]
+        self._weights: list[list[Tensor]] = []
+        self._biases: list[list[Tensor]] = []
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """Take the next output's g_0, g_1, ..."""
+        if self.call.weight is not None:
+            row = []
+            for order in range(len(gradients)):
+                pairs = [(gradients[p], a) for p, q in splits(order) if (a := self.call.inputs[q]) is not None]
+                terms = [g * a for g, a in pairs]
+                row.append(self._reduced(sum(terms[1:], terms[0])))
+            self._weights.append(row)
+        if self.call.bias is not None:
+            self._biases.append([self._reduced(g) for g in gradients])
+
+    def _reduced(self, x: Tensor) -> Tensor:
+        """Sum a call's output over what the parameter is stretched along, (N, P)."""
+        return self.axis.split(x, self.samples).sum(self._stretched).reshape(self.samples, -1)
+
+    def factors(self) -> list[Factor]:
+        """Return J_m of the weight and of the bias."""
+        named = ((self.call.weight, self._weights), (self.call.bias, self._biases))
+        return [
+            DenseFactor(name, tuple(torch.stack(J) for J in zip(*rows, strict=True)))
+            for name, rows in named
+            if name is not None
+        ]
+
+
 class _Whole:
     """A layer of one group.
 
@@ -167,17 +210,28 @@ class _Groups:
         return value if len(a) == self.samples else self.axis.split(value, self.samples).sum(1)
 
 
-def worth_forming(call: LayerCall, calls: Sequence[LayerCall], samples: int) -> bool:
-    """Return whether a call has more places than inputs, and its parameters no other use."""
-    if call.weight is None or call.kind not in ("linear", "convolution"):
-        return False
-    if sum(bool({*call.names} & {*other.names}) for other in calls) > 1:
-        return False
-    if call.options.get("groups", 1) > 1:
-        return True
-    x = call.given
-    if call.kind == "linear":
-        inputs, outputs = x.shape[-1], call.shape[-1]
-    else:
-        inputs, outputs = x.shape[1] * torch.Size(call.options["kernel"]).numel(), call.shape[1]
-    return call.shape.numel() // (samples * outputs) > inputs
+def formed_as_it_comes(call: LayerCall, axis: Axis, samples: int, outputs: int) -> Formed | FormedScale | None:
+    """Return what forms the Jacobian of a call that alone has its parameters, so that no gradient of it is kept.
+
+    Args:
+        call: The call.
+        axis: The samples' axis.
+        samples: N.
+        outputs: C.
+
+    Returns:
+        None where the Jacobian is larger than the gradients.
+    """
+    if call.kind == "scale":
+        return FormedScale(call, axis, samples)
+    if call.kind not in ("linear", "convolution"):
+        return None
+    if call.options.get("groups", 1) == 1:
+        x = call.given
+        if call.kind == "linear":
+            inputs, width = x.shape[-1], call.shape[-1]
+        else:
+            inputs, width = x.shape[1] * torch.Size(call.options["kernel"]).numel(), call.shape[1]
+        if call.shape.numel() // (samples * width) <= inputs:
+            return None
+    return Formed(call, axis, samples, outputs)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_eft.measure.jacobian.capture import LayerCall
 from torch_eft.measure.jacobian.gram import DenseFactor, EmbeddingFactor, Factor, OuterProductFactor, PerOutput
-from torch_eft.measure.jacobian.layers.formed import Formed
+from torch_eft.measure.jacobian.layers.formed import Formed, FormedScale
 from torch_eft.measure.jacobian.layers.places import Axis, gradients_at_places, inputs_at_places, merged, windows
 
 Gradients = tuple[PerOutput, ...]
@@ -101,10 +101,7 @@ def _linear(call: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Fac
 def _convolution(call: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
     if call.options["groups"] == 1:
         return _linear(call, g, axis, samples)
-    layer = Formed(call, axis, samples, len(g[0]))
-    for parts in zip(*g, strict=True):
-        layer.add(parts)
-    return layer.factors()
+    return _as_they_come(Formed(call, axis, samples, len(g[0])), g)
 
 
 def in_order_of_factors(gradient: Tensor, kind: str, transposed: bool, groups: int) -> Tensor:
@@ -173,28 +170,13 @@ def _embedding(call: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[
 
 
 def _scale(call: LayerCall, g: Gradients, axis: Axis, samples: int) -> list[Factor]:
-    result: list[Factor] = []
-    if call.weight is not None:
-        jacobians = []
-        for order in range(len(g)):
-            rows = []
-            for i in range(len(g[0])):
-                terms = [g[p][i] * a for p in range(order + 1) if (a := call.inputs[order - p]) is not None]
-                rows.append(_reduced(sum(terms[1:], terms[0]), call, axis, samples))
-            jacobians.append(torch.stack(rows))
-        result.append(DenseFactor(call.weight, tuple(jacobians)))
-    if call.bias is not None:
-        reduced = _each_output(g, lambda x: _reduced(x, call, axis, samples))
-        result.append(DenseFactor(call.bias, tuple(torch.stack(parts) for parts in reduced)))
-    return result
+    return _as_they_come(FormedScale(call, axis, samples), g)
 
 
-def _reduced(x: Tensor, call: LayerCall, axis: Axis, samples: int) -> Tensor:
-    """Sum a call's output over what the parameter is stretched along, (N, P)."""
-    shape = [*[1] * (x.ndim - len(call.options["shape"])), *call.options["shape"]]
-    del shape[axis.index]
-    x = axis.split(x, samples)  # (N, m, ...)
-    return x.sum([1, *(index + 2 for index, size in enumerate(shape) if size == 1)]).reshape(samples, -1)
+def _as_they_come(layer: Formed | FormedScale, g: Gradients) -> list[Factor]:
+    for parts in zip(*g, strict=True):
+        layer.add(parts)
+    return layer.factors()
 
 
 _KINDS = {
