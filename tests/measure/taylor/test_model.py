@@ -213,3 +213,28 @@ def test_fused_layers_are_those_of_the_jets(layers, kind, monkeypatch):
     monkeypatch.setattr("torch_eft.measure.taylor.model.Fused", nullcontext)
     for found, expected in zip(fused, value_and_gradients(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("norm", ["group", "layer", "batch"])
+def test_fused_normalization_is_that_of_the_rules_one_by_one(norm, order):
+    """Values and gradients, in double precision, against jets without the fused operations."""
+    torch.manual_seed(0)
+    layer = {"group": nn.GroupNorm(2, 4), "layer": nn.LayerNorm([4, 5]), "batch": nn.BatchNorm1d(4)}[norm]
+    network = nn.Sequential(nn.Conv1d(3, 4, 2), layer, nn.GELU(), nn.Flatten(), nn.Linear(20, 2)).double()
+    for p in network[1].parameters():
+        nn.init.normal_(p)
+    x, found = torch.randn(3, 3, 6, dtype=torch.float64), []
+    model = TaylorModel(network, taylor_order=order, as_trained=norm == "batch")
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    for fused in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not fused:
+                patch.setattr("torch_eft.measure.taylor.model.Fused", nullcontext)
+                patch.setattr("torch_eft.measure.taylor.fused.normalization.normalized", lambda *given: None)
+            value = model(x)
+        found.append([value.detach(), *torch.autograd.grad(value.square().sum(), list(model.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)

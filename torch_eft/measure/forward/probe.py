@@ -72,6 +72,10 @@ class Probe:
         """N, the number of samples."""
         return next(len(leaf) for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor))
 
+    def first(self, count: int) -> "Probe":
+        """Return the probe of the first samples, up to ``count``."""
+        return self if self.size <= count else Probe(tree_map_only(Tensor, lambda x: x[:count], self.inputs))
+
     @property
     def description(self) -> str:
         """Shape and dtype, for messages."""

@@ -16,7 +16,7 @@ import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -30,7 +30,8 @@ from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.jets.jet import Jet
 from torch_eft.measure.jets.series import Series, total
-from torch_eft.measure.taylor.fused import BatchStatistics, Fused
+from torch_eft.measure.taylor.fused.normalization import BatchStatistics
+from torch_eft.measure.taylor.fused.operations import Fused
 from torch_eft.measure.taylor.model_checks import check_modules, check_same_function, judged
 from torch_eft.measure.taylor.optimizer import optimizer_copy
 from torch_eft.measure.taylor.series import TaylorSeries, taylor_series
@@ -341,7 +342,7 @@ class TaylorModel(nn.Module):
                 name: Jet(Series((value, *(p if p is None or graph else p.detach() for p in curve[name]))))
                 for name, value in self.theta_0.items()
             }
-            with Fused() if self.taylor_order > 1 else nullcontext():
+            with Fused():
                 output = functional_call(self.network, jets, args, kwargs, tie_weights=self._tied)
                 return output if self.output_fn is None else self.output_fn(output)
 

@@ -45,6 +45,10 @@ SHARE = 2
 """Replays for which the budget must have room that one is made: the other instruments need theirs."""
 
 
+INPUTS = 8
+"""Inputs of the probe, the first ones, on which the NTK of a replay is compared: it takes three more of them."""
+
+
 @dataclass
 class _Replay:
     """One under way.
@@ -295,14 +299,14 @@ class ReplayInstrument(Instrument):
         prepare = start.network.prepare
         options: dict[str, Any] = {"lambdas": start.lambdas, "memory": start.network.memory}
         options["outputs"] = start.network.outputs
-        theta_0, probe = model.theta_0, start.network.probe
+        theta_0, probe = model.theta_0, start.network.probe.first(INPUTS)
 
         def at(theta: Parameters) -> IsolatedModel:
             moved = network.at(theta)
             return moved if prepare is None else prepare(moved)
 
-        H = start.snapshot.ntk
-        assert H is not None
+        assert start.snapshot.ntk is not None
+        H = start.snapshot.ntk[: probe.size, : probe.size]
         trace = H.ndim == 2
         H_now = ntk(at({}), probe, trace=trace, **options)
         if self._normed:  # the batches whose statistics are taken may have become more since
@@ -336,7 +340,8 @@ class ReplayInstrument(Instrument):
             f"After a measurement the next {self.steps} steps are taken again by Taylor models about its parameters, "
             "by copies of the optimizer on the same batches: order 1 is infinite width (frozen NTK), order 2 adds "
             "dNTK, order 3 dNTK and ddNTK. The band is order 3 plus and minus its distance from order 2: an estimate "
-            "of what order 3 leaves out, not a spread over seeds."
+            "of what order 3 leaves out, not a spread over seeds. The NTK is that of the first "
+            f"{INPUTS} inputs of the probe."
         )
         if not self.always:
             text += (

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch_eft.measure.jets.jet import Jet, coefficients_of, jet
 from torch_eft.measure.jets.names import builtins
 from torch_eft.measure.jets.smooth import SMOOTH, gelu
+from torch_eft.measure.taylor.fused.normalization import group_norm, layer_norm
 
 
 class Fused(TorchFunctionMode):
@@ -28,6 +29,10 @@ class Fused(TorchFunctionMode):
         if func is torch.nn.functional.linear:
             value = _linear(*args, **kwargs)
             return func(*args, **kwargs) if value is None else value
+        norm = _NORMS.get(func)
+        if norm is not None:
+            normed = norm(*args, **kwargs)
+            return func(*args, **kwargs) if normed is None else normed
         derivatives = _SMOOTH.get(func)
         if derivatives is not None and len(args) == 1 and kwargs.get("approximate", "none") == "none":
             value = _activation(derivatives, args[0])
@@ -35,82 +40,48 @@ class Fused(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class BatchStatistics(TorchFunctionMode):
-    """A context in which BatchNorm in training mode normalizes with the statistics of the first rows, and keeps none.
-
-    Args:
-        rows: How many; None: all, as in training.
-    """
-
-    def __init__(self, rows: int | None = None) -> None:
-        super().__init__()
-        self.rows = rows
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Write BatchNorm out, and pass on everything else."""
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.batch_norm:
-            value = _batch_norm(self.rows, *args, **kwargs)
-            return func(*args, **kwargs) if value is None else value
-        return func(*args, **kwargs)
-
-
-def _batch_norm(
-    rows: int | None,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    if not training:
-        return None
-    axes, shape = [0, *range(2, input.ndim)], (-1, *[1] * (input.ndim - 2))
-    centered = input - (input if rows is None else input[:rows]).mean(axes, keepdim=True)
-    variance = (centered if rows is None else centered[:rows]).square().mean(axes, keepdim=True)
-    scale = (variance + eps).rsqrt()
-    if weight is not None:
-        scale = scale * weight.reshape(shape)
-    value = centered * scale
-    return value if bias is None else value + bias.reshape(shape)
-
-
+_NORMS: dict[Any, Callable[..., Tensor | None]] = {
+    torch.nn.functional.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    torch.nn.functional.group_norm: group_norm,
+    torch.group_norm: group_norm,
+}
 _SMOOTH = {func: derivatives for names, derivatives in SMOOTH.items() for func in builtins(names)}
 _SMOOTH |= dict.fromkeys(builtins("gelu"), gelu)
 
 
 def _activation(derivatives: Callable[[Tensor, int], list[Any]], h: Any) -> Jet | None:
-    if not isinstance(h, Jet) or h.order < 3 or h.primal.requires_grad or h.coefficients[1] is None:
+    if not isinstance(h, Jet) or h.order < 2 or h.primal.requires_grad or h.coefficients[1] is None:
         return None
-    values = derivatives(h.primal, 3)
-    if len(values) < 4 or not all(isinstance(part, Tensor) for part in values):
+    values = derivatives(h.primal, h.order)
+    if len(values) <= h.order or not all(isinstance(part, Tensor) for part in values):
         return None
+    if h.order == 2:
+        return jet((values[0], *_Activation.apply(values[1], values[2], None, *h.coefficients[1:], None)))
     return jet((values[0], *_Activation.apply(*values[1:4], *h.coefficients[1:])))
 
 
 class _Activation(torch.autograd.Function):
     """o_1 = s' h_1,  o_2 = s' h_2 + s'' h_1^2 / 2,  o_3 = s' h_3 + s'' h_1 h_2 + s''' h_1^3 / 6; h_2, h_3 may be None.
 
-    With a = s'' h_1 and c = s'' h_2 + s''' h_1^2 / 2 the gradients are
+    At order 2 there is no o_3. With a = s'' h_1 and c = s'' h_2 + s''' h_1^2 / 2 the gradients are
     g_1 = s' G_1 + a G_2 + c G_3,  g_2 = s' G_2 + a G_3,  g_3 = s' G_3.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, s1: Tensor, s2: Tensor, s3: Tensor, h1: Tensor, h2: Tensor | None, h3: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, s1: Tensor, s2: Tensor, s3: Tensor | None, h1: Tensor, h2: Tensor | None, h3: Tensor | None
+    ) -> tuple[Tensor, ...]:
         a = s2 * h1
+        second = (a * h1).mul_(0.5) if h2 is None else (s1 * h2).addcmul_(a, h1, value=0.5)
+        if s3 is None:
+            ctx.save_for_backward(s1, a, None)
+            return s1 * h1, second
         e = (s3 * h1).mul_(h1)
         if h2 is None:
-            second, c = (a * h1).mul_(0.5), e * 0.5
+            c = e * 0.5
             third = e.mul_(h1).mul_(1 / 6)
         else:
-            second = (s1 * h2).addcmul_(a, h1, value=0.5)
             t = s2 * h2
             c = torch.add(t, e, alpha=0.5)
             third = t.add_(e, alpha=1 / 6).mul_(h1)
@@ -121,13 +92,15 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, first: Tensor, second: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
         s1, a, c = ctx.saved_tensors
-        first, second, third = gradients
         needed = ctx.needs_input_grad[3:]
-        g1 = (s1 * first).addcmul_(a, second).addcmul_(c, third) if needed[0] else None
-        g2 = (s1 * second).addcmul_(a, third) if needed[1] else None
-        return None, None, None, g1, g2, s1 * third if needed[2] else None
+        g1 = (s1 * first).addcmul_(a, second) if needed[0] else None
+        g2 = s1 * second if needed[1] else None
+        for third in rest:  # order 3
+            g1 = None if g1 is None else g1.addcmul_(c, third)
+            g2 = None if g2 is None else g2.addcmul_(a, third)
+        return None, None, None, g1, g2, s1 * rest[0] if needed[2] else None
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Jet | None:

@@ -1,0 +1,1 @@
+"""Operations on jets about constant parameters, each as one node of autograd's graph."""
