@@ -19,7 +19,6 @@ from torch_eft.measure.jacobian.engine import JacobianGram
 PAIRS = [(0, 0), (1, 0), (2, 0), (1, 1)]
 FALLBACK = {
     "weight norm": {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"},
-    "tied embedding": {"embed.weight"},
     "cross attention": {"attention.in_proj_bias"},
     "raw": {"power"},
     "twice": {"a.weight", "b.weight"},
@@ -255,3 +254,32 @@ def test_what_is_remembered_of_a_module_is_bounded():
         found = measure.ntk(model, x, output_fn=lambda z, scale=scale: scale * z)
         torch.testing.assert_close(found, scale**2 * expected, rtol=1e-12, atol=0)
     assert len(engine._plans[model]) == engine._REMEMBERED
+
+
+def test_a_table_that_is_a_matrix_elsewhere_has_one_factor():
+    """With lambda for every number, padding, parts, blocks and other inputs."""
+    model, x, output_fn = build("tied embedding")
+    x = x.clone()
+    x[:, 0] = 0
+    model.embed.padding_idx = 0
+    lambdas = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    options = {"output_fn": output_fn, "lambdas": lambdas}
+    assert measure.coverage(model, x, **options).structured["embed.weight"] == "embedding and linear"
+    with isolated(model, output_fn) as network:
+        names = list(network.params)
+        (J, *_), (N, C) = jacobians(
+            network, x, {name: torch.zeros_like(p) for name, p in network.params.items()}, names
+        )
+        flat = torch.cat([lambdas[name].flatten() for name in names])
+    H = ((J * flat) @ J.T).view(N, C, N, C).permute(0, 2, 1, 3)
+    limit = measure.ntk_estimate(model, x, **options).total - 1
+    for found in (
+        measure.ntk(model, x, **options),
+        measure.ntk(model, x, memory=limit, **options),
+        measure.ntk(model, x, other=x, **options),
+        sum(measure.ntk(model, x, per="parameter", **options).values()),
+    ):
+        torch.testing.assert_close(found, H, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        measure.ntk(model, x, trace=True, **options), measure.as_trace(H), rtol=1e-10, atol=1e-10
+    )

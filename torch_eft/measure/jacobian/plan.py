@@ -132,6 +132,8 @@ def make_plan(
             break
         fallback |= new
     kinds = {name: call.kind for call in recorded.calls for name in call.names}
+    tables = {call.weight for call in recorded.calls if call.kind == "embedding"}
+    kinds |= {name: "embedding and linear" for name in tables if name is not None and kinds[name] == "linear"}
     unused = [name for name in recognized if name not in kinds]
     kinds |= dict.fromkeys(unused, "unused")
     return JacobianPlan(
@@ -219,13 +221,13 @@ def _mixed_uses(calls: Sequence[LayerCall]) -> dict[str, str]:
             form = {"convolution": "matrix", "linear": "matrix"}.get(call.kind, call.kind)
             form = "transposed matrix" if call.options.get("transposed") else form
             forms.setdefault(call.weight, set()).add(form)
-            repeated = sum(other.weight == call.weight for other in calls) > 1
+            repeated = sum(other.weight == call.weight and other.kind == call.kind for other in calls) > 1
             if repeated and (grouped or call.kind != "linear"):
                 reasons[call.weight] = f"several {call.kind} uses"
         if call.bias is not None:
             forms.setdefault(call.bias, set()).add("bias")
     for name, kinds in forms.items():
-        if len(kinds) > 1:
+        if len(kinds) > 1 and kinds != {"embedding", "matrix"}:  # a table may be a matrix elsewhere
             reasons[name] = f"uses of different kinds: {', '.join(sorted(kinds))}"
     return reasons
 

@@ -15,7 +15,18 @@ Rows are pairs (output i, sample a), outputs first. Of three ways the one with t
 from torch_eft.measure.jacobian.gram.dense import DenseFactor, Orders, mirror
 from torch_eft.measure.jacobian.gram.forms import FORMED, PerOutput
 from torch_eft.measure.jacobian.gram.outer import EmbeddingFactor, OuterProductFactor
+from torch_eft.measure.jacobian.gram.tied import TiedFactor
 
-Factor = OuterProductFactor | DenseFactor
+Factor = OuterProductFactor | DenseFactor | TiedFactor
 
-__all__ = ["FORMED", "DenseFactor", "EmbeddingFactor", "Factor", "Orders", "OuterProductFactor", "PerOutput", "mirror"]
+__all__ = [
+    "FORMED",
+    "DenseFactor",
+    "EmbeddingFactor",
+    "Factor",
+    "Orders",
+    "OuterProductFactor",
+    "PerOutput",
+    "TiedFactor",
+    "mirror",
+]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +68,7 @@ class DenseFactor:
         return {self.weight: torch.einsum("cn,cnp->p", u, self.jacobians[order])}
 
     def add_gram(
-        self, out: Mapping[Orders, Tensor], columns: Any, lambdas: Mapping[str, float], symmetric: bool
+        self, out: Mapping[Orders, Tensor], columns: object, lambdas: Mapping[str, float], symmetric: bool
     ) -> None:
         """Add J_m lambda J_n^T to ``out[m, n]``; see ``OuterProductFactor.add_gram``."""
         assert isinstance(columns, DenseFactor)

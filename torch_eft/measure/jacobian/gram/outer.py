@@ -123,7 +123,7 @@ class OuterProductFactor:
     def add_gram(
         self,
         out: Mapping[Orders, Tensor],
-        columns: "OuterProductFactor | DenseFactor",
+        columns: object,
         lambdas: Mapping[str, float],
         symmetric: bool,
     ) -> None:

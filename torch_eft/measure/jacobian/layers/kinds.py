@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from torch_eft.measure.jacobian.capture import LayerCall
-from torch_eft.measure.jacobian.gram import DenseFactor, EmbeddingFactor, Factor, OuterProductFactor, PerOutput
+from torch_eft.measure.jacobian.gram import (
+    DenseFactor,
+    EmbeddingFactor,
+    Factor,
+    OuterProductFactor,
+    PerOutput,
+    TiedFactor,
+)
 from torch_eft.measure.jacobian.layers.formed import Formed, FormedScale
 from torch_eft.measure.jacobian.layers.places import Axis, gradients_at_places, inputs_at_places, merged, windows
 
@@ -35,7 +42,7 @@ def factors(
             if isinstance(factor, OuterProductFactor):
                 group = len(outer)  # groups of a convolution are different parameters
                 outer.setdefault((factor.weight, 0 if _mergeable(call) else group), []).append(factor)
-            else:
+            elif isinstance(factor, DenseFactor):
                 direct.setdefault(factor.weight, []).append(factor)
     result: list[Factor] = []
     for (_, _), uses in outer.items():
@@ -43,7 +50,7 @@ def factors(
         for use in uses:
             if use.bias is not None and not alone:
                 direct.setdefault(use.bias, []).append(use.of_bias())
-        result.append(uses[0] if alone else _merged(uses))
+        result.append(uses[0] if alone else _joined_uses(uses))
     return result + [_summed(uses) for uses in direct.values()]
 
 
@@ -53,6 +60,17 @@ def _mergeable(call: LayerCall) -> bool:
 
 def _uses(outer: Mapping[tuple[str, int], Sequence[OuterProductFactor]], bias: str | None) -> int:
     return sum(use.bias == bias for uses in outer.values() for use in uses) if bias is not None else 1
+
+
+def _joined_uses(uses: Sequence[OuterProductFactor]) -> Factor:
+    """Return one factor of all uses of a weight, as a table and as a matrix."""
+    tables = [use for use in uses if isinstance(use, EmbeddingFactor)]
+    matrices = [use for use in uses if not isinstance(use, EmbeddingFactor)]
+    if not (tables and matrices):
+        return _merged(uses)
+    table = _merged(tables)
+    assert isinstance(table, EmbeddingFactor)
+    return TiedFactor(_merged(matrices), table)
 
 
 def _merged(uses: Sequence[OuterProductFactor]) -> OuterProductFactor:
