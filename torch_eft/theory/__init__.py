@@ -1,18 +1,23 @@
 """The theory of an ensemble of networks: pure functions of float64 tensors, without ``nn.Module``.
 
     ensemble             MLPEnsemble: widths, activation, variances and learning rates of a random MLP
-    derivation           the expansion in 1/n on one page: which vertex enters which observable, and why
     gaussian             expectations of activations under N(0, K), closed or integrated or sampled
     signal_propagation   susceptibilities, critical points, regimes
     initialization       statistics at initialization: K, Theta and the 1/n vertices, in full, in blocks, in tiles
     estimates            single numbers that follow: aspect ratio, learning rates, spread over seeds, expected drift
-    training             the trained network at order 0 and 1/n; any loss and minibatches by sampling
+    training             the trained network at order 0 and 1/n; any loss and minibatches by sampling; on one page,
+                         ``derivation``: which vertex enters which observable, and why
+    architecture         convolutions, skips and norms, read off a module: kernels at infinite width, spread over seeds
     hidden_layers        the movement of hidden representations in training
     hierarchy            one network's NTK, dNTK and ddNTK through its training, and the law of its drift
 
 Each folder imports from those above it, ``hierarchy`` and ``hidden_layers`` also from ``training``.
 """
 
+from torch_eft.theory.architecture.nodes import Architecture
+from torch_eft.theory.architecture.reading.graph import NotReadableError
+from torch_eft.theory.architecture.reading.read import read_architecture
+from torch_eft.theory.architecture.statistics import ArchitectureStatistics, architecture_statistics
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.aspect_ratio import AspectRatio, aspect_ratio
 from torch_eft.theory.estimates.exact import dead_probability, exact_statistics
@@ -75,6 +80,8 @@ from torch_eft.theory.training.predict import predict_training
 __all__ = [
     "STATISTICS",
     "Activation",
+    "Architecture",
+    "ArchitectureStatistics",
     "AspectRatio",
     "ContractedSize",
     "CriticalPoint",
@@ -94,6 +101,7 @@ __all__ = [
     "MLPEnsemble",
     "NTKDrift",
     "NetworkDraws",
+    "NotReadableError",
     "PathDraws",
     "QuadratureError",
     "RepresentationForecast",
@@ -103,6 +111,7 @@ __all__ = [
     "UnstablePoint",
     "VertexBlock",
     "VertexTile",
+    "architecture_statistics",
     "aspect_ratio",
     "available_activations",
     "criticality",
@@ -123,6 +132,7 @@ __all__ = [
     "predict_fourth_cumulant",
     "predict_representation",
     "predict_training",
+    "read_architecture",
     "regime",
     "register_activation",
     "representation_statistics",

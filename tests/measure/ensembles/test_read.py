@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from tests.oracles.models import ConvNet, Tied, mlp
 from torch_eft import measure
-from torch_eft.measure.ensembles.weights import weight_statistics
 from torch_eft.theory import MLPEnsemble, available_activations, get_activation, initial_statistics
+from torch_eft.theory.architecture.reading.weight_laws import weight_statistics
 
 
 def test_widths_moments_and_lambda():

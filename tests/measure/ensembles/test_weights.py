@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.oracles.models import mlp
 from torch_eft import measure
-from torch_eft.measure.ensembles.weights import SIGNIFICANCE, weight_statistics
+from torch_eft.theory.architecture.reading.weight_laws import SIGNIFICANCE, weight_statistics
 
 DRAWS = {
     "gaussian": lambda size: torch.randn(size),

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
-from torch_eft.measure.ensembles.weights import WeightStatistics, remarks, weight_statistics
+from torch_eft.measure.ensembles.weights import remarks
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
+from torch_eft.theory.architecture.reading.weight_laws import WeightStatistics, weight_statistics
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import (
     Activation,

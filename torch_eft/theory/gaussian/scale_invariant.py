@@ -25,7 +25,12 @@ _CHUNK = 2**21
 def correlation(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(rho, sqrt(1 - rho^2), sqrt(K_aa K_bb)); angles below rounding are exactly 0 or pi."""
     variance = K.diagonal()
-    scale = torch.outer(variance, variance).sqrt()
+    return correlation_of(K, variance[:, None], variance[None, :])
+
+
+def correlation_of(K: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``correlation``, of a block with its variances K_aa and K_bb, which broadcast against it."""
+    scale = (rows * columns).sqrt()
     rho = torch.where(scale > 0, K / torch.where(scale > 0, scale, 1.0), 0.0).clamp(-1.0, 1.0)
     # 1 - rho^2 below rounding: the two inputs are (anti)parallel as far as K can tell, and asin is steep there.
     sine_squared = (1.0 - rho) * (1.0 + rho)

@@ -171,34 +171,66 @@ class SmoothPairs:
         if known is not None and known.shape[1] >= least:
             return known
 
-        def function(z: Tensor) -> Tensor:
-            value = torch.ones_like(z)
-            for order in orders:  # an empty product is 1
-                value = value * self.activation(z, order)
-            return value
+        self._coefficients[orders] = hermite_coefficients(self.activation, orders, self.K.diagonal(), least)
+        return self._coefficients[orders]
 
-        deviation = self.K.diagonal()[:, None].sqrt()
-        name = f"{self.activation.name}, derivatives {orders}"
-        u, weight = resolved_grid([function, lambda z: function(z).square()], deviation, name)
-        values = function(deviation * u) * weight.sqrt()
-        total = values.square().sum(1)
-        before, current = torch.zeros_like(weight), weight.sqrt()
-        blocks, remainder = [], total.clone()
-        for start in range(0, _MAX_TERMS, _BLOCK):  # one matrix product per block of Hermite functions
-            basis = []
-            for k in range(start, start + _BLOCK):
-                basis.append(current)
-                before, current = current, (u * current - math.sqrt(k) * before) / math.sqrt(k + 1)
-            blocks.append(values @ torch.stack(basis, 1))
-            remainder = remainder - blocks[-1].square().sum(1)
-            if start + _BLOCK >= least and bool((remainder <= RELATIVE_ERROR * total).all()):
-                self._coefficients[orders] = torch.cat(blocks, 1)
-                return self._coefficients[orders]
-        raise QuadratureError(
-            f"activation: the Hermite series of {name} does not converge to {RELATIVE_ERROR:g} within {_MAX_TERMS} "
-            f"terms (variance up to {float(self.K.diagonal().max()):.3g}); the function must be smooth, and inputs "
-            "scaled so that the variance is not far above 1"
-        )
+
+class Differentiable(Protocol):
+    """A function of one number with its derivatives, such as an ``Activation``."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    def __call__(self, z: Tensor, order: int = 0) -> Tensor:
+        """Its derivative of an order."""
+        ...
+
+
+def hermite_coefficients(activation: Differentiable, orders: Orders, variance: Tensor, least: int = 0) -> Tensor:
+    """f_k(K) = <f(sqrt(K) u) he_k(u)> of a product f of derivatives of a smooth sigma.
+
+    Args:
+        activation: sigma.
+        orders: The derivatives multiplied.
+        variance: K of every label, (N,).
+        least: Number of terms at least.
+
+    Returns:
+        (N, terms): so many that the rest of <f^2> is at most RELATIVE_ERROR of it.
+
+    Raises:
+        QuadratureError: If the series does not converge.
+    """
+
+    def function(z: Tensor) -> Tensor:
+        value = torch.ones_like(z)
+        for order in orders:  # an empty product is 1
+            value = value * activation(z, order)
+        return value
+
+    deviation = variance[:, None].sqrt()
+    name = f"{activation.name}, derivatives {orders}"
+    u, weight = resolved_grid([function, lambda z: function(z).square()], deviation, name)
+    values = function(deviation * u) * weight.sqrt()
+    total = values.square().sum(1)
+    before, current = torch.zeros_like(weight), weight.sqrt()
+    blocks, remainder = [], total.clone()
+    for start in range(0, _MAX_TERMS, _BLOCK):  # one matrix product per block of Hermite functions
+        basis = []
+        for k in range(start, start + _BLOCK):
+            basis.append(current)
+            before, current = current, (u * current - math.sqrt(k) * before) / math.sqrt(k + 1)
+        blocks.append(values @ torch.stack(basis, 1))
+        remainder = remainder - blocks[-1].square().sum(1)
+        if start + _BLOCK >= least and bool((remainder <= RELATIVE_ERROR * total).all()):
+            return torch.cat(blocks, 1)
+    raise QuadratureError(
+        f"activation: the Hermite series of {name} does not converge to {RELATIVE_ERROR:g} within {_MAX_TERMS} "
+        f"terms (variance up to {float(variance.max()):.3g}); the function must be smooth, and inputs "
+        "scaled so that the variance is not far above 1"
+    )
 
 
 def _erf_moment(K: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from tests.oracles.naive_operator import simulate
 from tests.theory.training.test_finite_width import KnownTensors, random_case
 from torch_eft import Training
 from torch_eft.theory import MLPEnsemble
-from torch_eft.theory.derivation import CONTRIBUTIONS
 from torch_eft.theory.hidden_layers.predict import predict_representation
 from torch_eft.theory.hidden_layers.statistics import HiddenStatistics
 from torch_eft.theory.initialization.evaluator import SYMMETRIES, Vertices
 from torch_eft.theory.training.corrections.mean_output import mean_output
 from torch_eft.theory.training.corrections.ntk_change import ntk_change
 from torch_eft.theory.training.corrections.output_covariance import output_covariance
+from torch_eft.theory.training.derivation import CONTRIBUTIONS
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 
 F64 = torch.float64

@@ -1,0 +1,289 @@
+"""K and Theta of an architecture at infinite width, in closed form, and the order parameters that they are made of.
+
+Forward, kernels K(h) of every node: a ``Weight`` makes K = C_b + C_W Av Phi of Phi = <h h>, an activation
+Phi = <sigma sigma>_K. Backward, with g = sqrt(n) df/dh, covariances G of every node, from G = 1 at an output: an
+activation makes <sigma' sigma'> o G of G, a ``Weight`` C_W Av^T G. Then
+
+    Theta = sum over weights of sum over positions of (lambda_b + lambda_W Av Phi) o G,
+
+and the gains and biases of norms add lambda <(g y)(g y)> and lambda <g g>. Norms divide both by the same standard
+deviations; the rest of their derivative is 1/n smaller (K and Theta as in Lee et al. 2019; sections 2 to 4 of PDLT 4
+and 8 for dense layers).
+
+Averages over the neurons of a population are order parameters: Phi and the variances of norms, G behind every weight,
+<(g y)(g y)>. They are kept as tensors of the graph of automatic differentiation, so that the total derivative of a
+kernel with respect to each is at hand (``spread``). Kernels are blocks: B pairs of samples, (B, P, P) positions.
+
+Closed forms need Gaussian inputs of every activation: sums of weights' outputs, pooled and normalized as they may be,
+but not of another activation's.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torch_eft.theory.architecture.moments import activation_pairs
+from torch_eft.theory.architecture.nodes import Add, Affine, Architecture, Data, Elementwise, Norm, Pool, Weight
+
+
+def obstacle(architecture: Architecture) -> str | None:
+    """Return why there is no closed form, naming the node; None where there is one."""
+    gaussian: list[bool] = []
+    roots: list[frozenset[int]] = []
+    for index, node in enumerate(architecture.nodes):
+        read = [roots[each] for each in node.inputs]
+        plain = all(gaussian[each] for each in node.inputs)
+        if isinstance(node, Data | Weight):
+            gaussian.append(True)
+            roots.append(frozenset([index]))
+            continue
+        if isinstance(node, Add) and len(frozenset().union(*read)) < sum(map(len, read)):
+            return f"{node.name!r} adds two functions of the same neurons"
+        if isinstance(node, Elementwise):
+            if not plain:
+                return f"{node.name!r} acts on what another activation made, which is not Gaussian"
+            if node.activation.kinks and node.activation.slopes is None:
+                return f"{node.name!r}: {node.activation.name} has a kink and no closed form in blocks"
+        if isinstance(node, Norm) and not plain:
+            return f"{node.name!r} normalizes what an activation made, which is not Gaussian"
+        if isinstance(node, Add) and not plain and sum(not gaussian[each] for each in node.inputs) > 1:
+            return f"{node.name!r} adds two activations"
+        if isinstance(node, Affine) and node.lambda_gain:
+            for reader in architecture.consumers(index):
+                if not _linear_reader(architecture, reader):
+                    return f"the gains of {node.name!r} are read by {architecture.nodes[reader].name!r}"
+        gaussian.append(plain and not isinstance(node, Elementwise))
+        roots.append(frozenset().union(*read))
+    return None
+
+
+def _linear_reader(architecture: Architecture, index: int) -> bool:
+    node = architecture.nodes[index]
+    if isinstance(node, Pool):
+        return all(isinstance(architecture.nodes[each], Weight) for each in architecture.consumers(index))
+    return isinstance(node, Weight | Elementwise)
+
+
+@dataclass
+class Samples:
+    """Pairs of samples whose blocks are computed together.
+
+    Args:
+        rows: The first sample of every pair, (B,).
+        columns: The second.
+        diagonal: Of every sample s, the pair (s, s), (N,); None where the variances are known.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    diagonal: Tensor | None
+
+    @classmethod
+    def all_pairs(cls, number: int) -> "Samples":
+        """Every sample with itself and all later ones."""
+        rows, columns = torch.triu_indices(number, number, device="cpu")
+        return cls(rows, columns, (rows == columns).nonzero().flatten())
+
+
+@dataclass
+class OrderParameters:
+    """Averages over single neurons, by the node that they belong to.
+
+    Args:
+        phi: <h h> at the input of every weight, (B, P, P).
+        back: G = <g g> at its output.
+        norm: The variance of every norm, (N, positions that are left).
+        mean: Its mean, likewise: 0, but not its fluctuations.
+        gain: <(g y)(g y)> of gains.
+        bias: <g g> of biases.
+    """
+
+    phi: dict[int, Tensor] = field(default_factory=dict)
+    back: dict[int, Tensor] = field(default_factory=dict)
+    norm: dict[int, Tensor] = field(default_factory=dict)
+    mean: dict[int, Tensor] = field(default_factory=dict)
+    gain: dict[int, Tensor] = field(default_factory=dict)
+    bias: dict[int, Tensor] = field(default_factory=dict)
+
+    def all(self) -> list[tuple[str, int, Tensor]]:
+        """Return (kind, node, tensor) of each."""
+        return [(kind, index, tensor) for kind, found in vars(self).items() for index, tensor in found.items()]
+
+
+class ClosedKernels:
+    """One pass forward and backward over the blocks of some pairs of samples.
+
+    Args:
+        architecture: The architecture; ``obstacle`` of it is None.
+        data: Of every ``Data`` node, (N, P, channels).
+        samples: The pairs.
+        variances: Of nodes whose variances are needed, (N, P), where ``samples`` do not have all diagonal pairs.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        data: dict[int, Tensor],
+        samples: Samples,
+        variances: dict[int, Tensor] | None = None,
+    ) -> None:
+        self.architecture, self.data, self.samples = architecture, data, samples
+        self.variances = dict(variances or {})
+        """Of the nodes that activations and norms read."""
+        self.K: list[Tensor] = []
+        self.mean: dict[int, Tensor] = {}
+        """Of all neurons alike, (N, P), where a centered norm makes one; it is 0, its derivative is not."""
+        self.order = OrderParameters()
+        self.deviation: dict[int, Tensor] = {}
+        """Of every norm, (N, P)."""
+        self._pairs = {
+            index: activation_pairs(node.activation)
+            for index, node in enumerate(architecture.nodes)
+            if isinstance(node, Elementwise)
+        }
+        for index, node in enumerate(architecture.nodes):
+            self.K.append(self._forward(index, node))
+
+    @property
+    def output_kernel(self) -> Tensor:
+        """K of the outputs, (B,)."""
+        return self.K[-1][:, 0, 0]
+
+    def _forward(self, index: int, node: object) -> Tensor:
+        rows, columns = self.samples.rows, self.samples.columns
+        if isinstance(node, Data):
+            x = self.data[index]
+            return x[rows] @ x[columns].mT / node.channels
+        if isinstance(node, Weight):
+            phi = self._separate(self.K[node.inputs[0]])
+            self.order.phi[index] = phi
+            return node.C_b + node.C_W * node.maps.average(phi)
+        if isinstance(node, Elementwise):
+            return self._moment(index, "value")
+        means = [self.mean[each] for each in node.inputs if each in self.mean]  # type: ignore[attr-defined]
+        if isinstance(node, Pool):
+            if means:
+                self.mean[index] = node.maps.on_labels(means[0])[0]
+            return node.maps.sum_pairs(self.K[node.inputs[0]])
+        if isinstance(node, Add):
+            if means:
+                self.mean[index] = torch.stack(means).sum(0)
+            return torch.stack([self.K[each] for each in node.inputs]).sum(0)
+        if isinstance(node, Affine):
+            if means:
+                self.mean[index] = means[0] * node.factor
+            return self.K[node.inputs[0]] * node.factor**2
+        assert isinstance(node, Norm)
+        variance = self._separate(over_positions(self._variance(node.inputs[0]), self._sizes(index), node.over))
+        self.order.norm[index] = variance
+        self.deviation[index] = spread_out(variance + node.eps, self._sizes(index), node.over).sqrt()
+        if means or node.centered:
+            before = means[0] if means else torch.zeros_like(self.deviation[index])
+            if node.centered and torch.is_grad_enabled():
+                middle = self._separate(over_positions(before, self._sizes(index), node.over))
+                self.order.mean[index] = middle
+                before = before - spread_out(middle, self._sizes(index), node.over)
+            self.mean[index] = before / self.deviation[index]
+        return self._normalized(index, self.K[node.inputs[0]])
+
+    def _sizes(self, index: int) -> tuple[int, ...]:
+        return self.architecture.positions[index]
+
+    def _variance(self, index: int) -> Tensor:
+        if index not in self.variances:
+            assert self.samples.diagonal is not None
+            self.variances[index] = self.K[index][self.samples.diagonal].diagonal(dim1=-2, dim2=-1)
+        return self.variances[index]
+
+    def _moment(self, index: int, factor: str) -> Tensor:
+        read = self.architecture.nodes[index].inputs[0]
+        variance = self._variance(read)
+        rows, columns = variance[self.samples.rows], variance[self.samples.columns]
+        mean = self.mean.get(read)
+        means = None if mean is None else (mean[self.samples.rows], mean[self.samples.columns])
+        return self._pairs[index].moment(factor, self.K[read], rows, columns, means)  # type: ignore[arg-type]
+
+    def _normalized(self, index: int, X: Tensor) -> Tensor:
+        one = 1 / self.deviation[index]
+        return X * one[self.samples.rows][:, :, None] * one[self.samples.columns][:, None, :]
+
+    @staticmethod
+    def _separate(X: Tensor) -> Tensor:
+        """A tensor of its own in the graph, whose derivative is taken."""
+        return X * 1.0 if X.requires_grad else X.detach().requires_grad_(torch.is_grad_enabled())
+
+    def ntk(self) -> Tensor:
+        """Theta of one output, (B,), by the pass backward; G of what weights read is kept in ``readers``."""
+        nodes = self.architecture.nodes
+        self.readers: dict[int, Tensor] = {}
+        self._arrived: dict[int, Tensor] = {}
+        edges: dict[int, list[tuple[int, Tensor]]] = {}
+        edges[len(nodes) - 1] = [(-1, torch.ones_like(self.K[-1]))]
+        Theta = torch.zeros_like(self.K[-1][:, 0, 0])
+        for index in reversed(range(len(nodes))):
+            node = nodes[index]
+            if index not in edges or isinstance(node, Data):
+                continue
+            G = torch.stack([message for _, message in edges[index]]).sum(0)
+            if isinstance(node, Weight):
+                G = self._separate(G)
+                self.order.back[index] = G
+                phi = self.order.phi[index]
+                if node.lambda_W or node.lambda_b:
+                    Theta = Theta + ((node.lambda_b + node.lambda_W * node.maps.average(phi)) * G).sum((-1, -2))
+                if isinstance(nodes[node.inputs[0]], Data):
+                    continue
+                message = self.readers[index] = node.C_W * node.maps.average_adjoint(G)
+            elif isinstance(node, Elementwise):
+                self._arrived[index] = G
+                message = self._moment(index, "slope") * G
+            elif isinstance(node, Pool):
+                message = node.maps.average_adjoint(G)
+            elif isinstance(node, Norm):
+                message = self._normalized(index, G)
+            elif isinstance(node, Affine):
+                Theta = Theta + self._affine(index, node, edges[index], G)
+                message = G * node.factor**2
+            else:
+                message = G
+            for each in node.inputs:
+                edges.setdefault(each, []).append((index, message))
+        return Theta
+
+    def _affine(self, index: int, node: Affine, messages: list[tuple[int, Tensor]], G: Tensor) -> Tensor:
+        """The part of gains and biases."""
+        total = torch.zeros_like(G[:, 0, 0])
+        if node.lambda_bias:
+            self.order.bias[index] = self._separate(G)
+            total = total + node.lambda_bias * shared(self.order.bias[index], node)
+        if node.lambda_gain:
+            parts = []
+            for reader, message in messages:
+                if isinstance(self.architecture.nodes[reader], Elementwise):  # message is <sigma' sigma'> o G
+                    parts.append(self._moment(reader, "gain") * self._arrived[reader])
+                else:
+                    parts.append(self.K[index] * message)
+            self.order.gain[index] = self._separate(torch.stack(parts).sum(0))
+            total = total + node.lambda_gain * shared(self.order.gain[index], node)
+        return total
+
+
+def shared(X: Tensor, node: Affine) -> Tensor:
+    """Sum a block over pairs of positions, or over equal ones where every position has its own parameter; (B,)."""
+    return X.diagonal(dim1=-2, dim2=-1).sum(-1) if node.per_position else X.sum((-1, -2))
+
+
+def over_positions(variance: Tensor, sizes: tuple[int, ...], over: tuple[int, ...]) -> Tensor:
+    """Average (.., P) over axes of positions; (.., positions that are left)."""
+    lead = variance.ndim - 1
+    full = variance.reshape(*variance.shape[:-1], *sizes)
+    return (full.mean([lead + axis for axis in over]) if over else full).reshape(*variance.shape[:-1], -1)
+
+
+def spread_out(variance: Tensor, sizes: tuple[int, ...], over: tuple[int, ...]) -> Tensor:
+    """The inverse: repeat along the axes that were averaged over; (.., P)."""
+    lead = variance.shape[:-1]
+    left = [1 if axis in over else size for axis, size in enumerate(sizes)]
+    return variance.reshape(*lead, *left).expand(*lead, *sizes).reshape(*lead, math.prod(sizes))

@@ -1,0 +1,332 @@
+"""The graph under construction: which value of the forward is which node, and what its dimensions are.
+
+Every dimension of a value is made of axes: samples ``"n"``, neurons ``"c"``, axes of positions 0, 1, .. in the node's
+own order. Flattening puts several axes into one dimension, transposing moves them; axes of length 1 are left out.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_eft.theory.architecture.label_maps import LabelMaps, identity_maps
+from torch_eft.theory.architecture.nodes import Architecture, Data, Node, Pool, Weight
+from torch_eft.theory.architecture.reading.weight_laws import WeightStatistics, weight_statistics
+from torch_eft.theory.gaussian.laws import LAWS, Law
+
+Axis = str | int
+Dims = tuple[tuple[Axis, ...], ...]
+
+
+class NotReadableError(ValueError):
+    """The architecture has a part that the theory does not cover; the message names it, and what to do instead.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> model = torch.nn.Sequential(torch.nn.Conv1d(1, 4, 3), torch.nn.MaxPool1d(2))
+        >>> try:
+        ...     theory.read_architecture(model, torch.zeros(1, 1, 8))
+        ... except theory.NotReadableError as error:
+        ...     print(error)
+        max pooling is not covered: pool by average (nn.AvgPool1d, 2d, 3d), or use a stride
+    """
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the forward that depends on random weights.
+
+    Args:
+        node: Index of its node.
+        dims: The axes of each of its dimensions.
+    """
+
+    node: int
+    dims: Dims
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter itself."""
+
+    name: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What is computed from the inputs alone, or a constant.
+
+    Args:
+        compute: x -> tensor.
+        shape: Of the tensor for the inputs that were traced.
+        of_inputs: Whether it depends on x.
+    """
+
+    compute: Callable[[Tensor], Any]
+    shape: tuple[int, ...]
+    of_inputs: bool
+
+
+class Graph:
+    """Nodes as they are read.
+
+    Args:
+        traced: The forward as a graph of operations.
+        parameters: Of the module, by name.
+        buffers: Likewise.
+        lambdas: Relative learning rates by name; None is 1.
+    """
+
+    def __init__(
+        self,
+        traced: torch.fx.GraphModule,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        lambdas: Mapping[str, float] | None,
+    ) -> None:
+        self.traced, self.lambdas = traced, lambdas
+        self.nodes: list[Node] = []
+        self.positions: list[tuple[int, ...]] = []
+        self.used: dict[int, str] = {}
+        self._drawn: dict[int, tuple[WeightStatistics, WeightStatistics | None, int]] = {}
+        self._values: dict[Any, Any] = {}
+        self._overwritten: set[Any] = set()
+        self._views: dict[Any, Any] = {}
+        places = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        names = [*parameters, *buffers]
+        for node, name in zip(places, names, strict=False):
+            if name in parameters:
+                self._values[node] = Parameter(name, parameters[name])
+            else:
+                self._values[node] = _constant(buffers[name])
+        self._values[places[-1]] = Raw(lambda x: x, tuple(places[-1].meta["val"].shape), True)
+
+    def constant(self, node: Any) -> None:
+        """Enter a tensor that the forward makes itself."""
+        self._values[node] = _constant(getattr(self.traced, node.target))
+
+    def value(self, given: Any) -> Any:
+        """Return what an argument is: a Value, Parameter, Raw, or a plain number or list."""
+        if isinstance(given, torch.fx.Node):
+            if given in self._overwritten:
+                raise NotReadableError(
+                    "a tensor is changed in place and the old one is used again; write out-of-place operations"
+                )
+            return self._values[given]
+        return type(given)(map(self.value, given)) if isinstance(given, list | tuple) else given
+
+    def read(self, node: Any, rule: Callable[["Graph", str, Any, list[Any], dict[str, Any]], Any]) -> None:
+        """Enter the result of an operation."""
+        arguments = [self.value(each) for each in node.args]
+        keywords = {key: self.value(each) for key, each in node.kwargs.items()}
+        name = str(node.target).removeprefix("aten.")
+        flat = [*arguments, *keywords.values()]
+        inner = [one for each in flat for one in (each if isinstance(each, list | tuple) else [each])]
+        if any(isinstance(one, Value | Parameter) for one in inner):
+            self._values[node] = rule(self, name, node, arguments, keywords)
+        else:
+            self._values[node] = self._raw(node, inner)
+        first = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
+        if first is not None:
+            if name.split(".")[0].endswith("_") and not name.startswith("_"):
+                while first is not None:
+                    self._overwritten.add(first)
+                    first = self._views.get(first)
+            elif name.split(".")[0] in _VIEWS:
+                self._views[node] = first
+
+    def _raw(self, node: Any, inner: list[Any]) -> Raw:
+        kept = {each: self._values[each] for each in node.all_input_nodes}
+        target, args, keywords = node.target, node.args, node.kwargs
+        value = node.meta.get("val")
+        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+
+        def compute(x: Tensor) -> Any:
+            def look(each: torch.fx.Node) -> Any:
+                return kept[each].compute(x)
+
+            sizes = torch.fx.map_arg(args, look)
+            if "view" in str(target) or "reshape" in str(target):  # the batch that was traced had two samples
+                wanted = list(sizes[1])
+                wanted[0] = -1 if wanted[0] == 2 and -1 not in wanted else wanted[0]
+                sizes = (sizes[0], wanted, *sizes[2:])
+            return target(*sizes, **torch.fx.map_arg(keywords, look))
+
+        return Raw(compute, shape, any(isinstance(one, Raw) and one.of_inputs for one in inner))
+
+    def add(self, node: Node, positions: tuple[int, ...]) -> int:
+        """Append a node and return its index."""
+        self.nodes.append(node)
+        self.positions.append(positions)
+        return len(self.nodes) - 1
+
+    def pool(self, value: Value, axes: Mapping[int, Tensor], name: str) -> int:
+        """Append a linear map of some axes of positions."""
+        sizes = self.positions[value.node]
+        kept = identity_maps(sizes).axes
+        maps = LabelMaps(tuple(axes.get(axis, kept[axis]) for axis in range(len(sizes))))
+        return self.add(Pool((value.node,), maps, name), maps.outputs)
+
+    def data(self, raw: Raw, channel: int, name: str) -> Value:
+        """Append the inputs as a layer reads them, with the dimension that is its channels."""
+        if not raw.of_inputs:
+            raise NotReadableError(f"{name} reads a constant; it must read the inputs, or what is made of them")
+        if not raw.shape or raw.shape[0] != 2:
+            raise NotReadableError(f"{name} reads a tensor that does not begin with the samples; keep (N, ...)")
+        order = [d for d in range(1, len(raw.shape)) if d != channel]
+        sizes = tuple(raw.shape[d] for d in order)
+        node = Data(raw.shape[channel], sizes, lambda x: raw.compute(x).permute(0, *order, channel), name)
+        index = self.add(node, sizes)
+        dims: list[tuple[Axis, ...]] = [("n",)]
+        dims += [("c",) if d == channel else (order.index(d),) for d in range(1, len(raw.shape))]
+        return Value(index, tuple(dims))
+
+    def weight(
+        self, value: Value, weight: Any, bias: Any, maps: LabelMaps, channels: int, dims: Dims, name: str
+    ) -> Value:
+        """Append a layer, with the law of its weights."""
+        weight, bias = self._own(weight, "weight", name), self._own(bias, "bias", name)
+        layer = weight.name.removesuffix(".weight")
+        fan_in = weight.tensor.numel() // channels
+        W = weight_statistics(weight.tensor)
+        b = None if bias is None else weight_statistics(bias.tensor)
+        if W.variance == 0 or not math.isfinite(W.variance) or W.distribution == "constant":
+            raise NotReadableError(
+                f"the weights of {layer!r} are {'all 0' if W.variance == 0 else 'no random numbers'}"
+            )
+        node = Weight(
+            (value.node,),
+            channels,
+            maps,
+            lambda_W=self._lambda(weight) * fan_in,
+            lambda_b=self._lambda(bias),
+            name=layer,
+        )
+        index = self.add(node, maps.outputs)
+        self._drawn[index] = (W, b, fan_in)
+        return Value(index, dims)
+
+    def _own(self, given: Any, what: str, name: str) -> Any:
+        if given is None and what == "bias":
+            return None
+        if not isinstance(given, Parameter):
+            raise NotReadableError(
+                f"the {what} of {name} is computed (weight norm, low rank, a product); it must be a parameter itself"
+            )
+        if id(given.tensor) in self.used:
+            raise NotReadableError(
+                f"the parameter {given.name!r} is used twice; layers that share weights are not independent. Use seeds "
+                "(measure.statistics_over_seeds)"
+            )
+        self.used[id(given.tensor)] = given.name
+        return given
+
+    def own(self, given: Any, what: str, name: str) -> Any:
+        """Return a parameter that is used for the first time; None if there is none."""
+        return None if given is None else self._own(given, what, name)
+
+    def _lambda(self, parameter: Parameter | None) -> float:
+        if parameter is None or not parameter.tensor.requires_grad:
+            return 0.0
+        if self.lambdas is None:
+            return 1.0
+        if parameter.name not in self.lambdas:
+            raise ValueError(f"lambdas: no value for {parameter.name!r} given; give one for every trainable parameter")
+        return float(self.lambdas[parameter.name])
+
+    def rate(self, parameter: Parameter | None) -> float:
+        """Return lambda of a parameter; 0 without."""
+        return self._lambda(parameter)
+
+    def finished(self, output: Any) -> Architecture:
+        """Return the architecture, whose output is what the forward returns."""
+        (given,) = output.args
+        leaves = given if isinstance(given, list | tuple) else [given]
+        if len(leaves) != 1 or not isinstance(self.value(leaves[0]), Value):
+            raise NotReadableError("the forward must return one tensor that depends on weights, (N, C)")
+        value = self.value(leaves[0])
+        last = [node for node in self.nodes if isinstance(node, Weight)]
+        if not last or [dim for dim in value.dims if dim] not in ([("n",), ("c",)], [("c",)]):
+            raise NotReadableError("the output is not (N, C): flatten or pool positions in front of a last Linear")
+        try:
+            return Architecture(self._with_laws()[: value.node + 1])
+        except ValueError as error:
+            raise NotReadableError(str(error).removeprefix("nodes: ")) from error
+
+    def _with_laws(self) -> list[Node]:
+        """The nodes with C_W, C_b and laws; few numbers are torch's default draws where another layer's are."""
+        shown = any(_by_default(W, fan_in) for W, _, fan_in in self._drawn.values())
+        nodes = list(self.nodes)
+        for index, (W, b, fan_in) in self._drawn.items():
+            node = nodes[index]
+            assert isinstance(node, Weight)
+            C_W, weight_law = _weight_law(W, fan_in, node.channels, shown)
+            C_b, bias_law = _bias_law(b, fan_in, shown)
+            nodes[index] = replace(node, C_W=C_W, C_b=C_b, weight_law=weight_law, bias_law=bias_law)
+        return nodes
+
+
+def _constant(tensor: Tensor) -> Raw:
+    return Raw(lambda x: tensor, tuple(tensor.shape), False)
+
+
+def _by_default(one: WeightStatistics, fan_in: int) -> bool:
+    """Whether numbers are uniform within torch's default bound."""
+    return one.distribution == "uniform" and one.largest <= (1 + 1e-6) / math.sqrt(fan_in)
+
+
+def _may_be_default(one: WeightStatistics, fan_in: int, shown: bool) -> bool:
+    few = shown and one.distribution == "too few to tell"
+    return _by_default(one, fan_in) or (few and one.largest <= (1 + 1e-6) / math.sqrt(fan_in))
+
+
+def _weight_law(W: WeightStatistics, fan_in: int, channels: int, shown: bool) -> tuple[float, Law]:
+    """C_W by the value of a usual rule, where it is within the error: torch's default, LeCun, He, Glorot."""
+    if _may_be_default(W, fan_in, shown) and abs(fan_in * W.variance - 1 / 3) < 3 * fan_in * W.variance_error:
+        return 1 / 3, "uniform"
+    C_W, error = fan_in * W.variance, fan_in * W.variance_error
+    rules = [1 / 3, 1.0, 2.0, 2 * fan_in / (fan_in + channels), fan_in / channels, 2 * fan_in / channels]
+    near = min(rules, key=lambda rule: abs(rule - C_W))
+    return (near if abs(near - C_W) < 3 * error else C_W), _law(W)
+
+
+def _bias_law(b: WeightStatistics | None, fan_in: int, shown: bool) -> tuple[float, Law]:
+    if b is None or b.variance == 0:
+        return 0.0, "gaussian"
+    if _may_be_default(b, fan_in, shown):
+        return 1 / (3 * fan_in), "uniform"
+    law = _law(b)
+    return b.variance, "gaussian" if law == "orthogonal" else law
+
+
+def _law(one: WeightStatistics) -> Law:
+    """The law that the theory takes: Gaussian where it knows no better."""
+    return next((law for law in LAWS if law == one.distribution), "gaussian")
+
+
+def view_dims(dims: Dims, sizes: Mapping[Axis, int], shape: Sequence[int]) -> Dims | None:
+    """Return the axes of the dimensions after a reshape; None if it splits one."""
+    left = [axis for dim in dims for axis in dim if sizes[axis] > 1]
+    found: list[tuple[Axis, ...]] = []
+    for size in shape:
+        dim: list[Axis] = []
+        product = 1
+        while product < size and left:
+            dim.append(left.pop(0))
+            product *= sizes[dim[-1]]
+        if product != size:
+            return None
+        found.append(tuple(dim))
+    return None if left else tuple(found)
+
+
+_VIEWS = {
+    "view", "reshape", "flatten", "permute", "transpose", "t", "squeeze", "unsqueeze", "alias", "select", "slice",
+    "expand", "movedim", "unflatten", "narrow", "to", "contiguous", "detach", "dropout", "identity",
+}  # fmt: skip
+"""Operations whose result can share memory with what they read."""

@@ -1,0 +1,220 @@
+"""Kernels and their spread over seeds for any architecture that can be read: the public face."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_eft.results.presentation.result import Result
+from torch_eft.results.trajectory import Validity
+from torch_eft.theory.architecture.closed import ClosedKernels, Samples, obstacle
+from torch_eft.theory.architecture.neurons import Neurons
+from torch_eft.theory.architecture.nodes import Add, Architecture, Data, Norm, Weight
+from torch_eft.theory.architecture.spread import PopulationMoments, influences, population_moments
+from torch_eft.theory.signal_propagation.regimes import EDGE, TOO_DEEP
+
+_REPLICAS = 4
+_FEWEST_IN_A_GROUP = 16
+"""Neurons of a norm's group from which order 1/n was found good (corrections go like groups / n)."""
+
+
+@dataclass(frozen=True, repr=False)
+class ArchitectureStatistics(Result):
+    """A network at initialization: kernels at infinite width, and how much networks differ from seed to seed.
+
+    Args:
+        K: Kernel of every population by its name, averaged over positions, and of an output as ``"output"``; (N, N).
+        Theta: NTK of one output at infinite width, (N, N).
+        ntk_relative_sd: Standard deviation over seeds of every entry of one output's NTK, over its mean, (N, N).
+        ntk_trace_relative_sd: The same of the trace of the NTK, over inputs and outputs.
+        epsilon: Var G / (E G)^2, G the variance of an output given everything below the last layer; mean over inputs.
+        shares: The part of the variance of one output's NTK, averaged over inputs, that the neurons of each population
+            make; they add up to 1.
+        validity: Where these hold.
+        error: Standard errors of ``ntk_relative_sd``, ``ntk_trace_relative_sd`` and ``epsilon`` by the neurons drawn.
+    """
+
+    K: Mapping[str, Tensor]
+    Theta: Tensor
+    ntk_relative_sd: Tensor
+    ntk_trace_relative_sd: float
+    epsilon: float
+    shares: Mapping[str, float]
+    validity: Validity
+    error: Mapping[str, Tensor]
+
+
+def architecture_statistics(
+    architecture: Architecture, x: Tensor, *, num_samples: int = 8192, seed: int = 0
+) -> ArchitectureStatistics:
+    """Kernels of an architecture at infinite width, and their spread over seeds at its widths.
+
+    Args:
+        architecture: As ``read_architecture`` returns it, or built of nodes.
+        x: Inputs, (N, ...), a few: the cost of the spread grows as N^2.
+        num_samples: Neurons drawn of every population.
+        seed: Of these draws; the global random state is left alone.
+
+    Returns:
+        The statistics, float64.
+
+    Raises:
+        ValueError: If the inputs do not fit, or the architecture has no closed form.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+        >>> x = torch.eye(3)[:2]
+        >>> statistics = theory.architecture_statistics(theory.read_architecture(model, x), x)
+        >>> statistics.Theta.shape, list(statistics.shares)
+        (torch.Size([2, 2]), ['0'])
+    """
+    data = prepare(architecture, x)
+    if (reason := obstacle(architecture)) is not None:
+        raise ValueError(f"architecture: {reason}; use seeds (measure.statistics_over_seeds)")
+    if num_samples < 2 * _REPLICAS:
+        raise ValueError(f"num_samples: {num_samples} given; give at least {2 * _REPLICAS}")
+    N = len(x)
+    samples = Samples.all_pairs(N)
+    with torch.no_grad():
+        kernels = ClosedKernels(architecture, data, samples)
+        Theta = _matrix(kernels.ntk(), samples, N)
+    neurons = Neurons(kernels, N, torch.Generator(device=Theta.device).manual_seed(seed))
+    pairs = [(int(a), int(b)) for a, b in zip(samples.rows, samples.columns, strict=True)]
+    found = [influences(architecture, data, [a] if a == b else [a, b]) for a, b in pairs]
+    alone = [index for index, (a, b) in enumerate(pairs) if a == b]
+    observables = [H for _, H in found] + [found[index][0] for index in alone]
+    count = num_samples // _REPLICAS
+    moments = {
+        population: population_moments(neurons, population, observables, alone, count, _REPLICAS)
+        for population in architecture.hidden
+    }
+    K = _kernels_by_name(architecture, kernels, N)
+    return _result(architecture, K, Theta, samples, moments)
+
+
+def prepare(architecture: Architecture, x: Tensor) -> dict[int, Tensor]:
+    """Return what every ``Data`` node holds, (N, P, channels), float64.
+
+    Raises:
+        ValueError: If the inputs have another shape than the node, or are not finite.
+    """
+    if not isinstance(x, Tensor) or x.ndim < 2 or len(x) == 0:
+        given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x: {given} given; give inputs (N, ...), N >= 1")
+    found = {}
+    for index, node in enumerate(architecture.nodes):
+        if isinstance(node, Data):
+            value = (x if node.prepare is None else node.prepare(x)).detach().double()
+            wanted = (len(x), *node.positions, node.channels)
+            if tuple(value.shape) != wanted:
+                raise ValueError(f"x: {node.name!r} is {tuple(value.shape)} for these inputs; it was read as {wanted}")
+            if not bool(value.isfinite().all()):
+                raise ValueError("x: contains NaN or infinite values; inputs must be finite")
+            found[index] = value.reshape(len(x), math.prod(node.positions), node.channels)
+    return found
+
+
+def _matrix(values: Tensor, samples: Samples, number: int) -> Tensor:
+    full = values.new_zeros(number, number)
+    full[samples.rows, samples.columns] = values
+    full[samples.columns, samples.rows] = values
+    return full
+
+
+def population_name(architecture: Architecture, population: int) -> str:
+    """Return the name of a population's weight; of a stream, of its first and last."""
+    names = [
+        node.name
+        for node, p in zip(architecture.nodes, architecture.populations, strict=True)
+        if p == population and isinstance(node, Weight)
+    ]
+    return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} (stream)"
+
+
+def _kernels_by_name(architecture: Architecture, kernels: ClosedKernels, number: int) -> dict[str, Tensor]:
+    found = {}
+    for population in architecture.hidden:
+        last = max(
+            index
+            for index, p in enumerate(architecture.populations)
+            if p == population and isinstance(architecture.nodes[index], Weight | Add)
+        )
+        same = kernels.K[last].diagonal(dim1=-2, dim2=-1).mean(-1)
+        found[population_name(architecture, population)] = _matrix(same, kernels.samples, number)
+    found["output"] = _matrix(kernels.output_kernel, kernels.samples, number)
+    return found
+
+
+def _result(
+    architecture: Architecture,
+    K: dict[str, Tensor],
+    Theta: Tensor,
+    samples: Samples,
+    moments: dict[int, PopulationMoments],
+) -> ArchitectureStatistics:
+    N, outputs, pairs = len(Theta), architecture.output, len(samples.rows)
+    zero = Theta.new_zeros(_REPLICAS, pairs + N)
+    one, total = zero, Theta.new_zeros(_REPLICAS, 2)
+    parts = {}
+    for population, found in moments.items():
+        n = architecture.hidden[population]
+        one, total = one + found.one / n, total + found.total / n
+        parts[population_name(architecture, population)] = float(found.total[:, 0].mean() / n)
+    variance, size = one[:, :pairs], Theta[samples.rows, samples.columns].abs()
+    sd, sd_error = _root(variance, size)
+    trace, trace_error = _root(
+        (total[:, 1] + (total[:, 0] - total[:, 1]) / outputs)[:, None], Theta.diagonal().mean()[None]
+    )
+    relative = (one[:, pairs:] / K["output"].diagonal().square()).mean(1)
+    whole = sum(parts.values())
+    shares = {name: part / whole if whole > 0 else 0.0 for name, part in parts.items()}
+    return ArchitectureStatistics(
+        K=K,
+        Theta=Theta,
+        ntk_relative_sd=_matrix(sd, samples, N),
+        ntk_trace_relative_sd=float(trace),
+        epsilon=float(relative.mean()),
+        shares=shares,
+        validity=_validity(architecture, float(relative.mean()), float(sd[samples.rows == samples.columns].max())),
+        error={
+            "ntk_relative_sd": _matrix(sd_error, samples, N),
+            "ntk_trace_relative_sd": trace_error[0],
+            "epsilon": relative.std() / math.sqrt(_REPLICAS),
+        },
+    )
+
+
+def _root(variance: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Relative standard deviation and its error, from replicas of the variance."""
+    mean = variance.mean(0).clamp_min(0)
+    sd = mean.sqrt()
+    spread = variance.std(0) / math.sqrt(len(variance))
+    safe = torch.where(sd > 0, sd, 1.0)
+    return torch.where(size > 0, sd / size, 0.0), torch.where(size > 0, spread / (2 * safe) / size, 0.0)
+
+
+def _validity(architecture: Architecture, epsilon: float, sd: float) -> Validity:
+    numbers = {"epsilon": epsilon, "ntk_relative_sd": sd}
+    largest = max(epsilon, sd**2)
+    reasons = [f"order 1/n; relative variances: G {epsilon:.3g}, NTK of one output {sd**2:.3g}"]
+    flag = "invalid" if largest >= TOO_DEEP else "caution" if largest >= EDGE else "valid"
+    if flag != "valid":
+        reasons.append("the next order is as large as these: use wider layers, or fewer")
+    crowded = [
+        (architecture.widths[p] / node.groups, node.name)
+        for node, p in zip(architecture.nodes, architecture.populations, strict=True)
+        if isinstance(node, Norm) and node.groups > 1
+    ]
+    if crowded and min(crowded)[0] < _FEWEST_IN_A_GROUP:
+        size, name = min(crowded)
+        numbers["neurons_in_a_group"] = size
+        reasons.append(
+            f"{name!r} has {size:g} channels in a group: corrections go like groups / channels, expect some 10 %; use "
+            "fewer groups"
+        )
+        flag = "caution" if flag == "valid" else flag
+    return Validity(flag, reasons, numbers)  # type: ignore[arg-type]
