@@ -56,9 +56,11 @@ def test_what_is_kept_of_a_network_is_found_again(monkeypatch):
     def own(z):
         return 2 * z
 
+    estimate = measure.ntk_estimate(model, x, output_fn=own, outputs="probes:4", seconds=True)
     for _ in range(3):
         measure.ntk(model, x, output_fn=own, outputs="probes:4")
     assert len(calls) == 1
+    assert estimate.seconds > 0 and f" in {estimate.seconds:.2g} s (" in str(estimate)
 
 
 def kernels(outputs, steps=10):

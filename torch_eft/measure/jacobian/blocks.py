@@ -1,11 +1,20 @@
 """Blocks of samples: how many fit into memory, and Gram matrices J_m lambda J_n^T added up block by block."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from torch_eft.measure.jacobian.gram import Factor, Orders, mirror
+from torch_eft.measure.forward.isolation import IsolatedModel
+from torch_eft.measure.jacobian.factors import jacobian_factors
+from torch_eft.measure.jacobian.gram import DenseFactor, Factor, Orders, TiedFactor, mirror
+from torch_eft.measure.jacobian.gram.products import product
+from torch_eft.measure.jacobian.plan import JacobianPlan, sample_count, slice_of
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,7 @@ class Estimate:
         block: Samples in a block; all of them if they fit.
         blocks: Number of blocks; of b blocks, b (b + 1) / 2 pairs are computed.
         total: The peak, without the network itself.
+        seconds: How long it will take, on this machine as it is; None where that was not asked for.
 
     Example:
         >>> from torch_eft import measure
@@ -30,18 +40,106 @@ class Estimate:
     block: int
     blocks: int
     total: int
+    seconds: float | None = None
 
     def __str__(self) -> str:
         """Return one line with sizes in GiB or MiB."""
+        seconds = "" if self.seconds is None else f" in {self.seconds:.2g} s"
         return (
-            f"{readable(self.total)} ({readable(self.kernels)} for the kernels, {readable(self.sample)} per sample, "
-            f"{self.blocks} block{'s' if self.blocks > 1 else ''} of {self.block} samples)"
+            f"{readable(self.total)}{seconds} ({readable(self.kernels)} for the kernels, {readable(self.sample)} per "
+            f"sample, {self.blocks} block{'s' if self.blocks > 1 else ''} of {self.block} samples)"
         )
 
 
 def readable(count: float) -> str:
     """Return bytes as text in GiB or MiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.2g} MiB"
+
+
+def seconds_of(
+    network: IsolatedModel, inputs: Any, trainable: Sequence[str], plan: JacobianPlan, estimate: Estimate
+) -> float:
+    """Estimate how long J lambda J^T takes: passes timed on one sample and one output, products by the machine's rate.
+
+    Args:
+        network: The network.
+        inputs: All samples, where the network is.
+        trainable: Names of the parameters.
+        plan: How their Jacobians are computed.
+        estimate: The memory, and with it the blocks.
+
+    Returns:
+        Seconds, without what is done once for a network: finding out how its parameters are used.
+    """
+    C, N = plan.outputs, sample_count(inputs)
+    own, block = network.output_fn, min(N, estimate.block)
+    single = replace(network, output_fn=lambda z: (z if own is None else own(z))[:, :1])
+    device = network.params[trainable[0]].device
+    before, both, factors = _passes(network, single, slice_of(inputs, 0, 1), trainable, plan, device)
+    if both < 3 * _SHORT:  # the first passes of a process take longer
+        before, both, factors = _passes(network, single, slice_of(inputs, 0, 1), trainable, plan, device)
+    passes, samples = before + C * max(both - before, 0.0), 1
+    if both < _SHORT and block > 1:  # a sample is not what the rest is a multiple of
+        samples = block
+        before, both, _ = _passes(network, single, slice_of(inputs, 0, block), trainable, plan, device)
+        passes = before + C * max(both - before, 0.0)
+        if passes < _SHORT:  # outputs go through together
+            some = slice_of(inputs, 0, block)
+            passes = min(_timed(lambda: jacobian_factors(network, some, trainable, plan), device)[1] for _ in range(2))
+    square = torch.ones(_SQUARE, _SQUARE, dtype=factors[0].tensors[-1].dtype, device=device)
+    spent = min(_timed(lambda: product(square, square), device)[1] for _ in range(2))
+    products = sum(_multiplications(factor, C, N) for factor in factors) * spent / _SQUARE**3
+    taken = block * estimate.blocks * (estimate.blocks + 1) / 2
+    return passes * taken / samples + products + 2 * both * N / samples  # at last the checks
+
+
+_SQUARE = 512
+_SHORT = 0.1  # seconds
+
+
+def _passes(
+    network: IsolatedModel,
+    single: IsolatedModel,
+    inputs: Any,
+    trainable: Sequence[str],
+    plan: JacobianPlan,
+    device: Any,
+) -> tuple[float, float, list[Factor]]:
+    """The time of a forward, that of it with the pass of one output back, and the factors of that."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return network(network.params, inputs)
+
+    _, before = _timed(forward, device)
+    factors, both = _timed(lambda: jacobian_factors(single, inputs, trainable, replace(plan, outputs=1)), device)
+    return before, both, factors
+
+
+def _timed(compute: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = compute()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def _multiplications(factor: Factor, outputs: int, samples: int) -> float:
+    """Of the Gram matrix of ``outputs`` and ``samples``, from the factor of one output and one sample."""
+    if isinstance(factor, DenseFactor):
+        return 0.5 * (outputs * samples) ** 2 * factor.tensors[0].shape[2]
+    if isinstance(factor, TiedFactor):
+        return sum(_multiplications(part, outputs, samples) for part in (factor.matrix, factor.table))
+    g, inputs = factor.gradients[0][0], factor.inputs[0]
+    assert inputs is not None
+    many = replace(
+        factor,
+        inputs=(inputs.expand(samples, *inputs.shape[1:]),),
+        gradients=((g.expand(samples, *g.shape[1:]),) * outputs,),
+    )
+    return many.multiplications()
 
 
 class GramBlocks:

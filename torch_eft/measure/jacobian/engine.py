@@ -23,7 +23,7 @@ from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.kinks import bounded_norms, cut_operations, kink_sides
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import Probe
-from torch_eft.measure.jacobian.blocks import Estimate, GramBlocks, readable, summed_over_outputs
+from torch_eft.measure.jacobian.blocks import Estimate, GramBlocks, readable, seconds_of, summed_over_outputs
 from torch_eft.measure.jacobian.factors import jacobian_factors
 from torch_eft.measure.jacobian.fallback import reverse_factors
 from torch_eft.measure.jacobian.gram import Factor, Orders
@@ -340,6 +340,17 @@ class JacobianGram:
             )
         blocks = math.ceil(count / block)
         return Estimate(sample, result, block, blocks, result + 2 * block * sample)
+
+    def timed(self, estimate: Estimate) -> Estimate:
+        """Return an estimate with the time that the NTK takes; the plan at hand is kept for it."""
+        if not self.trainable or self._like.device.type == "meta":
+            return estimate
+        try:
+            seconds = seconds_of(self.network, self.inputs, self.trainable, self.plan, estimate)
+        except ChangedUseError:  # the plan does not hold, and another one will be made
+            return estimate
+        self._remember()
+        return replace(estimate, seconds=seconds)
 
     # ---- computing
 

@@ -136,6 +136,7 @@ def ntk_estimate(
     output_fn: OutputFn | None = None,
     memory: int = DEFAULT_MEMORY,
     outputs: str | None = None,
+    seconds: bool = False,
 ) -> Estimate:
     """Estimate the memory that ``ntk`` will take, without computing it; arguments and errors as there.
 
@@ -147,6 +148,8 @@ def ntk_estimate(
         output_fn: See ``ntk``.
         memory: See ``ntk``.
         outputs: See ``ntk``.
+        seconds: Estimate the time too, by a forward and a backward pass of one sample. What is found out about the
+            network is kept, so that ``ntk`` need not find it out again.
 
     Returns:
         Bytes of the result, of one sample and of all, and the blocks in which it will be computed.
@@ -160,7 +163,8 @@ def ntk_estimate(
     """
     with isolated(model, output_fn) as network:
         engine = JacobianGram(projected(network, outputs), as_probe(x), lambdas, memory)
-        return engine.estimate(outputs=1 if trace else None)
+        estimate = engine.estimate(outputs=1 if trace else None)
+        return engine.timed(estimate) if seconds else estimate
 
 
 def too_large(

@@ -310,9 +310,9 @@ class Network:
         """Return how each parameter's Jacobian is computed; see ``measure.coverage``."""
         return coverage(self.current, self.probe, lambdas=self.lambdas, output_fn=self._within["output_fn"])
 
-    def estimate(self, *, trace: bool = False) -> Estimate:
-        """Return the memory that ``ntk`` takes; see ``measure.ntk_estimate``."""
-        return ntk_estimate(self.current, self.probe, trace=trace, **self._within)
+    def estimate(self, *, trace: bool = False, seconds: bool = False) -> Estimate:
+        """Return the memory that ``ntk`` takes, and the time; see ``measure.ntk_estimate``."""
+        return ntk_estimate(self.current, self.probe, trace=trace, seconds=seconds, **self._within)
 
     def snapshot(self, plan: Plan) -> Snapshot:
         """Return what a plan asks for; see ``measure.take_snapshot``."""

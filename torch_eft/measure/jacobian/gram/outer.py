@@ -156,6 +156,16 @@ class OuterProductFactor:
             for pair, value in out.items():
                 add_mixed(value, self, columns, pair, scale, symmetric and pair[0] == pair[1])
 
+    def multiplications(self) -> float:
+        """Return how many the Gram matrix of J_0 with itself takes, roughly."""
+        C, N, T, E = self.size
+        if self._one_place and T == 1:
+            return 0.5 * (C * N) ** 2 * E
+        pairs: tuple[Orders, ...] = ((0, 0),)
+        if self._explicit_is_cheaper(self, pairs):
+            return explicit_cost(self, self, pairs)
+        return mixed_cost(self, self, pairs)
+
     _one_place: ClassVar[bool] = True
 
     def _explicit_is_cheaper(self, columns: "OuterProductFactor", pairs: Collection[Orders]) -> bool:
@@ -173,6 +183,11 @@ class EmbeddingFactor(OuterProductFactor):
     rows_of_table: int = 0
 
     _one_place: ClassVar[bool] = False
+
+    def multiplications(self) -> float:
+        """Return how many the Gram matrix of J_0 with itself takes, roughly."""
+        C, N, T, E = self.size
+        return 0.5 * C * N * N * T * E * (T + C)
 
     def _explicit_is_cheaper(self, columns: OuterProductFactor, pairs: Collection[Orders]) -> bool:
         return False
