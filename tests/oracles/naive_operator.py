@@ -68,13 +68,16 @@ def with_outputs(tensors, outputs):
 
 
 def cumulants(t, outputs):
-    """All cumulants that enter, on combined indices, from vertices ``{name: tensor}`` in printed order."""
+    """All cumulants that enter, on combined indices, from vertices ``{name: tensor}`` in printed order.
+
+    E_zzzz .. E_ddII, where they are given, where all four outputs are one.
+    """
     one_two, one_three, one_four = ((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))
 
     def of(*terms):
         return with_outputs(terms, outputs)
 
-    return {
+    found = {
         "G1": of((t["G1"], (0, 1), ((0, 1),))),
         "Theta1": of((t["Theta1"], (0, 1), ((0, 1),))),
         "HH": of((t["A"], (0, 1, 2, 3), one_two), (t["B"], (0, 2, 1, 3), one_three), (t["B"], (0, 3, 1, 2), one_four)),
@@ -89,6 +92,10 @@ def cumulants(t, outputs):
             (t["V"], (0, 1, 2, 3), one_two), (t["V"], (0, 2, 1, 3), one_three), (t["V"], (0, 3, 1, 2), one_four)
         ),
     }
+    for name in ("zzzz", "zzH", "HH", "dHz", "ddI", "ddII"):
+        if f"E_{name}" in t:
+            found[name] = found[name] + of((t[f"E_{name}"], (0, 1, 2, 3), ((0, 1), (1, 2), (2, 3))))
+    return found
 
 
 def gaussian_nodes(K):

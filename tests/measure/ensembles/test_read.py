@@ -50,17 +50,24 @@ def test_default_initialization_is_a_third_and_uniform():
     model = mlp((100, 400, 400, 10), nn.ReLU)
     read = measure.read_ensemble(model)
     assert read.activation.name == "relu"
-    for C_W, error in zip(read.C_W, read.errors["C_W"], strict=True):
-        assert abs(C_W - 1 / 3) < 4 * error
+    assert list(read.C_W) == pytest.approx([1 / 3] * 3, rel=1e-12)
+    assert list(read.C_b) == pytest.approx([1 / 300, 1 / 1200, 1 / 1200], rel=1e-12)
+    assert read.errors["C_W"] == (0.0,) * 3
+    narrower = mlp((100, 400, 400, 10), nn.ReLU)
+    with torch.no_grad():
+        for layer in narrower[::2]:
+            layer.weight.mul_(0.95)  # uniform too, and no draw of nn.Linear
+    for C_W, error in zip((other := measure.read_ensemble(narrower)).C_W, other.errors["C_W"], strict=True):
+        assert abs(C_W - 0.95**2 / 3) < 4 * error
     assert weight_statistics(model[2].weight).excess_kurtosis == pytest.approx(-1.2, abs=0.02)
 
 
 def test_laws_are_read_and_few_numbers_drawn_by_torch_are_known():
-    """Two output biases say nothing of C_b; that every other layer is as nn.Linear draws it does."""
+    """Two output biases say nothing of C_b; that layers are as nn.Linear draws them does."""
     torch.manual_seed(0)
     read = measure.read_ensemble(mlp((20, 200, 200, 2)))
     assert read.C_b[2] == pytest.approx(1 / 600)
-    assert read.errors["C_b"][2] == 0 < read.errors["C_b"][1]
+    assert read.errors["C_b"] == (0.0,) * 3
     model = mlp((20, 200, 200, 2))
     for layer in model[::2]:
         nn.init.trunc_normal_(layer.weight, std=0.1, a=-0.2, b=0.2)

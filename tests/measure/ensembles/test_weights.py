@@ -140,7 +140,7 @@ def test_the_remark_on_orthogonal_weights_is_true(activation, gain, nu):
     read = measure.read_ensemble(model)
     assert kinds(model) == ("orthogonal",) * depth
     assert read.errors["C_W"] == (0.0,) * depth
-    assert "the theory's Gaussian 1/n vertices are wrong for them" in read.remarks[0]
+    assert "V, F and B of order 1/n have their own recursions" in read.remarks[0]
     x = torch.full((1, width), 1.0)
     found = statistics_over_seeds(model, x, num_networks=1000, statistics=("K", "V"), initialize=initialize)
     K = float(found.mean["K"])

@@ -8,6 +8,7 @@ from torch_eft.theory import (
     MLPEnsemble,
     exact_statistics,
     expected_drift,
+    initial_statistics,
     output_fluctuation,
     seed_spread,
 )
@@ -220,10 +221,8 @@ def test_expected_drift_counts_uniform_output_weights():
     W = drawn("uniform", 1 / 6, (count, 2), generator)
     z = W @ x + drawn("uniform", 1 / 6, (count,), generator)
     moment, error = mean_and_error(s(z) * s(z, 1).square() * s(z, 2))
-    from torch_eft.theory.estimates.expected_drift import _single_neuron
-
     Theta = 1 + 2.0  # lambda_b + lambda_W |x|^2 / n_0
-    found = _single_neuron(ensemble, x[None])[0]
+    found = float(initial_statistics(ensemble, x[None], statistics=("E_dHz",))[-1].E_dHz)
     assert abs(found - -1.2 / 9 * Theta**2 * moment) < 0.03 * abs(found) + 4 * 1.2 / 9 * Theta**2 * error
     assert expected_drift(ensemble).at_rest != expected_drift(default([2, n, 1], "tanh", "gaussian")).at_rest
 

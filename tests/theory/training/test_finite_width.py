@@ -9,7 +9,7 @@ from tests.oracles.naive_operator import first_order
 from torch_eft import Training
 from torch_eft.theory import MLPEnsemble, initial_statistics, predict_training
 from torch_eft.theory.initialization.estimators import Replicas
-from torch_eft.theory.initialization.evaluator import SYMMETRIES, printed_labels
+from torch_eft.theory.initialization.evaluator import SINGLE_NEURON, SYMMETRIES, printed_labels
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
 from torch_eft.theory.training.corrections.mean_output import mean_output
@@ -143,6 +143,36 @@ def test_covariance_is_that_of_the_naive_operator(case):
     expected = (naive["zz"] - cross - cross.mT).reshape(len(STEPS), count, OUTPUTS, count, OUTPUTS)
     expected = expected.permute(0, 1, 3, 2, 4)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+def test_uniform_read_out_weights_are_those_of_the_naive_operator():
+    """E_zzzz .. E_ddII, where all outputs are one, enter the operator as they are, and the theory output by output."""
+    ensemble = MLPEnsemble([3, 20, 2], "tanh", C_b=0.01, C_W=1.5, lambda_b=0.3, weight_law="uniform")
+    x = torch.randn(PROBES + TRAIN, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    y = torch.randn(TRAIN, OUTPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    last = initial_statistics(ensemble, x, statistics=(*NAMES, *SINGLE_NEURON))[-1]
+    tensors = {name: getattr(last, name) for name in (*NAMES, *SINGLE_NEURON)}
+    naive = first_order(last.K, last.Theta, tensors, y, PROBES, OUTPUTS, PLAIN, STEPS.tolist())
+    finite = FiniteWidthTraining(FrozenTraining(ensemble, x[PROBES:], y, x[:PROBES], PLAIN))
+
+    def on_points(value):
+        return value.reshape(len(STEPS), PROBES + TRAIN, OUTPUTS, PROBES + TRAIN, OUTPUTS).permute(0, 1, 3, 2, 4)
+
+    cross = torch.einsum("ta,tb->tab", naive["z"], naive["z0"])
+    covariance = on_points(naive["zz"] - cross - cross.mT)[:, :PROBES, :PROBES]
+    Theta1 = torch.einsum("xy,ij->xyij", tensors["Theta1"], torch.eye(OUTPUTS, dtype=torch.float64))
+    drift = (on_points(naive["H"]) - Theta1)[:, :PROBES, :PROBES]
+    mean = naive["z"].reshape(len(STEPS), PROBES + TRAIN, OUTPUTS)
+    for found, expected in (
+        (finite.mean_output(STEPS).value, mean),
+        (finite.covariance(STEPS).value, covariance),
+        (finite.ntk_change(STEPS).value, drift),
+        (finite.ntk_trace_drift(STEPS)[0], drift.diagonal(dim1=3, dim2=4).mean(3)),
+    ):
+        torch.testing.assert_close(20 * found, expected, rtol=0, atol=1e-8 * float(expected.abs().max()))
+    without = ntk_change(finite.vertices, finite.path, PROBES, STEPS)[0]
+    assert float((without - drift).norm()) > 0.03 * float(drift.norm())  # they are not small
 
 
 def corrections(vertices, path, steps):

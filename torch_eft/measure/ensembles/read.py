@@ -128,11 +128,11 @@ def read_ensemble(
 def _as_torch_draws(
     linear: list[nn.Linear], weights: Sequence[WeightStatistics], biases: Sequence[WeightStatistics | None]
 ) -> tuple[list[WeightStatistics], list[WeightStatistics]]:
-    """Statistics of weights and biases, where a few numbers drawn by ``nn.Linear`` are taken for what they are.
+    """Statistics of weights and biases, where numbers drawn by ``nn.Linear`` are taken for what they are.
 
-    Its weights and biases are uniform within 1/sqrt(n_in). Of ten biases the mean square is good to 30 %, and the law
-    is not known; where another layer's weights show that initialization, and these are within its bound, its
-    variance 1 / (3 n_in) is known.
+    Its weights and biases are uniform within 1/sqrt(n_in), so that their variance, 1 / (3 n_in), is known, while the
+    mean square of ten biases is good to 30 %. Where a layer's weights show that initialization, uniform numbers of that
+    bound have this variance, and so have numbers within it that are too few to tell.
 
     Returns:
         Of the weights and of the biases, layer by layer.
@@ -146,7 +146,8 @@ def _as_torch_draws(
     def told(one: WeightStatistics | None, bound: float) -> WeightStatistics:
         if one is None or one.variance == 0:
             return absent
-        if shown and one.distribution == "too few to tell" and one.largest <= bound * (1 + 1e-6):
+        few = one.distribution == "too few to tell" and one.largest <= bound * (1 + 1e-6)
+        if shown and (few or (one.distribution == "uniform" and _within(one, bound))):
             return WeightStatistics(bound**2 / 3, 0.0, -1.2, "uniform", one.largest)
         return one
 

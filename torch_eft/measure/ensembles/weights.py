@@ -1,7 +1,7 @@
 """Says how the distribution of a layer's weights changes the theory.
 
-The theory's vertices are those of independent Gaussian weights. Independent weights with another fourth moment, uniform
-ones above all, change single neurons only; orthogonal weights, which are dependent, change the vertices themselves
+Independent weights with another fourth moment than Gaussian ones, uniform ones above all, change single neurons only;
+orthogonal weights, which are dependent, change the vertices themselves
 (PDLT 2.3 and 4.1 use the Gaussian fourth moment; the statements below were checked against drawn networks).
 """
 
@@ -35,9 +35,8 @@ def remarks(
             sentences.append(f"{_layers(kinds, kind)}: {_independent(kind, weights, kinds, x)}")
     if "orthogonal" in kinds:
         sentences.append(
-            f"{_layers(kinds, 'orthogonal')}: orthogonal weights, which are not independent: the theory's Gaussian 1/n "
-            "vertices are wrong for them in training and for several inputs; K and Theta at infinite width are right, "
-            "and epsilon and the spread of one input have their own vertices: "
+            f"{_layers(kinds, 'orthogonal')}: orthogonal weights, which are not independent: K and Theta at infinite "
+            "width are those of Gaussian ones, V, F and B of order 1/n have their own recursions; for one input "
             "V' = chi_par^2 V + C_W^2 (<s^4> - 3 <s^2>^2) with V = -2 K^2 at the first layer, so that V / K^2 stays of "
             "order 1 for tanh and linear (nu = 0 instead of 2/3 and 2) and grows with nu = 3 instead of 5 for ReLU"
         )
@@ -59,8 +58,8 @@ def remarks(
         )
         sentences.append(
             f"{_layers(odd, True)}: the biases are not Gaussian, which gives preactivations the excess kurtosis "
-            f"k4 (C_b / K)^2 at any width (k4 that of the biases), up to {kurtosis:.2g} here; the spread of one input "
-            "counts it where they are uniform or truncated normal, the theory of training takes 0"
+            f"k4 (C_b / K)^2 at any width (k4 that of the biases), up to {kurtosis:.2g} here; the theory counts it "
+            "where they are uniform or truncated normal, and takes 0 for others"
         )
     return tuple(sentences)
 
@@ -76,8 +75,7 @@ def _independent(kind: str, weights: Sequence[WeightStatistics], kinds: Sequence
         "neurons only, the last layer's excess kurtosis by k4 C_W^2 <s^4> / (n K^2) and the variance of its H_ii by "
         "k4 C_W^2 <s'^4> Theta^2 / n (Theta of the layer before), and V by a relative 1/n; "
     )
-    counted = "the spread of one input counts it, the theory of training takes Gaussian weights"
-    text += "the theory takes them as Gaussian" if kind == "other" else counted
+    text += "the theory takes them as Gaussian" if kind == "other" else "the theory counts it"
     if kinds[0] == kind:
         rows = x.detach().double().flatten(1)
         share = rows.pow(4).sum(1) / rows.square().sum(1).square().clamp_min(1e-300)

@@ -7,10 +7,7 @@ P .. U of that input, G = n_L K + |y|^2 = E sum_i (z_i - y_i)^2 at the start and
                                      + (phi^2 Cij + psi 2 (S + U)) |y|^2 / n_L,
     PQ = 2 (P + n_L Q + Q),    Cpp = R + S,    Cqq = 2 T,    Cij = 2 R + T + U,
 
-where weights of the output layer with the excess kurtosis k4 add, with < . > of the last hidden layer, 2 E_1 to PQ,
-E_2 + E_3 to Cij and E_3 to S + U,
-
-    E_1 = k4 C_W^2 <s s'^2 s''> Theta^2,    E_2 = k4 C_W^2 <s'^3 s'''> Theta^3,    E_3 = k4 C_W^2 <s'^2 s''^2> Theta^3.
+where weights of the output layer that are not Gaussian add 2 E_dHz to PQ, E_ddI + E_ddII to Cij and E_ddII to S + U.
 
 This is the one-mode case of ``corrections.ntk_change`` (from the GD hierarchy of PDLT chapter infinity). Linear in
 |y|^2: the slope against the loss that the target adds is the drift per unit of loss decrease; the rest, at y = 0, is
@@ -26,18 +23,14 @@ from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.learning_rates import layer_gains, layer_shares
-from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
 from torch_eft.theory.initialization.infinite_width import check_inputs
 from torch_eft.theory.initialization.statistics import initial_statistics
-from torch_eft.theory.signal_propagation.preactivations import (
-    first_preactivations,
-    input_moments,
-    next_preactivations,
-)
 from torch_eft.theory.signal_propagation.regimes import TOO_DEEP
 
 DEEPEST = 32
 """Depth beyond which the vertices P .. U are not evaluated: it takes seconds, and r is then rarely small."""
+
+_VERTICES = ("P", "Q", "R", "S", "T", "U", "E_dHz", "E_ddI", "E_ddII")
 
 LARGEST = 1e6
 """Largest kernel for which they are evaluated: the number of quadrature points grows as its square root."""
@@ -126,45 +119,20 @@ def expected_drift(ensemble: MLPEnsemble, x: Tensor | None = None) -> ExpectedDr
         reason = f"P .. U are not evaluated for kernels beyond {LARGEST:g}"
         return ExpectedDrift(None, None, None, motion, None, _validity(ensemble, motion, None, reason))
     try:
-        last = initial_statistics(ensemble, x, statistics=("P", "Q", "R", "S", "T", "U"), check_validity=False)[-1]
+        last = initial_statistics(ensemble, x, statistics=_VERTICES, check_validity=False)[-1]
     except ValueError as error:  # an input that vanishes, or an integrand too sharp for the quadrature of P .. U
         return ExpectedDrift(None, None, None, motion, None, Validity("invalid", str(error)))
-    P, Q, R, S, T, U = (float(value.flatten()[0]) for value in _tensors(last.P, last.Q, last.R, last.S, last.T, last.U))
+    values = [getattr(last, name) for name in _VERTICES]
+    P, Q, R, S, T, U, E_1, E_2, E_3 = (float(value.flatten()[0]) for value in values)
     phi, psi = 1 / Theta, 1 / (2 * Theta**2)
-    E_1, E_2, E_3 = _single_neuron(ensemble, x)
     PQ, Cpp, Cqq = 2 * (P + outputs * Q + Q) + 2 * E_1, R + S, 2 * T
     Cij, SU = 2 * R + T + U + E_2 + E_3, S + U + E_3
     target = phi**2 * (Cpp + Cij / outputs) + psi * (Cqq + 2 * SU / outputs)
     start = -PQ * phi + phi**2 * (Cpp * outputs + Cij) * K + psi * (Cqq * outputs + 2 * SU) * K
     rest, unit = start / (n * Theta), (start + target * outputs) / (n * Theta)
     reason = "order 1/n, mean over initializations, one training input, gradient flow on squared error"
-    if "orthogonal" in ensemble.weight_law:
-        reason += ", orthogonal weights taken as independent ones"
     validity = _validity(ensemble, motion, unit, reason)
     return ExpectedDrift(2 * target / (n * Theta), rest, unit, motion, abs(unit), validity)
-
-
-def _single_neuron(ensemble: MLPEnsemble, x: Tensor) -> tuple[float, float, float]:
-    """E_1, E_2, E_3 of the output layer."""
-    k4 = EXCESS_KURTOSIS[ensemble.weight_law[-1]]
-    if not k4:
-        return 0.0, 0.0, 0.0
-    size, quartic = input_moments(ensemble, x)
-    z, s = first_preactivations(ensemble, size, quartic), ensemble.activation
-    Theta = ensemble.lambda_b[0] + ensemble.lambda_W[0] * size
-    for index in range(1, ensemble.depth - 1):
-        weight, slope = ensemble.lambda_W[index] * z.variance, ensemble.C_W[index] * z.slope_power(2)
-        Theta = ensemble.lambda_b[index] + weight + slope * Theta
-        z = next_preactivations(ensemble, z, index + 1)
-    factor = k4 * ensemble.C_W[-1] ** 2 * Theta**2
-    one = z.mean(lambda t: s(t) * s(t, 1).square() * s(t, 2))
-    two = z.mean(lambda t: s(t, 1) ** 3 * s(t, 3)) * Theta
-    three = z.mean(lambda t: (s(t, 1) * s(t, 2)).square()) * Theta
-    return float(factor * one), float(factor * two), float(factor * three)
-
-
-def _tensors(*values: Tensor | None) -> list[Tensor]:
-    return [value for value in values if value is not None]
 
 
 def _validity(ensemble: MLPEnsemble, motion: float, drift: float | None, reason: str) -> Validity:

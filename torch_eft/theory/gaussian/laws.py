@@ -45,13 +45,14 @@ EXCESS_KURTOSIS: dict[Law, float] = {
 """<w^4> / <w^2>^2 - 3 of independent numbers."""
 
 
-def bias_nodes(law: Law, variance: float, like: Tensor) -> tuple[Tensor, Tensor] | None:
+def bias_nodes(law: Law, variance: float, like: Tensor, smooth: bool = True) -> tuple[Tensor, Tensor] | None:
     """Values of a bias of mean 0 and their probabilities, which integrate over its law.
 
     Args:
         law: Of the bias.
         variance: C_b.
         like: Gives dtype and device.
+        smooth: Whether what is integrated is smooth on the scale of 1, as an activation without a kink is.
 
     Returns:
         (nodes,) each; None where the bias is Gaussian or 0, and adds its variance to that of the sum over weights.
@@ -59,7 +60,9 @@ def bias_nodes(law: Law, variance: float, like: Tensor) -> tuple[Tensor, Tensor]
     if law == "gaussian" or variance == 0:
         return None
     bound = (math.sqrt(3.0) if law == "uniform" else TRUNCATED_BOUND) * math.sqrt(variance)
-    nodes, weights = numpy.polynomial.legendre.leggauss(next(count for most, count in _NODES if bound <= most))
+    nodes, weights = numpy.polynomial.legendre.leggauss(
+        next(count for most, count in _NODES if bound <= most) if smooth else _NODES[-1][1]
+    )
     if law == "truncated normal":
         weights = weights * numpy.exp(-((_CUT * nodes) ** 2) / 2)
     values, weight = like.new_tensor(nodes), like.new_tensor(weights / weights.sum())

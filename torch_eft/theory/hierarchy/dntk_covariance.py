@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_eft.theory.hidden_layers.statistics import HiddenStatistics, Observable
 from torch_eft.theory.initialization.evaluator import Vertices
+from torch_eft.theory.initialization.vertex_tiles import single_neuron_part
 
 Pairing = tuple[tuple[int, int], ...]
 Key = tuple[str, int, str]
@@ -128,7 +129,9 @@ def read_forms(v: Vertices, word: str, outputs: int, hidden_ntk: bool) -> Iterat
     depth = v.ensemble.depth
 
     def at(name: str, labels: str) -> Tensor:
-        return v.array(name, depth, labels)
+        value = v.array(name, depth, labels)
+        # Of one output all pairings are equal: what its weights add if they are not Gaussian is a part of P, R and S.
+        return value + single_neuron_part(v, name, depth, labels) if outputs == 1 else value
 
     parts = {
         "alpha": at("P", word) + at("Q", y + c + x + d),

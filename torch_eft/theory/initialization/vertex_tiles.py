@@ -8,7 +8,7 @@ far below the sampling error.
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch_eft.results.progress.work import worked
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.four_point_moments import Factor, FourPointMoments, exact_mean, products
+from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
 from torch_eft.theory.gaussian.points import (
     MOST_QUADRATURE_LABELS,
     Points,
@@ -26,7 +27,7 @@ from torch_eft.theory.gaussian.points import (
 from torch_eft.theory.gaussian.scale_invariant import Orders
 from torch_eft.theory.gaussian.two_point_moments import Kinks, SmoothPairs, TwoPointMoments
 from torch_eft.theory.initialization.estimators import RECURSIONS, ReplicaKind, Replicas, vertex_replicas
-from torch_eft.theory.initialization.evaluator import LabelSets, VertexSource, Vertices, full_tensor
+from torch_eft.theory.initialization.evaluator import SINGLE_NEURON, LabelSets, VertexSource, Vertices, full_tensor
 from torch_eft.theory.initialization.infinite_width import InfiniteWidthLayers, infinite_width
 from torch_eft.theory.initialization.neuron.moments import AnyPoints, MixedMoments, neuron_spacings, piece_sample
 from torch_eft.theory.initialization.neuron.pairs import MixedPairs, as_gaussian
@@ -92,6 +93,10 @@ class VertexTiles:
         label_sets = self._placed(label_sets)
         return self._sampled(label_sets) if self.sampled else self._summed(label_sets)
 
+    def single_neurons(self) -> "SingleNeuronTiles | None":
+        """What weights of the output layer that are not Gaussian add to cumulants of one output; None for others."""
+        return SingleNeuronTiles(self) if EXCESS_KURTOSIS[self.ensemble.weight_law[-1]] else None
+
     def _placed(self, label_sets: LabelSets) -> LabelSets:
         """The sets among the different points; labels of one set keep sharing one tensor object."""
         if self._place is None:
@@ -132,6 +137,84 @@ class VertexTiles:
                 points = sample_points(self._distinct[0][m - 1], self._size, seed)
                 self._moments[replica, m] = _PairedMoments(self.ensemble.activation, points, self._single[2][m - 1])
         return self._moments[replica, m]
+
+
+class SingleNeuronTiles:
+    """Vertices of a network with one output that have no more than E_zzzz .. E_ddII.
+
+    Where all outputs are one, the pairings of an index structure are equal, and these six cumulants can be written as
+    vertices: V = E_zzzz / 3, D = E_zzH, A = E_HH, P = E_dHz, R = E_ddI / 3, S = E_ddII, the others 0. What they add to
+    an observable that is linear in vertices is that of a network with this one output.
+
+    Args:
+        tiles: The vertices.
+    """
+
+    def __init__(self, tiles: VertexTiles) -> None:
+        self._tiles = tiles
+        self.depth, self.kind, self.sampled = tiles.depth, tiles.kind, tiles.sampled
+
+    def replicas(self, label_sets: LabelSets) -> Replicas[VertexSource]:
+        """Evaluators on sets of labels, to be combined."""
+        members = self._tiles.replicas(label_sets).members
+        return Replicas(self.kind, (_SingleNeuron(member, len(label_sets)) for member in members))
+
+
+_SINGLE_NEURON = {
+    "V": ("E_zzzz", 1 / 3),
+    "D": ("E_zzH", 1.0),
+    "A": ("E_HH", 1.0),
+    "P": ("E_dHz", 1.0),
+    "R": ("E_ddI", 1 / 3),
+    "S": ("E_ddII", 1.0),
+}
+
+
+def single_neuron_part(source: VertexSource, name: str, layer: int, labels: str) -> Tensor | float:
+    """What is added to a vertex of a network with one output, see ``SingleNeuronTiles``.
+
+    Args:
+        source: The vertices.
+        name: Of the vertex.
+        layer: L.
+        labels: As printed.
+
+    Returns:
+        A broadcast array, or 0.
+    """
+    if name not in _SINGLE_NEURON:
+        return 0.0
+    added, share = _SINGLE_NEURON[name]
+    return share * source.array(added, layer, labels)
+
+
+class _SingleNeuron:
+    def __init__(self, source: VertexSource, axes: int) -> None:
+        self._source, self._axes = source, axes
+
+    def array(self, name: str, layer: int, labels: str) -> Tensor:
+        """The vertex for the printed labels."""
+        value = single_neuron_part(self._source, name, layer, labels)
+        if isinstance(value, Tensor):
+            return value
+        return self._source.array("E_zzzz", layer, labels[:1] * 4).new_zeros([1] * self._axes)
+
+
+def with_single_neurons(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Vertices of a network with one output, E_zzzz .. E_ddII among them, in which these are counted.
+
+    Args:
+        tensors: ``{name: vertex}``, labels as printed.
+
+    Returns:
+        The same without E_zzzz .. E_ddII.
+    """
+    added = {name: share * tensors[source] for name, (source, share) in _SINGLE_NEURON.items()}
+    return {
+        name: value + added[name] if name in added else value
+        for name, value in tensors.items()
+        if name not in SINGLE_NEURON
+    }
 
 
 def _places(x: Tensor) -> Tensor | None:

@@ -248,7 +248,7 @@ def _layer(ensemble: MLPEnsemble, index: int, g: Tensor, cumulant: Tensor | None
         activation=ensemble.activation,
         K=C_b + g,
         g=g if law != "gaussian" and C_b > 0 else C_b + g,
-        nodes=bias_nodes(law, C_b, g),
+        nodes=bias_nodes(law, C_b, g, smooth=not ensemble.activation.kinked),
         cumulant=cumulant,
         bias_cumulant=EXCESS_KURTOSIS[law] * C_b**2,
     )

@@ -8,6 +8,8 @@ with z(0). To order 1/n (Wick contraction of the cumulants at the start, derived
 
 where every e(0) in the response of z_x(t) to H, dH, ddI and ddII is replaced by w: r is how z_x(t) responds to H. Other
 outputs and the targets drop out: kappa_4 is the same for all outputs and targets. At t = 0 it is 3 V / n (PDLT 4.3).
+Weights that are not Gaussian count within the vertices, as those of a network with one output; a bias that is not adds
+(<b^4> - 3 C_b^2) (sum J)^4 at order 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,7 @@ from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.training import Training, as_training
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
 from torch_eft.theory.signal_propagation.regimes import first_order_validity
 from torch_eft.theory.training.corrections.correction import CORRECTIONS, provenance
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
@@ -112,8 +115,11 @@ def predict_fourth_cumulant(
     y = torch.zeros(len(x_train), ensemble.widths[-1], dtype=torch.float64, device=x_train.device)
     frozen = FrozenTraining(ensemble, x_train, y, x_probe, training)
     finite = FiniteWidthTraining(frozen, num_samples=num_samples, num_replicas=num_replicas, seed=seed)
-    tensors, error = all_vertices(finite.vertices)
+    tensors, error = all_vertices(finite.vertices, one_output=True)
     value = fourth_cumulant(frozen, tensors, frozen.probes, times) / ensemble.widths[-2]
+    # An output's bias is one number for all points: its cumulant is there at any width.
+    bias = EXCESS_KURTOSIS[ensemble.bias_law[-1]] * ensemble.C_b[-1] ** 2
+    value = value + bias * frozen.response(times, frozen.probes).sum(2) ** 4
     variance = frozen.output(times)[1].diagonal(dim1=1, dim2=2)
     notes = ["any targets"]
     if finite.vertices.sampled:

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Validity
+from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
 from torch_eft.theory.hierarchy.drift.forms import AllForms, FormReader
 from torch_eft.theory.hierarchy.drift.joint import JointForms
 from torch_eft.theory.hierarchy.drift.law import DriftForms
 from torch_eft.theory.hierarchy.drift.paths import DrawnTraining
 from torch_eft.theory.hierarchy.drift.result import ContractedSize, DriftForecast, JointLaw, KernelDrift, NTKDrift
+from torch_eft.theory.initialization.neuron.remarks import bias_kurtosis, counted_laws
 from torch_eft.theory.training.infinite_width import FrozenTraining
 
 Frozen = FrozenTraining | DrawnTraining
@@ -150,12 +152,27 @@ def result(
         *contracted,
         errors,
         f"one network's drift at leading order in 1/n, n = {frozen.ensemble.widths[-2]}, {frozen.ensemble}; "
-        f"{training.describe()}{note}",
+        f"{'; '.join([training.describe(), *_laws(frozen)])}{note}",
         validity,
         joint,
         given,
         z,
     )
+
+
+def _laws(frozen: Frozen) -> list[str]:
+    """How weights and biases that are not Gaussian enter, in words."""
+    ensemble = frozen.ensemble
+    sentences = list(counted_laws(ensemble, first_order=True))
+    if EXCESS_KURTOSIS[ensemble.weight_law[-1]]:
+        several = "the mean drift of one output and the covariance of the dNTK take"
+        taken = "the covariance of the dNTK takes" if frozen.outputs == 1 else several
+        sentences.append(f"{taken} the read-out's weights as Gaussian")
+    if "orthogonal" in ensemble.weight_law:
+        sentences.append("the covariance of the dNTK takes orthogonal weights as independent ones")
+    if bias_kurtosis(ensemble, frozen.K):
+        sentences.append("outputs at the start are taken as Gaussian, whatever the law of their bias")
+    return sentences
 
 
 def check_outputs(z: Tensor, frozen: Frozen) -> None:

@@ -44,6 +44,20 @@ def counted_laws(ensemble: MLPEnsemble, first_order: bool) -> tuple[str, ...]:
     return tuple(sentences)
 
 
+def bias_kurtosis(ensemble: MLPEnsemble, K: Tensor) -> float:
+    """The largest excess kurtosis that the bias of an output gives it, at any width; 0 where it is Gaussian.
+
+    Args:
+        ensemble: The ensemble.
+        K: Kernel of the outputs, (N, N).
+
+    Returns:
+        Negative or 0.
+    """
+    cumulant = EXCESS_KURTOSIS[ensemble.bias_law[-1]] * ensemble.C_b[-1] ** 2
+    return cumulant / float(K.diagonal().min()) ** 2 if cumulant else 0.0
+
+
 def check_kinked_biases(ensemble: MLPEnsemble, x: Tensor) -> None:
     """Refuse vertices of two slopes where the hidden biases are far from Gaussian.
 

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from torch_eft.theory.gaussian.laws import TRUNCATED_BOUND, TRUNCATED_VARIANCE, Law, bias_nodes
+from torch_eft.theory.gaussian.laws import TRUNCATED_BOUND, TRUNCATED_VARIANCE, Law
 from torch_eft.theory.gaussian.quadrature import gauss_legendre
 from torch_eft.theory.gaussian.scale_invariant import (
     Orders,
@@ -30,8 +30,8 @@ from torch_eft.theory.gaussian.scale_invariant import (
 )
 from torch_eft.theory.gaussian.two_point_moments import Kinks
 
-_ANGLES = 48
-"""Nodes of the integral over the correlation."""
+_ANGLES = 32
+"""Nodes of the integral over the correlation, and of that over the bias."""
 
 _NEARLY_PARALLEL = 1e-3
 """Sine of the angle between inputs below which a fourth cumulant, whose effect is proportional to it, is not counted:
@@ -105,9 +105,7 @@ def _absolute_and_sign(K: Tensor, law: Law, C_b: float) -> tuple[Tensor, Tensor]
     g = K - C_b
     rho, _, scale = correlation(g)
     deviation = g.diagonal().clamp_min(0.0).sqrt()
-    nodes = bias_nodes(law, C_b, K)
-    assert nodes is not None
-    b, probability = nodes
+    b, probability = _positive_nodes(law, C_b, K)
     ratio = b[:, None] / (math.sqrt(2.0) * deviation.clamp_min(_TINY))  # (nodes, N)
     erf, edge = torch.erf(ratio), torch.exp(-ratio.square())
     size = b[:, None] * erf + math.sqrt(2 / math.pi) * deviation * edge
@@ -134,12 +132,26 @@ def _absolute_and_sign(K: Tensor, law: Law, C_b: float) -> tuple[Tensor, Tensor]
 _TINY = 1e-150
 
 
+def _positive_nodes(law: Law, C_b: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and weights for even functions of the bias, crowded at 0: they may vary as fast as u is small."""
+    v, weights = gauss_legendre(_ANGLES, like)
+    v = (v + 1) / 2
+    bound, curvature = _bound_and_curvature(law, C_b)
+    b = bound * v**3
+    weights = weights * v**2 * torch.exp(-curvature * b.square())
+    return b, weights / weights.sum()
+
+
+def _bound_and_curvature(law: Law, C_b: float) -> tuple[float, float]:
+    """The density of the bias is proportional to exp(-curvature b^2) up to the bound."""
+    if law == "uniform":
+        return math.sqrt(3 * C_b), 0.0
+    return TRUNCATED_BOUND * math.sqrt(C_b), TRUNCATED_VARIANCE / (2 * C_b)
+
+
 def _mean_exponential(q: Tensor, law: Law, C_b: float) -> Tensor:
     """<exp(-b^2 q)> over the bias."""
-    if law == "uniform":
-        bound, curvature = math.sqrt(3 * C_b), 0.0
-    else:
-        bound, curvature = TRUNCATED_BOUND * math.sqrt(C_b), TRUNCATED_VARIANCE / (2 * C_b)
+    bound, curvature = _bound_and_curvature(law, C_b)
 
     def integral(rate: Tensor) -> Tensor:
         root = bound * rate.sqrt()

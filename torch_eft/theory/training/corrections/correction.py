@@ -10,6 +10,8 @@ from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Trajectory, Validity
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
+from torch_eft.theory.initialization.neuron.remarks import counted_laws
 
 CORRECTIONS = ("mean", "covariance", "ntk")
 """Names of the observables that order 1/n corrects."""
@@ -110,7 +112,10 @@ def provenance(
     if corrections:
         left = ", ".join(name for name in CORRECTIONS if name not in corrections)
         order = f"order 1/n, n = {ensemble.widths[-2]}" + (f" ({left} at order 0)" if left else "")
-    return "; ".join([f"{order}, {ensemble}, {training.describe()}", *notes])
+    laws = counted_laws(ensemble, bool(corrections))
+    if "covariance" in corrections and EXCESS_KURTOSIS[ensemble.bias_law[-1]] and ensemble.C_b[-1]:
+        laws += ("the covariance takes z(0) as Gaussian in its terms of order 1/n, whatever the outputs' bias",)
+    return "; ".join([f"{order}, {ensemble}, {training.describe()}", *laws, *notes])
 
 
 def relative_size(correction: Tensor, infinite_width: Tensor) -> float:

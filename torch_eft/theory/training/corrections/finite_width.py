@@ -8,7 +8,8 @@ number and to the Gram matrix of the targets, and nothing grows with n_L. Full-b
 which mix modes, are in ``sampled``.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Trajectory, Validity
 from torch_eft.theory.ensemble import MLPEnsemble
-from torch_eft.theory.initialization.vertex_tiles import VertexTiles
+from torch_eft.theory.initialization.vertex_tiles import SingleNeuronTiles, VertexTiles
 from torch_eft.theory.training.corrections.correction import Correction, corrected, provenance, sizes
 from torch_eft.theory.training.corrections.mean_output import mean_output
 from torch_eft.theory.training.corrections.ntk_change import ntk_change
@@ -76,6 +77,12 @@ class FiniteWidthTraining:
         self.path: InfiniteWidthPath = frozen
         self._memory = memory
         self._n = frozen.ensemble.widths[-2]
+        self._single = self.vertices.single_neurons()
+        # What the read-out's weights add where they are not Gaussian: each output by itself, with its own targets.
+        self._alone = [
+            InfiniteWidthPath(frozen.K, frozen.Theta, y[:, None], frozen.training)
+            for y in (frozen.y_train.T if self._single is not None else ())
+        ]
 
     def ntk_change(self, steps: Tensor) -> Correction:
         """Return E H(t) - E H(0) on the probe points, (T, N_p, N_p, n_L, n_L), with Theta1 / n as its initial part.
@@ -84,6 +91,7 @@ class FiniteWidthTraining:
             steps: (T,).
         """
         drift, error = ntk_change(self.vertices, self.path, self.probes, steps)
+        drift, error = self._with_single(lambda v, path: ntk_change(v, path, self.probes, steps), drift, error, 2)
         outputs = torch.eye(self.path.outputs, dtype=drift.dtype, device=drift.device)
         Theta = self.path.Theta[: self.probes, : self.probes, None, None] * outputs
         initial = self.initial_ntk()[..., None, None] * outputs
@@ -99,6 +107,10 @@ class FiniteWidthTraining:
             (T, N_p, N_p), and the standard error of its entries (rms).
         """
         mean, error = ntk_change(self.vertices, self.path, self.probes, steps, trace=True)
+        for path in self._alone:
+            assert self._single is not None
+            added, other = ntk_change(self._single, path, self.probes, steps, trace=True)
+            mean, error = mean + added / len(self._alone), math.hypot(error, other / len(self._alone))
         return mean / self._n, error / self._n
 
     def mean_output(self, steps: Tensor) -> Correction:
@@ -109,6 +121,7 @@ class FiniteWidthTraining:
         """
         self._check_memory()
         value, error = mean_output(self.vertices, self.path, steps)
+        value, error = self._with_single(lambda v, path: mean_output(v, path, steps), value, error, 1)
         return Correction(value / self._n, error / self._n, self.path.mean_output(steps))
 
     def covariance(self, steps: Tensor) -> Correction:
@@ -119,6 +132,9 @@ class FiniteWidthTraining:
         """
         self._check_memory()
         value, error = output_covariance(self.vertices, self.path, self.probes, steps)
+        value, error = self._with_single(
+            lambda v, path: output_covariance(v, path, self.probes, steps), value, error, 2
+        )
         J = self.path.response(steps, self.probes)
         outputs = torch.eye(self.path.outputs, dtype=value.dtype, device=value.device)
         infinite_width = (J @ self.path.K @ J.mT)[..., None, None] * outputs
@@ -165,6 +181,22 @@ class FiniteWidthTraining:
             provenance(self.ensemble, training, list(corrections), notes),
             self.validity(sizes(corrections, steps), steps),
         )
+
+    def _with_single(
+        self,
+        correction: Callable[[SingleNeuronTiles, InfiniteWidthPath], tuple[Tensor, float]],
+        value: Tensor,
+        error: float,
+        axes: int,
+    ) -> tuple[Tensor, float]:
+        """Add to a correction what single neurons of the read-out do, on the diagonal of its axes of outputs."""
+        if self._single is None:
+            return value, error
+        added, errors = zip(*(correction(self._single, path) for path in self._alone), strict=True)
+        diagonal = torch.cat([one[..., 0] if axes == 2 else one for one in added], -1)
+        share = len(added) ** ((1 - axes) / 2)  # of the entries
+        error = math.hypot(error, share * math.hypot(*errors) / len(added) ** 0.5)
+        return value + (torch.diag_embed(diagonal) if axes == 2 else diagonal), error
 
     def _check_memory(self) -> None:
         train = len(self.path.U)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch_eft.results.progress.work import worked
 from torch_eft.theory.initialization.estimators import ReplicaMean
 from torch_eft.theory.initialization.evaluator import LabelSets, VertexSource
-from torch_eft.theory.initialization.vertex_tiles import VertexTiles, expanded
+from torch_eft.theory.initialization.vertex_tiles import SingleNeuronTiles, VertexTiles, expanded
 from torch_eft.theory.training.corrections.correction import with_outputs
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 
@@ -89,7 +89,12 @@ def _off_outputs(y: Tensor, Cij: Tensor, Sij: Tensor, Sji: Tensor, phi: Tensor, 
 
 
 def ntk_change(
-    vertices: VertexTiles, path: InfiniteWidthPath, probes: int, steps: Tensor, trace: bool = False, tile: int = 128
+    vertices: VertexTiles | SingleNeuronTiles,
+    path: InfiniteWidthPath,
+    probes: int,
+    steps: Tensor,
+    trace: bool = False,
+    tile: int = 128,
 ) -> tuple[Tensor, float]:
     """n_{L-1} times the mean drift of the NTK on the first ``probes`` points.
 
@@ -129,7 +134,7 @@ def probe_rows(probes: int, count: int) -> int:
 
 
 def rotated_combinations(
-    vertices: VertexTiles, path: InfiniteWidthPath, first: Tensor, second: Tensor, tile: int
+    vertices: VertexTiles | SingleNeuronTiles, path: InfiniteWidthPath, first: Tensor, second: Tensor, tile: int
 ) -> Iterator[list[Tensor]]:
     """The combinations of one tile of probe pairs with training labels rotated to modes, run by run."""
     train = path.train.split(tile)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from torch_eft.theory.gaussian.points import square_root
 from torch_eft.theory.initialization.estimators import RECURSIONS
-from torch_eft.theory.initialization.evaluator import FLUCTUATIONS, VertexSource, full_tensor
-from torch_eft.theory.initialization.vertex_tiles import VertexTiles
+from torch_eft.theory.initialization.evaluator import FLUCTUATIONS, SINGLE_NEURON, VertexSource, full_tensor
+from torch_eft.theory.initialization.vertex_tiles import VertexTiles, with_single_neurons
 from torch_eft.theory.training.sampled.dynamics import Fluctuation
 
 _ROUNDING = 1e-12
@@ -42,11 +42,13 @@ def draw_outputs(K: Tensor, outputs: int, count: int, generator: torch.Generator
     return torch.cat([z, -z])
 
 
-def all_vertices(vertices: VertexTiles) -> tuple[dict[str, Tensor], float]:
+def all_vertices(vertices: VertexTiles, one_output: bool) -> tuple[dict[str, Tensor], float]:
     """Every vertex of the output over all points.
 
     Args:
         vertices: The evaluators.
+        one_output: Whether they are to describe a single output: what read-out weights that are not Gaussian add to
+            its cumulants is then in V, D, A, P, R and S.
 
     Returns:
         ``{name: (N,) * 2 or (N,) * 4}``, labels as printed, and the largest standard error (rms) relative to the
@@ -55,13 +57,17 @@ def all_vertices(vertices: VertexTiles) -> tuple[dict[str, Tensor], float]:
     count = len(vertices.K)
     sets = dict.fromkeys("abcd", torch.arange(count, device=vertices.K.device))
 
+    single = one_output and vertices.single_neurons() is not None
+    left = {*FLUCTUATIONS, *(() if single else SINGLE_NEURON)}
+
     def read(source: VertexSource) -> Iterator[tuple[str, Tensor]]:
-        for name in [name for name in RECURSIONS if name not in FLUCTUATIONS]:
+        for name in [name for name in RECURSIONS if name not in left]:
             yield name, full_tensor(source, name, vertices.depth, count).double()
 
     results = vertices.replicas(sets).combined(read)
     worst = max(error / max(float(value.square().mean().sqrt()), 1e-300) for value, error in results.values())
-    return {name: value for name, (value, _) in results.items()}, worst
+    tensors = {name: value for name, (value, _) in results.items()}
+    return with_single_neurons(tensors) if single else tensors, worst
 
 
 class Fluctuations:

@@ -10,7 +10,9 @@ from torch_eft.results.progress.bar import counted
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Trajectory, Validity
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
 from torch_eft.theory.initialization.infinite_width import check_inputs, infinite_width
+from torch_eft.theory.initialization.neuron.remarks import bias_kurtosis
 from torch_eft.theory.initialization.vertex_tiles import VertexTiles
 from torch_eft.theory.signal_propagation.regimes import first_order_validity, infinite_width_validity
 from torch_eft.theory.training.corrections.correction import (
@@ -131,6 +133,7 @@ class SampledForecast:
             if name in corrections
         }
         notes = [note, "of the terms of order 1/n: " + ", ".join(f"{k} {v.error:.2g}" for k, v in wanted.items())]
+        notes += self._laws(True)
         if vertex_error > 0:
             notes.append(f"relative standard error of sampled vertices up to {vertex_error:.2g}")
         Theta = self.Theta[self._train :, self._train :]
@@ -144,6 +147,16 @@ class SampledForecast:
             provenance(self.ensemble, self._training, list(wanted), notes),
             self._validity(sizes(wanted, steps), noise, float(moved.max()) / self.ensemble.widths[-2]),
         )
+
+    def _laws(self, first_order: bool) -> list[str]:
+        """What is taken as Gaussian beside what every forecast names."""
+        notes = []
+        kurtosis = bias_kurtosis(self.ensemble, self.K)
+        if kurtosis:
+            notes.append(f"z(0) is drawn as Gaussian, its bias gives it the excess kurtosis {kurtosis:.2g}")
+        if first_order and EXCESS_KURTOSIS[self.ensemble.weight_law[-1]] and self._outputs > 1:
+            notes.append("the read-out's weights are taken as Gaussian in cumulants of one and the same output")
+        return notes
 
     @property
     def _identity(self) -> Tensor:
@@ -190,7 +203,7 @@ class SampledForecast:
             output_covariance=covariance,
             ntk_mean=Theta,
             ntk_change=Theta.new_zeros(1).expand(Theta.shape),
-            provenance=provenance(self.ensemble, self._training, notes=[note]),
+            provenance=provenance(self.ensemble, self._training, notes=[note, *self._laws(False)]),
             validity=infinite_width_validity(self.ensemble, self.x),
             train_output_mean=mean[:, self._train :],
         )
@@ -218,7 +231,8 @@ class SampledForecast:
                 f"{float(values[-1]):.2g}; outputs that nearly determine one another leave no density to expand. Drop "
                 "near-duplicate inputs, or use order=0"
             )
-        tensors, error = all_vertices(VertexTiles(self.ensemble, self._layers, num_samples, num_replicas, self._seed))
+        tiles = VertexTiles(self.ensemble, self._layers, num_samples, num_replicas, self._seed)
+        tensors, error = all_vertices(tiles, one_output=self._outputs == 1)
         return {name: value / self.ensemble.widths[-2] for name, value in tensors.items()}, error
 
     def _validity(self, term_sizes: dict[str, float], noise: dict[str, float], moved: float) -> Validity:
