@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from tests.measure.zoo import ZOO, Lambda, build, randn
@@ -15,6 +16,7 @@ from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import as_probe
 from torch_eft.measure.jacobian import capture, gram
 from torch_eft.measure.jacobian.engine import JacobianGram
+from torch_eft.measure.jets.jet import lift
 
 PAIRS = [(0, 0), (1, 0), (2, 0), (1, 1)]
 FALLBACK = {
@@ -126,6 +128,35 @@ def test_single_precision_takes_other_ways_to_the_same_kernel(layers, onednn, mo
     expected = measure.ntk(model, x), measure.dntk(model, x, direction=x.new_ones(2, 3))
     for value, exact in zip(found, expected, strict=True):
         assert float((value - exact).norm() / exact.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda affine: nn.GroupNorm(2, 6, affine=affine),
+        lambda affine: nn.BatchNorm2d(6, affine=affine).eval(),
+        lambda affine: nn.InstanceNorm2d(6, affine=affine),
+        lambda affine: nn.LayerNorm([5, 5], elementwise_affine=affine),
+        lambda affine: nn.RMSNorm([5, 5], elementwise_affine=affine),
+    ],
+    ids=["group", "batch", "instance", "layer", "rms"],
+)
+def test_what_is_recorded_has_the_numbers_of_the_forward(norm, affine):
+    """To the last bit: else units behind a normalization stand on another side of their kinks in a large network."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 6, 3), norm(affine), nn.ReLU()), torch.randn(16, 3, 7, 7)
+    if isinstance(model[1], nn.BatchNorm2d):
+        model[1].running_mean, model[1].running_var = torch.randn(6), torch.rand(6)
+    params = {name: value.detach() for name, value in model.named_parameters()}
+    expected = functional_call(model, params, (x,))
+    for given in (
+        {name: value.requires_grad_() for name, value in params.items()},
+        {name: lift(value.requires_grad_(), torch.randn(value.shape), 1) for name, value in params.items()},
+    ):
+        with capture.Capture(given):
+            found = functional_call(model, given, (x,))
+        assert torch.equal(getattr(found, "primal", found), expected)
 
 
 def test_crossed_derivatives_of_a_network_that_takes_reverse_mode():

@@ -255,3 +255,6 @@ WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Any]] = {
     **CELLS,
 }
 """Builtin function of torch -> its decomposition, which returns None where it cannot be written out."""
+
+NORMS = frozenset([torch.layer_norm, torch.rms_norm, torch.group_norm, torch.batch_norm, torch.instance_norm])
+"""Those of them that round otherwise than their decompositions."""

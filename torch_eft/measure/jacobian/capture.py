@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from torch_eft.measure.forward.decompositions import WRITTEN_OUT, without_dispatch
-from torch_eft.measure.jets.jet import Jet, coefficients_of, jet
+from torch_eft.measure.jets.jet import Jet, coefficients_of, jet, with_numbers_of
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
@@ -282,8 +282,15 @@ def _embedding(
     return capture.record("embedding", w, None, tokens, func(table, indices), rows=len(weight))
 
 
-def _scaled(capture: Capture, normalized: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Tensor:
-    """Return normalized * weight + bias, both brought to ``shape``."""
+def _scaled(
+    capture: Capture,
+    normalized: Any,
+    weight: Any,
+    bias: Any,
+    shape: Sequence[int],
+    fused: Callable[[Any], None] | None = None,
+) -> Tensor:
+    """Return normalized * weight + bias, both brought to ``shape``; ``fused`` puts other numbers into the result."""
     w, b = capture.name(weight), capture.name(bias)
     shape = (bias if weight is None else weight).reshape(shape).shape
     output = normalized
@@ -291,7 +298,14 @@ def _scaled(capture: Capture, normalized: Any, weight: Any, bias: Any, shape: Se
         output = output * (fresh(weight) if w else weight).reshape(shape)
     if bias is not None:
         output = output + (fresh(bias) if b else bias).reshape(shape)
+    if fused is not None:
+        fused(output)
     return capture.record("scale", w, b, normalized, output, shape=shape)
+
+
+def _numbers_of(func: Callable[..., Any], *args: Any) -> Callable[[Any], None]:
+    """Return what puts a fused operation's numbers into the result of its parts."""
+    return lambda output: with_numbers_of(output, func, *args)
 
 
 @_rule(torch.layer_norm)
@@ -308,7 +322,8 @@ def _layer_norm(
     if capture.name(weight) is None and capture.name(bias) is None:
         return None
     plain = func(input, normalized_shape, None, None, eps)
-    return _scaled(capture, plain, weight, bias, tuple(normalized_shape))
+    fused = _numbers_of(func, input, normalized_shape, weight, bias, eps)
+    return _scaled(capture, plain, weight, bias, tuple(normalized_shape), fused)
 
 
 @_rule(torch.rms_norm)
@@ -317,7 +332,8 @@ def _rms_norm(
 ) -> Tensor | None:
     if capture.name(weight) is None:
         return None
-    return _scaled(capture, func(input, normalized_shape, None, eps), weight, None, tuple(normalized_shape))
+    fused = _numbers_of(func, input, normalized_shape, weight, eps)
+    return _scaled(capture, func(input, normalized_shape, None, eps), weight, None, tuple(normalized_shape), fused)
 
 
 @_rule(torch.group_norm)
@@ -333,7 +349,8 @@ def _group_norm(
 ) -> Tensor | None:
     if capture.name(weight) is None and capture.name(bias) is None:
         return None
-    return _scaled(capture, func(input, num_groups, None, None, eps), weight, bias, _channels(input))
+    fused = _numbers_of(func, input, num_groups, weight, bias, eps)
+    return _scaled(capture, func(input, num_groups, None, None, eps), weight, bias, _channels(input), fused)
 
 
 def _channel_norm(
@@ -341,7 +358,9 @@ def _channel_norm(
 ) -> Tensor | None:
     if capture.name(weight) is None and capture.name(bias) is None:
         return None
-    return _scaled(capture, func(input, None, None, mean, variance, *others), weight, bias, _channels(input))
+    updates = mean is not None and bool(others and others[0])  # running statistics, once
+    fused = None if updates else _numbers_of(func, input, weight, bias, mean, variance, *others)
+    return _scaled(capture, func(input, None, None, mean, variance, *others), weight, bias, _channels(input), fused)
 
 
 _RULES[torch.batch_norm] = _RULES[torch.instance_norm] = _channel_norm

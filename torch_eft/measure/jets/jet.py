@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.decompositions import WRITTEN_OUT, without_dispatch
+from torch_eft.measure.forward.decompositions import NORMS, WRITTEN_OUT, without_dispatch
 from torch_eft.measure.jets.composed import COMPOSED
 from torch_eft.measure.jets.kinked import KINKED_RULES
 from torch_eft.measure.jets.linear import LINEAR_RULES, VIEWS
@@ -36,7 +36,7 @@ from torch_eft.measure.jets.names import COMPARISONS, CONSTANT, OF_THE_PRIMAL, S
 from torch_eft.measure.jets.series import NoJetRuleError, Series, note_kink, primal, watch_kinks
 from torch_eft.measure.jets.smooth import SMOOTH_RULES
 
-__all__ = ["MAX_ORDER", "Jet", "NoJetRuleError", "coefficients_of", "jet", "lift", "watch_kinks"]
+__all__ = ["MAX_ORDER", "Jet", "NoJetRuleError", "coefficients_of", "jet", "lift", "watch_kinks", "with_numbers_of"]
 
 MAX_ORDER = 3
 
@@ -114,6 +114,8 @@ class Jet(Tensor):
             raise _naming(func, error) from error
         if value is None and func in WRITTEN_OUT:
             raise NoJetRuleError(f"{name_of(func)}: it cannot be written out with these arguments (training mode?)")
+        if func in NORMS:
+            with_numbers_of(value, func, *args, **kwargs)
         return value
 
     @classmethod
@@ -148,6 +150,25 @@ def jet(coefficients: Sequence[Tensor | None]) -> Jet:
         shapes = [None if part is None else tuple(part.shape) for part in coefficients]
         raise ValueError(f"coefficients: the shapes {shapes} differ; they must be the same")
     return Jet(Series(coefficients))
+
+
+def with_numbers_of(value: Tensor, func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Put the very numbers of a fused operation into what it was written out as, whose gradients stay.
+
+    Else both differ by rounding, and of a large network some unit behind it stands on the other side of its kink: its
+    Jacobian is then another one than that of the network that trains.
+
+    Args:
+        value: The operation written out, a new tensor or jet.
+        func: One of ``NORMS``.
+        *args: Its arguments; of jets h_0 is taken.
+        **kwargs: Likewise.
+    """
+    first = value.primal if isinstance(value, Jet) else value
+    with torch.no_grad():
+        fused = func(*_primals(args), **_primals(kwargs))
+        if fused.shape == first.shape and fused.dtype == first.dtype:
+            first.copy_(fused)
 
 
 def lift(tensor: Tensor, tangent: Tensor | None, order: int) -> Jet:
