@@ -18,10 +18,10 @@ from tests.reliability.interruptions import fit as lightning_fit
 from tests.reliability.interruptions import light
 from tests.reliability.resumed_loops import HALF, SECONDS, STEPS, Run, same
 from torch_eft.callbacks import MeasurementWarning
-from torch_eft.live.instruments.dntk import DNTKInstrument
 from torch_eft.live.instruments.forecasts.instance import InstanceInstrument
 from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.interval import IntervalInstrument
+from torch_eft.live.instruments.steps.dntk import DNTKInstrument
 from torch_eft.measure.taylor.displacement import displacement_terms
 from torch_eft.tensorboard import tag
 

@@ -29,7 +29,10 @@ from torch_eft.measure.kernels.preconditioner import (
 from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
 from torch_eft.measure.kernels.random_outputs import Estimated, RandomOutputEstimates
 from torch_eft.measure.kernels.random_outputs import estimates as random_output_estimates
-from torch_eft.measure.kernels.sharpness import Sharpness, sharpness
+from torch_eft.measure.kernels.steps.gradient_noise import GradientNoise, gradient_noise
+from torch_eft.measure.kernels.steps.output_step import OutputStep, output_step
+from torch_eft.measure.kernels.steps.preconditioned_drift import PreconditionedDrift, preconditioned_drift
+from torch_eft.measure.kernels.steps.sharpness import Sharpness, sharpness
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Plan, Snapshot, take_snapshot
 from torch_eft.measure.representations.alignment import centered, effective_rank, linear_cka, target_alignment
@@ -63,6 +66,7 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "Estimated",
+    "GradientNoise",
     "LayerChange",
     "LearningRates",
     "MemoryLimitError",
@@ -73,8 +77,10 @@ __all__ = [
     "NotAnMLPError",
     "NotFiniteError",
     "OptimizerStep",
+    "OutputStep",
     "PerturbativeTaylorModel",
     "Plan",
+    "PreconditionedDrift",
     "Probe",
     "RandomOutputEstimates",
     "RelativeDNTK",
@@ -101,6 +107,7 @@ __all__ = [
     "displacement_terms",
     "dntk",
     "effective_rank",
+    "gradient_noise",
     "hidden_kernels",
     "kernel_distance",
     "kinked_operations",
@@ -119,6 +126,8 @@ __all__ = [
     "ntk_vjp",
     "optimizer_step",
     "output",
+    "output_step",
+    "preconditioned_drift",
     "preconditioner",
     "random_output_estimates",
     "read_ensemble",

@@ -233,6 +233,30 @@ QUANTITIES: dict[str, Quantity] = {
         "1 at order 1",
         INTERVALS,
     ),
+    "step_output": Quantity(
+        "Outputs: change by the next step",
+        "||z' - z|| / sqrt(N C) over one step; order 1: of J dtheta, dtheta by the optimizer's own rule",
+        "unit of the output",
+        "derived here, from the rules of torch.optim",
+        "order 1: outputs are linear in the parameters",
+        INTERVALS,
+    ),
+    "step_shares": Quantity(
+        "Outputs: what the next step's change is made of",
+        "<J dtheta_part, J dtheta> / ||J dtheta||^2, part: fresh gradient (-eta c H_P e of the batch), momentum, decay",
+        "1",
+        "derived here, from the rules of torch.optim",
+        "the same: the shares add up to 1",
+        INTERVALS,
+    ),
+    "step_output_error": Quantity(
+        "Outputs: error of that sum",
+        "||z' - z - J dtheta|| / ||z' - z||",
+        "1",
+        "derived here",
+        "0: outputs are linear in the parameters",
+        INTERVALS,
+    ),
     "interval_output": Quantity(
         "Output: what the frozen Jacobian leaves of its change over the last interval",
         "<z' - z - J d, c> / (||c|| ||J d||), c the Taylor terms of order 2 and 3 in the real displacement d; order 1: "

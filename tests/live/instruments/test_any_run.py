@@ -12,9 +12,9 @@ from tests.live.instruments.loop import data, fit, mlp
 from torch_eft import measure
 from torch_eft.live import Obstacle
 from torch_eft.live.instruments.common import too_many
-from torch_eft.live.instruments.dntk import DNTKInstrument
 from torch_eft.live.instruments.expansion import ExpansionInstrument
 from torch_eft.live.instruments.interval import IntervalInstrument
+from torch_eft.live.instruments.steps.dntk import DNTKInstrument
 from torch_eft.live.instruments.taylor import TaylorInstrument
 from torch_eft.live.instruments.trained_beside.shadow import ShadowInstrument
 from torch_eft.measure.taylor.displacement import displacement_terms, relative_dntk

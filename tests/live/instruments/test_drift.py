@@ -10,11 +10,11 @@ from tests.live.instruments.loop import data, fit, mlp
 from torch_eft import Training, measure, theory
 from torch_eft.forecast.comparison.drift import NUM_DRAWS, NUM_GIVEN, DriftComparison, joint_points
 from torch_eft.live import Observer
-from torch_eft.live.instruments.dntk import DNTKInstrument
 from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.interval import IntervalInstrument
 from torch_eft.live.instruments.ntk import NTKInstrument
 from torch_eft.live.instruments.representation import RepresentationInstrument
+from torch_eft.live.instruments.steps.dntk import DNTKInstrument
 from torch_eft.results.tags import BAND_90, GIVEN_START, GIVEN_START_BAND, QUANTILE, layer_theory_tag, tag
 
 X, Y, PROBE = data()

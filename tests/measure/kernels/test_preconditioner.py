@@ -1,6 +1,8 @@
 """Preconditioned kernels: the parts of a step add up to the step that is taken, and H_P is J lambda P J^T."""
 
 import copy
+import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,35 +156,87 @@ def test_every_kind_of_factor_takes_a_number_for_every_number():
     torch.testing.assert_close(product, torch.einsum("abij,bj->ai", expected, e), rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Nesterov", "Lion", "RMSprop, centered, momentum"])
-def test_one_step_of_the_outputs_is_the_sum_of_the_parts_to_second_order(name):
-    """Bookkeeping of a step: its error is that of linearizing, which falls as the square of the step."""
-    model, optimizer, gradients = list(steps(name))[-1]
-    x = torch.randn(4, 3, dtype=torch.float64)
+class Convolutional(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 4, 3),
+            nn.GroupNorm(2, 4),
+            nn.GELU(),
+            nn.Conv2d(4, 4, 3),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        )
+        self.x = torch.randn(6, 1, 6, 6, dtype=torch.float64)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3)
+        self.x = torch.randint(0, 7, (6, 4))
+
+    def forward(self, tokens):
+        return self.head(self.layers(self.embed(tokens)).mean(1))
+
+
+class Perceptron(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.x = torch.randn(6, 3, dtype=torch.float64)
+
+
+def halved(step):
+    parts = {part: {name: value / 2 for name, value in getattr(step, part).items()} for part in PARTS}
+    return replace(step, learning_rate=step.learning_rate / 2, **parts)
+
+
+PARTS = ("fresh", "momentum", "decay")
+
+
+@pytest.mark.parametrize("network_of", [Perceptron, Convolutional, Attending])
+def test_one_step_of_the_outputs_is_the_sum_of_its_parts_to_second_order(network_of):
+    """For every optimizer, after three steps: the error is that of linearizing, which falls as the square of eta."""
+    torch.manual_seed(0)
+    start = network_of().double()
+    for name, make in OPTIMIZERS.items():
+        model = copy.deepcopy(start)
+        optimizer = make(list(model.parameters()))
+        for count in range(4):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(model.x), torch.arange(6) % 3).backward()
+            if count < 3:
+                optimizer.step()
+        step = measure.optimizer_step(model, optimizer, {key: p.grad for key, p in model.named_parameters()})
+        with measure.Network(model, model.x) as bound:
+            found, half = (measure.output_step(bound.current, model.x, each) for each in (step, halved(step)))
+        errors = [float((each.change - each.predicted).norm()) for each in (found, half)]
+        assert errors[0] / errors[1] == pytest.approx(4, rel=0.35), name
+        assert sum(found.shares.values()) == pytest.approx(1) and found.error < 0.5
+        for part in PARTS:  # J times the part, by hand
+            if network_of is Perceptron:
+                J, shape = jacobian(model, model.x)
+                vector = torch.cat([getattr(step, part)[key].flatten() for key, _ in model.named_parameters()])
+                torch.testing.assert_close(getattr(found, part), (J @ vector).view(shape), rtol=1e-9, atol=1e-12)
+        before = model(model.x).detach()
+        optimizer.step()
+        torch.testing.assert_close(model(model.x).detach() - before, found.change, rtol=1e-5, atol=1e-7)
+
+
+def test_the_fresh_part_is_the_preconditioned_kernel_times_the_errors():
+    """-eta c H_P e, with the batch's own samples as columns."""
+    model, optimizer, gradients = list(steps("AdamW"))[-1]
     step = measure.optimizer_step(model, optimizer, gradients)
-    J, shape = jacobian(model, x)
-    before = model(x).detach()
-
-    def vector(parts):
-        return torch.cat([parts[name].flatten() for name, _ in model.named_parameters()])
-
-    linear = (J @ (vector(step.fresh) + vector(step.momentum) + vector(step.decay))).view(shape)
-    errors = []
-    for scale in (1.0, 0.5):
-        moved = copy.deepcopy(model)
-        with torch.no_grad():
-            for parameter, p in moved.named_parameters():
-                p += scale * step.total[parameter]
-        errors.append(float((moved(x).detach() - before - scale * linear).norm()))
-    assert errors[0] / errors[1] == pytest.approx(4, rel=0.3)
-    if name == "AdamW":  # the fresh part by the kernel: -eta c H_P e
-        xs = torch.cat([x, torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))])
-        z = model(xs[4:]).detach().requires_grad_()
-        (z.square().mean() + z.sum()).backward()
-        H_P = measure.ntk(model, x, other=xs[4:], lambdas=step.preconditioner)
-        c = step.share["0.weight"]
-        fresh = -step.learning_rate * c * torch.einsum("abij,bj->ai", H_P, z.grad)
-        torch.testing.assert_close(fresh, (J @ vector(step.fresh)).view(shape), rtol=1e-10, atol=1e-12)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    batch = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    z = model(batch).detach().requires_grad_()
+    (z.square().mean() + z.sum()).backward()
+    H_P = measure.ntk(model, x, other=batch, lambdas=step.preconditioner)
+    expected = -step.learning_rate * step.share["0.weight"] * torch.einsum("abij,bj->ai", H_P, z.grad)
+    torch.testing.assert_close(measure.output_step(model, x, step).fresh, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_heavy_ball_is_stable_below_its_bound_and_not_above():
@@ -312,3 +366,42 @@ def test_wrong_arguments_are_answered_in_words():
     still.step()
     with pytest.raises(ValueError, match=f"P of '{name}' is not finite in float64: .* give the optimizer a larger eps"):
         measure.ntk(model, torch.ones(1, 3, dtype=torch.float64), preconditioner=still)
+
+
+def test_the_drift_of_the_preconditioned_kernel_is_that_by_P_and_that_by_J():
+    before, after = (list(steps("AdamW", count))[-1] for count in (2, 4))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    P_0, P = (measure.preconditioner(model, optimizer) for model, optimizer, _ in (before, after))
+    found = measure.preconditioned_drift(network(), x, before[0], after[0], P_0, P)
+    H_P = [measure.ntk(model, x, lambdas=each) for (model, *_), each in ((before, P_0), (after, P))]
+    torch.testing.assert_close(found.change, H_P[1] - H_P[0], rtol=1e-10, atol=1e-12)
+    assert found.drift == pytest.approx(float(measure.relative_change(H_P[1], H_P[0])))
+    assert sum(found.shares.values()) == pytest.approx(1)
+    of_P = measure.preconditioned_drift(network(), x, before[0], before[0], P_0, P)
+    of_J = measure.preconditioned_drift(network(), x, before[0], after[0], P_0, P_0)
+    assert not of_P.by_jacobian.any() and not of_J.by_preconditioner.any()
+    torch.testing.assert_close(of_J.change, measure.ntk(after[0], x, lambdas=P_0) - H_P[0], rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_noise_is_that_of_all_batches():
+    """Every batch of 2 out of 5, each taken as a step of a network that is linear in its parameters."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    x, y, x_probe = torch.randn(5, 3).double(), torch.tensor([0, 1, 1, 0, 1]), torch.randn(3, 3).double()
+    noise = measure.gradient_noise(model, x_probe, x, lambda z: nn.functional.cross_entropy(z, y), 2, learning_rate=0.1)
+    changes = []
+    for batch in itertools.combinations(range(5), 2):
+        moved = copy.deepcopy(model)
+        optimizer = SGD(moved.parameters(), lr=0.1)
+        nn.functional.cross_entropy(moved(x[list(batch)]), y[list(batch)]).backward()
+        optimizer.step()
+        changes.append((moved(x_probe) - model(x_probe)).detach())
+        torch.testing.assert_close(noise.change(batch), changes[-1])
+    flat = torch.stack(changes).flatten(1)
+    torch.testing.assert_close(noise.mean.flatten(), flat.mean(0))
+    torch.testing.assert_close(noise.covariance, flat.T.cov(correction=0))
+    assert not measure.gradient_noise(model, x_probe, x, lambda z: z.sum(), 5, 0.1).covariance.any()
+    with pytest.raises(ValueError, match="batch_size: 6 given; the training set has 5 samples"):
+        measure.gradient_noise(model, x_probe, x, lambda z: z.sum(), 6, 0.1)
+    with pytest.raises(ValueError, match="as one number"):
+        measure.gradient_noise(model, x_probe, x, lambda z: z, 2, 0.1)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from torch_eft.live.instrument import Instrument
-from torch_eft.live.instruments.dntk import DNTKInstrument
 from torch_eft.live.instruments.expansion import ExpansionInstrument
 from torch_eft.live.instruments.forecasts.instance import InstanceInstrument
 from torch_eft.live.instruments.forecasts.theory import TheoryInstrument
 from torch_eft.live.instruments.interval import IntervalInstrument
 from torch_eft.live.instruments.ntk import BatchNormInstrument, NTKInstrument, checked_outputs
 from torch_eft.live.instruments.representation import RepresentationInstrument
+from torch_eft.live.instruments.steps.dntk import DNTKInstrument
+from torch_eft.live.instruments.steps.one_step import OneStepInstrument
 from torch_eft.live.instruments.taylor import TaylorInstrument
 from torch_eft.live.instruments.trained_beside.replay import ReplayInstrument
 from torch_eft.live.instruments.trained_beside.seeds import SeedsInstrument
@@ -58,6 +59,7 @@ MAKERS: dict[str, Callable[[Options], Instrument]] = {
     "expansion": lambda options: ExpansionInstrument(),
     "taylor": lambda options: TaylorInstrument(),
     "dntk": lambda options: DNTKInstrument(),
+    "one_step": lambda options: OneStepInstrument(),
     "theory": lambda options: TheoryInstrument(options.ensemble, options.activation, seconds=options.forecast_seconds),
     "instance": lambda options: InstanceInstrument(seconds=options.forecast_seconds),
     "shadow": lambda options: ShadowInstrument(),
@@ -66,7 +68,7 @@ MAKERS: dict[str, Callable[[Options], Instrument]] = {
 }
 """Every instrument by name; ``Instrument.cost`` is the smallest preset that includes it."""
 
-OPT_IN: frozenset[str] = frozenset({"shadow", "replay", "seeds"})
+OPT_IN: frozenset[str] = frozenset({"shadow", "replay", "seeds", "one_step"})
 """Instruments that no preset includes; ``extra=`` asks for them."""
 
 

@@ -137,13 +137,20 @@ def preconditioner(
     return found
 
 
-def optimizer_step(model: nn.Module, optimizer: Optimizer, gradients: Mapping[str, Tensor]) -> OptimizerStep:
+def optimizer_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    gradients: Mapping[str, Tensor],
+    *,
+    theta: Mapping[str, Tensor] | None = None,
+) -> OptimizerStep:
     """Take apart the step that an optimizer is about to take, without taking it.
 
     Args:
         model: The network that it trains.
         optimizer: See ``preconditioner``.
         gradients: ``{parameter: gradient}``, unscaled; a parameter without one does not move.
+        theta: The parameters before the step, ``{name: tensor}``; None: those of the model.
 
     Returns:
         Its parts, exact to rounding.
@@ -168,9 +175,9 @@ def optimizer_step(model: nn.Module, optimizer: Optimizer, gradients: Mapping[st
         g = _gradient(gradients, name, parameter)
         if g is None:
             continue
-        theta = parameter.detach()
-        parts = rule(group, plain_optimizer(optimizer).state.get(parameter, {}), theta, g)
-        scale, zero = parts.rate / eta, torch.zeros_like(theta)
+        value = parameter.detach() if theta is None or name not in theta else theta[name].to(parameter)
+        parts = rule(group, plain_optimizer(optimizer).state.get(parameter, {}), value, g)
+        scale, zero = parts.rate / eta, torch.zeros_like(value)
         result.preconditioner[name] = scale if parts.P is None else scale * parts.P
         result.share[name] = parts.share
         result.fresh[name] = -parts.rate * parts.share * (g if parts.P is None else parts.P * g)

@@ -1,0 +1,1 @@
+"""What the step that follows a measurement does: known when its gradient is."""
