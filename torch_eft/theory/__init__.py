@@ -5,8 +5,8 @@
     signal_propagation   susceptibilities, critical points, regimes
     initialization       statistics at initialization: K, Theta and the 1/n vertices, in full, in blocks, in tiles
     estimates            single numbers that follow: aspect ratio, learning rates, spread over seeds, expected drift
-    training             the trained network at order 0 and 1/n; any loss and minibatches by sampling; on one page,
-                         ``derivation``: which vertex enters which observable, and why
+    training             the trained network at order 0 and 1/n; any loss and minibatches by sampling; Adam's first
+                         step; on one page, ``derivation``: which vertex enters which observable, and why
     architecture         convolutions, skips and norms, read off a module: kernels at infinite width, spread over seeds
     hidden_layers        the movement of hidden representations in training
     hierarchy            one network's NTK, dNTK and ddNTK through its training, and the law of its drift
@@ -76,6 +76,7 @@ from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraini
 from torch_eft.theory.training.fourth_cumulant import FourthCumulant, predict_fourth_cumulant
 from torch_eft.theory.training.infinite_width import FrozenTraining
 from torch_eft.theory.training.predict import predict_training
+from torch_eft.theory.training.sign_descent import SignStep, predict_sign_step
 
 __all__ = [
     "STATISTICS",
@@ -107,6 +108,7 @@ __all__ = [
     "RepresentationForecast",
     "RepresentationStatistics",
     "SeedSpread",
+    "SignStep",
     "Susceptibilities",
     "UnstablePoint",
     "VertexBlock",
@@ -131,6 +133,7 @@ __all__ = [
     "predict_drift",
     "predict_fourth_cumulant",
     "predict_representation",
+    "predict_sign_step",
     "predict_training",
     "read_architecture",
     "regime",
