@@ -105,6 +105,22 @@ QUANTITIES: dict[str, Quantity] = {
         "undefined: nothing changes",
         KERNELS,
     ),
+    "ntk_preconditioned_drift": Quantity(
+        "Preconditioned NTK: drift",
+        "||H_P - H_P at the first step|| / ||H_P at the first step||, H_P = J lambda P J^T, P of the optimizer",
+        "1",
+        "derived here",
+        "that of P alone: J is frozen",
+        KERNELS,
+    ),
+    "ntk_preconditioned_shares": Quantity(
+        "Preconditioned NTK: shares of P and J in its drift",
+        "<part, change> / ||change||^2; by P: [J dP J^T + J' dP J'^T] / 2 and the rest by J",
+        "1",
+        "derived here",
+        "all of it by P: J is frozen",
+        KERNELS,
+    ),
     "ntk_kernel_distance": Quantity(
         "NTK: change of direction",
         "1 - <H, H_0> / (||H|| ||H_0||)",

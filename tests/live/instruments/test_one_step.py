@@ -1,4 +1,6 @@
-"""The step after a measurement, taken apart, in trainings as they are: clipping, accumulation, 16 bits."""
+"""The step after a measurement, taken apart, in trainings as they are: clipping, accumulation, 16 bits; H_P's drift."""
+
+import copy
 
 import pytest
 import torch
@@ -13,16 +15,34 @@ from torch_eft.results.tags import layer_tag, tag
 SHARES = [layer_tag("step_shares", part) for part in ("fresh", "momentum", "decay")]
 
 
-def trained(make, *, steps=4, accumulate=1, scaled=False, clip=None, observed=True, spoil=None):
+def trained(
+    make,
+    *,
+    steps=4,
+    accumulate=1,
+    scaled=False,
+    clip=None,
+    observed=True,
+    spoil=None,
+    classes=3,
+    instrument="one_step",
+    **more,
+):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 3))
-    x, y = torch.randn(32, 6), torch.randint(0, 3, (32,))
+    model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, classes))
+    x, y = torch.randn(32, 6), torch.randint(0, classes, (32,))
     optimizer = make(model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=scaled)
     pages, observer, states = Pages(), None, []
     if observed:
         observer = Observer(
-            model, x[:5], optimizer, instruments=["one_step"], budget=None, every=1, sinks=[pages], on_error="raise"
+            *(model, x[:5], optimizer),
+            instruments=["ntk", instrument],
+            budget=None,
+            every=1,
+            sinks=[pages],
+            on_error="raise",
+            **more,
         )
         observer.begin(total_steps=steps)
     for step in range(1, steps + 1):
@@ -82,3 +102,38 @@ def test_what_is_no_step_of_the_optimizer_is_left_out_in_words():
     observer, pages, *_ = trained(lambda p: torch.optim.Rprop(p))
     assert not any(tag("step_output") in scalars for scalars in observer.history.values())
     assert "No step of this run is taken apart: " in pages["one_step"][-1][1]
+
+
+@pytest.mark.parametrize("outputs", ["full", "trace", "probes:3"])
+def test_drift_of_the_preconditioned_kernel_beside_that_of_the_ntk(outputs):
+    optimizers = []
+
+    def make(parameters):
+        optimizers.append(torch.optim.Adam(parameters, lr=1e-3))
+        return optimizers[0]
+
+    def spoil(step, model):
+        if step == 2:
+            known.append((dict(copy.deepcopy(model).named_parameters()), measure.preconditioner(model, optimizers[0])))
+            known[0][1].update({name: value.clone() for name, value in known[0][1].items()})
+
+    known = []
+    options = {
+        "instrument": "preconditioned",
+        "outputs": outputs,
+        "spoil": spoil,
+        "classes": 3 + (outputs == "probes:3"),
+    }
+    observer, pages, model, _, x = trained(make, **options)
+    assert [tag("ntk_preconditioned_drift") in observer.history[step] for step in range(5)] == [False, False] + 3 * [
+        True
+    ]
+    (theta, P_0), P = known[0], measure.preconditioner(model, optimizers[0])
+    expected = measure.preconditioned_drift(
+        model, x, theta, model, P_0, P, trace=outputs == "trace", outputs=outputs if "probes" in outputs else None
+    )
+    last = observer.history[4]
+    assert last[tag("ntk_preconditioned_drift")] == pytest.approx(expected.drift, rel=1e-4)
+    for part, share in expected.shares.items():
+        assert last[layer_tag("ntk_preconditioned_shares", part)] == pytest.approx(share, rel=1e-3)
+    assert "The NTK drift is that of H = J lambda J^T" in pages["preconditioned"][0][1]

@@ -18,6 +18,7 @@ from torch_eft.live.instruments.ntk import BatchNormInstrument, NTKInstrument, c
 from torch_eft.live.instruments.representation import RepresentationInstrument
 from torch_eft.live.instruments.steps.dntk import DNTKInstrument
 from torch_eft.live.instruments.steps.one_step import OneStepInstrument
+from torch_eft.live.instruments.steps.preconditioned import PreconditionedInstrument
 from torch_eft.live.instruments.taylor import TaylorInstrument
 from torch_eft.live.instruments.trained_beside.replay import ReplayInstrument
 from torch_eft.live.instruments.trained_beside.seeds import SeedsInstrument
@@ -60,6 +61,7 @@ MAKERS: dict[str, Callable[[Options], Instrument]] = {
     "taylor": lambda options: TaylorInstrument(),
     "dntk": lambda options: DNTKInstrument(),
     "one_step": lambda options: OneStepInstrument(),
+    "preconditioned": lambda options: PreconditionedInstrument(),
     "theory": lambda options: TheoryInstrument(options.ensemble, options.activation, seconds=options.forecast_seconds),
     "instance": lambda options: InstanceInstrument(seconds=options.forecast_seconds),
     "shadow": lambda options: ShadowInstrument(),
@@ -68,7 +70,7 @@ MAKERS: dict[str, Callable[[Options], Instrument]] = {
 }
 """Every instrument by name; ``Instrument.cost`` is the smallest preset that includes it."""
 
-OPT_IN: frozenset[str] = frozenset({"shadow", "replay", "seeds", "one_step"})
+OPT_IN: frozenset[str] = frozenset({"shadow", "replay", "seeds", "one_step", "preconditioned"})
 """Instruments that no preset includes; ``extra=`` asks for them."""
 
 

@@ -227,9 +227,20 @@ def ntk_drift(H: Tensor, reference: Tensor, outputs: str | None) -> Tensor:
         reference: H_0, of the same shape.
         outputs: The ``outputs`` with which they were measured.
     """
-    if outputs is None:
+    if outputs is None or H.ndim == 2:
         return relative_change(H, reference)
     return (_squares(H - reference, H - reference)[0] / _squares(reference, reference)[0]).sqrt()
+
+
+def inner_product(A: Tensor, B: Tensor, outputs: str | None) -> Tensor:
+    """Return <A, B> of two kernels of all outputs, estimated over C^2 where they are on random directions of them.
+
+    Args:
+        A: A kernel.
+        B: Another one, of the same shape.
+        outputs: The ``outputs`` with which they were measured.
+    """
+    return (A * B).sum() if outputs is None or A.ndim == 2 else _squares(A, B)[0]
 
 
 def _squares(A: Tensor, B: Tensor) -> Tensor:

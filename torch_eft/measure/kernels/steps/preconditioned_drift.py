@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_eft.measure.forward.isolation import Model, Parameters, isolated
-from torch_eft.measure.forward.probe import OutputFn, as_probe
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, Parameters, isolated
+from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.measure.kernels.ntk import ntk
 from torch_eft.measure.kernels.preconditioner import Preconditioner
+from torch_eft.measure.kernels.random_outputs import inner_product, ntk_drift
 from torch_eft.results.presentation.repr import short_repr
 
 
@@ -28,6 +29,7 @@ class PreconditionedDrift:
         reference: H_P at the start, (N, N, C, C), or (N, N).
         by_preconditioner: The part of the change by P.
         by_jacobian: The part by J.
+        outputs: The random directions of the outputs that they are on, see ``ntk``.
 
     Example:
         >>> import torch
@@ -41,6 +43,7 @@ class PreconditionedDrift:
     reference: Tensor
     by_preconditioner: Tensor
     by_jacobian: Tensor
+    outputs: str | None = None
 
     __repr__ = short_repr
 
@@ -52,13 +55,14 @@ class PreconditionedDrift:
     @property
     def drift(self) -> float:
         """||change|| / ||H_P at the start||."""
-        return float(self.change.norm() / self.reference.norm())
+        return float(ntk_drift(self.reference + self.change, self.reference, self.outputs))
 
     @property
     def shares(self) -> dict[str, float]:
         """The shares of P and J in the change, <part, change> / ||change||^2: they add up to 1."""
         parts = {"preconditioner": self.by_preconditioner, "jacobian": self.by_jacobian}
-        values = torch.stack([(part * self.change).sum() for part in parts.values()]) / self.change.square().sum()
+        products = [inner_product(part, self.change, self.outputs) for part in (*parts.values(), self.change)]
+        values = torch.stack(products[:-1]) / products[-1]
         return dict(zip(parts, values.tolist(), strict=True))
 
 
@@ -105,9 +109,37 @@ def preconditioned_drift(
     options: dict[str, Any] = {"trace": trace, "memory": memory, "outputs": outputs}
     with isolated(model, output_fn) as network:
         first, last = network.at(theta_0, "theta_0", every=True), network.at(theta, "theta", every=True)
-        (H, H_later), (H_moved, H_end) = (
-            [ntk(at, probe, lambdas=P, **options) for P in (preconditioner_0, preconditioner)] for at in (first, last)
-        )
+        return drift_between(first, last, probe, preconditioner_0, preconditioner, **options)
+
+
+def drift_between(
+    first: IsolatedModel,
+    last: IsolatedModel,
+    probe: Probe,
+    preconditioner_0: Preconditioner,
+    preconditioner: Preconditioner,
+    *,
+    outputs: str | None = None,
+    **options: Any,
+) -> PreconditionedDrift:
+    """Measure how far H_P has moved between two networks, and by what.
+
+    Args:
+        first: The network at the start.
+        last: The network at the end.
+        probe: The inputs.
+        preconditioner_0: lambda P at the start.
+        preconditioner: lambda P at the end.
+        outputs: See ``ntk``.
+        **options: ``trace`` and ``memory`` of ``ntk``.
+
+    Returns:
+        The change, in two parts.
+    """
+    (H, H_later), (H_moved, H_end) = (
+        [ntk(at, probe, lambdas=P, outputs=outputs, **options) for P in (preconditioner_0, preconditioner)]
+        for at in (first, last)
+    )
     by_P = ((H_later - H) + (H_end - H_moved)) / 2
     by_J = ((H_moved - H) + (H_end - H_later)) / 2
-    return PreconditionedDrift(H, by_P, by_J)
+    return PreconditionedDrift(H, by_P, by_J, outputs)

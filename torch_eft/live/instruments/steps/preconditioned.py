@@ -1,0 +1,95 @@
+"""Drift of the kernel H_P by which an adaptive optimizer moves the outputs, split into that by P and that by J."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_eft.live.instrument import Instrument, Measurement, Reading, TrainingStart
+from torch_eft.live.instruments.common import LARGEST, copied, current, memory, reason_of, too_many
+from torch_eft.measure.forward.isolation import IsolatedModel
+from torch_eft.measure.kernels.preconditioner import Preconditioner, preconditioner
+from torch_eft.measure.kernels.steps.preconditioned_drift import drift_between
+from torch_eft.results.tags import layer_tag, tag
+
+_COPIES = 2  # theta and P of the reference
+
+
+@dataclass
+class _Start:
+    step: int
+    theta: dict[str, Tensor]
+    P: Preconditioner
+
+
+class PreconditionedInstrument(Instrument):
+    """How far H_P = J lambda P J^T has moved since the first measurement at which P is known: after the first step.
+
+    The NTK drift is that of H = J lambda J^T, which this is beside. It takes four kernels a measurement.
+
+    Args:
+        largest: Trainable parameters up to which the copies are kept.
+    """
+
+    name = "preconditioned"
+    cost = "full"
+    looks_back = True
+
+    def __init__(self, *, largest: int = LARGEST // _COPIES) -> None:
+        self.largest = largest
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what belongs to an earlier run."""
+        self._refusal: str | None = None
+        self._optimizer: Optimizer | None = None
+        self._start: _Start | None = None
+
+    def begin(self, start: TrainingStart) -> Reading:
+        """Decide whether copies can be kept, and whether there is one optimizer."""
+        self.forget()
+        self._refusal = too_many(start.model, self.largest)
+        if len(start.optimizers) == 1:
+            self._optimizer = start.optimizers[0]
+        else:
+            self._refusal = f"{len(start.optimizers)} optimizers"
+        if self._refusal is not None:
+            return self._refused(self._refusal)
+        return Reading(
+            pages={
+                "preconditioned": "Drift of H_P = J lambda P J^T, the kernel of the optimizer's step, from the first "
+                "measurement after a step; its shares by the preconditioner P and by the Jacobian J add up to 1. The "
+                f"NTK drift is that of H = J lambda J^T. It takes {memory(start.model, _COPIES)}."
+            }
+        )
+
+    def idle(self) -> bool:
+        """Return whether it has ended."""
+        return self._refusal is not None
+
+    def observe(self, measurement: Measurement) -> Reading:
+        """Compare with the first measurement at which P was known."""
+        if self._refusal is not None or self._optimizer is None or not self._optimizer.state:
+            return Reading()
+        try:
+            P = preconditioner(measurement.model, self._optimizer)
+        except ValueError as error:
+            return self._refused(reason_of(error))
+        if self._start is None:
+            own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in P.items()}
+            self._start = _Start(measurement.step, copied(measurement.model), own)
+            return Reading()
+        network = measurement.network
+        start, now = network.at(self._start.theta), network.at(current(measurement.model))
+        assert isinstance(start.current, IsolatedModel) and isinstance(now.current, IsolatedModel)
+        options: dict[str, Any] = {"trace": measurement.plan.ntk_trace, "memory": network.memory}
+        found = drift_between(
+            start.current, now.current, network.probe, self._start.P, P, outputs=network.outputs, **options
+        )
+        shares = {layer_tag("ntk_preconditioned_shares", part): share for part, share in found.shares.items()}
+        return Reading({tag("ntk_preconditioned_drift"): found.drift} | shares)
+
+    def _refused(self, reason: str) -> Reading:
+        self._refusal = reason
+        return Reading(pages={"preconditioned": f"No drift of H_P for this run: {reason}."})
