@@ -154,6 +154,19 @@ class Raw(nn.Module):
         return (z * z + 1) ** self.power @ self.v
 
 
+class Stretched(nn.Module):
+    """Gains and shifts of channels in the shapes of what they meet; one of them in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Conv1d(2, 4, 2), nn.Linear(4, 2)
+        self.gain, self.shift, self.shuffled = (nn.Parameter(torch.randn(4)) for _ in range(3))
+
+    def forward(self, x):
+        z = torch.tanh(self.layer(x) * self.gain.reshape(1, -1, 1) + self.shift[:, None])
+        return self.head((z + self.shuffled[[2, 0, 3, 1]].unsqueeze(1)).square().mean(2))
+
+
 class Twice(nn.Module):
     """One layer used twice, once inside a product of weights."""
 
@@ -198,6 +211,7 @@ ZOO = {
         lambda: nn.Sequential(nn.Linear(3, 4, bias=False), nn.Sigmoid(), nn.Linear(4, 1)),
         lambda: randn(3, 3),
     ),
+    "stretched": (Stretched, lambda: randn(3, 2, 5)),
     "conv1d": (
         lambda: pooled(
             nn.Conv1d(2, 4, 3, stride=2, padding=1),

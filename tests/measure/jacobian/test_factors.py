@@ -14,7 +14,7 @@ from torch_eft import measure
 from torch_eft.measure.forward.decompositions import Decomposed
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.probe import as_probe
-from torch_eft.measure.jacobian import capture, gram
+from torch_eft.measure.jacobian import capture, factors, gram
 from torch_eft.measure.jacobian.engine import JacobianGram
 from torch_eft.measure.jets.jet import lift
 
@@ -23,6 +23,7 @@ FALLBACK = {
     "weight norm": {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1"},
     "cross attention": {"attention.in_proj_bias"},
     "raw": {"power"},
+    "stretched": {"shuffled"},
     "twice": {"a.weight", "b.weight"},
 }
 
@@ -159,6 +160,18 @@ def test_what_is_recorded_has_the_numbers_of_the_forward(norm, affine):
         assert torch.equal(getattr(found, "primal", found), expected)
 
 
+@pytest.mark.parametrize("name", ["mlp", "conv1d"])
+@pytest.mark.parametrize("looped", [False, True])
+def test_activations_that_keep_their_slope(name, looped, monkeypatch):
+    model, x, _ = build(name)
+    expected = measure.ntk(model, x)
+    monkeypatch.setattr(capture.rules, "_MANY", 1)
+    if looped:
+        monkeypatch.setattr(factors, "_SMALL", 0)
+    torch.testing.assert_close(measure.ntk(model, x), expected, rtol=0, atol=1e-13 * float(expected.abs().max()))
+    assert measure.coverage(model, x).fallback == {}
+
+
 def test_crossed_derivatives_of_a_network_that_takes_reverse_mode():
     """Rows and columns are computed in one way, which the rows choose."""
     torch.manual_seed(0)
@@ -177,14 +190,14 @@ def test_the_type_error_of_a_rule_is_not_taken_for_an_unknown_call(monkeypatch):
     def wrong(recorder, func, input, weight, bias=None):
         return len(3)
 
-    monkeypatch.setitem(capture._RULES, F.linear, wrong)
+    monkeypatch.setitem(capture.RULES, F.linear, wrong)
     model, x = nn.Linear(3, 2).double(), randn(3, 3)
     assert "TypeError: object of type 'int' has no len()" in measure.coverage(model, x).fallback["weight"]
 
 
 def test_a_handler_that_is_wrong_is_found_out_and_replaced(monkeypatch):
     """The check at first use sees a dropped bias; the parameter falls back and the kernel is right."""
-    right = capture._RULES[F.linear]
+    right = capture.RULES[F.linear]
 
     def forgetful(recorder, func, input, weight, bias=None):
         output = right(recorder, func, input, weight, bias)
@@ -197,7 +210,7 @@ def test_a_handler_that_is_wrong_is_found_out_and_replaced(monkeypatch):
 
     model, x, _ = build("mlp")
     expected = measure.ntk(model, x)
-    monkeypatch.setitem(capture._RULES, F.linear, forgetful)
+    monkeypatch.setitem(capture.RULES, F.linear, forgetful)
     model, x, _ = build("mlp")  # another instance: nothing is remembered of it
     torch.testing.assert_close(measure.ntk(model, x), expected, rtol=0, atol=1e-12)
     assert "differs by" in measure.coverage(model, x).fallback["2.weight"]

@@ -1,185 +1,18 @@
-"""Records what a network does with its parameters: the inputs and outputs of every layer, in one forward.
+"""Which operations are recorded, and how: a rule returns None for a use of a parameter that it does not know."""
 
-A ``TorchFunctionMode`` replaces each parameter, where it recognizes what is done with it, by a copy of its value, and
-keeps the operation's input and the place of its output in the autograd graph. What still leads from the output to a
-parameter afterwards is a use that was not recognized: nothing can be dropped silently.
-
-The same rules serve plain tensors and jets along theta + s v (``jets.py``): there inputs and outputs are series.
-"""
-
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from torch_eft.measure.forward.decompositions import WRITTEN_OUT, without_dispatch
+from torch_eft.measure.jacobian.capture.recorder import RULES, Capture, fresh, rule_for
+from torch_eft.measure.jacobian.capture.slopes import gelu, silu
 from torch_eft.measure.jets.jet import Jet, coefficients_of, jet, with_numbers_of
 
-_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
-
-@dataclass(frozen=True)
-class LayerCall:
-    """One operation that uses one or two parameters.
-
-    Args:
-        kind: Which rule leads from inputs and gradients to the Jacobian: ``"linear"``, ``"convolution"``,
-            ``"transposed convolution"``, ``"embedding"`` or ``"scale"``.
-        weight: Name of the weight, or None.
-        bias: Name of what is added, or None.
-        inputs: Coefficients of the operation's input, outside the autograd graph; None for zero.
-        edges: Places of the coefficients of its output in the graph.
-        shape: The output's shape.
-        options: Further settings of the operation (stride, groups, whether the weight is (in, out) ...).
-    """
-
-    kind: str
-    weight: str | None
-    bias: str | None
-    inputs: tuple[Tensor | None, ...]
-    edges: tuple[GradientEdge, ...]
-    shape: torch.Size
-    options: Mapping[str, Any]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters' names."""
-        return tuple(name for name in (self.weight, self.bias) if name is not None)
-
-    @property
-    def given(self) -> Tensor:
-        """The zeroth coefficient of the input, which is never left out."""
-        assert self.inputs[0] is not None
-        return self.inputs[0]
-
-
-class Capture(TorchFunctionMode):
-    """Context in which the recognized uses of ``params`` are recorded.
-
-    Args:
-        params: The very tensors (or jets) that the network is called with, by name.
-        excluded: Names of parameters to leave alone.
-    """
-
-    def __init__(self, params: Mapping[str, Tensor], excluded: Iterable[str] = ()) -> None:
-        super().__init__()
-        self.calls: list[LayerCall] = []
-        self._names = {id(tensor): name for name, tensor in params.items() if name not in set(excluded)}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Record what a rule recognizes; pass everything else on."""
-        kwargs = kwargs or {}
-        rule = _RULES.get(func)
-        if rule is not None and _accepts(rule, self, func, *args, **kwargs):
-            value = rule(self, func, *args, **kwargs)
-            if value is not None:
-                return value
-        if func in _RECURRENT:  # its weights are used by the operations it is made of
-            with self:
-                value = WRITTEN_OUT[func](*args, **kwargs)
-            if value is not None:
-                return value
-        python = without_dispatch(func)
-        if python is not None:
-            with self:
-                return python(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def name(self, tensor: Any) -> str | None:
-        """Return the name of a parameter, None of other tensors."""
-        return self._names.get(id(tensor))
-
-    def record(self, kind: str, weight: str | None, bias: str | None, x: Any, output: Tensor, **options: Any) -> Tensor:
-        """Note an operation whose parameters were replaced by ``fresh``.
-
-        Args:
-            kind: See ``LayerCall``.
-            weight: See ``LayerCall``.
-            bias: See ``LayerCall``.
-            x: The operation's input.
-            output: Its output.
-            **options: See ``LayerCall``.
-
-        Returns:
-            The output, to go on with.
-        """
-        if isinstance(output, Jet):
-            # A zero coefficient (a linear layer's third order, say) has a gradient all the same.
-            parts = [output.primal.new_zeros(output.shape) if part is None else part for part in output.coefficients]
-            output = jet([part if part.requires_grad else part.detach().requires_grad_() for part in parts])
-            coefficients = [part for part in output.coefficients if part is not None]
-        elif output.requires_grad:
-            coefficients = [output]
-        else:  # under no_grad: nothing depends on it
-            return output
-        inputs = tuple(None if part is None else part.detach() for part in coefficients_of(x, len(coefficients) - 1))
-        edges = tuple(get_gradient_edge(part) for part in coefficients)
-        self.calls.append(LayerCall(kind, weight, bias, inputs, edges, output.shape, options))
-        return output
-
-
-def fresh(parameter: Any) -> Any:
-    """Copy the parameter's value, without a way back to the original in the graph."""
-    if isinstance(parameter, Jet):
-        first, *others = parameter.coefficients
-        assert first is not None
-        return jet([first.detach().requires_grad_(), *(part if part is None else part.detach() for part in others)])
-    return parameter.detach().requires_grad_() if isinstance(parameter, Tensor) else parameter
-
-
-def unrecognized(outputs: Tensor, params: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of the parameters that the graph of ``outputs`` still leads to."""
-    leaves = {id(coefficients_of(tensor, 0)[0]): name for name, tensor in params.items()}
-    pending = [part.grad_fn for part in coefficients_of(outputs, 0) if part is not None]
-    seen, reached = set(), set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in leaves:
-            reached.add(leaves[id(variable)])
-        pending += [previous for previous, _ in node.next_functions]
-    return reached
-
-
-# ---- rules: each returns None for a use that it does not recognize
-
-Rule = Callable[..., Tensor | None]
-_RULES: dict[Callable[..., Any], Rule] = {}
-
-
-def _accepts(rule: Rule, *args: Any, **kwargs: Any) -> bool:
-    """Return whether the rule knows this form of the call; otherwise the use stays unrecognized."""
-    try:
-        _signature(rule).bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
-
-
-_signature = functools.cache(inspect.signature)
-
-
-def _rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(functions, rule))
-        return rule
-
-    return register
-
-
-@_rule(F.linear)
+@rule_for(F.linear)
 def _linear(capture: Capture, func: Any, input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     w, b = capture.name(weight), capture.name(bias)
     if (w is None and b is None) or weight.ndim != 2:
@@ -190,7 +23,7 @@ def _linear(capture: Capture, func: Any, input: Any, weight: Any, bias: Any = No
     return capture.record("linear", w, b, input, output)
 
 
-@_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+@rule_for(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 def _matmul(capture: Capture, func: Any, input: Any, weight: Any) -> Tensor | None:
     w = capture.name(weight)
     if w is None or weight.ndim != 2 or capture.name(input) is not None:
@@ -198,7 +31,7 @@ def _matmul(capture: Capture, func: Any, input: Any, weight: Any) -> Tensor | No
     return capture.record("linear", w, None, input, func(input, fresh(weight)), transposed=True)
 
 
-@_rule(torch.addmm)
+@rule_for(torch.addmm)
 def _addmm(capture: Capture, func: Any, bias: Any, input: Any, weight: Any) -> Tensor | None:
     w, b = capture.name(weight), capture.name(bias)
     if w is None or bias.ndim != 1 or capture.name(input) is not None:
@@ -253,13 +86,13 @@ def _transposed(
 
 
 for _dimension in ("1d", "2d", "3d"):
-    _RULES[getattr(torch, f"conv{_dimension}")] = _convolution
-    _RULES[getattr(F, f"conv{_dimension}")] = _convolution
-    _RULES[getattr(torch, f"conv_transpose{_dimension}")] = _transposed
-    _RULES[getattr(F, f"conv_transpose{_dimension}")] = _transposed
+    RULES[getattr(torch, f"conv{_dimension}")] = _convolution
+    RULES[getattr(F, f"conv{_dimension}")] = _convolution
+    RULES[getattr(torch, f"conv_transpose{_dimension}")] = _transposed
+    RULES[getattr(F, f"conv_transpose{_dimension}")] = _transposed
 
 
-@_rule(torch.embedding)
+@rule_for(torch.embedding)
 def _embedding(
     capture: Capture,
     func: Any,
@@ -308,7 +141,7 @@ def _numbers_of(func: Callable[..., Any], *args: Any) -> Callable[[Any], None]:
     return lambda output: with_numbers_of(output, func, *args)
 
 
-@_rule(torch.layer_norm)
+@rule_for(torch.layer_norm)
 def _layer_norm(
     capture: Capture,
     func: Any,
@@ -326,7 +159,7 @@ def _layer_norm(
     return _scaled(capture, plain, weight, bias, tuple(normalized_shape), fused)
 
 
-@_rule(torch.rms_norm)
+@rule_for(torch.rms_norm)
 def _rms_norm(
     capture: Capture, func: Any, input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None
 ) -> Tensor | None:
@@ -336,7 +169,7 @@ def _rms_norm(
     return _scaled(capture, func(input, normalized_shape, None, eps), weight, None, tuple(normalized_shape), fused)
 
 
-@_rule(torch.group_norm)
+@rule_for(torch.group_norm)
 def _group_norm(
     capture: Capture,
     func: Any,
@@ -363,10 +196,10 @@ def _channel_norm(
     return _scaled(capture, func(input, None, None, mean, variance, *others), weight, bias, _channels(input), fused)
 
 
-_RULES[torch.batch_norm] = _RULES[torch.instance_norm] = _channel_norm
+RULES[torch.batch_norm] = RULES[torch.instance_norm] = _channel_norm
 
 
-@_rule(torch.prelu, F.prelu)
+@rule_for(torch.prelu, F.prelu)
 def _prelu(capture: Capture, func: Any, input: Any, weight: Any) -> Tensor | None:
     w = capture.name(weight)
     if w is None:
@@ -376,25 +209,39 @@ def _prelu(capture: Capture, func: Any, input: Any, weight: Any) -> Tensor | Non
     return torch.relu(input) + _scaled(capture, below, weight, None, shape)
 
 
-@_rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+@rule_for(Tensor.reshape, torch.reshape, Tensor.view, Tensor.unsqueeze, torch.unsqueeze, Tensor.__getitem__)
+def _reshaped(capture: Capture, func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+    """A gain or shift is often brought to the shape of what it meets, such as (C, 1, 1)."""
+    name = capture.name(input)
+    if name is None:
+        return None
+    output = func(input, *args, **kwargs)
+    before, after = (coefficients_of(x, 0)[0] for x in (input, output))
+    assert before is not None and after is not None
+    if after._is_view() and after.numel() == before.numel() and before.is_contiguous() and after.is_contiguous():
+        capture.note_shape(name, output)
+    return output
+
+
+@rule_for(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 def _add(capture: Capture, func: Any, input: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
     for x, parameter in ((input, other), (other, input)):
-        b = capture.name(parameter)
+        b = capture.stretched(parameter)
         if b is not None and alpha == 1 and _broadcasts(parameter, x):
             return capture.record("scale", None, b, x, x + fresh(parameter), shape=parameter.shape)
     return None
 
 
-@_rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+@rule_for(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 def _mul(capture: Capture, func: Any, input: Any, other: Any) -> Tensor | None:
     for x, parameter in ((input, other), (other, input)):
-        w = capture.name(parameter)
+        w = capture.stretched(parameter)
         if w is not None and _broadcasts(parameter, x):
             return capture.record("scale", w, None, x, x * fresh(parameter), shape=parameter.shape)
     return None
 
 
-@_rule(Tensor.expand)
+@rule_for(Tensor.expand)
 def _expand(capture: Capture, func: Any, input: Any, *sizes: Any) -> Tensor | None:
     b = capture.name(input)
     if b is None:
@@ -412,3 +259,21 @@ def _broadcasts(parameter: Tensor, x: Any) -> bool:
 
 def _channels(x: Tensor) -> tuple[int, ...]:
     return (-1, *[1] * (x.ndim - 2))
+
+
+_MANY = 2**12
+"""Numbers from which an activation's slope is worth keeping."""
+
+
+@rule_for(F.gelu)
+def _gelu(capture: Capture, func: Any, input: Any, *, approximate: str = "none") -> Tensor | None:
+    return gelu(input, approximate) if _has_many(input) else None
+
+
+@rule_for(F.silu, torch._C._nn.silu)
+def _silu(capture: Capture, func: Any, input: Any, inplace: bool = False) -> Tensor | None:
+    return silu(input) if _has_many(input) and not inplace else None
+
+
+def _has_many(x: Any) -> bool:
+    return type(x) is Tensor and x.requires_grad and x.numel() >= _MANY
