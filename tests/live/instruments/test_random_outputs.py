@@ -72,6 +72,8 @@ def test_what_is_logged_carries_its_error_bar():
     assert common
     for step in common:
         assert observer.history[step][replayed] == pytest.approx(full.history[step][replayed], rel=0.5)
+    for series in ("taylor_1", "taylor_2"):  # in one chart with what is estimated
+        assert last[tag("ntk_drift", series)] == pytest.approx(full.history[6][tag("ntk_drift", series)], rel=0.3)
     for quantity in ("representation_change", "dntk", "replay_output"):
         assert any(tag(quantity) in scalars for scalars in observer.history.values()), quantity
     alone = trained(None, observed=False)[2]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch_eft.live.instrument import Event, Instrument, Measurement, Reading, RunFacts, TrainingStart
 from torch_eft.live.instruments.common import LARGEST, current, too_many
 from torch_eft.measure.forward.kinks import kinked_operations
+from torch_eft.measure.kernels.random_outputs import kernel_norm
 from torch_eft.measure.network.expansion import SnapshotExpansion
 from torch_eft.measure.network.snapshot import Plan, Snapshot
 from torch_eft.results.tags import tag
@@ -106,7 +107,7 @@ class ExpansionInstrument(Instrument):
             if not gauge <= LIMIT:
                 self._end(measurement.step, float(_rms(expansion.change.output)), gauge, reading)
             else:
-                reading.scalars |= expansion_scalars(expansion, measurement.reference)
+                reading.scalars |= expansion_scalars(expansion, measurement.reference, measurement.plan.outputs)
         return self._told(reading)
 
     def _measure_radius(self, measurement: Measurement, expansion: SnapshotExpansion, reading: Reading) -> None:
@@ -115,7 +116,9 @@ class ExpansionInstrument(Instrument):
         motion, moved = float(_rms(expansion.first.output)), float(_rms(expansion.change.output))
         if not motion > 0:
             return
-        response = float(expansion.first.ntk.norm()) / float(measurement.reference.ntk.norm()) / motion
+        outputs = measurement.plan.outputs
+        sizes = [kernel_norm(H, outputs) for H in (expansion.first.ntk, measurement.reference.ntk)]
+        response = float(sizes[0]) / float(sizes[1]) / motion
         gauge = expansion.gauge
         self._numbers = {
             "steps": float(measurement.step - self._start),
@@ -198,18 +201,21 @@ class ExpansionInstrument(Instrument):
         self._latest, self._start = state.get("latest"), state.get("start", 0)
 
 
-def expansion_scalars(expansion: SnapshotExpansion, reference: Snapshot) -> dict[str, float]:
+def expansion_scalars(
+    expansion: SnapshotExpansion, reference: Snapshot, outputs: str | None = None
+) -> dict[str, float]:
     """Sizes of predicted changes, and errors of the changes themselves; waits for the device once.
 
     Args:
         expansion: The terms, with the NTK.
         reference: The snapshot at theta_0.
+        outputs: The random directions of the outputs that the NTK is on.
 
     Returns:
         ``{tag: value}``: those of the NTK, and means over hidden layers, of each order.
     """
     first, second, change = expansion.first, expansion.second, expansion.change
-    rows = [] if reference.ntk is None else [_compared(first.ntk, second.ntk, change.ntk, reference.ntk)]
+    rows = [] if reference.ntk is None else [_compared(first.ntk, second.ntk, change.ntk, reference.ntk, outputs)]
     rows += [
         _compared(K, second.hidden[name], change.hidden[name], reference.hidden[name])
         for name, K in first.hidden.items()
@@ -229,12 +235,15 @@ def expansion_scalars(expansion: SnapshotExpansion, reference: Snapshot) -> dict
     return scalars
 
 
-def _compared(first: Tensor | None, second: Tensor | None, change: Tensor | None, kernel: Tensor) -> Tensor:
+def _compared(
+    first: Tensor | None, second: Tensor | None, change: Tensor | None, kernel: Tensor, outputs: str | None = None
+) -> Tensor:
     """Sizes of the change by first order and by both, relative to the kernel; and their errors, (4,)."""
     assert first is not None and second is not None and change is not None
     predicted = (first, first + second)
-    sizes = [P.norm() / kernel.norm().to(P) for P in predicted]
-    return torch.stack([*sizes, *((P - change).norm() / change.norm() for P in predicted)])
+    whole, moved = kernel_norm(kernel, outputs).to(first), kernel_norm(change, outputs)
+    sizes = [kernel_norm(P, outputs) / whole for P in predicted]
+    return torch.stack([*sizes, *(kernel_norm(P - change, outputs) / moved for P in predicted)])
 
 
 def _unusable(measurement: Measurement) -> str | None:

@@ -229,7 +229,17 @@ def ntk_drift(H: Tensor, reference: Tensor, outputs: str | None) -> Tensor:
     """
     if outputs is None or H.ndim == 2:
         return relative_change(H, reference)
-    return (_squares(H - reference, H - reference)[0] / _squares(reference, reference)[0]).sqrt()
+    return kernel_norm(H - reference, outputs) / kernel_norm(reference, outputs)
+
+
+def kernel_norm(A: Tensor, outputs: str | None) -> Tensor:
+    """Return ||A||_F of all outputs, estimated over C where it is on random directions of them.
+
+    Args:
+        A: A kernel.
+        outputs: The ``outputs`` with which it was measured.
+    """
+    return inner_product(A, A, outputs).sqrt()
 
 
 def inner_product(A: Tensor, B: Tensor, outputs: str | None) -> Tensor:

@@ -72,6 +72,8 @@ class PreconditionedInstrument(Instrument):
         """Compare with the first measurement at which P was known."""
         if self._refusal is not None or self._optimizer is None or not self._optimizer.state:
             return Reading()
+        if not any(float(group["lr"]) > 0 for group in self._optimizer.param_groups):
+            return Reading()  # the end of a schedule: lambda has no value
         try:
             P = preconditioner(measurement.model, self._optimizer)
         except ValueError as error:
