@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
 from tests.theory.architecture.drawn import compared, drawn_ntks
+from tests.theory.architecture.networks import residual
 from torch_eft import theory
 from torch_eft.theory.architecture.moments import ActivationPairs
 from torch_eft.theory.architecture.nodes import Architecture, Data, Elementwise, Weight
@@ -64,28 +64,6 @@ def test_moments_of_blocks_respond_as_finite_differences_say(activation, factor)
     block, rows, columns = K[None, :2, 2:].clone(), K.diagonal()[None, :2].clone(), K.diagonal()[None, 2:].clone()
     inputs = [each.requires_grad_() for each in (block, rows, columns)]
     assert torch.autograd.gradcheck(lambda *z: pairs.moment(factor, *z), inputs, atol=1e-5, nondet_tol=1e-6)
-
-
-class Block(nn.Module):
-    """A residual block with norms in front of its layers."""
-
-    def __init__(self, n):
-        super().__init__()
-        self.norms = nn.ModuleList([nn.GroupNorm(1, n), nn.GroupNorm(1, n)])
-        self.layers = nn.ModuleList([nn.Conv1d(n, n, 3, padding=1), nn.Conv1d(n, n, 3, padding=1)])
-
-    def forward(self, x):
-        h = x
-        for norm, layer in zip(self.norms, self.layers, strict=True):
-            h = layer(nn.functional.gelu(norm(h)))
-        return x + h
-
-
-def residual(n, activation=nn.GELU):
-    last = nn.GroupNorm(1, n), activation(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(n, 2)
-    return nn.Sequential(
-        nn.Conv1d(3, n, 3, padding=1), Block(n), nn.Conv1d(n, n, 3, stride=2, padding=1), *last
-    ).double()
 
 
 def test_a_residual_network_of_convolutions_is_read_with_torchs_initialization():

@@ -95,13 +95,12 @@ def test_a_refusal_names_what_and_says_what_to_do(case):
         theory.read_architecture(model, x)
 
 
-def test_activations_without_closed_form_are_named():
-    model = nn.Sequential(nn.Linear(4, 8), nn.Hardtanh(), nn.Linear(8, 1))
+def test_inputs_that_do_not_fit_are_refused():
     x = torch.ones(1, 4)
-    with pytest.raises(ValueError, match=r"hardtanh\(-1, 1\) has a kink"):
-        theory.architecture_statistics(theory.read_architecture(model, x), x)
+    architecture = theory.read_architecture(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), x)
     with pytest.raises(ValueError, match="was read as"):
-        architecture = theory.read_architecture(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), x)
         theory.architecture_statistics(architecture, torch.ones(1, 5))
+    with pytest.raises(ValueError, match="num_samples: 2 given"):
+        theory.architecture_statistics(architecture, x, num_samples=2)
     with pytest.raises(TypeError, match=r"give a torch\.nn\.Module"):
         theory.read_architecture("resnet", x)

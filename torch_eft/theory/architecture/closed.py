@@ -20,6 +20,7 @@ but not of another activation's.
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,34 +29,47 @@ from torch_eft.theory.architecture.moments import activation_pairs
 from torch_eft.theory.architecture.nodes import Add, Affine, Architecture, Data, Elementwise, Norm, Pool, Weight
 
 
-def obstacle(architecture: Architecture) -> str | None:
-    """Return why there is no closed form, naming the node; None where there is one."""
+def without_closed_form(architecture: Architecture) -> dict[int, str]:
+    """Return the populations that have no closed form, each with the reason, which names a node."""
     gaussian: list[bool] = []
     roots: list[frozenset[int]] = []
+    found: dict[int, str] = {}
     for index, node in enumerate(architecture.nodes):
         read = [roots[each] for each in node.inputs]
         plain = all(gaussian[each] for each in node.inputs)
-        if isinstance(node, Data | Weight):
-            gaussian.append(True)
-            roots.append(frozenset([index]))
-            continue
-        if isinstance(node, Add) and len(frozenset().union(*read)) < sum(map(len, read)):
-            return f"{node.name!r} adds two functions of the same neurons"
-        if isinstance(node, Elementwise):
-            if not plain:
-                return f"{node.name!r} acts on what another activation made, which is not Gaussian"
-            if node.activation.kinks and node.activation.slopes is None:
-                return f"{node.name!r}: {node.activation.name} has a kink and no closed form in blocks"
-        if isinstance(node, Norm) and not plain:
-            return f"{node.name!r} normalizes what an activation made, which is not Gaussian"
-        if isinstance(node, Add) and not plain and sum(not gaussian[each] for each in node.inputs) > 1:
-            return f"{node.name!r} adds two activations"
-        if isinstance(node, Affine) and node.lambda_gain:
-            for reader in architecture.consumers(index):
-                if not _linear_reader(architecture, reader):
-                    return f"the gains of {node.name!r} are read by {architecture.nodes[reader].name!r}"
-        gaussian.append(plain and not isinstance(node, Elementwise))
-        roots.append(frozenset().union(*read))
+        fresh = isinstance(node, Data | Weight)
+        reason = None if fresh else _obstacle(architecture, index, plain, read, gaussian)
+        if reason is not None:
+            found.setdefault(architecture.populations[index], reason)
+        gaussian.append(fresh or (plain and not isinstance(node, Elementwise)))
+        roots.append(frozenset([index]) if fresh else frozenset().union(*read))
+    return found
+
+
+def obstacle(architecture: Architecture) -> str | None:
+    """Return why there is no closed form; None where there is one."""
+    return next(iter(without_closed_form(architecture).values()), None)
+
+
+def _obstacle(
+    architecture: Architecture, index: int, plain: bool, read: list[frozenset[int]], gaussian: list[bool]
+) -> str | None:
+    node = architecture.nodes[index]
+    if isinstance(node, Add) and len(frozenset().union(*read)) < sum(map(len, read)):
+        return f"{node.name!r} adds two functions of the same neurons"
+    if isinstance(node, Elementwise):
+        if not plain:
+            return f"{node.name!r} acts on what another activation made, which is not Gaussian"
+        if node.activation.kinks and node.activation.slopes is None:
+            return f"{node.name!r}: {node.activation.name} has a kink and no closed form in blocks"
+    if isinstance(node, Norm) and not plain:
+        return f"{node.name!r} normalizes what an activation made, which is not Gaussian"
+    if isinstance(node, Add) and sum(not gaussian[each] for each in node.inputs) > 1:
+        return f"{node.name!r} adds two activations"
+    if isinstance(node, Affine) and node.lambda_gain:
+        for reader in architecture.consumers(index):
+            if not _linear_reader(architecture, reader):
+                return f"the gains of {node.name!r} are read by {architecture.nodes[reader].name!r}"
     return None
 
 
@@ -138,10 +152,12 @@ class ClosedKernels:
         self.order = OrderParameters()
         self.deviation: dict[int, Tensor] = {}
         """Of every norm, (N, P)."""
+        self.center: dict[int, Tensor] = {}
+        """What a norm subtracts, (N, P), where it is not 0."""
         self._pairs = {
             index: activation_pairs(node.activation)
             for index, node in enumerate(architecture.nodes)
-            if isinstance(node, Elementwise)
+            if isinstance(node, Elementwise) and not _only_drawn(node)
         }
         for index, node in enumerate(architecture.nodes):
             self.K.append(self._forward(index, node))
@@ -157,7 +173,7 @@ class ClosedKernels:
             x = self.data[index]
             return x[rows] @ x[columns].mT / node.channels
         if isinstance(node, Weight):
-            phi = self._separate(self.K[node.inputs[0]])
+            phi = self._separate(self.kernel(node.inputs[0]))
             self.order.phi[index] = phi
             return node.C_b + node.C_W * node.maps.average(phi)
         if isinstance(node, Elementwise):
@@ -214,46 +230,62 @@ class ClosedKernels:
         """A tensor of its own in the graph, whose derivative is taken."""
         return X * 1.0 if X.requires_grad else X.detach().requires_grad_(torch.is_grad_enabled())
 
+    def kernel(self, index: int) -> Tensor:
+        """K of a node, (B, P, P)."""
+        return self.K[index]
+
     def ntk(self) -> Tensor:
         """Theta of one output, (B,), by the pass backward; G of what weights read is kept in ``readers``."""
         nodes = self.architecture.nodes
         self.readers: dict[int, Tensor] = {}
         self._arrived: dict[int, Tensor] = {}
-        edges: dict[int, list[tuple[int, Tensor]]] = {}
+        edges: dict[int, list[tuple[int, Any]]] = {}
         edges[len(nodes) - 1] = [(-1, torch.ones_like(self.K[-1]))]
         Theta = torch.zeros_like(self.K[-1][:, 0, 0])
         for index in reversed(range(len(nodes))):
             node = nodes[index]
             if index not in edges or isinstance(node, Data):
                 continue
-            G = torch.stack([message for _, message in edges[index]]).sum(0)
             if isinstance(node, Weight):
-                G = self._separate(G)
-                self.order.back[index] = G
+                G = self.order.back[index] = self._separate(self._gathered(index, edges[index]))
                 phi = self.order.phi[index]
                 if node.lambda_W or node.lambda_b:
                     Theta = Theta + ((node.lambda_b + node.lambda_W * node.maps.average(phi)) * G).sum((-1, -2))
                 if isinstance(nodes[node.inputs[0]], Data):
                     continue
-                message = self.readers[index] = node.C_W * node.maps.average_adjoint(G)
-            elif isinstance(node, Elementwise):
-                self._arrived[index] = G
-                message = self._moment(index, "slope") * G
-            elif isinstance(node, Pool):
-                message = node.maps.average_adjoint(G)
-            elif isinstance(node, Norm):
-                message = self._normalized(index, G)
-            elif isinstance(node, Affine):
-                Theta = Theta + self._affine(index, node, edges[index], G)
-                message = G * node.factor**2
+                self.readers[index] = node.C_W * node.maps.average_adjoint(G)
+                message = self._sent(index, node.inputs[0])
             else:
-                message = G
+                if isinstance(node, Affine) and (node.lambda_gain or node.lambda_bias):
+                    Theta = Theta + self._affine(index, node, edges[index])
+                message = self._backward(index, node, edges[index])
             for each in node.inputs:
                 edges.setdefault(each, []).append((index, message))
         return Theta
 
-    def _affine(self, index: int, node: Affine, messages: list[tuple[int, Tensor]], G: Tensor) -> Tensor:
+    def _gathered(self, index: int, messages: list[tuple[int, Any]]) -> Tensor:
+        """G at the output of a node, of what its readers sent."""
+        return torch.stack([message for _, message in messages]).sum(0)
+
+    def _sent(self, index: int, read: int) -> Any:
+        """What a weight sends to the node that it reads."""
+        return self.readers[index]
+
+    def _backward(self, index: int, node: object, messages: list[tuple[int, Any]]) -> Any:
+        """What a node sends to those that it reads."""
+        G = self._gathered(index, messages)
+        if isinstance(node, Elementwise):
+            self._arrived[index] = G
+            return self._moment(index, "slope") * G
+        if isinstance(node, Pool):
+            return node.maps.average_adjoint(G)
+        if isinstance(node, Norm):
+            return self._normalized(index, G)
+        return G * node.factor**2 if isinstance(node, Affine) else G
+
+    def _affine(self, index: int, node: Affine, messages: list[tuple[int, Any]]) -> Tensor:
         """The part of gains and biases."""
+        G = self._gathered(index, messages)
         total = torch.zeros_like(G[:, 0, 0])
         if node.lambda_bias:
             self.order.bias[index] = self._separate(G)
@@ -268,6 +300,10 @@ class ClosedKernels:
             self.order.gain[index] = self._separate(torch.stack(parts).sum(0))
             total = total + node.lambda_gain * shared(self.order.gain[index], node)
         return total
+
+
+def _only_drawn(node: Elementwise) -> bool:
+    return bool(node.activation.kinks) and node.activation.slopes is None
 
 
 def shared(X: Tensor, node: Affine) -> Tensor:

@@ -10,12 +10,15 @@ from torch import Tensor
 from torch_eft.results.presentation.result import Result
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.architecture.closed import ClosedKernels, Samples, obstacle
-from torch_eft.theory.architecture.neurons import Neurons
+from torch_eft.theory.architecture.neurons.draws import Neurons
+from torch_eft.theory.architecture.neurons.kernels import kernels_of
+from torch_eft.theory.architecture.neurons.spread import PopulationMoments, influences, population_moments
 from torch_eft.theory.architecture.nodes import Add, Architecture, Data, Norm, Weight
-from torch_eft.theory.architecture.spread import PopulationMoments, influences, population_moments
 from torch_eft.theory.signal_propagation.regimes import EDGE, TOO_DEEP
 
 _REPLICAS = 4
+_PASSES = 3
+"""Independent samples of K and Theta where there is no closed form."""
 _FEWEST_IN_A_GROUP = 16
 """Neurons of a norm's group from which order 1/n was found good (corrections go like groups / n)."""
 
@@ -33,7 +36,8 @@ class ArchitectureStatistics(Result):
         shares: The part of the variance of one output's NTK, averaged over inputs, that the neurons of each population
             make; they add up to 1.
         validity: Where these hold.
-        error: Standard errors of ``ntk_relative_sd``, ``ntk_trace_relative_sd`` and ``epsilon`` by the neurons drawn.
+        error: Standard errors of ``ntk_relative_sd``, ``ntk_trace_relative_sd`` and ``epsilon`` by the neurons drawn;
+            where there is no closed form also of ``Theta`` and ``K``, that of the output.
     """
 
     K: Mapping[str, Tensor]
@@ -47,9 +51,12 @@ class ArchitectureStatistics(Result):
 
 
 def architecture_statistics(
-    architecture: Architecture, x: Tensor, *, num_samples: int = 8192, seed: int = 0
+    architecture: Architecture, x: Tensor, *, num_samples: int = 4096, seed: int = 0
 ) -> ArchitectureStatistics:
     """Kernels of an architecture at infinite width, and their spread over seeds at its widths.
+
+    K and Theta are exact where the input of every activation is Gaussian; else (an activation behind a sum with
+    another's output) they are averages over drawn neurons.
 
     Args:
         architecture: As ``read_architecture`` returns it, or built of nodes.
@@ -61,7 +68,7 @@ def architecture_statistics(
         The statistics, float64.
 
     Raises:
-        ValueError: If the inputs do not fit, or the architecture has no closed form.
+        ValueError: If the inputs do not fit.
 
     Example:
         >>> import torch
@@ -73,18 +80,23 @@ def architecture_statistics(
         (torch.Size([2, 2]), ['0'])
     """
     data = prepare(architecture, x)
-    if (reason := obstacle(architecture)) is not None:
-        raise ValueError(f"architecture: {reason}; use seeds (measure.statistics_over_seeds)")
     if num_samples < 2 * _REPLICAS:
         raise ValueError(f"num_samples: {num_samples} given; give at least {2 * _REPLICAS}")
     N = len(x)
     samples = Samples.all_pairs(N)
+    passes, thetas, named = 1 if obstacle(architecture) is None else _PASSES, [], []
     with torch.no_grad():
-        kernels = ClosedKernels(architecture, data, samples)
-        Theta = _matrix(kernels.ntk(), samples, N)
+        for index in range(passes):
+            kernels = kernels_of(architecture, data, samples, num_samples, seed + 1 + index)
+            thetas.append(_matrix(kernels.ntk(), samples, N))
+            named.append(_kernels_by_name(architecture, kernels, N))
+    Theta = torch.stack(thetas).mean(0)
     neurons = Neurons(kernels, N, torch.Generator(device=Theta.device).manual_seed(seed))
     pairs = [(int(a), int(b)) for a, b in zip(samples.rows, samples.columns, strict=True)]
-    found = [influences(architecture, data, [a] if a == b else [a, b]) for a, b in pairs]
+    found = [
+        influences(architecture, data, [a] if a == b else [a, b], num_samples, seed + 100 + index)
+        for index, (a, b) in enumerate(pairs)
+    ]
     alone = [index for index, (a, b) in enumerate(pairs) if a == b]
     observables = [H for _, H in found] + [found[index][0] for index in alone]
     count = num_samples // _REPLICAS
@@ -92,8 +104,15 @@ def architecture_statistics(
         population: population_moments(neurons, population, observables, alone, count, _REPLICAS)
         for population in architecture.hidden
     }
-    K = _kernels_by_name(architecture, kernels, N)
-    return _result(architecture, K, Theta, samples, moments)
+    K = {name: torch.stack([one[name] for one in named]).mean(0) for name in named[0]}
+    errors = {}
+    if passes > 1:
+        errors = {"Theta": _error(thetas), "K": _error([one["output"] for one in named])}
+    return _result(architecture, K, Theta, samples, moments, errors)
+
+
+def _error(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).std(0) / math.sqrt(len(values))
 
 
 def prepare(architecture: Architecture, x: Tensor) -> dict[int, Tensor]:
@@ -143,7 +162,7 @@ def _kernels_by_name(architecture: Architecture, kernels: ClosedKernels, number:
             for index, p in enumerate(architecture.populations)
             if p == population and isinstance(architecture.nodes[index], Weight | Add)
         )
-        same = kernels.K[last].diagonal(dim1=-2, dim2=-1).mean(-1)
+        same = kernels.kernel(last).diagonal(dim1=-2, dim2=-1).mean(-1)
         found[population_name(architecture, population)] = _matrix(same, kernels.samples, number)
     found["output"] = _matrix(kernels.output_kernel, kernels.samples, number)
     return found
@@ -155,6 +174,7 @@ def _result(
     Theta: Tensor,
     samples: Samples,
     moments: dict[int, PopulationMoments],
+    errors: dict[str, Tensor],
 ) -> ArchitectureStatistics:
     N, outputs, pairs = len(Theta), architecture.output, len(samples.rows)
     zero = Theta.new_zeros(_REPLICAS, pairs + N)
@@ -181,6 +201,7 @@ def _result(
         shares=shares,
         validity=_validity(architecture, float(relative.mean()), float(sd[samples.rows == samples.columns].max())),
         error={
+            **errors,
             "ntk_relative_sd": _matrix(sd_error, samples, N),
             "ntk_trace_relative_sd": trace_error[0],
             "epsilon": relative.std() / math.sqrt(_REPLICAS),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.architecture.closed import ClosedKernels, over_positions
+from torch_eft.theory.architecture.neurons.kernels import joined
 from torch_eft.theory.architecture.nodes import Add, Affine, Architecture, Data, Elementwise, Norm, Pool, Weight
 from torch_eft.theory.gaussian.laws import Law, draw
 
@@ -72,7 +73,8 @@ class Neurons:
         if isinstance(node, Affine):
             return read * node.factor
         assert isinstance(node, Norm)
-        return read / self.kernels.deviation[index]
+        center = self.kernels.center.get(index)
+        return (read if center is None else read - center) / self.kernels.deviation[index]
 
     def _preactivations(self, index: int, node: Weight, count: int) -> Tensor:
         like = self.kernels.K[index]
@@ -151,7 +153,7 @@ class Neurons:
     def _gaussian(self, kind: str, index: int, count: int, blocks: Tensor) -> Tensor:
         """Draws of N(0, blocks), (count, N, P)."""
         if (kind, index) not in self._roots:
-            self._roots[kind, index] = _root(assembled(blocks, self.kernels, self.number))
+            self._roots[kind, index] = _root(joined(blocks, self.kernels.samples, self.number))
         root = self._roots[kind, index]
         xi = torch.randn(count, len(root), generator=self.generator, dtype=root.dtype, device=root.device)
         return (xi @ root.mT).reshape(count, self.number, -1)
@@ -187,15 +189,6 @@ class Draw:
         self.mean: dict[int, Tensor] = {}
         """h, likewise."""
         self.paths = (Path(), Path())
-
-
-def assembled(blocks: Tensor, kernels: ClosedKernels, number: int) -> Tensor:
-    """Put the blocks of all pairs into one matrix, (N P, N P)."""
-    rows, columns, P = kernels.samples.rows, kernels.samples.columns, blocks.shape[-1]
-    full = blocks.new_zeros(number, P, number, P)
-    full[columns, :, rows] = blocks.mT
-    full[rows, :, columns] = blocks
-    return full.reshape(number * P, number * P)
 
 
 def _root(matrix: Tensor) -> Tensor:

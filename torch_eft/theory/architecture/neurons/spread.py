@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.architecture.closed import ClosedKernels, Samples
-from torch_eft.theory.architecture.neurons import Draw, Neurons
+from torch_eft.theory.architecture.neurons.draws import Draw, Neurons
+from torch_eft.theory.architecture.neurons.kernels import kernels_of
 from torch_eft.theory.architecture.nodes import Architecture
 
 _CHUNK = 2**24
@@ -61,13 +62,17 @@ def _quadratic(a: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return ((a @ w) * b).sum(-1)
 
 
-def influences(architecture: Architecture, data: dict[int, Tensor], members: list[int]) -> tuple[Influence, Influence]:
+def influences(
+    architecture: Architecture, data: dict[int, Tensor], members: list[int], count: int, seed: int
+) -> tuple[Influence, Influence]:
     """Differentiate K and Theta of the pair of the first and last of some samples.
 
     Args:
         architecture: The architecture.
         data: Of every ``Data`` node, (N, P, channels).
         members: One sample, or two.
+        count: Neurons to draw in populations without closed form.
+        seed: Of their draws.
 
     Returns:
         Of K and of Theta, for one output.
@@ -75,7 +80,7 @@ def influences(architecture: Architecture, data: dict[int, Tensor], members: lis
     samples = Samples.all_pairs(len(members))
     target = 0 if len(members) == 1 else 1  # (0, 0) or (0, 1)
     with torch.enable_grad():
-        kernels = ClosedKernels(architecture, {key: x[members] for key, x in data.items()}, samples)
+        kernels = kernels_of(architecture, {key: x[members] for key, x in data.items()}, samples, count, seed)
         K = _differentiated(kernels, kernels.output_kernel[target], members, keep=True)
         return K, _differentiated(kernels, kernels.ntk()[target], members, keep=False)
 
@@ -126,7 +131,7 @@ def population_moments(
         The moments.
     """
     architecture = neurons.architecture
-    labels = neurons.number * max(len(K[0]) for K in neurons.kernels.K)
+    labels = neurons.number * max(K.shape[-1] for K in neurons.kernels.K)
     step = max(1, min(count, _CHUNK // labels))
     one, both, total = [], [], []
     for _ in range(replicas):
