@@ -32,7 +32,7 @@ def test_an_mlp_has_the_kernels_of_the_recursion(activation):
     assert (found.K["output"] / last.K - 1).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ["tanh", pytest.param("relu", marks=pytest.mark.slow)])
 def test_an_mlp_has_the_spread_of_its_vertices(activation):
     """Within five standard errors of 16,384 neurons; Cov(H_11, H_22) over outputs by the trace of one input."""
     architecture, ensemble = mlp(activation)

@@ -41,7 +41,7 @@ def test_activations_behind_sums_and_with_kinks_have_no_closed_form():
 @pytest.mark.slow
 @pytest.mark.parametrize(("activation", "pool"), [(nn.GELU, False), (nn.ReLU, False), (nn.ReLU, True)])
 def test_spread_of_resnets_with_group_norm_against_seeds(activation, pool):
-    """NTK to 2.5 % (the next order, at 64 and 128 channels), spread to 4 %, beside four standard errors of 400 seeds."""
+    """NTK to 2.5 % (the next order, at 64 and 128 channels), spread to 4 %, beside four standard errors."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     architecture = theory.read_architecture(resnet(64, activation, pool=pool), x)

@@ -1,12 +1,11 @@
-"""Kernels as averages over drawn neurons, where no closed form exists: an activation behind a sum with another's output.
+"""Kernels as averages over drawn neurons, where none has a closed form: activations behind sums with another's output.
 
 In such a population u = L xi of every weight that writes into it, L L^T = K and xi fixed, and every node is a path, a
 function of u, so that automatic differentiation goes through the draws (the draws of a population are exactly
-orthonormal, where there are enough of them). Backward, what a weight r that reads the population sends is
-g = v o g~, with v the product of slopes along the path and g~ ~ N(0, G_r) the same for all of them: <g g> = <v v> o G_r,
-without drawing g~; only behind pooling that follows slopes is it drawn. Slopes that jump have delta functions as
-derivatives: of the width ``_WIDTH`` in standard deviations, which biases the response of G by about as much, and
-nothing else.
+orthonormal, where there are enough of them). Backward, what a weight r that reads the population sends is g = v o g~,
+with v the product of slopes along the path and g~ ~ N(0, G_r) the same for all of them: <g g> = <v v> o G_r, without
+drawing g~; only behind pooling that follows slopes is it drawn. Slopes that jump have delta functions as derivatives:
+of the width ``_WIDTH`` in standard deviations, which biases the response of G by about as much, and nothing else.
 """
 
 from dataclasses import dataclass
