@@ -7,13 +7,15 @@
     estimates            single numbers that follow: aspect ratio, learning rates, spread over seeds, expected drift
     training             the trained network at order 0 and 1/n; any loss and minibatches by sampling; Adam's first
                          step; on one page, ``derivation``: which vertex enters which observable, and why
-    architecture         convolutions, skips and norms, read off a module: kernels at infinite width, spread over seeds
+    architecture         convolutions, skips and norms, read off a module: kernels at infinite width, spread over seeds;
+                         the vertices of chains of convolutions
     hidden_layers        the movement of hidden representations in training
     hierarchy            one network's NTK, dNTK and ddNTK through its training, and the law of its drift
 
 Each folder imports from those above it, ``hierarchy`` and ``hidden_layers`` also from ``training``.
 """
 
+from torch_eft.theory.architecture.chains.vertices import architecture_vertices
 from torch_eft.theory.architecture.nodes import Architecture
 from torch_eft.theory.architecture.reading.graph import NotReadableError
 from torch_eft.theory.architecture.reading.read import read_architecture
@@ -114,6 +116,7 @@ __all__ = [
     "VertexBlock",
     "VertexTile",
     "architecture_statistics",
+    "architecture_vertices",
     "aspect_ratio",
     "available_activations",
     "criticality",

@@ -93,7 +93,7 @@ class GridPoints:
         for spacing in spacings:
             reach = math.floor(_HALF_RANGE / spacing)
             self._axes.append(torch.arange(-reach, reach + 1, dtype=torch.float64, device=K.device) * spacing)
-        self.count = round(_nodes(spacings))
+        self.count = round(nodes_of(spacings))
 
     def chunks(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The nodes within the ball |u| <= 8 and their weights, in slices of about ``rows`` or less."""
@@ -148,11 +148,11 @@ def quadrature_spacings(activation: Activation, K: Tensor) -> list[float] | None
     if step is None:
         return None
     spacings = [min(0.75, step / math.sqrt(value)) for value in square_root(K)[0].tolist()]
-    return spacings if _nodes(spacings) <= _MOST_NODES else None
+    return spacings if nodes_of(spacings) <= _MOST_NODES else None
 
 
-def _nodes(spacings: list[float]) -> float:
-    """Nodes of spacing h_i in the ball of radius 8."""
+def nodes_of(spacings: list[float]) -> float:
+    """Return the number of nodes of spacing h_i in the ball of radius 8."""
     ball = math.pi ** (len(spacings) / 2) / math.gamma(len(spacings) / 2 + 1) * _HALF_RANGE ** len(spacings)
     return ball / math.prod(spacings)
 

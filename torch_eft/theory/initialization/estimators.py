@@ -1,7 +1,7 @@
 """Evaluators of the 1/n statistics (exact, integrated or sampled), and the combination of what several of them give."""
 
 import warnings
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_eft.results.choices import check_choice
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.four_point_moments import FourPointMoments, SummedMoments
 from torch_eft.theory.gaussian.points import (
     MOST_QUADRATURE_LABELS,
@@ -24,7 +25,6 @@ from torch_eft.theory.initialization.evaluator import (
     SINGLE_NEURON,
     LabelSets,
     Recursion,
-    VertexSource,
     Vertices,
     divergent,
 )
@@ -47,7 +47,7 @@ RECURSIONS: dict[str, Recursion] = {
 ReplicaKind = Literal["refined", "independent"]
 """Successively finer quadratures, or independent samples."""
 
-Source = TypeVar("Source", bound=VertexSource)
+Source = TypeVar("Source")
 Key = TypeVar("Key", bound=Hashable)
 
 _KINKED_NODES = {1: (32, 40), 2: (32, 40), 3: (20, 28), 4: (14, 18)}
@@ -127,10 +127,6 @@ def vertex_replicas(
 ) -> Replicas[Vertices]:
     """Make the evaluators of the 1/n statistics, from what ``infinite_width`` returned.
 
-    Scale-invariant activations: one, exact. At most four inputs: one, integrated, for a smooth sigma; two of different
-    fineness for one with a kink. Else ``num_replicas`` sampled ones; also where the rule would need more than 2^25
-    nodes, or none resolves sigma.
-
     Args:
         ensemble: The ensemble.
         K: K^(1) .. K^(L) on all inputs.
@@ -148,19 +144,53 @@ def vertex_replicas(
     Raises:
         ValueError: If there are fewer than two replicas, or too few samples for the number of inputs.
     """
-    activation = ensemble.activation
+    moments = moment_replicas(ensemble.activation, K[:-1], pairs, num_samples, num_replicas, seed, kinks)
+    gaussian = [as_gaussian(pair) for pair in pairs]
+    return Replicas(
+        moments.kind,
+        (Vertices(ensemble, K, Theta, gaussian, one, label_sets, RECURSIONS, kinks) for one in moments.members),
+    )
+
+
+def moment_replicas(
+    activation: Activation,
+    K: Sequence[Tensor],
+    pairs: Sequence[TwoPointMoments],
+    num_samples: int,
+    num_replicas: int,
+    seed: int,
+    kinks: Kinks = "autograd",
+) -> Replicas[Callable[[int], FourPointMoments]]:
+    """Make the moments with three and more labels of every layer, as functions of the layer 1 .. L-1.
+
+    Scale-invariant activations: one, exact. At most four inputs: one, integrated, for a smooth sigma; two of different
+    fineness for one with a kink. Else ``num_replicas`` sampled ones; also where the rule would need more than 2^25
+    nodes, or none resolves sigma.
+
+    Args:
+        activation: sigma.
+        K: K^(1) .. K^(L-1) on all labels.
+        pairs: Two-label moments of these layers.
+        num_samples: Sample size in all, where moments are sampled.
+        num_replicas: Independent samples that share it.
+        seed: Seed of the samples.
+        kinks: The meaning of explicit derivatives at a kink.
+
+    Returns:
+        The moments.
+
+    Raises:
+        ValueError: If there are fewer than two replicas, or too few samples for the number of labels.
+    """
     distributional = kinks == "distributional"
-
-    def vertices(moments: Callable[[int], FourPointMoments]) -> Vertices:
-        return Vertices(ensemble, K, Theta, pairs, moments, label_sets, RECURSIONS, kinks)
-
     pairs = [as_gaussian(pair) for pair in pairs]
     slopes = activation.slopes
     if slopes is not None and not any(isinstance(pair, MixedPairs) for pair in pairs):
-        exact = vertices(lambda m: ScaleInvariantMoments(slopes, K[m - 1], distributional))
-        return Replicas("refined", iter([exact]))
+        return Replicas("refined", iter([lambda m: ScaleInvariantMoments(slopes, K[m - 1], distributional)]))
 
-    def summed(points: Callable[[int, Tensor, int], Points | GridPoints], control: bool = False) -> Vertices:
+    def summed(
+        points: Callable[[int, Tensor, int], Points | GridPoints], control: bool = False
+    ) -> Callable[[int], FourPointMoments]:
         def moments(m: int) -> FourPointMoments:
             pair = pairs[m - 1]
             if isinstance(pair, MixedPairs):
@@ -174,25 +204,27 @@ def vertex_replicas(
             means = pair if not distributional else two_point_moments(activation, K[m - 1])
             return SummedMoments(activation, K[m - 1], points(m, K[m - 1], 0), means, control, distributional)
 
-        return vertices(moments)
+        return moments
 
-    if len(K[0]) <= MOST_QUADRATURE_LABELS:
+    most = max((len(kernel) for kernel in K), default=0)
+    if most <= MOST_QUADRATURE_LABELS:
         if activation.kinked:
 
-            def kinked(count: int) -> Vertices:
-                return summed(lambda m, covariance, piece: KinkedPoints(covariance, count))
+            def kinked(fineness: int) -> Callable[[int], FourPointMoments]:
+                return summed(
+                    lambda m, covariance, piece: KinkedPoints(covariance, _KINKED_NODES[len(covariance)][fineness])
+                )
 
-            return Replicas("refined", (kinked(count) for count in _KINKED_NODES[len(K[0])]))
+            return Replicas("refined", (kinked(fineness) for fineness in range(2)))
         rules = neuron_spacings(activation, K, pairs)
         if rules is not None:
             known = rules
-            return Replicas(
-                "refined", iter([summed(lambda m, covariance, piece: GridPoints(covariance, known[m - 1][piece]))])
-            )
+            grids = summed(lambda m, covariance, piece: GridPoints(covariance, known[m - 1][piece]))
+            return Replicas("refined", iter([grids]))
     if num_replicas < 2:
         raise ValueError(f"num_replicas: {num_replicas} given; at least 2 are needed to estimate the error")
 
-    def sampled(replica: int) -> Vertices:
+    def sampled(replica: int) -> Callable[[int], FourPointMoments]:
         def drawn(m: int, covariance: Tensor, piece: int) -> Points:
             return piece_sample(pairs[m - 1], covariance, num_samples // num_replicas, seed + 1000 * replica + m, piece)
 

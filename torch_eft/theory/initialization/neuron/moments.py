@@ -13,7 +13,14 @@ from torch import Tensor
 
 from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.four_point_moments import Factor, FourPointMoments, products
-from torch_eft.theory.gaussian.points import GridPoints, Points, quadrature_spacings, sample_points, square_root
+from torch_eft.theory.gaussian.points import (
+    GridPoints,
+    Points,
+    nodes_of,
+    quadrature_spacings,
+    sample_points,
+    square_root,
+)
 from torch_eft.theory.gaussian.scale_invariant import Orders
 from torch_eft.theory.gaussian.two_point_moments import TwoPointMoments
 from torch_eft.theory.initialization.neuron.pairs import MixedPairs, Piece, Quartic
@@ -21,6 +28,8 @@ from torch_eft.theory.initialization.neuron.pairs import MixedPairs, Piece, Quar
 AnyPoints = Points | GridPoints
 
 _ROWS = 2**16
+_MOST_NODES = 2**21
+"""Nodes of the rules for all values of a bias, beyond which moments are sampled."""
 _SMALLEST = 1e-10
 """Eigenvalues of g below this, relative to the largest, carry no input to rounding of the points."""
 
@@ -77,7 +86,7 @@ def neuron_spacings(
             else [quadrature_spacings(activation, kernel)]
         )
         known = [rule for rule in rules if rule is not None]
-        if len(known) < len(rules):
+        if len(known) < len(rules) or (len(known) > 1 and sum(map(nodes_of, known)) > _MOST_NODES):
             return None
         layers.append(known)
     return layers
