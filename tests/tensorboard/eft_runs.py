@@ -20,7 +20,8 @@ def drift(step: int, scale: float) -> dict[str, float]:
         "eft-theory/ntk_drift/minus_sigma": order_1 - 0.5,
         "eft-theory/ntk_drift/plus_sigma": order_1 + 0.5,
         "eft/ntk_top_eigenvalue/measured": 300.0 + step,
-        "eft-theory/interval_ntk_error/order_0": 1.0,
+        "eft-theory/replay_output_error/order_1": 1.5,
+        "eft-theory/replay_output_error/order_3": 0.02,
         "eft-layers/taylor_terms/order_2": 0.01 * step,
     }
 

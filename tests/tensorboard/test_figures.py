@@ -150,3 +150,19 @@ def test_forecasts_and_runs_are_drawn_on_each_other():
         trajectory_figure({"order 0": forecast}, point=4)
     with pytest.raises(TypeError, match="trajectory_figure"):
         comparison_figure(forecast, ["ntk_drift"])
+
+
+def test_errors_of_replays_have_a_log_axis_and_a_line_at_nothing_predicted():
+    history = {
+        step: {tag("replay_output_error", f"order_{order}"): 10.0**-order * (1 + step) for order in (1, 2, 3)}
+        for step in range(3)
+    }
+    (axes,) = comparison_figure(history, ["replay_output_error"]).axes
+    assert axes.get_yscale() == "log" and [text.get_text() for text in axes.texts] == ["nothing predicted"]
+    assert [list(line.get_ydata()) for line in axes.lines][3] == [1, 1]
+    assert "order 3: with ddNTK" in [line.get_label() for line in axes.lines]
+    sizes = {step: {tag("replay_output"): 0.1, tag("replay_output", "truncation_low"): 0.09} for step in range(3)}
+    for step in range(3):
+        sizes[step] |= {tag("replay_output", "truncation_high"): 0.11, tag("replay_output", "order_3"): 0.1}
+    (axes,) = comparison_figure(sizes, ["replay_output"]).axes
+    assert axes.get_yscale() == "linear" and len(axes.collections) == 1

@@ -61,7 +61,7 @@ def test_runs_and_their_info(two_runs):
     assert listing["headlines"] == NOTHING["headlines"]
     assert "no prediction" in listing["runs"][0]["unpredicted"]["dntk"]
     quantities = listing["runs"][0]["quantities"]
-    assert set(quantities) == {"ntk_drift", "ntk_top_eigenvalue", "interval_ntk_error", "taylor_terms"}
+    assert set(quantities) == {"ntk_drift", "ntk_top_eigenvalue", "replay_output_error", "taylor_terms"}
     assert set(quantities["ntk_drift"]) == {"measured", "order_0", "order_1", "minus_sigma", "plus_sigma"}
 
 

@@ -115,6 +115,11 @@ def test_the_tab_from_start_to_export(tmp_path, tensorboard, browser):
     browser.go(f"{tensorboard}#eft")
     unfold(browser)
     browser.until(f"/1 other run has no data/.test({text('.status')})")
+    # Errors by order on a log axis, with a line at 1.
+    errors = card("replay_output_error")
+    assert browser.run(text(f"{errors} .reference text")) == "1: nothing predicted"
+    ticks = browser.run(f"[...{PAGE}.querySelectorAll({errors + ' svg text'!r})].map((e) => e.textContent)")
+    assert {"0.1", "1"} <= set(ticks)
     names = browser.run(f"[...{PAGE}.querySelectorAll('.runs .name')].map((e) => e.textContent)")
     assert names == ["narrow", HOSTILE]
     badges = browser.run(f"[...{PAGE}.querySelectorAll('.runs .badge')].map((e) => e.textContent)")

@@ -30,6 +30,7 @@ class Quantity:
         group: Title of the group in which the EFT tab shows it.
         among_the_first: Show its measured values in the group ``eft`` of the scalars tab; at most 12 quantities are
             there, the others are in ``eft-more``.
+        drawn: Whether the tab and reports have a chart of it; others are logged, and no more.
 
     Example:
         >>> from torch_eft.tensorboard import QUANTITIES
@@ -44,6 +45,7 @@ class Quantity:
     at_infinite_width: str
     group: str = OTHERS
     among_the_first: bool = False
+    drawn: bool = True
 
     def to_dict(self) -> dict[str, str]:
         """Title, formula, unit, source, value at infinite width and group, by name."""
@@ -204,7 +206,7 @@ QUANTITIES: dict[str, Quantity] = {
         "derived here, from PDLT 11.1 and chapter infinity",
         "0: dNTK and ddNTK vanish as 1/n",
         INTERVALS,
-        among_the_first=True,
+        drawn=False,
     ),
     "interval_ntk_error": Quantity(
         "NTK: error of its predicted change over the last interval",
@@ -213,6 +215,7 @@ QUANTITIES: dict[str, Quantity] = {
         "derived here, from PDLT 11.1 and chapter infinity",
         "undefined: nothing changes",
         INTERVALS,
+        drawn=False,
     ),
     "replay_output": Quantity(
         "Outputs: change over the next steps",
@@ -223,6 +226,7 @@ QUANTITIES: dict[str, Quantity] = {
         "derived here, from PDLT chapter infinity",
         "order 1: the linear model is the network",
         INTERVALS,
+        among_the_first=True,
     ),
     "replay_output_error": Quantity(
         "Outputs: error of that change, by order",
@@ -281,6 +285,7 @@ QUANTITIES: dict[str, Quantity] = {
         "derived here, from PDLT 0.5 and chapter infinity",
         "0: outputs are linear in the parameters",
         INTERVALS,
+        drawn=False,
     ),
     "interval_output_error": Quantity(
         "Output: error of its predicted change over the last interval",
@@ -289,6 +294,7 @@ QUANTITIES: dict[str, Quantity] = {
         "derived here, from PDLT 0.5 and chapter infinity",
         "0 at order 0",
         INTERVALS,
+        drawn=False,
     ),
     "dntk": Quantity(
         "dNTK along the real displacement",
@@ -463,6 +469,11 @@ def register_quantity(
         raise ValueError(f"name: {name!r} is a quantity of torch_eft itself ({QUANTITIES[name].title}); choose another")
     QUANTITIES[name] = Quantity(title, formula, unit, source, at_infinite_width)
     return QUANTITIES[name]
+
+
+def is_drawn(quantity: str) -> bool:
+    """Return whether the tab and reports have a chart of a quantity."""
+    return quantity not in QUANTITIES or QUANTITIES[quantity].drawn
 
 
 def documented(quantities: Mapping[str, object] | list[str]) -> dict[str, dict[str, str]]:

@@ -190,7 +190,7 @@ def logged_tags(history: Mapping[int, Iterable[str]]) -> set[str]:
 
 
 def compared_quantities(history: Mapping[int, Iterable[str]]) -> list[str]:
-    """Return the quantities of a history that have a theory beside them, in the order in which they are drawn.
+    """Return the quantities of a history that are drawn with a theory beside them, in the order of the registry.
 
     Args:
         history: ``{step: {tag: value}}``, or ``{step: tags}``.
@@ -205,7 +205,8 @@ def compared_quantities(history: Mapping[int, Iterable[str]]) -> list[str]:
     """
     logged = logged_tags(history)
     theory = (*ORDERS, *EXPANSIONS)
-    return [quantity for quantity in QUANTITIES if any(tag(quantity, series) in logged for series in theory)]
+    compared = [quantity for quantity in QUANTITIES if any(tag(quantity, series) in logged for series in theory)]
+    return [quantity for quantity in compared if QUANTITIES[quantity].drawn]
 
 
 def theory_of(scalars: Mapping[str, float], quantity: str) -> float | None:

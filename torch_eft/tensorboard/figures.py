@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch_eft.results.presentation.figures import EXPANDED, GIVEN, MEASURED, THEORY, new_figure
 from torch_eft.results.quantities import QUANTITIES
-from torch_eft.results.tags import BAND, BAND_68, BAND_90, EXPANSIONS, GIVEN_START, ORDERS, tag
+from torch_eft.results.tags import BAND, BAND_68, BAND_90, EXPANSIONS, GIVEN_START, ORDERS, TRUNCATION, tag
 from torch_eft.tensorboard.verdicts import verdict
 
 if TYPE_CHECKING:
@@ -25,8 +25,19 @@ LINES = {
     "taylor_1": (EXPANDED, ":", 2.0, "expansion about theta_0, dNTK"),
     "taylor_2": (EXPANDED, "-", 2.0, "the same with ddNTK"),
 }
+REPLAYED = {
+    "order_1": ("#555555", "--", 2.0, "Taylor model of order 1: frozen NTK"),
+    "order_2": (EXPANDED, ":", 2.0, "order 2: with dNTK"),
+    "order_3": (THEORY, "-", 2.5, "order 3: with ddNTK"),
+}
+"""Lines of steps taken again by Taylor models."""
 MEDIAN = "median of networks, order 1/n"
-SHADED = ((BAND, 0.2, "theory ± σ"), (BAND_90, 0.15, "90 % of networks"), (BAND_68, 0.25, "68 % of networks"))
+SHADED = (
+    (BAND, 0.2, "theory ± σ"),
+    (BAND_90, 0.15, "90 % of networks"),
+    (BAND_68, 0.25, "68 % of networks"),
+    (TRUNCATION, 0.2, "order 3 ± its distance from order 2"),
+)
 History = Mapping[int, Mapping[str, float]]
 
 
@@ -68,7 +79,8 @@ def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
             edges = [lower[step] for step in steps], [upper[step] for step in steps]
             axes.fill_between(steps, *edges, color=THEORY, alpha=alpha, lw=0, label=label)
     quantiles = bool(_series(history, tag(quantity, BAND_90[0])))
-    for series, (color, style, width, label) in LINES.items():
+    replayed = quantity.startswith("replay_")
+    for series, (color, style, width, label) in (REPLAYED if replayed else LINES).items():
         if quantiles and series in EXPANSIONS:  # along the path that this network took: for want of a forecast
             continue
         theory = _series(history, tag(quantity, series))
@@ -87,6 +99,10 @@ def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
     axes.tick_params(labelsize=13)
     if max(history, default=0) >= 100:  # most of the motion is early
         axes.set_xscale("symlog", linthresh=1)
+    if replayed and not measured and axes.lines:  # errors
+        axes.axhline(1, color="#555555", lw=1, ls=(0, (5, 3)))
+        axes.annotate("nothing predicted", (0.01, 1), xycoords=("axes fraction", "data"), va="bottom", fontsize=11)
+        axes.set_yscale("log")
     axes.margins(x=0.01)
     axes.grid(alpha=0.2)
 

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from torch_eft.results.quantities import HEADLINES
+from torch_eft.results.quantities import HEADLINES, is_drawn
 from torch_eft.tensorboard.answers import bounds, summary
 from torch_eft.tensorboard.run_info import Records, find_jsonl, read_jsonl, readings, unpredicted_sentences, verdicts
 
@@ -64,7 +64,7 @@ def report_data(records: Sequence[Records], note: str = "") -> dict[str, Any]:
     names = _names([record.path for record in records])
     runs, series, judged, read, pages = [], {}, {}, {}, {}
     for name, record in zip(names, records, strict=True):
-        found = record.series()
+        found = {quantity: values for quantity, values in record.series().items() if is_drawn(quantity)}
         info = {**record.info, "events": record.events} if record.info is not None else None
         problem = "" if info else "This run's file does not describe it: r and validity are not known."
         quantities = {quantity: list(values) for quantity, values in found.items()}

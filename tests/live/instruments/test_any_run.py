@@ -68,7 +68,7 @@ def test_the_numbers_of_an_interval():
     sized = relative_dntk(model, x_probe, d, theta=thetas[0])  # along the displacement, whose length drops out
     along = float((change * P).sum() / P.norm() / H.norm()) / 4
     expected = {
-        "eft/ntk_rate/measured": along,
+        "eft-more/ntk_rate/measured": along,
         "eft/dntk/measured": sized.dntk,
         "eft-more/ddntk/measured": sized.ddntk,
         "eft-theory/dntk/order_0": 0,
@@ -222,7 +222,7 @@ def test_a_network_with_kinks_is_measured_and_labeled():
     model = Convolutional()
     instruments = [IntervalInstrument(), TaylorInstrument(), DNTKInstrument()]
     observer, pages = fit(model, instruments, 8, adam(model), x, classes, x_probe, F.cross_entropy, batch=4, every=2)
-    assert {"eft/ntk_rate/measured", "eft/taylor_remainder/measured"} <= set(observer.history[8])
+    assert {"eft-more/ntk_rate/measured", "eft/taylor_remainder/measured"} <= set(observer.history[8])
     for name in ("interval", "dntk"):
         assert "almost everywhere" in pages[name][-1][1]
     assert "do not improve on order 1" in pages["taylor"][-1][1]

@@ -7,7 +7,7 @@ from tensorboard import errors
 from tensorboard.data import provider
 from tensorboard.plugins.scalar import metadata as scalar_metadata
 
-from torch_eft.results.quantities import HEADLINES
+from torch_eft.results.quantities import HEADLINES, is_drawn
 from torch_eft.results.tags import split_tag
 from torch_eft.tensorboard.answers import NEEDED, READ, bounds, summary
 from torch_eft.tensorboard.run_info import (
@@ -128,7 +128,7 @@ class Reader:
         for plugin in _PLUGINS:
             listed = self._data.list_scalars(ctx, experiment_id=experiment, plugin_name=plugin)
             for run, tags in listed.items():
-                ours = {name: split for name in tags if (split := split_tag(name)) is not None}
+                ours = {name: split for name in tags if (split := split_tag(name)) is not None and is_drawn(split[0])}
                 ends = {name: (tags[name].max_step, tags[name].max_wall_time) for name in ours}
                 found.setdefault(run, {}).update({name: Line(*split, ends[name]) for name, split in ours.items()})
         return {run: tags for run, tags in found.items() if tags}

@@ -17,8 +17,10 @@ function valueLimits(panel, kind) {
   const largest = extent([0, ...measured.map(Math.abs)])[1];
   const near = (factor) => (v) => largest === 0 || Math.abs(v) <= factor * largest;
   const band = withoutOutlying(panel.bands).flatMap(({ points }) => finite(points)).filter(near(BLOW_UP / 2));
-  const floor = kind === "log" ? extent(measured.filter((v) => v > 0))[0] / 100 : -Infinity;
-  const values = [...measured, ...theory.filter(near(BLOW_UP)), ...band].filter((v) => v >= floor);
+  const positive = measured.filter((v) => v > 0);
+  const floor = kind === "log" && positive.length ? extent(positive)[0] / 100 : -Infinity;
+  const mark = panel.reference ? [panel.reference.value] : [];
+  const values = [...measured, ...theory.filter(near(BLOW_UP)), ...band, ...mark].filter((v) => v >= floor);
   return limitsOf(values, kind) ?? (kind === "log" ? [0.1, 10] : [-1, 1]);
 }
 
@@ -31,6 +33,7 @@ function withoutOutlying(members) {
 /** The kind of the value axis: where runs, or one run's own values, differ by decades, a log axis. */
 export function valuesKind(panel, wanted) {
   if (wanted !== "auto") return wanted;
+  if (panel.reference) return "log"; // errors go over decades, and the mark is among them
   const measured = withoutOutlying(panel.lines).filter(({ series }) => series === "measured");
   const ends = measured.map(({ points }) => extent(points.map(([, value]) => value).filter((v) => v !== null)));
   const [least, most] = extent(ends.map(([, high]) => high).filter(Number.isFinite));
@@ -164,6 +167,22 @@ function endMarks(marks, x, y, theme) {
     });
 }
 
+/** A value that means something: a line, and its meaning. */
+function referenceMark({ value, label }, y, box, look) {
+  const at = y.to(value);
+  if (!(at >= box.top && at <= box.bottom)) return null;
+  const { theme, font } = look;
+  return svg(
+    "g",
+    { class: "reference" },
+    svg("line", { x1: box.left, x2: box.right, y1: at, y2: at, stroke: theme.zero, "stroke-dasharray": "5 3" }),
+    text(label, {
+      x: box.left + 4, y: at - 4 < box.top + font ? at + font : at - 4, fill: theme.soft, "font-size": font * 0.9, stroke: theme.ground,
+      "stroke-width": 3, "paint-order": "stroke",
+    }),
+  );
+}
+
 function drawLines(lines, x, y, clipId) {
   return svg(
     "g",
@@ -287,6 +306,7 @@ export function drawFigure(panel, look) {
       { "clip-path": `url(#${ids[0]})` },
       panel.bands.map((band) => svg("path", { d: area(band.points, x, y), fill: band.color, opacity: band.opacity })),
     ),
+    panel.reference && referenceMark(panel.reference, y, box, look),
     drawLines(panel.lines, x, y, ids[0]),
     endMarks(panel.marks, x, y, theme),
     lower ? residualParts() : null,

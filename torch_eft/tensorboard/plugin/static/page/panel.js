@@ -10,6 +10,10 @@ import { RESIDUALS, isExpansion, namedSeries, readQuantity, residual, residualKi
 const DASHES = { order_0: "1.5 3", order_1: "6 3", truncation: "1 4", given_start: "4 3", given: "1 3", taylor_1: "2 3", taylor_2: "7 2 2 2", taylor_model_1: "1.5 3", taylor_model_2: "3 2", taylor_model_3: "6 3", seeds_median: "2 2" };
 const PARTS = [null, "7 2", "2 2", "7 2 2 2"];
 
+// Values that mean something, in charts on a log axis.
+const NOTHING = { value: 1, label: "1: nothing predicted" };
+const REFERENCES = { replay_output_error: NOTHING, replay_ntk_error: NOTHING };
+
 /** The dash pattern of a series; null is a solid line. */
 function dashOf(series) {
   return series === "measured" ? null : (DASHES[series] ?? "4 2 1 2");
@@ -57,7 +61,7 @@ export function makePanel(name, runs, options, theme) {
     return { ...run, ...style, quantity: readQuantity(namedSeries(name, run.raw)) };
   });
   const kind = residualKind(read.map(({ quantity }) => quantity), options.residual);
-  const panel = { name, runs: read, lines: [], bands: [], marks: [], events: [], residual: null };
+  const panel = { name, runs: read, lines: [], bands: [], marks: [], events: [], residual: null, reference: REFERENCES[name] };
   const residualLines = [];
   for (const { name: run, color, marker, quantity, events, outlying } of read) {
     const line = (series, points, width) => ({
