@@ -6,7 +6,7 @@ does not fit into the budget is thinned (``budget.py``). At most 12 scalars of `
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from torch_eft.live.instrument import Instrument
@@ -41,6 +41,7 @@ class Options:
         forecast_seconds: Work that each forecast may take before the first step, counted in seconds of one core.
         seeds: Networks of other seeds to train beside it; 0: none.
         outputs: Which outputs of the network the NTK is measured on, see ``NTKInstrument``.
+        asked: Names of instruments that were asked for, whatever the preset.
     """
 
     ensemble: MLPEnsemble | None = None
@@ -48,6 +49,7 @@ class Options:
     forecast_seconds: float = 10.0
     seeds: int = 0
     outputs: str = "auto"
+    asked: frozenset[str] = frozenset()
 
 
 MAKERS: dict[str, Callable[[Options], Instrument]] = {
@@ -65,12 +67,12 @@ MAKERS: dict[str, Callable[[Options], Instrument]] = {
     "theory": lambda options: TheoryInstrument(options.ensemble, options.activation, seconds=options.forecast_seconds),
     "instance": lambda options: InstanceInstrument(seconds=options.forecast_seconds),
     "shadow": lambda options: ShadowInstrument(),
-    "replay": lambda options: ReplayInstrument(),
+    "replay": lambda options: ReplayInstrument(always="replay" in options.asked),
     "seeds": lambda options: SeedsInstrument(options.seeds or 4),
 }
 """Every instrument by name; ``Instrument.cost`` is the smallest preset that includes it."""
 
-OPT_IN: frozenset[str] = frozenset({"shadow", "replay", "seeds", "one_step", "preconditioned"})
+OPT_IN: frozenset[str] = frozenset({"shadow", "seeds", "one_step", "preconditioned"})
 """Instruments that no preset includes; ``extra=`` asks for them."""
 
 
@@ -111,6 +113,7 @@ def chosen_instruments(
             if not isinstance(each, Instrument):
                 check_choice(argument, each, MAKERS, "a torch_eft.live.Instrument")
     names = {each for each in extra if isinstance(each, str)} | ({"seeds"} if options.seeds else set())
+    options = replace(options, asked=frozenset(names | {each for each in instruments or () if isinstance(each, str)}))
     own = [each for each in extra if isinstance(each, Instrument)]
     if instruments is not None and not instruments:
         raise ValueError("instruments: none given; name some, such as ['ntk'], or give None for the preset's")
