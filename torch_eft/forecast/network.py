@@ -99,7 +99,7 @@ def predict_from_network(
     if training.steps == float("inf") or training.steps != int(training.steps):
         raise ValueError(f"steps: {training.steps:g} given; give a whole number")
     train, probe = as_probe(x_train), as_probe(x_probe)
-    everything = Probe(_joined(probe.inputs, train.inputs))
+    everything = Probe(joined_inputs(probe.inputs, train.inputs))
     with isolated(model, output_fn, torch.float64) as network:
         start = StartingDerivatives(network, everything, train, y_train, training, lambdas, memory)
         check_conflicts(start)
@@ -112,8 +112,12 @@ def predict_from_network(
     return _trajectory(start, orders, f"order {order} of this network's NTK hierarchy{note}; {training}")
 
 
-def _joined(first: Any, second: Any) -> Any:
+def joined_inputs(first: Any, second: Any) -> Any:
     """Join two batches of the same structure.
+
+    Args:
+        first: Those of the probe.
+        second: Those of the training.
 
     Returns:
         One batch, the first in front.

@@ -83,7 +83,7 @@ class InstanceComparison:
         with isolated(model) as network:
             self._model = copy.deepcopy(network.shadow)
         if earlier is not None:
-            self._restore(earlier["theta_0"])
+            restored(self._model, earlier["theta_0"])
         for parameter in self._model.parameters():
             parameter.grad = None
         self._x_train, self._y_train, self._x_probe = x_train, y_train, as_probe(x_probe).inputs
@@ -109,29 +109,17 @@ class InstanceComparison:
     def state(self) -> dict[str, Any]:
         """Return the values at theta_0, the number of directions and the last step; plain types and tensors."""
         return {
-            "theta_0": {name: value.detach() for name, value in _values(self._model).items()},
+            "theta_0": {name: value.detach() for name, value in values_of(self._model).items()},
             "modes": self._modes,
             "steps": self.steps,
         }
 
-    def _restore(self, theta_0: Mapping[str, Tensor]) -> None:
-        """Restore the copied network's values at theta_0.
-
-        Raises:
-            ValueError: If names or shapes differ.
-        """
-        own = _values(self._model)
-        if set(own) != set(theta_0):
-            raise ValueError(
-                f"parameters and buffers differ from those at theta_0: {sorted(set(own) ^ set(theta_0))[:2]}"
-            )
-        with torch.no_grad():
-            for name, value in own.items():
-                if value.shape != theta_0[name].shape:
-                    raise ValueError(f"{name}: {tuple(value.shape)}, at theta_0 {tuple(theta_0[name].shape)}")
-                value.copy_(theta_0[name])
-
     # ---- the forecast
+
+    @property
+    def model(self) -> nn.Module:
+        """The network at theta_0; a copy."""
+        return self._model
 
     @property
     def steps(self) -> int:
@@ -284,5 +272,26 @@ class InstanceComparison:
         }
 
 
-def _values(model: nn.Module) -> dict[str, Tensor]:
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def restored(model: nn.Module, theta_0: Mapping[str, Tensor]) -> None:
+    """Write values at theta_0 into a network.
+
+    Args:
+        model: A copy.
+        theta_0: Parameters and buffers by name.
+
+    Raises:
+        ValueError: If names or shapes differ.
+    """
+    own = values_of(model)
+    if set(own) != set(theta_0):
+        raise ValueError(f"parameters and buffers differ from those at theta_0: {sorted(set(own) ^ set(theta_0))[:2]}")
+    with torch.no_grad():
+        for name, value in own.items():
+            if value.shape != theta_0[name].shape:
+                raise ValueError(f"{name}: {tuple(value.shape)}, at theta_0 {tuple(theta_0[name].shape)}")
+            value.copy_(theta_0[name])

@@ -123,7 +123,8 @@ def chosen_instruments(
         chosen = [
             instrument
             for name, instrument in made.items()
-            if name in names or (name not in OPT_IN and PRESETS.index(instrument.cost) <= rank)
+            if (name in names or (name not in OPT_IN and PRESETS.index(instrument.cost) <= rank))
+            and name not in {each.name for each in own}  # one that is given takes the preset's place
         ]
     else:
         given = [MAKERS[each](options) if isinstance(each, str) else each for each in instruments]

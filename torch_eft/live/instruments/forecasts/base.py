@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_eft.live.instrument import Claim, Event, Instrument, Measurement, Reading, RunFacts, TrainingStart
-from torch_eft.live.instruments.forecasts.full_batch import ENDED, UNSHOWN, FullBatch, ValidityWatch, sgd_options
+from torch_eft.live.instruments.forecasts.full_batch import ENDED, UNSHOWN, FullBatch, ValidityWatch, rates, sgd_options
 from torch_eft.live.instruments.forecasts.step_check import StepCheck, versions, without_gradients
 from torch_eft.measure.training_loss import loss_gradient
 from torch_eft.results.trajectory import Validity
@@ -47,9 +47,11 @@ class ForecastInstrument(Instrument, ABC):
         validity: Where it holds, or why there is none; None before that is known.
         what: A phrase saying whose forecast it is.
         page: Name of its page.
+        follows: Whether it follows weight decay, and learning rates that change.
     """
 
     what = "Forecast"
+    follows = False
     page = "forecast"
     draws_curves = True
 
@@ -71,6 +73,7 @@ class ForecastInstrument(Instrument, ABC):
         self._problem: Any = None  # what was recognized, until it is forecast
         self._kept: dict[str, Any] = {}
         self._terms: dict[str, Any] = {}
+        self._rates: list[list[float]] = []  # learning rates of the steps taken
 
     # ---- its own
 
@@ -118,7 +121,7 @@ class ForecastInstrument(Instrument, ABC):
         seen = FullBatch(start)
         reason = seen.refusal()
         if reason is None:
-            options = sgd_options(start.optimizers[0], at_rest=not self._kept)
+            options = sgd_options(start.optimizers[0], not self._kept, self.follows)
             reason = options if isinstance(options, str) else None
         if reason is None:
             self._seen = seen
@@ -147,11 +150,12 @@ class ForecastInstrument(Instrument, ABC):
         if self._seen is None:
             return Reading()
         if self._steps is not None:
-            reason = self._seen.end(step, optimizer)
+            reason = self._seen.end(step, optimizer, self.follows)
             if reason is None:
                 shown, self._seen.batch = self._seen.batch, None
                 self._steps.before_step(step, optimizer, shown, self._measured)
                 self._measured = False
+                self._note_rates(optimizer)
                 if self._comparison is None:
                     return self._shown(step, shown is not None)
             return Reading() if reason is None else self._ended(step, reason)
@@ -188,11 +192,11 @@ class ForecastInstrument(Instrument, ABC):
         if seen.batch is None or seen.loss is None:
             raise ValueError("the batch is not a pair (inputs, targets) of tensors")
         kept = self._kept
-        options = sgd_options(optimizer, at_rest=not kept)
+        options = sgd_options(optimizer, not kept, self.follows)
         if isinstance(options, str):
             raise ValueError(options)
         if kept:
-            reason = seen.unlike(kept["batches"], optimizer)
+            reason = seen.unlike(kept["batches"], optimizer, self.follows)
             if reason is None and options != kept["options"]:
                 reason = f"the optimizer is another after the resume: {options}, it was {kept['options']}"
             if reason is not None:
@@ -203,12 +207,22 @@ class ForecastInstrument(Instrument, ABC):
         seen.begin(optimizer)
         self._steps = steps = self._step_check(seen.start, int(kept.get("skipped", 0)) + step - seen.start.step)
         steps.before_step(step, optimizer, batch, measured=False)
+        taken = steps.begun - steps.skipped
+        before = kept["batches"]["rates"] if kept else []  # of a checkpoint from before they were kept: one rate
+        self._rates = [list(each) for each in kept.get("rates", [before] * taken)]
+        self._note_rates(optimizer)
         self._waiting = [(each, steps.begun - steps.skipped) for each, _ in self._waiting]
         if not kept:
             return self._forecast() if seen.start.full_batch else {}
         self._watch.level = int(kept["told"])
         pages = self._forecast()
         return {name: f"{text}\n\nIt goes on after a resume at step {seen.start.step}." for name, text in pages.items()}
+
+    def _note_rates(self, optimizer: Optimizer) -> None:
+        """Note the learning rates of the coming step, in the place of those of a step that was not taken."""
+        if self.follows and self._seen is not None and self._steps is not None:
+            del self._rates[self._steps.begun - self._steps.skipped :]
+            self._rates.append(rates(optimizer))
 
     def _shown(self, step: int, batch: bool) -> Reading:
         """The second batch is there: if it is the first one again, forecast."""
@@ -294,6 +308,7 @@ class ForecastInstrument(Instrument, ABC):
             "batches": self._seen.state(),
             "comparison": self._comparison.state(),
             "told": self._watch.level,
+            "rates": [list(rates) for rates in self._rates],
             "skipped": 0 if self._steps is None else self._steps.skipped,
         }
 

@@ -72,26 +72,27 @@ class FullBatch:
         self._rates = rates(optimizer)
         self.batch = self.loss = None
 
-    def end(self, step: int, optimizer: Optimizer) -> str | None:
+    def end(self, step: int, optimizer: Optimizer, any_rate: bool = False) -> str | None:
         """Return why the forecast ends with the coming step, or None; without waiting for the device."""
         if self._no_pair:
             return "a later batch is not a pair (inputs, targets) of tensors"
-        if rates(optimizer) != self._rates:
+        if not any_rate and rates(optimizer) != self._rates:
             return f"the learning rate changed at step {step}: the forecast is for a constant one"
         return None
 
-    def unlike(self, kept: dict[str, Any], optimizer: Optimizer) -> str | None:
+    def unlike(self, kept: dict[str, Any], optimizer: Optimizer, any_rate: bool = False) -> str | None:
         """Return why a forecast that a checkpoint kept does not go on, or None.
 
         Args:
             kept: What ``state`` returned; anything else raises an exception of any kind.
             optimizer: The optimizer in force.
+            any_rate: Whether the learning rates may be others.
 
         Returns:
             The reason, or None.
         """
         rates_then, rates_now = [float(rate) for rate in kept["rates"]], rates(optimizer)
-        if rates_then != rates_now:
+        if rates_then != rates_now and not any_rate:
             return f"the learning rate is another after the resume: {rates_now}, it was {rates_then}"
         assert self.batch is not None
         now = _fingerprint(*self.batch)
@@ -132,12 +133,13 @@ def rates(optimizer: Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def sgd_options(optimizer: Optimizer, at_rest: bool = True) -> dict[str, Any] | str:
+def sgd_options(optimizer: Optimizer, at_rest: bool = True, decay: bool = False) -> dict[str, Any] | str:
     """Momentum, Nesterov and dampening of ``torch.optim.SGD``; or why its steps are not linear in the gradients.
 
     Args:
         optimizer: The optimizer, or Lightning's wrapper of it.
         at_rest: Whether it has not taken a step yet: the forecast's momentum is zero there, and not after a resume.
+        decay: Whether the forecast follows weight decay.
 
     Returns:
         The options, or the reason as a sentence.
@@ -145,7 +147,7 @@ def sgd_options(optimizer: Optimizer, at_rest: bool = True) -> dict[str, Any] | 
     inner = plain_optimizer(optimizer)
     if type(inner) is not torch.optim.SGD:
         return f"{type(inner).__name__}: forecasts are derived for gradient descent (torch.optim.SGD)"
-    for option in ("weight_decay", "maximize"):
+    for option in ("maximize",) if decay else ("weight_decay", "maximize"):
         used = [group[option] for group in inner.param_groups if group[option]]
         if used:
             return f"SGD with {option}={used[0]}: forecasts are derived without"

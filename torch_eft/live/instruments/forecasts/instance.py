@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.forecast.comparison.instance import FIRST_HORIZON, InstanceComparison
+from torch_eft.forecast.comparison.live_path import Group, LivePath
 from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.live.instrument import Measurement, Reading, RunFacts, TrainingStart
 from torch_eft.live.instruments.common import compared_scalars, one_thread, too_many
@@ -16,6 +17,7 @@ from torch_eft.live.instruments.forecasts.bar import ForecastBar
 from torch_eft.live.instruments.forecasts.base import ForecastInstrument
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
 from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.kernels.optimizers import plain_optimizer
 from torch_eft.measure.network.snapshot import Plan
 from torch_eft.measure.training_loss import recognize_loss
 from torch_eft.results.training import LossFunction, Training, stability_in_unit
@@ -26,7 +28,7 @@ _SMALL = 1_000_000
 
 @dataclass(frozen=True)
 class _Problem:
-    """A training that was recognized: theta_0, inputs, targets as the loss takes them, the loss, eta over lr."""
+    """A training that was recognized: theta_0, inputs, targets as the loss takes them, loss, eta over lr, groups."""
 
     theta_0: nn.Module
     x: Any
@@ -34,10 +36,18 @@ class _Problem:
     training: Training
     loss: str
     unit: float
+    groups: tuple[Group, ...]
+
+    @property
+    def decays(self) -> bool:
+        """Whether weights decay."""
+        return any(group.weight_decay for group in self.groups)
 
 
 class InstanceInstrument(ForecastInstrument):
     """This network's own forecast, as long as the training is full-batch gradient descent (with momentum or without).
+
+    Weight decay, and a learning rate that changes, are followed at order 0, with the frozen NTK.
 
     Args:
         loss_function: The loss of outputs (N, C) and targets, if it is neither squared error nor cross-entropy.
@@ -52,6 +62,7 @@ class InstanceInstrument(ForecastInstrument):
     name = page = "instance"
     cost = "standard"
     what = "Forecast of this network"
+    follows = True
 
     def __init__(
         self,
@@ -68,7 +79,8 @@ class InstanceInstrument(ForecastInstrument):
     def forget(self) -> None:
         """Drop what belongs to an earlier run."""
         super().forget()
-        self._comparison: InstanceComparison | None = None
+        self._comparison: InstanceComparison | LivePath | None = None
+        self._followed: _Problem | None = None
         self._lambdas: dict[str, float] = {}
         self._left_out = ""
 
@@ -85,6 +97,7 @@ class InstanceInstrument(ForecastInstrument):
 
     def _compared(self, measurement: Measurement) -> Reading:
         assert self._comparison is not None
+        pages = self._live(measurement.step)
         extended = measurement.step > self._comparison.steps
         try:
             within = self._comparison.reaches(measurement.step)
@@ -92,7 +105,8 @@ class InstanceInstrument(ForecastInstrument):
             return self._ended(measurement.step, f"it cannot be extended beyond step {self._comparison.steps}: {error}")
         if not within:
             return self._ended(measurement.step, f"it ends at step {self._comparison.steps}, more would take too long")
-        pages = self._page() if extended else {}
+        if extended and isinstance(self._comparison, InstanceComparison):
+            pages = self._page()
         now, then = measurement.snapshot.ntk, measurement.reference.ntk
         same_units = now is not None and then is not None and measurement.lambdas == self._lambdas
         compared = self._comparison.compare(
@@ -103,6 +117,36 @@ class InstanceInstrument(ForecastInstrument):
         )
         events = self._watch.events(measurement.step, self._comparison.expansion_parameter(measurement.step))
         return Reading(compared_scalars(compared), pages, events)
+
+    def _live(self, step: int) -> dict[str, str]:
+        """Go on with the learning rates that were taken, if they are not one any more; return the page that says so."""
+        assert self._comparison is not None
+        if isinstance(self._comparison, LivePath):
+            self._comparison.rates = self._rates
+            return {}
+        first = next((s for s, each in enumerate(self._rates[:step]) if each != self._rates[0]), None)
+        if first is None or self._followed is None:
+            return {}
+        self._comparison = self._path(replace(self._followed, theta_0=self._comparison.model))
+        return self._page(f"The learning rate changes at step {first}: order 1, for a constant one, ends there. ")
+
+    def _path(self, problem: _Problem) -> LivePath:
+        assert self._seen is not None
+        network = self._seen.start.network
+        path = LivePath(
+            problem.theta_0,
+            problem.x,
+            problem.y,
+            network.probe,
+            problem.training,
+            problem.groups,
+            factor=problem.unit,
+            output_fn=network.output_fn,
+            largest=self.largest,
+            theta_0=self._kept.get("theta_0"),
+        )
+        path.rates = self._rates
+        return path
 
     def _recognize(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> None:
         assert self._seen is not None and self._seen.loss is not None
@@ -139,13 +183,22 @@ class InstanceInstrument(ForecastInstrument):
                 raise ValueError(refusal)
             with isolated(network) as own:
                 theta_0 = copy.deepcopy(own.shadow)
-        self._problem = _Problem(theta_0, x, loss.targets, training, loss.name, loss.factor)
+        names = {id(p): name for name, p in network.named_parameters()}
+        groups = tuple(
+            Group(frozenset(names[id(p)] for p in group["params"] if id(p) in names), group["weight_decay"])
+            for group in plain_optimizer(optimizer).param_groups
+        )
+        self._problem = _Problem(theta_0, x, loss.targets, training, loss.name, loss.factor, groups)
 
     def _forecast(self) -> dict[str, str]:
         assert self._seen is not None
         problem: _Problem = self._problem
         self._problem = None
         start, kept = self._seen.start, self._kept
+        self._followed = replace(problem, theta_0=nn.Identity())  # the comparison has a copy of theta_0
+        if problem.decays or "rates" in kept.get("comparison", {}):
+            self._comparison = self._path(problem)
+            return self._page(f"Loss: {problem.loss}. ")
         allowance = Allowance(self.seconds)
         small = sum(p.numel() for p in problem.theta_0.parameters()) < _SMALL
         with ForecastBar(allowance), one_thread() if small else nullcontext(), stability_in_unit(problem.unit):
@@ -168,6 +221,9 @@ class InstanceInstrument(ForecastInstrument):
         assert self._comparison is not None
         found = self._comparison
         self.validity = found.validity
+        if isinstance(found, LivePath):
+            text = f"{before}This network's own forecast: {found.provenance}; {found.description}. {found.validity}"
+            return {"instance": text}
         return {
             "instance": f"{before}This network's own forecast up to step {found.steps}: {found.provenance}; "
             f"{found.description}. At the last step, {found.validity}"

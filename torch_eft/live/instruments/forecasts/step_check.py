@@ -158,6 +158,8 @@ def _sgd_steps(optimizer: Optimizer) -> dict[int, Tensor]:
             if p.grad is None:
                 continue
             direction = p.grad.detach()
+            if group["weight_decay"]:
+                direction = direction + group["weight_decay"] * p.detach()
             if momentum := group["momentum"]:
                 velocity = inner.state[p].get("momentum_buffer") if p in inner.state else None
                 kept = direction if velocity is None else momentum * velocity + (1 - group["dampening"]) * direction
