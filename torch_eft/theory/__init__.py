@@ -5,10 +5,11 @@
     signal_propagation   susceptibilities, critical points, regimes
     initialization       statistics at initialization: K, Theta and the 1/n vertices, in full, in blocks, in tiles
     estimates            single numbers that follow: aspect ratio, learning rates, spread over seeds, expected drift
-    training             the trained network at order 0 and 1/n; any loss and minibatches by sampling; Adam's first
-                         step; on one page, ``derivation``: which vertex enters which observable, and why
     architecture         convolutions, skips and norms, read off a module: kernels at infinite width, spread over seeds;
                          the vertices of chains of convolutions
+    training             the trained network at order 0 and 1/n; any loss and minibatches by sampling; Adam's first
+                         step; regression with the kernels; on one page, ``derivation``: which vertex enters which
+                         observable, and why
     hidden_layers        the movement of hidden representations in training
     hierarchy            one network's NTK, dNTK and ddNTK through its training, and the law of its drift
 
@@ -16,6 +17,7 @@ Each folder imports from those above it, ``hierarchy`` and ``hidden_layers`` als
 """
 
 from torch_eft.theory.architecture.chains.vertices import architecture_vertices
+from torch_eft.theory.architecture.kernels import architecture_kernels
 from torch_eft.theory.architecture.nodes import Architecture
 from torch_eft.theory.architecture.reading.graph import NotReadableError
 from torch_eft.theory.architecture.reading.read import read_architecture
@@ -75,8 +77,9 @@ from torch_eft.theory.signal_propagation.susceptibility import (
     susceptibilities,
 )
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
-from torch_eft.theory.training.fourth_cumulant import FourthCumulant, predict_fourth_cumulant
-from torch_eft.theory.training.infinite_width import FrozenTraining
+from torch_eft.theory.training.infinite_width import FrozenArchitecture, FrozenTraining
+from torch_eft.theory.training.outputs.fourth_cumulant import FourthCumulant, predict_fourth_cumulant
+from torch_eft.theory.training.outputs.kernel_regression import KernelRegression, predict_kernel_regression
 from torch_eft.theory.training.predict import predict_training
 from torch_eft.theory.training.sign_descent import SignStep, predict_sign_step
 
@@ -95,10 +98,12 @@ __all__ = [
     "FiniteWidthTraining",
     "FixedPoint",
     "FourthCumulant",
+    "FrozenArchitecture",
     "FrozenTraining",
     "HiddenLayerForecast",
     "Hierarchy",
     "KernelDrift",
+    "KernelRegression",
     "LayerStatistics",
     "LearningRateShares",
     "MLPEnsemble",
@@ -115,6 +120,7 @@ __all__ = [
     "UnstablePoint",
     "VertexBlock",
     "VertexTile",
+    "architecture_kernels",
     "architecture_statistics",
     "architecture_vertices",
     "aspect_ratio",
@@ -135,6 +141,7 @@ __all__ = [
     "output_fluctuation",
     "predict_drift",
     "predict_fourth_cumulant",
+    "predict_kernel_regression",
     "predict_representation",
     "predict_sign_step",
     "predict_training",

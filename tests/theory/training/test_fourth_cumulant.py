@@ -8,8 +8,8 @@ from tests.theory.training.test_finite_width import random_case
 from tests.theory.training.test_sampled_training import gauss_hermite
 from torch_eft import Training
 from torch_eft.theory import MLPEnsemble, initial_statistics
-from torch_eft.theory.training.fourth_cumulant import fourth_cumulant, predict_fourth_cumulant
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
+from torch_eft.theory.training.outputs.fourth_cumulant import fourth_cumulant, predict_fourth_cumulant
 
 
 def inputs(count):

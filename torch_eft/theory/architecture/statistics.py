@@ -38,6 +38,15 @@ class ArchitectureStatistics(Result):
         validity: Where these hold.
         error: Standard errors of ``ntk_relative_sd``, ``ntk_trace_relative_sd`` and ``epsilon`` by the neurons drawn;
             where there is no closed form also of ``Theta`` and ``K``, that of the output.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import theory
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+        >>> x = torch.eye(3)[:1]
+        >>> found = theory.architecture_statistics(theory.read_architecture(model, x), x, num_samples=1024)
+        >>> sorted(found.K), found.validity.flag
+        (['0', 'output'], 'valid')
     """
 
     K: Mapping[str, Tensor]

@@ -7,17 +7,26 @@ g = 1 - eta lambda for gradient descent, exp(-eta lambda) for gradient flow; wit
 J = (1, -Theta_xA U phi U^T). The corrections of order 1/n are integrals along this path.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from torch_eft.results.training import Training
+from torch_eft.results.trajectory import Validity
+from torch_eft.theory.architecture.kernels import architecture_kernels
+from torch_eft.theory.architecture.nodes import Architecture
+from torch_eft.theory.architecture.statistics import architecture_statistics
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.initialization.infinite_width import check_inputs, infinite_width
-from torch_eft.theory.signal_propagation.regimes import infinite_width_validity
+from torch_eft.theory.signal_propagation.regimes import EDGE, TOO_DEEP, infinite_width_validity
 from torch_eft.theory.training.time_sums import ModePropagator, Sums, moving_modes
 
 _MATRICES = 8
 """Float64 matrices over all points that are alive at once, at the peak of the recursion."""
+
+_JUDGED, _NEURONS = 2, 2048
+"""Inputs on which the fluctuations of an architecture are found, and neurons that are drawn for it."""
 
 
 class FrozenModes:
@@ -87,6 +96,29 @@ class InfiniteWidthPath(FrozenModes):
         _, phi = self.single(steps)
         return torch.einsum("xm,tm,mi->txi", self.coupling[:points], phi, self.y)
 
+    def output(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the probe outputs at the given steps.
+
+        Args:
+            steps: (T,), >= 0; whole numbers for gradient descent.
+
+        Returns:
+            The mean (T, N_p, n_L) and the covariance (T, N_p, N_p) of one output; different
+            outputs are uncorrelated and alike at infinite width.
+        """
+        J = self.response(steps, self.probes)
+        return self.mean_output(steps, self.probes), J @ self.K @ J.mT
+
+    def first_direction(self) -> Tensor:
+        """Theta_PA y, (N_p, n_L): the direction in which the mean output starts to move."""
+        return self.coupling[: self.probes] @ self.y
+
+    def check_stable(self, training: Training) -> None:
+        """Raise ``UnstableError`` if a learning rate is beyond the stability bound; the training as it was given."""
+        if len(self.eigenvalues):
+            scale = 1.0 if training.reduction == "sum" else 2.0 / (self.train.numel() * self.outputs)
+            training.check_stable(scale * float(self.eigenvalues[-1]), "at infinite width")
+
 
 class FrozenTraining(InfiniteWidthPath):
     """Training of an ensemble at infinite width, in closed form at any step, without integrating up to it.
@@ -130,50 +162,122 @@ class FrozenTraining(InfiniteWidthPath):
         *,
         memory: int = 4 * 2**30,
     ) -> None:
-        if training.loss != "mse" or not training.is_full_batch:
-            raise ValueError(
-                f"training: {training} given; the closed form is for the squared error on full batches. "
-                "theory.predict_training takes other losses and minibatches, by draws of the initial outputs"
-            )
+        _check_training(training, "theory.predict_training takes other losses and minibatches, by draws of the outputs")
         x_train = check_inputs("x_train", x_train, ensemble)
         x_probe = check_inputs("x_probe", x_probe, ensemble).to(x_train.device)
-        shape = (len(x_train), ensemble.widths[-1])
-        if tuple(y_train.shape) != shape:
-            classes = y_train.ndim == 1 and not y_train.is_floating_point()
-            hint = "; for classes use one-hot targets, F.one_hot(y).double(), or loss='cross_entropy'" * classes
-            raise ValueError(f"y_train: shape {tuple(y_train.shape)} given; x_train and widths ask for {shape}{hint}")
-        y_train = y_train.to(x_train)
-        if not bool(torch.isfinite(y_train).all()):
-            raise ValueError("y_train: contains NaN or infinite values; targets must be finite")
-        needed = _MATRICES * 8 * (len(x_train) + len(x_probe)) ** 2
-        if needed > memory:
-            raise ValueError(
-                f"x_train: {len(x_train)} points need about {needed / 2**30:.1f} GiB, memory allows "
-                f"{memory / 2**30:.1f} GiB; give fewer points or more memory"
-            )
+        y_train = checked_targets(y_train, len(x_train), ensemble.widths[-1]).to(x_train)
+        check_points(len(x_train), len(x_probe), memory)
         self.ensemble, self.x_train, self.y_train, self.x_probe = ensemble, x_train, y_train, x_probe
         self.x = torch.cat([x_probe, x_train])
         self.layers = infinite_width(ensemble, self.x)
         """K and Theta at layers 1 .. L, and two-point moments at 1 .. L-1, over all points."""
         super().__init__(self.layers[0][-1], self.layers[1][-1], y_train, training)
-        if len(self.eigenvalues):
-            scale = 1.0 if training.reduction == "sum" else 2.0 / y_train.numel()
-            training.check_stable(scale * float(self.eigenvalues[-1]), "at infinite width")
+        self.check_stable(training)
         self.validity = infinite_width_validity(ensemble, self.x)
 
-    def output(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the probe outputs at the given steps.
 
-        Args:
-            steps: (T,), >= 0; whole numbers for gradient descent.
+class FrozenArchitecture(InfiniteWidthPath):
+    """Training at infinite width of any architecture that is read: convolutions, skips, norms.
 
-        Returns:
-            The mean (T, N_p, n_L) and the covariance (T, N_p, N_p) of one output; different
-            outputs are uncorrelated and alike at infinite width.
-        """
-        J = self.response(steps, self.probes)
-        return self.mean_output(steps, self.probes), J @ self.K @ J.mT
+    Args:
+        architecture: The architecture.
+        x_train: Training inputs, (N, ...).
+        y_train: Targets, (N, n_L).
+        x_probe: Probe inputs, (N_p, ...).
+        training: As ``FrozenTraining`` takes it.
+        memory: Bytes allowed for kernel matrices over all points.
 
-    def first_direction(self) -> Tensor:
-        """Theta_PA y, (N_p, n_L): the direction in which the mean output starts to move."""
-        return self.coupling[: self.probes] @ self.y
+    Raises:
+        ValueError: As ``FrozenTraining`` does, or if the architecture has no closed form.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import Training, theory
+        >>> layers = torch.nn.Conv1d(1, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(48, 1)
+        >>> x = torch.eye(8)[:3, None]
+        >>> architecture = theory.read_architecture(torch.nn.Sequential(*layers), x)
+        >>> training = Training(learning_rate=0.1, steps=1, reduction="sum")
+        >>> frozen = theory.FrozenArchitecture(architecture, x, torch.ones(3, 1), x, training)
+        >>> frozen.output(torch.tensor([0, 10**6]))[0][1, :, 0].round(decimals=6)
+        tensor([1., 1., 1.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        x_train: Tensor,
+        y_train: Tensor,
+        x_probe: Tensor,
+        training: Training,
+        *,
+        memory: int = 4 * 2**30,
+    ) -> None:
+        _check_training(training, "predict_from_networks takes other losses and minibatches, by networks drawn")
+        for name, given in (("x_train", x_train), ("x_probe", x_probe)):
+            if not isinstance(given, Tensor) or given.ndim < 2 or given.shape[1:] != x_train.shape[1:]:
+                found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+                raise ValueError(f"{name}: {found} given; give inputs (N, ...) of one shape for training and probe")
+        y_train = checked_targets(y_train, len(x_train), architecture.output).to(x_train.device, torch.float64)
+        check_points(len(x_train), len(x_probe), memory)
+        self.ensemble, self.x_train, self.y_train, self.x_probe = architecture, x_train, y_train, x_probe
+        x = torch.cat([x_probe.to(x_train), x_train])
+        super().__init__(*architecture_kernels(architecture, x), y_train, training)
+        self.check_stable(training)
+        self.validity = architecture_validity(architecture, x)
+
+
+def architecture_validity(architecture: Architecture, x: Tensor) -> Validity:
+    """Judge infinite width (order 0) for an architecture by its fluctuations on the first inputs.
+
+    Args:
+        architecture: The architecture.
+        x: Inputs, (N, ...).
+
+    Returns:
+        A ``Validity`` whose numbers are ``epsilon`` and ``ntk_relative_sd``.
+    """
+    found = architecture_statistics(architecture, x[:_JUDGED], num_samples=_NEURONS)
+    epsilon, sd = found.epsilon, float(found.ntk_relative_sd.diagonal().max())
+    numbers = {"epsilon": epsilon, "ntk_relative_sd": sd}
+    size = f"relative variances over seeds: output variance {epsilon:.3g}, NTK of one output {sd**2:.3g}"
+    if max(epsilon, sd**2) >= TOO_DEEP:
+        return Validity("invalid", f"infinite width does not describe this network: {size}. Use wider layers", numbers)
+    flag: Literal["valid", "caution"] = "valid" if max(epsilon, sd**2) < EDGE else "caution"
+    remark = "In training the NTK of a real network moves, at order 0 it does not: read it against the measured drift"
+    return Validity(flag, f"infinite width (order 0): {size}. {remark}", numbers)
+
+
+def checked_targets(y: Tensor, points: int, outputs: int) -> Tensor:
+    """Return targets, (points, outputs).
+
+    Raises:
+        ValueError: If the shape or the values are not usable.
+    """
+    if tuple(y.shape) != (points, outputs):
+        classes = y.ndim == 1 and not y.is_floating_point()
+        hint = "; for classes use one-hot targets, F.one_hot(y).double(), or loss='cross_entropy'" * classes
+        raise ValueError(f"y_train: shape {tuple(y.shape)} given; x_train and widths ask for {(points, outputs)}{hint}")
+    if not bool(torch.isfinite(y).all()):
+        raise ValueError("y_train: contains NaN or infinite values; targets must be finite")
+    return y
+
+
+def check_points(points: int, probes: int, memory: int) -> None:
+    """Raise if kernel matrices over so many points, training and probe, do not fit.
+
+    Raises:
+        ValueError: With what they need.
+    """
+    needed = _MATRICES * 8 * (points + probes) ** 2
+    if needed > memory:
+        raise ValueError(
+            f"x_train: {points} points need about {needed / 2**30:.1f} GiB, memory allows {memory / 2**30:.1f} GiB; "
+            "give fewer points or more memory"
+        )
+
+
+def _check_training(training: Training, otherwise: str) -> None:
+    if training.loss != "mse" or not training.is_full_batch:
+        raise ValueError(
+            f"training: {training} given; the closed form is for the squared error on full batches. {otherwise}"
+        )

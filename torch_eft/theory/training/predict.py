@@ -15,16 +15,17 @@ from torch_eft.results.choices import check_choice
 from torch_eft.results.progress.bar import working
 from torch_eft.results.training import Training, as_training
 from torch_eft.results.trajectory import Trajectory
+from torch_eft.theory.architecture.nodes import Architecture
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.training.corrections.correction import CORRECTIONS, provenance
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
 from torch_eft.theory.training.corrections.work import corrections_work
-from torch_eft.theory.training.infinite_width import FrozenTraining
+from torch_eft.theory.training.infinite_width import FrozenArchitecture, FrozenTraining
 from torch_eft.theory.training.sampled.predict import SampledForecast
 
 
 def predict_training(
-    ensemble: MLPEnsemble,
+    ensemble: MLPEnsemble | Architecture,
     x_train: Tensor,
     y_train: Tensor,
     x_probe: Tensor,
@@ -48,10 +49,11 @@ def predict_training(
     z(0), at order 1 on at most about 30 points in all.
 
     Args:
-        ensemble: The ensemble.
-        x_train: Training inputs, (N, n_0).
+        ensemble: The ensemble; or an architecture as ``read_architecture`` returns it, at order 0, for the squared
+            error on full batches.
+        x_train: Training inputs, (N, n_0), or as the architecture takes them.
         y_train: Targets, (N, n_L); classes (N,) for the cross-entropy.
-        x_probe: Probe inputs, (N_p, n_0).
+        x_probe: Probe inputs, (N_p, n_0), likewise.
         training: The training; None builds it from the keywords.
         learning_rate: eta > 0, multiplying the learning-rate tensor of the ensemble.
         steps: Number T of optimizer steps.
@@ -99,6 +101,14 @@ def predict_training(
     for name in corrections:
         check_choice("corrections", name, CORRECTIONS)
     times = training.times(at_steps, x_train.device)
+    if isinstance(ensemble, Architecture):
+        if order == 1:
+            raise ValueError(
+                "order: 1 given; of convolutions, skips and norms order 0 is derived: give order=0, or take networks "
+                "drawn (predict_from_networks)"
+            )
+        architecture = FrozenArchitecture(ensemble, x_train, y_train, x_probe, training, memory=memory)
+        return infinite_width_trajectory(architecture, training, times)
     if order == 1 and not math.isfinite(float(times.max())):
         raise ValueError("at_steps: inf given; order 1 is integrated up to a finite step. Give one, or order=0")
     if training.loss != "mse" or not training.is_full_batch:
@@ -128,7 +138,9 @@ def _seconds(frozen: FrozenTraining, training: Training, times: Tensor, correcti
     return sum(work[name] for name in corrections)
 
 
-def infinite_width_trajectory(frozen: FrozenTraining, training: Training, steps: Tensor) -> Trajectory:
+def infinite_width_trajectory(
+    frozen: FrozenTraining | FrozenArchitecture, training: Training, steps: Tensor
+) -> Trajectory:
     """Return the trajectory at infinite width.
 
     Args:

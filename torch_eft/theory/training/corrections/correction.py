@@ -9,6 +9,7 @@ from torch import Tensor
 from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Trajectory, Validity
+from torch_eft.theory.architecture.nodes import Architecture
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
 from torch_eft.theory.initialization.neuron.remarks import counted_laws
@@ -98,17 +99,22 @@ def corrected(
 
 
 def provenance(
-    ensemble: MLPEnsemble, training: Training, corrections: Sequence[str] = (), notes: Sequence[str] = ()
+    ensemble: MLPEnsemble | Architecture,
+    training: Training,
+    corrections: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the description of how a trajectory was computed.
 
     Args:
-        ensemble: The ensemble.
+        ensemble: The ensemble, or an architecture at infinite width.
         training: The training.
         corrections: Names of what is at order 1/n; none at infinite width.
         notes: Further remarks, such as standard errors.
     """
     order = "order 0 (infinite width)"
+    if isinstance(ensemble, Architecture):
+        return "; ".join([f"{order}, {ensemble}, {training.describe()}", *notes])
     if corrections:
         left = ", ".join(name for name in CORRECTIONS if name not in corrections)
         order = f"order 1/n, n = {ensemble.widths[-2]}" + (f" ({left} at order 0)" if left else "")

@@ -1,0 +1,1 @@
+"""What follows for trained outputs: their fourth cumulant at order 1/n, and regression with the kernels."""
