@@ -29,7 +29,7 @@ from torch_eft.measure.kernels.preconditioner import (
 from torch_eft.measure.kernels.products import Eigenpairs, ntk_eigenpairs, ntk_vector_product, ntk_vjp
 from torch_eft.measure.kernels.random_outputs import Estimated, RandomOutputEstimates
 from torch_eft.measure.kernels.random_outputs import estimates as random_output_estimates
-from torch_eft.measure.kernels.steps.gradient_noise import GradientNoise, gradient_noise
+from torch_eft.measure.kernels.steps.gradient_noise import GradientNoise, batch_changes, gradient_noise
 from torch_eft.measure.kernels.steps.output_step import OutputStep, output_step
 from torch_eft.measure.kernels.steps.preconditioned_drift import PreconditionedDrift, preconditioned_drift
 from torch_eft.measure.kernels.steps.sharpness import Sharpness, sharpness
@@ -99,6 +99,7 @@ __all__ = [
     "UnrecognizedLossError",
     "as_matrix",
     "as_trace",
+    "batch_changes",
     "block_drift",
     "centered",
     "compare_representations",

@@ -398,8 +398,17 @@ def test_gradient_noise_is_that_of_all_batches():
         changes.append((moved(x_probe) - model(x_probe)).detach())
         torch.testing.assert_close(noise.change(batch), changes[-1])
     flat = torch.stack(changes).flatten(1)
+    options = (x_probe, x, lambda z: nn.functional.cross_entropy(z, y), list(itertools.combinations(range(5), 2)), 0.1)
+    torch.testing.assert_close(measure.batch_changes(model, *options).flatten(1), flat)
     torch.testing.assert_close(noise.mean.flatten(), flat.mean(0))
     torch.testing.assert_close(noise.covariance, flat.T.cov(correction=0))
+    curved = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    errors = []
+    for eta in (0.02, 0.01):
+        measured = measure.batch_changes(curved, *options[:4], eta).flatten(1)
+        predicted = measure.gradient_noise(curved, *options[:3], 2, eta).covariance
+        errors.append(float((measured.T.cov(correction=0) - predicted).norm() / predicted.norm()))
+    assert errors[0] < 0.1 and errors[1] / errors[0] == pytest.approx(0.5, rel=0.1)  # of first order in eta
     assert not measure.gradient_noise(model, x_probe, x, lambda z: z.sum(), 5, 0.1).covariance.any()
     with pytest.raises(ValueError, match="batch_size: 6 given; the training set has 5 samples"):
         measure.gradient_noise(model, x_probe, x, lambda z: z.sum(), 6, 0.1)

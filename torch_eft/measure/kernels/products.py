@@ -18,7 +18,7 @@ from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.forward.reverse_mode import pull_back
 from torch_eft.measure.jacobian.engine import JacobianGram
-from torch_eft.measure.jacobian.plan import JacobianPlan, checked_lambdas
+from torch_eft.measure.jacobian.plan import JacobianPlan, Lambdas, checked_lambdas
 from torch_eft.measure.jacobian.verification import DIGITS, Verification, untrusted
 from torch_eft.results.presentation.repr import short_repr
 
@@ -32,9 +32,7 @@ class NTKOperator:
         lambdas: See ``ntk``.
     """
 
-    def __init__(
-        self, network: IsolatedModel, probe: Probe, lambdas: Mapping[str, float] | float | None = None
-    ) -> None:
+    def __init__(self, network: IsolatedModel, probe: Probe, lambdas: Lambdas = None) -> None:
         self.lambdas = checked_lambdas(network, lambdas)
         own = {name: network.params[name].detach() for name in self.lambdas}
         if not network.isolation.plain:  # another forward may write to them before this one's backward pass

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_eft.measure.forward.isolation import Model, isolated
+from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
-from torch_eft.measure.forward.probe import OutputFn, as_probe
+from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jacobian.engine import DEFAULT_MEMORY
 from torch_eft.measure.jacobian.plan import Lambdas
 from torch_eft.measure.kernels.ntk import ntk
+from torch_eft.measure.kernels.products import NTKOperator
 from torch_eft.results.presentation.repr import short_repr
 
 
@@ -111,13 +112,74 @@ def gradient_noise(
     if not 1 <= batch_size <= train.size:
         raise ValueError(f"batch_size: {batch_size} given; the training set has {train.size} samples")
     with isolated(model, output_fn) as network:
-        with torch.no_grad():
-            z = checked_output(network, train)
-        leaf = z.detach().requires_grad_()
-        loss = loss_function(leaf)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError("loss_function: it must return the mean loss of outputs (N, C) as one number")
-        (gradient,) = torch.autograd.grad(loss, leaf)
+        e = _errors(network, train, loss_function)
         H = ntk(network, probe, other=train, lambdas=lambdas, preconditioner=preconditioner, memory=memory)
-    e = gradient.to(H) * train.size  # of each sample's own loss
-    return GradientNoise(-learning_rate * torch.einsum("abij,bj->bai", H, e), batch_size)
+    return GradientNoise(-learning_rate * torch.einsum("abij,bj->bai", H, e.to(H)), batch_size)
+
+
+def batch_changes(
+    model: Model,
+    x: Any,
+    x_train: Any,
+    loss_function: Callable[[Tensor], Tensor],
+    batches: Sequence[Sequence[int]],
+    learning_rate: float,
+    *,
+    lambdas: Lambdas = None,
+    output_fn: OutputFn | None = None,
+) -> Tensor:
+    """Measure the changes of the outputs by one step on each of some batches, without taking them.
+
+    What ``gradient_noise`` predicts, beside it: their scatter is the covariance to first order in eta.
+
+    Args:
+        model: See ``gradient_noise``.
+        x: Likewise.
+        x_train: Likewise.
+        loss_function: Likewise.
+        batches: Numbers of the samples of each.
+        learning_rate: eta.
+        lambdas: See ``ntk``.
+        output_fn: Turns what the model returns into (N, C).
+
+    Returns:
+        (batches, N', C).
+
+    Raises:
+        ValueError: If the loss is no number.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import measure
+        >>> model, x = torch.nn.Linear(2, 1, bias=False), torch.eye(2)
+        >>> changes = measure.batch_changes(model, x, x, lambda z: z.sum() / 2, [[0], [1], [0, 1]], learning_rate=0.5)
+        >>> changes.shape, round(float(changes[2, 0, 0]), 3)
+        (torch.Size([3, 2, 1]), -0.25)
+    """
+    probe, train = as_probe(x), as_probe(x_train)
+    with isolated(model, output_fn) as network:
+        e = _errors(network, train, loss_function)
+        operator = NTKOperator(network, train, lambdas)
+        with torch.no_grad():
+            before = checked_output(network, probe)
+        changes = []
+        for batch in batches:
+            own, samples = torch.zeros_like(e), list(batch)
+            own[samples] = e[samples] / len(samples)
+            step = operator.ntk_vjp(own)
+            with torch.no_grad():
+                moved = {name: network.params[name] - learning_rate * value for name, value in step.items()}
+                changes.append(checked_output(network.at(moved), probe) - before)
+    return torch.stack(changes)
+
+
+def _errors(network: IsolatedModel, train: Probe, loss_function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The gradient of each sample's own loss in its outputs, (N, C)."""
+    with torch.no_grad():
+        z = checked_output(network, train)
+    leaf = z.detach().requires_grad_()
+    loss = loss_function(leaf)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError("loss_function: it must return the mean loss of outputs (N, C) as one number")
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient * train.size
