@@ -7,6 +7,7 @@ outputs, and of the NTK, by order; half the width of the band over the change. C
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -142,7 +143,7 @@ def intervals(training, length, width=16, seed=0, visits=None):
         model, probe, optimizer, every=lambda step: step in visits, budget=None, instruments=instruments
     )
     observer.begin(obstacle=Obstacle("mini-batches", minibatches=True), total_steps=training.steps)
-    own, costs, before = [], [], replay.latest_seconds
+    own, costs, before = [], [], math.nan
     for step in range(1, min(training.steps, max(visits) + length) + 1):
         x, y = batch()
         begun = time.perf_counter()
@@ -159,7 +160,7 @@ def intervals(training, length, width=16, seed=0, visits=None):
         if schedule is not None:
             schedule.step()
         observer.measure(step)
-        if replay.latest_seconds != before:
+        if math.isfinite(replay.latest_seconds) and replay.latest_seconds != before:
             before = replay.latest_seconds
             costs.append(before)
     observer.finish()
@@ -185,7 +186,8 @@ def _line(errors):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--widths", type=int, nargs="*", default=[16, 32, 64])
     parser.add_argument("--lengths", type=int, nargs="*", default=[5])
     parser.add_argument("--trainings", nargs="*", default=list(TRAININGS))
@@ -193,7 +195,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     drawn, hidden = [], 0
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name in options.trainings:
             for width in options.widths:
                 for length in options.lengths:

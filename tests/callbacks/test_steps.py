@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from tests.callbacks.trainings import PROBE, dataset, simple_mlp
 from torch_eft.callbacks import EFTMonitor
+from torch_eft.callbacks.averages import which_weights
 from torch_eft.results.tags import tag
 
 
@@ -161,3 +162,17 @@ def test_steps_go_on_after_a_checkpoint(tmp_path):
     trainer.fit(module, DataLoader(dataset(), batch_size=6), ckpt_path=tmp_path / "half.ckpt")
     assert list(second.history) == list(range(13))
     assert second.history[8] == first.history[8]
+
+
+def test_where_weights_are_averaged_it_says_which_are_measured():
+    from types import SimpleNamespace
+
+    from lightning.pytorch import callbacks
+
+    kinds = {name: getattr(callbacks, name, None) for name in ("StochasticWeightAveraging", "EMAWeightAveraging")}
+    for name, kind in kinds.items():
+        if kind is not None:
+            average = kind(swa_lrs=0.1) if name == "StochasticWeightAveraging" else kind()
+            said = which_weights(SimpleNamespace(callbacks=[callbacks.Callback(), average]))
+            assert f"not their average, which {name} keeps" in said
+    assert which_weights(SimpleNamespace(callbacks=[callbacks.Callback()])) is None

@@ -108,6 +108,7 @@ def test_an_average_is_not_measured_with_the_rates_of_the_network():
     assert tag("representation_change") in observer.history[1] and tag("interval_output") in observer.history[1]
     assert not [name for name in observer.history[1] if "ntk" in name]
     assert reason in observer.validity.reason and reason in pages.texts["dntk"]
+    assert "Measured is the average of weights" in pages.texts["weights"]
     with torch.no_grad():
         average.module[0].weight.div_(1.5)
     alone = Observer(average, PROBE, preset="light", every=1, budget=None)

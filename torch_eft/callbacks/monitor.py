@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torch_eft.callbacks.averages import which_weights
 from torch_eft.callbacks.loggers import log_directory, logger_sinks
 from torch_eft.callbacks.steps import StepCounter
 from torch_eft.callbacks.training_data import first_inputs, full_batch
@@ -290,6 +291,8 @@ class EFTMonitor(Callback):
                     sinks=sinks,
                     theta_file=None if directory is None else directory / f"{Path(file).stem}-theta_0.pt",
                 )
+            if leads and (said := which_weights(trainer)) is not None:
+                self.observer.recorder.pages({"weights": said})
 
     def _takes_part(self, trainer: Trainer) -> bool:
         return trainer.is_global_zero or self._observer.collective

@@ -271,15 +271,18 @@ def test_a_layer_that_thaws_on_the_way_ends_one_replay_and_not_the_next():
     assert shown == [0, 4, 6] and not observer.skipped
 
 
-def test_training_ends_in_the_same_bits():
+@pytest.mark.parametrize("options", [{}, dict(autocast=True, batches=2)], ids=["plain", "16 bits, accumulated"])
+def test_training_ends_in_the_same_bits(options):
+    """Parameters, the running statistics of BatchNorm, modes and the random state."""
     ends = []
-    for instrument in (ReplayInstrument(steps=2), NTKInstrument(outputs="trace")):
+    for replayed in (True, False):
         model = mlp(16)
-        x, y, x_probe = data(24)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        torch.manual_seed(5)
-        fit(model, [instrument], 6, optimizer, x, y, x_probe, batch=8, obstacle=MINIBATCHES, every=2)
-        ends.append([*(p.detach() for p in model.parameters()), torch.get_rng_state()])
+        model.insert(1, nn.BatchNorm1d(16))
+        instruments = [ReplayInstrument(steps=2)] if replayed else []
+        observer, page = looped(model, steps=8, instruments=[NTKInstrument(outputs="trace"), *instruments], **options)
+        assert (ERRORS[0] in observer.history[0]) is replayed, page
+        assert all(module.training for module in model.modules())
+        ends.append([*model.state_dict().values(), torch.get_rng_state()])
     assert all(map(torch.equal, *ends))
 
 

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from torch_eft.live.instrument import MeasurementWarning, Obstacle
 from torch_eft.live.record.recorder import LOADING
@@ -21,6 +22,12 @@ from torch_eft.measure.forward.structure import has_no_shapes
 
 _WRITING: "WeakValueDictionary[Path, Run]" = WeakValueDictionary()
 """The latest run to begin in a directory."""
+
+
+AVERAGE = (
+    "Measured is the average of weights (AveragedModel) that was given, not the weights that the optimizer moves; give "
+    "the network itself for those."
+)
 
 
 @dataclass(frozen=True)
@@ -214,6 +221,8 @@ class Beginning:
             obstacle = obstacle or Obstacle("its parameters are sharded over the ranks")
         fresh = not goes_on and step == 0
         run.measurements.begin(network, fresh=fresh, obstacle=obstacle, resumed=restored)
+        if isinstance(network.network, AveragedModel):
+            run.recorder.pages({"weights": AVERAGE})
         run.drawn = goes_on
         if run.recorder.draws:
             run.budget.reserve = LOADING
