@@ -87,6 +87,11 @@ def test_the_share_of_batch_norm_is_of_the_same_directions():
     assert observer.history[3][share] == pytest.approx(full.history[3][share], rel=0.3)
 
 
+def test_what_has_no_forecast_says_on_what_it_is_measured():
+    observer, *_ = trained("probes:16", steps=1, norm=nn.Identity, instruments=["ntk", "theory"])
+    assert "the NTK is measured on 16 random output directions" in observer.validity.reason
+
+
 def test_few_outputs_are_measured_in_full():
     observer, pages, _, kernels = trained("probes:16", classes=4, steps=1, preset="light")
     assert kernels[1].shape == (5, 5, 4, 4) and "ntk" not in pages

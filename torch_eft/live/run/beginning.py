@@ -19,6 +19,7 @@ from torch_eft.live.run.ranks import RankProtocol
 from torch_eft.live.run.run import Run
 from torch_eft.measure.forward.probe import Probe
 from torch_eft.measure.forward.structure import has_no_shapes
+from torch_eft.measure.kernels.random_outputs import random_outputs
 
 _WRITING: "WeakValueDictionary[Path, Run]" = WeakValueDictionary()
 """The latest run to begin in a directory."""
@@ -215,8 +216,9 @@ class Beginning:
                 run.progress.origin = min(run.recorder.measured, default=step)
         if step > 0 and (restored or not goes_on):
             run.recorder.resume(step)
-        if network.plan.outputs is not None:  # what is trained beside the network can do with it
-            obstacle = obstacle or Obstacle("the NTK is measured on random directions of the outputs", minibatches=True)
+        if (directions := random_outputs(network.plan.outputs)) is not None:  # no matter to what is trained beside it
+            reason = f"the NTK is measured on {directions.count} random output directions"
+            obstacle = obstacle or Obstacle(reason, minibatches=True)
         if network.unsharded_model is not None:
             obstacle = obstacle or Obstacle("its parameters are sharded over the ranks")
         fresh = not goes_on and step == 0
