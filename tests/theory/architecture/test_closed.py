@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from tests.theory.architecture.drawn import compared, drawn_ntks
-from tests.theory.architecture.networks import residual
 from torch_eft import theory
 from torch_eft.theory.architecture.moments import ActivationPairs
 from torch_eft.theory.architecture.nodes import Architecture, Data, Elementwise, Weight
@@ -64,24 +62,3 @@ def test_moments_of_blocks_respond_as_finite_differences_say(activation, factor)
     block, rows, columns = K[None, :2, 2:].clone(), K.diagonal()[None, :2].clone(), K.diagonal()[None, 2:].clone()
     inputs = [each.requires_grad_() for each in (block, rows, columns)]
     assert torch.autograd.gradcheck(lambda *z: pairs.moment(factor, *z), inputs, atol=1e-5, nondet_tol=1e-6)
-
-
-def test_a_residual_network_of_convolutions_is_read_with_torchs_initialization():
-    model = residual(16)
-    architecture = theory.read_architecture(model, torch.zeros(1, 3, 6))
-    weights = [node for node in architecture.nodes if isinstance(node, Weight)]
-    assert [node.name for node in weights] == ["0", "1.layers.0", "1.layers.1", "2", "7"]
-    assert {node.C_W for node in weights} == {1 / 3}
-    assert [node.C_b for node in weights] == pytest.approx([1 / 27, 1 / 144, 1 / 144, 1 / 144, 1 / 48])
-    assert {node.bias_law for node in weights} == {node.weight_law for node in weights} == {"uniform"}
-    assert [node.lambda_W for node in weights] == [9, 48, 48, 48, 16]
-    assert list(architecture.hidden.values()) == [16, 16, 16]
-
-
-@pytest.mark.slow
-def test_spread_of_a_residual_network_against_seeds():
-    """Kernels to 2.5 % (the next order, at 64 channels), spread within four standard errors and 4 %."""
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 6, dtype=torch.float64)
-    architecture = theory.read_architecture(residual(64), x)
-    assert compared(architecture, x, *drawn_ntks(lambda: residual(64), x, 600))

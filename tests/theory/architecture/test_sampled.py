@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from tests.theory.architecture.drawn import compared, drawn_ntks
 from tests.theory.architecture.networks import residual, resnet
 from torch_eft import theory
 from torch_eft.theory.architecture import statistics
@@ -36,13 +35,3 @@ def test_activations_behind_sums_and_with_kinks_have_no_closed_form():
     image = torch.randn(1, 3, 4, dtype=torch.float64)
     found = theory.architecture_statistics(theory.read_architecture(model, image), image, num_samples=512)
     assert {"Theta", "K"} <= set(found.error)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("activation", "pool"), [(nn.GELU, False), (nn.ReLU, False), (nn.ReLU, True)])
-def test_spread_of_resnets_with_group_norm_against_seeds(activation, pool):
-    """NTK to 2.5 % (the next order, at 64 and 128 channels), spread to 4 %, beside four standard errors."""
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 8, dtype=torch.float64)
-    architecture = theory.read_architecture(resnet(64, activation, pool=pool), x)
-    assert compared(architecture, x, *drawn_ntks(lambda: resnet(64, activation, pool=pool), x, 400), num_samples=2**14)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_eft.results.presentation.result import Result
 from torch_eft.results.trajectory import Validity
-from torch_eft.theory.architecture.closed import ClosedKernels, Samples, obstacle
+from torch_eft.theory.architecture.closed import ClosedKernels, Samples, obstacle, without_closed_form
 from torch_eft.theory.architecture.neurons.draws import Neurons
 from torch_eft.theory.architecture.neurons.kernels import kernels_of
 from torch_eft.theory.architecture.neurons.spread import PopulationMoments, influences, population_moments
@@ -19,8 +19,10 @@ from torch_eft.theory.signal_propagation.regimes import EDGE, TOO_DEEP
 _REPLICAS = 4
 _PASSES = 3
 """Independent samples of K and Theta where there is no closed form."""
-_FEWEST_IN_A_GROUP = 16
-"""Neurons of a norm's group from which order 1/n was found good (corrections go like groups / n)."""
+_FEWEST_IN_A_GROUP = 32
+"""Neurons of a norm's group from which order 1/n was found good (corrections go like groups / n; 9 % of K at 16)."""
+_MATRICES, _PATHS = 16, 8
+"""Blocks of a node, and paths of drawn neurons, that are alive at once (measured)."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,7 +62,7 @@ class ArchitectureStatistics(Result):
 
 
 def architecture_statistics(
-    architecture: Architecture, x: Tensor, *, num_samples: int = 4096, seed: int = 0
+    architecture: Architecture, x: Tensor, *, num_samples: int = 4096, seed: int = 0, memory: int = 8 * 2**30
 ) -> ArchitectureStatistics:
     """Kernels of an architecture at infinite width, and their spread over seeds at its widths.
 
@@ -72,12 +74,13 @@ def architecture_statistics(
         x: Inputs, (N, ...), a few: the cost of the spread grows as N^2.
         num_samples: Neurons drawn of every population.
         seed: Of these draws; the global random state is left alone.
+        memory: Bytes allowed.
 
     Returns:
         The statistics, float64.
 
     Raises:
-        ValueError: If the inputs do not fit.
+        ValueError: If the inputs do not fit, or need more memory than is allowed.
 
     Example:
         >>> import torch
@@ -92,6 +95,12 @@ def architecture_statistics(
     if num_samples < 2 * _REPLICAS:
         raise ValueError(f"num_samples: {num_samples} given; give at least {2 * _REPLICAS}")
     N = len(x)
+    needed = _bytes(architecture, N, num_samples)
+    if needed > memory:
+        raise ValueError(
+            f"x: {N} inputs need about {needed / 2**30:.1f} GiB, memory allows {memory / 2**30:.1f} GiB; give fewer "
+            "inputs, or smaller ones (kernels grow as the square of positions)"
+        )
     samples = Samples.all_pairs(N)
     passes, thetas, named = 1 if obstacle(architecture) is None else _PASSES, [], []
     with torch.no_grad():
@@ -118,6 +127,16 @@ def architecture_statistics(
     if passes > 1:
         errors = {"Theta": _error(thetas), "K": _error([one["output"] for one in named])}
     return _result(architecture, K, Theta, samples, moments, errors)
+
+
+def _bytes(architecture: Architecture, number: int, count: int) -> float:
+    """Of kernels of all pairs, their derivatives, and drawn neurons, as measured."""
+    sizes = [math.prod(each) for each in architecture.positions]
+    kernels = number * (number + 1) / 2 * sum(size**2 for size in sizes)
+    drawn = sum(
+        size for size, p in zip(sizes, architecture.populations, strict=True) if p in without_closed_form(architecture)
+    )
+    return 8 * (_MATRICES * kernels + _PATHS * min(number, 2) * count * drawn)
 
 
 def _error(values: list[Tensor]) -> Tensor:

@@ -44,6 +44,7 @@ def read_architecture(module: Any, x: Tensor, *, lambdas: Mapping[str, float] | 
         >>> theory.read_architecture(torch.nn.Sequential(*layers), torch.zeros(1, 1, 8))
         Architecture(2 weights, 1 population: 0 (8 neurons); 2 outputs)
     """
+    module = getattr(module, "_orig_mod", module)  # compiled
     if not callable(module) or not hasattr(module, "named_parameters"):
         raise TypeError(f"module: {type(module).__name__} given; give a torch.nn.Module, then its inputs")
     if not isinstance(x, Tensor) or x.ndim < 2 or len(x) == 0:

@@ -1,0 +1,102 @@
+"""What is read off a module, that nothing of the module changes, and that results are kept."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.theory.architecture.networks import residual
+from torch_eft import theory
+from torch_eft.theory.architecture.nodes import Affine, Data, Elementwise, Norm, Weight
+
+
+def test_a_residual_network_of_convolutions_is_read_with_torchs_initialization():
+    architecture = theory.read_architecture(residual(16), torch.zeros(1, 3, 6))
+    weights = [node for node in architecture.nodes if isinstance(node, Weight)]
+    assert [node.name for node in weights] == ["0", "1.layers.0", "1.layers.1", "2", "7"]
+    assert {node.C_W for node in weights} == {1 / 3}
+    assert [node.C_b for node in weights] == pytest.approx([1 / 27, 1 / 144, 1 / 144, 1 / 144, 1 / 48])
+    assert {node.bias_law for node in weights} == {node.weight_law for node in weights} == {"uniform"}
+    assert [node.lambda_W for node in weights] == [9, 48, 48, 48, 16]
+    assert list(architecture.hidden.values()) == [16, 16, 16]
+
+
+def test_gains_learning_rates_and_frozen_parameters():
+    model = nn.Sequential(nn.Linear(3, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 2))
+    model[0].bias.requires_grad_(False)
+    rates = {"0.weight": 2.0, "1.weight": 3.0, "1.bias": 4.0, "3.weight": 5.0, "3.bias": 6.0}
+    nodes = theory.read_architecture(model, torch.zeros(1, 3), lambdas=rates).nodes
+    assert [type(node) for node in nodes] == [Data, Weight, Norm, Affine, Elementwise, Weight]
+    assert (nodes[1].lambda_W, nodes[1].lambda_b) == (6.0, 0.0)
+    assert (nodes[3].lambda_gain, nodes[3].lambda_bias, nodes[3].per_position) == (3.0, 4.0, False)
+    assert (nodes[5].lambda_W, nodes[5].lambda_b) == (320.0, 6.0)
+    with pytest.raises(ValueError, match=r"lambdas: no value for '1\.weight'"):
+        theory.read_architecture(model, torch.zeros(1, 3), lambdas={"0.weight": 1.0})
+
+
+def test_batch_norm_in_evaluation_mode_is_a_factor():
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 64), nn.BatchNorm1d(64, affine=False, eps=0.0), nn.Tanh(), nn.Linear(64, 1)]
+    model = nn.Sequential(*layers).eval()
+    model[1].running_var.fill_(0.25)
+    found = theory.read_architecture(model, x)
+    assert [node.factor for node in found.nodes if isinstance(node, Affine)] == [2.0]
+    K = theory.architecture_statistics(found, x, num_samples=8).K["output"]
+    twice = theory.MLPEnsemble([3, 64, 1], "tanh", C_W=[4 / 3, 1 / 3], C_b=[4 / 9, 1 / 192])
+    truth = theory.initial_statistics(twice, x, statistics=["K"])[-1].K
+    assert (K / truth - 1).abs().max() < 1e-12
+
+
+def test_reading_leaves_no_trace():
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(24, 1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    identities = [id(parameter) for parameter in model.parameters()]
+    state = torch.get_rng_state()
+    with pytest.raises(theory.NotReadableError):
+        theory.read_architecture(model.train(), torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [id(parameter) for parameter in model.parameters()] == identities
+    assert all(part.training for part in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_inputs_may_be_prepared_in_the_forward():
+    """Patches, cut by a reshape of the inputs, are a convolution whose stride is its kernel."""
+
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.last = nn.Linear(4, 32), nn.Linear(32, 1)
+
+        def forward(self, x):
+            tokens = ((x - 0.5) * 2).view(x.shape[0], 3, 4)
+            return self.last(torch.tanh(self.layer(tokens)).mean(1))
+
+    class Convolution(nn.Module):
+        def __init__(self, other):
+            super().__init__()
+            self.layer, self.last = nn.Conv1d(1, 32, 4, 4), other.last
+            self.layer.weight.data, self.layer.bias.data = other.layer.weight.data[:, None], other.layer.bias.data
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.layer(((x - 0.5) * 2)[:, None])).mean(2))
+
+    x = torch.rand(3, 12, generator=torch.Generator().manual_seed(0))
+    patches = Patches()
+    found = [theory.read_architecture(model, x) for model in (patches, Convolution(patches))]
+    first, second = (theory.architecture_statistics(each, x, num_samples=64) for each in found)
+    assert (first.Theta / second.Theta - 1).abs().max() < 1e-12
+
+
+def test_statistics_are_kept_and_shown(tmp_path):
+    x = torch.eye(3)[:2]
+    model = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 1))
+    found = theory.architecture_statistics(theory.read_architecture(model, x), x, num_samples=64)
+    found.save(tmp_path / "statistics.npz")
+    again = theory.ArchitectureStatistics.load(tmp_path / "statistics.npz")
+    assert torch.equal(again.Theta, found.Theta)
+    assert dict(again.shares) == dict(found.shares)
+    assert "ntk_relative_sd: (2, 2) float64" in repr(found)
+    with pytest.raises(ValueError, match="2 inputs need about"):
+        theory.architecture_statistics(theory.read_architecture(model, x), x, memory=100)
