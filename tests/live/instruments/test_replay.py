@@ -13,6 +13,8 @@ from torch_eft import measure
 from torch_eft.live import Observer, Obstacle
 from torch_eft.live.instruments.ntk import NTKInstrument
 from torch_eft.live.instruments.trained_beside.replay import ReplayInstrument
+from torch_eft.live.instruments.trained_beside.seeds import SeedsInstrument
+from torch_eft.live.instruments.trained_beside.shadow import ShadowInstrument
 from torch_eft.results.tags import tag
 
 MINIBATCHES = Obstacle("mini-batches", minibatches=True)
@@ -173,14 +175,14 @@ def test_batch_statistics_are_a_part_of_what_is_expanded():
     assert observer.history[4][tag("replay_output")] == pytest.approx(change, rel=1e-4)
 
 
-def looped(model, *, autocast=False, batches=1, divided=True, scale=1.0, steps=12, instruments=None):
+def looped(model, *, autocast=False, batches=1, divided=True, scale=1.0, steps=12, instruments=None, pages=None):
     """A loop with mixed precision, a GradScaler's factor that is taken off after the observer looked, accumulation."""
     x, y, x_probe = data(48)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
     torch.manual_seed(5)
-    pages = Pages()
+    sink = Pages()
     observer = Observer(
-        model, x_probe, optimizer, every=6, budget=None, sinks=[pages], on_error="raise",
+        model, x_probe, optimizer, every=6, budget=None, sinks=[sink], on_error="raise",
         instruments=instruments or [NTKInstrument(), ReplayInstrument(steps=4)],
     )  # fmt: skip
     observer.begin(obstacle=MINIBATCHES, total_steps=steps)
@@ -200,7 +202,9 @@ def looped(model, *, autocast=False, batches=1, divided=True, scale=1.0, steps=1
         optimizer.step()
         observer.measure(step)
     observer.finish()
-    return observer, pages.pages["replay"][-1][1] if "replay" in pages.pages else ""
+    if pages is not None:
+        pages |= sink.pages
+    return observer, sink.pages["replay"][-1][1] if "replay" in sink.pages else ""
 
 
 @pytest.mark.parametrize("options", [dict(batches=3), dict(batches=2, divided=False), dict(scale=2.0**12)], ids=str)
@@ -290,3 +294,17 @@ def test_the_number_of_steps_is_checked():
     with pytest.raises(ValueError, match="give the number of steps that are taken again, such as 5"):
         ReplayInstrument(steps=0)
     assert measure.TaylorModel(mlp(8), taylor_order=2).taylor_order == 2
+
+
+def test_shadows_and_seeds_follow_accumulated_gradients_too():
+    """The shadow of order 1 stays the network's own within a small step; networks drawn anew take the same steps."""
+    pages = {}
+    for name, instrument in (("shadow", ShadowInstrument(taylor_orders=(3,))), ("seeds", SeedsInstrument(2))):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 2))  # drawn as torch does
+        observer, _ = looped(model, batches=3, steps=6, instruments=[NTKInstrument(), instrument], pages=pages)
+        assert not pages[name][-1][1].startswith(("No shadows", "No networks", "Networks of other seeds end")), pages
+        if name == "shadow":
+            assert observer.history[6][tag("shadow_output_error", "order_1")] < 0.1
+        else:
+            assert tag("ntk_drift", "seeds_low") in observer.history[6]
