@@ -175,14 +175,16 @@ def test_batch_statistics_are_a_part_of_what_is_expanded():
     assert observer.history[4][tag("replay_output")] == pytest.approx(change, rel=1e-4)
 
 
-def looped(model, *, autocast=False, batches=1, divided=True, scale=1.0, steps=12, instruments=None, pages=None):
+def looped(
+    model, *, autocast=False, batches=1, divided=True, scale=1.0, steps=12, instruments=None, pages=None, budget=None
+):
     """A loop with mixed precision, a GradScaler's factor that is taken off after the observer looked, accumulation."""
     x, y, x_probe = data(48)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
     torch.manual_seed(5)
     sink = Pages()
     observer = Observer(
-        model, x_probe, optimizer, every=6, budget=None, sinks=[sink], on_error="raise",
+        model, x_probe, optimizer, every=lambda step: step % 6 == 0, budget=budget, sinks=[sink], on_error="raise",
         instruments=instruments or [NTKInstrument(), ReplayInstrument(steps=4)],
     )  # fmt: skip
     observer.begin(obstacle=MINIBATCHES, total_steps=steps)
@@ -288,6 +290,14 @@ def test_training_ends_in_the_same_bits(options):
         assert all(module.training for module in model.modules())
         ends.append([*model.state_dict().values(), torch.get_rng_state()])
     assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize(("budget", "always", "shown"), [(1e-6, True, True), (1e-6, False, False), (None, False, True)])
+def test_the_budget_decides_unless_every_visit_was_asked_for(budget, always, shown):
+    instruments = [NTKInstrument(), ReplayInstrument(steps=2, always=always)]
+    observer, page = looped(mlp(16), instruments=instruments, budget=budget)
+    assert {step for step in observer.history if ERRORS[0] in observer.history[step]} == ({0, 6} if shown else set())
+    assert ("where the budget has room" in page) is not always
 
 
 def test_the_number_of_steps_is_checked():

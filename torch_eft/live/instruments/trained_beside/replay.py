@@ -38,7 +38,7 @@ from torch_eft.measure.training_loss import LOSS_TOLERANCE
 from torch_eft.results.tags import tag
 from torch_eft.results.training import LossFunction
 
-COST = 70.0
+COST = 60.0
 """Training steps that a replay of five steps takes (small CNN, processor time), until the first one is timed."""
 
 SHARE = 2
@@ -150,10 +150,14 @@ class ReplayInstrument(Instrument):
             return Reading()
         if not self.always and measurement.room is not None:
             cost = self.latest_seconds if math.isfinite(self.latest_seconds) else COST * self._step_time
-            if math.isfinite(cost) and not measurement.room(SHARE * cost):
+            if not measurement.room(SHARE * cost):
                 return Reading()
         self._replay = _Replay(measurement)
         return Reading()
+
+    def idle(self) -> bool:
+        """Yes: a visit takes no time of its own, and the budget is asked for the steps that follow."""
+        return True
 
     def listens(self) -> bool:
         """Whether there will be a replay."""
