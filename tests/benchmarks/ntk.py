@@ -8,7 +8,10 @@ Peak memory is the growth of the resident set during one call, in a process of i
 reset just before (/proc/self/clear_refs), after a call on two samples has loaded what is lazily loaded and the free
 heap was returned.
 
-Options: --workloads a,b,c,d,e  --rounds 7  --peers torch.func,nngeometry (or none)
+On an accelerator (--device cuda) seconds are the wall clock's, waited for, memory is what its allocator held at most,
+and the share is of the products' rate there. Every run keeps a JSON outside of the repository.
+
+Options: --workloads a,b,c,d,e  --device cpu  --rounds 7  --peers torch.func,nngeometry (or none)
          --scaling file.png     N, C, width and depth around workload a
          --profile a            where the time goes, by function and by operation
 """
@@ -21,7 +24,6 @@ import pstats
 import random
 import re
 import statistics
-import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -30,11 +32,15 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks import peers
+from tests.benchmarks.machine import keep, line, machine, summary
+from tests.benchmarks.machine import seconds as seconds_of
 from tests.benchmarks.workloads import WORKLOADS, perceptron
 from torch_eft import measure
 
 SLOW = 2.0
 """Seconds beyond which a contender sits out all but two rounds."""
+
+_device = "cpu"
 
 
 def ours(model, x):
@@ -47,9 +53,13 @@ def step(model, x):
 
 
 def timed(action):
-    begun = time.process_time()
-    action()
-    return time.process_time() - begun
+    return seconds_of(action, _device)
+
+
+def built(key):
+    """A workload's network and inputs, on the device."""
+    model, x = WORKLOADS[key].build()
+    return model.to(_device), x.to(_device)
 
 
 def interleaved(actions, rounds):
@@ -76,7 +86,7 @@ def _three(value):
 
 def gemm_peak(size=2048, rounds=8):
     """FLOP/s of a square float32 product, the best of a few."""
-    a, b, out = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
+    a, b, out = (torch.randn(size, size, device=_device) for _ in range(3))
     return 2 * size**3 / min(timed(lambda: torch.mm(a, b, out=out)) for _ in range(rounds + 1))
 
 
@@ -117,9 +127,23 @@ def _status(field):
 
 
 def peak_megabytes(workload, contender):
+    if torch.device(_device).type == "cuda":
+        return _peak_on_device(workload, contender) / 2**20
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         peak = pool.submit(peak_bytes, workload, contender).result()
     return None if peak is None else peak / 2**20
+
+
+def _peak_on_device(workload, contender):
+    model, x = built(workload)
+    action = ours if contender == "ours" else getattr(peers, contender)
+    action(model, x[:2])
+    torch.cuda.synchronize(_device)
+    torch.cuda.reset_peak_memory_stats(_device)
+    before = torch.cuda.memory_allocated(_device)
+    action(model, x)
+    torch.cuda.synchronize(_device)
+    return torch.cuda.max_memory_allocated(_device) - before
 
 
 DIFFERENTIALS = {"dH": ("dntk", {}), "H, dH": ("contracted", {"order": 1}), "H, dH, ddI, ddII": ("contracted", {})}
@@ -129,7 +153,7 @@ DIFFERENTIALS = {"dH": ("dntk", {}), "H, dH": ("contracted", {"order": 1}), "H, 
 def ntk_derivatives(model, x):
     """Those of ``DIFFERENTIALS`` that ``measure`` has, along a random e (N, C)."""
     with torch.no_grad():
-        e = torch.randn(model(x).shape, generator=torch.Generator().manual_seed(1))
+        e = torch.randn(model(x).shape, generator=torch.Generator().manual_seed(1)).to(x.device)
     return {
         title: partial(getattr(measure, name), model, x, direction=e, **options)
         for title, (name, options) in DIFFERENTIALS.items()
@@ -137,10 +161,10 @@ def ntk_derivatives(model, x):
     }
 
 
-def row(key, rounds, names, peak):
+def row(key, rounds, names, peak, numbers):
     """One line of the table, and one of the table of differentials or None."""
     workload = WORKLOADS[key]
-    model, x = workload.build()
+    model, x = built(key)
     first = timed(lambda: ours(model, x))
     H = ours(model, x)
     actions, deviations, absent, variant = (
@@ -159,6 +183,7 @@ def row(key, rounds, names, peak):
         if name == "torch.func":
             variant = action.__name__
     seconds, _ = interleaved(actions, rounds)
+    numbers[key] = {name: summary(values) for name, values in seconds.items()} | {"first": first}
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rivals = {name: median[name] for name in names if name in median}
     best = min(rivals, key=rivals.get) if rivals else None
@@ -177,13 +202,14 @@ def row(key, rounds, names, peak):
     return line
 
 
-def differentials_row(key, rounds):
+def differentials_row(key, rounds, numbers):
     """Cost of the differentials along one direction in units of an NTK, or None where the library has none."""
-    model, x = WORKLOADS[key].build()
+    model, x = built(key)
     found = ntk_derivatives(model, x)
     if not found:
         return None
     seconds, _ = interleaved({"ntk": lambda: ours(model, x), **found}, rounds)
+    numbers[f"{key}, along a direction"] = {name: summary(values) for name, values in seconds.items()}
     unit = statistics.median(seconds.pop("ntk"))
     cells = [f"{spread(times)} = **{statistics.median(times) / unit:.2f}x**" for times in seconds.values()]
     return [key, _three(1000 * unit), *cells]
@@ -191,23 +217,13 @@ def differentials_row(key, rounds):
 
 def show(head, lines):
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for line in lines:
-        print("| " + " | ".join(line) + " |", flush=True)
+    for cells in lines:
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def header(peak):
-    processor = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "unknown processor",
-    )
-    print(
-        f"torch {torch.__version__}, {peers.versions()}, {torch.get_num_threads()} thread, {processor} "
-        f"({torch.backends.cpu.get_cpu_capability()}); float32 GEMM {peak / 1e9:.0f} GF/s; ms of process time\n"
-    )
+def header(found, peak):
+    clock = "process time" if _device == "cpu" else "the wall clock"
+    print(f"{line(found)}; float32 GEMM {peak / 1e9:.0f} GF/s; ms of {clock}\n")
 
 
 def draw_scaling(path, peak, rounds):
@@ -228,7 +244,7 @@ def draw_scaling(path, peak, rounds):
         milliseconds, bounds = [], []
         for value in values:
             workload = network(**{argument: value})
-            model, x = workload.build()
+            model, x = (each.to(_device) for each in workload.build())
             seconds, _ = interleaved({"ours": lambda: ours(model, x)}, rounds)
             milliseconds.append(1000 * statistics.median(seconds["ours"]))
             bounds.append(1000 * minimum_flops(workload.widths, len(x)) / peak)
@@ -256,7 +272,7 @@ def draw_scaling(path, peak, rounds):
 
 def profile(key, calls=5):
     """The functions and the operations that take the most time."""
-    model, x = WORKLOADS[key].build()
+    model, x = built(key)
     ours(model, x)
     recorder = cProfile.Profile()
     recorder.runcall(lambda: [ours(model, x) for _ in range(calls)])
@@ -275,19 +291,23 @@ def _quiet():
 
 
 def main():
+    global _device
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--peers", default=",".join(peers.PEERS))
     parser.add_argument("--scaling", metavar="FILE")
     parser.add_argument("--profile", choices=WORKLOADS)
     options = parser.parse_args()
+    _device = options.device
     _quiet()
     if options.profile:
         profile(options.profile)
         return
+    found, numbers = machine(_device, ("nngeometry",)), {}
     peak = gemm_peak()
-    header(peak)
+    header(found, peak)
     if options.scaling:
         draw_scaling(options.scaling, peak, options.rounds)
         return
@@ -295,13 +315,14 @@ def main():
     keys = options.workloads.split(",")
     columns = ["", "workload", "ours ms", "first", "step ms", *(f"{name} ms" for name in names)]
     columns += ["best peer / ours", "peak MB ours / torch.func", "ratio", "deviation", "least FLOPs, of GEMM peak"]
-    show(columns, (row(key, options.rounds, names, peak) for key in keys))
-    rows = [line for line in (differentials_row(key, options.rounds) for key in keys) if line]
+    show(columns, (row(key, options.rounds, names, peak, numbers) for key in keys))
+    rows = [line for line in (differentials_row(key, options.rounds, numbers) for key in keys) if line]
     if rows:
         print("\nContracted with one direction in the space of outputs: ms, and in units of one NTK\n")
         show(["", "H", *DIFFERENTIALS], rows)
     else:
         print("\nmeasure has no contracted differentials")
+    keep("ntk", found, numbers | {"GEMM": peak})
 
 
 if __name__ == "__main__":

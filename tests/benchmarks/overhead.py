@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.benchmarks.machine import keep, line, machine
 from torch_eft.callbacks import EFTMonitor
 from torch_eft.results.tags import tag
 
@@ -111,8 +112,9 @@ def main(rounds, epochs, preset, samples, clock, every, budget, network):
                 made.append(len(monitor.history))
                 left.append(sum(account.left_out for account in monitor.observer.budget.accounts.values()))
             loads.append(os.getloadavg()[0])
+    found = machine(packages=("lightning",))
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), load {min(loads):.1f} to {max(loads):.1f}; "
+        f"{line(found)}, {min(loads):.1f} to {max(loads):.1f} meanwhile; "
         f"{network}: {rounds} rounds of {epochs} epochs of 29 steps, probe of {samples} images, preset {preset}, "
         f"every {every}, "
         f"budget {budget or 'none'}"
@@ -132,6 +134,7 @@ def main(rounds, epochs, preset, samples, clock, every, budget, network):
     print(f"its own account ({clock} clock): {account:.2f} s, {share:.1f} %, and {start:.2f} s at the start")
     print(f"points a curve: {dict(zip(CURVES, points[0], strict=True))}")
     print(f"measurements: {statistics.median(made):g}, left out: {statistics.median(left):g} (all accounts together)")
+    keep("overhead", found, {"without": bare, "with": attached, "account": own, "start": started, "points": points})
 
 
 def _spread(values):

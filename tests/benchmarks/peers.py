@@ -9,7 +9,6 @@ import importlib.util
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -50,7 +49,7 @@ def torch_func(model, x, chunk=None, budget=BUDGET):
         count, channels = model(x).shape
     rows = count * channels
     params = {name: p.detach() for name, p in model.named_parameters()}
-    H = torch.zeros(rows, rows, dtype=next(iter(params.values())).dtype)
+    H = torch.zeros(rows, rows, dtype=next(iter(params.values())).dtype, device=x.device)
 
     def one_sample(group, sample):
         return functional_call(model, {**params, **group}, (sample[None],))[0]
@@ -91,7 +90,7 @@ def nngeometry_jacobian(model, x):
 
     J = Jacobian(model, [x.clone()]).to_torch().detach()  # [i, a, parameter]
     channels, count, _ = J.shape
-    H = torch.zeros(channels * count, channels * count, dtype=J.dtype)
+    H = J.new_zeros(channels * count, channels * count)
     add_gram(H, J.flatten(0, 1))
     return mirrored(H).view(channels, count, channels, count).permute(1, 3, 0, 2)
 
@@ -131,11 +130,3 @@ PEERS = {"torch.func": _prepare_torch_func, "nngeometry": _prepare_nngeometry}
 def prepare(peer, model, x):
     """The function to time, or a reason in words."""
     return PEERS[peer](model, x)
-
-
-def versions():
-    """What is installed, in words."""
-    try:
-        return f"nngeometry {version('nngeometry')}"
-    except ImportError:
-        return "nngeometry not installed"
