@@ -15,6 +15,7 @@ from torch_eft.measure.forward.checks import check_batch_independence, check_mea
 from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.kinks import kinked_operations
 from torch_eft.measure.forward.output import checked_output
+from torch_eft.measure.kernels import random_outputs
 from torch_eft.measure.representations.alignment import effective_rank, target_alignment
 from torch_eft.measure.representations.change import block_drift, compare_representations
 from torch_eft.measure.representations.hidden_kernels import representation
@@ -51,6 +52,22 @@ def taylor(model, x):
     )
 
 
+def one_step(model, x):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    return measure.output_step(model, x, measure.optimizer_step(model, optimizer, directions(model))).predicted
+
+
+def preconditioned_drift(model, x):
+    P = {name: value.abs() for name, value in directions(model).items()}
+    later = {name: 2 * value for name, value in P.items()}
+    return measure.preconditioned_drift(model, x, model, model, P, later).change
+
+
+def on_directions(model, x):
+    random_outputs._directions.cache_clear()
+    return vars(measure.random_output_estimates(measure.ntk(model, x, outputs="probes:4")).ntk_trace)
+
+
 MEASUREMENTS = {
     "output": measure.output,
     "checks": checked,
@@ -64,6 +81,10 @@ MEASUREMENTS = {
     "secant": lambda model, x: ntk_finite_difference(model, x, directions(model), distance=0.1).value,
     "change": lambda model, x: [layer.effective_rank[0] for layer in change(model, x).layers.values()],
     "taylor": taylor,
+    "random outputs": on_directions,
+    "one step": one_step,
+    "noise": lambda model, x: measure.gradient_noise(model, x, x, lambda z: z.square().mean(), 2, 0.1).covariance,
+    "preconditioned drift": preconditioned_drift,
 }
 BOUNDS = {
     "output": 1,  # the probe's finiteness

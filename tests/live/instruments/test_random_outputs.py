@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from tests.live.instruments.loop import Pages
 from torch_eft import measure
-from torch_eft.callbacks import NTKMonitor, TheoryComparison
+from torch_eft.callbacks import EFTMonitor, NTKMonitor, TheoryComparison
 from torch_eft.live import Observer
 from torch_eft.live.instruments.trained_beside.replay import ReplayInstrument
 from torch_eft.measure.kernels.random_outputs import estimates
@@ -100,7 +100,8 @@ def test_few_outputs_are_measured_in_full():
 
 def test_every_monitor_takes_it():
     x = torch.zeros(4, 3)
-    assert NTKMonitor(x, outputs="probes:8").observer.instruments[0].outputs == "probes:8"
+    for monitor in (NTKMonitor, EFTMonitor):
+        assert monitor(x, outputs="probes:8").observer.instruments[0].outputs == "probes:8"
     with pytest.raises(ValueError, match="or 'probes:16', on random directions of the outputs"):
         NTKMonitor(x, outputs="some")
     with pytest.raises(TypeError, match="outputs given, which a monitor of one concern does not have"):
