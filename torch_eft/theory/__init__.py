@@ -77,7 +77,7 @@ from torch_eft.theory.signal_propagation.susceptibility import (
     susceptibilities,
 )
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
-from torch_eft.theory.training.infinite_width import FrozenArchitecture, FrozenTraining
+from torch_eft.theory.training.infinite_width import FrozenArchitecture, FrozenChain, FrozenTraining
 from torch_eft.theory.training.outputs.fourth_cumulant import FourthCumulant, predict_fourth_cumulant
 from torch_eft.theory.training.outputs.kernel_regression import KernelRegression, predict_kernel_regression
 from torch_eft.theory.training.predict import predict_training
@@ -99,6 +99,7 @@ __all__ = [
     "FixedPoint",
     "FourthCumulant",
     "FrozenArchitecture",
+    "FrozenChain",
     "FrozenTraining",
     "HiddenLayerForecast",
     "Hierarchy",

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from tests.theory.architecture.test_closed import mlp, residual
+from tests.theory.architecture.networks import residual
+from tests.theory.architecture.test_closed import mlp
 from torch_eft import Training, theory
 from torch_eft.theory.architecture.closed import ClosedKernels, Samples
 from torch_eft.theory.architecture.statistics import prepare
@@ -84,8 +85,10 @@ def test_what_is_not_derived_is_refused():
     def predict(network=architecture, targets=y, probe=x, order=0, **keywords):
         return theory.predict_training(network, x, targets, probe, learning_rate=0.01, steps=2, order=order, **keywords)
 
-    with pytest.raises(ValueError, match=r"order 0 is derived: give order=0, or take networks drawn"):
-        predict(order=1)
+    with pytest.raises(ValueError, match=r"order 1/n are derived for chains of convolutions and dense layers"):
+        signals = points(2, (3, 6))
+        network = theory.read_architecture(residual(8), signals)
+        theory.predict_training(network, signals, y[:2], signals, learning_rate=0.01, steps=2, order=1)
     with pytest.raises(ValueError, match=r"squared error on full batches\. predict_from_networks takes other losses"):
         predict(batches=[[0, 1]])
     with pytest.raises(ValueError, match="y_train: shape"):

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch_eft.theory.initialization.evaluator import (
     SINGLE_NEURON,
     LabelSets,
     Recursion,
+    VertexSource,
     Vertices,
     divergent,
 )
@@ -91,6 +92,29 @@ class ReplicaMean:
             return self._value, 0.0
         divisor = 1 if self.kind == "refined" else self._count * (self._count - 1)
         return self._value, float((self._spread.mean() / divisor).sqrt())
+
+
+class VertexReplicas(Protocol):
+    """Vertices of the outputs on any sets of labels, in repeated estimates."""
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        ...
+
+    @property
+    def kind(self) -> ReplicaKind:
+        """How the estimates are related."""
+        ...
+
+    @property
+    def sampled(self) -> bool:
+        """Whether moments are sampled."""
+        ...
+
+    def replicas(self, label_sets: LabelSets) -> "Replicas[VertexSource]":
+        """Evaluators on sets of labels, to be combined."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from torch_eft.results.progress.work import worked
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import Activation
 from torch_eft.theory.gaussian.four_point_moments import Factor, FourPointMoments, exact_mean, products
-from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
 from torch_eft.theory.gaussian.points import (
     MOST_QUADRATURE_LABELS,
     Points,
@@ -26,7 +25,13 @@ from torch_eft.theory.gaussian.points import (
 )
 from torch_eft.theory.gaussian.scale_invariant import Orders
 from torch_eft.theory.gaussian.two_point_moments import Kinks, SmoothPairs, TwoPointMoments
-from torch_eft.theory.initialization.estimators import RECURSIONS, ReplicaKind, Replicas, vertex_replicas
+from torch_eft.theory.initialization.estimators import (
+    RECURSIONS,
+    ReplicaKind,
+    Replicas,
+    VertexReplicas,
+    vertex_replicas,
+)
 from torch_eft.theory.initialization.evaluator import SINGLE_NEURON, LabelSets, VertexSource, Vertices, full_tensor
 from torch_eft.theory.initialization.infinite_width import InfiniteWidthLayers, infinite_width
 from torch_eft.theory.initialization.neuron.moments import AnyPoints, MixedMoments, neuron_spacings, piece_sample
@@ -93,10 +98,6 @@ class VertexTiles:
         label_sets = self._placed(label_sets)
         return self._sampled(label_sets) if self.sampled else self._summed(label_sets)
 
-    def single_neurons(self) -> "SingleNeuronTiles | None":
-        """What weights of the output layer that are not Gaussian add to cumulants of one output; None for others."""
-        return SingleNeuronTiles(self) if EXCESS_KURTOSIS[self.ensemble.weight_law[-1]] else None
-
     def _placed(self, label_sets: LabelSets) -> LabelSets:
         """The sets among the different points; labels of one set keep sharing one tensor object."""
         if self._place is None:
@@ -150,7 +151,7 @@ class SingleNeuronTiles:
         tiles: The vertices.
     """
 
-    def __init__(self, tiles: VertexTiles) -> None:
+    def __init__(self, tiles: VertexReplicas) -> None:
         self._tiles = tiles
         self.depth, self.kind, self.sampled = tiles.depth, tiles.kind, tiles.sampled
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Validity
+from torch_eft.theory.architecture.chains.chain import chain_of
+from torch_eft.theory.architecture.chains.vertices import chain_kernels, check_vertices
 from torch_eft.theory.architecture.kernels import architecture_kernels
 from torch_eft.theory.architecture.nodes import Architecture
 from torch_eft.theory.architecture.statistics import architecture_statistics
@@ -224,6 +226,51 @@ class FrozenArchitecture(InfiniteWidthPath):
         super().__init__(*architecture_kernels(architecture, x), y_train, training)
         self.check_stable(training)
         self.validity = architecture_validity(architecture, x)
+
+
+class FrozenChain(FrozenArchitecture):
+    """The same of a chain of convolutions and dense layers, with what the corrections of order 1/n take.
+
+    Args:
+        architecture: The chain.
+        x_train: Training inputs, (N, ...).
+        y_train: Targets, (N, n_L).
+        x_probe: Probe inputs, (N_p, ...).
+        training: As ``FrozenTraining`` takes it.
+        memory: Bytes allowed for tensors over four labels (sample, position).
+
+    Raises:
+        ValueError: As ``FrozenArchitecture`` does, or if it is no such chain, or the tensors do not fit.
+
+    Example:
+        >>> import torch
+        >>> from torch_eft import Training, theory
+        >>> layers = torch.nn.Conv1d(1, 8, 3), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(16, 1)
+        >>> x = torch.eye(4)[:2, None]
+        >>> architecture = theory.read_architecture(torch.nn.Sequential(*layers), x)
+        >>> training = Training(learning_rate=0.01, steps=1, reduction="sum")
+        >>> theory.FrozenChain(architecture, x, torch.ones(2, 1), x[:1], training).hyperparameters.widths
+        (3, 8, 1)
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        x_train: Tensor,
+        y_train: Tensor,
+        x_probe: Tensor,
+        training: Training,
+        *,
+        memory: int = 4 * 2**30,
+    ) -> None:
+        super().__init__(architecture, x_train, y_train, x_probe, training, memory=memory)
+        self.x = torch.cat([x_probe.to(x_train), x_train]).double()
+        self.chain = chain_of(architecture, self.x)
+        check_vertices(self.chain, memory)
+        self.hyperparameters = self.chain.ensemble
+        self.layers = chain_kernels(self.chain)
+        # Biases that are not Gaussian count in these.
+        InfiniteWidthPath.__init__(self, self.layers[0][-1], self.layers[1][-1], self.y_train, training)
 
 
 def architecture_validity(architecture: Architecture, x: Tensor) -> Validity:

@@ -20,7 +20,7 @@ from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.training.corrections.correction import CORRECTIONS, provenance
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
 from torch_eft.theory.training.corrections.work import corrections_work
-from torch_eft.theory.training.infinite_width import FrozenArchitecture, FrozenTraining
+from torch_eft.theory.training.infinite_width import FrozenArchitecture, FrozenChain, FrozenTraining
 from torch_eft.theory.training.sampled.predict import SampledForecast
 
 
@@ -49,8 +49,9 @@ def predict_training(
     z(0), at order 1 on at most about 30 points in all.
 
     Args:
-        ensemble: The ensemble; or an architecture as ``read_architecture`` returns it, at order 0, for the squared
-            error on full batches.
+        ensemble: The ensemble; or an architecture as ``read_architecture`` returns it, for the squared error on full
+            batches: any at order 0, small chains of convolutions and dense layers (``architecture_vertices``) at
+            order 1.
         x_train: Training inputs, (N, n_0), or as the architecture takes them.
         y_train: Targets, (N, n_L); classes (N,) for the cross-entropy.
         x_probe: Probe inputs, (N_p, n_0), likewise.
@@ -103,14 +104,15 @@ def predict_training(
     times = training.times(at_steps, x_train.device)
     if isinstance(ensemble, Architecture):
         if order == 1:
-            raise ValueError(
-                "order: 1 given; of convolutions, skips and norms order 0 is derived: give order=0, or take networks "
-                "drawn (predict_from_networks)"
-            )
+            _check_finite(times)
+            chain = FrozenChain(ensemble, x_train, y_train, x_probe, training, memory=memory)
+            options = {"num_samples": num_samples, "num_replicas": num_replicas, "seed": seed, "memory": memory}
+            finite = FiniteWidthTraining(chain, **options)
+            return finite.trajectory(infinite_width_trajectory(chain, training, times), training, corrections)
         architecture = FrozenArchitecture(ensemble, x_train, y_train, x_probe, training, memory=memory)
         return infinite_width_trajectory(architecture, training, times)
-    if order == 1 and not math.isfinite(float(times.max())):
-        raise ValueError("at_steps: inf given; order 1 is integrated up to a finite step. Give one, or order=0")
+    if order == 1:
+        _check_finite(times)
     if training.loss != "mse" or not training.is_full_batch:
         sampled = SampledForecast(ensemble, x_train, y_train, x_probe, training, num_draws, seed, memory)
         if order == 0:
@@ -122,6 +124,11 @@ def predict_training(
     finite = FiniteWidthTraining(frozen, num_samples=num_samples, num_replicas=num_replicas, seed=seed, memory=memory)
     with working("predicting the training", _seconds(frozen, training, times, corrections)):
         return finite.trajectory(infinite_width_trajectory(frozen, training, times), training, corrections)
+
+
+def _check_finite(times: Tensor) -> None:
+    if not math.isfinite(float(times.max())):
+        raise ValueError("at_steps: inf given; order 1 is integrated up to a finite step. Give one, or order=0")
 
 
 def _seconds(frozen: FrozenTraining, training: Training, times: Tensor, corrections: Collection[str]) -> float:

@@ -32,6 +32,12 @@ class Layer:
         """k, the number of weights between two neurons."""
         return self.maps.count
 
+    def average_adjoint(self, G: Tensor) -> Tensor:
+        """Return Av^T[G], (..., P', P') -> (..., P, P)."""
+        for maps in reversed((*self.pools, self.maps)):
+            G = maps.average_adjoint(G)
+        return G
+
     def average(self, X: Tensor) -> Tensor:
         """Return Av[X], (..., P, P) -> (..., P', P')."""
         for maps in (*self.pools, self.maps):
@@ -46,6 +52,14 @@ class Layer:
         for pool in self.pools:
             values = pool.on_labels(values)[0]
         return self.maps.on_labels(values).mT
+
+
+class ChainEnsemble(MLPEnsemble):
+    """The hyperparameters of a chain."""
+
+    def __str__(self) -> str:
+        channels = "-".join(map(str, self.widths[1:]))
+        return f"network of convolutions and dense layers, channels {channels}, {self.activation.name}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +160,7 @@ def chain_of(architecture: Architecture, x: Tensor) -> Chain:
         _refuse("orthogonal weights of convolutions are not derived")
     (inputs,) = data.values()
     patches = torch.einsum("doi,nic->nodc", layers[0].matrices.to(inputs), inputs).flatten(2).flatten(0, 1)
-    ensemble = MLPEnsemble(
+    ensemble = ChainEnsemble(
         [patches.shape[1], *(weight.channels for weight in weights)],
         activations[0] if activations else "linear",
         C_b=[weight.C_b for weight in weights],

@@ -23,8 +23,15 @@ from torch_eft.theory.architecture.chains.chain import Chain, chain_of, pairs_of
 from torch_eft.theory.architecture.nodes import Architecture
 from torch_eft.theory.gaussian.four_point_moments import FourPointMoments
 from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
-from torch_eft.theory.initialization.estimators import RECURSIONS, ReplicaKind, ReplicaMean, moment_replicas
-from torch_eft.theory.initialization.evaluator import SINGLE_NEURON, Vertices, divergent
+from torch_eft.theory.initialization.estimators import RECURSIONS, ReplicaKind, Replicas, moment_replicas
+from torch_eft.theory.initialization.evaluator import (
+    SINGLE_NEURON,
+    SYMMETRIES,
+    LabelSets,
+    VertexSource,
+    Vertices,
+    divergent,
+)
 from torch_eft.theory.initialization.neuron.pairs import as_gaussian, neuron_pairs
 from torch_eft.theory.initialization.neuron.remarks import check_kinked_biases, counted_laws
 from torch_eft.theory.initialization.statistics import STATISTICS, LayerStatistics
@@ -88,14 +95,15 @@ def architecture_vertices(
     wanted = [name for name in (*STATISTICS, *SINGLE_NEURON) if name in names - {"K", "Theta"}]
     check_vertices(chain, memory)
     layers = chain_kernels(chain, kinks)
-    found = chain_vertices(chain, layers, {*wanted, "V"}, num_samples, num_replicas, seed, kinks)
+    kind, runs = chain_vertices(chain, layers, {*wanted, "V"}, num_samples, num_replicas, seed, kinks)
+    found = Replicas(kind, runs).combined(lambda run: run.items())
     return LayerStatistics(
         chain.depth,
         layers[0][-1],
         layers[1][-1],
         **{name: found[name][0] for name in wanted},
         error={name: found[name][1] for name in wanted if found[name][1] > 0},
-        validity=chain_validity(chain, layers[0][-1], found["V"][0], bool(wanted)),
+        validity=chain_validity(chain, layers[0][-1], torch.einsum("aaaa->a", found["V"][0])),
     )
 
 
@@ -180,9 +188,9 @@ def chain_vertices(
     num_samples: int,
     num_replicas: int,
     seed: int,
-    kinks: Kinks,
-) -> dict[str, tuple[Tensor, float]]:
-    """Vertices at the outputs on all samples, and the standard errors of their entries (rms).
+    kinks: Kinks = "autograd",
+) -> tuple[ReplicaKind, Iterator[dict[str, Tensor]]]:
+    """Vertices at the outputs on all samples, in repeated estimates.
 
     Args:
         chain: The chain.
@@ -194,31 +202,64 @@ def chain_vertices(
         kinks: The meaning of explicit derivatives at a kink.
 
     Returns:
-        By name.
+        How the estimates are related, and one dictionary by name for each.
     """
     if chain.depth == 1:
         shapes = {name: [chain.samples] * (2 if name in ("G1", "Theta1") else 4) for name in names}
-        return {name: (layers[0][0].new_zeros(shape), 0.0) for name, shape in shapes.items()}
-    means: dict[str, ReplicaMean] = {}
-    kind, members = _moments(chain, layers, num_samples, num_replicas, seed, kinks)
-    for moments in members:
-        step: _Step | None = None
-        for _ in range(chain.depth - 1):
-            step = _Step(chain, layers, moments, step, kinks)
-        assert step is not None
-        lost = divergent(chain.ensemble, kinks)
-        for name in names:
-            value = step.tensor(name)
-            means.setdefault(name, ReplicaMean(kind)).add(value * torch.nan if name in lost else value)
-    return {name: mean.result() for name, mean in means.items()}
-
-
-def _moments(
-    chain: Chain, layers: ChainLayers, num_samples: int, num_replicas: int, seed: int, kinks: Kinks
-) -> tuple[ReplicaKind, Iterator[Callable[[int], FourPointMoments]]]:
+        return "refined", iter([{name: layers[0][0].new_zeros(shape) for name, shape in shapes.items()}])
     K, _, pairs = layers
     found = moment_replicas(chain.ensemble.activation, K[:-1], pairs, num_samples, num_replicas, seed, kinks)
-    return found.kind, found.members
+    return found.kind, (_at_outputs(chain, layers, moments, names, kinks) for moments in found.members)
+
+
+def _at_outputs(
+    chain: Chain,
+    layers: ChainLayers,
+    moments: Callable[[int], FourPointMoments],
+    names: Collection[str],
+    kinks: Kinks,
+) -> dict[str, Tensor]:
+    step: _Step | None = None
+    for _ in range(chain.depth - 1):
+        step = _Step(chain, layers, moments, step, kinks)
+    assert step is not None
+    lost = divergent(chain.ensemble, kinks)
+    return {name: step.tensor(name) * (torch.nan if name in lost else 1.0) for name in names}
+
+
+class ChainVertices:
+    """Vertices at the outputs over all samples, each estimate kept; as the theory of training takes them.
+
+    Args:
+        chain: The chain.
+        layers: Its kernels.
+        num_samples: Sample size in all.
+        num_replicas: Independent samples.
+        seed: Of the samples.
+    """
+
+    def __init__(self, chain: Chain, layers: ChainLayers, num_samples: int, num_replicas: int, seed: int) -> None:
+        names = [*SYMMETRIES, *(SINGLE_NEURON if not chain.ensemble.gaussian else ())]
+        self.kind, runs = chain_vertices(chain, layers, names, num_samples, num_replicas, seed)
+        self.runs, self.depth, self.sampled = list(runs), chain.depth, self.kind == "independent"
+
+    def replicas(self, label_sets: LabelSets) -> Replicas[VertexSource]:
+        """Evaluators on sets of labels, to be combined."""
+        return Replicas(self.kind, (_OnSets(run, label_sets) for run in self.runs))
+
+
+class _OnSets:
+    def __init__(self, tensors: dict[str, Tensor], label_sets: LabelSets) -> None:
+        self._tensors, self._sets, self._axes = tensors, label_sets, list(label_sets)
+
+    def array(self, name: str, layer: int, labels: str) -> Tensor:
+        """The vertex for the printed labels."""
+        index = []
+        for label in labels:
+            shape = [1] * len(self._axes)
+            shape[self._axes.index(label)] = -1
+            index.append(self._sets[label].reshape(shape))
+        return self._tensors[name][tuple(index)]
 
 
 def check_vertices(chain: Chain, memory: int) -> None:
@@ -238,22 +279,20 @@ def check_vertices(chain: Chain, memory: int) -> None:
     check_kinked_biases(chain.ensemble, chain.patches)
 
 
-def chain_validity(chain: Chain, K: Tensor, V: Tensor, first_order: bool) -> Validity:
+def chain_validity(chain: Chain, K: Tensor, V: Tensor) -> Validity:
     """Return where order 1/n holds, by the relative variance of an output's variance, epsilon.
 
     Args:
         chain: The chain.
         K: Kernel of the outputs, (N, N).
-        V: Vertex at the outputs, (N,) * 4.
-        first_order: Whether vertices are among the results.
+        V: Vertex at the outputs with equal labels, (N,).
     """
     n = chain.ensemble.widths[-2]
-    equal = torch.einsum("aaaa->a", V)
-    epsilon = float((equal / n / K.diagonal().square()).mean().clamp_min(0.0)) if chain.depth > 1 else 0.0
+    epsilon = float((V / n / K.diagonal().square()).mean().clamp_min(0.0)) if chain.depth > 1 else 0.0
     size = f"order 1/n, n = {n} channels; epsilon = Var G/E[G]^2 = {epsilon:.3g}"
     if epsilon >= TOO_DEEP:
         size += ": not small, so that these are of the right order at best; use more channels or fewer layers"
     elif epsilon >= EDGE:
         size += ": expect errors of that relative size"
     flag = "invalid" if epsilon >= TOO_DEEP else "caution" if epsilon >= EDGE else "valid"
-    return Validity(flag, (size, *counted_laws(chain.ensemble, first_order)), {"epsilon": epsilon})  # type: ignore[arg-type]
+    return Validity(flag, (size, *counted_laws(chain.ensemble, first_order=True)), {"epsilon": epsilon})  # type: ignore[arg-type]

@@ -16,14 +16,17 @@ from torch import Tensor
 
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Trajectory, Validity
+from torch_eft.theory.architecture.chains.vertices import ChainVertices, chain_validity
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
+from torch_eft.theory.initialization.estimators import VertexReplicas
 from torch_eft.theory.initialization.vertex_tiles import SingleNeuronTiles, VertexTiles
 from torch_eft.theory.training.corrections.correction import Correction, corrected, provenance, sizes
 from torch_eft.theory.training.corrections.mean_output import mean_output
 from torch_eft.theory.training.corrections.ntk_change import ntk_change
 from torch_eft.theory.training.corrections.output_covariance import output_covariance
-from torch_eft.theory.training.corrections.validity import neuron_movement, training_validity
-from torch_eft.theory.training.infinite_width import FrozenTraining, InfiniteWidthPath
+from torch_eft.theory.training.corrections.validity import chain_movement, neuron_movement, training_validity
+from torch_eft.theory.training.infinite_width import FrozenChain, FrozenTraining, InfiniteWidthPath
 
 _SAME = 1e-7
 """Training inputs closer than this, relative to their length, have the same Theta to the accuracy of float64."""
@@ -61,23 +64,29 @@ class FiniteWidthTraining:
 
     def __init__(
         self,
-        frozen: FrozenTraining,
+        frozen: FrozenTraining | FrozenChain,
         *,
         num_samples: int = 4096,
         num_replicas: int = 2,
         seed: int = 0,
         memory: int = 4 * 2**30,
     ) -> None:
-        check_smooth(frozen.ensemble)
+        self.ensemble = frozen.hyperparameters if isinstance(frozen, FrozenChain) else frozen.ensemble
+        check_smooth(self.ensemble)
         if num_replicas < 2:
             raise ValueError(f"num_replicas: {num_replicas} given; at least 2 are needed to estimate the error")
-        check_distinct(frozen.x_train, frozen.y_train)
-        self.ensemble, self.x, self.probes = frozen.ensemble, frozen.x, frozen.probes
-        self.vertices = VertexTiles(frozen.ensemble, frozen.layers, num_samples, num_replicas, seed, x=frozen.x)
-        self.path: InfiniteWidthPath = frozen
+        check_distinct(frozen.x_train.flatten(1), frozen.y_train)
+        self.x, self.probes = frozen.x, frozen.probes
+        self.vertices: VertexReplicas
+        if isinstance(frozen, FrozenChain):
+            self.vertices = ChainVertices(frozen.chain, frozen.layers, num_samples, num_replicas, seed)
+        else:
+            self.vertices = VertexTiles(self.ensemble, frozen.layers, num_samples, num_replicas, seed, x=frozen.x)
+        self.path = frozen
         self._memory = memory
-        self._n = frozen.ensemble.widths[-2]
-        self._single = self.vertices.single_neurons()
+        self._n = self.ensemble.widths[-2]
+        uneven = EXCESS_KURTOSIS[self.ensemble.weight_law[-1]] != 0
+        self._single = SingleNeuronTiles(self.vertices) if uneven else None
         # What the read-out's weights add where they are not Gaussian: each output by itself, with its own targets.
         self._alone = [
             InfiniteWidthPath(frozen.K, frozen.Theta, y[:, None], frozen.training)
@@ -154,9 +163,18 @@ class FiniteWidthTraining:
             term_sizes: ``{"|z1| / |z0|": largest ratio over time, ..}``.
             steps: (T,).
         """
-        moved = neuron_movement(self.ensemble, self.vertices.layers, self.path, steps)
+        if isinstance(self.path, FrozenChain):
+            moved, start = chain_movement(self.path, steps), self._chain_start(self.path)
+        else:
+            moved, start = neuron_movement(self.ensemble, self.path.layers, self.path, steps), None
         error = self.path.error_gram.trace()
-        return training_validity(self.ensemble, self.x, self.path, term_sizes, float(moved.max()), error)
+        return training_validity(self.ensemble, self.x, self.path, term_sizes, float(moved.max()), error, start)
+
+    def _chain_start(self, path: FrozenChain) -> Validity:
+        """Where order 1/n holds at initialization."""
+        points = path.train.new_tensor(range(len(path.K)))
+        value = next(self.vertices.replicas({"a": points}).members).array("V", self.vertices.depth, "aaaa")
+        return chain_validity(path.chain, path.K, value)
 
     def trajectory(self, infinite_width: Trajectory, training: Training, names: Iterable[str]) -> Trajectory:
         """Return the trajectory with some corrections.

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torch_eft.theory.initialization.estimators import ReplicaKind, ReplicaMean
+from torch_eft.theory.initialization.estimators import ReplicaKind, ReplicaMean, VertexReplicas
 from torch_eft.theory.initialization.evaluator import VertexSource
-from torch_eft.theory.initialization.vertex_tiles import SingleNeuronTiles, VertexTiles, expanded
+from torch_eft.theory.initialization.vertex_tiles import expanded
 from torch_eft.theory.training.corrections.ddntk_source import DdntkSource, Sources
 from torch_eft.theory.training.corrections.propagation import TimeGrid
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
@@ -89,7 +89,7 @@ def time_chunk(modes: int, points: int) -> int:
 
 
 def output_sources(
-    vertices: VertexTiles | SingleNeuronTiles,
+    vertices: VertexReplicas,
     path: InfiniteWidthPath,
     steps: Tensor,
     columns: Tensor,
@@ -128,7 +128,7 @@ def points_at_once(points: int, train: int) -> int:
 
 
 def mean_output(
-    vertices: VertexTiles | SingleNeuronTiles, path: InfiniteWidthPath, steps: Tensor, tile: int | None = None
+    vertices: VertexReplicas, path: InfiniteWidthPath, steps: Tensor, tile: int | None = None
 ) -> tuple[Tensor, float]:
     """n_{L-1} times the correction of the mean output over all points.
 

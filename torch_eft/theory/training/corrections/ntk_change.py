@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from torch_eft.results.progress.work import worked
-from torch_eft.theory.initialization.estimators import ReplicaMean
+from torch_eft.theory.initialization.estimators import ReplicaMean, VertexReplicas
 from torch_eft.theory.initialization.evaluator import LabelSets, VertexSource
-from torch_eft.theory.initialization.vertex_tiles import SingleNeuronTiles, VertexTiles, expanded
+from torch_eft.theory.initialization.vertex_tiles import expanded
 from torch_eft.theory.training.corrections.correction import with_outputs
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath
 
@@ -89,7 +89,7 @@ def _off_outputs(y: Tensor, Cij: Tensor, Sij: Tensor, Sji: Tensor, phi: Tensor, 
 
 
 def ntk_change(
-    vertices: VertexTiles | SingleNeuronTiles,
+    vertices: VertexReplicas,
     path: InfiniteWidthPath,
     probes: int,
     steps: Tensor,
@@ -134,7 +134,7 @@ def probe_rows(probes: int, count: int) -> int:
 
 
 def rotated_combinations(
-    vertices: VertexTiles | SingleNeuronTiles, path: InfiniteWidthPath, first: Tensor, second: Tensor, tile: int
+    vertices: VertexReplicas, path: InfiniteWidthPath, first: Tensor, second: Tensor, tile: int
 ) -> Iterator[list[Tensor]]:
     """The combinations of one tile of probe pairs with training labels rotated to modes, run by run."""
     train = path.train.split(tile)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from torch_eft.results.progress.work import worked
-from torch_eft.theory.initialization.estimators import ReplicaMean
+from torch_eft.theory.initialization.estimators import ReplicaMean, VertexReplicas
 from torch_eft.theory.initialization.evaluator import VertexSource
-from torch_eft.theory.initialization.vertex_tiles import SingleNeuronTiles, VertexTiles, expanded
+from torch_eft.theory.initialization.vertex_tiles import expanded
 from torch_eft.theory.training.corrections.correction import with_outputs
 from torch_eft.theory.training.corrections.ddntk_source import Sources
 from torch_eft.theory.training.corrections.mean_output import OutputSource, points_at_once, time_chunk
@@ -140,7 +140,7 @@ def carried_kernel(path: InfiniteWidthPath, probes: int, steps: Tensor) -> Tenso
 
 
 def output_covariance(
-    vertices: VertexTiles | SingleNeuronTiles,
+    vertices: VertexReplicas,
     path: InfiniteWidthPath,
     probes: int,
     steps: Tensor,

@@ -9,7 +9,7 @@ from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.initialization.infinite_width import InfiniteWidthLayers
 from torch_eft.theory.signal_propagation.regimes import first_order_validity
-from torch_eft.theory.training.infinite_width import FrozenModes, InfiniteWidthPath
+from torch_eft.theory.training.infinite_width import FrozenChain, FrozenModes, InfiniteWidthPath
 
 CAUTION, INVALID = 0.2, 1.0
 """Tolerances chosen here for terms of order 1/n over those of order 0."""
@@ -52,6 +52,32 @@ def neuron_movement_by(
     return ensemble.C_W[-1] / ensemble.widths[-2] * (seen @ weights * seen).sum((1, 2)) / K.trace()
 
 
+def chain_movement(path: FrozenChain, steps: Tensor) -> Tensor:
+    """The squared relative movement of the last hidden layer's preactivations in a chain, as ``neuron_movement``.
+
+    A preactivation at a label moves by sum_v Theta_yv (W^T p)_v s'_v over the labels v of the training inputs, and two
+    entries of W^T p have the covariance C_W / n Av^T[p p^T].
+
+    Args:
+        path: The path at infinite width.
+        steps: (T,).
+
+    Returns:
+        u(t), (T,).
+    """
+    chain = path.chain
+    if chain.depth == 1:
+        return torch.zeros(len(steps), dtype=path.K.dtype, device=path.K.device)
+    _, phi = path.single(steps)
+    squares = path.U @ (phi[:, :, None] * path.error_gram * phi[:, None, :]) @ path.U.T
+    K, Theta, slopes = path.layers[0][-2], path.layers[1][-2], path.layers[2][-1].explicit((1,), (1,))
+    whole = squares.new_zeros(len(steps), chain.samples, chain.samples)
+    whole[:, path.probes :, path.probes :] = squares
+    carried = chain.layers[-1].average_adjoint(whole[..., None, None])  # (T, N, N, P, P)
+    weights = carried.movedim(-2, -3).flatten(-4, -3).flatten(-2, -1) * slopes
+    return chain.ensemble.C_W[-1] / chain.ensemble.widths[-2] * ((Theta @ weights) * Theta).sum((1, 2)) / K.trace()
+
+
 def training_validity(
     ensemble: MLPEnsemble,
     x: Tensor,
@@ -59,6 +85,7 @@ def training_validity(
     sizes: Mapping[str, float],
     moved: float,
     error: Tensor | None = None,
+    start: Validity | None = None,
 ) -> Validity:
     """Return where order 1/n holds, by how far neurons move (u its square), by r and epsilon and by its own size.
 
@@ -76,8 +103,9 @@ def training_validity(
         sizes: ``{"|z1| / |z0|": largest ratio over time, ..}``.
         moved: The largest u over time, see ``neuron_movement``.
         error: E |e|^2 at initialization for the squared error, in the modes that move.
+        start: Where order 1/n holds at initialization; None asks r and epsilon of the ensemble.
     """
-    start = first_order_validity(ensemble, x)
+    start = first_order_validity(ensemble, x) if start is None else start
     name = max(sizes, key=lambda key: sizes[key])
     largest_term, n = sizes[name], ensemble.widths[-2]
     smallest, largest = float(path.eigenvalues[0]), float(path.eigenvalues[-1])

@@ -115,7 +115,11 @@ def predict_fourth_cumulant(
     y = torch.zeros(len(x_train), ensemble.widths[-1], dtype=torch.float64, device=x_train.device)
     frozen = FrozenTraining(ensemble, x_train, y, x_probe, training)
     finite = FiniteWidthTraining(frozen, num_samples=num_samples, num_replicas=num_replicas, seed=seed)
-    tensors, error = all_vertices(finite.vertices, one_output=True)
+    tensors, error = all_vertices(
+        finite.vertices,
+        torch.arange(len(frozen.x), device=frozen.x.device),
+        single=EXCESS_KURTOSIS[ensemble.weight_law[-1]] != 0,
+    )
     value = fourth_cumulant(frozen, tensors, frozen.probes, times) / ensemble.widths[-2]
     # An output's bias is one number for all points: its cumulant is there at any width.
     bias = EXCESS_KURTOSIS[ensemble.bias_law[-1]] * ensemble.C_b[-1] ** 2

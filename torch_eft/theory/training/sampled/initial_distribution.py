@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.gaussian.points import square_root
-from torch_eft.theory.initialization.estimators import RECURSIONS
+from torch_eft.theory.initialization.estimators import RECURSIONS, VertexReplicas
 from torch_eft.theory.initialization.evaluator import FLUCTUATIONS, SINGLE_NEURON, VertexSource, full_tensor
-from torch_eft.theory.initialization.vertex_tiles import VertexTiles, with_single_neurons
+from torch_eft.theory.initialization.vertex_tiles import with_single_neurons
 from torch_eft.theory.training.sampled.dynamics import Fluctuation
 
 _ROUNDING = 1e-12
@@ -42,22 +42,21 @@ def draw_outputs(K: Tensor, outputs: int, count: int, generator: torch.Generator
     return torch.cat([z, -z])
 
 
-def all_vertices(vertices: VertexTiles, one_output: bool) -> tuple[dict[str, Tensor], float]:
+def all_vertices(vertices: VertexReplicas, points: Tensor, single: bool) -> tuple[dict[str, Tensor], float]:
     """Every vertex of the output over all points.
 
     Args:
         vertices: The evaluators.
-        one_output: Whether they are to describe a single output: what read-out weights that are not Gaussian add to
-            its cumulants is then in V, D, A, P, R and S.
+        points: Index of all points.
+        single: Whether what read-out weights that are not Gaussian add to cumulants of a single output is to be in V,
+            D, A, P, R and S: they then describe a network with one output.
 
     Returns:
         ``{name: (N,) * 2 or (N,) * 4}``, labels as printed, and the largest standard error (rms) relative to the
         vertex (rms).
     """
-    count = len(vertices.K)
-    sets = dict.fromkeys("abcd", torch.arange(count, device=vertices.K.device))
+    count, sets = len(points), dict.fromkeys("abcd", points)
 
-    single = one_output and vertices.single_neurons() is not None
     left = {*FLUCTUATIONS, *(() if single else SINGLE_NEURON)}
 
     def read(source: VertexSource) -> Iterator[tuple[str, Tensor]]:

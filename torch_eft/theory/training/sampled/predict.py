@@ -232,7 +232,11 @@ class SampledForecast:
                 "near-duplicate inputs, or use order=0"
             )
         tiles = VertexTiles(self.ensemble, self._layers, num_samples, num_replicas, self._seed)
-        tensors, error = all_vertices(tiles, one_output=self._outputs == 1)
+        tensors, error = all_vertices(
+            tiles,
+            torch.arange(len(self.x), device=self.x.device),
+            single=self._outputs == 1 and EXCESS_KURTOSIS[self.ensemble.weight_law[-1]] != 0,
+        )
         return {name: value / self.ensemble.widths[-2] for name, value in tensors.items()}, error
 
     def _validity(self, term_sizes: dict[str, float], noise: dict[str, float], moved: float) -> Validity:
