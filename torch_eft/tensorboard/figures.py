@@ -101,7 +101,7 @@ def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
         axes.set_xscale("symlog", linthresh=1)
     if replayed and not measured and axes.lines:  # errors
         axes.axhline(1, color="#555555", lw=1, ls=(0, (5, 3)))
-        axes.annotate("nothing predicted", (0.01, 1), xycoords=("axes fraction", "data"), va="bottom", fontsize=11)
+        axes.annotate("nothing predicted", (0.01, 1), xycoords=("axes fraction", "data"), va="top", fontsize=11)
         axes.set_yscale("log")
     axes.margins(x=0.01)
     axes.grid(alpha=0.2)

@@ -9,12 +9,14 @@ from torch.nn import functional as F
 
 from tests.benchmarks.replay import TRAININGS, intervals
 from tests.live.instruments.loop import Pages, data, fit, mlp
+from tests.measure.zoo import ZOO, build
 from torch_eft import measure
 from torch_eft.live import Observer, Obstacle
 from torch_eft.live.instruments.ntk import NTKInstrument
 from torch_eft.live.instruments.trained_beside.replay import ReplayInstrument
 from torch_eft.live.instruments.trained_beside.seeds import SeedsInstrument
 from torch_eft.live.instruments.trained_beside.shadow import ShadowInstrument
+from torch_eft.measure.forward.probe import as_call
 from torch_eft.results.tags import tag
 
 MINIBATCHES = Obstacle("mini-batches", minibatches=True)
@@ -318,3 +320,36 @@ def test_shadows_and_seeds_follow_accumulated_gradients_too():
             assert observer.history[6][tag("shadow_output_error", "order_1")] < 0.1
         else:
             assert tag("ntk_drift", "seeds_low") in observer.history[6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ZOO if "transformer," not in name and name != "transformer"])
+def test_any_architecture_is_taken_along(name):
+    """Every order comes closer, or there is order 1 alone; the transformers left out drop out."""
+    model, inputs, output_fn = build(name)
+    args, kwargs = as_call(inputs)
+
+    def outputs():
+        found = model(*args, **kwargs)
+        return found if output_fn is None else output_fn(found)
+
+    targets = torch.randn_like(outputs())
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    instruments = [NTKInstrument(), ReplayInstrument(steps=3)]
+    options = {"every": 3, "budget": None, "instruments": instruments, "output_fn": output_fn, "on_error": "raise"}
+    observer = Observer(model, inputs, optimizer, **options)
+    observer.begin(obstacle=MINIBATCHES, total_steps=7)
+    for step in range(1, 8):
+        observer.observe_batch((inputs, targets))
+        loss = F.mse_loss(outputs(), targets)
+        observer.observe_loss(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        observer.before_step()
+        optimizer.step()
+        observer.measure(step)
+    for step in (0, 3):
+        one, two, three = (observer.history[step].get(error) for error in ERRORS)
+        assert one < 0.1 and (two is None) is (name in ("prelu", "max pool"))
+        assert two is None or three <= two <= one

@@ -19,8 +19,9 @@ from torch_eft.measure.training_loss import LOSS_TOLERANCE, TrainingLoss, Unreco
 from torch_eft.results.presentation.repr import short_repr
 from torch_eft.results.training import LossFunction
 
-PRECISION = 0.02
-"""Relative rounding of losses and gradients that is allowed in 16 bits: bfloat16 rounds at 0.004, layer by layer."""
+PRECISION, GRADIENT_PRECISION = 0.02, 0.1
+"""Relative rounding of the loss and of its gradient that is allowed in 16 bits: bfloat16 rounds at 0.004, layer by
+layer; BatchNorm's gradients are differences (0.06 was seen)."""
 
 Batches = Sequence[tuple[Any, Any]]
 """(inputs, targets) of every batch of a step."""
@@ -79,7 +80,7 @@ def recognize_step(
     output_fn: OutputFn | None = None,
     loss_function: LossFunction | None = None,
     known: TrainedStep | None = None,
-    tolerance: float = LOSS_TOLERANCE,
+    reduced: bool = False,
 ) -> TrainedStep:
     """Recognize the loss of a training step, whose forwards run in the modes in which the network is.
 
@@ -91,7 +92,7 @@ def recognize_step(
         output_fn: Turns what the model returns into (N, C).
         loss_function: The loss as a function of outputs (N, C) and targets, if it is none of the known ones.
         known: An earlier step of the training, where one has been recognized: no other loss is tried.
-        tolerance: Relative difference of loss and gradient that is allowed: ``PRECISION`` under autocast.
+        reduced: Whether losses and gradients were computed in 16 bits, as under autocast.
 
     Returns:
         The step.
@@ -102,6 +103,7 @@ def recognize_step(
     possible = (1.0, 1 / len(batches)) if known is None else (1.0, 1 / len(batches), known.share)
     shares = sorted(set(possible), reverse=True)
     step_loss, reasons = float(shown), list[str]()
+    tolerance = PRECISION if reduced else LOSS_TOLERANCE
     given = None
     if loss_function is not None:
         given = TrainingLoss("given", "the loss that was given", batches[0][1], 1.0, loss_function)
@@ -126,9 +128,10 @@ def recognize_step(
                 z = _outputs(network, leaves, inputs)
                 for name, part in zip(leaves, _gradients(loss.function(z, y), leaves), strict=True):
                     G[name] = G[name] + part
-            found = _matched(G, gradients, shares, fits, tolerance)
+            found = _matched(G, gradients, shares, fits, GRADIENT_PRECISION if reduced else LOSS_TOLERANCE)
             if isinstance(found, str):
-                reasons.append(found.format(name=loss.name))
+                # Of several multiples of one loss, that of the step's own value says how far its gradient is.
+                reasons.insert(0 if fits is None else len(reasons), found.format(name=loss.name))
                 continue
             return TrainedStep(loss, *found)
     other = "" if asked is not None else "neither squared error nor cross-entropy; give loss_function= if it is another"

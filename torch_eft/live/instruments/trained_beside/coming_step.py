@@ -10,13 +10,12 @@ from torch_eft.measure.forward.isolation import IsolatedModel
 from torch_eft.measure.forward.probe import OutputFn
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.taylor.trained_step import (
-    PRECISION,
     Batches,
     TrainedStep,
     recognize_step,
     reduced_precision,
 )
-from torch_eft.measure.training_loss import LOSS_TOLERANCE, UnrecognizedLossError
+from torch_eft.measure.training_loss import UnrecognizedLossError
 from torch_eft.results.training import LossFunction
 
 
@@ -94,7 +93,7 @@ class ComingStep:
             output_fn=output_fn,
             loss_function=loss_function,
             known=known,
-            tolerance=PRECISION if self.reduced else LOSS_TOLERANCE,
+            reduced=self.reduced,
         )
 
 
