@@ -114,7 +114,7 @@ class OuterProductFactor:
         return own if self.weight in own else own | {self.weight: u.new_zeros(())}
 
     def _pulled_back(self, weighted: Tensor, a: Tensor) -> Tensor:
-        return torch.einsum("nto,ntd->od", weighted, a)
+        return weighted.flatten(0, 1).T @ a.flatten(0, 1)
 
     def overlap(self, a: Tensor, b: Tensor) -> Tensor:
         """Return a . b between places, (N', T, T'), of one sample's inputs and those of N' samples."""
