@@ -56,6 +56,7 @@ def test_work_grows_with_everything_and_the_covariance_is_the_most():
     more.append(corrections_work(16, 8, 2, 3, **options | {"times": 41, "steps": 101}))
     assert all(work[name] > base[name] for work in more for name in base)
     assert corrections_work(16, 8, 2, 3, **options | {"momentum": True})["mean"] > base["mean"]
+    assert corrections_work(16, 8, 2, 3, **options, gaussian=False)["mean"] > base["mean"]
 
 
 def test_every_long_loop_of_the_theory_says_what_it_has_done():

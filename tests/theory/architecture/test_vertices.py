@@ -14,6 +14,7 @@ from torch_eft.theory import (
     architecture_vertices,
     get_activation,
     initial_statistics,
+    predict_drift,
     predict_training,
     read_architecture,
 )
@@ -193,6 +194,8 @@ def test_training_of_a_chain():
     kinked = stack([identity_maps((2,)), LabelMaps((flatten_axis(2),))], (2,), (3, 8, 1), "relu")
     with pytest.raises(ValueError, match="relu has a kink"):
         predict_training(kinked, normal(2, 2, 3), y, normal(1, 2, 3), **options)
+    with pytest.raises(ValueError, match="takes the covariance of the dNTK, which is derived for MLPs"):
+        predict_drift(network, x, y, x, **options)
 
 
 @pytest.mark.slow

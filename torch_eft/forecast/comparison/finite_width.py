@@ -13,6 +13,7 @@ from torch_eft.measure.kernels.metrics import as_trace
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Trajectory, Validity
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
 from torch_eft.theory.hidden_layers.predict import predict_representation
 from torch_eft.theory.hidden_layers.result import RepresentationForecast
 from torch_eft.theory.signal_propagation.regimes import first_order_validity
@@ -265,6 +266,7 @@ def _counted(problem: Problem, grid: Sequence[int]) -> dict[str, float]:
         times=len(grid),
         steps=grid[-1],
         momentum=momentum,
+        gaussian=not EXCESS_KURTOSIS[problem.ensemble.weight_law[-1]],
     )
     names = {NTK: "ntk", HIDDEN: "hidden", MEAN: "mean", COVARIANCE: "covariance"}
     return {name: work[key] for name, key in names.items() if not (momentum and name == HIDDEN)}

@@ -17,6 +17,7 @@ from torch_eft.results.training import Training, as_training
 from torch_eft.results.trajectory import Trajectory
 from torch_eft.theory.architecture.nodes import Architecture
 from torch_eft.theory.ensemble import MLPEnsemble
+from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
 from torch_eft.theory.training.corrections.correction import CORRECTIONS, provenance
 from torch_eft.theory.training.corrections.finite_width import FiniteWidthTraining
 from torch_eft.theory.training.corrections.work import corrections_work
@@ -141,6 +142,7 @@ def _seconds(frozen: FrozenTraining, training: Training, times: Tensor, correcti
         times=len(times),
         steps=int(times.max()),
         momentum=bool(training.momentum),
+        gaussian=not EXCESS_KURTOSIS[frozen.ensemble.weight_law[-1]],
     )
     return sum(work[name] for name in corrections)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torch_eft.results.progress.bar import working
 from torch_eft.results.training import Training, as_training
+from torch_eft.theory.architecture.nodes import Architecture
 from torch_eft.theory.ensemble import MLPEnsemble, check_ensemble
 from torch_eft.theory.hierarchy.drift.assembly import Frozen, JointReader, pair_weights
 from torch_eft.theory.hierarchy.drift.closed import ClosedLaw, ClosedMoments, MomentsOnly, closed_forecast
@@ -119,6 +120,12 @@ def predict_drift(
         >>> forecast.ntk.mean.shape, bool(forecast.ntk.relative_rms[-1] > forecast.ntk.relative_rms[1] > 0)
         (torch.Size([21, 2, 2]), True)
     """
+    if isinstance(ensemble, Architecture):
+        raise ValueError(
+            "ensemble: an architecture given; the law of one network's drift takes the covariance of the dNTK, which "
+            "is derived for MLPs. theory.predict_training gives the mean drift of small chains of convolutions, "
+            "predict_from_networks that of drawn networks"
+        )
     check_ensemble(ensemble)
     training = as_training(training, learning_rate=learning_rate, steps=steps, **keywords)
     closed = training.loss == "mse" and training.is_full_batch

@@ -11,7 +11,15 @@ from torch_eft.theory.training.corrections.mean_output import points_at_once
 
 
 def corrections_work(
-    train: int, probe: int, outputs: int, depth: int, *, times: int, steps: int, momentum: bool
+    train: int,
+    probe: int,
+    outputs: int,
+    depth: int,
+    *,
+    times: int,
+    steps: int,
+    momentum: bool,
+    gaussian: bool = True,
 ) -> dict[str, float]:
     """Count the work of the corrections of order 1/n to an ensemble's training, for a smooth activation.
 
@@ -23,6 +31,7 @@ def corrections_work(
         times: Number of times at which they are computed.
         steps: Number T of optimizer steps.
         momentum: True with momentum, whose sums over time are made step by step.
+        gaussian: False where the read-out's weights are not, which takes a pass over its sources for every output.
 
     Returns:
         Seconds of one core of the parts ``"ntk"``, ``"hidden"``, ``"mean"`` and ``"covariance"``.
@@ -41,4 +50,12 @@ def corrections_work(
     between = (1 + outputs**2) * (6e-9 * in_time + steps * (1.35e-8 * points**2 * train + each))
     covariance = mean + layers * (0.05 * tiles + 9e-7 * (points * train) ** 2) + 2.5e-9 * in_time + between
     ntk, mean, covariance = ntk + 5 * summed, mean + (passes + 6) * summed, covariance + (passes + 14) * summed
-    return {"ntk": zeroth + ntk, "hidden": zeroth + hidden, "mean": zeroth + mean, "covariance": zeroth + covariance}
+    work = {"ntk": zeroth + ntk, "hidden": zeroth + hidden, "mean": zeroth + mean, "covariance": zeroth + covariance}
+    if gaussian:
+        return work
+    alone = corrections_work(train, probe, 1, 2, times=times, steps=steps, momentum=momentum)
+    return work | {name: work[name] + _ALONE * outputs * alone[name] for name in ("ntk", "mean", "covariance")}
+
+
+_ALONE = 0.8
+"""Of the work for one hidden layer and one output, fitted likewise."""
