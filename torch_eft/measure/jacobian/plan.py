@@ -243,18 +243,30 @@ def signature(call: LayerCall, axis: Axis | None) -> tuple[Any, ...]:
 
 
 def _sample_bytes(network: IsolatedModel, recorded: _Recording, few: int) -> int:
-    """Add up inputs (of convolutions their windows), outputs, the gradients of every output, and one buffer."""
-    channels = recorded.outputs.shape[1]
+    """Add up inputs (windows of convolutions), outputs, the gradients or the Jacobian of all outputs, and a buffer."""
+    # Of a call that alone has its parameters the smaller one is kept; small networks have all gradients at once.
+    channels, size = recorded.outputs.shape[1], recorded.outputs.element_size()
+    uses = Counter(name for call in recorded.calls for name in call.names)
+    small = sum(call.shape.numel() for call in recorded.calls) <= _SMALL * few
     numbers, buffer = 0, 0
     for call in recorded.calls:
         windows = torch.Size(call.options["kernel"]).numel() if call.kind == "convolution" else 1
-        numbers += (channels + 1) * call.shape.numel()
-        numbers += 0 if call.inputs[0] is None else windows * call.inputs[0].numel()
+        own, kept = call.shape.numel() // few, channels * (call.shape.numel() // few)
+        parameters = sum(network.params[name].numel() for name in call.names)
+        formed = call.kind in ("linear", "convolution", "scale") and all(uses[name] == 1 for name in call.names)
+        if formed and not small:
+            kept = channels * parameters if call.options.get("groups", 1) > 1 else min(kept, channels * parameters)
+        numbers += kept + 3 * own  # the output, what is computed from it, and one gradient
+        numbers += 0 if call.inputs[0] is None else windows * call.inputs[0].numel() // few
         if call.weight is not None and call.kind != "scale":
             weight = network.params[call.weight]
             if call.shape.numel() > few * len(weight):  # several places: the Jacobian is formed in parts
                 buffer = max(buffer, channels * min(weight.numel(), FORMED * (weight.numel() // len(weight))))
-    return (numbers // few + buffer) * recorded.outputs.element_size()
+    return (numbers + buffer) * size
+
+
+_SMALL = 2**14
+"""Numbers of a sample in all calls' outputs, up to which all outputs of the network may go through together."""
 
 
 def checked_lambdas(network: IsolatedModel, lambdas: Lambdas) -> dict[str, float | Tensor]:
