@@ -49,5 +49,16 @@ def test_text_of_a_measured_network():
     compare("measured_cnn", blanked(" ".join(str(diagnosis).split())), "txt")
 
 
+def test_text_of_an_architecture():
+    """Its numbers depend on the weights drawn and on rounding: they are blanked."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(1, 8, 3), nn.GELU(), nn.Conv1d(8, 8, 3), nn.GroupNorm(1, 8), nn.GELU(), nn.Flatten(), nn.Linear(32, 2)
+    )
+    diagnosis = eft.diagnose(model, torch.randn(5, 1, 8))
+    compare("architecture_cnn", blanked(diagnosis.details))
+    compare("architecture_cnn", blanked(" ".join(str(diagnosis).split())), "txt")
+
+
 def blanked(text: str) -> str:
     return re.sub(r"(?<![\w/])[+-]?\d[\d,.]*(e[+-]\d+)?\b", "#", text)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_eft import __version__
-from torch_eft.diagnosis import Diagnosis, MeasuredDiagnosis, diagnose
+from torch_eft.diagnosis import ArchitectureDiagnosis, Diagnosis, MeasuredDiagnosis, diagnose
 from torch_eft.diagnosis.text import plain
 from torch_eft.measure.ensembles.read import NotAnMLPError
 from torch_eft.theory.ensemble import MLPEnsemble
@@ -124,7 +124,8 @@ def _add_diagnose(commands: Any) -> None:
         "diagnose",
         help="criticality, depth against width, spread, drift and learning rates of a network before training",
         description="Diagnose a network trained by torch.optim.SGD with one learning rate eta for all parameters: an "
-        "MLP by theory, from --widths or --model; any other --model by measurement. Exit status 0: fine, 1: warnings, "
+        "MLP, or a graph of convolutions, skips and norms, by theory, from --widths or --model; any other --model by "
+        "measurement. Exit status 0: fine, 1: warnings, "
         "2: unusable.",
         **_examples(
             "torch-eft diagnose --widths 784 512 512 10 --activation relu --C_W 2",
@@ -147,7 +148,9 @@ def _add_diagnose(commands: Any) -> None:
         "--input-shape", type=int, nargs="+", help=f"of one input of --model: {_INPUTS} standard normal ones are drawn"
     )
     check.add_argument(
-        "--num-networks", type=int, default=16, help="networks to draw where it is measured (default 16)"
+        "--num-networks",
+        type=int,
+        help="networks to draw where it is measured (default 16); given, any --model but an MLP is",
     )
     check.add_argument(
         "--lr", type=float, help="learning rate of SGD to judge; without it the largest stable one is printed"
@@ -157,7 +160,10 @@ def _add_diagnose(commands: Any) -> None:
         "--reduction", choices=("mean", "sum"), default="mean", help="of nn.MSELoss, for learning rates (default mean)"
     )
     check.add_argument(
-        "--verbose", "-v", action="store_true", help="print everything, not the verdict and five numbers"
+        "--verbose",
+        "-v",
+        action="store_true",
+        help="print everything, not the verdict and some numbers; of a graph of layers also what 16 networks measure",
     )
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument("--picture", metavar="FILE", help="draw where the network stands: .png, .svg or .pdf")
@@ -183,6 +189,7 @@ def _diagnose(options: argparse.Namespace) -> int:
             optimizer=_optimizer(options, subject),
             reduction=options.reduction,
             num_networks=options.num_networks,
+            beside=options.verbose,
         )
     except NotAnMLPError as error:
         raise ValueError(f"--model {options.model}: {error} (--input-shape, or a pair (module, inputs))") from error
@@ -267,7 +274,7 @@ def _model(reference: str) -> tuple[nn.Module, Any]:
     return model, x
 
 
-def _save(path: str, diagnosis: Diagnosis | MeasuredDiagnosis) -> None:
+def _save(path: str, diagnosis: Diagnosis | ArchitectureDiagnosis | MeasuredDiagnosis) -> None:
     try:
         drawing = diagnosis.plot()
     except ImportError as error:

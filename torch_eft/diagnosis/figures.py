@@ -125,8 +125,9 @@ def measured_figure(
     gradients: Sequence[float],
     variances: Sequence[float],
     shares: Mapping[str, float],
+    how: str = "measured",
 ) -> "Figure":
-    """Signals and squared gradients at the bottlenecks, and the NTK's shares by layer.
+    """Signals and squared gradients at bottlenecks or layers, and the NTK's shares by layer.
 
     Args:
         title: Of the figure.
@@ -134,6 +135,7 @@ def measured_figure(
         gradients: Squared gradients there.
         variances: Mean squares of the features there.
         shares: Parts of the NTK's trace, by layer.
+        how: ``"measured"`` or ``"derived"``.
 
     Returns:
         The figure.
@@ -144,13 +146,13 @@ def measured_figure(
     left.semilogy(x, gradients, "o-", color=MEASURED, lw=2, label="squared gradient J")
     left.semilogy(x, variances, "s--", color=THEORY, lw=2, label="mean square of features")
     left.set_xticks(list(x), list(places), rotation=60, ha="right", fontsize=11)
-    left.set_title("measured along the depth", fontsize=14)
+    left.set_title(f"{how} along the depth", fontsize=14)
     left.legend(fontsize=12, frameon=False)
     left.grid(alpha=0.3)
     right.barh([name or "(top)" for name in shares], [100 * share for share in shares.values()], color=THEORY)
     right.invert_yaxis()
     right.set_xlabel("% of the NTK's trace", fontsize=13)
-    right.set_title("measured NTK share by layer", fontsize=14)
+    right.set_title(f"{how} NTK share by layer", fontsize=14)
     for axes in (left, right):
         axes.tick_params(labelsize=11)
     drawing.suptitle(title, fontsize=15)

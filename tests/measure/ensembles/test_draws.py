@@ -96,7 +96,7 @@ def test_a_constructors_own_scale_is_never_replaced(make):
     std = f"{float(model.body[0].weight.detach().std()):.3g}"
     with pytest.raises(ValueError, match=rf"initialize: the parameter 'body.0.weight' of Conv2d.*{re.escape(std)}"):
         statistics_over_seeds(model, x, num_networks=4)
-    found, alone = eft.diagnose(model, x), eft.diagnose(model, x, num_networks=0)
+    found, alone = eft.diagnose(model, x, num_networks=16), eft.diagnose(model, x, num_networks=0)
     assert found.gradient_growth == alone.gradient_growth
     assert found.num_networks == 0
     assert any("pass a function initialize(module)" in remark for remark in found.remarks)

@@ -121,13 +121,14 @@ def wide(n):
 def test_order_0_against_an_ensemble_of_trained_networks():
     """600 wide networks after 0, 5 and 40 steps: means and variances of their outputs within four standard errors.
 
-    Beside 3 / n of what they moved, the next order: 2 % at 150 channels.
+    Beside the next order, 3 / n of what they moved, 10 / n of variances. Targets are small: networks leave the kernel
+    regime with their square.
     """
     n, seeds, x, y, probe = (
         150,
         600,
         points(4, (2, 6)).float(),
-        torch.tensor([[1.0], [-1], [1], [-1]]),
+        0.3 * torch.tensor([[1.0], [-1], [1], [-1]]),
         points(3, (2, 6), 5),
     )
     architecture = theory.read_architecture(wide(n), x)

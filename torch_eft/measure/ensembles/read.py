@@ -6,6 +6,7 @@ the activation of the layer before, to rounding.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -19,6 +20,9 @@ from torch_eft.measure.ensembles.weights import remarks
 from torch_eft.measure.forward.isolation import IsolatedModel, Model, isolated
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
+from torch_eft.theory.architecture.nodes import Architecture
+from torch_eft.theory.architecture.reading.graph import NotReadableError
+from torch_eft.theory.architecture.reading.read import read_architecture
 from torch_eft.theory.architecture.reading.weight_laws import WeightStatistics, weight_statistics
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import (
@@ -123,6 +127,36 @@ def read_ensemble(
         },
         remarks=remarks(weights, biases, mlp.K, mlp.inputs),
     )
+
+
+def read_isolated_architecture(
+    model: Model,
+    x: Any,
+    *,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    as_trained: bool = False,
+) -> Architecture:
+    """Read the architecture of a freshly initialized module, without a trace in it.
+
+    Args:
+        model: Any module, or one that is isolated.
+        x: Inputs that it takes; only their shape matters.
+        optimizer: Gives lambda, as ``read_ensemble`` takes it.
+        as_trained: Read it in the modes in which it is, instead of evaluation mode.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        NotReadableError: If something of it is not covered; the message names it.
+    """
+    inputs = as_probe(x).inputs
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    with isolated(model) as network, network.as_trained() if as_trained else nullcontext():
+        if network.output_fn is not None:
+            raise NotReadableError("an output_fn follows its forward")
+        lambdas = read_learning_rates(network.origin, optimizers).lambdas if optimizers else None
+        return read_architecture(network.shadow, inputs, lambdas=lambdas)
 
 
 def _as_torch_draws(
