@@ -1,12 +1,14 @@
 """Networks composed at random of what the theory reads: dense and convolutional, skips, norms, pooling."""
 
 import random
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.func import functional_call, jacrev, stack_module_state, vmap
 
 from torch_eft import theory
+from torch_eft.theory.architecture.nodes import Weight
 
 POSITIONS = 4
 ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Softplus, lambda: nn.LeakyReLU(0.2))
@@ -79,7 +81,7 @@ def random_network(seed, n=256, outputs=32):
         else:
             last = [nn.Flatten(), nn.Linear(n * positions, outputs)]
         model = nn.Sequential(first, *pieces, activation(), *pool, *last).double()
-        gain = choose.uniform(1.0, 2.0)
+        make.gain = gain = choose.uniform(1.0, 2.0)
         for each in model.modules():
             if isinstance(each, nn.Linear | nn.Conv1d):
                 nn.init.normal_(each.weight, std=(gain / each.weight[0].numel()) ** 0.5)
@@ -95,7 +97,11 @@ def z_scores(seed, number, n=256):
     make, shape = random_network(seed, n)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     torch.manual_seed(1)
-    architecture = theory.read_architecture(make(), x)
+    read = theory.read_architecture(make(), x)
+    laws = {"C_W": make.gain, "C_b": 0.09}  # not those of one network, good to some per cent
+    architecture = theory.Architecture(
+        [replace(node, **laws) if isinstance(node, Weight) else node for node in read.nodes]
+    )
     found = theory.architecture_statistics(architecture, x, num_samples=4096, seed=seed)
     Ks, Hs = [], []
     for start in range(0, number, 10):

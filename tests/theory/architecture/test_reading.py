@@ -20,6 +20,35 @@ def test_a_residual_network_of_convolutions_is_read_with_torchs_initialization()
     assert list(architecture.hidden.values()) == [16, 16, 16]
 
 
+@pytest.mark.parametrize(
+    ("initialize", "C_W"),
+    [
+        (lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu"), [2.0, 2.0, 2.0, 2.0]),
+        (lambda w: nn.init.kaiming_normal_(w, mode="fan_out", nonlinearity="relu"), [3 / 8, 1.0, 2.0, 8.0]),
+        (lambda w: nn.init.xavier_uniform_(w), [6 / 19, 2 / 3, 1.0, 8 / 5]),
+        (lambda w: nn.init.normal_(w, std=0.1), None),
+    ],
+    ids=["fan-in", "fan-out", "Glorot", "one deviation"],
+)
+def test_a_rule_of_all_layers_is_recognized_from_few_weights(initialize, C_W):
+    """The stem has 144 weights, whose own mean square is good to 12 %."""
+    torch.manual_seed(1)
+    channels = (3, 16, 32, 32, 8)
+    layers = [nn.Conv1d(n, after, 3, bias=False) for n, after in zip(channels, channels[1:], strict=False)]
+    for layer in layers:
+        initialize(layer.weight)
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 1))
+    found = [
+        node.C_W for node in theory.read_architecture(model, torch.zeros(1, 3, 12)).nodes if isinstance(node, Weight)
+    ]
+    if C_W is None:
+        shares = [C / (3 * n * 0.01) for C, n in zip(found[:-1], channels, strict=False)]
+        assert shares == pytest.approx([shares[0]] * 4, rel=1e-12)
+        assert shares[0] == pytest.approx(1.0, rel=0.06)
+    else:
+        assert found[:-1] == pytest.approx(C_W, rel=1e-12)
+
+
 def test_gains_learning_rates_and_frozen_parameters():
     model = nn.Sequential(nn.Linear(3, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 2))
     model[0].bias.requires_grad_(False)
@@ -100,3 +129,32 @@ def test_statistics_are_kept_and_shown(tmp_path):
     assert "ntk_relative_sd: (2, 2) float64" in repr(found)
     with pytest.raises(ValueError, match="2 inputs need about"):
         theory.architecture_statistics(theory.read_architecture(model, x), x, memory=100)
+
+
+@pytest.mark.parametrize("activation", ["Tanh", "GELU"])
+def test_an_mlp_of_torchs_initialization_has_the_spread_of_its_ensemble(activation):
+    """Two derivations, neurons drawn and vertices, with uniform weights and biases; to 4 % and four standard errors."""
+    act = getattr(nn, activation)
+    torch.manual_seed(0)
+    x = torch.randn(1, 16)
+    model = nn.Sequential(
+        nn.Linear(16, 64), act(), nn.Linear(64, 64), act(), nn.Linear(64, 64), act(), nn.Linear(64, 10)
+    )
+    found = theory.architecture_statistics(theory.read_architecture(model, x), x, num_samples=2**14)
+    laws = {"weight_law": "uniform", "bias_law": "uniform", "C_W": 1 / 3, "lambda_W": [16.0, 64.0, 64.0, 64.0]}
+    ensemble = theory.MLPEnsemble([16, 64, 64, 64, 10], activation, C_b=[1 / 48] + [1 / 192] * 3, **laws)
+    truth = theory.seed_spread(ensemble, x.double())
+    error = {name: 4 * float(value.max()) for name, value in found.error.items()}
+    assert float(found.ntk_relative_sd) == pytest.approx(truth.ntk, rel=0.02, abs=error["ntk_relative_sd"])
+    assert found.ntk_trace_relative_sd == pytest.approx(truth.ntk_trace, rel=0.02, abs=error["ntk_trace_relative_sd"])
+    assert found.epsilon == pytest.approx(truth.output_variance**2, rel=0.04, abs=error["epsilon"])
+    assert not theory.read_architecture(model, x).remarks
+
+
+def test_variances_that_no_rule_has_are_told():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 1))
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.bias, std=0.3)
+    (remark,) = theory.read_architecture(model, torch.zeros(1, 4)).remarks
+    assert "mean square of this network's biases, good to 14 %" in remark

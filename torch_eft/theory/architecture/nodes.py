@@ -148,6 +148,7 @@ class Architecture:
 
     Args:
         nodes: In the order of the forward; ``inputs`` are indices into it.
+        remarks: Sentences on how well its laws are known, where it was read off a network.
 
     Raises:
         ValueError: If a node reads a later one, neurons or positions do not fit, or the output is not linear in the
@@ -165,8 +166,9 @@ class Architecture:
     positions: tuple[tuple[int, ...], ...]
     populations: tuple[int, ...]
     widths: dict[int, int]
+    remarks: tuple[str, ...]
 
-    def __init__(self, nodes: Sequence[Node]) -> None:
+    def __init__(self, nodes: Sequence[Node], remarks: Sequence[str] = ()) -> None:
         nodes = tuple(nodes)
         positions: list[tuple[int, ...]] = []
         population: list[int] = []
@@ -187,6 +189,7 @@ class Architecture:
             ("positions", tuple(positions)),
             ("populations", tuple(population)),
             ("widths", widths),
+            ("remarks", tuple(remarks)),
         ):
             object.__setattr__(self, name, value)
         self._check_output()

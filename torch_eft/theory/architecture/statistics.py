@@ -266,4 +266,5 @@ def _validity(architecture: Architecture, epsilon: float, sd: float) -> Validity
             "fewer groups"
         )
         flag = "caution" if flag == "valid" else flag
+    reasons += architecture.remarks
     return Validity(flag, reasons, numbers)  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from torch_eft.theory.architecture.label_maps import LabelMaps, identity_maps
 from torch_eft.theory.architecture.nodes import Architecture, Data, Node, Pool, Weight
-from torch_eft.theory.architecture.reading.weight_laws import WeightStatistics, weight_statistics
-from torch_eft.theory.gaussian.laws import LAWS, Law
+from torch_eft.theory.architecture.reading.initialization import Drawn, layer_laws, remarks
+from torch_eft.theory.architecture.reading.weight_laws import weight_statistics
 
 Axis = str | int
 Dims = tuple[tuple[Axis, ...], ...]
@@ -93,7 +93,7 @@ class Graph:
         self.nodes: list[Node] = []
         self.positions: list[tuple[int, ...]] = []
         self.used: dict[int, str] = {}
-        self._drawn: dict[int, tuple[WeightStatistics, WeightStatistics | None, int]] = {}
+        self._drawn: dict[int, Drawn] = {}
         self._values: dict[Any, Any] = {}
         self._overwritten: set[Any] = set()
         self._views: dict[Any, Any] = {}
@@ -208,7 +208,8 @@ class Graph:
             name=layer,
         )
         index = self.add(node, maps.outputs)
-        self._drawn[index] = (W, b, fan_in)
+        fan_out = weight.tensor.numel() // weight.tensor.shape[1]
+        self._drawn[index] = Drawn(W, b, fan_in, fan_out, channels, weight.tensor.ndim > 2)
         return Value(index, dims)
 
     def _own(self, given: Any, what: str, name: str) -> Any:
@@ -254,59 +255,21 @@ class Graph:
         if not last or [dim for dim in value.dims if dim] not in ([("n",), ("c",)], [("c",)]):
             raise NotReadableError("the output is not (N, C): flatten or pool positions in front of a last Linear")
         try:
-            return Architecture(self._with_laws()[: value.node + 1])
+            return Architecture(*self._with_laws(value.node + 1))
         except ValueError as error:
             raise NotReadableError(str(error).removeprefix("nodes: ")) from error
 
-    def _with_laws(self) -> list[Node]:
-        """The nodes with C_W, C_b and laws; few numbers are torch's default draws where another layer's are."""
-        shown = any(_by_default(W, fan_in) for W, _, fan_in in self._drawn.values())
-        nodes = list(self.nodes)
-        for index, (W, b, fan_in) in self._drawn.items():
-            node = nodes[index]
-            assert isinstance(node, Weight)
-            C_W, weight_law = _weight_law(W, fan_in, node.channels, shown)
-            C_b, bias_law = _bias_law(b, fan_in, shown)
-            nodes[index] = replace(node, C_W=C_W, C_b=C_b, weight_law=weight_law, bias_law=bias_law)
-        return nodes
+    def _with_laws(self, count: int) -> tuple[list[Node], tuple[str, ...]]:
+        """The first nodes with C_W, C_b and laws, and remarks on these."""
+        nodes, layers = list(self.nodes), list(self._drawn.values())
+        laws = layer_laws(layers)
+        for index, law in zip(self._drawn, laws, strict=True):
+            nodes[index] = replace(nodes[index], **vars(law))
+        return nodes[:count], remarks(layers, laws)
 
 
 def _constant(tensor: Tensor) -> Raw:
     return Raw(lambda x: tensor, tuple(tensor.shape), False)
-
-
-def _by_default(one: WeightStatistics, fan_in: int) -> bool:
-    """Whether numbers are uniform within torch's default bound."""
-    return one.distribution == "uniform" and one.largest <= (1 + 1e-6) / math.sqrt(fan_in)
-
-
-def _may_be_default(one: WeightStatistics, fan_in: int, shown: bool) -> bool:
-    few = shown and one.distribution == "too few to tell"
-    return _by_default(one, fan_in) or (few and one.largest <= (1 + 1e-6) / math.sqrt(fan_in))
-
-
-def _weight_law(W: WeightStatistics, fan_in: int, channels: int, shown: bool) -> tuple[float, Law]:
-    """C_W by the value of a usual rule, where it is within the error: torch's default, LeCun, He, Glorot."""
-    if _may_be_default(W, fan_in, shown) and abs(fan_in * W.variance - 1 / 3) < 3 * fan_in * W.variance_error:
-        return 1 / 3, "uniform"
-    C_W, error = fan_in * W.variance, fan_in * W.variance_error
-    rules = [1 / 3, 1.0, 2.0, 2 * fan_in / (fan_in + channels), fan_in / channels, 2 * fan_in / channels]
-    near = min(rules, key=lambda rule: abs(rule - C_W))
-    return (near if abs(near - C_W) < 3 * error else C_W), _law(W)
-
-
-def _bias_law(b: WeightStatistics | None, fan_in: int, shown: bool) -> tuple[float, Law]:
-    if b is None or b.variance == 0:
-        return 0.0, "gaussian"
-    if _may_be_default(b, fan_in, shown):
-        return 1 / (3 * fan_in), "uniform"
-    law = _law(b)
-    return b.variance, "gaussian" if law == "orthogonal" else law
-
-
-def _law(one: WeightStatistics) -> Law:
-    """The law that the theory takes: Gaussian where it knows no better."""
-    return next((law for law in LAWS if law == one.distribution), "gaussian")
 
 
 def view_dims(dims: Dims, sizes: Mapping[Axis, int], shape: Sequence[int]) -> Dims | None:

@@ -290,6 +290,11 @@ def _moved(graph: Graph, node: Any, args: list[Any], keywords: dict[str, Any], *
 
 
 def _same(graph: Graph, node: Any, args: list[Any], keywords: dict[str, Any]) -> Value:
+    if isinstance(args[0], Parameter):
+        raise NotReadableError(
+            f"the parameter {args[0].name!r} that joins the samples (a class token, a position embedding) is not "
+            f"covered: pool over tokens instead, or {_SEEDS}"
+        )
     if tuple(_meta_shape(node.args[0])) != _shape(node):
         raise NotReadableError("expanding a value is not covered: repeat the inputs instead")
     return _value(args[0], "copy")
