@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch_eft.results.presentation.figures import EXPANDED, GIVEN, MEASURED, THEORY, new_figure
 from torch_eft.results.quantities import QUANTITIES
-from torch_eft.results.tags import BAND, BAND_68, BAND_90, EXPANSIONS, GIVEN_START, ORDERS, TRUNCATION, tag
+from torch_eft.results.tags import BAND, BAND_68, BAND_90, ERROR, EXPANSIONS, GIVEN_START, ORDERS, TRUNCATION, tag
 from torch_eft.tensorboard.verdicts import verdict
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ SHADED = (
     (BAND_90, 0.15, "90 % of networks"),
     (BAND_68, 0.25, "68 % of networks"),
     (TRUNCATION, 0.2, "order 3 ± its distance from order 2"),
+    (ERROR, 0.25, "measured on random output directions, 68 %"),
 )
 History = Mapping[int, Mapping[str, float]]
 
@@ -77,7 +78,8 @@ def draw_comparison(axes: "Axes", history: History, quantity: str) -> None:
         lower, upper = _series(history, tag(quantity, low)), _series(history, tag(quantity, high))
         if steps := [step for step in lower if step in upper]:
             edges = [lower[step] for step in steps], [upper[step] for step in steps]
-            axes.fill_between(steps, *edges, color=THEORY, alpha=alpha, lw=0, label=label)
+            color = MEASURED if low == ERROR[0] else THEORY
+            axes.fill_between(steps, *edges, color=color, alpha=alpha, lw=0, label=label)
     quantiles = bool(_series(history, tag(quantity, BAND_90[0])))
     replayed = quantity.startswith("replay_")
     for series, (color, style, width, label) in (REPLAYED if replayed else LINES).items():
