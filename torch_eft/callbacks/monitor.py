@@ -459,9 +459,10 @@ def obstacle(trainer: Trainer, pl_module: LightningModule) -> Obstacle | None:
         return Obstacle(f"{trainer.world_size} processes share the batch; the theory is compared on one")
     if trainer.gradient_clip_val:
         return Obstacle(f"gradient clipping at {trainer.gradient_clip_val}")
-    if trainer.accumulate_grad_batches != 1:
+    if trainer.accumulate_grad_batches not in (1, trainer.num_training_batches):  # else one step takes all batches
         return Obstacle(f"gradient accumulation over {trainer.accumulate_grad_batches} batches", minibatches=True)
-    if trainer.num_training_batches not in (1, math.inf):  # of an iterable's batches the first two show what they are
+    # Of an iterable's batches the first two show what they are.
+    if trainer.num_training_batches not in (trainer.accumulate_grad_batches, 1, math.inf):
         reason = f"mini-batches ({trainer.num_training_batches} per epoch): order 0 covers full-batch training"
         return Obstacle(reason, minibatches=True)
     return None

@@ -101,3 +101,33 @@ def test_it_goes_on_after_a_checkpoint():
         state = observer.state_dict()
     assert state["parts"]["instance"]["comparison"]["rates"][:4] == [[0.05], [0.05], [0.025], [0.05 / 3]]
     assert observer.history[9][ERROR] < 1e-5 and not observer.skipped
+
+
+@pytest.mark.parametrize("shown", ["divided", "whole"])
+@pytest.mark.parametrize("same", [True, False])
+def test_all_of_the_data_in_several_parts_is_full_batch_training(shown, same):
+    """Two batches of three, in any order, whose gradients are added up; other samples at step 4 end it."""
+    torch.manual_seed(0)
+    x, y, x_probe = data(6)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.1)
+    instruments = [NTKInstrument(), InstanceInstrument()]
+    observer = Observer(model, x_probe, optimizer, every=1, budget=None, instruments=instruments, on_error="raise")
+    observer.begin(total_steps=6)
+    for step in range(1, 7):
+        optimizer.zero_grad()
+        order = torch.randperm(6) if same or step != 4 else torch.tensor([0, 1, 2, 3, 4, 4])
+        for part in order.split(3):
+            observer.observe_batch((x[part], y[part]))
+            loss = F.mse_loss(model(x[part]), y[part])
+            observer.observe_loss(loss.detach() / (2 if shown == "divided" else 1))
+            (loss / 2).backward()
+        observer.before_step()
+        optimizer.step()
+        observer.measure(step)
+    observer.finish()
+    if same:
+        assert all(observer.history[step][ERROR] < 1e-5 for step in range(1, 7))
+    else:
+        assert ERROR in observer.history[3] and ERROR not in observer.history[6]
+        assert any("other samples than the first" in event.text for event in observer.events)

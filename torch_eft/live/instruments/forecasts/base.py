@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,11 +20,14 @@ from torch.optim import Optimizer
 from torch_eft.live.instrument import Claim, Event, Instrument, Measurement, Reading, RunFacts, TrainingStart
 from torch_eft.live.instruments.forecasts.full_batch import ENDED, UNSHOWN, FullBatch, ValidityWatch, rates, sgd_options
 from torch_eft.live.instruments.forecasts.step_check import StepCheck, versions, without_gradients
-from torch_eft.measure.training_loss import loss_gradient
+from torch_eft.measure.training_loss import UnrecognizedLossError, loss_gradient
 from torch_eft.results.trajectory import Validity
 
 if TYPE_CHECKING:
     from torch_eft.live.instrument import History
+
+
+Loss = TypeVar("Loss")
 
 
 class Comparison(Protocol):
@@ -139,7 +142,7 @@ class ForecastInstrument(Instrument, ABC):
     def observe_loss(self, loss: Tensor) -> None:
         """Keep the first loss."""
         if self._seen is not None and self._steps is None:
-            self._seen.loss = loss
+            self._seen.observe_loss(loss)
 
     def undecided(self) -> bool:
         """Return whether the coming step may bring the forecast."""
@@ -152,7 +155,8 @@ class ForecastInstrument(Instrument, ABC):
         if self._steps is not None:
             reason = self._seen.end(step, optimizer, self.follows)
             if reason is None:
-                shown, self._seen.batch = self._seen.batch, None
+                shown = self._seen.batch
+                self._seen.clear()
                 self._steps.before_step(step, optimizer, shown, self._measured)
                 self._measured = False
                 self._note_rates(optimizer)
@@ -164,6 +168,7 @@ class ForecastInstrument(Instrument, ABC):
         if before is not None and before != self._idle:
             return Reading(pages=self._stop("the parameters moved before a step with finite gradients"))
         if without_gradients(model):
+            self._seen.clear()
             return Reading()
         seen = self._seen
         return self._tried(step, lambda: self._decide(step, seen, optimizer))
@@ -189,7 +194,7 @@ class ForecastInstrument(Instrument, ABC):
 
     def _decide(self, step: int, seen: FullBatch, optimizer: Optimizer) -> dict[str, str]:
         """Recognize the training at its first step; forecast, if it is known to be full-batch."""
-        if seen.batch is None or seen.loss is None:
+        if seen.batch is None or not seen.losses:
             raise ValueError("the batch is not a pair (inputs, targets) of tensors")
         kept = self._kept
         options = sgd_options(optimizer, not kept, self.follows)
@@ -217,6 +222,17 @@ class ForecastInstrument(Instrument, ABC):
         self._watch.level = int(kept["told"])
         pages = self._forecast()
         return {name: f"{text}\n\nIt goes on after a resume at step {seen.start.step}." for name, text in pages.items()}
+
+    def _recognized(self, recognize: Callable[[Tensor], Loss]) -> Loss:
+        """Recognize the loss from its value: of a step of several parts the first one that fits."""
+        assert self._seen is not None
+        *others, last = self._seen.losses
+        for value in others:
+            try:
+                return recognize(value)
+            except UnrecognizedLossError:
+                continue
+        return recognize(last)
 
     def _note_rates(self, optimizer: Optimizer) -> None:
         """Note the learning rates of the coming step, in the place of those of a step that was not taken."""

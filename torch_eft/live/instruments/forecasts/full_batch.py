@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from torch_eft.live.instrument import Event, TrainingStart
 from torch_eft.measure.kernels.optimizers import plain_optimizer
@@ -25,6 +25,8 @@ SURE = 16
 class FullBatch:
     """Batches, losses and learning rates, as far as a loop shows them; ``batch`` is that of the coming step.
 
+    Where a step adds up the gradients of several batches, they are one: all of the data, part by part.
+
     Of later batches the first ``SURE`` and every ``SURE``-th after them are compared with the first, on their device
     (a comparison costs as much as a small network's step); the result is read only when a measurement asks for it.
 
@@ -34,8 +36,9 @@ class FullBatch:
 
     def __init__(self, start: TrainingStart) -> None:
         self.start = start
-        self.batch: tuple[Any, Tensor] | None = None
-        self.loss: Tensor | None = None
+        self._parts: list[tuple[Any, Tensor]] = []
+        self._losses: list[Tensor] = []
+        self._count = 1  # parts of a step
         self._reference: Tensor | None = None
         self._differs: Tensor | None = None
         self._no_pair = False
@@ -50,27 +53,60 @@ class FullBatch:
             return f"{len(self.start.optimizers)} optimizers"
         return None
 
+    @property
+    def batch(self) -> tuple[Any, Tensor] | None:
+        """Inputs and targets of the coming step, its parts joined; None where none was shown, or one is no pair."""
+        if len(self._parts) < 2:
+            return self._parts[0] if self._parts else None
+        inputs, targets = zip(*self._parts, strict=True)
+        return tree_map(lambda *leaves: torch.cat(leaves), *inputs), torch.cat(targets)
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """What the loss of the first step may be: of several parts their sum, or their mean; none where none is shown.
+
+        The loop divides each by their number, or their sum.
+        """
+        if len(self._losses) < 2:
+            return self._losses
+        each = torch.stack(self._losses)
+        return [each.sum(), each.mean()]
+
     def observe_batch(self, batch: Any) -> None:
-        """Keep the first batch; compare the others with it."""
+        """Keep the first step's; compare the others with it."""
         pair = _is_pair(batch)
-        self.batch = (batch[0], batch[1]) if pair else None
+        if self._reference is not None and len(self._parts) >= self._count:
+            self._parts = []  # of a step that was not announced
+        self._parts = [*self._parts, (batch[0], batch[1])] if pair else []
         if self._reference is None:
             return
         if not pair:
             self._no_pair = True
             return
+        if len(self._parts) < self._count:
+            return
         self._later += 1
         if self._later > SURE and self._later % SURE:
             return
-        differs = ~same_batch(_fingerprint(*batch), self._reference)
+        assert self.batch is not None
+        differs = ~same_batch(_fingerprint(*self.batch), self._reference)
         self._differs = differs if self._differs is None else self._differs | differs
+
+    def observe_loss(self, loss: Tensor) -> None:
+        """Keep those of the first step."""
+        if self._reference is None:
+            self._losses.append(loss)
 
     def begin(self, optimizer: Optimizer) -> None:
         """Remember batch and learning rates: once there is a forecast, they must stay."""
         if self.batch is not None:
-            self._reference = _fingerprint(*self.batch)
+            self._reference, self._count = _fingerprint(*self.batch), len(self._parts)
         self._rates = rates(optimizer)
-        self.batch = self.loss = None
+        self.clear()
+
+    def clear(self) -> None:
+        """The step is taken."""
+        self._parts, self._losses = [], []
 
     def end(self, step: int, optimizer: Optimizer, any_rate: bool = False) -> str | None:
         """Return why the forecast ends with the coming step, or None; without waiting for the device."""

@@ -149,7 +149,7 @@ class InstanceInstrument(ForecastInstrument):
         return path
 
     def _recognize(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> None:
-        assert self._seen is not None and self._seen.loss is not None
+        assert self._seen is not None
         start, kept = self._seen.start, self._kept
         if kept and kept.get("theta_0") is None:
             raise ValueError(
@@ -158,15 +158,8 @@ class InstanceInstrument(ForecastInstrument):
         network, rates = start.model, read_learning_rates(start.model, [optimizer])
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         self._lambdas = rates.lambdas
-        loss = recognize_loss(
-            network,
-            x,
-            y,
-            self._seen.loss,
-            gradients,
-            output_fn=start.network.output_fn,
-            loss_function=self.loss_function,
-        )
+        known: dict[str, Any] = {"output_fn": start.network.output_fn, "loss_function": self.loss_function}
+        loss = self._recognized(lambda value: recognize_loss(network, x, y, value, gradients, **known))
         self._same_loss(loss.name, loss.factor, loss.function)
         given = loss.kind == "given"
         training = Training(

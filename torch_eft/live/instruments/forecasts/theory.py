@@ -160,13 +160,16 @@ class TheoryInstrument(ForecastInstrument):
             return None
 
     def _recognize(self, x: Any, y: Tensor, optimizer: Optimizer, options: dict[str, Any]) -> None:
-        assert self._seen is not None and self._seen.loss is not None
+        assert self._seen is not None
         network, start = self._seen.start.model, self._seen.start
         if not isinstance(x, Tensor):
             raise ValueError("not an MLP: its forward takes several inputs")
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         rate = read_learning_rates(network, [optimizer]).learning_rate
-        loss = recognize_squared_error(network, x, y, self._seen.loss, gradients, output_fn=start.network.output_fn)
+        output_fn = start.network.output_fn
+        loss = self._recognized(
+            lambda value: recognize_squared_error(network, x, y, value, gradients, output_fn=output_fn)
+        )
         self._same_loss(loss.name, loss.rate_factor, loss.function)
         training = Training(
             reduction="sum",
