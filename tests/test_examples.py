@@ -8,6 +8,7 @@ import pytest
 
 from examples import (
     bare_pytorch,
+    convolutional_kernels,
     depth_to_width,
     drift_against_width,
     finite_width_forecast,
@@ -99,3 +100,14 @@ def test_a_network_that_is_too_deep_is_repaired(tmp_path):
     first, *_, last = [curves[0] for _, curves in results.values()]
     assert last[-1] < 0.5 * first[-1]
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_spread_of_a_residual_cnn_is_predicted_and_its_kernels_read_digits():
+    """Within four standard errors, a tenth left to the next order."""
+    theory, (mean, sd, error), right = convolutional_kernels.main(networks=30, count=60)
+    predicted = float(theory.ntk_relative_sd)
+    assert abs(mean / float(theory.Theta) - 1) < 4 * sd / 30**0.5 + 0.03
+    assert abs(sd - predicted) < 4 * max(error, predicted / 60**0.5) + 0.1 * predicted
+    assert max(theory.shares, key=theory.shares.get).startswith("2 .. ")
+    assert min(right.values()) > 0.7

@@ -164,7 +164,8 @@ def _summary(diagnosis: ArchitectureDiagnosis) -> str:
     if largest is not None and len(diagnosis.populations) > 1:
         lines += labeled(
             "spread",
-            f"{percent(largest.share)} of the NTK's variance over seeds comes from {largest.name}, {largest.neurons} neurons",
+            f"{percent(largest.share)} of the NTK's variance over seeds comes from {largest.name}, {largest.neurons} "
+            "neurons",
         )
     lines += labeled(
         "derived",
