@@ -20,7 +20,7 @@ def mlp(activation, C_W=1.5, C_b=0.1):
     return Architecture(nodes), ensemble
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
 def test_an_mlp_has_the_kernels_of_the_recursion(activation):
     architecture, ensemble = mlp(activation)
     x = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -53,7 +53,7 @@ def test_an_mlp_has_the_spread_of_its_vertices(activation):
     assert abs(sum(found.shares.values()) - 1) < 1e-12
 
 
-@pytest.mark.parametrize("activation", ["tanh", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize("factor", ["value", "slope", "gain"])
 def test_moments_of_blocks_respond_as_finite_differences_say(activation, factor):
     pairs = ActivationPairs(theory.get_activation(activation))

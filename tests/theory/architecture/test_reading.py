@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tests.theory.architecture.networks import residual
 from torch_eft import theory
@@ -158,3 +159,46 @@ def test_variances_that_no_rule_has_are_told():
         nn.init.normal_(layer.bias, std=0.3)
     (remark,) = theory.read_architecture(model, torch.zeros(1, 4)).remarks
     assert "mean square of this network's biases, good to 14 %" in remark
+
+
+class ChannelsFirst(nn.Module):
+    def __init__(self, n=32):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, n, 2, 2), nn.GroupNorm(1, n)
+        self.up, self.down, self.last = nn.Conv2d(n, 2 * n, 1), nn.Conv2d(2 * n, n, 1), nn.Linear(n, 2)
+
+    def forward(self, x):
+        h = self.stem(x)
+        h = h + self.down(F.gelu(self.up(self.norm(h))))
+        return self.last(F.gelu(h).mean((2, 3)))
+
+
+class ChannelsLast(nn.Module):
+    """The same with its channels last, as ConvNeXt and transformers write it; the read-out in front of the mean."""
+
+    def __init__(self, other):
+        super().__init__()
+        n = other.last.in_features
+        self.stem, self.norm = other.stem, nn.LayerNorm((4, n), elementwise_affine=False)
+        self.up, self.down, self.last = nn.Linear(n, 2 * n), nn.Linear(2 * n, n), other.last
+        for own, its in ((self.up, other.up), (self.down, other.down)):
+            own.weight.data, own.bias.data = its.weight.data.flatten(1), its.bias.data
+
+    def forward(self, x):
+        h = self.stem(x).flatten(2).transpose(1, 2)
+        h = h + self.down(F.gelu(self.up(self.norm(h))))
+        return self.last(F.gelu(h)).mean(1)
+
+
+def test_two_ways_to_write_a_network_are_one_architecture():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    first = ChannelsFirst().double()
+    first.norm = nn.GroupNorm(1, 32, affine=False)
+    second = ChannelsLast(first).double()
+    assert (first(x) - second(x)).abs().max() < 1e-12
+    read = [theory.read_architecture(model, x) for model in (first, second)]
+    found = [theory.architecture_statistics(each, x, num_samples=512) for each in read]
+    assert (found[0].K["output"] / found[1].K["output"] - 1).abs().max() < 1e-12
+    assert (found[0].Theta / found[1].Theta - 1).abs().max() < 1e-12
+    assert (found[0].ntk_relative_sd / found[1].ntk_relative_sd - 1).abs().max() < 1e-6

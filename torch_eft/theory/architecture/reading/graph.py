@@ -269,7 +269,7 @@ class Graph:
 
 
 def _constant(tensor: Tensor) -> Raw:
-    return Raw(lambda x: tensor, tuple(tensor.shape), False)
+    return Raw(lambda x: tensor.to(x.device), tuple(tensor.shape), False)
 
 
 def view_dims(dims: Dims, sizes: Mapping[Axis, int], shape: Sequence[int]) -> Dims | None:
