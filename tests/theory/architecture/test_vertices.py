@@ -1,5 +1,7 @@
 """Vertices of convolutional networks: identity maps are an MLP, one layer by drawn channels, two by networks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from torch_eft.theory import (
     read_architecture,
 )
 from torch_eft.theory.architecture.chains.chain import chain_of
-from torch_eft.theory.architecture.chains.vertices import chain_kernels
+from torch_eft.theory.architecture.chains.vertices import chain_kernels, chain_vertices
 from torch_eft.theory.architecture.label_maps import LabelMaps, convolution_axis, flatten_axis, identity_maps
 from torch_eft.theory.architecture.nodes import Data, Elementwise, Pool, Weight
 
@@ -39,7 +41,7 @@ def stack(maps, positions, channels, activation, **laws):
     return Architecture(nodes)
 
 
-@pytest.mark.parametrize("name", ["tanh", "relu"])
+@pytest.mark.parametrize("name", ["tanh", pytest.param("relu", marks=pytest.mark.slow)])
 def test_identity_maps_and_a_flattened_read_out_are_an_mlp_at_every_position(name):
     """At the read-out the two labels of a delta are at one position, and averages over both positions are left."""
     same = identity_maps((2,))
@@ -67,6 +69,24 @@ def test_identity_maps_and_a_flattened_read_out_are_an_mlp_at_every_position(nam
         else:
             expected = at_one_position(tensor, ((0, 3), (1, 2)) if field == "P" else ((0, 1), (2, 3)))
         torch.testing.assert_close(value, torch.as_tensor(expected), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "samples"), [pytest.param("relu", 2, marks=pytest.mark.slow), ("tanh", 1)])
+def test_one_position_a_pair_is_enough_for_a_flattened_read_out(name, samples):
+    """The vertices on N^4 P^2 numbers are those on (N P)^4; strides, padding and uniform weights behind layer 1."""
+    maps = [convolution_axis(4, 2, stride=2), convolution_axis(2, 3, padding=(1, 1)), flatten_axis(2)]
+    network = stack([LabelMaps((axis,)) for axis in maps], (4,), (3, 8, 20, 1), name)
+    nodes = [node if index < 3 or not isinstance(node, Weight) else replace(node, weight_law="uniform")
+             for index, node in enumerate(network.nodes)]  # fmt: skip
+    chain = chain_of(Architecture(nodes), normal(samples, 4, 3))
+    assert chain.selects
+    layers, names = chain_kernels(chain), [*STATISTICS[1:3], *STATISTICS[4:], "E_zzzz", "E_zzH", "E_HH", "E_ddI"]
+    paired = next(chain_vertices(chain, layers, names, 0, 2, 0)[1])
+    chain.__dict__["selects"] = False
+    whole = next(chain_vertices(chain, layers, names, 0, 2, 0)[1])
+    for field in names:
+        scale = float(whole[field].abs().max())
+        torch.testing.assert_close(paired[field], whole[field], rtol=0, atol=1e-9 * scale + 1e-14)
 
 
 def test_a_module_is_read_as_the_chain_it_computes():

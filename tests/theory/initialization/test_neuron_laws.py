@@ -49,7 +49,7 @@ def test_equal_labels_are_the_scalar_recursions_of_one_input(name, law):
         assert value == pytest.approx(expected, rel=1e-6), field  # 1e-7: the response of G1 differentiates twice
 
 
-@pytest.mark.parametrize("C_W", [0.7, 0.02])
+@pytest.mark.parametrize("C_W", [pytest.param(0.7, marks=pytest.mark.slow), 0.02])
 def test_two_slopes_with_a_uniform_bias_against_a_nested_integral(C_W):
     """<s s> and <s' s'>: for every b of a fine grid, over u_a the exact mean over u_b given u_a.
 

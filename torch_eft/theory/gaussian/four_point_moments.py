@@ -27,6 +27,7 @@ from torch_eft.theory.gaussian.scale_invariant import Orders
 from torch_eft.theory.gaussian.two_point_moments import SmoothPairs, TwoPointMoments
 
 _ROWS = 2**18
+_PAIRED_ROWS = 2**12
 _CHUNK = 2**24
 _CACHED = 2**24
 
@@ -82,6 +83,37 @@ class SummedMoments:
         result = total.reshape([len(factors[index][1]) for index in order])
         result = result.permute([order.index(axis) for axis in range(len(order))])
         return result if self._edge is None else result + self._delta_part(factors, self._edge)
+
+    @property
+    def pairable(self) -> bool:
+        """Whether ``paired`` has them: without delta functions."""
+        return self._edge is None
+
+    def paired(self, left: tuple[Orders, Orders], right: tuple[Orders, Orders], index: Tensor) -> Tensor:
+        """<f_a g_b h_c k_d> for labels a, b in one row of an index and c, d in one row.
+
+        Args:
+            left: The derivatives at a and at b.
+            right: Those at c and at d.
+            index: (P, N), inputs.
+
+        Returns:
+            (P, N, N, P, N, N).
+        """
+        rows, columns = index[:, :, None], index[:, None, :]
+        means = [self.pairs.explicit(*side)[rows, columns].flatten() for side in (left, right)]
+        total = means[0].new_zeros(len(means[0]), len(means[1]))
+        for number, (z, weights) in enumerate(self.points.chunks(_PAIRED_ROWS)):
+            first, second = (
+                products_in_rows([self._feature(orders, z, number) for orders in side], index) - mean.to(z.dtype)
+                for side, mean in zip((left, right), means, strict=True)
+            )
+            total += ((first if weights is None else first * weights[:, None]).T @ second).double()
+            worked(len(first) * total.numel())
+        if isinstance(self.points, Points) and self.points.weights is None:
+            total = total / self.points.count
+        shape = (len(index), index.shape[1], index.shape[1])
+        return (total + torch.outer(*means)).reshape(*shape, *shape)
 
     def _covariance(self, left: list[Factor], right: list[Factor], mean_left: Tensor, mean_right: Tensor) -> Tensor:
         removed_left, removed_right = self._removed(left), self._removed(right)
@@ -255,6 +287,12 @@ def products(columns: Sequence[Tensor]) -> Tensor:
     for column in columns[1:]:
         total = (total[:, :, None] * column[:, None, :]).flatten(1)
     return total
+
+
+def products_in_rows(values: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Products f_a g_b of two labels in one row of an index (P, N), of functions (S, inputs): (S, P N N)."""
+    first, second = (value[:, index] for value in values)
+    return (first[:, :, :, None] * second[:, :, None, :]).flatten(1)
 
 
 def _derivatives(orders: Orders, times: int) -> list[tuple[Orders, float]]:

@@ -97,6 +97,28 @@ class ScaleInvariantMoments:
             parts.append(value.expand([len(index) for index in indices]))
         return torch.cat(parts)
 
+    @property
+    def pairable(self) -> bool:
+        """True: ``paired`` has them."""
+        return True
+
+    def paired(self, left: tuple[Orders, Orders], right: tuple[Orders, Orders], index: Tensor) -> Tensor:
+        """<f_a g_b h_c k_d> for labels a, b in one row of an index (P, N) and c, d in one row: (P, N, N, P, N, N)."""
+        P, N = index.shape
+        rows = max(1, _CHUNK // (P * N**4))
+        parts = []
+        for some in index.split(rows):
+            places = [
+                some.reshape(-1, N, 1, 1, 1, 1),
+                some.reshape(-1, 1, N, 1, 1, 1),
+                index.reshape(1, 1, 1, P, N, 1),
+                index.reshape(1, 1, 1, P, 1, N),
+            ]
+            entries = tuple(tuple(self.K[places[min(i, j)], places[max(i, j)]] for j in range(4)) for i in range(4))
+            value = scale_invariant_product(self.slopes, SignedMoments(entries), [*left, *right], self.distributional)
+            parts.append(value.expand(len(some), N, N, P, N, N))
+        return torch.cat(parts)
+
     def _entries(self, indices: list[Tensor]) -> Covariance:
         count = len(indices)
 

@@ -84,6 +84,15 @@ class Chain:
         """L."""
         return len(self.layers)
 
+    @functools.cached_property
+    def selects(self) -> bool:
+        """Whether labels at one position stay at one position down to the inputs: no layer averages over positions."""
+        for layer in self.layers[1:]:
+            maps = layer.matrices
+            if not bool(((maps == 0) | (maps == 1)).all()) or bool((maps.sum(2) > 1).any()):
+                return False
+        return math.prod(self.layers[-1].maps.outputs) == 1
+
     def labels(self, layer: int) -> int:
         """Return N times the positions behind a layer, 1 .. L."""
         return self.samples * math.prod(self.layers[layer - 1].maps.outputs)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch_eft.results.choices import check_choice
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.architecture.chains.chain import Chain, chain_of, pairs_of
+from torch_eft.theory.architecture.chains.paired import PairedStep
 from torch_eft.theory.architecture.nodes import Architecture
 from torch_eft.theory.gaussian.four_point_moments import FourPointMoments
 from torch_eft.theory.gaussian.two_point_moments import Kinks, TwoPointMoments
@@ -58,7 +59,7 @@ def architecture_vertices(
     """The statistics of order 1/n at the outputs of a convolutional network, for a few small inputs.
 
     Chains of convolutions and dense layers with one activation, average pooling in front of layers, any read-out. Four
-    labels run over (samples x positions)^4, in every layer.
+    labels run over (samples x positions)^4 in every layer; without pooling, over samples^4 positions^2.
 
     Args:
         architecture: As ``read_architecture`` returns it, or built of nodes.
@@ -127,7 +128,7 @@ def chain_kernels(chain: Chain, kinks: Kinks = "autograd") -> ChainLayers:
     return K, Theta, pairs
 
 
-class _Step(Vertices):
+class WholeStep(Vertices):
     """The step from layer m to m + 1: the recursions at the labels of layer m, then patch averages.
 
     Args:
@@ -143,7 +144,7 @@ class _Step(Vertices):
         chain: Chain,
         layers: ChainLayers,
         moments: Callable[[int], FourPointMoments],
-        before: "_Step | None",
+        before: "WholeStep | None",
         kinks: Kinks,
     ) -> None:
         self._m: int = 1 if before is None else before._m + 1
@@ -219,12 +220,20 @@ def _at_outputs(
     names: Collection[str],
     kinks: Kinks,
 ) -> dict[str, Tensor]:
-    step: _Step | None = None
-    for _ in range(chain.depth - 1):
-        step = _Step(chain, layers, moments, step, kinks)
-    assert step is not None
     lost = divergent(chain.ensemble, kinks)
-    return {name: step.tensor(name) * (torch.nan if name in lost else 1.0) for name in names}
+    if chain.selects:
+        paired: PairedStep | None = None
+        for _ in range(chain.depth - 1):
+            paired = PairedStep(chain, layers, moments, paired, kinks)
+        assert paired is not None
+        found = {name: paired.tensor(name)[(0,) * len(pairs_of(name))] for name in names}
+    else:
+        step: WholeStep | None = None
+        for _ in range(chain.depth - 1):
+            step = WholeStep(chain, layers, moments, step, kinks)
+        assert step is not None
+        found = {name: step.tensor(name) for name in names}
+    return {name: value * (torch.nan if name in lost else 1.0) for name, value in found.items()}
 
 
 class ChainVertices:
@@ -269,7 +278,7 @@ def check_vertices(chain: Chain, memory: int) -> None:
         ValueError: With what to do.
     """
     largest = max(chain.labels(layer) for layer in range(1, chain.depth + 1))
-    needed = 8 * _ARRAYS * largest**4
+    needed = 8 * _ARRAYS * largest ** (2 if chain.selects else 4) * (chain.samples**2 if chain.selects else 1)
     if needed > memory:
         raise ValueError(
             f"x: {chain.samples} inputs have up to {largest} labels (sample, position), whose vertices need about "

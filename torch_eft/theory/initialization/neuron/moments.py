@@ -6,13 +6,15 @@ theory. The fourth cumulant of the first layer's weights adds the moment under t
     (1/24) c sum_k [ (v_k u)^4 - 6 |v_k|^2 (v_k u)^2 + 3 |v_k|^4 ],   v_k u = x_k g^+ u,  |v_k|^2 = x_k g^+ x_k.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_eft.theory.gaussian.activations import Activation
-from torch_eft.theory.gaussian.four_point_moments import Factor, FourPointMoments, products
+from torch_eft.theory.gaussian.four_point_moments import Factor, FourPointMoments, products, products_in_rows
 from torch_eft.theory.gaussian.points import (
     GridPoints,
     Points,
@@ -27,7 +29,7 @@ from torch_eft.theory.initialization.neuron.pairs import MixedPairs, Piece, Quar
 
 AnyPoints = Points | GridPoints
 
-_ROWS = 2**16
+_ROWS, _PAIRED_ROWS = 2**16, 2**12
 _MOST_NODES = 2**21
 """Nodes of the rules for all values of a bias, beyond which moments are sampled."""
 _SMALLEST = 1e-10
@@ -50,7 +52,7 @@ class MixedMoments:
         gaussian: Callable[[Piece, AnyPoints], FourPointMoments],
     ) -> None:
         self._pairs = pairs
-        self._parts: list[tuple[float, FourPointMoments]] = []
+        self._parts: list[tuple[float, Any]] = []
         for number, piece in enumerate(pairs.pieces):
             some = points(number)
             self._parts.append((piece.probability, gaussian(piece, some)))
@@ -63,6 +65,19 @@ class MixedMoments:
             return self._pairs.g.new_zeros([len(index) for _, index in factors])
         values = [probability * part.moment(factors) for probability, part in self._parts]
         return torch.stack([value.double() for value in values]).sum(0).to(values[0].dtype)
+
+    @property
+    def pairable(self) -> bool:
+        """True: ``paired`` has them."""
+        return True
+
+    def paired(self, left: tuple[Orders, Orders], right: tuple[Orders, Orders], index: Tensor) -> Tensor:
+        """<f_a g_b h_c k_d>, see ``SummedMoments.paired``."""
+        if self._pairs.odd(tuple(order for orders in (*left, *right) for order in orders)):
+            shape = (len(index), index.shape[1], index.shape[1])
+            return self._pairs.g.new_zeros(*shape, *shape)
+        values = [probability * part.paired(left, right, index) for probability, part in self._parts]
+        return torch.stack(values).sum(0)
 
 
 def neuron_spacings(
@@ -140,9 +155,18 @@ class _FourthOrder:
         assert isinstance(total, Tensor)
         return total.reshape([len(index) for _, index in factors])
 
-    def _weighted(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def paired(self, left: tuple[Orders, Orders], right: tuple[Orders, Orders], index: Tensor) -> Tensor:
+        """Its part of <f_a g_b h_c k_d>, see ``SummedMoments.paired``."""
+        shape = (len(index), index.shape[1], index.shape[1])
+        total = index.new_zeros(math.prod(shape), math.prod(shape), dtype=torch.float64)
+        for z, weight in self._weighted(_PAIRED_ROWS):
+            first, second = (products_in_rows([self._product(z, one) for one in side], index) for side in (left, right))
+            total += ((first * weight[:, None]).T @ second).double()
+        return total.reshape(*shape, *shape)
+
+    def _weighted(self, rows: int = _ROWS) -> Iterator[tuple[Tensor, Tensor]]:
         v, squares = (part.to(next(self._points.chunks(1))[0].dtype) for part in (self._v, self._squares))
-        for z, given in self._points.chunks(_ROWS):
+        for z, given in self._points.chunks(rows):
             along = (z @ v).square()
             hermite = (along * (along - 6 * squares)).sum(1) + 3 * squares.square().sum()
             weight = hermite * (self._coefficient / 24)
@@ -152,5 +176,8 @@ class _FourthOrder:
         known: dict[Orders, Tensor] = {}
         for orders, _ in factors:
             if orders not in known:
-                known[orders] = torch.stack([self._activation(z, order) for order in orders]).prod(0)
+                known[orders] = self._product(z, orders)
         return [known[orders][:, index] for orders, index in factors]
+
+    def _product(self, z: Tensor, orders: Orders) -> Tensor:
+        return torch.stack([self._activation(z, order) for order in orders]).prod(0)
