@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from tests.oracles.models import ConvNet, mlp
 from torch_eft import measure
+from torch_eft.measure.forward.isolation import isolated
 from torch_eft.measure.forward.kinks import kinked_operations
-from torch_eft.measure.taylor.secant import ntk_change, ntk_finite_difference
+from torch_eft.measure.taylor.secant import ntk_change, ntk_finite_difference, ntk_terms_by_differences
 
 
 class Around(nn.Module):
@@ -239,3 +240,20 @@ def test_a_direction_may_leave_parameters_out():
 def test_wrong_arguments_are_named(direction, step, message):
     with pytest.raises(ValueError, match=message):
         ntk_finite_difference(mlp(), torch.ones(2, 5), direction, distance=step)
+
+
+@pytest.mark.parametrize("length", [0.003, 0.03, 0.3])
+def test_terms_by_differences_are_those_by_derivatives(length):
+    """In single precision, to thousandths of the change, however far the displacement goes."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.GELU(), nn.Conv2d(8, 8, 3), nn.GELU(), nn.Flatten()]
+    network, x = nn.Sequential(*layers, nn.Linear(32, 3)), torch.rand(5, 1, 6, 6)
+    theta = {name: p.detach().clone() for name, p in network.named_parameters()}
+    d = {name: length * p.norm() / p.numel() ** 0.5 * torch.randn_like(p) for name, p in theta.items()}
+    exact = measure.displacement_terms(network.double(), x.double(), theta, {name: theta[name] + d[name] for name in d})
+    network.float()
+    with isolated(network) as own:
+        reach = float(exact.ntk_change.norm() / exact.ntk.norm())
+        found = ntk_terms_by_differences(own, x, theta, d, measure.ntk(own, x), reach=reach)
+    error = (found - exact.ntk_terms).flatten(1).norm(dim=1) / exact.ntk_change.norm()
+    assert float(error.max()) < 0.004, (reach, error)

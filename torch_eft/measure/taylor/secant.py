@@ -169,8 +169,10 @@ def ntk_finite_difference(
         return _between(start, end, as_probe(x), 2 * distance, lambdas, trace, memory)
 
 
-REACH = 0.04
-"""Relative change of the NTK over the steps of ``ntk_terms_by_differences``: what they leave out is its square."""
+REACH = 0.008
+"""Relative change of the NTK over the steps of ``ntk_terms_by_differences``: larger ones leave out more, and smaller
+ones round more. In single precision the error was at most 0.0024 of the change (CNN, transformer, changes of 0.005 to
+0.8)."""
 
 
 def ntk_terms_by_differences(
@@ -188,8 +190,7 @@ def ntk_terms_by_differences(
 ) -> Tensor:
     """Compute H' d and H'' d d / 2 of a smooth network by central differences: two NTKs, where derivatives take six.
 
-    The step s is such that the NTK changes by ``REACH`` over s d: what the differences leave out, and their rounding,
-    are some thousandths of the larger term.
+    The step s is such that the NTK changes by ``REACH`` over s d.
 
     Args:
         network: Isolated.

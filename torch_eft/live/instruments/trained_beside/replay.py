@@ -345,7 +345,7 @@ class ReplayInstrument(Instrument):
             "by copies of the optimizer on the same batches: order 1 is infinite width (frozen NTK), order 2 adds "
             "dNTK, order 3 dNTK and ddNTK. The band is order 3 plus and minus its distance from order 2: an estimate "
             "of what order 3 leaves out, not a spread over seeds. The NTK is that of the first "
-            f"{INPUTS} inputs of the probe."
+            f"{INPUTS} inputs of the probe, its terms by differences: errors of its change below 0.004 are theirs."
         )
         if not self.always:
             text += (
