@@ -25,6 +25,15 @@ def test_derivatives_agree_with_central_differences(name, order):
     torch.testing.assert_close(sigma(z, order), slope, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["tanh", "gelu"])
+def test_derivatives_in_closed_form_are_those_of_automatic_differentiation(name):
+    sigma = get_activation(name)
+    z = torch.linspace(-7, 7, 57, dtype=torch.float64)
+    for order in range(1, 7):
+        exact = Activation("the same", sigma.function)(z, order)
+        torch.testing.assert_close(sigma(z, order), exact, rtol=0, atol=1e-14 * float(exact.abs().max()))
+
+
 @pytest.mark.parametrize("negative_slope", [0.0, 0.01, 0.3])
 def test_kinked_activations_have_their_slopes_on_either_side(negative_slope):
     sigma = leaky_relu(negative_slope)

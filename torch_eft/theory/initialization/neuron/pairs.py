@@ -180,8 +180,9 @@ def _moved(activation: Activation, by: float) -> Activation:
         name=f"{activation.name}(z {'+' if by > 0 else '-'} {abs(by):.3g})",
         function=functools.partial(_evaluated, activation.function, by),
         slopes=None,
+        derivative=activation.derivative and functools.partial(_evaluated, activation.derivative, by),
     )
 
 
-def _evaluated(function: object, by: float, z: Tensor) -> Tensor:
-    return cast(Tensor, function(z + by))  # type: ignore[operator]
+def _evaluated(function: object, by: float, z: Tensor, *order: int) -> Tensor:
+    return cast(Tensor, function(z + by, *order))  # type: ignore[operator]
