@@ -35,7 +35,7 @@ from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Validity
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.estimates.sampling import ntk_trace_spread
-from torch_eft.theory.training.infinite_width import FrozenTraining
+from torch_eft.theory.training.infinite_width import FrozenTraining, InfiniteWidthPath
 
 FIRST_HORIZON = 1000
 """Steps to forecast at first where the length of the training is unknown."""
@@ -91,8 +91,7 @@ class EnsembleComparison:
             if earlier is None
             else float(earlier["ntk_trace_sigma"])
         )
-        direction = self.frozen.first_direction()
-        self.direction = direction / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)
+        self.direction = unit_direction(self.frozen)
         self._allowance = Allowance(10.0) if allowance is None else allowance
         self.finite: FiniteWidth | None = None
         if earlier is not None:
@@ -161,7 +160,7 @@ class EnsembleComparison:
             self._horizon = max(step, _EXTENSION * self._horizon)
             self.frozen = self._frozen()
         first = self._at(step)
-        compared = self._outputs(step, output, first) | self._ntks(ntk, ntk_0, first)
+        compared = compare_outputs(self.frozen, self.direction, step, output, first) | self._ntks(ntk, ntk_0, first)
         layers = [] if kernels is None else self.layers(step, *kernels)
         if layers:
             measured, predicted = (sum(drifts) / len(layers) for drifts in zip(*layers, strict=True))
@@ -189,37 +188,6 @@ class EnsembleComparison:
             (float(component((K - K_0).to(D), D) / whole.norm()), float(D.norm() / whole.norm()))
             for K, K_0, D, whole in rows
         ]
-
-    def _outputs(self, step: int, output: Tensor, first: Corrections) -> dict[str, Compared]:
-        mean, covariance = self.frozen.output(torch.tensor([float(step)], device=self.direction.device))
-        mean, covariance = mean[0], covariance[0]
-        z = output.to(mean)
-        count, channels = z.shape
-        variance = covariance.diagonal().clamp_min(torch.finfo(covariance.dtype).tiny)
-        deviation = variance.sqrt()
-        correlation = covariance / torch.outer(deviation, deviation)
-        c = self.direction
-        spread = torch.einsum("ai,ab,bi->", c, covariance, c)
-        chi_squared = projection = truncation = None
-        if first.mean is not None:
-            shift = (c * first.mean).sum()
-            projection = float((c * mean).sum() + shift)
-            truncation = abs(float(shift)) * float(first.expansion_parameter or 0.0) + _rounding(mean)
-        if first.projected_variance is not None and first.variances is not None:
-            if float(spread + first.projected_variance) > 0:
-                spread = spread + first.projected_variance
-            chi_squared = 1 + float((first.variances / variance[:, None]).mean())
-        return {
-            "output_projection": Compared(
-                float((c * z).sum()), float((c * mean).sum()), projection, float(spread.sqrt()), truncation
-            ),
-            "output_chi_squared": Compared(
-                float(((z - mean) / deviation[:, None]).square().mean()),
-                1.0,
-                chi_squared,
-                float((2 * correlation.square().sum() / channels).sqrt() / count),
-            ),
-        }
 
     def _ntks(self, ntk: Tensor, ntk_0: Tensor, first: Corrections) -> dict[str, Compared]:
         probes = self.frozen.probes
@@ -256,6 +224,58 @@ class EnsembleComparison:
             self.finite = FiniteWidth([steps], notes=[f"with momentum order 1/n ends at step {_SUMMED_AT_MOST}"])
             return
         self.finite = finite_width(self._problem, steps, self.direction, self._allowance)
+
+
+def unit_direction(frozen: InfiniteWidthPath) -> Tensor:
+    """Theta_PA y normalized to 1, (N_p, n_L)."""
+    direction = frozen.first_direction()
+    return direction / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)
+
+
+def compare_outputs(
+    frozen: InfiniteWidthPath, c: Tensor, step: int, output: Tensor, first: Corrections | None = None
+) -> dict[str, Compared]:
+    """Compare outputs at a step, ``output_projection`` and ``output_chi_squared``.
+
+    Args:
+        frozen: Infinite width.
+        c: ``unit_direction`` of it.
+        step: Optimizer steps taken since theta_0.
+        output: Measured outputs on the probe, (N_p, n_L).
+        first: Corrections of order 1/n.
+
+    Returns:
+        ``{quantity: Compared}``.
+    """
+    first = Corrections() if first is None else first
+    mean, covariance = frozen.output(torch.tensor([float(step)], device=c.device))
+    mean, covariance = mean[0], covariance[0]
+    z = output.to(mean)
+    count, channels = z.shape
+    variance = covariance.diagonal().clamp_min(torch.finfo(covariance.dtype).tiny)
+    deviation = variance.sqrt()
+    correlation = covariance / torch.outer(deviation, deviation)
+    spread = torch.einsum("ai,ab,bi->", c, covariance, c)
+    chi_squared = projection = truncation = None
+    if first.mean is not None:
+        shift = (c * first.mean).sum()
+        projection = float((c * mean).sum() + shift)
+        truncation = abs(float(shift)) * float(first.expansion_parameter or 0.0) + _rounding(mean)
+    if first.projected_variance is not None and first.variances is not None:
+        if float(spread + first.projected_variance) > 0:
+            spread = spread + first.projected_variance
+        chi_squared = 1 + float((first.variances / variance[:, None]).mean())
+    return {
+        "output_projection": Compared(
+            float((c * z).sum()), float((c * mean).sum()), projection, float(spread.sqrt()), truncation
+        ),
+        "output_chi_squared": Compared(
+            float(((z - mean) / deviation[:, None]).square().mean()),
+            1.0,
+            chi_squared,
+            float((2 * correlation.square().sum() / channels).sqrt() / count),
+        ),
+    }
 
 
 def _rounding(value: Tensor) -> float:

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from torch_eft.diagnosis import Diagnosis, diagnose
 from torch_eft.diagnosis.measured.diagnose import measured_diagnosis
+from torch_eft.forecast.comparison.architecture import ArchitectureComparison
 from torch_eft.forecast.comparison.drift import LAW, DriftComparison, law_work
 from torch_eft.forecast.comparison.ensemble import FIRST_HORIZON, EnsembleComparison
 from torch_eft.forecast.comparison.work import Allowance
@@ -19,12 +20,14 @@ from torch_eft.live.instruments.forecasts.bar import ForecastBar
 from torch_eft.live.instruments.forecasts.base import ForecastInstrument
 from torch_eft.live.instruments.forecasts.drift import DriftLines
 from torch_eft.measure.ensembles.learning_rates import read_learning_rates
-from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble
+from torch_eft.measure.ensembles.read import NotAnMLPError, read_ensemble, read_isolated_architecture
 from torch_eft.measure.network.network import Network
 from torch_eft.measure.network.snapshot import Plan
 from torch_eft.measure.training_loss import recognize_squared_error
 from torch_eft.results.tags import tag
 from torch_eft.results.training import Training, stability_in_unit
+from torch_eft.theory.architecture.nodes import Architecture
+from torch_eft.theory.architecture.reading.graph import NotReadableError
 from torch_eft.theory.ensemble import MLPEnsemble
 from torch_eft.theory.gaussian.activations import ActivationLike
 from torch_eft.theory.gaussian.quadrature import QuadratureError
@@ -34,6 +37,9 @@ _MANY_SAMPLES, _MOST_SAMPLES = 512, 1024
 
 _PER_PAIR = 1.6e-5
 """Seconds of one core that kernels at infinite width and their checks take for a pair of probe inputs (measured)."""
+
+_READ = 20_000_000
+"""Parameters up to which a network that is no MLP is read when a training begins."""
 
 _FEW, _MEASURED = 4, 1_000_000
 """On how many inputs, and up to how many parameters, a network without theory is diagnosed when training begins."""
@@ -79,8 +85,9 @@ class TheoryInstrument(ForecastInstrument):
         """Drop what belongs to an earlier run."""
         super().forget()
         self._diagnosis: Diagnosis | None = None
-        self._comparison: EnsembleComparison | None = None
+        self._comparison: EnsembleComparison | ArchitectureComparison | None = None
         self._ensemble: MLPEnsemble | None = None
+        self._architecture: Architecture | None = None  # where the network is no MLP
         self._hidden: list[str] = []
         self._drift: DriftLines | None = None
         self._start: Tensor | None = None
@@ -131,7 +138,10 @@ class TheoryInstrument(ForecastInstrument):
             diagnosis = diagnose(given or read, inputs)
             self._diagnosis = diagnosis if isinstance(diagnosis, Diagnosis) else None
             pages["diagnosis"] = diagnosis.details
-        except (NotAnMLPError, QuadratureError) as error:
+        except NotAnMLPError as error:
+            pages["diagnosis"] = _measured_page(start, str(error))
+            return Reading(pages=pages | self._begin_architecture(start, str(error)))
+        except QuadratureError as error:
             pages["diagnosis"] = _measured_page(start, str(error))
             return Reading(pages=pages | self._stop(str(error)))
         except Exception as error:
@@ -142,6 +152,24 @@ class TheoryInstrument(ForecastInstrument):
             return Reading(pages=pages | self._stop(reason))
         self._hidden = _activations(start.model, self._ensemble)
         return Reading(pages=pages)
+
+    def _begin_architecture(self, start: TrainingStart, reason: str) -> dict[str, str]:
+        """Read convolutions, skips and norms, where the training may be one that order 0 covers."""
+        if self.given is not None or self._refusal(start) is not None:
+            return self._stop(reason)
+        if "comparison" in self._kept:  # it holds the kernels; weights that were trained do not show them any more
+            return {}
+        try:
+            if sum(p.numel() for p in start.model.parameters()) > _READ:
+                raise NotReadableError("it has too many parameters to be read while a training begins")
+            if start.network.output_fn is not None:
+                raise NotReadableError("an output_fn follows its forward")
+            optimizers = start.optimizers if start.obstacle is None or _held(start) else []
+            inputs = start.network.probe.inputs
+            self._architecture = read_isolated_architecture(start.model, inputs, optimizer=optimizers, as_trained=True)
+        except ValueError as error:
+            return self._stop(f"{reason}; nor is it a graph of layers that is read: {error}")
+        return {}
 
     def _drawn(self, now: MLPEnsemble) -> MLPEnsemble | None:
         """The ensemble that theta_0 was drawn from, by a checkpoint: trained weights do not show it any more."""
@@ -178,7 +206,7 @@ class TheoryInstrument(ForecastInstrument):
             **options,
         )
         z = None  # outputs at theta_0
-        if self.order == 1:
+        if self.order == 1 and self._ensemble is not None:
             kept = self._kept
             z = kept["start"].to(y) if kept else Network(network, x, output_fn=start.network.output_fn).output()
         self._start = z
@@ -187,10 +215,12 @@ class TheoryInstrument(ForecastInstrument):
         self._problem = _Problem(x, loss.targets, training, words, loss.rate_factor)
 
     def _forecast(self) -> dict[str, str]:
-        assert self._seen is not None and self._ensemble is not None
+        assert self._seen is not None
         problem: _Problem = self._problem
         self._problem = None
         x, y, training, kept = problem.x, problem.y, problem.training, self._kept
+        if self._ensemble is None:
+            return self._forecast_architecture(problem)
         probe = self._seen.start.network.probe.inputs.flatten(1).to(x.device)
         allowance = Allowance(self.seconds)
         if self.order == 1:
@@ -219,6 +249,26 @@ class TheoryInstrument(ForecastInstrument):
         what = f"{self._comparison.description}; {drift}"
         page = f"{problem.words} {self.validity}\n\nPredicted for the {self._ensemble} ensemble: {what}."
         return {"validity": page}
+
+    def _forecast_architecture(self, problem: "_Problem") -> dict[str, str]:
+        assert self._seen is not None
+        allowance = Allowance(self.seconds)
+        probe = self._seen.start.network.probe.inputs.to(problem.x.device)
+        with ForecastBar(allowance), one_thread(), stability_in_unit(problem.unit):
+            self._comparison = comparison = ArchitectureComparison(
+                self._architecture,
+                problem.x,
+                problem.y,
+                probe,
+                problem.training,
+                allowance=allowance,
+                earlier=self._kept["comparison"] if self._kept else None,
+            )
+        self.validity = comparison.validity
+        sentence = "No prediction at finite width: order 1/n of convolutions, skips and norms is not drawn."
+        self._unpredicted = dict.fromkeys(("ntk_drift", "dntk", "representation_change"), sentence)
+        of = "an architecture kept by the checkpoint" if self._architecture is None else str(self._architecture)
+        return {"validity": f"{problem.words} {self.validity}\n\nPredicted for {of}: {comparison.description}."}
 
     def _drift_law(self, x: Tensor, y: Tensor, probe: Tensor, training: Training, allowance: Allowance) -> str:
         """Make the law of this network's drift; returns what is drawn of it, or why nothing is."""
