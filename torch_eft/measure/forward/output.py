@@ -41,6 +41,8 @@ def output(model: Model, x: Any, *, output_fn: OutputFn | None = None) -> Tensor
 def last_token(returned: Any) -> Tensor:
     """Return the outputs at the last position of a sequence: an ``output_fn`` for language models.
 
+    Those of transformers need not compute the other positions, with ``"logits_to_keep": 1`` among the inputs.
+
     Args:
         returned: What the model returns: (N, T, C), or an object, a dict or a tuple that holds it as ``logits``, or
             first. Sequences padded at the end have no token there: cut them to one length, or pad at the start.
