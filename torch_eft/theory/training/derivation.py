@@ -43,6 +43,11 @@ dNTK (its correlation with z: P, Q) and ddNTK (R, S, T, U) enter together everyw
 consistent order. Every power of them comes with e / lambda, so that the expansion is in |e|^2 / (n lambda_min), not in
 1/n alone.
 
+**Laws.** Weights and biases enter K, Theta and the vertices by the law of one neuron that is left at infinite width
+(``initialization.neuron``). Read-out weights that are not Gaussian add to the cumulants of one and the same output:
+E_zzzz, E_zzH, E_HH, E_dHz, E_ddI, E_ddII beside the pairings of V, D F, A B, P Q, R and S T U, where all outputs are
+equal. They contribute where those do, as in a network with this one output and its targets.
+
 For other losses F is not a polynomial in z, the degrees are unbounded, and every vertex contributes to every
 observable of the outputs (``training.sampled``); parity of the cumulants stays.
 
