@@ -178,3 +178,37 @@ def test_relu_refuses_vertices_with_biases_far_from_gaussian():
     with pytest.raises(ValueError, match=r"theory\.seed_spread is exact for one input"):
         initial_statistics(deep, x, statistics=("V",))
     assert "uniform, which is counted" in initial_statistics(deep, x, statistics=())[-1].validity.reason
+
+
+@pytest.mark.slow
+def test_mean_corrections_of_deep_networks_of_uniform_weights():
+    """n (E G - K) and n (E H - Theta) of two inputs, three hidden layers; without E_zzzz and E_zzH ten errors off."""
+    widths, count = [32, 16, 16, 16, 1], 60_000
+    x = inputs(2, 32)
+    options = {"C_W": 1.5, "lambda_W": 1.0}
+    ensemble = MLPEnsemble(widths, "tanh", weight_law="uniform", **options)
+    last = initial_statistics(ensemble, x, statistics=("G1", "Theta1"))[-1]
+    hidden = MLPEnsemble(widths, "tanh", weight_law=["uniform", *["gaussian"] * 3], **options)
+    other = initial_statistics(hidden, x, statistics=("G1",))[-1]
+    generator, G, H = torch.Generator().manual_seed(0), [], []
+    for _ in range(12):
+        signal, weights, slopes, shares = x.expand(count // 12, -1, -1), [], [], []
+        for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+            shares.append(1 + signal @ signal.mT / n_in)
+            if n_out == 1:
+                G.append(1.5 * signal @ signal.mT / n_in)
+            weights.append(drawn("uniform", 1.5 / n_in, (count // 12, n_out, n_in), generator))
+            signal = (signal @ weights[-1].mT).tanh()
+            slopes.append(1 - signal**2)
+        back, kernel = torch.ones(count // 12, 2, 1, dtype=torch.float64), 0.0
+        for layer in reversed(range(4)):
+            kernel = kernel + shares[layer] * (back @ back.mT)
+            if layer:
+                back = (back @ weights[layer]) * slopes[layer - 1]
+        H.append(kernel)
+    for values, start, correction in ((torch.cat(G), last.K, last.G1), (torch.cat(H), last.Theta, last.Theta1)):
+        for a, b in ((0, 0), (0, 1), (1, 1)):
+            measured, error = mean_and_error(16 * (values[:, a, b] - start[a, b]))
+            assert abs(measured - float(correction[a, b])) < 4 * error
+    measured, error = mean_and_error(16 * (torch.cat(G)[:, 0, 0] - last.K[0, 0]))
+    assert abs(measured - float(other.G1[0, 0])) > 8 * error
