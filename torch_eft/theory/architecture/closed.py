@@ -69,7 +69,7 @@ def _obstacle(
     if isinstance(node, Affine) and node.lambda_gain:
         for reader in architecture.consumers(index):
             if not _linear_reader(architecture, reader):
-                return f"the gains of {node.name!r} are read by {architecture.nodes[reader].name!r}"
+                return f"{node.name!r} are read by {architecture.nodes[reader].name!r}"
     return None
 
 

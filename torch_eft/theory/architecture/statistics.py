@@ -266,5 +266,7 @@ def _validity(architecture: Architecture, epsilon: float, sd: float) -> Validity
             "fewer groups"
         )
         flag = "caution" if flag == "valid" else flag
+    if (reason := obstacle(architecture)) is not None:
+        reasons.append(f"K and Theta are averages over drawn neurons, with their errors: {reason}")
     reasons += architecture.remarks
     return Validity(flag, reasons, numbers)  # type: ignore[arg-type]
