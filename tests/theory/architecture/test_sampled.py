@@ -35,4 +35,5 @@ def test_activations_behind_sums_and_with_kinks_have_no_closed_form():
     image = torch.randn(1, 3, 4, dtype=torch.float64)
     found = theory.architecture_statistics(theory.read_architecture(model, image), image, num_samples=512)
     assert {"Theta", "K"} <= set(found.error)
-    assert "averages over drawn neurons, with their errors: 'gains of 3.norm2' are read by 'add'" in found.validity.reason
+    reason = found.validity.reason
+    assert "averages over drawn neurons, with their errors: 'gains of 3.norm2' are read by 'add'" in reason
