@@ -114,7 +114,7 @@ def diagnose(
                 return measured_diagnosis(model_or_ensemble, x, reason, output_fn, networks, initialize, step)
 
             if num_networks is not None or initialize is not None:
-                return measured(str(error))
+                return measured(f"{error}. Without num_networks and initialize its layers are read, where they can be")
             try:
                 architecture = _read(model_or_ensemble, inputs, optimizer, output_fn)
                 with working("diagnosing the network"):

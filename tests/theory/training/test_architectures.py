@@ -117,45 +117,47 @@ def wide(n):
     return nn.Sequential(nn.Conv1d(2, n, 3, padding=1), Skip(n), *last)
 
 
+STEPS = (0, 4, 20)
+
+
+def trained_outputs(n, seeds, x, y, probe, rate):
+    """Outputs of networks drawn and trained by full-batch gradient descent, at ``STEPS``, (T, seeds, probes)."""
+    networks = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        networks.append(wide(n))
+    theta, _ = stack_module_state(networks)
+    theta = {name: value.detach() for name, value in theta.items()}
+    gradient = vmap(grad(lambda p: (functional_call(networks[0], p, (x,)) - y).square().sum() / 2))
+    output = vmap(lambda p: functional_call(networks[0], p, (probe,))[:, 0])
+    seen = [output(theta)]
+    for t in range(1, STEPS[-1] + 1):
+        g = gradient(theta)
+        theta = {name: value - rate * g[name] for name, value in theta.items()}
+        if t in STEPS:
+            seen.append(output(theta))
+    return torch.stack(seen).double()
+
+
 @pytest.mark.slow
 def test_order_0_against_an_ensemble_of_trained_networks():
-    """600 wide networks after 0, 5 and 40 steps: means and variances of their outputs within four standard errors.
+    """Means and variances of the outputs of 300 wide networks, before and in training, within four standard errors.
 
-    Beside the next order, 3 / n of what they moved, 10 / n of variances. Targets are small: networks leave the kernel
-    regime with their square.
+    Beside the next order: 3 / n of the mean's size, and 3 / n of K + |y|^2 in the variance, which an NTK that differs
+    from seed to seed leaves where order 0 has none any more. Targets are small: networks leave the kernel regime with
+    their square.
     """
-    n, seeds, x, y, probe = (
-        150,
-        600,
-        points(4, (2, 6)).float(),
-        0.3 * torch.tensor([[1.0], [-1], [1], [-1]]),
-        points(3, (2, 6), 5),
-    )
+    n, seeds = 100, 300
+    x, y = points(4, (2, 6)).float(), 0.3 * torch.tensor([[1.0], [-1], [1], [-1]])
+    probe = torch.cat([points(3, (2, 6), 5).float(), x[:1]])
     architecture = theory.read_architecture(wide(n), x)
-    probe = torch.cat([probe.float(), x[:1]])
     rate = 0.5 / float(torch.linalg.eigvalsh(theory.architecture_kernels(architecture, x)[1])[-1])
-    training = Training(learning_rate=rate, steps=40, reduction="sum")
-    found = theory.predict_training(architecture, x, y, probe, training, order=0, at_steps=[0, 5, 40])
-    step = vmap(grad(lambda p, m: (functional_call(m, p, (x,)) - y).square().sum() / 2), in_dims=(0, None))
-    outputs = []
-    for start in range(0, seeds, 100):
-        networks = []
-        for seed in range(start, start + 100):
-            torch.manual_seed(seed)
-            networks.append(wide(n))
-        theta, _ = stack_module_state(networks)
-        theta = {name: value.detach() for name, value in theta.items()}
-        seen = []
-        for t in range(41):
-            if t in (0, 5, 40):
-                seen.append(vmap(lambda p, m=networks[0]: functional_call(m, p, (probe,))[:, 0])(theta))
-            g = step(theta, networks[0])
-            theta = {name: value - rate * g[name] for name, value in theta.items()}
-        outputs.append(torch.stack(seen))
-    z = torch.cat(outputs, 1).double()  # (T, seeds, probes)
-    variance = found.output_covariance[..., 0, 0].diagonal(dim1=1, dim2=2)
-    mean = found.output_mean[..., 0]
+    training = Training(learning_rate=rate, steps=STEPS[-1], reduction="sum")
+    found = theory.predict_training(architecture, x, y, probe, training, order=0, at_steps=STEPS)
+    z = trained_outputs(n, seeds, x, y, probe, rate)
+    mean, variance = found.output_mean[..., 0], found.output_covariance[..., 0, 0].diagonal(dim1=1, dim2=2)
     off = (z.mean(1) - mean).abs() - 4 * z.std(1) / seeds**0.5 - 3 / n * mean.abs().max()
     assert bool((off < 0).all()), (z.mean(1), mean)
-    ratio = z.var(1) / variance
-    assert bool(((ratio - 1).abs() < 4 * (2 / seeds) ** 0.5 + 10 / n).all()), ratio
+    squares = (z - z.mean(1, keepdim=True)).square()
+    off = (z.var(1) - variance).abs() - 4 * squares.std(1) / seeds**0.5 - 3 / n * (variance[0].max() + 0.09)
+    assert bool((off < 0).all()), (z.var(1), variance)
