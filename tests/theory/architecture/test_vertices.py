@@ -181,7 +181,7 @@ def test_two_convolutions_extrapolated_in_width():
             parts.append([value.mean(0) for value in network.parts()[2:]])
         return [torch.stack(some) for some in zip(*parts, strict=True)]
 
-    for name, narrow, wide in zip("BF", measured(8, 1500), measured(16, 1500), strict=True):
+    for name, narrow, wide in zip("BF", measured(8, 1000), measured(16, 1000), strict=True):
         expected = getattr(found, name)
 
         def along(values, expected=expected):
@@ -220,12 +220,12 @@ def test_training_of_a_chain():
 
 @pytest.mark.slow
 def test_drift_of_trained_chains():
-    """P .. U with patch averages and unequal channels: 1000 pairs of networks of two widths, extrapolated a + b / n."""
+    """P .. U with patch averages and unequal channels: 600 pairs of networks of two widths, extrapolated a + b / n."""
     measured = {}
     options = [HYPERPARAMETERS[name] for name in ("C_b", "C_W", "lambda_b", "lambda_W")]
     for n in (24, 48):
         network, x, y = trained_case(n)
-        drift, output = drift_and_output(x, (n, 2 * n), options, y[:, 0], 0.08, 40, 1000)
+        drift, output = drift_and_output(x, (n, 2 * n), options, y[:, 0], 0.08, 40, 600, batch=200)
         measured[n] = 2 * n * drift, 2 * n * output
     forecast, plain = (
         predict_training(
