@@ -80,6 +80,7 @@ def test_what_explodes_or_vanishes_is_found_and_advised_in_the_networks_own_term
     assert "times the neurons (channels), or fewer layers" in spread.remedy and "with 16" in spread.remedy
     quiet = eft.diagnose(chain(0.3, depth=8), x)
     assert quiet.gradient_growth < 0.1
+    assert "gradients vanish" in quiet.verdict or "its last layers most" in quiet.verdict
 
 
 def test_a_residual_network_is_derived_in_words():
@@ -113,9 +114,6 @@ def test_what_is_not_derived_is_measured_and_says_why():
 @pytest.mark.slow
 def test_derived_and_measured_agree():
     """16 networks tell a spread to 18 %: within four standard errors."""
-    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
-    found = eft.diagnose(nn.Sequential(*pre_norm(nn.GELU(), gain=1.0, n=64)), x, beside=True)
-    assert found.measured.num_networks in (0, 16)
     model = nn.Sequential(
         nn.Conv1d(1, 32, 3), nn.Tanh(), nn.Conv1d(32, 32, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 2)
     )

@@ -86,7 +86,7 @@ def architecture_diagnosis(
         findings = (fast, *findings)
     return ArchitectureDiagnosis(
         network=f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
-        verdict=_verdict(found, findings, plateau),
+        verdict=_verdict(found, findings, growth, plateau),
         gradients=_gradients(growth, len(hidden)),
         warnings=findings,
         advice=advice(findings),
@@ -128,7 +128,9 @@ def _gradients(growth: float | None, layers: int) -> str:
     )
 
 
-def _verdict(found: ArchitectureStatistics, findings: tuple[Finding, ...], plateau: float | None) -> str:
+def _verdict(
+    found: ArchitectureStatistics, findings: tuple[Finding, ...], growth: float | None, plateau: float | None
+) -> str:
     codes = {finding.code for finding in findings}
     if "gradients vanish" in codes and plateau is not None:
         return f"gradients vanish: {plateau_words(plateau, plateau_steps(plateau))}"
@@ -140,6 +142,8 @@ def _verdict(found: ArchitectureStatistics, findings: tuple[Finding, ...], plate
     if "too deep" in codes:
         return f"too deep for its width, {seeds}"
     trains = "trains, with warnings" if codes - {"edge", "spread"} else "trains"
+    if growth is not None and growth < 1 / GROWTH:
+        return f"{trains}, its last layers most: squared gradients shrink to {growth:.2g} at the first, {seeds}"
     return f"{trains}: gradients pass its depth, {seeds}"
 
 
