@@ -11,7 +11,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from tests.oracles.models import ConvNet, Recurrent, Tied, TwoInputs, mlp
+from torch_eft.measure.forward.isolation import isolated
+from torch_eft.measure.forward.probe import as_probe
 from torch_eft.measure.jets import jet as jets
+from torch_eft.measure.jets.reverse import projected_series_by_reverse_mode, series_by_reverse_mode
 from torch_eft.measure.taylor import series as taylor
 from torch_eft.measure.taylor.series import taylor_series, taylor_sizes, taylor_terms
 
@@ -234,8 +237,10 @@ def test_a_wrong_rule_is_refused(monkeypatch):
     x = torch.randn(5, 4, dtype=DTYPE)
     right = jets._RULES[torch.tanh]
     calls = []
-    by_reverse_mode = taylor.series_by_reverse_mode
-    monkeypatch.setattr(taylor, "series_by_reverse_mode", lambda *args: calls.append(1) or by_reverse_mode(*args))
+    by_reverse_mode = taylor.projected_series_by_reverse_mode
+    monkeypatch.setattr(
+        taylor, "projected_series_by_reverse_mode", lambda *args: calls.append(1) or by_reverse_mode(*args)
+    )
     wrong = lambda h: type(h)([*right(h)[:3], None if right(h)[3] is None else 0.5 * right(h)[3]])  # noqa: E731
     monkeypatch.setitem(jets._RULES, torch.tanh, wrong)
     with pytest.raises(ValueError, match=r"^model: the Taylor term of order 3 is .* by jets and .* by reverse mode"):
@@ -381,3 +386,15 @@ def test_bad_input():
 class Root(nn.Module):
     def forward(self, x):
         return F.softplus(x).sub(math.log(2)).clamp_min(0).sqrt()
+
+
+def test_reverse_mode_takes_samples_in_blocks():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.GELU(), nn.Flatten(), nn.Linear(48, 2)).double()
+    x, pattern = torch.randn(5, 1, 6, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    with isolated(model, None) as base:
+        direction = {name: 0.1 * torch.randn_like(value) for name, value in base.params.items()}
+        arguments = base, direction, as_probe(x), 3, pattern
+        whole = series_by_reverse_mode(*arguments)
+        for memory in (1, 2 * 18 * 3000, 2**30):
+            assert torch.allclose(projected_series_by_reverse_mode(*arguments, memory), whole, rtol=1e-12)

@@ -74,7 +74,11 @@ class Probe:
 
     def first(self, count: int) -> "Probe":
         """Return the probe of the first samples, up to ``count``."""
-        return self if self.size <= count else Probe(tree_map_only(Tensor, lambda x: x[:count], self.inputs))
+        return self if self.size <= count else self.part(slice(count))
+
+    def part(self, samples: slice) -> "Probe":
+        """Return the probe of some of the samples."""
+        return Probe(tree_map_only(Tensor, lambda x: x[samples], self.inputs))
 
     @property
     def description(self) -> str:

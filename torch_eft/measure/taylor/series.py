@@ -33,7 +33,7 @@ from torch_eft.measure.forward.kinks import bounded_norms, cut_operations
 from torch_eft.measure.forward.output import checked_output
 from torch_eft.measure.forward.probe import OutputFn, Probe, as_probe
 from torch_eft.measure.jets.jet import MAX_ORDER, NoJetRuleError, coefficients_of, lift, watch_kinks
-from torch_eft.measure.jets.reverse import series_by_reverse_mode
+from torch_eft.measure.jets.reverse import projected_series_by_reverse_mode, series_by_reverse_mode
 from torch_eft.results.presentation.repr import short_repr
 
 JETS = "jets"
@@ -395,7 +395,7 @@ def _compare(
     generator = torch.Generator(device="cpu").manual_seed(0)
     pattern = torch.randn(terms.shape[1:], generator=generator, device="cpu").to(terms)
     try:
-        expected = series_by_reverse_mode(base, direction, probe, max(orders), pattern)
+        expected = projected_series_by_reverse_mode(base, direction, probe, max(orders), pattern)
     except ValueError as error:
         _log.info("torch_eft: terms not compared with reverse mode: %s", error)
         return
