@@ -91,6 +91,39 @@ def test_reading_leaves_no_trace():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_batch_that_was_traced_is_no_part_of_the_inputs():
+    """Sizes written down by the forward, in-place operations on inputs, gains of flattened positions."""
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm, self.last = nn.Conv1d(2, 32, 2), nn.BatchNorm1d(96), nn.Linear(96, 1)
+
+        def forward(self, x):
+            x = torch.cat([x, x.new_zeros(x.shape[0], 4)], 1).sub_(0.5)
+            h = self.layer(x.view(x.shape[0], 2, 4)).flatten(1)
+            return self.last(torch.tanh(self.norm(h)))
+
+    x = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    before, model = x.clone(), Padded().eval()
+    architecture = theory.read_architecture(model, x)
+    found = theory.architecture_statistics(architecture, x, num_samples=8)
+    assert torch.equal(x, before)
+    (data,) = [node for node in architecture.nodes if isinstance(node, Data)]
+    prepared = torch.cat([x, torch.zeros(3, 4)], 1).sub(0.5).view(3, 2, 4).mT
+    assert torch.equal(data.prepare(x), prepared)
+    (gains,) = [node for node in architecture.nodes if isinstance(node, Affine)]
+    assert gains.per_position
+    assert found.Theta.shape == (3, 3)
+
+
+def test_trained_weights_are_told():
+    model = nn.Sequential(nn.Linear(4, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 1))
+    with torch.no_grad():
+        model[2].weight.add_(0.1)
+    assert "weights of '2' follow no known law" in " ".join(theory.read_architecture(model, torch.zeros(1, 4)).remarks)
+
+
 def test_inputs_may_be_prepared_in_the_forward():
     """Patches, cut by a reshape of the inputs, are a convolution whose stride is its kernel."""
 

@@ -40,6 +40,42 @@ def changed_through_a_view(h):
     return h
 
 
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+def without_gradients(m, x):
+    with torch.no_grad():
+        h = torch.tanh(m.first(x))
+    return m.second(h)
+
+
+def changed_behind_a_view(m, x):
+    h = m.first(x)
+    v = h.view(2, 4, 1)
+    h.relu_()
+    return v.flatten(1)
+
+
+def eye(layer):
+    nn.init.eye_(layer.weight)
+    return layer
+
+
+def copied(m, x):
+    return m.second(m.first(x))
+
+
+COPIED = Forward(copied)
+COPIED.second.load_state_dict(COPIED.first.state_dict())
+
+
 IMAGE, ROW = torch.zeros(2, 1, 4, 4), torch.zeros(2, 4)
 TOKENS = torch.zeros(2, 3, 4)
 CASES = {
@@ -84,6 +120,41 @@ CASES = {
         "normalize over channels",
     ),
     "channel mean": (Forward(lambda m, x: m.first(x).mean(2)), torch.zeros(2, 4, 4), "average over positions alone"),
+    "no gradients": (Forward(without_gradients), ROW, r"gradient of 'first\.weight' .*no_grad"),
+    "a backward of its own": (Forward(lambda m, x: Reversed.apply(m.first(x))), ROW, "gradient of 'first"),
+    "samples that mix": (Forward(lambda m, x: m.first(x - x.mean(0))), ROW, "outputs are not those of the operations"),
+    "samples not first": (
+        Forward(lambda m, x: m.first(x.transpose(0, 1)).mean(1)),
+        torch.zeros(2, 2, 4),
+        "outputs are not",
+    ),
+    "noise": (Forward(lambda m, x: m.first(x + torch.randn_like(x))), ROW, r"draws random numbers: model\.eval"),
+    "dropout of inputs": (nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1)), ROW, r"random numbers: model\.eval"),
+    "BatchNorm of inputs": (
+        nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 1)),
+        ROW,
+        "BatchNorm in training mode",
+    ),
+    "another threshold": (Forward(lambda m, x: F.softplus(m.first(x), 1.0, 0.5)), ROW, "use threshold = 20"),
+    "rounding": (
+        Forward(lambda m, x: torch.div(m.first(x), 0.1, rounding_mode="floor")),
+        ROW,
+        "division that rounds",
+    ),
+    "subtracted from a constant": (Forward(lambda m, x: 1.0 - m.first(x)), ROW, "leave the constant out"),
+    "norm of positions": (
+        nn.Sequential(nn.Linear(4, 8), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(24, 1)),
+        TOKENS,
+        "GroupNorm whose second dimension is not the channels",
+    ),
+    "BatchNorm of positions": (
+        nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(24, 1)).eval(),
+        TOKENS,
+        "BatchNorm whose second dimension is not the channels",
+    ),
+    "an identity": (nn.Sequential(nn.Linear(4, 4), eye(nn.Linear(4, 4)), nn.Linear(4, 1)), ROW, "weights of '1' are 0"),
+    "a copied layer": (COPIED, ROW, r"'first\.weight' and 'second\.weight' have the same values"),
+    "changed behind a view": (Forward(changed_behind_a_view), ROW, "changed in place"),
     "changed in place": (Forward(lambda m, x: changed_through_a_view(m.first(x))), ROW, "changed in place"),
 }
 

@@ -13,12 +13,19 @@ import torch
 from torch import Tensor
 
 from torch_eft.theory.architecture.label_maps import LabelMaps, identity_maps
-from torch_eft.theory.architecture.nodes import Architecture, Data, Node, Pool, Weight
+from torch_eft.theory.architecture.nodes import Affine, Architecture, Data, Node, Pool, Weight
+from torch_eft.theory.architecture.reading.checking import Held
 from torch_eft.theory.architecture.reading.initialization import Drawn, layer_laws, remarks
-from torch_eft.theory.architecture.reading.weight_laws import weight_statistics
+from torch_eft.theory.architecture.reading.weight_laws import WeightStatistics, weight_statistics
 
 Axis = str | int
 Dims = tuple[tuple[Axis, ...], ...]
+
+
+BATCH_NORM_TRAINING = (
+    "BatchNorm in training mode is not covered: every output depends on the whole batch. model.eval(), or use "
+    "GroupNorm or LayerNorm; else use seeds (measure.statistics_over_seeds, eft.predict_from_networks)"
+)
 
 
 class NotReadableError(ValueError):
@@ -92,7 +99,9 @@ class Graph:
         self.traced, self.lambdas = traced, lambdas
         self.nodes: list[Node] = []
         self.positions: list[tuple[int, ...]] = []
+        self.held: dict[int, Held] = {}
         self.used: dict[int, str] = {}
+        self._first_of: dict[Any, Parameter] = {}
         self._drawn: dict[int, Drawn] = {}
         self._values: dict[Any, Any] = {}
         self._overwritten: set[Any] = set()
@@ -104,7 +113,7 @@ class Graph:
                 self._values[node] = Parameter(name, parameters[name])
             else:
                 self._values[node] = _constant(buffers[name])
-        self._values[places[-1]] = Raw(lambda x: x, tuple(places[-1].meta["val"].shape), True)
+        self._values[places[-1]] = Raw(_as_it_is, tuple(places[-1].meta["val"].shape), True)
 
     def constant(self, node: Any) -> None:
         """Enter a tensor that the forward makes itself."""
@@ -133,29 +142,42 @@ class Graph:
             self._values[node] = self._raw(node, inner)
         first = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
         if first is not None:
-            if name.split(".")[0].endswith("_") and not name.startswith("_"):
-                while first is not None:
-                    self._overwritten.add(first)
-                    first = self._views.get(first)
+            if in_place(name):
+                shared = self._origin(first)
+                self._overwritten.update(each for each in self._values if self._origin(each) is shared)
             elif name.split(".")[0] in _VIEWS:
                 self._views[node] = first
 
+    def _origin(self, node: Any) -> Any:
+        """What a view is of."""
+        while node in self._views:
+            node = self._views[node]
+        return node
+
     def _raw(self, node: Any, inner: list[Any]) -> Raw:
+        """What an operation makes of the inputs alone; refused where it is not the same for every call and batch."""
+        name, given = str(node.target).removeprefix("aten.").split(".")[0], list(node.args)
+        if name == "batch_norm" and given[5]:
+            raise NotReadableError(BATCH_NORM_TRAINING)
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if random and not ("dropout" in name and not (given[1] and given[2])):
+            raise NotReadableError(
+                f"{name.strip('_')} of the inputs draws random numbers: model.eval(), or leave it to the data"
+            )
         kept = {each: self._values[each] for each in node.all_input_nodes}
         target, args, keywords = node.target, node.args, node.kwargs
         value = node.meta.get("val")
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+        changes = in_place(str(target).removeprefix("aten."))
 
         def compute(x: Tensor) -> Any:
             def look(each: torch.fx.Node) -> Any:
                 return kept[each].compute(x)
 
-            sizes = torch.fx.map_arg(args, look)
-            if "view" in str(target) or "reshape" in str(target):  # the batch that was traced had two samples
-                wanted = list(sizes[1])
-                wanted[0] = -1 if wanted[0] == 2 and -1 not in wanted else wanted[0]
-                sizes = (sizes[0], wanted, *sizes[2:])
-            return target(*sizes, **torch.fx.map_arg(keywords, look))
+            given = torch.fx.map_arg(args, look)
+            if changes:
+                given = (given[0].clone(), *given[1:])
+            return target(*given, **torch.fx.map_arg(keywords, look))
 
         return Raw(compute, shape, any(isinstance(one, Raw) and one.of_inputs for one in inner))
 
@@ -164,6 +186,21 @@ class Graph:
         self.nodes.append(node)
         self.positions.append(positions)
         return len(self.nodes) - 1
+
+    def affine(
+        self,
+        value: Value,
+        gain: Parameter | None,
+        bias: Parameter | None,
+        node: Affine,
+        arranged: Callable[[Tensor], Tensor],
+        factor: float,
+    ) -> Value:
+        """Append gains and biases, which ``arranged`` puts into (channels, positions)."""
+        index = self.add(node, self.positions[value.node])
+        names = [None if each is None else each.name for each in (gain, bias)]
+        self.held[index] = Held(names[0], names[1], arranged, factor)
+        return Value(index, value.dims)
 
     def pool(self, value: Value, axes: Mapping[int, Tensor], name: str) -> int:
         """Append a linear map of some axes of positions."""
@@ -180,16 +217,28 @@ class Graph:
             raise NotReadableError(f"{name} reads a tensor that does not begin with the samples; keep (N, ...)")
         order = [d for d in range(1, len(raw.shape)) if d != channel]
         sizes = tuple(raw.shape[d] for d in order)
-        node = Data(raw.shape[channel], sizes, lambda x: raw.compute(x).permute(0, *order, channel), name)
+
+        def prepare(x: Tensor) -> Tensor:
+            return _two_by_two(raw, x).permute(0, *order, channel)
+
+        node = Data(raw.shape[channel], sizes, prepare, name)
         index = self.add(node, sizes)
         dims: list[tuple[Axis, ...]] = [("n",)]
         dims += [("c",) if d == channel else (order.index(d),) for d in range(1, len(raw.shape))]
         return Value(index, tuple(dims))
 
     def weight(
-        self, value: Value, weight: Any, bias: Any, maps: LabelMaps, channels: int, dims: Dims, name: str
+        self,
+        value: Value,
+        weight: Any,
+        bias: Any,
+        maps: LabelMaps,
+        channels: int,
+        dims: Dims,
+        name: str,
+        arranged: Callable[[Tensor], Tensor],
     ) -> Value:
-        """Append a layer, with the law of its weights."""
+        """Append a layer, with the law of its weights, which ``arranged`` puts into (channels, before, k)."""
         weight, bias = self._own(weight, "weight", name), self._own(bias, "bias", name)
         layer = weight.name.removesuffix(".weight")
         fan_in = weight.tensor.numel() // channels
@@ -199,6 +248,7 @@ class Graph:
             raise NotReadableError(
                 f"the weights of {layer!r} are {'all 0' if W.variance == 0 else 'no random numbers'}"
             )
+        self._check_drawn(weight, layer, W)
         node = Weight(
             (value.node,),
             channels,
@@ -208,9 +258,26 @@ class Graph:
             name=layer,
         )
         index = self.add(node, maps.outputs)
+        self.held[index] = Held(weight.name, None if bias is None else bias.name, arranged)
         fan_out = weight.tensor.numel() // weight.tensor.shape[1]
-        self._drawn[index] = Drawn(W, b, fan_in, fan_out, channels, weight.tensor.ndim > 2)
+        self._drawn[index] = Drawn(W, b, fan_in, fan_out, channels, weight.tensor.ndim > 2, layer)
         return Value(index, dims)
+
+    def _check_drawn(self, weight: Parameter, layer: str, W: WeightStatistics) -> None:
+        """Refuse weights that are no draws of their own: mostly 0, or those of another layer."""
+        zeros = float((weight.tensor.detach() == 0).double().mean())
+        if zeros > 0.5:
+            raise NotReadableError(
+                f"{100 * zeros:.3g} % of the weights of {layer!r} are 0 (an identity, sparse, pruned); the theory is "
+                "of weights that are drawn independently: initialize them anew"
+            )
+        key = (tuple(weight.tensor.shape), W.variance, W.largest)
+        other = self._first_of.setdefault(key, weight)
+        if other is not weight and torch.equal(other.tensor.detach(), weight.tensor.detach()):
+            raise NotReadableError(
+                f"{other.name!r} and {weight.name!r} have the same values (a layer was copied); the theory is of "
+                "weights that are drawn independently: initialize one anew (reset_parameters)"
+            )
 
     def _own(self, given: Any, what: str, name: str) -> Any:
         if given is None and what == "bias":
@@ -268,6 +335,24 @@ class Graph:
         return nodes[:count], remarks(layers, laws)
 
 
+def in_place(name: str) -> bool:
+    """Whether an operation changes its first argument."""
+    plain = name.split(".")[0]
+    return plain.endswith("_") and not plain.startswith("_")
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _two_by_two(raw: Raw, x: Tensor) -> Tensor:
+    """What is made of the inputs, in batches of the size that was traced: the forward may have written it down."""
+    if raw.compute is _as_it_is:
+        return x
+    parts = [raw.compute(torch.cat([x, x[-1:]])[start : start + 2]) for start in range(0, len(x), 2)]
+    return torch.cat(parts)[: len(x)]
+
+
 def _constant(tensor: Tensor) -> Raw:
     return Raw(lambda x: tensor.to(x.device), tuple(tensor.shape), False)
 
@@ -290,6 +375,7 @@ def view_dims(dims: Dims, sizes: Mapping[Axis, int], shape: Sequence[int]) -> Di
 
 _VIEWS = {
     "view", "reshape", "flatten", "permute", "transpose", "t", "squeeze", "unsqueeze", "alias", "select", "slice",
-    "expand", "movedim", "unflatten", "narrow", "to", "contiguous", "detach", "dropout", "identity",
+    "expand", "movedim", "mT", "numpy_T", "chunk", "split", "unbind", "view_as", "unflatten",
+    "narrow", "to", "contiguous", "detach", "dropout", "identity",
 }  # fmt: skip
 """Operations whose result can share memory with what they read."""

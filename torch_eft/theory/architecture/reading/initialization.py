@@ -24,6 +24,7 @@ class Drawn:
         fan_out: Weights from one.
         neurons: After it.
         convolution: Whether it is one, or a dense layer.
+        name: Of the layer.
     """
 
     W: WeightStatistics
@@ -32,6 +33,7 @@ class Drawn:
     fan_out: int
     neurons: int
     convolution: bool
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,13 @@ def remarks(layers: Sequence[Drawn], laws: Sequence[LayerLaw]) -> tuple[str, ...
         found.append(
             f"C_b = {first.C_b:.3g} is the mean square of this network's biases, good to {100 * error:.2g} %: K and "
             "Theta are as uncertain; build the architecture of nodes if it is known better"
+        )
+    unknown = [layer.name for layer in layers if layer.W.distribution == "other"]
+    if unknown:
+        found.append(
+            f"the weights of {', '.join(map(repr, unknown[:3]))}{' and others' if len(unknown) > 3 else ''} follow no "
+            "known law of initialization; they are taken for independent Gaussian draws of their mean square, which "
+            "they are not if the network was trained: read it before training"
         )
     if any(law.weight_law == "orthogonal" for law in laws):
         found.append(

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from torch_eft.theory.architecture.label_maps import (
@@ -45,6 +46,7 @@ _REFUSED = {
     "rnn": f"recurrent layers are not covered: {USE_SEEDS}",
     "prelu": "PReLU learns its slope and is not covered: use nn.LeakyReLU",
     "detach": f"detach cuts the gradient and is not covered: {USE_SEEDS}",
+    "rsub": "subtracting from a constant is not covered: leave the constant out, and negate",
     "upsample": f"upsampling is not covered: {USE_SEEDS}",
 }
 
@@ -110,7 +112,14 @@ def _linear(graph: Graph, node: Any, args: list[Any], keywords: dict[str, Any]) 
         )
     )
     dims = (*x.dims[:-1], ("c",))
-    return graph.weight(x, weight, bias, maps, traced_shape(node)[-1], dims, "a Linear")
+    sizes = [_sizes(graph, x, traced_shape(node.args[0]))[axis] for axis in last]
+    order = sorted(range(len(last)), key=lambda place: -1 if last[place] == "c" else int(last[place]))
+    channels = sizes[order[0]]
+
+    def arranged(W: Tensor) -> Tensor:
+        return W.reshape(len(W), *sizes).permute(0, *(1 + place for place in order)).reshape(len(W), channels, -1)
+
+    return graph.weight(x, weight, bias, maps, traced_shape(node)[-1], dims, "a Linear", arranged)
 
 
 def _convolution(graph: Graph, node: Any, args: list[Any], keywords: dict[str, Any], *, axes: int) -> Value:
@@ -142,7 +151,17 @@ def _convolution(graph: Graph, node: Any, args: list[Any], keywords: dict[str, A
             pad = (entry(padding, d), entry(padding, d))
         made[axis] = convolution_axis(before[axis], kernel[d], stride=step, padding=pad, dilation=spread)
     dims = (x.dims[0], ("c",), *((axis,) for axis in places))
-    return graph.weight(x, weight, bias, LabelMaps(tuple(made)), traced_shape(node)[1], dims, "a convolution")
+    order = sorted(range(axes), key=places.__getitem__)
+    return graph.weight(
+        x,
+        weight,
+        bias,
+        LabelMaps(tuple(made)),
+        traced_shape(node)[1],
+        dims,
+        "a convolution",
+        lambda W: W.permute(0, 1, *(2 + d for d in order)).flatten(2),
+    )
 
 
 _CONVOLUTION = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -219,6 +238,8 @@ def _scaled(graph: Graph, value: Value, factor: float) -> Value:
 
 
 def _product(graph: Graph, node: Any, args: list[Any], keywords: dict[str, Any], *, power: int = 1) -> Value:
+    if keywords.get("rounding_mode"):
+        raise NotReadableError(f"a division that rounds is not covered: {USE_SEEDS}")
     if all(isinstance(each, Value) for each in args[:2]):
         raise NotReadableError(
             f"gating (a product of two values of the network) is not covered: {USE_SEEDS}; a fused activation "
@@ -247,7 +268,15 @@ def _elu(alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Ac
     return Activation(f"elu({alpha:g})", lambda z: scale * F.elu(input_scale * z, alpha), kinks=(0.0,))
 
 
+_LINEAR_FROM = 15.0
+"""Where softplus is linear to 3e-7."""
+
+
 def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
+    if threshold < _LINEAR_FROM:
+        raise NotReadableError(
+            f"softplus that is linear beyond {threshold:g} jumps there and is not covered: use threshold = 20"
+        )
     if beta == 1.0:
         return get_activation("softplus")
     return Activation(f"softplus({beta:g})", lambda z: torch.logaddexp(beta * z, torch.zeros_like(z)) / beta)

@@ -1,7 +1,8 @@
 """Reads an architecture off a module by tracing its forward into tensor operations.
 
 The forward runs once on tensors without values, so that nothing of the module changes and no random number is drawn.
-Parameters are told by identity; what is computed from the inputs alone, in front of the first layer, is data.
+Parameters are told by identity; what is computed from the inputs alone, in front of the first layer, is data. In the
+end the module runs on random inputs, and its outputs and gradients are compared with those of what was read.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torch_eft.theory.architecture.nodes import Architecture
+from torch_eft.theory.architecture.reading.arguments import USE_SEEDS
+from torch_eft.theory.architecture.reading.checking import disagreement
 from torch_eft.theory.architecture.reading.graph import Graph, NotReadableError
 from torch_eft.theory.architecture.reading.operations import read_operation
 
@@ -57,7 +60,10 @@ def read_architecture(module: Any, x: Tensor, *, lambdas: Mapping[str, float] | 
     def forward(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Any:
         return functional_call(module, {**parameters, **buffers}, (x,))
 
-    placed = [{name: each.detach().cpu() for name, each in held.items()} for held in (parameters, buffers)]
+    placed = [
+        {name: each.detach().cpu().requires_grad_(each.requires_grad) for name, each in held.items()}
+        for held in (parameters, buffers)
+    ]
     try:
         with torch.no_grad():
             traced = make_fx(forward, tracing_mode="fake", pre_dispatch=True)(*placed, inputs)
@@ -73,5 +79,9 @@ def read_architecture(module: Any, x: Tensor, *, lambdas: Mapping[str, float] | 
         elif node.op == "get_attr":
             graph.constant(node)
         elif node.op == "output":
-            return graph.finished(node)
+            found = graph.finished(node)
+            difference = disagreement(module, found, graph.held, placed[0], placed[1], x)
+            if difference is None:
+                return found
+            raise NotReadableError(f"the forward is not what it was read as: {difference}; {USE_SEEDS}")
     raise NotReadableError("the forward returns nothing")
