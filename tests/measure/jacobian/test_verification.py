@@ -314,3 +314,45 @@ def test_jacobian_and_kernel_are_compared_in_one_wait_for_the_device(monkeypatch
         measure.ntk(model, x)
         assert waits == ["tolist"]
         waits.clear()
+
+
+class Raised(nn.Module):
+    """PReLU behind a parameter whose use is not recognized."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.power, self.head = nn.Linear(4, 24), nn.Parameter(torch.zeros(24)), nn.Linear(24, 2)
+        self.act = nn.Sequential(nn.Unflatten(1, (6, 4)), nn.PReLU(), nn.Flatten())
+
+    def forward(self, x):
+        return self.head(self.act(self.body(x) * self.power.exp()))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_batching_rules_that_are_wrong(wrong, monkeypatch):
+    """torch's of PReLU is not used; where another one is found out, every sample goes alone, at once."""
+    ways, own, right = [], fallback._first_order, fallback.vmap
+
+    def watched(*arguments):
+        ways.append(arguments[-1])
+        return own(*arguments)
+
+    def doubled(*arguments, **options):
+        return lambda *given: {name: 2 * J for name, J in right(*arguments, **options)(*given).items()}
+
+    monkeypatch.setattr(fallback, "_first_order", watched)
+    if wrong:
+        monkeypatch.setattr(fallback, "vmap", doubled)
+    torch.manual_seed(0)
+    model, x = Raised().double(), randn(2, 4)  # as many as outputs: torch takes one for the other
+    assert_right(model, x)
+    assert set(measure.coverage(model, x).fallback) == {"power"}
+    assert (ways[:2] == [False, True] and all(ways[1:])) if wrong else not any(ways)
+
+
+def test_an_activation_that_writes_to_a_view():
+    """A layer's output (N, T, C) is one, of the product that it is computed by."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 2)).double()
+    assert_right(model, randn(3, 2, 3))
+    assert not measure.coverage(model, randn(3, 2, 3)).fallback

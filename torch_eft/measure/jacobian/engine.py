@@ -164,7 +164,7 @@ class JacobianGram:
     def _plan_anew(self, reasons: Mapping[str, str]) -> None:
         """Plan on all samples what was planned before; leave what even then does not hold to the fallback."""
         fallback = dict(reasons) | dict(self.plan.fallback) if self._planned_on_all else {}
-        exhausted = self._planned_on_all and len(fallback) == len(self.plan.fallback)
+        exhausted = reasons.keys() <= self.plan.fallback.keys()  # no recording is at fault
         if exhausted and self.plan.looped:
             raise ValueError(untrusted(*next(iter(reasons.items()))))
         plan = make_plan(self.network, self.inputs, self.trainable, fallback, self._samples_of_a_pass)

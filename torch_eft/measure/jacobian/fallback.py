@@ -1,11 +1,12 @@
 """Jacobians formed number by number: the fallback for parameters and operations that are not recognized."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map, tree_map_only
 
 from torch_eft.measure.forward.checks import check_twice_differentiable
@@ -107,7 +108,8 @@ def _first_order(network: IsolatedModel, inputs: Any, names: Sequence[str], loop
     axes = tree_map(lambda value: 0 if isinstance(value, Tensor) else None, inputs)
     if not looped:
         try:
-            return vmap(jacrev(one_sample), in_dims=(None, axes))(own, inputs)
+            with _Batchable():
+                return vmap(jacrev(one_sample), in_dims=(None, axes))(own, inputs)
         except (RuntimeError, NotImplementedError):  # an op without a batching rule: one sample at a time
             pass
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -117,6 +119,21 @@ def _first_order(network: IsolatedModel, inputs: Any, names: Sequence[str], loop
         for name, row in zip(names, _rows(outputs, list(leaves.values()), outputs.shape[1]), strict=True):
             rows[name].append(row)
     return {name: torch.stack(parts) for name, parts in rows.items()}
+
+
+class _Batchable(TorchFunctionMode):
+    """A context in which PReLU is a choice: vmap of its reverse mode takes samples for outputs (torch 2.13)."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace ``prelu``; pass on everything else."""
+        return (_prelu if func in (torch.prelu, torch.nn.functional.prelu) else func)(*args, **(kwargs or {}))
+
+
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    slope = weight.reshape(-1, *[1] * (input.ndim - 2)) if weight.numel() > 1 else weight.reshape(())
+    return torch.where(input > 0, input, slope * input)
 
 
 def along(leaves: Mapping[str, Tensor], direction: Mapping[str, Tensor], order: int) -> dict[str, Tensor]:

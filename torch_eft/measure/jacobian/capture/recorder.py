@@ -119,6 +119,8 @@ class Capture(TorchFunctionMode):
             output = jet([part if part.requires_grad else part.detach().requires_grad_() for part in parts])
             coefficients = [part for part in output.coefficients if part is not None]
         elif output.requires_grad:
+            if output._is_view():  # what writes to a view (an activation in place) takes its place in the graph from it
+                output = torch.ops.aten._unsafe_view(output, output.shape)
             coefficients = [output]
         else:  # under no_grad: nothing depends on it
             return output
