@@ -109,6 +109,13 @@ def test_error_bars_cover_the_truth(outputs):
         assert abs(mean - true) < 3 * spread / repetitions**0.5 + next_order, name
 
 
+def test_directions_made_in_inference_mode_serve_later():
+    model, x = network(47), torch.randn(4, 8)
+    with torch.inference_mode():
+        RandomOutputs(K)(model(x))
+    assert measure.ntk(model, x, outputs="probes:16").shape == (4, 4, K, K)
+
+
 def test_small_changes_do_not_drown_in_rounding():
     H_0, H = kernels(50)
     R = RandomOutputs(K).directions(50)

@@ -65,7 +65,8 @@ class RandomOutputs:
 @functools.lru_cache(maxsize=16)
 def _directions(count: int, outputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     signs = numpy.random.default_rng(_SEED).integers(0, 2, (count, outputs), dtype=numpy.int8)
-    return torch.from_numpy(2 * signs - 1).to(device, dtype) / outputs**0.5
+    with torch.inference_mode(False):  # kept for later calls, that may record gradients
+        return torch.from_numpy(2 * signs - 1).to(device, dtype) / outputs**0.5
 
 
 def random_outputs(outputs: str | None) -> RandomOutputs | None:
