@@ -139,6 +139,37 @@ def test_a_clipped_step_ends_it_in_words():
     assert not any(tag("replay_output") in scalars for scalars in observer.history.values())
 
 
+@pytest.mark.parametrize("where", ["between backward and step", "after the step", "in the loss"])
+def test_what_changes_at_a_later_step_of_a_replay_ends_it_in_words(where):
+    """Gradients are clipped at some steps only: the error would be taken for that of the orders."""
+    count = 0
+
+    def sometimes(optimizer, *arguments):
+        nonlocal count
+        count += 1
+        if where == "between backward and step" and count % 6 == 3:
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1e-2)
+
+    def make(p, lr):
+        optimizer = torch.optim.SGD(p, lr=lr)
+        optimizer.register_step_pre_hook(sometimes)
+        return optimizer
+
+    def loss(z, y):
+        return F.mse_loss(z, y) * (3 if where == "in the loss" and count % 6 == 2 else 1)
+
+    model = mlp(16)
+
+    def shrink(step):
+        if where == "after the step" and step % 6 == 3:
+            with torch.no_grad():
+                model[0].weight.mul_(0.9)
+
+    observer, pages = watched(model, make=make, loss_function=loss, on_step=shrink)
+    assert ("the network's 3 steps are" if where != "in the loss" else "the step's loss is") in pages["replay"][-1][1]
+    assert not any(tag("replay_output") in scalars for scalars in observer.history.values())
+
+
 def test_dropout_is_refused():
     _, pages = watched(nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Tanh(), nn.Linear(8, 2)))
     assert pages["replay"][-1][1].startswith("No steps are taken again") and "drops out" in pages["replay"][-1][1]

@@ -56,19 +56,19 @@ class _Replay:
     Args:
         start: The measurement at s.
         models: Taylor models and their optimizers, by order.
+        follower: Parameters that take every step with the network's own gradient, and their optimizer.
         step: What the training minimizes.
         context: The first batch's inputs, where BatchNorm takes its statistics.
         taken: Steps so far.
-        checked: Whether the first of them was seen to be the optimizer's own.
         seconds: Spent on it so far.
     """
 
     start: Measurement
     models: dict[int, tuple[TaylorModel, Optimizer]] = field(default_factory=dict)
+    follower: tuple[TaylorModel, Optimizer] | None = None
     step: TrainedStep | None = None
     context: Any = None
     taken: int = 0
-    checked: bool = False
     seconds: float = 0.0
 
     @property
@@ -169,7 +169,7 @@ class ReplayInstrument(Instrument):
 
     def observe_loss(self, loss: Tensor) -> None:
         """Keep it until the loss is recognized."""
-        if self._replay is not None and self._replay.step is None:
+        if self._replay is not None:
             self._coming.see_loss(loss)
 
     def before_step(self, step: int, optimizer: Optimizer) -> Reading:
@@ -207,28 +207,36 @@ class ReplayInstrument(Instrument):
 
     def _take(self, replay: _Replay, optimizer: Optimizer) -> None:
         """Let every Taylor model take the coming step: the first one with the network's gradient, which is theirs."""
+        network = replay.start.model
         if replay.step is None:
-            network = replay.start.model
             check_modules(network, self._normed)
-            self._known = replay.step = self._coming.recognized(
-                network, self._output_fn, self.loss_function, self._known
-            )
+        # Every step: gradients may be clipped at some only, a scale grow, an epoch end with fewer batches.
+        known = self._known if replay.step is None else replay.step
+        replay.step = self._coming.recognized(network, self._output_fn, self.loss_function, known)
+        factor = replay.step.factor
+        gradients = {name: p.grad / factor for name, p in network.named_parameters() if p.grad is not None}
+        if replay.follower is None:
+            self._known = replay.step
             replay.context = self._coming.pairs()[0][0] if self._normed else None
             widest = TaylorModel(
                 network, taylor_order=self._orders[0], output_fn=self._output_fn, as_trained=self._normed
             )
-            factor = replay.step.factor
-            gradients = {name: p.grad / factor for name, p in network.named_parameters() if p.grad is not None}
             for order in self._orders:
                 model = widest if order == self._orders[0] else widest.of_order(order)
                 own = model.optimizer_like(optimizer)
                 replay.models[order] = model, own
                 model.step_along(gradients, own)
+            follower = widest.of_order(1)
+            replay.follower = follower, follower.optimizer_like(optimizer)
+            follower.step_along(gradients, replay.follower[1])
             return
         batches = replay.step.on(self._coming.pairs())
-        for model, own in replay.models.values():
+        for model, own in (*replay.models.values(), replay.follower):
             same_options(own, optimizer)
-            model.step_on(batches, own)
+            if model is replay.follower[0]:
+                model.step_along(gradients, own)
+            else:
+                model.step_on(batches, own)
 
     def _look(self, step: int) -> Reading:
         replay = self._replay
@@ -239,14 +247,13 @@ class ReplayInstrument(Instrument):
             self._replay = None  # frozen or thawed on the way: another network from here on
             return Reading()
         begun = time.perf_counter()
-        if not replay.checked:
-            replay.checked = True
-            deviation = _deviation(replay)
-            if not deviation <= FIRST_STEP:
-                return self._stopped(
-                    f"the network's step is {deviation:.2g} of it away from the optimizer's own (gradients clipped or "
-                    "changed after the backward pass, a step left out, or weights written elsewhere)"
-                )
+        deviation = _deviation(replay)
+        if not deviation <= FIRST_STEP:
+            which = "step is" if replay.taken == 1 else f"{replay.taken} steps are"
+            return self._stopped(
+                f"the network's {which} {deviation:.2g} of it away from the optimizer's own (gradients clipped or "
+                "changed after the backward pass, a step left out, or weights written elsewhere)"
+            )
         if replay.taken < self.steps:
             replay.seconds += time.perf_counter() - begun
             return Reading()
@@ -389,8 +396,9 @@ class ReplayInstrument(Instrument):
 
 
 def _deviation(replay: _Replay) -> float:
-    """How far the network's first step is from that of its Taylor models, which took it with the same gradient."""
-    model = replay.widest
+    """How far the network's steps are from the optimizer's with the same gradients."""
+    assert replay.follower is not None
+    model = replay.follower[0]
     theta_0 = model.theta_0
     now, sizes = dict(replay.start.model.named_parameters()), []
     for name, value in model.theta.items():
