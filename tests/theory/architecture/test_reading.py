@@ -72,9 +72,10 @@ def test_batch_norm_in_evaluation_mode_is_a_factor():
     found = theory.read_architecture(model, x)
     assert [node.factor for node in found.nodes if isinstance(node, Affine)] == [2.0]
     K = theory.architecture_statistics(found, x, num_samples=8).K["output"]
-    twice = theory.MLPEnsemble([3, 64, 1], "tanh", C_W=[4 / 3, 1 / 3], C_b=[4 / 9, 1 / 192])
+    laws = {"weight_law": "uniform", "bias_law": "uniform"}
+    twice = theory.MLPEnsemble([3, 64, 1], "tanh", C_W=[4 / 3, 1 / 3], C_b=[4 / 9, 1 / 192], **laws)
     truth = theory.initial_statistics(twice, x, statistics=["K"])[-1].K
-    assert (K / truth - 1).abs().max() < 1e-12
+    assert (K / truth - 1).abs().max() < 4e-3  # the square of what the law of biases changes, 2.7 % in all
 
 
 def test_reading_leaves_no_trace():
@@ -121,7 +122,9 @@ def test_trained_weights_are_told():
     model = nn.Sequential(nn.Linear(4, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 1))
     with torch.no_grad():
         model[2].weight.add_(0.1)
-    assert "weights of '2' follow no known law" in " ".join(theory.read_architecture(model, torch.zeros(1, 4)).remarks)
+    found = theory.architecture_statistics(theory.read_architecture(model, torch.ones(1, 4)), torch.ones(1, 4))
+    assert found.validity.flag == "caution"
+    assert "weights of '2' follow no known law" in " ".join(found.validity.reasons)
 
 
 def test_inputs_may_be_prepared_in_the_forward():
@@ -178,6 +181,10 @@ def test_an_mlp_of_torchs_initialization_has_the_spread_of_its_ensemble(activati
     laws = {"weight_law": "uniform", "bias_law": "uniform", "C_W": 1 / 3, "lambda_W": [16.0, 64.0, 64.0, 64.0]}
     ensemble = theory.MLPEnsemble([16, 64, 64, 64, 10], activation, C_b=[1 / 48] + [1 / 192] * 3, **laws)
     truth = theory.seed_spread(ensemble, x.double())
+    kernels = theory.initial_statistics(ensemble, x.double(), statistics=["K", "Theta"])[-1]
+    assert (found.K["output"] / kernels.K - 1).abs().max() < 2e-5  # 0.5 % if they were taken for Gaussian
+    assert (found.Theta / kernels.Theta - 1).abs().max() < 2e-5
+    assert "counted in K and Theta at first order" in " ".join(found.validity.reasons)
     error = {name: 4 * float(value.max()) for name, value in found.error.items()}
     assert float(found.ntk_relative_sd) == pytest.approx(truth.ntk, rel=0.02, abs=error["ntk_relative_sd"])
     assert found.ntk_trace_relative_sd == pytest.approx(truth.ntk_trace, rel=0.02, abs=error["ntk_trace_relative_sd"])

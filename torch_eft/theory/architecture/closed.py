@@ -14,6 +14,9 @@ Averages over the neurons of a population are order parameters: Phi and the vari
 <(g y)(g y)>. They are kept as tensors of the graph of automatic differentiation, so that the total derivative of a
 kernel with respect to each is at hand (``spread``). Kernels are blocks: B pairs of samples, (B, P, P) positions.
 
+The sum over a wide layer's weights is Gaussian; biases, and the weights that read the data, are numbers of their own
+law, whose fourth cumulant is counted at first order where the activation is smooth.
+
 Closed forms need Gaussian inputs of every activation: sums of weights' outputs, pooled and normalized as they may be,
 but not of another activation's.
 """
@@ -25,8 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_eft.theory.architecture.moments import activation_pairs
+from torch_eft.theory.architecture.moments import Quartic, activation_pairs
 from torch_eft.theory.architecture.nodes import Add, Affine, Architecture, Data, Elementwise, Norm, Pool, Weight
+from torch_eft.theory.gaussian.laws import EXCESS_KURTOSIS
+
+_NOT_GAUSSIAN = 2e-3
+"""Excess kurtosis from which it is counted: it changes K and Theta by at most some tenths of it."""
 
 
 def without_closed_form(architecture: Architecture) -> dict[int, str]:
@@ -154,6 +161,10 @@ class ClosedKernels:
         """Of every norm, (N, P)."""
         self.center: dict[int, Tensor] = {}
         """What a norm subtracts, (N, P), where it is not 0."""
+        self.quartic: dict[int, Quartic] = {}
+        """Of nodes that are not Gaussian by the law of biases and a first layer's weights, on the samples used."""
+        self._used, places = torch.cat([samples.rows, samples.columns]).unique(return_inverse=True)
+        self._places = places[: len(samples.rows)], places[len(samples.rows) :]
         self._pairs = {
             index: activation_pairs(node.activation)
             for index, node in enumerate(architecture.nodes)
@@ -161,6 +172,7 @@ class ClosedKernels:
         }
         for index, node in enumerate(architecture.nodes):
             self.K.append(self._forward(index, node))
+            self._follow_laws(index, node)
 
     @property
     def output_kernel(self) -> Tensor:
@@ -204,6 +216,62 @@ class ClosedKernels:
             self.mean[index] = before / self.deviation[index]
         return self._normalized(index, self.K[node.inputs[0]])
 
+    def _follow_laws(self, index: int, node: object) -> None:
+        """The part of a node that is not Gaussian: numbers of their own law that are not averaged over neurons."""
+        if isinstance(node, Data | Elementwise):
+            return
+        if isinstance(node, Weight):
+            parts = self._own_laws(index, node)
+        else:
+            known = [self.quartic[each].parts for each in node.inputs if each in self.quartic]  # type: ignore[attr-defined]
+            if not known:
+                return
+            parts = torch.cat(known, -1)
+            if isinstance(node, Pool):
+                parts = node.maps.on_labels(parts.mT)[0].mT
+            elif isinstance(node, Affine):
+                parts = parts * node.factor
+            elif isinstance(node, Norm):
+                parts = parts / self.deviation[index][self._used][..., None]
+        if parts.shape[-1]:
+            self.quartic[index] = Quartic(parts.detach())
+
+    def _own_laws(self, index: int, node: Weight) -> Tensor:
+        """Of weights that read the data, and of biases, (U, P, numbers)."""
+        found = [self.K[0].new_zeros(len(self._used), math.prod(node.maps.outputs), 0)]
+        excess = -EXCESS_KURTOSIS[node.weight_law]
+        if node.inputs[0] in self.data and excess:
+            x = self.data[node.inputs[0]][self._used]
+            patches = node.maps.on_labels(x.mT).permute(1, 3, 0, 2).flatten(2)
+            found.append(patches * (excess**0.25 * math.sqrt(node.C_W / patches.shape[-1])))
+        excess = -EXCESS_KURTOSIS[node.bias_law]
+        if node.C_b and excess:
+            found.append((excess**0.25 * math.sqrt(node.C_b)) * found[0].new_ones(*found[0].shape[:2], 1))
+        return torch.cat(found, -1)
+
+    def law_kurtosis(self) -> dict[bool, float]:
+        """The largest excess kurtosis, in size, that laws of weights and biases give what activations read.
+
+        Returns:
+            Where it is counted (True), and where it is not.
+        """
+        found = {True: 0.0, False: 0.0}
+        for index, node in enumerate(self.architecture.nodes):
+            if isinstance(node, Elementwise) and node.inputs[0] in self.quartic and node.inputs[0] in self._varied():
+                size = self.quartic[node.inputs[0]].size(self._variance(node.inputs[0])[self._used])
+                counted = index not in self.drawn and not node.activation.kinks
+                found[counted] = max(found[counted], size)
+        return {counted: size if size >= _NOT_GAUSSIAN else 0.0 for counted, size in found.items()}
+
+    def _varied(self) -> set[int]:
+        """Nodes whose variance is known."""
+        return {*self.variances, *(i for i, node in enumerate(self.architecture.nodes) if isinstance(node, Weight))}
+
+    @property
+    def drawn(self) -> set[int]:
+        """Nodes whose values are drawn."""
+        return set()
+
     def _sizes(self, index: int) -> tuple[int, ...]:
         return self.architecture.positions[index]
 
@@ -219,7 +287,13 @@ class ClosedKernels:
         rows, columns = variance[self.samples.rows], variance[self.samples.columns]
         mean = self.mean.get(read)
         means = None if mean is None else (mean[self.samples.rows], mean[self.samples.columns])
-        return self._pairs[index].moment(factor, self.K[read], rows, columns, means)  # type: ignore[arg-type]
+        found = self._pairs[index].moment(factor, self.K[read], rows, columns, means)  # type: ignore[arg-type]
+        quartic = self.quartic.get(read)
+        if quartic is None or quartic.size(variance[self._used].detach()) < _NOT_GAUSSIAN:
+            return found
+        cumulants = quartic.cumulants(*self._places)
+        more = self._pairs[index].quartic(factor, self.K[read].detach(), rows.detach(), columns.detach(), cumulants)  # type: ignore[arg-type]
+        return found if more is None else found + more
 
     def _normalized(self, index: int, X: Tensor) -> Tensor:
         one = 1 / self.deviation[index]

@@ -12,6 +12,7 @@ whose fluctuation is a common m of all of them.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -73,6 +74,59 @@ class ActivationPairs:
             return _ArcCosine.apply(K, rows, columns, self.activation.slopes, order, *(means or (None, None)))
         table = self._tables["gain" if factor == "gain" else "value"]
         return _Mehler.apply(K, rows, columns, table, int(factor == "slope"), *(means or (None, None)))
+
+    def quartic(
+        self, factor: Factor, K: Tensor, rows: Tensor, columns: Tensor, cumulants: Sequence[Tensor]
+    ) -> Tensor | None:
+        """What fourth cumulants of the two labels add, at first order; of a smooth sigma, no part of the graph.
+
+        Args:
+            factor: f.
+            K: Blocks, (B, P, P').
+            rows: K_aa, (B, P).
+            columns: K_bb, (B, P').
+            cumulants: Those of a b^3, a^2 b^2, a^3 b, (B, P, P'), and of a^4, (B, P, 1), b^4, (B, 1, P').
+
+        Returns:
+            (B, P, P'); None for an activation with a kink.
+        """
+        if self.activation.slopes is not None:
+            return None
+        table, p = self._tables["gain" if factor == "gain" else "value"], int(factor == "slope")
+        one, two, three, first, second = cumulants
+        with torch.no_grad():
+            found = first * _series(table, p + 4, p, K, rows, columns)
+            found = found + 4 * three * _series(table, p + 3, p + 1, K, rows, columns)
+            found = found + 6 * two * _series(table, p + 2, p + 2, K, rows, columns)
+            found = found + 4 * one * _series(table, p + 1, p + 3, K, rows, columns)
+            return (found + second * _series(table, p, p + 4, K, rows, columns)) / 24
+
+
+class Quartic:
+    """-sum_f a_f b_f c_f d_f: the fourth cumulant of a sum of independent numbers that are not Gaussian, at labels.
+
+    Args:
+        parts: a_f of samples at positions, (U, P, f), the excess kurtosis in it.
+    """
+
+    def __init__(self, parts: Tensor) -> None:
+        self.parts = parts
+
+    def cumulants(self, rows: Tensor, columns: Tensor) -> list[Tensor]:
+        """As ``ActivationPairs.quartic`` takes them, for pairs of samples, (B,) each."""
+        found: list[list[Tensor]] = [[], [], []]
+        step = max(1, _TILE // self.parts[0].numel())
+        for a, b in zip(rows.split(step), columns.split(step), strict=True):
+            left, right = self.parts[a], self.parts[b]
+            for power, kept in enumerate(found, 1):
+                kept.append(-(left**power @ (right ** (4 - power)).mT))
+        fourth = -(self.parts**4).sum(-1)
+        return [*map(torch.cat, found), fourth[rows][:, :, None], fourth[columns][:, None, :]]
+
+    def size(self, variance: Tensor) -> float:
+        """The largest excess kurtosis, of labels whose variance is (U, P)."""
+        kurtosis = (self.parts**4).sum(-1) / variance.square()
+        return float(kurtosis[variance > 0].max()) if bool((variance > 0).any()) else 0.0
 
 
 @lru_cache(maxsize=8)

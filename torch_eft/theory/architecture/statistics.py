@@ -66,8 +66,9 @@ def architecture_statistics(
 ) -> ArchitectureStatistics:
     """Kernels of an architecture at infinite width, and their spread over seeds at its widths.
 
-    K and Theta are exact where the input of every activation is Gaussian; else (an activation behind a sum with
-    another's output) they are averages over drawn neurons.
+    K and Theta are exact where the input of every activation is Gaussian, up to biases and first weights of another
+    law, which are counted at first order (see ``validity``); else (an activation behind a sum with another's output)
+    they are averages over drawn neurons.
 
     Args:
         architecture: As ``read_architecture`` returns it, or built of nodes.
@@ -108,6 +109,7 @@ def architecture_statistics(
             kernels = kernels_of(architecture, data, samples, num_samples, seed + 1 + index)
             thetas.append(_matrix(kernels.ntk(), samples, N))
             named.append(_kernels_by_name(architecture, kernels, N))
+        laws = kernels.law_kurtosis()
     Theta = torch.stack(thetas).mean(0)
     neurons = Neurons(kernels, N, torch.Generator(device=Theta.device).manual_seed(seed))
     pairs = [(int(a), int(b)) for a, b in zip(samples.rows, samples.columns, strict=True)]
@@ -126,7 +128,7 @@ def architecture_statistics(
     errors = {}
     if passes > 1:
         errors = {"Theta": _error(thetas), "K": _error([one["output"] for one in named])}
-    return _result(architecture, K, Theta, samples, moments, errors)
+    return _result(architecture, K, Theta, samples, moments, errors, _on_laws(laws))
 
 
 def _bytes(architecture: Architecture, number: int, count: int) -> float:
@@ -203,6 +205,7 @@ def _result(
     samples: Samples,
     moments: dict[int, PopulationMoments],
     errors: dict[str, Tensor],
+    on_laws: list[str],
 ) -> ArchitectureStatistics:
     N, outputs, pairs = len(Theta), architecture.output, len(samples.rows)
     zero = Theta.new_zeros(_REPLICAS, pairs + N)
@@ -227,7 +230,9 @@ def _result(
         ntk_trace_relative_sd=float(trace),
         epsilon=float(relative.mean()),
         shares=shares,
-        validity=_validity(architecture, float(relative.mean()), float(sd[samples.rows == samples.columns].max())),
+        validity=_validity(
+            architecture, float(relative.mean()), float(sd[samples.rows == samples.columns].max()), on_laws
+        ),
         error={
             **errors,
             "ntk_relative_sd": _matrix(sd_error, samples, N),
@@ -246,7 +251,23 @@ def _root(variance: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(size > 0, sd / size, 0.0), torch.where(size > 0, spread / (2 * safe) / size, 0.0)
 
 
-def _validity(architecture: Architecture, epsilon: float, sd: float) -> Validity:
+def _on_laws(laws: Mapping[bool, float]) -> list[str]:
+    """Sentences on how weights and biases that are not Gaussian enter K and Theta, with the size of it."""
+    found = []
+    if laws[True]:
+        found.append(
+            "weights that read the data and biases are not Gaussian (excess kurtosis of what an activation reads up to "
+            f"-{laws[True]:.2g}): counted in K and Theta at first order"
+        )
+    if laws[False]:
+        found.append(
+            f"weights that read the data and biases are not Gaussian (excess kurtosis up to -{laws[False]:.2g}), which "
+            "K and Theta leave out where an activation has a kink or is drawn: an error of a tenth of it, or less"
+        )
+    return found
+
+
+def _validity(architecture: Architecture, epsilon: float, sd: float, on_laws: list[str]) -> Validity:
     numbers = {"epsilon": epsilon, "ntk_relative_sd": sd}
     largest = max(epsilon, sd**2)
     reasons = [f"order 1/n; relative variances: G {epsilon:.3g}, NTK of one output {sd**2:.3g}"]
@@ -268,5 +289,7 @@ def _validity(architecture: Architecture, epsilon: float, sd: float) -> Validity
         flag = "caution" if flag == "valid" else flag
     if (reason := obstacle(architecture)) is not None:
         reasons.append(f"K and Theta are averages over drawn neurons, with their errors: {reason}")
-    reasons += architecture.remarks
+    if architecture.remarks and flag == "valid":  # the variances themselves are uncertain
+        flag = "caution"
+    reasons += [*on_laws, *architecture.remarks]
     return Validity(flag, reasons, numbers)  # type: ignore[arg-type]

@@ -86,6 +86,11 @@ class SampledKernels(ClosedKernels):
         self._kernels: dict[int, Tensor] = {}
         super().__init__(architecture, data, samples)
 
+    @property
+    def drawn(self) -> set[int]:
+        """Nodes whose values are drawn."""
+        return {*self.path}
+
     def _is_open(self, index: int) -> bool:
         return self.architecture.populations[index] in self._open
 
