@@ -248,6 +248,11 @@ MISTAKES = {
         TypeError,
         "ensemble: str given; .*read_ensemble",
     ),
+    "preset and instruments": (
+        lambda: EFTMonitor(X, preset="light", instruments=["ntk"]),
+        ValueError,
+        r"'light' given beside instruments, .* give one of the two, or .* as extra=\[\.\.\]",
+    ),
     "no instruments": (lambda: EFTMonitor(X, instruments=[]), ValueError, r"none given; name some, such as \['ntk'\]"),
     "a number for a directory": (lambda: live.Observer(MODEL, X, logdir=5), TypeError, "logdir: 5 given; give a dir"),
     "a network for the law of the drift": (

@@ -120,7 +120,7 @@ class EFTCallback(TrainerCallback):
         self,
         probe: ProbeLike,
         *,
-        preset: Preset = "standard",
+        preset: Preset | None = None,
         every: Every = AUTO,
         budget: float | None = 0.05,
         logdir: str | Path | None = None,

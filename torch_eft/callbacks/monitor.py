@@ -54,6 +54,7 @@ class EFTMonitor(Callback):
             path of a file that holds one (``torch.save``); or ``"first_batch:N"``, the first N samples of the training
             data set.
         preset: ``"light"``: NTK and hidden kernels; ``"standard"``: the theory beside them; ``"full"``: everything.
+            None: ``"standard"``, or those that ``instruments`` names.
         every: When to measure besides the first and the last weights: ``"auto"``: at twelve or more steps 1, 2, 4, 8,
             ... whatever the budget (a training of unknown length, of an iterable data set, say, has as many from step
             64 on), and beyond them, as it allows, after every epoch and at ten steps a decade;
@@ -119,7 +120,7 @@ class EFTMonitor(Callback):
         self,
         probe: ProbeLike,
         *,
-        preset: Preset = "standard",
+        preset: Preset | None = None,
         every: Every = AUTO,
         budget: float | None = 0.05,
         instruments: Sequence[str | Instrument] | None = None,

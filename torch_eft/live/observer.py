@@ -62,7 +62,8 @@ class Observer:
         probe: Fixed inputs: a tensor (N, ...), a tuple of arguments or a dict of keyword arguments of the forward, or
             the path of a file that holds one (``torch.save``).
         optimizer: The optimizer of the training, or several; gives the learning-rate tensor lambda. None: lambda = 1.
-        preset: ``"light"``, ``"standard"`` or ``"full"``: which instruments (``torch_eft.live.config.presets``).
+        preset: ``"light"``, ``"standard"`` or ``"full"``: which instruments (``torch_eft.live.config.presets``); None:
+            ``"standard"``, or those that ``instruments`` names.
         every: When to measure besides the first and the last time (``torch_eft.live.config.schedule``). ``"auto"``:
             at twelve or more steps 1, 2, 4, 8, ... whatever the budget (a training of unknown length has as many from
             step 64 on); beyond them, as it allows, at ten steps a decade, and when an epoch is announced.
@@ -132,7 +133,7 @@ class Observer:
         probe: ProbeLike,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         *,
-        preset: Preset = "standard",
+        preset: Preset | None = None,
         every: Every = AUTO,
         budget: float | None = 0.05,
         logdir: str | Path | None = None,

@@ -77,7 +77,7 @@ OPT_IN: frozenset[str] = frozenset({"shadow", "seeds", "one_step", "precondition
 
 
 def chosen_instruments(
-    preset: Preset,
+    preset: Preset | None,
     instruments: Sequence[str | Instrument] | None,
     extra: Sequence[str | Instrument],
     options: Options,
@@ -85,7 +85,7 @@ def chosen_instruments(
     """The instruments of a preset, or those given in its place, and those asked for besides.
 
     Args:
-        preset: ``"light"``, ``"standard"`` or ``"full"``.
+        preset: ``"light"``, ``"standard"`` or ``"full"``; None for ``"standard"``.
         instruments: Names or instruments in place of the preset's.
         extra: Names or instruments besides; a name that is there already is not added again.
         options: For the instruments that are made here.
@@ -94,10 +94,17 @@ def chosen_instruments(
         The instruments, in the order in which they are asked.
 
     Raises:
-        ValueError: If the preset or a name is unknown, two instruments share a name, or ``forecast_seconds`` is not
-            positive.
+        ValueError: If the preset or a name is unknown, a preset stands beside ``instruments``, two instruments share a
+            name, or ``forecast_seconds`` is not positive.
     """
-    check_choice("preset", preset, PRESETS)
+    if preset is not None:
+        check_choice("preset", preset, PRESETS)
+        if instruments is not None:
+            raise ValueError(
+                f"preset: {preset!r} given beside instruments, which take the preset's place; give one of the two, or "
+                "instruments beyond the preset's as extra=[..]"
+            )
+    preset = preset or "standard"
     seconds = options.forecast_seconds
     if not isinstance(seconds, int | float) or not seconds > 0:
         raise ValueError(f"forecast_seconds: {seconds!r} given; give a positive number of seconds")
