@@ -137,3 +137,10 @@ def test_drift_of_the_preconditioned_kernel_beside_that_of_the_ntk(outputs):
     for part, share in expected.shares.items():
         assert last[layer_tag("ntk_preconditioned_shares", part)] == pytest.approx(share, rel=1e-3)
     assert "The NTK drift is that of H = J lambda J^T" in pages["preconditioned"][0][1]
+
+
+def test_a_state_from_the_beginning_is_waited_for():
+    """Adagrad's: its P is known after the first step, as that of others."""
+    observer, pages, *_ = trained(lambda p: torch.optim.Adagrad(p, lr=1e-2), instrument="preconditioned")
+    drawn = [tag("ntk_preconditioned_drift") in observer.history[step] for step in range(5)]
+    assert drawn == [False, False, True, True, True] and len(pages["preconditioned"]) == 1

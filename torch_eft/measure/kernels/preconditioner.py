@@ -34,6 +34,10 @@ Preconditioner = dict[str, float | Tensor]
 """lambda P by parameter: one number, or one for every number of the parameter."""
 
 
+class UnknownYetError(ValueError):
+    """P is known after the first step only."""
+
+
 @dataclass(frozen=True, repr=False)
 class OptimizerStep:
     """The parts of one step, which add up to it.
@@ -287,7 +291,7 @@ def _coupled(group: Mapping[str, Any], theta: Tensor, g: Tensor) -> tuple[Tensor
 def _taken(state: Mapping[str, Any], key: str, optimizer: str) -> Tensor:
     value = state.get(key)
     if value is None:
-        raise ValueError(
+        raise UnknownYetError(
             f"preconditioner: {optimizer} has taken no step, so that its P is not known yet; give gradients= for that "
             "of the coming step"
         )

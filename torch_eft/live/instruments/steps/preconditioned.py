@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch_eft.live.instrument import Instrument, Measurement, Reading, TrainingStart
 from torch_eft.live.instruments.common import LARGEST, copied, current, memory, reason_of, too_many
 from torch_eft.measure.forward.isolation import IsolatedModel
-from torch_eft.measure.kernels.preconditioner import Preconditioner, preconditioner
+from torch_eft.measure.kernels.preconditioner import Preconditioner, UnknownYetError, preconditioner
 from torch_eft.measure.kernels.steps.preconditioned_drift import drift_between
 from torch_eft.results.tags import layer_tag, tag
 
@@ -76,6 +76,8 @@ class PreconditionedInstrument(Instrument):
             return Reading()  # the end of a schedule: lambda has no value
         try:
             P = preconditioner(measurement.model, self._optimizer)
+        except UnknownYetError:  # Adagrad has a state from the beginning, and steps may be left out
+            return Reading()
         except ValueError as error:
             return self._refused(reason_of(error))
         if self._start is None:
