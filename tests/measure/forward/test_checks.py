@@ -80,6 +80,10 @@ def test_functions_of_each_sample_pass(model, x):
         (Two(before=lambda x: x.cumsum(0)), r"depends on the other samples of the batch"),
         (Two(before=lambda x: x + torch.arange(len(x))[:, None]), r"depends on the other samples .*place in the batch"),
         (Two(between=lambda z: F.batch_norm(z, None, None, training=True)), r"depends on the other samples"),
+        (
+            Two(before=lambda x: x.view(5, 3)),
+            r"all samples of the probe, but not half of them .*written into the model",
+        ),
         (Checkpointed(True), r"reentrant checkpointing, .*use_reentrant=False"),
         (Two(between=lambda z: z / (z.sum(1, keepdim=True) != math.inf).float().cumsum(0).sub(2)), r"sample 1 of the"),
     ],

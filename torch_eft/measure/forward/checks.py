@@ -120,7 +120,7 @@ def check_batch_independence(network: IsolatedModel, inputs: Any, outputs: Tenso
     count = len(outputs)
     order = torch.arange(count - 1, -1, -2, device=outputs.device)
     part = tree_map_only(Tensor, lambda tensor: tensor[order], inputs)
-    again = _run_with_gradients(network, part)
+    again = _of_fewer(network, part, inputs)
     _check_graph(again)
     _check_gradients_are_on(network, part)
     if not has_values(outputs):
@@ -367,6 +367,20 @@ def _summed(values: Tensor, index: int) -> float:
         for slope, leaf in zip(slopes, leaves, strict=True)
         if slope is not None
     )
+
+
+def _of_fewer(network: IsolatedModel, part: Any, inputs: Any) -> Tensor:
+    """Run on a part of the samples; a forward that only takes all of them is refused."""
+    try:
+        return _run_with_gradients(network, part)
+    except (RuntimeError, IndexError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        _run_with_gradients(network, inputs)  # raises what has nothing to do with their number
+        raise ValueError(
+            f"model: the forward takes all samples of the probe, but not half of them ({error}); their number is "
+            "written into the model: take it from the inputs, as in x.view(len(x), -1)"
+        ) from error
 
 
 def _run_with_gradients(network: IsolatedModel, inputs: Any) -> Tensor:
