@@ -118,6 +118,14 @@ def test_the_batch_that_was_traced_is_no_part_of_the_inputs():
     assert found.Theta.shape == (3, 3)
 
 
+def test_weights_that_a_test_rejects_by_chance_are_torchs_where_another_layer_shows_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 1))
+    with torch.no_grad():
+        model[0].weight.abs_().mul_(torch.where(torch.rand(128, 4) < 0.4, -1.0, 1.0))  # a mean at five of its errors
+    assert not theory.read_architecture(model, torch.zeros(1, 4)).remarks
+
+
 def test_trained_weights_are_told():
     model = nn.Sequential(nn.Linear(4, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 1))
     with torch.no_grad():

@@ -110,7 +110,11 @@ def remarks(layers: Sequence[Drawn], laws: Sequence[LayerLaw]) -> tuple[str, ...
             f"C_b = {first.C_b:.3g} is the mean square of this network's biases, good to {100 * error:.2g} %: K and "
             "Theta are as uncertain; build the architecture of nodes if it is known better"
         )
-    unknown = [layer.name for layer in layers if layer.W.distribution == "other"]
+    unknown = [
+        layer.name
+        for layer, law in zip(layers, laws, strict=True)
+        if layer.W.distribution == "other" and law.weight_law == "gaussian"
+    ]
     if unknown:
         found.append(
             f"the weights of {', '.join(map(repr, unknown[:3]))}{' and others' if len(unknown) > 3 else ''} follow no "
@@ -125,16 +129,18 @@ def remarks(layers: Sequence[Drawn], laws: Sequence[LayerLaw]) -> tuple[str, ...
     return tuple(found)
 
 
-def _by_default(one: WeightStatistics, fan_in: int) -> bool:
+def _by_default(one: WeightStatistics, fan_in: int, laws: Sequence[str] = ("uniform",)) -> bool:
     """Whether numbers are uniform within torch's default bound, and reach as far."""
     known = abs(3 * fan_in * one.variance - 1) < 4 * 3 * fan_in * one.variance_error
-    return one.distribution == "uniform" and known and one.largest <= (1 + 1e-6) / math.sqrt(fan_in)
+    return one.distribution in laws and known and one.largest <= (1 + 1e-6) / math.sqrt(fan_in)
 
 
 def _is_default(one: WeightStatistics, fan_in: int, shown: bool) -> bool:
-    """Of few numbers also where another layer shows torch's default."""
+    """Where another layer shows torch's default, also of few numbers, or of ones that a test rejects by chance."""
     few = shown and one.distribution == "too few to tell"
-    return _by_default(one, fan_in) or (few and one.largest <= (1 + 1e-6) / math.sqrt(fan_in))
+    # Training would move some of many numbers beyond the bound.
+    laws = ("uniform", "other") if shown else ("uniform",)
+    return _by_default(one, fan_in, laws) or (few and one.largest <= (1 + 1e-6) / math.sqrt(fan_in))
 
 
 def _by_rule(layers: list[Drawn]) -> tuple[list[tuple[float, Law]], bool]:
