@@ -112,13 +112,13 @@ def test_the_forecast_extends_when_the_training_goes_on():
         (dict(points=65), r"65 training points: order 1/n is for up to 64"),
         (
             dict(seconds=0.1, points=20),
-            r"the NTK at order 0: about .* s of work of one core, 0.1 s are allowed; forecast_seconds=1 brings it; "
+            r"the NTK at order 0: about .* s of work of one core, 0.1 s are allowed: forecast_seconds=1 brings it; "
             r"hidden kernels at order 0: .*; the mean .* forecast_seconds=2 brings it; the covariance .*=4 brings it",
         ),
         (dict(widths=[3, *[3] * 12, 1]), r"order 1/n is not drawn: .*too deep for 1/n"),
         (
             dict(seconds=0.0),
-            r"the NTK at order 0: about .* 0 s are allowed; forecast_seconds=1 brings it; hidden .*the mean output",
+            r"the NTK at order 0: about .* 0 s are allowed: forecast_seconds=1 brings it; hidden .*the mean output",
         ),
         (dict(order=0), r"^order 0 \(infinite width\)$"),
     ],

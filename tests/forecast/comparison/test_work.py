@@ -23,7 +23,7 @@ def test_the_most_useful_parts_come_first():
     assert enough.covers("the mean output") and not enough.covers("the covariance")
     assert (
         enough.refusal("the covariance")
-        == "about 2.5 s of work of one core, 48 s are allowed; forecast_seconds=50 brings it"
+        == "about 2.5 s of work of one core, 48 s are allowed: forecast_seconds=50 brings it"
     )
     allowance.plan({"the mean output": 1.0, "the NTK": 8.0})  # a longer training: its parts take the place of the old
     assert [name for name in PARTS if allowance.covers(name)] == ["the law", "the mean output", "the covariance"]

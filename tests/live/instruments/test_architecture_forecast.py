@@ -74,6 +74,11 @@ def test_a_checkpoint_keeps_the_forecast():
     [
         (lambda: network(pool=nn.MaxPool1d), 10.0, "nor is it a graph of layers that is read: .*max pooling"),
         (network, 0.0, "K and Theta at infinite width of 7 points take .*forecast_seconds=1 brings it"),
+        (
+            lambda: nn.Sequential(nn.Conv1d(1, 8, 3), nn.ReLU(), nn.Tanh(), nn.Flatten(), nn.Linear(32, 1)),
+            0.0,
+            "no closed",
+        ),
     ],
 )
 def test_what_has_no_forecast_says_why(model, seconds, reason):

@@ -36,4 +36,4 @@ def test_activations_behind_sums_and_with_kinks_have_no_closed_form():
     found = theory.architecture_statistics(theory.read_architecture(model, image), image, num_samples=512)
     assert {"Theta", "K"} <= set(found.error)
     reason = found.validity.reason
-    assert "averages over drawn neurons, with their errors: 'gains of 3.norm2' are read by 'add'" in reason
+    assert "averages over drawn neurons, with their errors: the trained gains of 3.norm2 go into 'add'" in reason

@@ -17,6 +17,7 @@ from torch_eft.forecast.comparison.work import Allowance
 from torch_eft.measure.kernels.metrics import ntk_trace
 from torch_eft.results.training import Training
 from torch_eft.results.trajectory import Validity
+from torch_eft.theory.architecture.closed import check_closed_form
 from torch_eft.theory.architecture.kernels import architecture_kernels, kernels_work
 from torch_eft.theory.architecture.nodes import Architecture
 from torch_eft.theory.training.infinite_width import InfiniteWidthPath, architecture_validity, checked_targets
@@ -40,8 +41,8 @@ class ArchitectureComparison:
         earlier: The ``state`` of the same forecast, to restore it.
 
     Raises:
-        ValueError: If the kernels take more work than is allowed, shapes do not fit, or the learning rate is beyond
-            the stability bound.
+        ValueError: If the kernels have no closed form or take more work than is allowed, shapes do not fit, or the
+            learning rate is beyond the stability bound.
     """
 
     description = "order 0 (infinite width), as no order 1/n of convolutions, skips and norms is drawn"
@@ -65,6 +66,7 @@ class ArchitectureComparison:
         else:
             assert architecture is not None
             checked_targets(y_train, len(x_train), architecture.output)
+            check_closed_form(architecture)
             points = len(x_train) + len(x_probe)
             allowance.plan({KERNELS: kernels_work(architecture, points)})
             if not allowance.covers(KERNELS):

@@ -34,7 +34,7 @@ class Allowance:
         >>> allowance.left_out
         'the mean output; forecast_seconds=42 brings it'
         >>> allowance.refusal("the mean output")
-        'about 40 s of work of one core, 10 s are allowed; forecast_seconds=42 brings it'
+        'about 40 s of work of one core, 10 s are allowed: forecast_seconds=42 brings it'
     """
 
     def __init__(self, seconds: float, report: Report | None = None) -> None:
@@ -77,7 +77,7 @@ class Allowance:
     def refusal(self, name: str) -> str:
         """Return why a part is not made, and the argument that brings it."""
         work = self._parts[name]
-        allowed = f"{self.seconds:g} s are allowed; {self._needed(name)} brings it"
+        allowed = f"{self.seconds:g} s are allowed: {self._needed(name)} brings it"
         return f"about {shown(work)} of work of one core, {allowed}"
 
     def _needed(self, last: str) -> str:

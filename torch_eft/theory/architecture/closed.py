@@ -58,6 +58,14 @@ def obstacle(architecture: Architecture) -> str | None:
     return next(iter(without_closed_form(architecture).values()), None)
 
 
+def check_closed_form(architecture: Architecture) -> None:
+    """Raise ValueError with the reason where there is no closed form."""
+    if (reason := obstacle(architecture)) is not None:
+        raise ValueError(
+            f"architecture: K and Theta have no closed form, as {reason}; use seeds (predict_from_networks)"
+        )
+
+
 def _obstacle(
     architecture: Architecture, index: int, plain: bool, read: list[frozenset[int]], gaussian: list[bool]
 ) -> str | None:
@@ -76,7 +84,7 @@ def _obstacle(
     if isinstance(node, Affine) and node.lambda_gain:
         for reader in architecture.consumers(index):
             if not _linear_reader(architecture, reader):
-                return f"{node.name!r} are read by {architecture.nodes[reader].name!r}"
+                return f"the trained {node.name} go into {architecture.nodes[reader].name!r}, with no weights between"
     return None
 
 

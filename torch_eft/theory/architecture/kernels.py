@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from torch_eft.theory.architecture.closed import ClosedKernels, Samples, obstacle
+from torch_eft.theory.architecture.closed import ClosedKernels, Samples, check_closed_form
 from torch_eft.theory.architecture.nodes import Architecture
 from torch_eft.theory.architecture.statistics import prepare
 
@@ -44,8 +44,7 @@ def architecture_kernels(architecture: Architecture, x: Tensor, *, memory: int =
         torch.Size([5, 5])
     """
     data = prepare(architecture, x)
-    if (reason := obstacle(architecture)) is not None:
-        raise ValueError(f"architecture: {reason}; use seeds (predict_from_networks)")
+    check_closed_form(architecture)
     size = _ALIVE * 8 * sum(math.prod(sizes) ** 2 for sizes in architecture.positions)
     largest = max(math.prod(sizes) ** 2 for sizes in architecture.positions)
     step = max(1, min(memory // size, _ENTRIES // largest))
