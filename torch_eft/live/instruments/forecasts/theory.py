@@ -155,8 +155,9 @@ class TheoryInstrument(ForecastInstrument):
 
     def _begin_architecture(self, start: TrainingStart, reason: str) -> dict[str, str]:
         """Read convolutions, skips and norms, where the training may be one that order 0 covers."""
-        if self.given is not None or self._refusal(start) is not None:
-            return self._stop(reason)
+        refusal = self._refusal(start)
+        if self.given is not None or refusal is not None:
+            return self._stop(reason if refusal is None else f"{refusal}; {reason}")
         if "comparison" in self._kept:  # it holds the kernels; weights that were trained do not show them any more
             return {}
         try:
