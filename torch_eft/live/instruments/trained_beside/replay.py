@@ -350,9 +350,9 @@ class ReplayInstrument(Instrument):
         text = (
             f"After a measurement the next {self.steps} steps are taken again by Taylor models about its parameters, "
             "by copies of the optimizer on the same batches: order 1 is infinite width (frozen NTK), order 2 adds "
-            "dNTK, order 3 dNTK and ddNTK. The band is order 3 plus and minus its distance from order 2: an estimate "
+            "dNTK, order 3 ddNTK as well. The band is order 3 plus and minus its distance from order 2: an estimate "
             "of what order 3 leaves out, not a spread over seeds. The NTK is that of the first "
-            f"{INPUTS} inputs of the probe, its terms by differences: errors of its change below 0.004 are theirs."
+            f"{INPUTS} inputs of the probe, its terms by differences: errors of its change below 0.004 come from these."
         )
         if not self.always:
             text += (

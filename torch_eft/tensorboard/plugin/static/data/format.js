@@ -9,9 +9,9 @@ const SERIES = {
   given: "90 %, given this network's outputs at the start",
   taylor_1: "expansion about theta_0, with dNTK",
   taylor_2: "expansion about theta_0, with dNTK and ddNTK",
-  taylor_model_1: "Taylor model of order 1 (frozen NTK: infinite width)",
-  taylor_model_2: "Taylor model of order 2 (with dNTK)",
-  taylor_model_3: "Taylor model of order 3 (with dNTK and ddNTK)",
+  taylor_model_1: "next steps with frozen NTK (infinite width)",
+  taylor_model_2: "next steps with dNTK",
+  taylor_model_3: "next steps with dNTK and ddNTK",
   seeds_median: "median of other seeds, measured",
 };
 

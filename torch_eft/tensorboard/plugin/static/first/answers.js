@@ -62,7 +62,7 @@ function shape(run, runs, edges, width, theme) {
     "Depth or width?",
     "shape",
     map ?? h("p", { class: "big" }, "not known"),
-    h("p", { class: map ? "" : "soft" }, summary.size ? words() : "r = L/n is defined for multilayer perceptrons; this network has no one depth and width."),
+    h("p", { class: map ? "" : "soft" }, summary.size ? words() : "The map is for multilayer perceptrons; this network has no one depth and width. Before training, eft.diagnose says what it can of r and of the spread over seeds."),
   );
 }
 

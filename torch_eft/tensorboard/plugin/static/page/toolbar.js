@@ -55,7 +55,7 @@ const BANDS = {
   band: "± σ over initializations",
   layer: "90 % of networks, by layer",
   seeds: "lowest .. highest of other seeds, measured",
-  replay: "order 3 ± its distance from order 2",
+  replay: "with ddNTK ± its distance from dNTK alone",
   error: "measured on random output directions, 68 %",
 };
 
