@@ -150,7 +150,8 @@ def _add_diagnose(commands: Any) -> None:
     check.add_argument(
         "--num-networks",
         type=int,
-        help="networks to draw where it is measured (default 16); given, any --model but an MLP is",
+        help="networks to draw where it is measured (default 16; 0: this one alone); if given, any --model but an MLP "
+        "is measured",
     )
     check.add_argument(
         "--lr", type=float, help="learning rate of SGD to judge; without it the largest stable one is printed"

@@ -107,7 +107,7 @@ def diagnose(
             read = read_ensemble(model_or_ensemble, x=x, optimizer=optimizer, output_fn=output_fn)
         except NotAnMLPError as error:
             if x is None:
-                raise NotAnMLPError(f"{error}. It can be measured instead: give inputs x") from error
+                raise NotAnMLPError(f"{error}. To derive or measure it all the same, give inputs x") from error
             networks = 16 if num_networks is None else num_networks
 
             def measured(reason: str) -> MeasuredDiagnosis:
