@@ -144,3 +144,26 @@ def test_a_state_from_the_beginning_is_waited_for():
     observer, pages, *_ = trained(lambda p: torch.optim.Adagrad(p, lr=1e-2), instrument="preconditioned")
     drawn = [tag("ntk_preconditioned_drift") in observer.history[step] for step in range(5)]
     assert drawn == [False, False, True, True, True] and len(pages["preconditioned"]) == 1
+
+
+@pytest.mark.parametrize("keep", ["checkpoint", "none"])
+def test_the_drift_of_a_resumed_training_is_counted_from_the_same_step(keep):
+    optimizers = []
+
+    def make(parameters):
+        optimizers.append(torch.optim.Adam(parameters, lr=1e-2))
+        return optimizers[-1]
+
+    first, _, model, _, x = trained(make, instrument="preconditioned", keep_theta_0=keep)
+    pages = Pages()
+    second = Observer(
+        *(model, x, optimizers[0]), instruments=["ntk", "preconditioned"], budget=None, every=1, sinks=[pages]
+    )
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.begin(step=4)
+    second.measure(5)  # at the same parameters
+    name = tag("ntk_preconditioned_drift")
+    if keep == "checkpoint":
+        assert second.history[5][name] == pytest.approx(first.history[4][name], rel=1e-5)
+    else:
+        assert name not in second.history[5] and "counted from step 1" in pages.pages["preconditioned"][-1][1]

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_eft.live.instrument import Instrument, Measurement, Reading, TrainingStart
@@ -45,11 +46,15 @@ class PreconditionedInstrument(Instrument):
         self._refusal: str | None = None
         self._optimizer: Optimizer | None = None
         self._start: _Start | None = None
+        self._lost: str | None = None
 
     def begin(self, start: TrainingStart) -> Reading:
         """Decide whether copies can be kept, and whether there is one optimizer."""
-        self.forget()
-        self._refusal = too_many(start.model, self.largest)
+        if start.fresh:
+            self.forget()
+        elif self._start is not None:
+            self._start = _on_devices_of(start.model, self._start)
+        self._refusal = self._lost or too_many(start.model, self.largest)
         if len(start.optimizers) == 1:
             self._optimizer = start.optimizers[0]
         else:
@@ -97,3 +102,40 @@ class PreconditionedInstrument(Instrument):
     def _refused(self, reason: str) -> Reading:
         self._refusal = reason
         return Reading(pages={"preconditioned": f"No drift of H_P for this run: {reason}."})
+
+    def state(self) -> dict[str, Any]:
+        """What the drift is counted from: another reference after a resume would be another drift."""
+        if self._start is None:
+            return {"step": None}
+        kept = {f"theta {name}": value for name, value in self._start.theta.items()}
+        for name, value in self._start.P.items():
+            kept[f"P {name}"] = (
+                value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+            )
+        return {"step": self._start.step, "theta_0": kept}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        step, kept = state.get("step"), state.get("theta_0")
+        if step is None:
+            return
+        if kept is None:
+            self._lost = (
+                f"it is counted from step {step}, whose parameters and P the checkpoint does not hold; give "
+                'keep_theta_0="checkpoint"'
+            )
+            return
+        theta, P = (
+            {name.removeprefix(kind): value for name, value in kept.items() if name.startswith(kind)}
+            for kind in ("theta ", "P ")
+        )
+        self._start = _Start(
+            int(step), theta, {name: value if value.ndim else float(value) for name, value in P.items()}
+        )
+
+
+def _on_devices_of(model: nn.Module, start: _Start) -> _Start:
+    devices = {name: p.device for name, p in model.named_parameters()}
+    theta = {name: value.to(devices[name]) for name, value in start.theta.items()}
+    P = {name: value.to(devices[name]) if isinstance(value, Tensor) else value for name, value in start.P.items()}
+    return _Start(start.step, theta, P)
