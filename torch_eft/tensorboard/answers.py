@@ -28,8 +28,7 @@ _LABELS = {
 }
 """What is compared with the theory, in the order of the answer."""
 
-_REPLAYED = "replay_output_error"
-NEEDED = (*_LABELS, *DECIDING, _REPLAYED)
+NEEDED = (*_LABELS, *DECIDING)
 """The quantities that a summary reads."""
 
 BY_CHANCE = 0.1
@@ -185,19 +184,9 @@ def _row(name: str, verdict: Verdict, lines: Mapping[str, Mapping[int, float]]) 
     return _LABELS[name], _sigmas(verdict, lines)
 
 
-def _replayed(lines: Mapping[str, Mapping[int, float]]) -> list[list[str]]:
-    """The latest error of the outputs over the steps after a measurement, by the highest order there is."""
-    for order in ("order_3", "order_2", "order_1"):
-        if line := lines.get(order):
-            words = 'error of their change; below, under "From one measurement to the next"'
-            return [["outputs, next steps", f"{100 * line[max(line)]:.2g} % off at step {max(line)}", words]]
-    return []
-
-
 def _compared(verdicts: Mapping[str, Verdict], known: Mapping[str, Any], reach: Badge) -> dict[str, Any]:
     """The answer to "how far from theory?"."""
     rows = [[*_row(name, found, known[name]), found.words] for name, found in verdicts.items()]
-    rows += _replayed(known.get(_REPLAYED, {}))
     banded = {name: found for name, found in verdicts.items() if found.low is not None}
     outside = {name: found for name, found in banded.items() if found.state != "inside"}
     left, compared = (sum(getattr(found, name) for found in banded.values()) for name in ("outside", "compared"))
