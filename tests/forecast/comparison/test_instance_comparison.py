@@ -125,7 +125,7 @@ def test_bounds():
     found = compare(model, lambdas, x, y, x_probe, seconds=1e-9)
     assert found.level == "instance, order 0"
     assert re.search(
-        r"dNTK and ddNTK in 3 directions takes about .* 1e-09 s are allowed; forecast_seconds=1 brings",
+        r"dNTK and ddNTK in 3 directions takes about .* 1e-09 s are allowed: forecast_seconds=1 brings",
         found.description,
     )
     assert found.expansion_parameter(5) is None
