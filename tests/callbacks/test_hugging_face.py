@@ -48,7 +48,8 @@ def train(folder, callbacks, steps=4, resume=None, network=None, **options):
 
 
 def callback(probe="first_batch:4", **options):
-    return EFTCallback(probe, **{"preset": "light", "every": 1, "budget": None, "on_error": "raise", **options})
+    chosen = {} if "instruments" in options else {"preset": "light"}
+    return EFTCallback(probe, **{"every": 1, "budget": None, "on_error": "raise", **chosen, **options})
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=["plain", "bf16"])
