@@ -30,7 +30,10 @@ def monitors():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if "theory" in name else ()) for name in CONFIGURATIONS],
+)
 def test_training_ends_in_the_same_bits(name):
     options = CONFIGURATIONS[name]
     reference, attached = digest(*run(**options)), monitors()

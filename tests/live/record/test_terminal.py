@@ -109,6 +109,7 @@ def test_a_training_on_minibatches_is_said_to_be_measured_only_when_that_is_seen
                           "training)")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_forecast_that_ends_is_said_to():
     said = bare(change=3, instruments=["ntk", "theory"])
     (ended,) = [line for line in said if "no forecast from here on" in line]
