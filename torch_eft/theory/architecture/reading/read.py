@@ -1,7 +1,7 @@
 """Reads an architecture off a module by tracing its forward into tensor operations.
 
 The forward runs once on tensors without values, so that nothing of the module changes and no random number is drawn.
-Parameters are told by identity; what is computed from the inputs alone, in front of the first layer, is data. In the
+Parameters are matched by identity; what is computed from the inputs alone, in front of the first layer, is data. In the
 end the module runs on random inputs, and its outputs and gradients are compared with those of what was read.
 """
 
